@@ -1,0 +1,97 @@
+"""The shard format: `fineweb_train_%06d.bin`, `fineweb_val_%06d.bin`.
+
+A shard is 256 little-endian int32 (magic 20240520, version 1, token count, zeros) followed by the tokens as
+little-endian uint16. The format is that of the hub data set kjj0/fineweb10B-gpt2.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from nanogpt.errors import InputError
+
+MAGIC = 20240520
+VERSION = 1
+HEADER_INTS = 256
+HEADER_BYTES = 4 * HEADER_INTS
+TOKEN_BYTES = 2
+
+Tokens = npt.NDArray[np.uint16]
+
+
+class ShardError(InputError):
+    """A file is not a whole shard: the message names the file and what is wrong with it."""
+
+
+def train_name(index: int) -> str:
+    """File name of training shard `index`; training shards count from 1."""
+    return f"fineweb_train_{index:06d}.bin"
+
+
+def val_name(index: int = 0) -> str:
+    """File name of validation shard `index`; validation shards count from 0."""
+    return f"fineweb_val_{index:06d}.bin"
+
+
+def read_count(path: Path) -> int:
+    """Check a shard's header against the file's length and return its token count, reading 1 KiB.
+
+    Raises:
+        ShardError: missing or unreadable file, wrong magic or version, or a length that does not fit the count.
+    """
+    try:
+        with path.open("rb") as file:
+            header = np.frombuffer(file.read(HEADER_BYTES), dtype="<i4")
+            length = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise ShardError(f"{path}: cannot be read: {error.strerror}") from error
+    if header.size != HEADER_INTS:
+        raise ShardError(f"{path}: {length} bytes long, shorter than a shard's {HEADER_BYTES}-byte header")
+    if header[0] != MAGIC:
+        raise ShardError(f"{path}: magic number {header[0]}, a token shard has {MAGIC}")
+    if header[1] != VERSION:
+        raise ShardError(f"{path}: shard version {header[1]}, only version {VERSION} is known")
+    count = int(header[2])
+    expected = HEADER_BYTES + TOKEN_BYTES * count
+    if count < 0 or length != expected:
+        raise ShardError(f"{path}: the header promises {count} tokens ({expected} bytes), the file has {length} bytes")
+    return count
+
+
+def read_tokens(path: Path) -> Tokens:
+    """Read a whole shard into memory: (count,) uint16. Raises `ShardError` as `read_count` does."""
+    count = read_count(path)
+    with path.open("rb") as file:
+        file.seek(HEADER_BYTES)
+        tokens = np.fromfile(file, dtype="<u2", count=count)
+    if tokens.size != count:
+        raise ShardError(f"{path}: {tokens.size} tokens could be read of {count}: the file changed while it was read")
+    return tokens.astype(np.uint16, copy=False)
+
+
+def header_bytes(count: int) -> bytes:
+    """The 1 KiB header of a shard of `count` tokens."""
+    header = np.zeros(HEADER_INTS, dtype="<i4")
+    header[:3] = MAGIC, VERSION, count
+    return header.tobytes()
+
+
+def write_tokens(path: Path, tokens: npt.ArrayLike) -> None:
+    """Write `tokens` (values below 65,536) as a shard that appears under its name only when whole."""
+    array = np.asarray(tokens)
+    if array.size and (array.min() < 0 or array.max() > np.iinfo(np.uint16).max):
+        raise ValueError(f"{path}: tokens must lie in 0..65535, found {array.min()}..{array.max()}")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(header_bytes(array.size))
+            file.write(array.astype("<u2").tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

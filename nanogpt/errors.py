@@ -1,0 +1,22 @@
+"""The two errors a user meets, and the exit codes of every command.
+
+Exit codes: 0 done, 1 failed (`RunError`), 2 the user's input is wrong (`InputError`).
+"""
+
+
+class NanogptError(Exception):
+    """Base of the errors that are shown as a message, without a traceback."""
+
+    exit_code = 1
+
+
+class RunError(NanogptError):
+    """The input was right and the work failed: no network, disk full, a non-finite loss."""
+
+    exit_code = 1
+
+
+class InputError(NanogptError):
+    """The user's input is wrong: a recipe, a flag, a file. The message names it and the way out."""
+
+    exit_code = 2
