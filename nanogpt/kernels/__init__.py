@@ -1,0 +1,1 @@
+"""The operations that decide the speed of a step, one file each, every one beside its plain PyTorch equal."""
