@@ -152,14 +152,14 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def] # noqa: ANN001
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     q, k, v, cu_seqlens, ctx.max_seqlen, ctx.window, ctx.scale = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
 
 
-def _backward(ctx, grad, grad_lse):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+def _backward(ctx, grad, grad_lse):  # type: ignore[no-untyped-def]
     q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
     grads = _attention_backward(grad, q, k, v, out, lse, cu_seqlens, ctx.max_seqlen, ctx.window, ctx.scale)
     return *grads, None, None, None, None
