@@ -1,0 +1,595 @@
+"""RunSpec: everything that decides a run, typed and bounded.
+
+A recipe (YAML, see `nanogpt.recipes`) becomes a `RunSpec`; the rest of the package reads nothing else. This module
+imports no torch, so that a recipe is checked on a login node in a fraction of a second. Steps are 0-based. Windows
+are given in blocks here (`StageSpec.window_blocks`) and are in tokens everywhere else.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+WORLD_SIZES = (1, 2, 4, 8)
+GPU_TYPES = ("h100", "h200", "a100", "cpu")
+
+SPEEDRUN_ADAM_LABELS = (
+    "scalars",
+    "value_embed",
+    "bigram_embed",
+    "smear_gate",
+    "skip_gate",
+    "attn_gate_bank",
+    "ve_gate_bank",
+    "x0_lambdas",
+    "lm_head",
+    "embed",
+)
+SPEEDRUN_BANKS = ("attn", "mlp")
+
+Count = Annotated[int, Field(ge=1)]
+Index = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Strict(BaseModel):
+    """Base of every part of a spec: unknown keys are refused, values cannot change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class CrossCheckError(ValueError):
+    """Values that are each fine and do not fit together: a list of (path in the spec, what is wrong)."""
+
+    def __init__(self, problems: list[tuple[tuple[str | int, ...], str]]):
+        self.problems = problems
+        super().__init__("; ".join(f"{'.'.join(map(str, path))}: {text}" for path, text in problems))
+
+
+# --- model ------------------------------------------------------------------------------------------------------
+
+
+class RotarySpec(Strict):
+    """Half-truncated rotary embedding and YaRN's rule for longer windows."""
+
+    base: Positive = Field(description="frequencies are (1/base)^(j/(n-1)), j = 0..n-1")
+    frequencies: Count = Field(description="n; 2 n channels of a head are rotated, the rest are left alone")
+    yarn_low: Positive = Field(description="rotations in the old window below which a frequency is interpolated fully")
+    yarn_high: Positive = Field(description="rotations above which a frequency is left alone")
+    yarn_temperature: NonNegative = Field(description="attn_scale grows by 1 + yarn_temperature * ln(new/old)")
+
+
+class SoftcapSpec(Strict):
+    """z = cap * sigmoid((logit + shift) / scale)."""
+
+    cap: Positive
+    shift: Finite
+    scale: Positive
+
+
+class SkipSpec(Strict):
+    """A gated connection from the output of one layer to the input of a later one."""
+
+    from_layer: Index
+    to_layer: Index
+
+
+class ScalarInit(Strict):
+    """Start values of the learned scalars."""
+
+    residual: Finite
+    attention_in: Finite
+    attention_out: Finite
+    bigram: Finite
+    smear: Finite
+    backout: Finite
+    skip: Finite
+
+
+class SpeedrunModelSpec(Strict):
+    """The speedrun's model (`nanogpt/models/speedrun.py`)."""
+
+    kind: Literal["speedrun"]
+    vocab_size: Count
+    padded_vocab_size: Count = Field(description="rows of the embeddings and columns of the head; all enter the loss")
+    layers: Count
+    width: Count
+    heads: Count
+    head_dim: Count
+    mlp_expansion: Count
+    mlp_bank_padding: Index = Field(description="unused entries of the MLP bank, so that its matrices shard evenly")
+    attention_free_layers: list[Index]
+    long_window_layers: list[Index]
+    paired_layers: list[Index] = Field(description="layers whose heads are joined in pairs to twice the length")
+    value_embed_layers: list[Index] = Field(description="layers with a value embedding, in the order of its tables")
+    skip: SkipSpec
+    backout_layer: Index = Field(description="layer whose output is subtracted before the head")
+    bigram_rows: Annotated[int, Field(ge=2, le=2**31 - 1)]
+    bigram_multipliers: tuple[Count, Count] = Field(description="hash multipliers of the token and of the one before")
+    gate_inputs: Count = Field(description="leading channels that the gates read")
+    attention_scale: Positive = Field(description="softmax scale at the start; YaRN steps change it")
+    rotary: RotarySpec
+    softcap: SoftcapSpec
+    init_bound: Positive = Field(description="matrices start uniform in +-sqrt(3) * init_bound / sqrt(width)")
+    head_init_std: Positive
+    scalars: ScalarInit
+
+    @property
+    def attention_layers(self) -> list[int]:
+        """Layers that have attention, in order: row r of the attention bank belongs to the r-th of them."""
+        return [i for i in range(self.layers) if i not in self.attention_free_layers]
+
+    @property
+    def rotated_channels(self) -> int:
+        """Leading channels of a head that rotary turns."""
+        return 2 * self.rotary.frequencies
+
+    def problems(self) -> Iterator[tuple[tuple[str | int, ...], str]]:
+        """Cross-checks; yields (path below `model`, message)."""
+        if self.width != self.heads * self.head_dim:
+            yield (
+                ("width",),
+                f"is {self.width}, must be heads * head_dim = {self.heads} * {self.head_dim}"
+                f" = {self.heads * self.head_dim}",
+            )
+        if self.vocab_size > self.padded_vocab_size:
+            yield ("padded_vocab_size",), f"is {self.padded_vocab_size}, below vocab_size {self.vocab_size}"
+        if self.rotated_channels > self.head_dim:
+            yield (
+                ("rotary", "frequencies"),
+                f"{self.rotary.frequencies} frequencies turn {self.rotated_channels} channels,"
+                f" a head has {self.head_dim}",
+            )
+        if self.rotary.yarn_low >= self.rotary.yarn_high:
+            yield (
+                ("rotary", "yarn_low"),
+                f"is {self.rotary.yarn_low}, must be below yarn_high {self.rotary.yarn_high}",
+            )
+        if self.gate_inputs > self.width:
+            yield ("gate_inputs",), f"is {self.gate_inputs}, more than width {self.width}"
+        if self.paired_layers and self.heads % 2:
+            yield ("paired_layers",), f"needs an even number of heads, heads is {self.heads}"
+        with_attention = self.attention_layers
+        for key in ("attention_free_layers", "long_window_layers", "paired_layers", "value_embed_layers"):
+            layers: list[int] = getattr(self, key)
+            if len(set(layers)) != len(layers):
+                yield (key,), f"names a layer twice: {layers}"
+            for position, layer in enumerate(layers):
+                if layer >= self.layers:
+                    yield (key, position), f"is layer {layer}, the model has layers 0..{self.layers - 1}"
+                elif key != "attention_free_layers" and layer not in with_attention:
+                    yield (key, position), f"is layer {layer}, which has no attention (attention_free_layers)"
+        for layer in set(self.paired_layers) & set(self.long_window_layers):
+            yield (
+                ("paired_layers", self.paired_layers.index(layer)),
+                f"layer {layer} is a long-window layer too: the key shift has no meaning in a paired layer",
+            )
+        if not self.skip.from_layer < self.skip.to_layer < self.layers:
+            yield (
+                ("skip",),
+                f"goes from layer {self.skip.from_layer} to {self.skip.to_layer}; needs from < to < {self.layers}",
+            )
+        if self.backout_layer >= self.layers:
+            yield (
+                ("backout_layer",),
+                f"is layer {self.backout_layer}, the model has layers 0..{self.layers - 1}",
+            )
+
+
+class Gpt2ModelSpec(Strict):
+    """The classic GPT-2 baseline (`nanogpt/models/gpt2.py`)."""
+
+    kind: Literal["gpt2"]
+    vocab_size: Count
+    padded_vocab_size: Count
+    layers: Count
+    width: Count
+    heads: Count
+    mlp_expansion: Count
+    context: Count = Field(description="positions that are learned; longer documents are read in pieces of this length")
+    init_std: Positive
+
+    def problems(self) -> Iterator[tuple[tuple[str | int, ...], str]]:
+        """Cross-checks; yields (path below `model`, message)."""
+        if self.width % self.heads:
+            yield ("heads",), f"is {self.heads}, must divide width {self.width}"
+        if self.vocab_size > self.padded_vocab_size:
+            yield ("padded_vocab_size",), f"is {self.padded_vocab_size}, below vocab_size {self.vocab_size}"
+
+
+ModelSpec = Annotated[SpeedrunModelSpec | Gpt2ModelSpec, Field(discriminator="kind")]
+
+# --- optimizer --------------------------------------------------------------------------------------------------
+
+Communication = Literal["replicated", "sharded"]
+
+
+class AdamGroup(Strict):
+    """Adam's settings of one parameter."""
+
+    betas: tuple[Beta, Beta]
+    lr_mul: Positive
+    wd_mul: NonNegative
+    communication: Communication
+
+
+class AdamSpec(Strict):
+    """Adam with cautious weight decay, for everything that is not a bank of matrices."""
+
+    lr: Positive
+    eps: Positive
+    weight_decay: NonNegative
+    every: Count = Field(description="Adam steps on the last step of every so many; gradients are summed over them")
+    groups: dict[str, AdamGroup]
+
+
+class MomentumSpec(Strict):
+    """NorMuon's momentum: `low` to `high` over the first warmup_steps, back to `low` over the last cooldown_steps."""
+
+    low: Beta
+    high: Beta
+    warmup_steps: Index
+    cooldown_steps: Index
+
+
+class BankGroup(Strict):
+    """NorMuon's settings of one bank of matrices."""
+
+    lr_muls: list[Positive] = Field(min_length=1, description="multipliers of the bank's matrices, repeated in turn")
+    communication: Communication
+
+
+class NorMuonSpec(Strict):
+    """NorMuon: momentum, Polar Express, variance reduction by row, cautious decay."""
+
+    lr: Positive
+    beta2: Beta
+    weight_decay: NonNegative
+    momentum: MomentumSpec
+    norm_margin: Positive = Field(description="the matrix is divided by this much times its Frobenius norm first")
+    polar_express: list[tuple[Finite, Finite, Finite]] = Field(
+        min_length=1, description="(a, b, c) of each iteration X <- aX + (bA + cAA)X, A = XX^T"
+    )
+    groups: dict[str, BankGroup]
+
+
+class TiedHeadSpec(Strict):
+    """`embed` is `lm_head` transposed until they split after the first Adam step of a stage."""
+
+    split_stage: Index
+
+
+class SpeedrunOptimizerSpec(Strict):
+    """Adam and NorMuon side by side, with explicit orders of communication and work."""
+
+    kind: Literal["normuon_adam"]
+    adam: AdamSpec
+    normuon: NorMuonSpec
+    tied_head: TiedHeadSpec
+    reduce_order: list[str]
+    update_order: list[str]
+
+    def problems(self, adam_labels: Sequence[str], banks: Sequence[str]) -> Iterator[tuple[tuple[str | int, ...], str]]:
+        """Cross-checks against the model's parameters; yields (path below `optimizer`, message)."""
+        for path, found, wanted in (
+            (("adam", "groups"), list(self.adam.groups), list(adam_labels)),
+            (("normuon", "groups"), list(self.normuon.groups), list(banks)),
+            (("reduce_order",), self.reduce_order, [*banks, *adam_labels]),
+            (("update_order",), self.update_order, [*banks, *adam_labels]),
+        ):
+            missing = [label for label in wanted if label not in found]
+            unknown = [label for label in found if label not in wanted]
+            twice = sorted({label for label in found if found.count(label) > 1})
+            parts = [
+                f"{word} {', '.join(labels)}"
+                for word, labels in (("misses", missing), ("does not know", unknown), ("names twice", twice))
+                if labels
+            ]
+            if parts:
+                yield path, f"{'; '.join(parts)} (the model's parameters are {', '.join(wanted)})"
+
+
+class AdamWSpec(Strict):
+    """AdamW as the GPT-2 baseline uses it: decoupled decay of matrices only, gradient clipping."""
+
+    kind: Literal["adamw"]
+    lr: Positive
+    betas: tuple[Beta, Beta]
+    eps: Positive
+    weight_decay: NonNegative
+    clip_norm: Positive | None = Field(description="largest global gradient norm; null does not clip")
+
+
+OptimizerSpec = Annotated[SpeedrunOptimizerSpec | AdamWSpec, Field(discriminator="kind")]
+
+# --- training ---------------------------------------------------------------------------------------------------
+
+
+class WindowBlocks(Strict):
+    """Left attention windows in blocks of `training.window_block` tokens."""
+
+    short: Count
+    long: Count
+
+
+class StageSpec(Strict):
+    """A stretch of steps with one batch size, one pair of windows and one list of multi-token weights."""
+
+    steps: Count
+    batch_tokens: Count = Field(description="tokens a step over all ranks and micro-steps")
+    window_blocks: WindowBlocks
+    token_weights: list[NonNegative] = Field(
+        min_length=1,
+        max_length=8,
+        description="loss weights of the next tokens; the last of several falls to 0",
+    )
+    lr_factor: Positive
+
+
+class CooldownSchedule(Strict):
+    """Learning rate: the stage's factor, then linearly to end_factor at the end of the scheduled steps."""
+
+    kind: Literal["stage_cooldown"]
+    cooldown_start: Fraction = Field(description="fraction of the scheduled steps at which the cooldown starts")
+    end_factor: NonNegative
+
+
+class CosineSchedule(Strict):
+    """Learning rate: linear warm-up, then a cosine down to end_factor at the last step."""
+
+    kind: Literal["warmup_cosine"]
+    warmup_steps: Index
+    end_factor: NonNegative
+
+
+LearningRateSchedule = Annotated[CooldownSchedule | CosineSchedule, Field(discriminator="kind")]
+
+
+class TrainingSpec(Strict):
+    """Steps, batches, windows and schedule."""
+
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)]
+    slots: Annotated[int, Field(ge=1, le=512)] = Field(
+        description="micro-batches a step, whatever the world size; accumulation steps = slots / world size"
+    )
+    max_document_tokens: Count
+    window_block: Count = Field(description="tokens in a window block")
+    stages: list[StageSpec] = Field(min_length=1, description="the scheduled steps")
+    extension: StageSpec | None = Field(description="steps after the schedule has ended; null for none")
+    final_window_blocks: WindowBlocks = Field(description="windows of the last validation, without a YaRN step")
+    lr_schedule: LearningRateSchedule
+    warmup: bool = Field(description="run the steps around each stage change once before the clock starts")
+
+    @property
+    def all_stages(self) -> list[StageSpec]:
+        """Scheduled stages and the extension."""
+        return [*self.stages, *([self.extension] if self.extension else [])]
+
+    @property
+    def scheduled_steps(self) -> int:
+        """Steps of the scheduled stages, without the extension."""
+        return sum(stage.steps for stage in self.stages)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return sum(stage.steps for stage in self.all_stages)
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens trained on in the whole run."""
+        return sum(stage.steps * stage.batch_tokens for stage in self.all_stages)
+
+
+class EvaluationSpec(Strict):
+    """Validation, outside the clock."""
+
+    every: Count = Field(description="steps between validations; step 0 and the end are always validated")
+    tokens: Count = Field(description="validation tokens, from the stream's start")
+    micro_batch_tokens: Count
+    target_loss: Positive | None = Field(description="the run is a success at this loss or below; null: no target")
+
+
+# --- data, machine, run -----------------------------------------------------------------------------------------
+
+
+class DataSpec(Strict):
+    """Where the token shards are."""
+
+    directory: str | None = Field(default=None, description="shard directory; null: NANOGPT_DATA, else ./data")
+    train_files: str = "fineweb_train_*.bin"
+    val_files: str = "fineweb_val_*.bin"
+    bos: Annotated[int, Field(ge=0, le=65535)] = 50256
+    epochs: Count | None = Field(default=1, description="passes over the training shards; null repeats for ever")
+
+
+class HardwareSpec(Strict):
+    """What the run is started on; world size = nodes * gpus_per_node."""
+
+    gpu: Literal["h100", "h200", "a100", "cpu"] = Field(description="GPU type; cpu runs the plain path")
+    gpus_per_node: Count = Field(description="processes a node, one a GPU")
+    nodes: Count = 1
+
+
+class RuntimeSpec(Strict):
+    """How the model is computed. None of these changes what is computed, up to rounding."""
+
+    dtype: Literal["bf16", "fp32"] = Field(default="bf16", description="dtype of matrices and activations")
+    compile: Literal["auto", "on", "off"] = Field(default="auto", description="torch.compile; auto: on CUDA only")
+    attention: Literal["auto", "fa4", "fa3", "fa2", "varlen", "plain"] = "auto"
+    kernels: Literal["auto", "triton", "plain"] = Field(default="auto", description="auto: Triton kernels on CUDA")
+    head_precision: Literal["auto", "fp8", "bf16"] = "auto"
+    deterministic: bool = Field(default=False, description="deterministic algorithms, at a cost in speed")
+
+
+class CheckpointSpec(Strict):
+    """When the run's whole state is written."""
+
+    every: Count | None = Field(default=None, description="steps between checkpoints; null: none on the way")
+    at_end: bool = Field(default=True, description="write one after the last step")
+    keep: Count = Field(default=2, description="checkpoints kept; older ones are deleted once a newer one is whole")
+
+
+class OutputSpec(Strict):
+    """Where the run's directory is made."""
+
+    directory: str | None = Field(
+        default=None, description="parent of run directories; null: NANOGPT_RUNS, else ./runs"
+    )
+    log_every: Count = Field(default=1, description="steps between lines of the log; evaluations are always logged")
+
+
+class RunSpec(Strict):
+    """A whole run: what a recipe resolves to."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+    description: str = ""
+    model: ModelSpec
+    optimizer: OptimizerSpec
+    training: TrainingSpec
+    evaluation: EvaluationSpec
+    data: DataSpec = DataSpec()
+    hardware: HardwareSpec
+    runtime: RuntimeSpec = RuntimeSpec()
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    output: OutputSpec = OutputSpec()
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the run."""
+        return self.hardware.nodes * self.hardware.gpus_per_node
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches a rank works through in a step."""
+        return self.training.slots // self.world_size
+
+    @model_validator(mode="after")
+    def _cross_check(self) -> RunSpec:
+        problems = list(_cross_checks(self))
+        if problems:
+            raise CrossCheckError(problems)
+        return self
+
+
+def _cross_checks(spec: RunSpec) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    training, evaluation, hardware = spec.training, spec.evaluation, spec.hardware
+    for path, text in spec.model.problems():
+        yield ("model", *path), text
+
+    if spec.world_size not in WORLD_SIZES:
+        yield (
+            ("hardware", "gpus_per_node"),
+            f"{hardware.nodes} x {hardware.gpus_per_node} makes a world size of {spec.world_size}, allowed are"
+            f" {', '.join(map(str, WORLD_SIZES))}",
+        )
+    elif training.slots % spec.world_size:
+        yield (
+            ("training", "slots"),
+            f"is {training.slots}, must be a multiple of the world size {spec.world_size}",
+        )
+
+    for path, stage in _stages_with_paths(training):
+        if stage.batch_tokens % (16 * training.slots):
+            yield (
+                (*path, "batch_tokens"),
+                f"is {stage.batch_tokens}, must be a multiple of 16 * training.slots = {16 * training.slots}",
+            )
+        if stage.window_blocks.short > stage.window_blocks.long:
+            yield (
+                (*path, "window_blocks"),
+                f"short window {stage.window_blocks.short} is longer than the long one {stage.window_blocks.long}",
+            )
+    if evaluation.micro_batch_tokens % 16:
+        yield (
+            ("evaluation", "micro_batch_tokens"),
+            f"is {evaluation.micro_batch_tokens}, must be a multiple of 16",
+        )
+    elif evaluation.tokens % (evaluation.micro_batch_tokens * training.slots):
+        yield (
+            ("evaluation", "tokens"),
+            f"is {evaluation.tokens}, must be a multiple of micro_batch_tokens * training.slots"
+            f" = {evaluation.micro_batch_tokens * training.slots}",
+        )
+
+    if isinstance(spec.model, SpeedrunModelSpec) != isinstance(spec.optimizer, SpeedrunOptimizerSpec):
+        wanted = "normuon_adam" if isinstance(spec.model, SpeedrunModelSpec) else "adamw"
+        yield (
+            ("optimizer", "kind"),
+            f"is {spec.optimizer.kind}, a {spec.model.kind} model trains with {wanted}",
+        )
+        return
+    if isinstance(spec.optimizer, SpeedrunOptimizerSpec):
+        for path, text in spec.optimizer.problems(SPEEDRUN_ADAM_LABELS, SPEEDRUN_BANKS):
+            yield ("optimizer", *path), text
+        momentum = spec.optimizer.normuon.momentum
+        if momentum.warmup_steps + momentum.cooldown_steps > training.total_steps:
+            yield (
+                ("optimizer", "normuon", "momentum"),
+                f"warms up for {momentum.warmup_steps} and cools down for {momentum.cooldown_steps} steps,"
+                f" the run has {training.total_steps}",
+            )
+        stage_count = len(training.all_stages)
+        if spec.optimizer.tied_head.split_stage >= stage_count:
+            yield (
+                ("optimizer", "tied_head", "split_stage"),
+                f"is {spec.optimizer.tied_head.split_stage}, the run has stages 0..{stage_count - 1}",
+            )
+    if isinstance(spec.model, Gpt2ModelSpec):
+        for path, stage in _stages_with_paths(training):
+            if stage.token_weights != [1.0]:
+                yield (
+                    (*path, "token_weights"),
+                    f"is {stage.token_weights}, gpt2 predicts the next token only: [1.0]",
+                )
+
+
+def _stages_with_paths(training: TrainingSpec) -> Iterator[tuple[tuple[str | int, ...], StageSpec]]:
+    for index, stage in enumerate(training.stages):
+        yield ("training", "stages", index), stage
+    if training.extension:
+        yield ("training", "extension"), training.extension
+
+
+def shorten(spec: RunSpec, total_steps: int) -> RunSpec:
+    """The same run with its schedule shortened in proportion to `total_steps` steps.
+
+    Stages, extension, evaluation interval, momentum's and the learning rate's warm-up keep their shares of the run.
+    Raises `CrossCheckError` where fewer steps than stages are asked for.
+    """
+    training = spec.training
+    old_total = training.total_steps
+    if total_steps < len(training.all_stages):
+        raise CrossCheckError([(("training",), f"{total_steps} steps are fewer than its stages")])
+    ends, old_end = [0], 0
+    for position, stage in enumerate(training.all_stages):
+        old_end += stage.steps
+        stages_left = len(training.all_stages) - position - 1
+        ends.append(min(max(round(old_end * total_steps / old_total), ends[-1] + 1), total_steps - stages_left))
+    lengths = [end - start for start, end in itertools.pairwise(ends)]
+
+    def scaled(steps: int, at_least: int = 0) -> int:
+        return max(at_least, round(steps * total_steps / old_total))
+
+    data = spec.model_dump()
+    for stage_data, steps in zip(
+        [*data["training"]["stages"], *([data["training"]["extension"]] if training.extension else [])],
+        lengths,
+        strict=True,
+    ):
+        stage_data["steps"] = steps
+    data["evaluation"]["every"] = scaled(spec.evaluation.every, at_least=1)
+    if isinstance(training.lr_schedule, CosineSchedule):
+        data["training"]["lr_schedule"]["warmup_steps"] = scaled(training.lr_schedule.warmup_steps)
+    if isinstance(spec.optimizer, SpeedrunOptimizerSpec):
+        momentum = data["optimizer"]["normuon"]["momentum"]
+        momentum["warmup_steps"] = scaled(momentum["warmup_steps"])
+        momentum["cooldown_steps"] = scaled(momentum["cooldown_steps"])
+    return RunSpec.model_validate(data)
