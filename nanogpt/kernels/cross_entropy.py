@@ -1,0 +1,245 @@
+"""The language-model head and its loss: logits, softcap and multi-token cross-entropy as one operation.
+
+For T tokens, width D and V vocabulary columns (padding included, all of them count):
+
+    logits = x @ lm_head                              (T, V), rounded to the activations' dtype
+    z      = cap * sigmoid((logits + shift) / scale)  fp32 from here on (fp64 for fp64 inputs)
+    loss   = sum_t sum_k weights[k] * (logsumexp(z[t]) - z[t, targets[t + k]])
+
+`targets` are the next-token targets, so `targets[t + k]` is the token k + 1 ahead; terms with t + k >= T are
+dropped, their softmax included. Logits never exist whole on the plain path: it works through chunks of tokens
+and takes the gradient in the forward pass, while a chunk's logits are at hand (the idea of Liger's fused
+linear cross-entropy). `head_loss_reference` is the same thing in ten lines of autograd, and what tests trust.
+
+Since 0 < z < cap, exp(z) cannot overflow in fp32 for any cap up to `MAX_CAP`, so no running maximum is kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Precision = Literal["bf16", "fp8"]
+
+MAX_CAP = 64.0  # exp(64) * 50,304 is still far below fp32's largest number
+
+X_SCALE = 100 / 448  # e4m3 scale of the head's input
+W_SCALE = 1.6 / 448  # e4m3 scale of the head's weights
+GRAD_SCALE = 0.75 / 448  # e5m2 scale of the logit gradient, for an incoming gradient of 1
+
+
+def softcap(logits: Tensor, cap: float = 23.0, shift: float = 5.0, scale: float = 7.5) -> Tensor:
+    """Squash logits of any shape into (0, cap): `cap * sigmoid((logits + shift) / scale)`, at least fp32."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return cap * torch.sigmoid((logits + shift) / scale)
+
+
+def head_loss_reference(
+    x: Tensor,  # (T, D)
+    lm_head: Tensor,  # (D, V)
+    targets: Tensor,  # (T,) int64
+    weights: Tensor,  # (K,) fp32
+    *,
+    cap: float = 23.0,
+    shift: float = 5.0,
+    scale: float = 7.5,
+) -> Tensor:
+    """The definition of `head_loss` by plain autograd. Holds several (T, V) tensors: for tests and small inputs."""
+    z = softcap(x @ lm_head, cap, shift, scale)
+    lse = z.logsumexp(dim=-1)
+    loss = z.new_zeros(())
+    for k, weight in enumerate(weights.to(z.dtype).unbind()):
+        n = max(x.shape[0] - k, 0)
+        loss = loss + weight * (lse[:n] - z[:n].gather(1, targets[k:, None]).squeeze(1)).sum()
+    return loss
+
+
+def head_loss(
+    x: Tensor,  # (T, D) bf16, fp32 or fp64
+    lm_head: Tensor,  # (D, V) of x's dtype, input-major
+    targets: Tensor,  # (T,) int64, the next-token targets
+    weights: Tensor,  # (K,) fp32, the multi-token weights, on x's device
+    *,
+    cap: float = 23.0,
+    shift: float = 5.0,
+    scale: float = 7.5,
+    precision: Precision = "bf16",
+) -> Tensor:
+    """Softcapped multi-token cross-entropy of the head, summed over tokens: a scalar, fp32 (fp64 for fp64 inputs).
+
+    Differentiable once in `x` and `lm_head`. The gradient's arithmetic follows whatever gradient comes in, so
+    callers scale the loss outside: `(head_loss(...) * grad_scale).backward()`, on every path.
+
+    `precision` "bf16" computes in the dtype of the inputs. "fp8" rounds x and lm_head to e4m3 with the fixed
+    scales `X_SCALE` and `W_SCALE`, the logits to bf16, and the logit gradient, computed in fp32 and divided by
+    `incoming gradient * GRAD_SCALE`, once to e5m2. Because the loss is scaled by `grad_scale` outside, this is
+    the specified e5m2 scale grad_scale * 0.75 / 448 without `grad_scale` having to be known here. On a CPU, fp8
+    is emulated: the same roundings around fp32 products.
+
+    The values of `weights` may change from call to call without recompilation; their number K is part of the
+    compiled code.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together, or a cap outside (0, `MAX_CAP`].
+    """
+    _check(x, lm_head, targets, cap)
+    if weights.ndim != 1 or weights.numel() == 0:
+        raise ValueError(f"weights: shape {tuple(weights.shape)}, expected (K,) with K >= 1")
+    need_grad = torch.is_grad_enabled() and (x.requires_grad or lm_head.requires_grad)
+    fp8 = precision == "fp8"
+    loss, _, _ = _plain_head_loss(
+        x, lm_head, targets, weights, cap=cap, shift=shift, scale=scale, fp8=fp8, need_grad=need_grad
+    )
+    return loss
+
+
+@torch.no_grad()
+def head_mean_loss(
+    x: Tensor,  # (T, D)
+    lm_head: Tensor,  # (D, V)
+    targets: Tensor,  # (T,) int64
+    *,
+    cap: float = 23.0,
+    shift: float = 5.0,
+    scale: float = 7.5,
+) -> Tensor:
+    """Evaluation: the mean cross-entropy of the next token alone, without gradient, in the inputs' precision.
+
+    Works in chunks of tokens, so memory stays small at T = 262,144. Returns a scalar, fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        ValueError: as `head_loss`.
+    """
+    _check(x, lm_head, targets, cap)
+    one = torch.ones(1, device=x.device)
+    loss, _, _ = _plain_head_loss(
+        x, lm_head, targets, one, cap=cap, shift=shift, scale=scale, fp8=False, need_grad=False
+    )
+    return loss / x.shape[0]
+
+
+def _check(x: Tensor, lm_head: Tensor, targets: Tensor, cap: float) -> None:
+    if x.ndim != 2 or lm_head.ndim != 2 or x.shape[1] != lm_head.shape[0]:
+        raise ValueError(f"x {tuple(x.shape)} and lm_head {tuple(lm_head.shape)}: expected (T, D) and (D, V)")
+    if x.dtype != lm_head.dtype:
+        raise ValueError(f"x is {x.dtype} and lm_head {lm_head.dtype}: expected one dtype")
+    if targets.shape != x.shape[:1] or targets.dtype != torch.int64:
+        raise ValueError(f"targets {tuple(targets.shape)} {targets.dtype}: expected ({x.shape[0]},) torch.int64")
+    if not 0 < cap <= MAX_CAP:
+        raise ValueError(f"cap {cap}: expected more than 0 and at most {MAX_CAP:g}")
+
+
+# ---------------------------------------------------------------- plain path, chunk by chunk
+
+_CHUNK_TOKENS = 256  # tokens whose logits exist at once on a CPU: amortises adding to the (D, V) gradient
+_BLOCK_ROWS = 16  # rows worked on elementwise at a time: 3 MB of fp32, so that ten passes stay in cache
+_CUDA_TOKENS = 4096
+
+
+@torch.library.custom_op("nanogpt::plain_head_loss", mutates_args=())
+def _plain_head_loss(
+    x: Tensor,
+    lm_head: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    *,
+    cap: float,
+    shift: float,
+    scale: float,
+    fp8: bool,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, its gradient in x, its gradient in lm_head); the gradients are empty unless `need_grad`."""
+    tokens, vocab = x.shape[0], lm_head.shape[1]
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    logit_dtype = torch.bfloat16 if fp8 else x.dtype
+    matmul_dtype = x.dtype
+    in_x, in_w = x, lm_head
+    if fp8:
+        in_x, in_w = (fake_quantize(t, s, torch.float8_e4m3fn).to(wide) for t, s in ((x, X_SCALE), (lm_head, W_SCALE)))
+        matmul_dtype = wide
+
+    weights = weights.to(wide)
+    ahead = torch.arange(tokens, device=x.device)[:, None] + torch.arange(len(weights), device=x.device)
+    columns = targets[ahead.clamp(max=tokens - 1)]  # (T, K)
+    column_weights = weights * (ahead < tokens)  # (T, K): 0 where the target lies beyond the end
+    row_weights = column_weights.sum(1)  # (T,)
+
+    loss = torch.zeros((), dtype=torch.float64, device=x.device)
+    dx = torch.empty_like(x) if need_grad else x.new_empty(0)
+    dw = torch.zeros(lm_head.shape, dtype=wide, device=x.device) if need_grad else lm_head.new_empty(0)
+    chunk = _CUDA_TOKENS if x.is_cuda else _CHUNK_TOKENS
+    rows = chunk if x.is_cuda else _BLOCK_ROWS
+    sigma = torch.empty(min(rows, tokens), vocab, dtype=wide, device=x.device)
+    for start in range(0, tokens, chunk):
+        part = slice(start, min(start + chunk, tokens))
+        grad = torch.mm(in_x[part], in_w).to(logit_dtype).to(wide)  # logits now, their gradient below
+        for first in range(part.start, part.stop, rows):
+            block = slice(first, min(first + rows, part.stop))
+            g = grad[first - part.start : block.stop - part.start]
+            s = torch.add(g, shift, out=sigma[: len(g)]).mul_(1 / scale).sigmoid_()
+            e = torch.mul(s, cap, out=g).exp_()
+            total = e.sum(1)
+            w, cols = column_weights[block], columns[block]
+            s_target = s.gather(1, cols)
+            loss += (row_weights[block] * total.log()).sum() - cap * (w * s_target).sum()
+            if need_grad:
+                e.mul_((row_weights[block] * (cap / scale) / total)[:, None])
+                torch.ops.aten.sigmoid_backward.grad_input(e, s, grad_input=e)
+                e.scatter_add_(1, cols, w * s_target * (s_target - 1) * (cap / scale))
+                if fp8:
+                    e.copy_(fake_quantize(e, GRAD_SCALE, torch.float8_e5m2))
+        if need_grad:
+            grad = grad.to(matmul_dtype)
+            dx[part] = torch.mm(grad, in_w.t())
+            dw.addmm_(in_x[part].t().to(wide), grad.to(wide))
+    return loss.to(wide), dx, dw.to(lm_head.dtype)
+
+
+@_plain_head_loss.register_fake
+def _(
+    x: Tensor,
+    lm_head: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    *,
+    cap: float,
+    shift: float,
+    scale: float,
+    fp8: bool,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss = x.new_empty((), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    if not need_grad:
+        return loss, x.new_empty(0), lm_head.new_empty(0)
+    return loss, torch.empty_like(x), torch.empty_like(lm_head)
+
+
+def _plain_setup(
+    ctx: Any, inputs: tuple[Tensor, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
+) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], output[2])
+
+
+def _plain_backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    dx, dw = ctx.saved_tensors
+    if grad is None:
+        return None, None, None, None
+    return (grad * dx).to(dx.dtype), (grad * dw).to(dw.dtype), None, None
+
+
+_plain_head_loss.register_autograd(_plain_backward, setup_context=_plain_setup)
+
+
+def fake_quantize(values: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """Round `values / scale` to the 8-bit float `dtype` and multiply back; computed and returned in fp32.
+
+    e4m3 saturates at its largest number, as the GPU's conversion does. e5m2 is not clamped.
+    """
+    scaled = values.float() / scale
+    if dtype == torch.float8_e4m3fn:
+        scaled = scaled.clamp(-448.0, 448.0)
+    return scaled.to(dtype).float() * scale
