@@ -1,0 +1,34 @@
+"""One file a model, readable from top to bottom; `build_model` makes the one that a spec names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from nanogpt.spec import Gpt2ModelSpec, RunSpec
+
+if TYPE_CHECKING:
+    from nanogpt.models.interface import LanguageModel, Paths
+
+
+def build_model(spec: RunSpec, *, device: torch.device | str, paths: Paths | None = None) -> LanguageModel:
+    """The spec's model with its parameters drawn from the spec's seed, alike on every device and world size.
+
+    `paths` chooses among the equal implementations of attention, MLP and head; the plain ones if not given.
+    """
+    from nanogpt.models.gpt2 import Gpt2
+    from nanogpt.models.interface import Paths
+    from nanogpt.models.speedrun import Speedrun
+
+    paths = paths or Paths()
+    max_tokens = max(
+        spec.evaluation.micro_batch_tokens, *(s.batch_tokens // spec.training.slots for s in spec.training.all_stages)
+    )
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[spec.runtime.dtype]
+    if isinstance(spec.model, Gpt2ModelSpec):
+        model: LanguageModel = Gpt2(spec.model, dtype=dtype, paths=paths)
+    else:
+        model = Speedrun(spec.model, dtype=dtype, max_tokens=max_tokens, paths=paths)
+    model.draw_parameters(torch.Generator().manual_seed(spec.training.seed))
+    return model.to(device)

@@ -1,0 +1,80 @@
+"""What the trainer asks of a model, and what it tells it about a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Left attention windows in tokens: a query sees itself and so many tokens before it."""
+
+    short: int
+    long: int
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Which of several equal implementations computes a model; see `nanogpt.kernels`."""
+
+    attention: str = "plain"
+    head_precision: Literal["bf16", "fp8"] = "bf16"
+        1.0  # what the trainer multiplies a micro-batch's loss by; the FP8 head's gradient scale needs it
+    )
+
+
+class TokenBatch(Protocol):
+    """One micro-batch; `nanogpt.data.batches.MicroBatch` is one."""
+
+    @property
+    def inputs(self) -> Tensor:
+        """(T,) int32 tokens."""
+
+    @property
+    def targets(self) -> Tensor:
+        """(T,) int64: the token after each input."""
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """(n,) int32: 0, the running ends of the documents, then T."""
+
+    @property
+    def max_seqlen(self) -> int:
+        """An upper bound of a document's length."""
+
+
+class LanguageModel(nn.Module):
+    """Base of the models. A parameter's name is its label in the optimizer's tables."""
+
+    def draw_parameters(self, generator: torch.Generator) -> None:
+        """Fill every parameter from `generator` (on the CPU)."""
+        raise NotImplementedError
+
+    def training_loss(self, batch: TokenBatch, windows: Windows, token_weights: Tensor) -> Tensor:
+        """The micro-batch's training loss, a scalar in fp32; the trainer multiplies it by 1 / accumulation steps.
+
+        token_weights: (K,) fp32, the loss weight of the k-th next token.
+        """
+        raise NotImplementedError
+
+    def training_loss_scale(self, batch: TokenBatch) -> float:
+        """What `training_loss` is divided by to be a loss per token, for the log."""
+        raise NotImplementedError
+
+    def evaluation_loss(self, batch: TokenBatch, windows: Windows) -> Tensor:
+        """Mean cross-entropy of the next token in nats, a scalar in fp32; no gradient."""
+        raise NotImplementedError
+
+    def next_token_logits(self, batch: TokenBatch, windows: Windows) -> Tensor:
+        """(vocab_size,) fp32: the (softcapped) logits after the micro-batch's last token; for sampling."""
+        raise NotImplementedError
+
+    def extend_window(self, old: int, new: int) -> None:
+        """The long window goes from `old` to `new` tokens at a stage change."""
+
+    def reset_windows(self) -> None:
+        """Undo every `extend_window`."""
