@@ -23,8 +23,6 @@ class Paths:
 
     attention: str = "plain"
     head_precision: Literal["bf16", "fp8"] = "bf16"
-        1.0  # what the trainer multiplies a micro-batch's loss by; the FP8 head's gradient scale needs it
-    )
 
 
 class TokenBatch(Protocol):
