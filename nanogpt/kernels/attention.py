@@ -1,11 +1,22 @@
-"""Attention as one operation: causal inside documents, over a sliding window, with interchangeable backends."""
+"""Attention as one operation: causal inside documents, over a sliding window, with interchangeable backends.
+
+Backends: `fa4`, `fa3`, `fa2` (FlashAttention, where installed), `varlen` (the FlashAttention 2 that PyTorch carries)
+and `plain` (PyTorch only, any device and dtype). `select_attention_backend` picks one and says why.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple, cast
+
+import torch
 from torch import Tensor
 
 from nanogpt.errors import InputError
+from nanogpt.kernels.attention_flash import LOADERS, attention_flash, flash_library
 from nanogpt.kernels.attention_plain import attention_plain
+
+BACKENDS = ("fa4", "fa3", "fa2", "varlen", "plain")
 
 
 def attention(
@@ -21,13 +32,100 @@ def attention(
 ) -> Tensor:
     """Attention of every query to the keys of its own document, itself and at most `window` tokens before it.
 
-    q, k, v: (T, H, D), one flat stream of documents. `cu_seqlens`: (n,) int32, 0, the running ends of the
-    documents, then T up to the fixed length n. `max_seqlen`: an upper bound of a document's length in tokens.
-    `window`: in tokens, larger than any document for none. `scale` multiplies the scores before the softmax (it is
-    not 1 / sqrt(D)). Returns (T, H, D) in the dtype of q. Differentiable in q, k and v.
+    q, k, v: (T, H, D), one flat stream of documents; strides are free as long as the last dimension is contiguous.
+    `cu_seqlens`: (n,) int32, 0, the running ends of the documents, then T up to the fixed length n. `max_seqlen`: an
+    upper bound of a document's length in tokens. `window`: in tokens, larger than any document for none. `scale`
+    multiplies the scores before the softmax (it is not 1 / sqrt(D)). Returns (T, H, D) in the dtype of q.
+    Differentiable in q, k and v. All but `plain` need a GPU and bf16 or fp16.
 
     Raises InputError for a backend that does not exist.
     """
     if backend == "plain":
         return attention_plain(q, k, v, cu_seqlens, max_seqlen=max_seqlen, window=window, scale=scale)
-    raise InputError(f"attention backend {backend!r} does not exist; use plain")
+    if backend == "varlen":
+        from torch.nn.attention.varlen import varlen_attn
+
+        out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=(window, 0))
+        return cast(Tensor, out)
+    if backend in LOADERS:
+        return attention_flash(q, k, v, cu_seqlens, max_seqlen=max_seqlen, window=window, scale=scale, library=backend)
+    raise InputError(f"attention backend {backend!r} does not exist; use one of {', '.join(BACKENDS)}")
+
+
+class AttentionChoice(NamedTuple):
+    """The backend to run, and one sentence for the log that says why."""
+
+    backend: str
+    reason: str
+
+
+def import_failure(backend: str) -> str | None:
+    """None where the backend's library can be imported, else why not. Imports it (FlashAttention 4: seconds)."""
+    try:
+        if backend in LOADERS:
+            flash_library(backend)
+        elif backend == "varlen":
+            from torch.nn.attention.varlen import varlen_attn  # noqa: F401
+    except Exception as error:  # a library built for another torch fails with whatever its loader raises
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def select_attention_backend(
+    requested: str,
+    capability: tuple[int, int] | None,
+    *,
+    head_dim: int = 128,
+    dtype: torch.dtype = torch.bfloat16,
+    import_failure: Callable[[str], str | None] = import_failure,
+) -> AttentionChoice:
+    """The backend for `requested`, a name of BACKENDS or `auto`.
+
+    `capability`: CUDA compute capability of the device, (9, 0) for an H100 or H200; None for a CPU. `auto` takes the
+    first of fa4, fa3, varlen, fa2 that the device, `dtype`, `head_dim` and the installed libraries allow, else
+    plain.
+
+    Raises InputError for a name that does not exist, and for one that was asked for and cannot run here.
+    """
+    if requested not in (*BACKENDS, "auto"):
+        raise InputError(f"attention backend {requested!r} does not exist; use auto or one of {', '.join(BACKENDS)}")
+    if requested == "plain":
+        return AttentionChoice("plain", "plain: asked for")
+
+    def obstacle(backend: str) -> str | None:
+        return _hardware_obstacle(backend, capability, head_dim, dtype) or import_failure(backend)
+
+    if requested != "auto":
+        if (why := obstacle(requested)) is not None:
+            raise InputError(f"attention backend {requested!r} cannot run here: {why}; use auto")
+        return AttentionChoice(requested, f"{requested}: asked for")
+
+    device = "a CPU" if capability is None else f"sm_{capability[0]}{capability[1]}"
+    passed_over: list[str] = []
+    for backend in ("fa4", "fa3", "varlen", "fa2"):
+        why = obstacle(backend)
+        if why is None:
+            rest = f" ({'; '.join(passed_over)})" if passed_over else ""
+            return AttentionChoice(backend, f"{backend}: the fastest that runs on {device}{rest}")
+        if capability is not None:
+            passed_over.append(f"not {backend}: {why}")
+    rest = f" ({'; '.join(passed_over)})" if passed_over else ""
+    return AttentionChoice("plain", f"plain: the only one for {device}{rest}")
+
+
+def _hardware_obstacle(
+    backend: str, capability: tuple[int, int] | None, head_dim: int, dtype: torch.dtype
+) -> str | None:
+    if capability is None:
+        return "it needs a CUDA GPU"
+    if backend == "fa4" and capability[0] < 9:
+        return "its backward pass needs sm_90 or newer"
+    if backend == "fa3" and capability[0] != 9:
+        return "it needs sm_90"
+    if capability[0] < 8:
+        return "it needs sm_80 or newer"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes in bf16 or fp16, not {dtype}"
+    if head_dim % 8 or head_dim > 256 or (backend == "fa4" and capability[0] > 9 and head_dim > 128):
+        return f"it does not support heads of {head_dim}"
+    return None
