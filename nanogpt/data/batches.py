@@ -1,0 +1,489 @@
+"""The batches of a run: document-aligned micro-batches for training, a contiguous stream for validation.
+
+Notable features:
+- A step is `slots` equal slots of the token stream whatever the world size; rank r's micro-step i is slot
+  `i * world_size + r`. Where a step lies in the shards is decided for the whole step, by every rank alike, so runs on
+  1, 2, 4 and 8 GPUs see the same tokens.
+- The next step is built in a background thread, and the next shard read in another, while the GPU computes.
+- Shapes depend on the micro-batch size alone, `cu_seqlens` included, so nothing is compiled twice.
+- The position in the data can be saved and resumed at any step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from nanogpt.data.documents_index import ShardDocuments, StepPlan
+from nanogpt.data.shards import HEADER_BYTES, ShardError, Tokens, read_count
+from nanogpt.errors import InputError
+
+BOS = 50256  # GPT-2's <|endoftext|>
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """One slot of a step on one rank: T tokens of consecutive documents as a flat stream."""
+
+    inputs: Tensor  # (T,) int32
+    targets: Tensor  # (T,) int64: inputs moved on by one; a document's last target is the next one's BOS
+    cu_seqlens: Tensor  # (cu_seqlens_length(T),) int32: 0, the documents' running ends, then T repeated
+    max_seqlen: int  # no document in it is longer: the stage's maximum in training, T in validation
+
+
+def cu_seqlens_length(tokens: int) -> int:
+    """Entries of `cu_seqlens` for a micro-batch of `tokens`: floor(tokens / 300), up to a multiple of 128, >= 128."""
+    return max(128, -(-(tokens // 300) // 128) * 128)
+
+
+class TrainBatches:
+    """Training micro-batches of one rank, from shards in sorted order; a context manager.
+
+    Args:
+        files: The training shards; every rank names the same.
+        slots: Micro-batches in a step over all ranks.
+        rank: This process's rank.
+        world_size: Number of ranks; divides `slots`.
+        bos: The token that starts every document.
+        device: Where micro-batches go. On CUDA they are copied from pinned memory on a stream of their own, which
+            the current stream waits for; the host never waits.
+        prefetch: Build the next step and read the next shard in background threads. The batches are the same
+            without.
+        epochs: Passes over the files; None repeats for ever. The speedrun makes one pass at most.
+        run_tokens: Tokens that the whole run will take, if known: a data set that is smaller is refused at once.
+
+    Only the files' headers are read here, and nothing by `restart`: the first `next_step` opens the first shard, so
+    that a clock started before it covers the opening. All methods belong to one thread.
+
+    Raises:
+        ShardError: a file is missing or not a shard.
+        InputError: no files, slots that the ranks cannot share, or too few tokens for `run_tokens`.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        *,
+        slots: int = 8,
+        rank: int = 0,
+        world_size: int = 1,
+        bos: int = BOS,
+        device: torch.device | str = "cpu",
+        prefetch: bool = True,
+        epochs: int | None = 1,
+        run_tokens: int | None = None,
+    ):
+        _check_ranks(slots, rank, world_size)
+        if epochs is not None and epochs < 1:
+            raise InputError(f"epochs: {epochs}, must be at least 1, or None to repeat the data for ever")
+        self._files = _sorted_shards(files, "training")
+        self._counts = [read_count(path) for path in self._files]
+        self._own_slots = range(rank, slots, world_size)
+        self._slots = slots
+        self._bos = bos
+        self._epochs = epochs
+        self._run_tokens = run_tokens
+        if run_tokens is not None and epochs is not None and run_tokens > epochs * sum(self._counts):
+            raise InputError(f"training data: {self._inventory()}; the run takes {run_tokens:,}. {_MORE_DATA}")
+
+        self._copier = _Copier(torch.device(device))
+        self._shards: dict[int, ShardDocuments] = {}
+        # One thread each. The pools' threads end with the interpreter, also without `close`.
+        self._builder = ThreadPoolExecutor(1, "next-step") if prefetch else None
+        self._reader = ThreadPoolExecutor(1, "next-shard") if prefetch else None
+        self._pending: tuple[_Request, Future[_Step]] | None = None
+        self._closed = False
+        self._position = _START
+        self.wait_seconds = 0.0  # spent inside `next_step` since the start or the last `restart`
+
+    def next_step(self, batch_tokens: int, max_document_tokens: int) -> list[MicroBatch]:
+        """This rank's `slots / world_size` micro-batches of the next step, each of `batch_tokens / slots` tokens.
+
+        Documents are cut at `max_document_tokens`. A call with the arguments of the last one finds its step built;
+        one with others builds it now, from the same document on.
+
+        Raises:
+            InputError: the data are used up, or a slot has more documents than `cu_seqlens` has room for, or the
+                arguments do not fit the slots.
+            ShardError: a shard cannot be read.
+        """
+        began = time.perf_counter()
+        if self._closed:
+            raise RuntimeError("TrainBatches.next_step after close")
+        if batch_tokens < 1 or batch_tokens % self._slots:
+            raise InputError(f"batch_tokens: {batch_tokens}, must be a positive multiple of the {self._slots} slots")
+        if max_document_tokens < 1:
+            raise InputError(f"maximum document length: {max_document_tokens} tokens, must be at least 1")
+        request = _Request(batch_tokens // self._slots, max_document_tokens)
+
+        step = self._take_pending(request)
+        if step is None:
+            step = self._build(self._position, request, self._copier.host_step(len(self._own_slots), request.tokens))
+        self._position = step.after
+        batches = self._copier.hand_out(step.host, max_document_tokens)
+        if self._builder is not None:
+            # Pinned memory is asked for here: the background threads make no CUDA calls, so they can disturb neither
+            # a graph capture nor the choice of device.
+            host = self._copier.host_step(len(self._own_slots), request.tokens)
+            self._pending = request, self._builder.submit(self._build, self._position, request, host)
+        self.wait_seconds += time.perf_counter() - began
+        return batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last step handed out, JSON-able and the same on every rank."""
+        position = self._position
+        return {**position._asdict(), "file": self._files[position.shard].name}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state`, of `state_dict`, was taken; the world size may be another.
+
+        Raises:
+            InputError: the state names another file, or lacks an entry. A document beyond the shard's end is found
+                by the next `next_step`.
+        """
+        try:
+            position = _Position(**{key: int(state[key]) for key in _Position._fields})
+            name = state["file"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"saved data position: {state!r} is not one of TrainBatches.state_dict") from error
+        if min(position) < 0 or position.shard >= len(self._files) or self._files[position.shard].name != name:
+            raise InputError(
+                f"saved data position: shard {position.shard} (from 0) called {name}, document {position.document}; "
+                f"here are {self._inventory()}. Resume with the data that the run was started with"
+            )
+        self._forget()
+        self._position = position
+
+    def restart(self) -> None:
+        """Back to the start of the stream, with nothing read and nothing prefetched; `wait_seconds` is 0 again."""
+        self._forget()
+        self._position = _START
+        self.wait_seconds = 0.0
+
+    def close(self) -> None:
+        """End the background threads and wait for them. May be called again; `next_step` may not."""
+        self._closed = True
+        self._forget()
+        for pool in (self._builder, self._reader):
+            if pool is not None:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> TrainBatches:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- building a step: in the builder's thread, or in the caller's while the builder is idle ------------------
+
+    def _take_pending(self, request: _Request) -> _Step | None:
+        """The prefetched step if it is the one asked for; in any case the builder is idle afterwards."""
+        if self._pending is not None and self._pending[0] == request:
+            future = self._pending[1]
+            self._pending = None
+            return future.result()
+        self._drop_pending()
+        return None
+
+    def _drop_pending(self) -> None:
+        if self._pending is not None:
+            future = self._pending[1]
+            self._pending = None
+            if not future.cancel():
+                future.exception()  # waits; what went wrong there is not wanted
+
+    def _forget(self) -> None:
+        self._drop_pending()
+        for shard in self._shards.values():
+            shard.stop()
+        self._shards.clear()
+
+    def _build(self, position: _Position, request: _Request, host: _HostStep) -> _Step:
+        following = self._following(position)
+        for index in self._shards.keys() - {position.shard, following.shard}:
+            self._shards.pop(index).stop()
+
+        position, plan = self._plan(position, request)
+        shard = self._shard(position.shard)
+        self._check_documents(shard, position, plan, request)
+        for row, slot in enumerate(self._own_slots):
+            host.fill(row, plan.gather(shard.tokens, slot), plan.running_ends(slot))
+        if self._reader is not None:
+            # Not before the step is built: it needs a piece of the shard, not all of it.
+            self._read_ahead(position)
+        after = position._replace(
+            document=position.document + plan.documents,
+            steps=position.steps + 1,
+            tokens=position.tokens + self._slots * request.tokens,
+        )
+        return _Step(host, after)
+
+    def _plan(self, position: _Position, request: _Request) -> tuple[_Position, StepPlan]:
+        """The first place at or after `position` that fills a whole step: from one shard, its rest being skipped."""
+        barren = 0
+        while not self._is_over(position):
+            plan = self._shard(position.shard).plan(
+                position.document, slots=self._slots, tokens=request.tokens, max_document=request.max_document
+            )
+            if plan is not None:
+                return position, plan
+            barren = barren + 1 if position.document == 0 else 0
+            if barren == len(self._files):
+                raise InputError(
+                    f"training data: {self._inventory()}, and none of them fills one step of "
+                    f"{self._slots * request.tokens:,} tokens in {self._slots} slots with documents cut at "
+                    f"{request.max_document:,} (the largest has {max(self._counts):,}). {_MORE_DATA}, or lower "
+                    "batch_tokens"
+                )
+            position = self._following(position)
+        whole_run = f"; the whole run takes {self._run_tokens:,}" if self._run_tokens is not None else ""
+        passes = "" if self._epochs == 1 else f" {self._epochs} times"
+        raise InputError(
+            f"training data: {self._inventory()}, used up{passes} after {position.steps:,} steps of together "
+            f"{position.tokens:,} tokens (what exceeds {request.max_document:,} in a document is not used); the next "
+            f"step takes {self._slots * request.tokens:,} more{whole_run}. {_MORE_DATA}, or allow more epochs"
+        )
+
+    def _check_documents(self, shard: ShardDocuments, position: _Position, plan: StepPlan, request: _Request) -> None:
+        room = cu_seqlens_length(request.tokens) - 1
+        for slot, (first, last) in enumerate(zip(plan.bounds, plan.bounds[1:], strict=False)):
+            # A last document of one token is a target only.
+            documents = last - first - int(plan.lengths[last - 1] == 1)
+            if documents > room:
+                raise InputError(
+                    f"{shard.path}: from document {position.document + first:,} on, slot {slot} of a step takes "
+                    f"{documents:,} documents for its {request.tokens:,} tokens; cu_seqlens has room for {room:,}. "
+                    "Join short texts into longer documents before prep-text, or lower batch_tokens"
+                )
+
+    def _shard(self, index: int) -> ShardDocuments:
+        if index not in self._shards:
+            self._shards[index] = ShardDocuments(self._files[index], self._counts[index], self._bos)
+        return self._shards[index]
+
+    def _read_ahead(self, position: _Position) -> None:
+        for place in (position, self._following(position)):
+            if self._is_over(place):
+                continue
+            shard = self._shard(place.shard)
+            if not shard.read_ahead and self._reader is not None:
+                shard.read_ahead = True
+                # What goes wrong there goes wrong again, and is raised, where the tokens are wanted.
+                self._reader.submit(shard.read_all)
+
+    def _following(self, position: _Position) -> _Position:
+        """The start of the next shard, in the next pass after the last one."""
+        shard = position.shard + 1
+        if shard == len(self._files):
+            return position._replace(epoch=position.epoch + 1, shard=0, document=0)
+        return position._replace(shard=shard, document=0)
+
+    def _is_over(self, position: _Position) -> bool:
+        return self._epochs is not None and position.epoch >= self._epochs
+
+    def _inventory(self) -> str:
+        first, last = self._files[0], self._files[-1]
+        names = first.name if first == last else f"{first.name} to {last.name}"
+        return f"{len(self._files)} shards in {first.parent} ({names}) of {sum(self._counts):,} tokens"
+
+
+class ValBatches:
+    """Validation micro-batches of one rank: the first `tokens` of the stream, cut into pieces of equal size.
+
+    Piece p, the tokens from `p * micro_batch_tokens` on plus one for the last target, is slot `p % slots` of its
+    group, and belongs to rank `p % world_size`. Documents are not cut at a maximum; they begin at BOS tokens, and a
+    piece that begins inside a document counts that rest as one. Iterating starts anew each time. A shard that ends
+    early is followed by the next. Everything is read and checked here, by every rank alike.
+
+    Args:
+        files: The validation shards; every rank names the same.
+        tokens: Tokens to evaluate, over all ranks; a multiple of `slots * micro_batch_tokens`.
+        micro_batch_tokens: T of a micro-batch.
+        slots: Micro-batches in a group over all ranks.
+        rank: This process's rank.
+        world_size: Number of ranks; divides `slots`.
+        bos: The token that starts every document.
+        device: Where micro-batches go.
+
+    Raises:
+        ShardError: a file is missing or not a shard.
+        InputError: no files, too few tokens, sizes that do not divide, or more documents in a piece than
+            `cu_seqlens` has room for.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        *,
+        tokens: int,
+        micro_batch_tokens: int,
+        slots: int = 8,
+        rank: int = 0,
+        world_size: int = 1,
+        bos: int = BOS,
+        device: torch.device | str = "cpu",
+    ):
+        _check_ranks(slots, rank, world_size)
+        if micro_batch_tokens < 1 or tokens < 1 or tokens % (slots * micro_batch_tokens):
+            raise InputError(
+                f"validation: {tokens:,} tokens, must be a positive multiple of {slots} slots of "
+                f"{micro_batch_tokens:,} tokens ({slots * micro_batch_tokens:,})"
+            )
+        paths = _sorted_shards(files, "validation")
+        stream = _read_stream(paths, tokens + 1)
+        self._tokens = micro_batch_tokens
+        self._copier = _Copier(torch.device(device))
+        self._pieces: list[tuple[Tokens, npt.NDArray[np.int64]]] = []
+        room = cu_seqlens_length(micro_batch_tokens) - 1
+        for piece, first in enumerate(range(0, tokens, micro_batch_tokens)):
+            own = stream[first : first + micro_batch_tokens + 1]
+            ends = np.append(np.flatnonzero(own[1:-1] == bos) + 1, micro_batch_tokens)
+            if ends.size > room:
+                raise InputError(
+                    f"{paths[0]}: validation tokens {first:,} to {first + micro_batch_tokens:,} hold {ends.size:,} "
+                    f"documents; cu_seqlens has room for {room:,}. Join short texts into longer documents before "
+                    "prep-text, or lower the validation micro-batch"
+                )
+            if piece % world_size == rank:
+                self._pieces.append((own.copy(), ends))
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for piece, ends in self._pieces:
+            host = self._copier.host_step(1, self._tokens)
+            host.fill(0, piece, ends)
+            yield self._copier.hand_out(host, self._tokens)[0]
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+
+# -- parts ---------------------------------------------------------------------------------------------------
+
+_MORE_DATA = "Get more shards (prep-fineweb --chunks N) or prepare more text (prep-text)"
+
+
+class _Request(NamedTuple):
+    tokens: int  # of one slot: T
+    max_document: int
+
+
+class _Position(NamedTuple):
+    epoch: int
+    shard: int
+    document: int  # the next to be taken, 0-based, in the shard
+    steps: int  # handed out since the start of the stream
+    tokens: int  # handed out since the start of the stream
+
+
+_START = _Position(0, 0, 0, 0, 0)
+
+
+class _HostStep:
+    """Room for a rank's micro-batches in host memory: inputs (n, T), targets (n, T), cu_seqlens (n, length)."""
+
+    def __init__(self, micro_batches: int, tokens: int, *, pinned: bool):
+        def empty(columns: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty((micro_batches, columns), dtype=dtype, pin_memory=pinned)
+
+        self.inputs = empty(tokens, torch.int32)
+        self.targets = empty(tokens, torch.int64)
+        self.cu_seqlens = empty(cu_seqlens_length(tokens), torch.int32)
+        # NumPy does the filling: torch's operators would start a thread pool in the builder's thread.
+        self._arrays = self.inputs.numpy(), self.targets.numpy(), self.cu_seqlens.numpy()
+
+    def fill(self, row: int, piece: Tokens, ends: npt.NDArray[np.int64]) -> None:
+        """Write micro-batch `row`: `piece` (T + 1,) uint16, `ends` the documents' running ends, the last >= T."""
+        inputs, targets, cu_seqlens = self._arrays
+        tokens = inputs.shape[1]
+        inputs[row] = piece[:-1]
+        targets[row] = piece[1:]
+        fitting = min(ends.size, cu_seqlens.shape[1] - 1)  # one too many only if its one token is a target only
+        cu_seqlens[row] = tokens
+        cu_seqlens[row, 0] = 0
+        cu_seqlens[row, 1 : fitting + 1] = np.minimum(ends[:fitting], tokens)
+
+
+class _Step(NamedTuple):
+    host: _HostStep
+    after: _Position
+
+
+class _Copier:
+    """Host memory for micro-batches, and their way from there to the device."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._cuda = device.type == "cuda"
+        self._stream: torch.cuda.Stream | None = None
+
+    def host_step(self, micro_batches: int, tokens: int) -> _HostStep:
+        """Fresh memory. Pinned memory returns to torch's pool when dropped, and is used again once copied."""
+        return _HostStep(micro_batches, tokens, pinned=self._cuda)
+
+    def hand_out(self, host: _HostStep, max_seqlen: int) -> list[MicroBatch]:
+        """The micro-batches on the device; on CUDA the copies may still be on their way, in stream order."""
+        parts = [host.inputs, host.targets, host.cu_seqlens]
+        if self._cuda:
+            parts = self._copy(parts)
+        elif self._device.type != "cpu":
+            parts = [part.to(self._device) for part in parts]
+        rows = zip(*(part.unbind() for part in parts), strict=True)
+        return [MicroBatch(inputs, targets, cu_seqlens, max_seqlen) for inputs, targets, cu_seqlens in rows]
+
+    def _copy(self, parts: list[Tensor]) -> list[Tensor]:
+        # On a stream of its own, a copy runs beside the kernels of the step before.
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)
+        with torch.cuda.stream(self._stream):
+            copies = [part.to(self._device, non_blocking=True) for part in parts]
+        current = torch.cuda.current_stream(self._device)
+        current.wait_stream(self._stream)
+        for copy in copies:
+            copy.record_stream(current)
+        return copies
+
+
+def _check_ranks(slots: int, rank: int, world_size: int) -> None:
+    if world_size < 1 or slots < 1 or slots % world_size:
+        raise InputError(f"world size: {world_size}, must divide the {slots} slots of a step")
+    if not 0 <= rank < world_size:
+        raise InputError(f"rank: {rank}, must lie in 0..{world_size - 1}")
+
+
+def _sorted_shards(files: Sequence[Path], kind: str) -> list[Path]:
+    if not files:
+        raise InputError(f"{kind} data: no shards found; run prep-fineweb or prep-text first, and check the directory")
+    return sorted(Path(file) for file in files)
+
+
+def _read_stream(paths: list[Path], wanted: int) -> Tokens:
+    """The first `wanted` tokens of the shards one after another, (wanted,) uint16."""
+    counts = [read_count(path) for path in paths]
+    if sum(counts) < wanted:
+        raise InputError(
+            f"validation data: {len(paths)} shards in {paths[0].parent} of {sum(counts):,} tokens, {wanted:,} are "
+            "needed (one more than are evaluated). Prepare more (prep-text --val-tokens N), or lower the recipe's "
+            "validation tokens"
+        )
+    parts: list[Tokens] = []
+    for path, count in zip(paths, counts, strict=True):
+        take = min(count, wanted)
+        with path.open("rb") as file:
+            file.seek(HEADER_BYTES)
+            part = np.fromfile(file, dtype="<u2", count=take)
+        if part.size != take:
+            raise ShardError(f"{path}: {part.size:,} tokens could be read of {take:,}: the file changed while read")
+        parts.append(part)
+        wanted -= take
+        if not wanted:
+            break
+    return np.concatenate(parts)
