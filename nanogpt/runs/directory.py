@@ -1,0 +1,238 @@
+"""A run's directory: log.txt, metrics.jsonl, spec.yaml and checkpoints/.
+
+Notable features:
+- Made atomically under `NAME-YYYYmmdd-HHMMSS`; two runs that start in the same second get two directories.
+- spec.yaml, the resolved spec, is what makes a directory a run: it is there from the first moment, and whole.
+- Every line is on its way to the disk when the call returns, so a killed run has told all it knew. A half-written
+  last line, of a kill or a full disk, is repaired when the run goes on.
+
+One process of a run writes (rank 0); any number may read. No torch is needed here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from nanogpt.errors import InputError, NanogptError, RunError
+from nanogpt.recipe import dump_spec, load_recipe
+from nanogpt.spec import RunSpec
+
+LOG_NAME = "log.txt"
+METRICS_NAME = "metrics.jsonl"
+SPEC_NAME = "spec.yaml"
+CHECKPOINTS_NAME = "checkpoints"
+
+# float32 values keep all their bits through nine digits.
+FLOAT_DIGITS = 9
+
+
+class RunDirectory:
+    """One run's directory. Files are opened at the first line written; a directory that is only read stays untouched.
+
+    Make one with `create` or `open`. Usable as a context manager, which closes it.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._log = _Lines(self.log_path)
+        self._metrics = _Lines(self.metrics_path)
+
+    @property
+    def log_path(self) -> Path:
+        """The log that a person reads."""
+        return self.path / LOG_NAME
+
+    @property
+    def metrics_path(self) -> Path:
+        """One JSON object a line: see `nanogpt.runs.metrics`."""
+        return self.path / METRICS_NAME
+
+    @property
+    def spec_path(self) -> Path:
+        """The resolved spec, itself a recipe."""
+        return self.path / SPEC_NAME
+
+    @property
+    def checkpoint_directory(self) -> Path:
+        """Where checkpoints go; made by the one who writes the first."""
+        return self.path / CHECKPOINTS_NAME
+
+    @classmethod
+    def create(cls, parent: Path, spec: RunSpec) -> RunDirectory:
+        """Make `parent/NAME-YYYYmmdd-HHMMSS` (local time; `-2`, `-3`, ... if taken) with spec.yaml in it.
+
+        Raises:
+            InputError: `parent` cannot be made or written to.
+            RunError: the disk is full, or failed.
+        """
+        stem = f"{spec.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        path = parent
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            for count in itertools.count(1):
+                path = parent / (stem if count == 1 else f"{stem}-{count}")
+                try:
+                    path.mkdir()
+                    break
+                except FileExistsError:
+                    continue
+        except OSError as error:
+            raise _cannot_create(parent, error) from error
+        run = cls(path)
+        try:
+            _write_whole(run.spec_path, dump_spec(spec))
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+            raise _cannot_create(parent, error) from error
+        return run
+
+    @classmethod
+    def open(cls, path: Path | str) -> RunDirectory:
+        """The run directory at `path`, which exists.
+
+        Raises:
+            InputError: there is nothing, or no run; the message names the runs found below.
+        """
+        path = Path(path)
+        try:
+            if is_run(path):
+                return cls(path)
+            if not path.exists():
+                raise InputError(f"{path}: no such run directory; expected one that `nanogpt train` made")
+            if not path.is_dir():
+                raise InputError(f"{path}: is a file, expected a run directory (it has a {SPEC_NAME})")
+            runs = sorted(
+                (child for child in path.iterdir() if is_run(child)),
+                key=lambda run: (run / SPEC_NAME).stat().st_mtime,
+            )
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        if runs:
+            several = f"it holds {len(runs)} runs, the newest is" if len(runs) > 1 else "it holds one run:"
+            raise InputError(f"{path}: not a run directory (no {SPEC_NAME} in it); {several} {runs[-1]}")
+        raise InputError(f"{path}: not a run directory: no {SPEC_NAME} in it")
+
+    def spec(self) -> RunSpec:
+        """The run's resolved spec. Raises `RecipeError`, an `InputError`, where spec.yaml is not a valid one."""
+        return load_recipe(self.spec_path.absolute())
+
+    def log(self, line: str) -> None:
+        """Append `line` to log.txt. Raises `RunError` where the disk takes no more."""
+        self._log.append(line.removesuffix("\n") + "\n")
+
+    def metric(self, record: Mapping[str, Any]) -> None:
+        """Append `record` to metrics.jsonl as one line of valid JSON.
+
+        Floats keep nine significant digits; NaN and infinities become null, which JSON has no other word for. NumPy
+        and torch scalars and paths are taken as what they stand for. Raises `RunError` where the disk takes no more.
+        """
+        self._metrics.append(json.dumps(_plain(record), allow_nan=False, ensure_ascii=False) + "\n")
+
+    def close(self) -> None:
+        """Close the files. May be called again; a later line opens them once more."""
+        self._log.close()
+        self._metrics.close()
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def is_run(path: Path) -> bool:
+    """Whether `path` is a run's directory."""
+    return (path / SPEC_NAME).is_file()
+
+
+class _Lines:
+    """A text file that only grows, a line at a time, each in one write that no buffer holds back."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file: BinaryIO | None = None
+
+    def append(self, line: str) -> None:
+        data = line.encode("utf-8", errors="backslashreplace")
+        try:
+            if self._file is None:
+                _drop_half_line(self._path)
+                self._file = self._path.open("ab", buffering=0)
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            raise RunError(
+                f"{self._path}: cannot be written: {error.strerror}. Free space or mend the file system, then resume"
+                " the run from its last checkpoint"
+            ) from error
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _drop_half_line(path: Path) -> None:
+    """Cut off what a kill or a full disk left behind the last newline."""
+    try:
+        file = path.open("r+b")
+    except FileNotFoundError:
+        return
+    with file:
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - 4096)
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                file.truncate(start + newline + 1)
+                return
+            end = start
+        file.truncate(0)
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON knows it."""
+    if isinstance(value, bool | int | str) or value is None:
+        return value
+    if isinstance(value, float):
+        return float(f"{value:.{FLOAT_DIGITS}g}") if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "item"):
+        return _plain(value.item())
+    raise TypeError(f"metric: {value!r} is a {type(value).__name__}, which JSON does not know")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _cannot_create(parent: Path, error: OSError) -> NanogptError:
+    way_out = "name another directory: NANOGPT_RUNS=DIR, or --set output.directory=DIR"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        return RunError(f"{parent}: no run directory can be made: {error.strerror}. Free space there, or {way_out}")
+    reason = "a file is in the way" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
+    return InputError(f"{parent}: no run directory can be made here: {reason}; {way_out}")

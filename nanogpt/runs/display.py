@@ -1,0 +1,142 @@
+"""What the user sees while a run trains: a progress bar on a terminal, plain lines in a job's log.
+
+The bar is drawn inside `step`, at most `REDRAWS_A_SECOND` times a second, and by no thread of its own: a thread would
+take the interpreter away from the one that launches kernels, within the time that is measured.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+REDRAWS_A_SECOND = 4
+AVERAGED_STEPS = 20
+
+
+class StepDisplay:
+    """Progress of a run's steps on `stream` (standard error by default).
+
+    Args:
+        stream: Where to; a terminal gets a bar, anything else plain lines.
+        every_s: Where there is no bar, seconds between step lines at the least. Evaluations are always shown.
+        clock: Seconds, monotonic.
+
+    Only rank 0 has one. `log.txt` has every line anyway.
+    """
+
+    def __init__(
+        self, stream: TextIO | None = None, *, every_s: float = 5.0, clock: Callable[[], float] = time.monotonic
+    ):
+        self._stream = stream
+        self._every_s = every_s
+        self._clock = clock
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._total = 0
+        self._train_loss: float | None = None
+        self._val_loss: float | None = None
+        self._shown_at = -float("inf")
+        self._last: tuple[int, float] | None = None  # step, time of the last `step` call
+        self._ms_per_step: float | None = None
+
+    def start(self, total_steps: int, first_step: int = 0) -> None:
+        """Begin: the run has `total_steps`, of which `first_step` are done (0, or where it resumes)."""
+        self._total = total_steps
+        self._last = (first_step, self._clock())
+        stream = self._stream or sys.stderr
+        if not stream.isatty():
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(separator="/"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[losses]}"),
+            TextColumn("{task.fields[speed]}"),
+            console=Console(file=stream),
+            auto_refresh=False,
+        )
+        self._task = self._progress.add_task("step", total=total_steps, completed=first_step, losses="", speed="")
+        self._progress.start()
+        self._progress.refresh()
+
+    def step(self, step: int, text_line: str, train_loss: float | None = None) -> None:
+        """`step` steps are done; `text_line` is the log's line of it, `train_loss` the newest known, if any."""
+        now = self._clock()
+        self._measure(step, now)
+        if train_loss is not None:
+            self._train_loss = train_loss
+        last = step >= self._total
+        due = 1 / REDRAWS_A_SECOND if self._progress else self._every_s
+        if not last and now - self._shown_at < due:
+            return
+        self._shown_at = now
+        if self._progress:
+            self._draw(step)
+        else:
+            self._print(text_line)
+
+    def evaluation(self, step: int, text_line: str, val_loss: float) -> None:
+        """A validation after `step` steps: its line stays on the screen."""
+        self._val_loss = val_loss
+        self._print(text_line)
+        if self._progress:
+            self._draw(step)
+        # The validation's own time is no step's.
+        self._last = (step, self._clock())
+
+    def close(self) -> None:
+        """Take the bar to its end and leave the last state standing. May be called again."""
+        if self._progress:
+            self._progress.refresh()
+            self._progress.stop()
+            self._progress = None
+
+    def __enter__(self) -> StepDisplay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _print(self, line: str) -> None:
+        if self._progress:
+            self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(line, file=self._stream or sys.stderr, flush=True)
+
+    def _measure(self, step: int, now: float) -> None:
+        if self._last is not None and step > self._last[0]:
+            ms = 1000 * (now - self._last[1]) / (step - self._last[0])
+            if self._ms_per_step is None:
+                self._ms_per_step = ms
+            else:
+                self._ms_per_step += (ms - self._ms_per_step) / AVERAGED_STEPS
+        self._last = (step, now)
+
+    def _draw(self, step: int) -> None:
+        assert self._progress is not None and self._task is not None
+        losses = [
+            f"{name} {value:.4f}"
+            for name, value in (("loss", self._train_loss), ("val", self._val_loss))
+            if value is not None
+        ]
+        speed = ""
+        if self._ms_per_step is not None:
+            left = max(0, self._total - step) * self._ms_per_step / 1000
+            speed = f"{self._ms_per_step:.4g} ms/step, {_clock_time(left)} left"
+        self._progress.update(self._task, completed=step, losses="  ".join(losses), speed=speed)
+        self._progress.refresh()
+
+
+def _clock_time(seconds: float) -> str:
+    """`75` -> `'1:15'`, `3700` -> `'1:01:40'`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
