@@ -12,8 +12,8 @@ import json
 import re
 import types
 import typing
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,31 +36,40 @@ class RecipeError(InputError):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers and booleans: 1e-10 is a float, `on` and `off` are strings."""
+    """YAML 1.2's scalars: 1e-10 is a float, 010 is ten, `on` and 2026-01-01 are strings."""
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes every string that YAML 1.1 or `_Loader` would read as something else."""
+
+
+_SCALARS = (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9][0-9_]*", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+)
 _Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool")
-    ]
+    first: [(tag, regexp) for tag, regexp in resolvers if tag == "tag:yaml.org,2002:null"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
-    list("-+0123456789."),
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
+for _name, _regexp, _first in _SCALARS:
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_regexp})$"), list(_first))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
+
+MAX_NODES = 100_000
 
 
 @dataclass
 class _Source:
     """Plain data with the place (`file:line` or `--set ...`) that each key path came from."""
 
-    data: dict[str, Any]
-    places: dict[KeyPath, str] = field(default_factory=dict)
+    data: Any
+    places: dict[KeyPath, str]
 
     def place(self, path: KeyPath) -> str:
         """The place of `path`, or of the nearest thing that contains it."""
@@ -111,8 +120,8 @@ def load_recipe(name: str | Path, overrides: Iterable[str] = (), steps: int | No
     for override in overrides:
         try:
             _override(source, override)
-        except InputError as error:
-            problems.append(str(error))
+        except RecipeError as error:
+            problems += error.problems
     if problems:
         raise RecipeError(problems)
     try:
@@ -126,106 +135,173 @@ def load_recipe(name: str | Path, overrides: Iterable[str] = (), steps: int | No
 
 def dump_spec(spec: RunSpec) -> str:
     """The fully resolved spec as YAML that `load_recipe` reads back to an equal spec."""
-    return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, width=110, default_flow_style=None)
+    return yaml.dump(
+        spec.model_dump(mode="json"),
+        Dumper=_Dumper,
+        sort_keys=False,
+        width=110,
+        default_flow_style=None,
+        allow_unicode=True,
+    )
 
 
-def recipe_schema() -> dict[str, Any]:
-    """JSON Schema of a recipe file for editors: `RunSpec`'s, with `base` and with nothing required (it may inherit)."""
+def recipe_schema(*, resolved: bool = False) -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of a recipe file, for editors, or of a resolved `RunSpec`.
+
+    In a recipe nothing is required, as it may inherit, except in the entries of a list, which replaces the base's
+    whole; and there is `base`. A part that may be of several kinds need not say which: `oneOf` would refuse what fits
+    several, so it becomes `anyOf`.
+    """
     schema = RunSpec.model_json_schema()
+    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    if resolved:
+        return {**dialect, **schema}
+    required = {f"#/$defs/{name}": part.get("required", []) for name, part in schema["$defs"].items()}
 
     def relax(node: Any) -> None:
-        if isinstance(node, dict):
-            if isinstance(node.get("required"), list):
-                del node["required"]
-            for child in node.values():
-                relax(child)
-        elif isinstance(node, list):
+        if isinstance(node, list):
             for child in node:
                 relax(child)
+        if not isinstance(node, dict):
+            return
+        if isinstance(node.get("title"), str):
+            del node["title"]
+        if isinstance(node.get("required"), list):
+            del node["required"]
+        if isinstance(node.get("oneOf"), list):
+            node["anyOf"] = node.pop("oneOf")
+            node.pop("discriminator", None)
+        for child in node.values():
+            relax(child)
+        items = node.get("items", {})
+        if items.get("$ref") in required:
+            items["required"] = required[items["$ref"]]
 
     relax(schema)
     schema["properties"] = {
-        "base": {"type": "string", "description": "recipe to inherit from, a path relative to this file"},
+        "base": {"type": "string", "description": "recipe to inherit from: a path relative to this file"},
         **schema["properties"],
     }
-    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    schema["title"] = "NanoGPT speedrun recipe"
-    return schema
+    return {**dialect, "title": "NanoGPT speedrun recipe", **schema}
 
 
-def schema_text() -> str:
-    """`recipe_schema` as the text of recipes/schema.json."""
-    return json.dumps(recipe_schema(), indent=1) + "\n"
+def schema_text(*, resolved: bool = False) -> str:
+    """`recipe_schema` as JSON text; without `resolved` that of recipes/schema.json."""
+    return json.dumps(recipe_schema(resolved=resolved), indent=1) + "\n"
 
 
 # --- reading ----------------------------------------------------------------------------------------------------
 
 
 def _read(path: Path, chain: tuple[Path, ...]) -> _Source:
-    resolved = path.resolve()
-    if resolved in chain:
-        names = " -> ".join(file.name for file in (*chain, resolved))
-        raise RecipeError([f"{path}: recipes inherit in a circle: {names}"])
+    """The recipe at `path` laid over its bases; `chain`: the recipes that led here."""
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError([f"{path}: cannot be read: {error}"]) from error
-    source = _Source({})
-    try:
-        node = yaml.compose(text, Loader=_Loader)
-        if not isinstance(node, yaml.MappingNode):
-            raise RecipeError([f"{path}:1: a recipe is a mapping of keys to values, found {_kind_of(node)}"])
-        source.data = _plain(node, (), str(path), source.places)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise RecipeError([f"{path}:{line}: not valid YAML: {error.problem}"]) from None
+    except UnicodeDecodeError as error:
+        raise RecipeError([f"{path}: is not UTF-8 text: {error.reason} at byte {error.start}"]) from None
+    except OSError as error:
+        raise RecipeError([f"{path}: cannot be read: {error.strerror}"]) from None
+    source = _parse(text, str(path), lambda line: f"{path}:{line}")
+    if not isinstance(source.data, dict):
+        raise RecipeError([f"{path}:1: a recipe is a mapping of keys to values, found {_kind_of(source.data)}"])
 
     base_name = source.data.pop("base", None)
+    place = source.places.pop(("base",), str(path))
     if base_name is None:
         return source
-    place = source.places.pop(("base",))
     if not isinstance(base_name, str):
         raise RecipeError([f"{place}: base: found {base_name!r}, expected the path of a recipe"])
-    base_path = path.parent / base_name
-    if not base_path.is_file():
-        siblings = sorted(file.name for file in base_path.parent.glob("*.yaml"))
-        close = difflib.get_close_matches(base_path.name, siblings, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise RecipeError([f"{place}: base: {base_path} does not exist{hint}"])
-    base = _read(base_path, (*chain, resolved))
+    base_path = _find_base(path, base_name, place)
+    chain = (*chain, path.resolve())
+    if base_path.resolve() in chain:
+        names = " -> ".join(file.name for file in (*chain, base_path))
+        raise RecipeError([f"{place}: base: recipes inherit in a circle: {names}"])
+    base = _read(base_path, chain)
     _merge(base, source, ())
     return base
 
 
-def _kind_of(node: yaml.Node | None) -> str:
-    return "nothing" if node is None else f"a {str(node.tag).rpartition(':')[2]}"
+def _find_base(path: Path, name: str, place: str) -> Path:
+    """`name` beside the recipe at `path`, else the shipped recipe of that name."""
+    beside = path.parent / name
+    if beside.is_file():
+        return beside
+    if Path(name).name == name and (shipped_recipes() / name).is_file():
+        return shipped_recipes() / name
+    names = sorted({file.name for folder in (beside.parent, shipped_recipes()) for file in folder.glob("*.yaml")})
+    close = difflib.get_close_matches(beside.name, names, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise RecipeError([f"{place}: base: {beside} does not exist and no shipped recipe is called {name}{hint}"])
 
 
-def _plain(node: yaml.Node, path: KeyPath, file: str, places: dict[KeyPath, str]) -> Any:
-    places[path] = f"{file}:{node.start_mark.line + 1}"
-    if isinstance(node, yaml.MappingNode):
+def _parse(text: str, name: str, place: Callable[[int], str]) -> _Source:
+    """YAML text to plain data with the place of every key path; `place` turns a line number into one.
+
+    Raises `RecipeError` with every problem of the text.
+    """
+    places: dict[KeyPath, str] = {}
+    problems: list[str] = []
+    try:
+        loader = _Loader(text)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise RecipeError(
+            [f"{place(line)}: not valid YAML: contains the control character {error.character!r}"]
+        ) from None
+    nodes = 0
+
+    def plain(node: yaml.Node, path: KeyPath) -> Any:
+        nonlocal nodes
+        nodes += 1
+        if nodes > MAX_NODES:
+            raise RecipeError([f"{name}: more than {MAX_NODES} values; does an alias contain itself?"])
+        here = place(node.start_mark.line + 1)
+        places.setdefault(path, here)
+        if isinstance(node, yaml.SequenceNode):
+            return [plain(child, (*path, index)) for index, child in enumerate(node.value)]
+        if not isinstance(node, yaml.MappingNode):
+            try:
+                return loader.construct_object(node, deep=True)
+            except ValueError as error:
+                problems.append(f"{here}: {_dotted(path)}: {error}")
+                return None
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            place = f"{file}:{key_node.start_mark.line + 1}"
+            here = place(key_node.start_mark.line + 1)
             if not isinstance(key_node, yaml.ScalarNode):
-                raise RecipeError([f"{place}: a key must be a plain word, found {_kind_of(key_node)}"])
+                problems.append(f"{here}: a key must be a plain word, found a {key_node.id}")
+                continue
             key = str(key_node.value)
-            if key in result:
-                raise RecipeError([f"{place}: {'.'.join(map(str, (*path, key)))}: stands twice in this mapping"])
-            result[key] = _plain(value_node, (*path, key), file, places)
-            places[(*path, key)] = place
+            dotted = _dotted((*path, key))
+            if key == "<<":
+                problems.append(
+                    f"{here}: {dotted}: merge keys are not supported; repeat the keys, or inherit by `base:`"
+                )
+            elif key in result:
+                problems.append(f"{here}: {dotted}: stands twice in this mapping, first at {places[(*path, key)]}")
+            else:
+                places[(*path, key)] = here
+                result[key] = plain(value_node, (*path, key))
         return result
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain(child, (*path, index), file, places) for index, child in enumerate(node.value)]
-    return _construct(node)
 
-
-def _construct(node: yaml.Node) -> Any:
-    loader = _Loader("")
     try:
-        return loader.construct_object(node, deep=True)
+        node = loader.get_single_node()
+        data = None if node is None else plain(node, ())
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise RecipeError([*problems, f"{place(line)}: not valid YAML: {error.problem}"]) from None
+    except RecursionError:
+        raise RecipeError([f"{name}: nested too deeply; does an alias contain itself?"]) from None
     finally:
         loader.dispose()
+    if problems:
+        raise RecipeError(problems)
+    return _Source(data, places)
+
+
+def _kind_of(data: Any) -> str:
+    names = {type(None): "nothing", list: "a list"}
+    return names.get(type(data), f"the value {data!r}")
 
 
 def _merge(base: _Source, child: _Source, path: KeyPath) -> None:
@@ -254,35 +330,43 @@ def _get(data: Any, path: KeyPath) -> Any:
 
 
 def _override(source: _Source, text: str) -> None:
+    """Apply one `key.path=value`; the value is YAML and replaces what was there."""
+    place = f"--set {text}"
     keys, separator, value_text = text.partition("=")
-    if not separator or not keys.strip():
-        raise InputError(f"--set {text}: expected key.path=value, for example --set training.seed=1")
-    try:
-        value = yaml.load(value_text, Loader=_Loader)
-    except yaml.YAMLError:
-        raise InputError(f"--set {text}: the value is not valid YAML; quote it") from None
     words = keys.strip().split(".")
+    if not separator or not all(words):
+        raise RecipeError([f"{place}: expected key.path=value, for example --set training.seed=1"])
+    value = _parse(value_text, place, lambda _: place).data
     path: KeyPath = ()
     parent: Any = source.data
     for depth, name in enumerate(words):
-        where = ".".join(map(str, path))
         key: str | int = name
         if isinstance(parent, list):
-            if not name.isdigit() or int(name) >= len(parent):
-                raise InputError(f"--set {text}: {where} has entries 0..{len(parent) - 1}, found {name!r}")
+            if not re.fullmatch("[0-9]+", name) or int(name) >= len(parent):
+                raise RecipeError([f"{place}: {_dotted(path)} has {_entries(parent)}, found {name!r}"])
             key = int(name)
         elif not isinstance(parent, dict):
-            raise InputError(f"--set {text}: {where} is the value {parent!r}, it has no keys")
+            raise RecipeError([f"{place}: {_dotted(path)} is the value {parent!r}, it has no keys"])
         path = (*path, key)
         if depth == len(words) - 1:
             parent[key] = value
+        elif isinstance(parent, dict) and parent.get(key) is None:
+            parent[key] = {}
+            source.places[path] = place
+            parent = parent[key]
         else:
-            if isinstance(parent, dict) and parent.get(key) is None:
-                parent[key] = {}
             parent = parent[key]
     for old_path in [p for p in source.places if p[: len(path)] == path]:
         del source.places[old_path]
-    source.places[path] = f"--set {text}"
+    source.places[path] = place
+
+
+def _entries(items: list[Any]) -> str:
+    return f"entries 0..{len(items) - 1}" if items else "no entries"
+
+
+def _dotted(path: KeyPath) -> str:
+    return ".".join(map(str, path))
 
 
 # --- explaining -------------------------------------------------------------------------------------------------
@@ -293,39 +377,57 @@ def _explain(error: ValidationError, source: _Source) -> Iterable[str]:
         cross = details.get("ctx", {}).get("error")
         if isinstance(cross, CrossCheckError):
             for path, text in cross.problems:
-                yield f"{source.place(path)}: {'.'.join(map(str, path))}: {text}"
+                yield f"{source.place(path)}: {_dotted(path)}: {text}"
         else:
             yield _explain_one(details, source)
 
 
 def _explain_one(details: ErrorDetails, source: _Source) -> str:
-    path = _path_in_data(details["loc"], source.data, keep_last=details["type"] in ("missing", "extra_forbidden"))
-    name = ".".join(map(str, path)) or "recipe"
+    kind, found = details["type"], details["input"]
+    path = _path_in_data(details["loc"], source.data, keep_last=kind in ("missing", "extra_forbidden"))
+    name = _dotted(path) or "recipe"
     place = source.place(path)
-    found = details["input"]
-    if details["type"] == "extra_forbidden":
+    if kind == "extra_forbidden":
         allowed = _keys_at(path[:-1], source.data)
         return f"{place}: {name}: unknown key{_nearest(str(path[-1]), allowed)}; allowed keys: {', '.join(allowed)}"
-    if details["type"] == "missing":
-        return f"{source.place(path[:-1])}: {name}: is missing; add it, or inherit it with `base: speedrun.yaml`"
-    if details["type"] == "union_tag_not_found":
-        return (
-            f"{place}: {name}.kind: is missing; allowed: {details['ctx']['expected_tags']}"
-            if "ctx" in details
-            else name
-        )
-    if details["type"] == "union_tag_invalid":
-        return (
-            f"{source.place((*path, 'kind'))}: {name}.kind: found {details['ctx']['tag']!r},"
-            f" allowed: {details['ctx']['expected_tags']}"
-        )
-    if details["type"] == "literal_error":
+    if kind == "missing" and isinstance(path[-1], int):
+        return f"{place}: {_dotted(path[:-1])}: has too few entries, entry {path[-1]} is missing"
+    if kind == "missing" and any(isinstance(key, int) for key in path):
+        return f"{place}: {name}: is missing; add it (a list replaces the list of the recipe's base whole)"
+    if kind == "missing":
+        return f"{place}: {name}: is missing; add it, or inherit it with `base: speedrun.yaml`"
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
+        models = _models_in(_annotation_at(path, source.data))
+        kinds = [str(value) for model in models for value in _literals(model)]
+        allowed_text = f"allowed: {', '.join(kinds)}"
+        if kind == "union_tag_not_found":
+            return f"{place}: {name}.kind: is missing; {allowed_text}"
+        tag = str(details["ctx"]["tag"])
+        return f"{source.place((*path, 'kind'))}: {name}.kind: found {tag}{_nearest(tag, kinds)}; {allowed_text}"
+    if kind == "literal_error":
         allowed = re.findall(r"'([^']*)'", details["ctx"]["expected"])
-        return f"{place}: {name}: found {found!r}{_nearest(str(found), allowed)}; allowed: {details['ctx']['expected']}"
-    message = details["msg"].removeprefix("Value error, ")
-    message = message.replace("Input should be", "must be").replace("Input should", "must")
-    shown = repr(found) if len(repr(found)) < 80 else repr(found)[:77] + "..."
-    return f"{place}: {name}: {message}, found {shown}"
+        return f"{place}: {name}: found {_show(found)}{_nearest(str(found), allowed)}; allowed: {', '.join(allowed)}"
+    message = _MESSAGES.get(kind) or re.sub(r"^\w+ should", "must", details["msg"])
+    return f"{place}: {name}: {message}, found {_show(found)}"
+
+
+_MESSAGES = {
+    "model_type": "must be a mapping",
+    "model_attributes_type": "must be a mapping",
+    "dict_type": "must be a mapping",
+    "list_type": "must be a list",
+    "tuple_type": "must be a list",
+    "bool_type": "must be true or false",
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "string_type": "must be text",
+}
+
+
+def _show(value: Any) -> str:
+    """A value as it stands in a recipe, cut to a readable length."""
+    text = json.dumps(value, ensure_ascii=False, default=repr)
+    return text if len(text) < 80 else text[:77] + "..."
 
 
 def _nearest(word: str, allowed: Sequence[str]) -> str:
@@ -334,22 +436,27 @@ def _nearest(word: str, allowed: Sequence[str]) -> str:
 
 
 def _path_in_data(loc: tuple[str | int, ...], data: Any, *, keep_last: bool) -> KeyPath:
-    """Pydantic's location without the names of union members, which are no keys of the recipe."""
+    """Pydantic's location without the `kind` that follows a mapping which has one, as that is no key of the recipe."""
     path: list[str | int] = []
+    kind: Any = None
     for position, key in enumerate(loc):
+        if kind is not None and key == kind:
+            kind = None
+            continue
         inside = (isinstance(data, dict) and key in data) or (
             isinstance(data, list) and isinstance(key, int) and key < len(data)
         )
         if inside:
             data = data[key]
             path.append(key)
+            kind = data.get("kind") if isinstance(data, dict) else None
         elif keep_last and position == len(loc) - 1:
             path.append(key)
     return tuple(path)
 
 
-def _keys_at(path: KeyPath, data: Any) -> list[str]:
-    """Keys that the spec allows in the mapping at `path` of `data`."""
+def _annotation_at(path: KeyPath, data: Any) -> Any:
+    """The type that the spec gives to what is at `path` of `data`."""
     annotation: Any = RunSpec
     for key in path:
         data = data[key]
@@ -358,7 +465,12 @@ def _keys_at(path: KeyPath, data: Any) -> list[str]:
         if isinstance(data, dict) and "kind" in data:
             tagged = [m for m in _models_in(annotation) if "kind" in m.model_fields and data["kind"] in _literals(m)]
             annotation = tagged[0] if tagged else annotation
-    names = [name for model in _models_in(annotation) for name in model.model_fields]
+    return annotation
+
+
+def _keys_at(path: KeyPath, data: Any) -> list[str]:
+    """Keys that the spec allows in the mapping at `path` of `data`."""
+    names = [name for model in _models_in(_annotation_at(path, data)) for name in model.model_fields]
     return list(dict.fromkeys([*names, *(["base"] if not path else [])]))
 
 

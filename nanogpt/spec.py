@@ -1,20 +1,22 @@
 """RunSpec: everything that decides a run, typed and bounded.
 
-A recipe (YAML, see `nanogpt.recipes`) becomes a `RunSpec`; the rest of the package reads nothing else. This module
+A recipe (YAML, see `nanogpt.recipe`) becomes a `RunSpec`; the rest of the package reads nothing else. This module
 imports no torch, so that a recipe is checked on a login node in a fraction of a second. Steps are 0-based. Windows
 are given in blocks here (`StageSpec.window_blocks`) and are in tokens everywhere else.
 """
 
 from __future__ import annotations
 
+import difflib
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 WORLD_SIZES = (1, 2, 4, 8)
-GPU_TYPES = ("h100", "h200", "a100", "cpu")
+GpuType = Literal["h100", "h200", "a100", "cpu"]
+GPU_TYPES: tuple[str, ...] = get_args(GpuType)
 
 SPEEDRUN_ADAM_LABELS = (
     "scalars",
@@ -37,12 +39,15 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+# Not strict, since YAML has lists only; what is inside stays strict.
+Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]
+Polynomial = Annotated[tuple[Finite, Finite, Finite], Field(strict=False)]
 
 
 class Strict(BaseModel):
-    """Base of every part of a spec: unknown keys are refused, values cannot change."""
+    """Base of every part of a spec: unknown keys are refused, "12" and true are no numbers, nothing can be changed."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
 
 class CrossCheckError(ValueError):
@@ -112,7 +117,9 @@ class SpeedrunModelSpec(Strict):
     skip: SkipSpec
     backout_layer: Index = Field(description="layer whose output is subtracted before the head")
     bigram_rows: Annotated[int, Field(ge=2, le=2**31 - 1)]
-    bigram_multipliers: tuple[Count, Count] = Field(description="hash multipliers of the token and of the one before")
+    bigram_multipliers: Annotated[tuple[Count, Count], Field(strict=False)] = Field(
+        description="hash multipliers of the token and of the one before"
+    )
     gate_inputs: Count = Field(description="leading channels that the gates read")
     attention_scale: Positive = Field(description="softmax scale at the start; YaRN steps change it")
     rotary: RotarySpec
@@ -214,7 +221,7 @@ Communication = Literal["replicated", "sharded"]
 class AdamGroup(Strict):
     """Adam's settings of one parameter."""
 
-    betas: tuple[Beta, Beta]
+    betas: Betas
     lr_mul: Positive
     wd_mul: NonNegative
     communication: Communication
@@ -254,7 +261,7 @@ class NorMuonSpec(Strict):
     weight_decay: NonNegative
     momentum: MomentumSpec
     norm_margin: Positive = Field(description="the matrix is divided by this much times its Frobenius norm first")
-    polar_express: list[tuple[Finite, Finite, Finite]] = Field(
+    polar_express: list[Polynomial] = Field(
         min_length=1, description="(a, b, c) of each iteration X <- aX + (bA + cAA)X, A = XX^T"
     )
     groups: dict[str, BankGroup]
@@ -285,7 +292,7 @@ class SpeedrunOptimizerSpec(Strict):
             (("update_order",), self.update_order, [*banks, *adam_labels]),
         ):
             missing = [label for label in wanted if label not in found]
-            unknown = [label for label in found if label not in wanted]
+            unknown = [f"{label}{_nearest(label, wanted)}" for label in found if label not in wanted]
             twice = sorted({label for label in found if found.count(label) > 1})
             parts = [
                 f"{word} {', '.join(labels)}"
@@ -296,12 +303,17 @@ class SpeedrunOptimizerSpec(Strict):
                 yield path, f"{'; '.join(parts)} (the model's parameters are {', '.join(wanted)})"
 
 
+def _nearest(word: str, allowed: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, allowed, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
 class AdamWSpec(Strict):
     """AdamW as the GPT-2 baseline uses it: decoupled decay of matrices only, gradient clipping."""
 
     kind: Literal["adamw"]
     lr: Positive
-    betas: tuple[Beta, Beta]
+    betas: Betas
     eps: Positive
     weight_decay: NonNegative
     clip_norm: Positive | None = Field(description="largest global gradient norm; null does not clip")
@@ -413,7 +425,7 @@ class DataSpec(Strict):
 class HardwareSpec(Strict):
     """What the run is started on; world size = nodes * gpus_per_node."""
 
-    gpu: Literal["h100", "h200", "a100", "cpu"] = Field(description="GPU type; cpu runs the plain path")
+    gpu: GpuType = Field(description="GPU type; cpu runs the plain path")
     gpus_per_node: Count = Field(description="processes a node, one a GPU")
     nodes: Count = 1
 
@@ -496,6 +508,8 @@ def _cross_checks(spec: RunSpec) -> Iterator[tuple[tuple[str | int, ...], str]]:
             f"is {training.slots}, must be a multiple of the world size {spec.world_size}",
         )
 
+    yield from _runtime_problems(spec.runtime, hardware.gpu)
+
     for path, stage in _stages_with_paths(training):
         if stage.batch_tokens % (16 * training.slots):
             yield (
@@ -517,6 +531,13 @@ def _cross_checks(spec: RunSpec) -> Iterator[tuple[tuple[str | int, ...], str]]:
             ("evaluation", "tokens"),
             f"is {evaluation.tokens}, must be a multiple of micro_batch_tokens * training.slots"
             f" = {evaluation.micro_batch_tokens * training.slots}",
+        )
+
+    schedule = training.lr_schedule
+    if isinstance(schedule, CosineSchedule) and schedule.warmup_steps > training.total_steps:
+        yield (
+            ("training", "lr_schedule", "warmup_steps"),
+            f"is {schedule.warmup_steps}, the run has {training.total_steps} steps",
         )
 
     if isinstance(spec.model, SpeedrunModelSpec) != isinstance(spec.optimizer, SpeedrunOptimizerSpec):
@@ -551,6 +572,20 @@ def _cross_checks(spec: RunSpec) -> Iterator[tuple[tuple[str | int, ...], str]]:
                 )
 
 
+def _runtime_problems(runtime: RuntimeSpec, gpu: str) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    cuda, hopper = ("h100", "h200", "a100"), ("h100", "h200")
+    for key, value, gpus in (
+        ("attention", "fa4", cuda),
+        ("attention", "fa3", hopper),
+        ("attention", "fa2", cuda),
+        ("attention", "varlen", cuda),
+        ("kernels", "triton", cuda),
+        ("head_precision", "fp8", hopper),
+    ):
+        if getattr(runtime, key) == value and gpu not in gpus:
+            yield ("runtime", key), f"{value} needs hardware.gpu {' or '.join(gpus)}, found {gpu}"
+
+
 def _stages_with_paths(training: TrainingSpec) -> Iterator[tuple[tuple[str | int, ...], StageSpec]]:
     for index, stage in enumerate(training.stages):
         yield ("training", "stages", index), stage
@@ -567,7 +602,9 @@ def shorten(spec: RunSpec, total_steps: int) -> RunSpec:
     training = spec.training
     old_total = training.total_steps
     if total_steps < len(training.all_stages):
-        raise CrossCheckError([(("training",), f"{total_steps} steps are fewer than its stages")])
+        raise CrossCheckError(
+            [(("training",), f"a run of {total_steps} steps has no room for its {len(training.all_stages)} stages")]
+        )
     ends, old_end = [0], 0
     for position, stage in enumerate(training.all_stages):
         old_end += stage.steps
@@ -591,5 +628,5 @@ def shorten(spec: RunSpec, total_steps: int) -> RunSpec:
     if isinstance(spec.optimizer, SpeedrunOptimizerSpec):
         momentum = data["optimizer"]["normuon"]["momentum"]
         momentum["warmup_steps"] = scaled(momentum["warmup_steps"])
-        momentum["cooldown_steps"] = scaled(momentum["cooldown_steps"])
+        momentum["cooldown_steps"] = min(scaled(momentum["cooldown_steps"]), total_steps - momentum["warmup_steps"])
     return RunSpec.model_validate(data)

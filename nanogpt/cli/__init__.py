@@ -1,0 +1,1 @@
+"""The command line: one file a command, thin, with no logic of its own. `main.py` lists the commands."""

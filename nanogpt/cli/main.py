@@ -1,0 +1,116 @@
+"""`nanogpt`: the list of commands, and how their errors reach the user.
+
+A command's module is imported when that command runs, so that `nanogpt --help` and `nanogpt validate` stay quick
+whatever the others import. Exit codes: 0 done, 1 failed, 2 the user's input is wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import typer
+import typer.core
+import typer.main
+
+from nanogpt.errors import NanogptError
+
+
+class Command(NamedTuple):
+    """A command: its name, where its function is, and how `nanogpt --help` lists it."""
+
+    name: str
+    target: str  # "module:function"; the function's signature and docstring are the command's options and help
+    section: str
+    help: str
+
+    def load(self) -> Callable[..., Any]:
+        """Import the command's function."""
+        module, _, function = self.target.partition(":")
+        loaded: Callable[..., Any] = getattr(importlib.import_module(module), function)
+        return loaded
+
+
+COMMANDS = (
+    Command("recipes", "nanogpt.cli.show:recipes", "Recipes", "List the recipes that come with the package."),
+    Command("validate", "nanogpt.cli.validate:validate", "Recipes", "Check recipes; every error with file and line."),
+    Command("show", "nanogpt.cli.show:show", "Recipes", "Print a recipe with everything it inherits."),
+    Command("schema", "nanogpt.cli.schema:schema", "Recipes", "Print the JSON Schema of recipes, for editors."),
+    Command("prep", "nanogpt.cli.prep:prep_fineweb", "Data", "Download FineWeb's token shards and verify them."),
+    Command("version", "nanogpt.cli.version:version", "Help", "Print the versions that a report of a problem needs."),
+)
+
+
+class _Commands(typer.core.TyperGroup):
+    """Imports a command when it is asked for, and lists the commands by section without importing any."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        for command in COMMANDS:
+            if command.name == cmd_name:
+                single = typer.Typer(add_completion=False, rich_markup_mode=None)
+                single.command(cmd_name)(command.load())
+                return typer.main.get_command(single)
+        return None
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        width = max(len(command.name) for command in COMMANDS)
+        for section, commands in itertools.groupby(COMMANDS, key=lambda command: command.section):
+            with formatter.section(section):
+                formatter.write_dl([(command.name.ljust(width), command.help) for command in commands])
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from nanogpt import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def _root(
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the package's version and exit."
+    ),
+) -> None:
+    """Train GPT-2-sized models fast: the modded-NanoGPT speedrun, from data to result."""
+
+
+def app() -> typer.Typer:
+    """The Typer application."""
+    root = typer.Typer(
+        cls=_Commands,
+        add_completion=False,
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        epilog="`nanogpt COMMAND --help` tells more.",
+    )
+    root.callback()(_root)
+    for command in COMMANDS:  # the names, which Typer suggests from after a typo
+        root.command(command.name, help=command.help)(lambda: None)
+    return root
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line `argv` (None: that of the process) and exit; a user's error is a message, no traceback."""
+    try:
+        app()(args=None if argv is None else list(argv), prog_name="nanogpt")
+    except NanogptError as error:
+        print(error, file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # What reads our output has gone; Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()
