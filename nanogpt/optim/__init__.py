@@ -1,0 +1,24 @@
+"""Update formulas (adam, normuon, polar_express), who sends what when (plan, communication), and both at work."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nanogpt.spec import AdamWSpec, RunSpec
+
+if TYPE_CHECKING:
+    from nanogpt.models.interface import LanguageModel
+    from nanogpt.optim.communication import Communicator
+    from nanogpt.optim.interface import Optimizer
+
+
+def build_optimizer(
+    spec: RunSpec, model: LanguageModel, communicator: Communicator, *, compiled: bool = False
+) -> Optimizer:
+    """The spec's optimizer for `model`. `compiled`: the update formulas go through torch.compile."""
+    from nanogpt.optim.adamw import AdamW
+    from nanogpt.optim.normuon_adam import NorMuonAdam
+
+    if isinstance(spec.optimizer, AdamWSpec):
+        return AdamW(model, spec.optimizer, communicator)
+    return NorMuonAdam(model, spec.optimizer, communicator, compiled=compiled)

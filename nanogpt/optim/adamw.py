@@ -1,0 +1,55 @@
+"""AdamW for the GPT-2 baseline: decay on matrices only, clipping by the global norm, gradients averaged over ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from nanogpt.optim.communication import Communicator
+from nanogpt.optim.interface import StepRates
+from nanogpt.spec import AdamWSpec
+
+
+class AdamW:
+    """torch.optim.AdamW (Loshchilov & Hutter, 2019) behind the trainer's interface."""
+
+    def __init__(self, model: nn.Module, spec: AdamWSpec, communicator: Communicator):
+        self.spec = spec
+        self.communicator = communicator
+        self.parameters = list(model.parameters())
+        self.inner = torch.optim.AdamW(
+            [
+                {"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": spec.weight_decay},
+                {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},
+            ],
+            lr=spec.lr,
+            betas=spec.betas,
+            eps=spec.eps,
+        )
+
+    def step(self, rates: StepRates) -> None:
+        """Average the gradients over ranks, clip, update, clear."""
+        pending = [self.communicator.average(p.grad) for p in self.parameters if p.grad is not None]
+        for reduction in pending:
+            reduction.wait()
+        if self.spec.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.spec.clip_norm)
+        for group in self.inner.param_groups:
+            group["lr"] = self.spec.lr * rates.lr_factor
+        self.inner.step()
+        self.inner.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's state; it is the same on every rank. Tensors are copies."""
+        state = self.inner.state_dict()
+        state["state"] = {
+            index: {name: value.clone() for name, value in entry.items()} for index, entry in state["state"].items()
+        }
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a `state_dict`."""
+        self.inner.load_state_dict(state)
+        self.inner.zero_grad(set_to_none=True)

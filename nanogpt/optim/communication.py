@@ -1,0 +1,103 @@
+"""Averages and gathers over ranks, started early and waited for late.
+
+A `Communicator` of one rank makes no process group call: its "reductions" hand back the gradient itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass
+class Pending:
+    """A collective under way; `wait` gives its result (on CUDA it only orders the current stream after it)."""
+
+    finish: Callable[[], Tensor]
+
+    def wait(self) -> Tensor:
+        """The result."""
+        return self.finish()
+
+
+class Communicator:
+    """Collectives of one process group. Shards are equal parts of dimension 0, in rank order."""
+
+    def __init__(self, rank: int = 0, size: int = 1, group: dist.ProcessGroup | None = None):
+        self.rank = rank
+        self.size = size
+        self.group = group
+        self.nccl = size > 1 and dist.get_backend(group) == "nccl"
+
+    def shard(self, full: Tensor) -> Tensor:
+        """This rank's part of `full`, a view."""
+        rows = full.shape[0] // self.size
+        return full[self.rank * rows : (self.rank + 1) * rows]
+
+    def average(self, tensor: Tensor) -> Pending:
+        """Mean over ranks, in place, in the tensor's dtype."""
+        if self.size == 1:
+            return Pending(lambda: tensor)
+        op = dist.ReduceOp.AVG if self.nccl else dist.ReduceOp.SUM
+        work = dist.all_reduce(tensor, op=op, group=self.group, async_op=True)
+        return self._pending(work, tensor)
+
+    def average_shard(self, full: Tensor) -> Pending:
+        """This rank's shard of the mean over ranks, in the tensor's dtype. `full` is used up."""
+        if self.size == 1:
+            return Pending(lambda: full)
+        shard = torch.empty_like(self.shard(full))
+        op = dist.ReduceOp.AVG if self.nccl else dist.ReduceOp.SUM
+        work = dist.reduce_scatter_tensor(shard, full.contiguous(), op=op, group=self.group, async_op=True)
+        return self._pending(work, shard)
+
+    def _pending(self, work: dist.Work, result: Tensor) -> Pending:
+        def finish() -> Tensor:
+            work.wait()
+            return result if self.nccl else result.div_(self.size)
+
+        return Pending(finish)
+
+    def gather(self, full: Tensor) -> Pending:
+        """Fill `full` with every rank's shard of it, in place."""
+        if self.size == 1:
+            return Pending(lambda: full)
+        shard = _bytes(self.shard(full))
+        if not self.nccl:  # NCCL gathers in place, gloo wants memory of its own
+            shard = shard.clone()
+        work = dist.all_gather_into_tensor(_bytes(full), shard, group=self.group, async_op=True)
+
+        def finish() -> Tensor:
+            work.wait()
+            return full
+
+        return Pending(finish)
+
+    def unshard(self, shard: Tensor) -> Tensor:
+        """The full tensor that every rank's `shard` is a part of, new memory."""
+        full = shard.new_empty((shard.shape[0] * self.size, *shard.shape[1:]))
+        self.shard(full).copy_(shard)
+        return self.gather(full).wait()
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Rank 0's values to every rank, in place."""
+        if self.size > 1:
+            dist.broadcast(_bytes(tensor), src=0, group=self.group)
+
+    def mean_scalar(self, value: Tensor) -> Tensor:
+        """Mean of a scalar over ranks, in place."""
+        return self.average(value).wait()
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.size > 1:
+            dist.barrier(group=self.group)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """A flat byte view: collectives that only move data need not know the dtype (NCCL has no int16)."""
+    return tensor.view(-1).view(torch.uint8)

@@ -1,0 +1,213 @@
+"""The speedrun's optimizer: NorMuon on the banks every step, Adam on the rest every other step.
+
+A step starts all reductions in one order, then updates in another, and starts each gather as soon as its update is
+done, so that communication hides behind the orthogonalization of the banks, which come last. While the head is tied,
+`embed` is `lm_head` transposed: its gradient joins lm_head's before communication and it is refreshed afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nanogpt.kernels.transpose import transpose_add, transpose_copy
+from nanogpt.optim.adam import adam_step_size, adam_update
+from nanogpt.optim.communication import Communicator, Pending
+from nanogpt.optim.interface import StepRates
+from nanogpt.optim.normuon import normuon_update, second_moment_dim
+from nanogpt.optim.plan import HEAD, TIED, ParameterPlan, parameter_plans, step_plan
+from nanogpt.spec import SpeedrunOptimizerSpec
+
+State = dict[str, Tensor]
+
+
+class NorMuonAdam:
+    """See the module. Parameters are looked up by label among the model's named parameters."""
+
+    def __init__(
+        self, model: nn.Module, spec: SpeedrunOptimizerSpec, communicator: Communicator, *, compiled: bool = False
+    ):
+        self.spec = spec
+        self.communicator = communicator
+        self.parameters = dict(model.named_parameters())
+        self.plans = parameter_plans(spec)
+        self.tied = True
+        self.adam_counts = dict.fromkeys(spec.adam.groups, 0)
+        self.state: dict[str, State] = {}
+        for label, plan in self.plans.items():
+            if label != TIED:
+                self.state[label] = self._bank_state(label) if plan.bank else self._adam_state(label)
+        self._adam: Callable[..., None] = adam_update
+        self._normuon: Callable[..., None] = normuon_update
+        if compiled:
+            self._adam = torch.compile(adam_update, fullgraph=True, dynamic=False)
+            self._normuon = torch.compile(normuon_update, fullgraph=True, dynamic=False)
+
+    # --- views and state ---
+
+    def _matrices(self, label: str, full: Tensor) -> Tensor:
+        """A bank as (matrices, rows, columns): the matrix of each of attention's q, k, v, o, or up and down."""
+        width = full.shape[-1]
+        rows = width if label == "attn" else full.shape[-2]
+        return full.view(-1, rows, width)
+
+    def _view(self, plan: ParameterPlan, full: Tensor) -> Tensor:
+        return self._matrices(plan.label, full) if plan.bank else full
+
+    def _own(self, plan: ParameterPlan, full: Tensor) -> Tensor:
+        view = self._view(plan, full)
+        return self.communicator.shard(view) if plan.sharded else view
+
+    def _adam_state(self, label: str) -> State:
+        own = self._own(self.plans[label], self.parameters[label].data)
+        return {name: torch.zeros_like(own, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")}
+
+    def _bank_state(self, label: str) -> State:
+        own = self._own(self.plans[label], self.parameters[label].data)
+        shape = list(own.shape)
+        shape[second_moment_dim(shape)] = 1
+        state = {
+            "momentum": torch.zeros_like(own, dtype=torch.float32),
+            "second_moment": torch.zeros(shape, dtype=torch.float32, device=own.device),
+        }
+        if own.dtype == torch.bfloat16:
+            state["mantissa"] = torch.zeros_like(own, dtype=torch.int16)
+        return state
+
+    # --- a step ---
+
+    @torch.no_grad()
+    def step(self, rates: StepRates) -> None:
+        """Reduce, update, gather, clear; see the module. Raises RuntimeError where a parameter has no gradient."""
+        plan = step_plan(self.spec, adam_step=rates.adam_step, tied=self.tied)
+        if rates.adam_step and self.tied:
+            transpose_add(self._gradient(TIED), self._gradient(HEAD))
+
+        reductions = {p.label: self._start_reduction(p) for p in plan.reduce}
+        gathers: dict[str, Pending] = {}
+        for p in plan.update:
+            gradient = reductions.pop(p.label).wait()
+            own = self._own(p, self.parameters[p.label].data)
+            if p.bank:
+                self._update_bank(p.label, own, gradient, rates)
+            else:
+                self._update_adam(p.label, own, gradient, rates)
+            self.parameters[p.label].grad = None
+            if p.sharded:
+                gathers[p.label] = self.communicator.gather(self._view(p, self.parameters[p.label].data))
+
+        if rates.adam_step and self.tied:
+            if HEAD in gathers:
+                gathers.pop(HEAD).wait()
+            transpose_copy(self.parameters[HEAD].data, self.parameters[TIED].data)
+            self.parameters[TIED].grad = None
+            if rates.split:
+                self._split()
+        for gather in gathers.values():
+            gather.wait()
+
+    def _gradient(self, label: str) -> Tensor:
+        gradient = self.parameters[label].grad
+        if gradient is None:
+            raise RuntimeError(f"{label} has no gradient: no backward pass has reached it since it was last cleared")
+        return gradient
+
+    def _start_reduction(self, plan: ParameterPlan) -> Pending:
+        gradient = self._view(plan, self._gradient(plan.label))
+        return self.communicator.average_shard(gradient) if plan.sharded else self.communicator.average(gradient)
+
+    def _update_adam(self, label: str, own: Tensor, gradient: Tensor, rates: StepRates) -> None:
+        adam, group, state = self.spec.adam, self.spec.adam.groups[label], self.state[label]
+        self.adam_counts[label] += 1
+        lr = adam.lr * group.lr_mul * rates.lr_factor
+        self._adam(
+            own,
+            gradient,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            torch.tensor(adam_step_size(lr, group.betas, self.adam_counts[label])),
+            torch.tensor(lr * lr * adam.weight_decay * group.wd_mul),
+            group.betas,
+            adam.eps,
+        )
+
+    def _update_bank(self, label: str, own: Tensor, gradient: Tensor, rates: StepRates) -> None:
+        normuon, state = self.spec.normuon, self.state[label]
+        lr = normuon.lr * rates.lr_factor
+        self._normuon(
+            own,
+            gradient,
+            state["momentum"],
+            state["second_moment"],
+            state.get("mantissa"),
+            torch.tensor(rates.momentum),
+            self._multipliers(label, own) * lr,
+            torch.tensor(normuon.weight_decay * lr),
+            normuon.beta2,
+            tuple(normuon.polar_express),
+            normuon.norm_margin,
+        )
+
+    def _multipliers(self, label: str, own: Tensor) -> Tensor:
+        """(n, 1, 1) fp32, for this rank's matrices: sqrt(max(1, rows / columns)) times the group's multipliers."""
+        count, rows, columns = own.shape
+        first = self.communicator.rank * count if self.plans[label].sharded else 0
+        muls = self.spec.normuon.groups[label].lr_muls
+        shape_factor = math.sqrt(max(1.0, rows / columns))
+        values = [shape_factor * muls[(first + i) % len(muls)] for i in range(count)]
+        return torch.tensor(values, device=own.device).view(count, 1, 1)
+
+    def _split(self) -> None:
+        """From now on embed has an Adam state of its own, lm_head's transposed, and its step count."""
+        head, tied = self.plans[HEAD], self.plans[TIED]
+        self.state[TIED] = {}
+        for name, own in self.state[HEAD].items():
+            full = self.communicator.unshard(own) if head.sharded else own
+            transposed = full.mT.contiguous()
+            self.state[TIED][name] = self.communicator.shard(transposed).clone() if tied.sharded else transposed
+        self.adam_counts[TIED] = self.adam_counts[HEAD]
+        self.tied = False
+
+    # --- checkpoints ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """Full tensors, whatever the world size. Also the gradients that Adam's parameters have gathered so far."""
+        tensors = {
+            label: {
+                name: self.communicator.unshard(own) if self.plans[label].sharded else own.clone()
+                for name, own in state.items()
+            }
+            for label, state in self.state.items()
+        }
+        pending = {}
+        for label in self.spec.adam.groups:
+            gradient = self.parameters[label].grad
+            if gradient is not None:
+                pending[label] = self.communicator.average(gradient.clone()).wait()
+        return {
+            "tensors": tensors,
+            "adam_counts": dict(self.adam_counts),
+            "tied": self.tied,
+            "pending_gradients": pending,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a `state_dict` of any world size; tensors are copied."""
+        self.tied = state["tied"]
+        self.adam_counts = dict(state["adam_counts"])
+        if self.tied:
+            self.state.pop(TIED, None)
+        elif TIED not in self.state:
+            self.state[TIED] = self._adam_state(TIED)
+        for label, tensors in state["tensors"].items():
+            for name, full in tensors.items():
+                own = self.communicator.shard(full) if self.plans[label].sharded else full
+                self.state[label][name].copy_(own)
+        for label, parameter in self.parameters.items():
+            gradient = state["pending_gradients"].get(label)
+            parameter.grad = None if gradient is None else gradient.to(parameter.device, parameter.dtype, copy=True)

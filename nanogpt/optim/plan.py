@@ -1,0 +1,54 @@
+"""The communication plan: who owns what part of a parameter, and in which order reductions start and updates run.
+
+Data only. The update formulas know nothing of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nanogpt.spec import SpeedrunOptimizerSpec
+
+TIED, HEAD = "embed", "lm_head"
+
+
+@dataclass(frozen=True)
+class ParameterPlan:
+    """How one parameter is trained."""
+
+    label: str
+    sharded: bool  # reduce-scatter, update the own shard, all-gather; else all-reduce and update everywhere
+    bank: bool  # NorMuon, every step; else Adam, on Adam steps
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The parameters of one optimizer step, in the order of reduction and in the order of update."""
+
+    reduce: tuple[ParameterPlan, ...]
+    update: tuple[ParameterPlan, ...]
+
+
+def parameter_plans(spec: SpeedrunOptimizerSpec) -> dict[str, ParameterPlan]:
+    """Every parameter's plan by label."""
+    banks = {
+        label: ParameterPlan(label, group.communication == "sharded", bank=True)
+        for label, group in spec.normuon.groups.items()
+    }
+    adam = {
+        label: ParameterPlan(label, group.communication == "sharded", bank=False)
+        for label, group in spec.adam.groups.items()
+    }
+    return banks | adam
+
+
+def step_plan(spec: SpeedrunOptimizerSpec, *, adam_step: bool, tied: bool) -> StepPlan:
+    """What a step works on: banks always, Adam's parameters on Adam steps, `embed` only once it trains by itself."""
+    plans = parameter_plans(spec)
+
+    def chosen(order: list[str]) -> tuple[ParameterPlan, ...]:
+        return tuple(
+            plans[label] for label in order if plans[label].bank or (adam_step and not (tied and label == TIED))
+        )
+
+    return StepPlan(chosen(spec.reduce_order), chosen(spec.update_order))

@@ -1,0 +1,32 @@
+"""Polar Express (Amsel et al., 2025): the orthogonal factor of a matrix by a few odd polynomials of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nanogpt.kernels.symmetric_matmul import ba_plus_caa, x_xt
+
+NORM_FLOOR = 1e-6
+
+
+def polar_express(
+    matrices: Tensor,  # (n, rows, columns), bf16 or wider
+    coefficients: Sequence[tuple[float, float, float]],
+    norm_margin: float,
+) -> Tensor:
+    """Replace each matrix's singular values by ones, about; shape and dtype as given.
+
+    X = G / (norm_margin ||G||_F + 1e-6); then for each (a, b, c): A = X X^T, X <- a X + (b A + c A A) X, on the side
+    that is smaller. A zero matrix stays zero.
+    """
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    wide_dtype = torch.promote_types(matrices.dtype, torch.float32)
+    length = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=wide_dtype)
+    x = (matrices / (length * norm_margin + NORM_FLOOR)).to(matrices.dtype)
+    for a, b, c in coefficients:
+        polynomial = ba_plus_caa(x_xt(x.mT if tall else x), b, c)
+        x = torch.baddbmm(x, x, polynomial, beta=a) if tall else torch.baddbmm(x, polynomial, x, beta=a)
+    return x

@@ -1,0 +1,1 @@
+"""Schedule, trainer, warm-up, evaluation, checkpoints, sampling."""

@@ -1,0 +1,92 @@
+"""The processes of a run: rank, world size and device, from torchrun's environment."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from nanogpt.errors import InputError, RunError
+from nanogpt.optim.communication import Communicator
+from nanogpt.spec import RunSpec
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place in the run."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    communicator: Communicator
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 writes the run's directory."""
+        return self.rank == 0
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+@contextmanager
+def join_world(spec: RunSpec) -> Iterator[World]:
+    """Take this process's place among the spec's processes, and leave it at the end.
+
+    Started by torchrun where the world size is above 1 (RANK, WORLD_SIZE, LOCAL_RANK in the environment).
+
+    Raises:
+        InputError: the number of processes is not the recipe's, or there is no GPU for a recipe that wants one.
+        RunError: the processes do not find each other.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if size != spec.world_size:
+        hardware = spec.hardware
+        nodes = f"--nnodes {hardware.nodes} " if hardware.nodes > 1 else ""
+        raise InputError(
+            f"hardware: the recipe wants {spec.world_size} processes, {size} was started. Use torchrun {nodes}"
+            f"--nproc-per-node {hardware.gpus_per_node} -m nanogpt train RECIPE, or a recipe for {size}"
+            f" (--set hardware.gpus_per_node={size})"
+        )
+    device = _device(spec, local_rank)
+    if size == 1:
+        yield World(rank, size, local_rank, device, Communicator())
+        return
+    try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None
+        )
+    except (RuntimeError, ValueError) as error:
+        raise RunError(f"rank {rank} on {socket.gethostname()}: cannot join the other processes: {error}") from error
+    try:
+        yield World(rank, size, local_rank, device, Communicator(rank, size))
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(spec: RunSpec, local_rank: int) -> torch.device:
+    if spec.hardware.gpu == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise InputError(
+            f"hardware.gpu: the recipe wants {spec.hardware.gpu}, this machine shows no GPU to PyTorch"
+            f" {torch.__version__}. Run it on a GPU node (apptainer needs --nv), or try recipes/demo.yaml on a CPU"
+        )
+    if local_rank >= torch.cuda.device_count():
+        raise InputError(
+            f"hardware.gpus_per_node: local rank {local_rank} has no GPU, {torch.cuda.device_count()} are visible"
+            f" on {socket.gethostname()}"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
