@@ -1,0 +1,67 @@
+# Everything below happens in a virtual environment of the checkout's own; nothing outside is touched.
+#   make PYTHON=python3.12 demo      another Python (3.11 or newer; after `make clean`)
+#   make VENV=/scratch/me/venv test  another place for the environment
+#   make test PYTEST_ARGS="-x -k adam"
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+.DEFAULT_GOAL := help
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+READY := $(VENV)/.ready
+# Stamps: newer than pyproject.toml when what it asks for is installed.
+DEMO_READY := $(READY)/demo
+TEST_READY := $(READY)/test
+
+.PHONY: help demo test lint format schema clean
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(DEMO_READY) ## Train a small model on the embedded prose, in minutes, without a GPU
+	@$(BIN)/nanogpt demo
+
+test: $(TEST_READY) ## Run the tests (PYTEST_ARGS="-k adam" to pass arguments on)
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(TEST_READY) ## Check style, types and shell scripts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	@scripts=$$(git -c safe.directory='*' ls-files '*.sh' .ci/run) && set -x && $(BIN)/shellcheck $$scripts
+
+format: $(TEST_READY) ## Format the code and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+schema: $(DEMO_READY) ## Write recipes/schema.json anew, after a change of nanogpt/spec.py
+	$(BIN)/nanogpt schema > recipes/schema.json.new && mv recipes/schema.json.new recipes/schema.json
+
+clean: ## Remove the virtual environment and the tools' caches
+	@test ! -e $(VENV) -o -e $(VENV)/pyvenv.cfg || { echo "make: $(VENV) is no virtual environment, not removed" >&2; exit 1; }
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+
+$(READY)/venv:
+	@command -v $(PYTHON) > /dev/null || { \
+	  echo "make: there is no $(PYTHON). On Debian or Ubuntu: apt install python3 python3-venv." \
+	    "Or name another one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "make: $(PYTHON) is $$($(PYTHON) -V 2>&1), needed is 3.11 or newer." \
+	    "Name another one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { \
+	  echo "make: $(PYTHON) cannot make virtual environments. On Debian or Ubuntu: apt install python3-venv." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(READY) && touch $@
+
+$(DEMO_READY): pyproject.toml $(READY)/venv
+	@echo "Installing into $(VENV), about a minute"
+	@$(PIP) install --quiet --editable '.[cpu]'
+	@touch $@
+
+# After the demo's, so that `make -j demo test` never runs two pips in one environment.
+$(TEST_READY): pyproject.toml $(DEMO_READY)
+	@echo "Installing the tools for tests into $(VENV)"
+	@$(PIP) install --quiet --editable '.[cpu,text,dev]'
+	@touch $@
