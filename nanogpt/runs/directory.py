@@ -198,7 +198,8 @@ def _drop_half_line(path: Path) -> None:
                 file.truncate(start + newline + 1)
                 return
             end = start
-        file.truncate(0)
+            if end == 0:
+                file.truncate(0)
 
 
 def _plain(value: Any) -> Any:

@@ -130,9 +130,14 @@ class StepDisplay:
         speed = ""
         if self._ms_per_step is not None:
             left = max(0, self._total - step) * self._ms_per_step / 1000
-            speed = f"{self._ms_per_step:.4g} ms/step, {_clock_time(left)} left"
+            speed = f"{ms_text(self._ms_per_step)} ms/step, {_clock_time(left)} left"
         self._progress.update(self._task, completed=step, losses="  ".join(losses), speed=speed)
         self._progress.refresh()
+
+
+def ms_text(ms: float) -> str:
+    """Milliseconds to three digits or whole: `33.4`, `431`, `12,345`."""
+    return f"{ms:,.0f}" if ms >= 99.95 else f"{ms:.1f}" if ms >= 9.995 else f"{ms:.2f}"
 
 
 def _clock_time(seconds: float) -> str:
