@@ -89,13 +89,17 @@ class Speedrun(LanguageModel):
         windows: Windows,
     ) -> Tensor:
         """The last layer's normalised activations, (T, D), which the head reads."""
-        spec, layers = self.spec, self.spec.layers
+        spec, layers, d = self.spec, self.spec.layers, self.spec.width
         residual_scale, rest = self.scalars[:layers], self.scalars[layers:]
         attention_scales, rest = rest[: 2 * layers].view(layers, 2), rest[2 * layers :]
         bigram_scale, (smear_scale, backout_scale, skip_scale) = rest[:layers], rest[layers:].unbind()
+        # Banks are taken apart once: one concatenation puts their gradients together again.
+        qkv_weights, out_weights = (part.unbind() for part in self.attn.split((3 * d, d), dim=1))
+        up_weights, down_weights = (part.unbind() for part in self.mlp.unbind(1))
 
-        x = x0 = norm(smear(self.embed[tokens], self.smear_gate, smear_scale))
-        bigram = self.bigram_embed[bigram_hash(tokens, spec.bigram_rows, spec.bigram_multipliers)]
+        x = x0 = norm(smear(F.embedding(tokens, self.embed), self.smear_gate, smear_scale))
+        bigram = F.embedding(bigram_hash(tokens, spec.bigram_rows, spec.bigram_multipliers), self.bigram_embed)
+        values = self._value_embeddings(tokens)
         skipped = middle = x  # both are set before they are read
 
         for layer in range(layers):
@@ -107,37 +111,46 @@ class Speedrun(LanguageModel):
             else:
                 x = residual_scale[layer] * x + self.x0_lambdas[layer] * x0 + bigram_scale[layer] * bigram
             if layer in self.attention_row:
-                x = x + self._attention(
-                    layer, norm(x), tokens, cu_seqlens, max_seqlen, windows, attention_scales[layer]
-                )
-            x = x + relu_squared_mlp(norm(x), self.mlp[layer, 0], self.mlp[layer, 1])
+                row = self.attention_row[layer]
+                qkv_weight = attention_scales[layer, 0] * qkv_weights[row]
+                out_weight = attention_scales[layer, 1] * out_weights[row]
+                y = self._attention(layer, norm(x), qkv_weight, values.get(layer), cu_seqlens, max_seqlen, windows)
+                x = x + F.linear(y, out_weight)
+            x = x + relu_squared_mlp(norm(x), up_weights[layer], down_weights[layer])
             if layer == spec.skip.from_layer:
                 skipped = x
             if layer == spec.backout_layer:
                 middle = x
         return norm(x - backout_scale * middle)
 
+    def _value_embeddings(self, tokens: Tensor) -> dict[int, Tensor]:
+        """(T, D) for each layer that has a value embedding, from one lookup so that there is one gradient to make."""
+        tables = len(self.spec.value_embed_layers)
+        if not tables:
+            return {}
+        offsets = torch.arange(tables, device=tokens.device, dtype=torch.int64) * self.spec.padded_vocab_size
+        looked_up = F.embedding(offsets[:, None] + tokens, self.value_embed)
+        return dict(zip(self.spec.value_embed_layers, looked_up.unbind(), strict=True))
+
     def _attention(
         self,
         layer: int,
         u: Tensor,  # (T, D), normalised
-        tokens: Tensor,
+        qkv_weight: Tensor,  # (3 D, D), scaled
+        value_embedding: Tensor | None,  # (T, D)
         cu_seqlens: Tensor,
         max_seqlen: int,
         windows: Windows,
-        scales: Tensor,  # (2,) fp32: of the weights of q, k, v and of o
     ) -> Tensor:
-        spec, row = self.spec, self.attention_row[layer]
+        """The joined and gated heads, (T, D), before the output projection."""
+        spec = self.spec
         count, heads, head_dim = u.shape[0], spec.heads, spec.head_dim
-        weights = self.attn[row]
-        qkv = F.linear(u, scales[0] * weights[: 3 * spec.width])
-        q, k, v = qkv.view(count, 3, heads, head_dim).unbind(1)
+        q, k, v = F.linear(u, qkv_weight).view(count, 3, heads, head_dim).unbind(1)
         q, k = norm(q), norm(k)
 
-        if layer in self.value_table:
-            table = self.value_table[layer]
-            value_embedding = self.value_embed[table * spec.padded_vocab_size + tokens].view(count, heads, head_dim)
-            v = v + 2 * head_gate(u, self.ve_gate_bank[table]) * value_embedding
+        if value_embedding is not None:
+            gate = 2 * head_gate(u, self.ve_gate_bank[self.value_table[layer]])
+            v = v + gate * value_embedding.view(count, heads, head_dim)
 
         paired = layer in spec.paired_layers
         q, k = self.rotary(q, paired=paired), self.rotary(k, paired=paired)
@@ -159,8 +172,8 @@ class Speedrun(LanguageModel):
             scale=self.rotary.attention_scale,
             backend=self.paths.attention,
         ).view(count, heads, head_dim)
-        y = y * head_gate(u, self.attn_gate_bank[row])
-        return F.linear(y.reshape(count, spec.width), scales[1] * weights[3 * spec.width :])
+        y = y * head_gate(u, self.attn_gate_bank[self.attention_row[layer]])
+        return y.reshape(count, spec.width)
 
     def training_loss(self, batch: TokenBatch, windows: Windows, token_weights: Tensor) -> Tensor:
         """Weighted multi-token cross-entropy, summed over the micro-batch's tokens."""

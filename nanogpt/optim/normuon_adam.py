@@ -41,6 +41,11 @@ class NorMuonAdam:
         for label, plan in self.plans.items():
             if label != TIED:
                 self.state[label] = self._bank_state(label) if plan.bank else self._adam_state(label)
+        self.multipliers = {
+            label: self._multipliers(label, self._own(plan, self.parameters[label].data))
+            for label, plan in self.plans.items()
+            if plan.bank
+        }
         self._adam: Callable[..., None] = adam_update
         self._normuon: Callable[..., None] = normuon_update
         if compiled:
@@ -145,7 +150,7 @@ class NorMuonAdam:
             state["second_moment"],
             state.get("mantissa"),
             torch.tensor(rates.momentum),
-            self._multipliers(label, own) * lr,
+            self.multipliers[label] * lr,
             torch.tensor(normuon.weight_decay * lr),
             normuon.beta2,
             tuple(normuon.polar_express),

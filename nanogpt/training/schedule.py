@@ -6,6 +6,7 @@ before that step's validation.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -80,7 +81,7 @@ class Schedule:
     def window_changes(self, step: int) -> list[tuple[int, int]]:
         """(old, new) long windows in tokens of every change up to and including the first moment of `step`."""
         longs = [self._tokens(stage.window_blocks).long for stage in self.stages[: self.stage_of(step) + 1]]
-        return [(old, new) for old, new in zip(longs, longs[1:], strict=False) if old != new]
+        return [(old, new) for old, new in itertools.pairwise(longs) if old != new]
 
     def token_weights(self, step: int) -> tuple[float, ...]:
         """Weights of the next tokens; the last of several falls linearly to 0 over its stage."""
