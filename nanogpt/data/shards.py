@@ -45,12 +45,13 @@ def read_count(path: Path) -> int:
     """
     try:
         with path.open("rb") as file:
-            header = np.frombuffer(file.read(HEADER_BYTES), dtype="<i4")
+            head = file.read(HEADER_BYTES)
             length = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise ShardError(f"{path}: cannot be read: {error.strerror}") from error
-    if header.size != HEADER_INTS:
+    if len(head) != HEADER_BYTES:
         raise ShardError(f"{path}: {length} bytes long, shorter than a shard's {HEADER_BYTES}-byte header")
+    header = np.frombuffer(head, dtype="<i4")
     if header[0] != MAGIC:
         raise ShardError(f"{path}: magic number {header[0]}, a token shard has {MAGIC}")
     if header[1] != VERSION:

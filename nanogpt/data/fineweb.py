@@ -1,0 +1,383 @@
+"""FineWeb's token shards, downloaded and verified.
+
+The hub data set kjj0/fineweb10B-gpt2 holds FineWeb-10B in GPT-2 tokens: 103 training shards and one validation shard
+of 100 M tokens (200 MB) each. A run needs 9 training shards at most.
+
+- A shard takes its name only when its sha256 is the hub's and its header fits; until then it is a partial file in
+  `.prep-fineweb/`, which the next start continues.
+- What was verified is remembered in `manifest.json` (see nanogpt/data/manifest.py). A complete directory needs neither
+  network nor write permission.
+- A lock per shard keeps two processes apart; that a file is whole does not depend on the lock (see `Hub.fetch`).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from nanogpt.console import human_bytes, progress, say
+from nanogpt.data.hub import Hub, RemoteFile, Report
+from nanogpt.data.manifest import (
+    REPOSITORY,
+    WORK_DIRECTORY,
+    Entry,
+    ShardCheck,
+    check_shard,
+    file_sha256,
+    read_manifest,
+    shard_lock,
+    update_manifest,
+    verify_directory,
+)
+from nanogpt.data.shards import ShardError, read_count, train_name, val_name
+from nanogpt.data.workers import Done, FatalError, Interrupted, Stop, Stopped, in_parallel
+from nanogpt.errors import InputError, NanogptError, RunError
+
+TRAIN_SHARDS = 103
+DEFAULT_CHUNKS = 9
+DEFAULT_WORKERS = 4  # a few connections fill a login node's share of the network; other users share the rest
+DEFAULT_RETRIES = 6
+CHECKSUM_ATTEMPTS = 2
+OFFLINE_ADVICE = (
+    "Compute nodes often have no internet: run prep-fineweb on the login node, or on any machine that shares this "
+    "directory; HTTPS_PROXY names your site's proxy, HF_ENDPOINT a mirror of the hub"
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One line of the final table."""
+
+    name: str
+    state: Literal["present", "downloaded", "refetched", "failed", "missing"]
+    tokens: int | None = None
+
+
+class DownloadError(RunError):
+    """Some shards could not be had; `outcomes` tells of all of them."""
+
+    def __init__(self, message: str, outcomes: list[Outcome]) -> None:
+        super().__init__(message)
+        self.outcomes = outcomes
+
+
+def default_directory() -> Path:
+    """Where the shards are unless a flag says otherwise: NANOGPT_DATA, else `data/fineweb10B` here."""
+    return Path(os.environ.get("NANOGPT_DATA") or Path("data") / "fineweb10B")
+
+
+def shard_names(chunks: int) -> list[str]:
+    """The validation shard and the first `chunks` training shards."""
+    return [val_name(0), *(train_name(index) for index in range(1, chunks + 1))]
+
+
+def download(
+    directory: Path,
+    *,
+    chunks: int = DEFAULT_CHUNKS,
+    workers: int = DEFAULT_WORKERS,
+    retries: int = DEFAULT_RETRIES,
+    verify: bool = False,
+) -> list[Outcome]:
+    """Make `directory` hold the validation shard and the first `chunks` training shards, all verified.
+
+    Args:
+        directory: made if missing.
+        chunks: 1 to 103.
+        workers: parallel connections.
+        retries: how often in a row a request that brought nothing is repeated.
+        verify: hash the files that are here even where length and time of change are as remembered.
+
+    Raises:
+        InputError: an argument is out of bounds, or the directory cannot be made.
+        DownloadError: some shards could not be had; the others are here.
+        Interrupted: SIGINT or SIGTERM came. What has arrived is kept.
+        RunError: no network, too little space, a file is not in the data set.
+    """
+    if not 1 <= chunks <= TRAIN_SHARDS:
+        raise InputError(f"chunks: found {chunks}, the data set has 1 to {TRAIN_SHARDS} training shards")
+    if workers < 1 or retries < 0:
+        raise InputError(f"workers: found {workers}, expected at least 1; retries: found {retries}, at least 0")
+    names = shard_names(chunks)
+    stop = Stop()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{directory}: is no directory and cannot be made one: {error.strerror}. Choose another with --dir or "
+            "NANOGPT_DATA"
+        ) from error
+
+    with stop.on_signals():
+        checks = _check_present(directory, names, workers, rehash=verify, stop=stop)
+        for check in checks.values():
+            if check.state == "corrupt":
+                say(f"{directory / check.name}: corrupt: {check.detail}")
+        if all(check.state == "valid" for check in checks.values()):
+            return [Outcome(name, "present", checks[name].tokens) for name in names]
+
+        present = sum(check.state == "valid" for check in checks.values())
+        hub = Hub(
+            REPOSITORY,
+            retries=retries,
+            stop=stop,
+            advice=f"{OFFLINE_ADVICE}. In {directory}, {present} of {len(names)} shards are present and verified",
+        )
+        wanted = [name for name in names if checks[name].state != "valid"]
+        remote = _describe(hub, wanted, _revision(directory, names), workers)
+        todo = _Todo(directory, hub, remote, frozenset(n for n in wanted if checks[n].state == "corrupt"), stop)
+        todo.make_room()
+        settled = todo.settle_all(wanted, workers)
+
+    outcomes = [settled.get(name, Outcome(name, "present", checks[name].tokens)) for name in names]
+    if todo.errors:
+        raise DownloadError("; ".join(str(error) for error in todo.errors), outcomes)
+    return outcomes
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """The outcomes as aligned lines: file, tokens, state, and the total."""
+    rows: list[tuple[str, str, str]] = [("file", "tokens", "state")]
+    rows += [(one.name, f"{one.tokens:,}" if one.tokens is not None else "-", one.state) for one in outcomes]
+    total = sum(one.tokens or 0 for one in outcomes)
+    counts = {state: sum(one.state == state for one in outcomes) for state in dict.fromkeys(o.state for o in outcomes)}
+    rows.append(("total", f"{total:,}", ", ".join(f"{count} {state}" for state, count in counts.items())))
+    width, numbers = (max(len(row[column]) for row in rows) for column in (0, 1))
+    return "\n".join(f"{name:<{width}}  {tokens:>{numbers}}  {state}" for name, tokens, state in rows)
+
+
+class _Todo:
+    """The shards that are missing, corrupt or not yet verified, and how each becomes a verified file."""
+
+    def __init__(
+        self, directory: Path, hub: Hub, remote: dict[str, RemoteFile], corrupt: frozenset[str], stop: Stop
+    ) -> None:
+        self.directory = directory
+        self.work = directory / WORK_DIRECTORY
+        self.hub = hub
+        self.remote = remote
+        self.corrupt = corrupt
+        self.stop = stop
+        self.errors: list[NanogptError] = []
+        try:
+            self.work.mkdir(exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"{directory}: cannot be written to: {error.strerror}. Choose another with --dir or NANOGPT_DATA"
+            ) from error
+
+    def make_room(self) -> None:
+        """Raise `RunError` if the file system cannot take what is still to come."""
+        needed = 0
+        for name, file in self.remote.items():
+            with suppress(OSError):
+                if name not in self.corrupt and (self.directory / name).stat().st_size == file.bytes:
+                    continue
+            have = 0
+            with suppress(OSError):
+                have = self._partial(name).stat().st_size
+            needed += max(0, file.bytes - have)
+        free = shutil.disk_usage(self.directory).free
+        if needed > free:
+            raise RunError(
+                f"{self.directory}: {human_bytes(needed)} are needed and {human_bytes(free)} are free. Free some "
+                "space, ask for fewer shards with --chunks, or point elsewhere with --dir or NANOGPT_DATA"
+            )
+
+    def settle_all(self, names: list[str], workers: int) -> dict[str, Outcome]:
+        """Fetch and verify; failures are kept in `errors`. Raises `Interrupted`."""
+        total = sum(file.bytes for file in self.remote.values())
+        say(f"prep-fineweb: {len(names)} shards ({human_bytes(total)}) from {REPOSITORY} to {self.directory}")
+        settled: dict[str, Outcome] = {}
+        with progress("prep-fineweb", total, bytes_unit=True) as advance:
+            meters = {name: _meter(advance) for name in names}
+            # What another process holds comes last, so that two processes share the work.
+            for wait in (False, True):
+                left = [name for name in names if name not in settled]
+                done = in_parallel(partial(self._settle, meters=meters, wait=wait), left, workers, self.stop)
+                for name, one in zip(left, done, strict=True):
+                    self._book(name, one, settled)
+        return settled
+
+    def _book(self, name: str, done: Done[Outcome | None], settled: dict[str, Outcome]) -> None:
+        if done.error is not None:
+            stopped = isinstance(done.error, Stopped)
+            settled[name] = Outcome(name, "missing" if stopped else "failed")
+            if not stopped:
+                self.errors.append(done.error)
+        elif done.result is not None:
+            settled[name] = done.result
+
+    def _settle(self, name: str, *, meters: dict[str, Report], wait: bool) -> Outcome | None:
+        """Bring one shard to a verified file; None where another process is at it and `wait` is off."""
+        path, file, report = self.directory / name, self.remote[name], meters[name]
+        with shard_lock(self.work / f"{name}.lock", name, wait=wait, stop=self.stop) as mine:
+            if not mine:
+                return None
+            entry = read_manifest(self.directory).get(name)
+            check = check_shard(path, entry, rehash=name in self.corrupt, stop=self.stop)
+            if check.state == "unverified":
+                check = check_shard(path, _as_entry(file), rehash=True, stop=self.stop)
+            if check.state == "valid" and check.entry is not None:
+                update_manifest(self.directory, {name: check.entry})
+                report(file.bytes)
+                say(f"{name}: present, verified")
+                return Outcome(name, "present", check.tokens)
+            refetch = check.state == "corrupt"
+            if refetch:
+                self._put_away(path, check, known=entry is not None)
+            tokens = self._fetch(file, path, report)
+            say(f"{name}: {'fetched again' if refetch else 'downloaded'}, {tokens:,} tokens, verified")
+            return Outcome(name, "refetched" if refetch else "downloaded", tokens)
+
+    def _put_away(self, path: Path, check: ShardCheck, *, known: bool) -> None:
+        """Take a corrupt file from its name now, so that no run reads it while the good one is on its way.
+
+        A file that did not come from here may be someone's own text: it is renamed, not removed.
+        """
+        if known:
+            say(f"{path.name}: corrupt ({check.detail}): removed, fetching it again")
+            path.unlink(missing_ok=True)
+            return
+        aside = path.with_name(f"{path.name}.replaced")
+        say(f"{path.name}: not the hub's file ({check.detail}): kept as {aside.name}, fetching the hub's")
+        path.replace(aside)
+
+    def _fetch(self, file: RemoteFile, path: Path, report: Report) -> int:
+        """Download to the partial file, verify that, give it its name; its token count."""
+        partial_path = self._partial(file.name)
+        for attempt in range(1, CHECKSUM_ATTEMPTS + 1):
+            self.hub.fetch(file, partial_path, report)
+            try:
+                # From the disk, not from what passed through memory: a resumed part and a bad disk are seen as well.
+                digest = file_sha256(partial_path, self.stop)
+                if digest == file.sha256:
+                    return self._accept(file, partial_path, path)
+                partial_path.unlink()
+            except FileNotFoundError:
+                # Only where locks do not work: another process has finished this very partial file.
+                check = check_shard(path, _as_entry(file), rehash=True, stop=self.stop)
+                if check.state == "valid" and check.tokens is not None:
+                    return check.tokens
+                continue
+            except OSError as error:
+                raise FatalError(f"{partial_path}: {error.strerror}. Run the same command again") from error
+            report(0)
+            last = attempt == CHECKSUM_ATTEMPTS
+            say(
+                f"{file.name}: what arrived has sha256 {digest}, the hub's is {file.sha256}: thrown away"
+                + ("" if last else "; fetching it again")
+            )
+        raise RunError(
+            f"{file.name}: {CHECKSUM_ATTEMPTS} downloads did not have the hub's sha256 {file.sha256}: a proxy or "
+            f"mirror on the way ({self.hub.endpoint}) may deliver a changed file. Try later, or from another network"
+        )
+
+    def _accept(self, file: RemoteFile, partial_path: Path, path: Path) -> int:
+        try:
+            tokens = read_count(partial_path)
+        except ShardError as error:
+            partial_path.unlink(missing_ok=True)
+            detail = str(error).removeprefix(f"{partial_path}: ")
+            raise RunError(
+                f"{file.name}: the hub's own file ({self.hub.endpoint}, {REPOSITORY}) is no token shard: {detail}"
+            ) from error
+        partial_path.replace(path)
+        entry = Entry(file.sha256, file.bytes, tokens, path.stat().st_mtime_ns, file.revision)
+        update_manifest(self.directory, {file.name: entry})
+        return tokens
+
+    def _partial(self, name: str) -> Path:
+        return self.work / f"{name}.partial"
+
+
+def _as_entry(file: RemoteFile) -> Entry:
+    return Entry(file.sha256, file.bytes, 0, 0, file.revision)
+
+
+def _meter(advance: Report) -> Report:
+    """Turn positions within one file into steps of the common bar."""
+    last = 0
+
+    def report(position: int) -> None:
+        nonlocal last
+        if position != last:
+            advance(position - last)
+            last = position
+
+    return report
+
+
+def _revision(directory: Path, names: list[str]) -> str:
+    """The revision that the shards here came from, so that the set stays one; else the newest."""
+    manifest = read_manifest(directory)
+    return next((manifest[name].revision for name in names if name in manifest), "main")
+
+
+def _check_present(
+    directory: Path, names: list[str], workers: int, *, rehash: bool, stop: Stop
+) -> dict[str, ShardCheck]:
+    """Check what is here, and let the manifest have the present times of change of files found unchanged."""
+    manifest = read_manifest(directory)
+    done = in_parallel(
+        lambda name: check_shard(directory / name, manifest.get(name), rehash=rehash, stop=stop), names, workers, stop
+    )
+    checks: dict[str, ShardCheck] = {}
+    for name, one in zip(names, done, strict=True):
+        if one.result is None:
+            raise one.error or RuntimeError("no result")
+        checks[name] = one.result
+    touched = {name: c.entry for name, c in checks.items() if c.entry is not None and c.entry != manifest[name]}
+    if touched:
+        with suppress(FatalError):  # a directory that is only readable is still a good one
+            update_manifest(directory, touched)
+    return checks
+
+
+def _describe(hub: Hub, names: list[str], revision: str, workers: int) -> dict[str, RemoteFile]:
+    """Size and checksum of each file; the first request finds out whether there is a hub at all.
+
+    Raises:
+        RunError: the first error, before anything is downloaded.
+    """
+    first = hub.first_contact(names[0], revision)
+
+    def describe(name: str) -> RemoteFile:
+        try:
+            return hub.describe(name, first.revision)
+        except RunError as error:
+            if isinstance(error, Stopped):
+                raise
+            raise FatalError(str(error)) from error
+
+    done = in_parallel(describe, names[1:], workers, hub.stop)
+    for one in done:
+        if one.error is not None and not isinstance(one.error, Stopped):
+            raise one.error
+    return {first.name: first} | {one.result.name: one.result for one in done if one.result is not None}
+
+
+__all__ = [
+    "DEFAULT_CHUNKS",
+    "DEFAULT_RETRIES",
+    "DEFAULT_WORKERS",
+    "REPOSITORY",
+    "TRAIN_SHARDS",
+    "DownloadError",
+    "Entry",
+    "Interrupted",
+    "Outcome",
+    "ShardCheck",
+    "check_shard",
+    "default_directory",
+    "download",
+    "read_manifest",
+    "shard_names",
+    "table",
+    "verify_directory",
+]

@@ -1,0 +1,212 @@
+"""What is known of the shards in a directory: the manifest of verified files, the checks, and the locks.
+
+`manifest.json` beside the shards keeps, for each, the hub's sha256, length, token count and revision, and the time of
+the file's last change. A file whose length and time are as remembered is taken as verified, any other is hashed.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from nanogpt.console import say
+from nanogpt.data.shards import ShardError, read_count
+from nanogpt.data.workers import FatalError, Stop
+from nanogpt.errors import RunError
+
+REPOSITORY = "kjj0/fineweb10B-gpt2"
+MANIFEST = "manifest.json"
+WORK_DIRECTORY = ".prep-fineweb"  # partial files and locks, on the shards' own file system
+SHA256 = re.compile(r"[0-9a-f]{64}")
+NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP})
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the manifest remembers of a shard that was verified against the hub's sha256."""
+
+    sha256: str
+    bytes: int
+    tokens: int
+    mtime_ns: int
+    revision: str
+
+
+@dataclass(frozen=True)
+class ShardCheck:
+    """What a look at one shard file found.
+
+    `state` is "valid" (header, length and the hub's sha256 fit), "unverified" (a whole shard that the manifest does
+    not know, such as one of own text), "corrupt" or "missing"; `detail` says why in the last two cases. `sha256` is
+    the manifest's.
+    """
+
+    name: str
+    state: Literal["valid", "unverified", "corrupt", "missing"]
+    tokens: int | None = None
+    sha256: str | None = None
+    detail: str = ""
+    entry: Entry | None = None  # what the manifest should say of a valid file, with its present time of change
+
+
+def read_manifest(directory: Path) -> dict[str, Entry]:
+    """The manifest's shards by name; empty where there is none or it cannot be understood."""
+    try:
+        shards = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["shards"]
+        return {str(name): _entry(fields) for name, fields in shards.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        say(f"{directory / MANIFEST}: not readable as a manifest ({error}); shards are checked against the hub")
+        return {}
+
+
+def verify_directory(directory: Path, *, rehash: bool = False) -> list[ShardCheck]:
+    """Check every shard of a directory, and every one that its manifest names; sorted by name.
+
+    Reads headers and the manifest only, unless a file's length or time of change differs from the manifest's: then it
+    is hashed. Writes nothing and needs no network.
+
+    Args:
+        directory: where the shards are.
+        rehash: hash every file that the manifest knows (0.1 to 0.2 s a shard).
+
+    Raises:
+        RunError: a file exists and cannot be read.
+    """
+    manifest = read_manifest(directory)
+    found = {path.name for pattern in ("fineweb_train_*.bin", "fineweb_val_*.bin") for path in directory.glob(pattern)}
+    return [
+        check_shard(directory / name, manifest.get(name), rehash=rehash) for name in sorted(found | manifest.keys())
+    ]
+
+
+def check_shard(path: Path, entry: Entry | None, *, rehash: bool = False, stop: Stop | None = None) -> ShardCheck:
+    """Check one shard's header, its length, and its sha256 as far as the manifest's `entry` leaves it open.
+
+    Raises:
+        RunError: the file exists and cannot be read.
+        Stopped: `stop` was set during hashing.
+    """
+    remembered = entry.sha256 if entry else None
+    try:
+        tokens = read_count(path)
+        status = path.stat()
+        if entry is None:
+            return ShardCheck(path.name, "unverified", tokens)
+        if status.st_size != entry.bytes:
+            detail = f"{status.st_size} bytes long, the hub's file has {entry.bytes}"
+            return ShardCheck(path.name, "corrupt", tokens, remembered, detail)
+        if rehash or status.st_mtime_ns != entry.mtime_ns:
+            digest = file_sha256(path, stop)
+            if digest != entry.sha256:
+                detail = f"sha256 is {digest}, the hub's is {entry.sha256}"
+                return ShardCheck(path.name, "corrupt", tokens, remembered, detail)
+        now = Entry(entry.sha256, entry.bytes, tokens, status.st_mtime_ns, entry.revision)
+        return ShardCheck(path.name, "valid", tokens, remembered, entry=now)
+    except ShardError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return ShardCheck(path.name, "missing", None, remembered, "no such file")
+        if isinstance(error.__cause__, OSError):
+            raise RunError(f"{error}. Check its permissions and the disk") from error
+        return ShardCheck(path.name, "corrupt", None, remembered, str(error).removeprefix(f"{path}: "))
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read: {error.strerror}. Check its permissions and the disk") from error
+
+
+def file_sha256(path: Path, stop: Stop | None = None) -> str:
+    """A file's sha256 in hexadecimal, read anew."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(4 << 20))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            if stop is not None:
+                stop.check()
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def update_manifest(directory: Path, entries: dict[str, Entry]) -> None:
+    """Add or replace shards in the manifest; several processes may do so at once.
+
+    Raises:
+        FatalError: it cannot be written.
+    """
+    path = directory / MANIFEST
+    temporary = directory / WORK_DIRECTORY / f"{MANIFEST}.{os.getpid()}.{time.monotonic_ns()}"
+    try:
+        temporary.parent.mkdir(exist_ok=True)
+        with shard_lock(directory / WORK_DIRECTORY / f"{MANIFEST}.lock", MANIFEST, wait=True, stop=None):
+            shards = read_manifest(directory) | entries
+            text = json.dumps(
+                {
+                    "format": 1,
+                    "repository": REPOSITORY,
+                    "shards": {name: asdict(shards[name]) for name in sorted(shards)},
+                },
+                indent=2,
+            )
+            try:
+                with temporary.open("w", encoding="utf-8") as file:
+                    file.write(text + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise FatalError(
+            f"{path}: cannot be written: {error.strerror}. Free some space or quota and run the same command again"
+        ) from error
+
+
+@contextmanager
+def shard_lock(path: Path, name: str, *, wait: bool, stop: Stop | None) -> Iterator[bool]:
+    """Hold a lock file; yields whether it is held (always, where `wait` is on).
+
+    flock, which the kernel releases however a process dies; on file systems without it (some NFS and Lustre mounts) a
+    file that is created exclusively, which a process killed on another node leaves behind, so the message names it.
+    """
+    from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+
+    lock: BaseFileLock = FileLock(path, mode=0o664)
+    told = time.monotonic()
+    while True:
+        if stop is not None:
+            stop.check()
+        try:
+            lock.acquire(timeout=0.5 if wait else 0, poll_interval=0.05)
+            break
+        except Timeout:
+            if not wait:
+                yield False
+                return
+            if time.monotonic() - told > 5:
+                told = time.monotonic() + 55
+                say(f"{name}: waiting for another process (if there is none, remove {lock.lock_file})")
+        except (OSError, NotImplementedError) as error:
+            missing = isinstance(error, NotImplementedError) or error.errno in NO_LOCKS
+            if not missing or isinstance(lock, SoftFileLock):
+                raise FatalError(f"{path}: cannot be locked: {error}. Choose another directory with --dir") from error
+            lock = SoftFileLock(path.with_suffix(".softlock"), mode=0o664)
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def _entry(fields: dict[str, Any]) -> Entry:
+    entry = Entry(**fields)
+    numbers = (entry.bytes, entry.tokens, entry.mtime_ns)
+    if not all(isinstance(number, int) for number in numbers) or not SHA256.fullmatch(entry.sha256):
+        raise ValueError(f"found {fields}")
+    return entry
