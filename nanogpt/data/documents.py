@@ -1,0 +1,452 @@
+"""Where own text comes from: files and folders in, documents out, in one order on every machine.
+
+- A text file (`TEXT_SUFFIXES`) is one document. A folder is walked depth first, names in byte order.
+- JSON lines (`.jsonl`, plain, `.gz` or `.zst`) and Parquet hold a document a record, in one field.
+- The work is cut into units of about half a megabyte that any process can turn into documents on its own:
+  `plan` makes them, `read_unit` reads one. Neither ever holds more than `MAX_RECORD` of text.
+- A text file above `LARGE_FILE` is checked once from end to end, then read in segments. They are cut where
+  GPT-2's pattern starts a new piece whatever comes before, so the tokens are those of the whole file.
+- What cannot be used is never fatal: it is left out, with a reason, and counted (`Skips`).
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from nanogpt.data.skips import Skip, Skips, printable
+from nanogpt.data.streams import DamagedFileError, line_blocks, read_blocks
+from nanogpt.data.tokenizer import PIECE_START
+from nanogpt.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+_PROSE = ".txt .text .md .markdown .rst .adoc .org .tex"
+_SOURCE = """
+    .py .pyi .pyx .c .h .cc .cpp .cxx .hh .hpp .hxx .cu .cuh .m .mm .rs .go .java .kt .scala .groovy .cs .fs .vb .swift
+    .dart .zig .nim .d .js .mjs .cjs .jsx .ts .tsx .vue .php .rb .pl .pm .lua .tcl .r .jl .hs .ml .mli .elm .clj .cljs
+    .ex .exs .erl .hrl .el .lisp .scm .rkt .f .f90 .f95 .f03 .for .pas .adb .ads .asm .s .v .sv .vhd .sql .sh .bash
+    .zsh .fish .ps1 .bat .awk .sed .cmake .mk .toml .yaml .yml .ini .proto .css .scss
+"""
+PROSE_SUFFIXES = tuple(_PROSE.split())
+SOURCE_SUFFIXES = tuple(_SOURCE.split())
+TEXT_SUFFIXES = frozenset(PROSE_SUFFIXES + SOURCE_SUFFIXES)
+JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+PARQUET_SUFFIXES = (".parquet",)
+UNREAD_FOLDERS = frozenset({"__pycache__", "CVS", "_darcs"})  # and every hidden one: .git, .hg, .svn, .venv
+
+UNIT_BYTES = 512 * 1024
+LARGE_FILE = 4 * 1024 * 1024
+MAX_RECORD = 32 * 1024 * 1024
+MAX_SEGMENT = 16 * 1024 * 1024
+CHANGED = "changed while it was read; leave the input alone and run again"
+UTF8_BOM = b"\xef\xbb\xbf"
+
+Kind = Literal["text", "jsonl", "parquet"]
+
+
+class SourceFile(NamedTuple):
+    """A file that holds documents; `input` is the index of the PATH that it was found under."""
+
+    path: str
+    size: int
+    kind: Kind
+    input: int
+
+
+class Document(NamedTuple):
+    """A document's UTF-8 text, whole or in part, and the key that the split goes by."""
+
+    text: bytes
+    key: int
+
+
+@dataclass(slots=True)
+class Unit:
+    """Work for one process. `done` is how many bytes of the input files the unit stands for."""
+
+    input: int
+    done: int
+
+
+@dataclass(slots=True)
+class FilesUnit(Unit):
+    """Text files, each a document."""
+
+    paths: list[str]
+
+
+@dataclass(slots=True)
+class SegmentUnit(Unit):
+    """Bytes `start` to `end` of a large text file; all but its `first` segment go on with the document."""
+
+    path: str
+    start: int
+    end: int
+    key: int
+    first: bool
+
+
+@dataclass(slots=True)
+class LinesUnit(Unit):
+    """Whole lines of JSON; `line` is the number of the first one."""
+
+    path: str
+    line: int
+    data: bytes
+    field: str
+
+
+@dataclass(slots=True)
+class ValuesUnit(Unit):
+    """A column's values; `row` is the number of the first one."""
+
+    path: str
+    row: int
+    values: list[bytes | None]
+    field: str
+
+
+def text_key(text: bytes) -> int:
+    """64 bits of BLAKE2b of a document's UTF-8 text: what decides between validation and training."""
+    return int.from_bytes(blake2b(text, digest_size=8).digest(), "little")
+
+
+def kind_of(name: str, text_suffixes: frozenset[str]) -> Kind | None:
+    """How a file of this name is read, or None where its suffix is not known."""
+    lower = name.lower()
+    if lower.endswith(JSONL_SUFFIXES):
+        return "jsonl"
+    if lower.endswith(PARQUET_SUFFIXES):
+        return "parquet"
+    return "text" if os.path.splitext(lower)[1] in text_suffixes else None  # noqa: PTH122 (a million names)
+
+
+def find_files(
+    paths: Sequence[str | Path], skips: Skips, *, suffixes: Iterable[str] = (), exclude: Path | None = None
+) -> list[SourceFile]:
+    """Every file with documents under `paths`, in the order of the documents.
+
+    A folder's links to files are followed and its links to folders are not; a file met twice counts once.
+
+    Args:
+        skips: counts what is left out.
+        suffixes: further suffixes of text files.
+        exclude: a folder that is not entered: the one that is written to.
+
+    Raises:
+        InputError: a path is missing, or is a file of a suffix that is not known; a reader is not installed.
+    """
+    text_suffixes = TEXT_SUFFIXES.union(suffix.lower() for suffix in suffixes)
+    for suffix in suffixes:
+        if not re.fullmatch(r"\.[^./\s]+", suffix):
+            raise InputError(f"--suffix {suffix!r}: expected a dot and a name, such as .log")
+    excluded = os.path.realpath(exclude) if exclude else ""
+    seen: set[str] = set()
+    files = []
+    for index, given in enumerate(paths):
+        path = os.fspath(given)
+        real = os.path.realpath(path)
+        if not os.path.exists(path):  # noqa: PTH110 (a path that is not UTF-8 stays a str)
+            raise InputError(f"{printable(path)}: no such file or folder")
+        if os.path.isdir(real):  # noqa: PTH112
+            found = _walk(path, real, excluded, text_suffixes, skips)
+        else:
+            found = iter([_explicit(path, real, text_suffixes)])
+        for name, real_name, size, kind in found:
+            if real_name in seen:
+                skips.add("given twice", name)
+            elif size == 0:
+                skips.add("empty", name)
+            else:
+                files.append(SourceFile(name, size, kind, index))
+            seen.add(real_name)
+    _check_readers(files)
+    return files
+
+
+def _explicit(path: str, real: str, text_suffixes: frozenset[str]) -> tuple[str, str, int, Kind]:
+    """A file named by the user, so that leaving it out silently would be wrong."""
+    if not os.path.isfile(real):  # noqa: PTH113
+        raise InputError(f"{printable(path)}: neither a file nor a folder")
+    kind = kind_of(path, text_suffixes)
+    if kind is None:
+        suffix = os.path.splitext(path)[1]  # noqa: PTH122
+        records = " ".join(JSONL_SUFFIXES + PARQUET_SUFFIXES)
+        way_out = f"if it is plain text, add --suffix {suffix}" if suffix else "rename it if it is plain text"
+        raise InputError(
+            f"{printable(path)}: the suffix {suffix!r} is not known; known are {records} and for text"
+            f" {' '.join(PROSE_SUFFIXES)} and those of source code; {way_out}"
+        )
+    return path, real, os.stat(real).st_size, kind  # noqa: PTH116
+
+
+def _walk(
+    top: str, real_top: str, excluded: str, text_suffixes: frozenset[str], skips: Skips
+) -> Iterator[tuple[str, str, int, Kind]]:
+    """Files below a folder: (path, real path, size, kind), depth first, names in byte order."""
+    stack = [(top, real_top, True)]
+    while stack:
+        path, real, is_folder = stack.pop()
+        if not is_folder:
+            kind = kind_of(path, text_suffixes)
+            try:
+                size = os.stat(path).st_size  # noqa: PTH116
+            except OSError:
+                skips.add("cannot be read", path)
+            else:
+                if kind is None:
+                    skips.add("suffix not known", path)
+                else:
+                    yield path, real, size, kind
+            continue
+        if real == excluded:
+            continue
+        try:
+            with os.scandir(path) as scan:
+                entries = sorted(scan, key=lambda entry: os.fsencode(entry.name), reverse=True)
+        except OSError:
+            skips.add("cannot be read", path)
+            continue
+        for entry in entries:
+            link = entry.is_symlink()
+            if entry.name.startswith("."):
+                skips.add("hidden", entry.path)
+            elif entry.is_dir(follow_symlinks=False):
+                if entry.name in UNREAD_FOLDERS:
+                    skips.add("cache or version control", entry.path)
+                else:
+                    stack.append((entry.path, os.path.join(real, entry.name), True))  # noqa: PTH118
+            elif entry.is_file():
+                real_name = os.path.realpath(entry.path) if link else os.path.join(real, entry.name)  # noqa: PTH118
+                stack.append((entry.path, real_name, False))
+            else:
+                skips.add("link to a folder or to nothing" if link else "special file", entry.path)
+
+
+def _check_readers(files: Iterable[SourceFile]) -> None:
+    """Refuse early what cannot be read for want of a package."""
+    needed = {
+        "pyarrow": next((f.path for f in files if f.kind == "parquet"), None),
+        "zstandard": next((f.path for f in files if f.path.lower().endswith(".zst")), None),
+    }
+    for package, path in needed.items():
+        if path is not None and find_spec(package) is None:
+            raise InputError(
+                f"{printable(path)}: reading it needs the package {package}, which is not installed;"
+                " run: pip install 'nanogpt-speedrun[text]'"
+            )
+
+
+def plan(files: Iterable[SourceFile], field: str, skips: Skips) -> Iterator[Unit]:
+    """Cut the files into units, in order, reading ahead no more than one unit.
+
+    Raises:
+        InputError: a Parquet file has no column `field` of text.
+    """
+    small: deque[SourceFile] = deque()
+    held = 0
+
+    def flush() -> Iterator[Unit]:
+        nonlocal held
+        if small:
+            yield FilesUnit(small[0].input, held, [f.path for f in small])
+        small.clear()
+        held = 0
+
+    for file in files:
+        if small and small[0].input != file.input:
+            yield from flush()
+        if file.kind == "text" and file.size <= LARGE_FILE:
+            small.append(file)
+            held += file.size
+            if held >= UNIT_BYTES:
+                yield from flush()
+            continue
+        yield from flush()
+        if file.kind == "text":
+            yield from _segments(file, skips)
+        elif file.kind == "jsonl":
+            yield from _jsonl_units(file, field, skips)
+        else:
+            yield from _parquet_units(file, field, skips)
+    yield from flush()
+
+
+def _segments(file: SourceFile, skips: Skips) -> list[Unit]:
+    """The segments of a large text file, after one pass over all of it: UTF-8, no NUL, not blank, its key."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    digest = blake2b(digest_size=8)
+    blank = True
+    start = offset = 0
+    cuts: list[int] = []
+    try:
+        with Path(file.path).open("rb", buffering=0) as stream:
+            while block := stream.read(1 << 20):
+                if offset == 0 and block.startswith(UTF8_BOM):
+                    start = len(UTF8_BOM)
+                    block = block[start:]
+                    offset = start
+                if b"\0" in block:
+                    skips.add("binary (NUL bytes)", file.path)
+                    return []
+                decoder.decode(block)
+                digest.update(block)
+                blank = blank and not block.strip()
+                if offset + len(block) - (cuts[-1] if cuts else start) >= LARGE_FILE:
+                    match = PIECE_START.search(block)
+                    if match:
+                        cuts.append(offset + match.start())
+                    elif offset + len(block) - (cuts[-1] if cuts else start) > MAX_SEGMENT:
+                        skips.add(f"no space or line end in {MAX_SEGMENT >> 20} MiB", file.path)
+                        return []
+                offset += len(block)
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        skips.add("not UTF-8", file.path)
+        return []
+    except OSError:
+        skips.add("cannot be read", file.path)
+        return []
+    if blank:
+        skips.add("empty", file.path)
+        return []
+    key = int.from_bytes(digest.digest(), "little")
+    edges = [start, *cuts, offset]
+    return [SegmentUnit(file.input, b - a, file.path, a, b, key, a == start) for a, b in pairwise(edges)]
+
+
+def _jsonl_units(file: SourceFile, field: str, skips: Skips) -> Iterator[Unit]:
+    line = 1
+    told = 0
+    try:
+        for data, lines, done in line_blocks(read_blocks(Path(file.path)), UNIT_BYTES, MAX_RECORD):
+            if data is None:
+                skips.add(f"record above {MAX_RECORD >> 20} MiB", f"{file.path}:{line}")
+            else:
+                yield LinesUnit(file.input, done - told, file.path, line, data, field)
+                told = done
+            line += lines
+    except OSError:
+        skips.add("cannot be read", file.path)
+    except DamagedFileError:
+        skips.add("damaged from some place on", f"{file.path}:{line}")
+
+
+def _parquet_units(file: SourceFile, field: str, skips: Skips) -> Iterator[Unit]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    row = 0
+    try:
+        with parquet.ParquetFile(file.path, memory_map=False) as table:
+            meta, schema = table.metadata, table.schema_arrow
+            column = schema.get_field_index(field)
+            kind = schema.field(column).type if column >= 0 else None
+            if kind is None or not _is_text(kind):
+                found = f"is {kind}, expected a string" if kind else "is missing"
+                raise InputError(
+                    f"{printable(file.path)}: the column {field!r} {found}; its columns are"
+                    f" {', '.join(schema.names)}; choose one with --field"
+                )
+            row_bytes = max(1, 3 * file.size // max(1, meta.num_rows))
+            batch_rows = max(1, min(8192, UNIT_BYTES // row_bytes))
+            for batch in table.iter_batches(batch_rows, columns=[field], use_threads=False):
+                values = batch.column(0).cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
+                done = file.size * len(values) // max(1, meta.num_rows)
+                yield ValuesUnit(file.input, done, file.path, row + 1, values, field)
+                row += len(values)
+    except (OSError, pa.ArrowException):
+        skips.add("damaged from some place on", f"{file.path}:{row + 1}" if row else file.path)
+
+
+def _is_text(kind: pyarrow.DataType) -> bool:
+    import pyarrow as pa
+
+    value = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_string_view(value))
+
+
+def read_unit(unit: Unit) -> Iterator[Document | Skip]:
+    """The documents of a unit in order, and what had to be left out.
+
+    Raises:
+        RunError: a file changed between `plan` and now.
+    """
+    if isinstance(unit, FilesUnit):
+        for path in unit.paths:
+            yield _read_file(path)
+    elif isinstance(unit, SegmentUnit):
+        yield Document(_read_segment(unit), unit.key)
+    elif isinstance(unit, LinesUnit):
+        for number, line in enumerate(unit.data.split(b"\n"), unit.line):
+            if line and not line.isspace():
+                yield _read_record(line, f"{unit.path}:{number}", unit.field)
+    elif isinstance(unit, ValuesUnit):
+        for number, value in enumerate(unit.values, unit.row):
+            place = f"{unit.path}:{number}"
+            yield Skip(f"no text in field {unit.field!r}", place) if value is None else _checked(value, place)
+    else:
+        raise TypeError(f"{type(unit).__name__} is no unit of work")
+
+
+def _checked(text: bytes, place: str) -> Document | Skip:
+    if len(text) > MAX_RECORD:
+        return Skip(f"record above {MAX_RECORD >> 20} MiB", place)
+    return Document(text, text_key(text)) if text and not text.isspace() else Skip("empty", place)
+
+
+def _read_segment(unit: SegmentUnit) -> bytes:
+    try:
+        with Path(unit.path).open("rb") as stream:
+            stream.seek(unit.start)
+            text = stream.read(unit.end - unit.start)
+        text.decode()
+    except (OSError, UnicodeDecodeError):
+        text = b""
+    if len(text) != unit.end - unit.start:
+        raise RunError(f"{printable(unit.path)}: {CHANGED}")
+    return text
+
+
+def _read_file(path: str) -> Document | Skip:
+    try:
+        with Path(path).open("rb", buffering=0) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            text = stream.read(size) if size <= LARGE_FILE else b""
+    except OSError:
+        return Skip("cannot be read", path)
+    if len(text) != size:
+        raise RunError(f"{printable(path)}: {CHANGED}")
+    if b"\0" in text:
+        return Skip("binary (NUL bytes)", path)
+    text = text.removeprefix(UTF8_BOM)
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return Skip("not UTF-8", path)
+    return _checked(text, path)
+
+
+def _read_record(line: bytes, place: str, field: str) -> Document | Skip:
+    try:
+        record = json.loads(line.decode())
+        text = record.get(field) if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            return Skip(f"no text in field {field!r}", place)
+        return _checked(text.encode(), place)
+    except UnicodeError:  # of the line, or a lone surrogate written as an escape
+        return Skip("not UTF-8", place)
+    except (ValueError, RecursionError):
+        return Skip("not JSON", place)

@@ -1,0 +1,299 @@
+"""Own text to token shards: `prep-text`, and `prepare_text` for use from Python.
+
+How documents become shards, so that the same input gives the same bytes everywhere:
+
+1. Documents are taken in the order of the paths given; folders are walked depth first, names in byte order.
+   A document is BOS followed by the tokens of its text; what looks like a special token is text.
+2. Validation takes whole documents, chosen by a hash of their text, smallest first, until it holds at least
+   `val_tokens` tokens. Copies of a text go together, so that no validation document is also trained on, and
+   those that are longer than `val_tokens` are only taken when the others do not suffice.
+3. Both sides keep the order of 1. Training fills one shard after another with whole documents: a shard ends
+   before the document that would take it above `shard_tokens`.
+
+Number of workers, listing order and time play no part. Tokens go to a spool first, because the choice needs the
+lengths of all documents; shards are written from it, hashed as they fill, and take their names together at the
+end, with the manifest `text.json` last. Memory holds 16 bytes a document, a path a file and a few units of work.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nanogpt.console import human_bytes, progress
+from nanogpt.data.documents import SourceFile, find_files, plan
+from nanogpt.data.embedded import embedded_corpus
+from nanogpt.data.encode import Encoded, Encoder, available_cores
+from nanogpt.data.skips import Skips, printable
+from nanogpt.data.text_shards import (
+    Keys,
+    Lengths,
+    Shard,
+    Spool,
+    assign_shards,
+    check_free,
+    choose_validation,
+    publish,
+    write_shards,
+    writing_to,
+)
+from nanogpt.data.tokenizer import RANKS_SHA256
+from nanogpt.errors import InputError
+
+__all__ = ["Input", "Part", "Shard", "Summary", "embedded_corpus", "prepare_text"]
+
+FULL_VALIDATION = 10_485_760 + 1  # what an evaluation of the full run reads: its tokens and the last target
+TRAINED_LENGTH = 2048  # tokens of a document, BOS included, that training uses; the rest is cut off
+WORKER_BYTES = 8 << 20  # of text that are worth starting a worker for
+COMPRESSION = 3  # text bytes a byte of a compressed file, roughly: for the number of workers only
+
+
+@dataclass(frozen=True)
+class Part:
+    """One side of the split. Tokens include a BOS a document."""
+
+    documents: int
+    tokens: int
+    trained_tokens: int  # of a document's first 2,048, beyond which training uses nothing
+
+
+@dataclass(frozen=True)
+class Input:
+    """What one of the given paths came to."""
+
+    path: str
+    files: int
+    documents: int
+    tokens: int
+    text_bytes: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `prepare_text` did. `skipped` is reason -> count, `skipped_examples` the first places of each."""
+
+    directory: Path
+    val: Part
+    train: Part
+    shards: tuple[Shard, ...]
+    inputs: tuple[Input, ...]
+    skipped: dict[str, int]
+    skipped_examples: dict[str, list[str]]
+    workers: int
+    seconds: float
+
+    @property
+    def text_bytes(self) -> int:
+        """Bytes of UTF-8 text that were tokenized."""
+        return sum(one.text_bytes for one in self.inputs)
+
+
+def prepare_text(
+    paths: Sequence[str | Path],
+    directory: str | Path,
+    *,
+    val_tokens: int | None = None,
+    shard_tokens: int = 100_000_000,
+    document_tokens: int | None = None,
+    field: str = "text",
+    suffixes: Sequence[str] = (),
+    workers: int | None = None,
+    force: bool = False,
+    quiet: bool = False,
+) -> Summary:
+    """Tokenize `paths` into validation and training shards in `directory`.
+
+    Args:
+        paths: text files, JSON lines, Parquet files, and folders of them; see `nanogpt.data.documents`.
+        directory: made if it is missing. It must hold no shards, unless `force`.
+        val_tokens: the least number of validation tokens; a tenth of all, at most 10,485,761, if None.
+        shard_tokens: the most tokens of a training shard; only a longer document makes a longer shard.
+        document_tokens: cut longer documents into several of at most so many tokens, BOS included. They keep to one
+            side of the split. None leaves documents whole.
+        field: the field or column of a record that holds its text.
+        suffixes: further suffixes of plain text, such as ".log".
+        workers: processes; as many as there are cores, and fewer for little text, if None.
+        force: replace the shards in `directory`, all of them, once the new ones are whole.
+        quiet: show no progress.
+
+    Raises:
+        InputError: a path, a flag or the input as a whole is wrong; `directory` holds shards already.
+        RunError: writing failed, or a file changed while it was read.
+    """
+    start = time.perf_counter()
+    directory = Path(directory)
+    for name, value, least in (
+        ("--val-tokens", val_tokens, 1),
+        ("--shard-tokens", shard_tokens, 1),
+        ("--document-tokens", document_tokens, 2),
+        ("--workers", workers, 1),
+    ):
+        if value is not None and value < least:
+            raise InputError(f"{name} {value}: expected a number from {least} on")
+    if not paths:
+        raise InputError("no input: give files or folders, or --embedded for the prose that ships with the package")
+    check_free(directory, force)
+    found, planned, read = Skips(), Skips(), Skips()  # apart, so that their order does not depend on the workers
+    files = find_files(paths, found, suffixes=suffixes, exclude=directory)
+    if workers is None:
+        workers = max(1, min(available_cores(), _text_estimate(files) // WORKER_BYTES))
+
+    with writing_to(directory, force) as staging, Encoder(workers, document_tokens) as encoder:
+        spool = Spool(staging)
+        tally = _Tally(len(paths))
+        with _bytes_done(sum(file.size for file in files), quiet) as advance:
+            for encoded in encoder.encode(plan(files, field, planned)):
+                spool.write(encoded.tokens)
+                tally.add(encoded)
+                for skip in encoded.skipped:
+                    read.add(*skip)
+                advance(encoded.done)
+        spool.rewind()
+        skips = Skips.joined(found, planned, read)
+        lengths, keys = tally.documents()
+        if not lengths.size:
+            left_out = ", ".join(f"{count} {reason}" for reason, count in skips.counts.items()) or "nothing"
+            names = " ".join(printable(str(path)) for path in paths)
+            raise InputError(f"no documents in {names}; left out: {left_out}")
+        if val_tokens is None:
+            val_tokens = max(1, min(FULL_VALIDATION, int(lengths.sum()) // 10))
+        is_val = choose_validation(lengths, keys, val_tokens)
+        shards = write_shards(staging, spool, lengths, assign_shards(lengths, is_val, shard_tokens))
+        spool.close()
+        summary = Summary(
+            directory=directory,
+            val=_part(lengths[is_val]),
+            train=_part(lengths[~is_val]),
+            shards=shards,
+            inputs=tally.inputs(paths, files),
+            skipped=skips.counts,
+            skipped_examples=skips.examples,
+            workers=workers,
+            seconds=time.perf_counter() - start,
+        )
+        settings = {
+            "val_tokens": val_tokens,
+            "shard_tokens": shard_tokens,
+            "document_tokens": document_tokens,
+            "field": field,
+            "suffixes": list(suffixes),
+        }
+        publish(staging, directory, shards, _manifest(summary, settings))
+    return summary
+
+
+def _text_estimate(files: Sequence[SourceFile]) -> int:
+    """About how many bytes of text the files hold, from their sizes and suffixes."""
+    return sum(f.size * (1 if f.kind == "text" or f.path.lower().endswith(".jsonl") else COMPRESSION) for f in files)
+
+
+@contextmanager
+def _bytes_done(total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    if quiet:
+        yield lambda count: None
+        return
+    with progress("Tokenizing", total, bytes_unit=True) as advance:
+        yield advance
+
+
+class _Tally:
+    """Gathers the lengths and keys of all documents, and the sums of each input."""
+
+    def __init__(self, inputs: int) -> None:
+        self._lengths: list[Lengths] = []
+        self._keys: list[Keys] = []
+        self._sums = np.zeros((inputs, 3), dtype=np.int64)  # documents, tokens, text bytes
+
+    def add(self, encoded: Encoded) -> None:
+        if encoded.continued:
+            self._lengths[-1][-1] += encoded.lengths[0]
+        else:
+            self._lengths.append(encoded.lengths)
+            self._keys.append(encoded.keys)
+        documents = 0 if encoded.continued else encoded.lengths.size
+        self._sums[encoded.input] += (documents, encoded.tokens.size, encoded.text_bytes)
+
+    def documents(self) -> tuple[Lengths, Keys]:
+        lengths = np.concatenate([np.empty(0, dtype=np.int64), *self._lengths])
+        return lengths, np.concatenate([np.empty(0, dtype=np.uint64), *self._keys])
+
+    def inputs(self, paths: Sequence[str | Path], files: Sequence[SourceFile]) -> tuple[Input, ...]:
+        held = np.bincount([file.input for file in files], minlength=len(paths))
+        return tuple(
+            Input(_shown(path), int(held[index]), *self._sums[index].tolist()) for index, path in enumerate(paths)
+        )
+
+
+def _shown(path: str | Path) -> str:
+    """A path for the manifest, in which the embedded corpus is the same on every machine."""
+    return "embedded" if Path(path) == embedded_corpus() else printable(str(path))
+
+
+def _part(lengths: Lengths) -> Part:
+    return Part(int(lengths.size), int(lengths.sum()), int(np.minimum(lengths, TRAINED_LENGTH).sum()))
+
+
+def _manifest(summary: Summary, settings: dict[str, Any]) -> dict[str, Any]:
+    """What `text.json` says: only what follows from input and settings, so that it can be compared too."""
+    return {
+        "format": 1,
+        "settings": settings,
+        "tokenizer": {"name": "gpt2", "sha256": RANKS_SHA256},
+        "inputs": [asdict(one) for one in summary.inputs],
+        "val": asdict(summary.val),
+        "train": asdict(summary.train),
+        "shards": [asdict(shard) for shard in summary.shards],
+        "skipped": {
+            reason: {"count": count, "first": summary.skipped_examples[reason]}
+            for reason, count in summary.skipped.items()
+        },
+    }
+
+
+def table(summary: Summary) -> str:
+    """What a user is shown at the end: both sides, each input, what was left out, and the speed."""
+    val, train = summary.val, summary.train
+    train_shards = len(summary.shards) - 1
+    sides: list[list[str | int]] = [
+        ["validation", val.documents, val.tokens, "", 1],
+        ["training", train.documents, train.tokens, f"{train.trained_tokens:,}", train_shards],
+    ]
+    blocks = [
+        _columns(["", "documents", "tokens", "trained on", "shards"], sides),
+        _columns(
+            ["input", "files", "documents", "tokens", "text"],
+            [[one.path, one.files, one.documents, one.tokens, human_bytes(one.text_bytes)] for one in summary.inputs],
+        ),
+    ]
+    if summary.skipped:
+        rows = [[why, count, summary.skipped_examples[why][0]] for why, count in summary.skipped.items()]
+        blocks.append(_columns(["left out", "count", "first"], rows))
+    if train.trained_tokens < train.tokens // 2:
+        blocks.append(
+            f"Training uses the first {TRAINED_LENGTH} tokens of a document, and most of this text lies beyond them."
+            f" --document-tokens {TRAINED_LENGTH} cuts documents there, so that all of it is used."
+        )
+    speed = human_bytes(summary.text_bytes / max(summary.seconds, 1e-9))
+    blocks.append(
+        f"{summary.directory}: {human_bytes(summary.text_bytes)} of text in {summary.seconds:.1f} s"
+        f" ({speed}/s, workers: {summary.workers})"
+    )
+    return "\n\n".join(blocks)
+
+
+def _columns(head: list[str], rows: Sequence[Sequence[str | int]]) -> str:
+    """Plain aligned columns: numbers, with thousands separated, to the right, and text to the left."""
+    cells = [head, *([f"{cell:,}" if isinstance(cell, int) else cell for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    right = [any(isinstance(row[i], int) for row in rows) for i in range(len(head))]
+    lines = [
+        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)).rstrip()
+        for line in cells
+    ]
+    return "\n".join(lines)
