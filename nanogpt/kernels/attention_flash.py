@@ -6,8 +6,6 @@ Each library is an adapter of two functions. All of them count a window as `atte
 part of its cache key.
 """
 
-# ruff: noqa: PLR0917  (custom operations take their arguments by position)
-
 from __future__ import annotations
 
 import functools

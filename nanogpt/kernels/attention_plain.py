@@ -6,8 +6,6 @@ runs anywhere, keeps nothing but its inputs, its output and one number a row for
 opaque operation to `torch.compile`.
 """
 
-# ruff: noqa: PLR0917  (custom operations take their arguments by position)
-
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -2,14 +2,74 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+
+import torch
 from torch import Tensor
 
+from nanogpt.kernels.benchmark import BenchCase
+from nanogpt.kernels.dispatch import runs_kernel
 
-def transpose_copy(src: Tensor, dst: Tensor) -> None:
-    """`dst = src.T` in place. src (m, n), dst (n, m)."""
+
+def transpose_copy_plain(src: Tensor, dst: Tensor) -> None:
+    """`dst = src.T` in place, in plain PyTorch. src (m, n), dst (n, m)."""
     dst.copy_(src.mT)
 
 
-def transpose_add(src: Tensor, dst: Tensor) -> None:
-    """`dst += src.T` in place. src (m, n), dst (n, m)."""
+def transpose_add_plain(src: Tensor, dst: Tensor) -> None:
+    """`dst += src.T` in place, in plain PyTorch. src (m, n), dst (n, m)."""
     dst.add_(src.mT)
+
+
+def transpose_copy(src: Tensor, dst: Tensor) -> None:
+    """`dst = src.T` in place. src (m, n), dst (n, m). Not differentiable on the kernel's path (bf16 on a GPU)."""
+    if _runs_kernel(src, dst):
+        _transpose_copy(src, dst)
+    else:
+        transpose_copy_plain(src, dst)
+
+
+def transpose_add(src: Tensor, dst: Tensor) -> None:
+    """`dst += src.T` in place. src (m, n), dst (n, m). Not differentiable on the kernel's path (bf16 on a GPU)."""
+    if _runs_kernel(src, dst):
+        _transpose_add(src, dst)
+    else:
+        transpose_add_plain(src, dst)
+
+
+def _runs_kernel(src: Tensor, dst: Tensor) -> bool:
+    return runs_kernel(src, dst, capability=8) and src.is_contiguous() and dst.is_contiguous()
+
+
+@torch.library.custom_op("nanogpt::transpose_copy", mutates_args={"dst"})
+def _transpose_copy(src: Tensor, dst: Tensor) -> None:
+    from nanogpt.kernels.transpose_triton import COPY, transpose_into
+
+    transpose_into(src, dst, False, COPY)
+
+
+@torch.library.custom_op("nanogpt::transpose_add", mutates_args={"dst"})
+def _transpose_add(src: Tensor, dst: Tensor) -> None:
+    from nanogpt.kernels.transpose_triton import ADD, transpose_into
+
+    transpose_into(src, dst, True, ADD)
+
+
+def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
+    """Head to embedding and back: (768, 50304) and (50304, 768)."""
+    for m, n in ((768, 50_304), (50_304, 768)):
+        src = torch.randn(m, n, device=device, dtype=torch.bfloat16)
+        dst = torch.randn(n, m, device=device, dtype=torch.bfloat16)
+        for name, fast, plain, passes in (
+            ("copy", transpose_copy, transpose_copy_plain, 2),
+            ("add", transpose_add, transpose_add_plain, 3),
+        ):
+            yield BenchCase(
+                f"transposed {name}",
+                f"{m:,} x {n:,}",
+                functools.partial(fast, src, dst),
+                functools.partial(plain, src, dst),
+                flops=0,
+                bytes=passes * src.nbytes,
+            )
