@@ -293,7 +293,7 @@ class TrainBatches:
     def _inventory(self) -> str:
         first, last = self._files[0], self._files[-1]
         names = first.name if first == last else f"{first.name} to {last.name}"
-        return f"{len(self._files)} shards in {first.parent} ({names}) of {sum(self._counts):,} tokens"
+        return f"{_shards(len(self._files))} in {first.parent} ({names}) of {sum(self._counts):,} tokens"
 
 
 class ValBatches:
@@ -459,6 +459,10 @@ def _check_ranks(slots: int, rank: int, world_size: int) -> None:
         raise InputError(f"rank: {rank}, must lie in 0..{world_size - 1}")
 
 
+def _shards(count: int) -> str:
+    return "1 shard" if count == 1 else f"{count} shards"
+
+
 def _sorted_shards(files: Sequence[Path], kind: str) -> list[Path]:
     if not files:
         raise InputError(f"{kind} data: no shards found; run prep-fineweb or prep-text first, and check the directory")
@@ -470,7 +474,7 @@ def _read_stream(paths: list[Path], wanted: int) -> Tokens:
     counts = [read_count(path) for path in paths]
     if sum(counts) < wanted:
         raise InputError(
-            f"validation data: {len(paths)} shards in {paths[0].parent} of {sum(counts):,} tokens, {wanted:,} are "
+            f"validation data: {_shards(len(paths))} in {paths[0].parent} of {sum(counts):,} tokens, {wanted:,} are "
             "needed (one more than are evaluated). Prepare more (prep-text --val-tokens N), or lower the recipe's "
             "validation tokens"
         )

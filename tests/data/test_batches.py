@@ -427,7 +427,7 @@ def test_a_position_in_other_data_is_refused() -> None:
             loader.next_step(8 * 16, 30)
         state = loader.state_dict()
         assert state["shard"] == 1
-        with ranks(files[:1], 1) as (other,), pytest.raises(InputError, match=r"shard 1 .*000002.*1 shards in"):
+        with ranks(files[:1], 1) as (other,), pytest.raises(InputError, match=r"shard 1 .*000002.*1 shard in"):
             other.load_state_dict(state)
         with pytest.raises(InputError, match="not one of TrainBatches"):
             loader.load_state_dict({"shard": 0})
@@ -569,6 +569,6 @@ def test_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
                 f"{np.mean(times):.2f} ms (mean, reading included); prefetched: {opened:.1f} ms waited for the first, "
                 f"{waited:.2f} ms for each of the others"
             )
-            assert np.median(times) < 20
+            assert min(times) < 5  # the least, since others may use the cores
     with capsys.disabled():
         print("", *lines, sep="\n")
