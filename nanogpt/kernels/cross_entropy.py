@@ -16,6 +16,7 @@ Since 0 < z < cap, exp(z) cannot overflow in fp32 for any cap up to `MAX_CAP`, s
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 
 Precision = Literal["bf16", "fp8"]
 
+_LOG2_E = math.log2(math.e)
 MAX_CAP = 64.0  # exp(64) * 50,304 is still far below fp32's largest number
 
 X_SCALE = 100 / 448  # e4m3 scale of the head's input
@@ -133,9 +135,12 @@ def _check(x: Tensor, lm_head: Tensor, targets: Tensor, cap: float) -> None:
 
 # ---------------------------------------------------------------- plain path, chunk by chunk
 
-_CHUNK_TOKENS = 256  # tokens whose logits exist at once on a CPU: amortises adding to the (D, V) gradient
-_BLOCK_ROWS = 16  # rows worked on elementwise at a time: 3 MB of fp32, so that ten passes stay in cache
-_CUDA_TOKENS = 4096
+# On a CPU: the gradient's products take 256 tokens at a time, to amortise adding to the (D, V) gradient; logits are
+# made for 64 (13 MB, which malloc recycles where larger blocks would be mapped and zeroed anew), and worked on
+# elementwise 16 rows at a time (3 MB), so that about ten passes stay in cache.
+_CPU_ROWS = (256, 64, 16)
+_CUDA_ROWS = (4096, 4096, 4096)
+_PIECE_BYTES = 26_000_000
 
 
 @torch.library.custom_op("nanogpt::plain_head_loss", mutates_args=())
@@ -155,11 +160,9 @@ def _plain_head_loss(
     tokens, vocab = x.shape[0], lm_head.shape[1]
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     logit_dtype = torch.bfloat16 if fp8 else x.dtype
-    matmul_dtype = x.dtype
     in_x, in_w = x, lm_head
     if fp8:
-        in_x, in_w = (fake_quantize(t, s, torch.float8_e4m3fn).to(wide) for t, s in ((x, X_SCALE), (lm_head, W_SCALE)))
-        matmul_dtype = wide
+        in_x, in_w = (fake_quantize(t, s, torch.float8_e4m3fn) for t, s in ((x, X_SCALE), (lm_head, W_SCALE)))
 
     weights = weights.to(wide)
     ahead = torch.arange(tokens, device=x.device)[:, None] + torch.arange(len(weights), device=x.device)
@@ -170,17 +173,18 @@ def _plain_head_loss(
     loss = torch.zeros((), dtype=torch.float64, device=x.device)
     dx = torch.empty_like(x) if need_grad else x.new_empty(0)
     dw = torch.zeros(lm_head.shape, dtype=wide, device=x.device) if need_grad else lm_head.new_empty(0)
-    chunk = _CUDA_TOKENS if x.is_cuda else _CHUNK_TOKENS
-    rows = chunk if x.is_cuda else _BLOCK_ROWS
-    sigma = torch.empty(min(rows, tokens), vocab, dtype=wide, device=x.device)
+    chunk, part, rows = _CUDA_ROWS if x.is_cuda else _CPU_ROWS
+    buffer = torch.empty(min(chunk, tokens), vocab, dtype=wide, device=x.device)
     for start in range(0, tokens, chunk):
-        part = slice(start, min(start + chunk, tokens))
-        grad = torch.mm(in_x[part], in_w).to(logit_dtype).to(wide)  # logits now, their gradient below
-        for first in range(part.start, part.stop, rows):
-            block = slice(first, min(first + rows, part.stop))
-            g = grad[first - part.start : block.stop - part.start]
-            s = torch.add(g, shift, out=sigma[: len(g)]).mul_(1 / scale).sigmoid_()
-            e = torch.mul(s, cap, out=g).exp_()
+        stop = min(start + chunk, tokens)
+        for i in range(start, stop, rows):
+            if (i - start) % part == 0:
+                logits = _mm(in_x[i : min(i + part, stop)], in_w).to(logit_dtype).to(wide)
+            block = slice(i, min(i + rows, stop))
+            first = (i - start) % part
+            s = logits[first : first + rows].add_(shift).mul_(1 / scale).sigmoid_()
+            # exp2 is several times faster than exp on a CPU, where only the former avoids MKL's vector library.
+            e = torch.mul(s, cap * _LOG2_E, out=buffer[i - start : block.stop - start]).exp2_()
             total = e.sum(1)
             w, cols = column_weights[block], columns[block]
             s_target = s.gather(1, cols)
@@ -192,10 +196,20 @@ def _plain_head_loss(
                 if fp8:
                     e.copy_(fake_quantize(e, GRAD_SCALE, torch.float8_e5m2))
         if need_grad:
-            grad = grad.to(matmul_dtype)
-            dx[part] = torch.mm(grad, in_w.t())
-            dw.addmm_(in_x[part].t().to(wide), grad.to(wide))
+            grad = buffer[: stop - start].to(in_x.dtype)
+            dx[start:stop] = _mm(grad, in_w.t())
+            x_t, grad = in_x[start:stop].t().to(wide), grad.to(wide)
+            piece = max(_PIECE_BYTES // (vocab * grad.element_size()), 1)
+            for d in range(0, len(x_t), piece):
+                dw[d : d + piece] += _mm(x_t[d : d + piece], grad)
     return loss.to(wide), dx, dw.to(lm_head.dtype)
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b`. For fp32 on a CPU through oneDNN, which is twice as fast as MKL on AMD processors."""
+    if a.device.type == "cpu" and a.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+    return torch.mm(a, b)
 
 
 @_plain_head_loss.register_fake
