@@ -4,7 +4,7 @@ Persistent: each program walks over output tiles, so that the loads of the next 
 last one. Operands and results move by the tensor memory accelerator (Hopper's bulk copies; ordinary loads before).
 """
 
-# mypy: disallow-untyped-defs=False  (a Triton kernel's arguments are neither Python nor torch types)
+# mypy: allow-untyped-defs
 
 from __future__ import annotations
 

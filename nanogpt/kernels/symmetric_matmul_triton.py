@@ -1,6 +1,6 @@
 """Triton kernel of the symmetric products: tiles on and above the diagonal are computed, and stored twice."""
 
-# mypy: disallow-untyped-defs=False  (a Triton kernel's arguments are neither Python nor torch types)
+# mypy: allow-untyped-defs
 
 from __future__ import annotations
 

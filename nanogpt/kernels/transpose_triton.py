@@ -1,6 +1,6 @@
 """Triton kernel of the transposed copy and add: one tile a program, read and written along rows."""
 
-# mypy: disallow-untyped-defs=False  (a Triton kernel's arguments are neither Python nor torch types)
+# mypy: allow-untyped-defs
 
 from __future__ import annotations
 
