@@ -246,7 +246,7 @@ def _parse(text: str, name: str, place: Callable[[int], str]) -> _Source:
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise RecipeError(
-            [f"{place(line)}: not valid YAML: contains the control character {error.character!r}"]
+            [f"{place(line)}: not valid YAML: contains the control character {chr(error.character)!r}"]
         ) from None
     nodes = 0
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -103,10 +102,6 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except NanogptError as error:
         print(error, file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        # What reads our output has gone; Python would complain again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)

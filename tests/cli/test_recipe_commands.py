@@ -1,0 +1,88 @@
+"""`nanogpt validate`, `show`, `schema` and `recipes`."""
+
+import json
+
+import pytest
+
+from nanogpt.recipe import load_recipe, recipe_schema, schema_text, shipped_recipes
+
+SHIPPED = sorted(path.stem for path in shipped_recipes().glob("*.yaml"))
+
+
+def test_validate_says_what_a_recipe_is(nanogpt):
+    outcome = nanogpt("validate", "recipes/speedrun.yaml", "2xa100")
+    assert outcome == (
+        0,
+        "recipes/speedrun.yaml: valid: speedrun, 1,555 steps, 412,876,800 tokens, world size 8\n"
+        "2xa100: valid: speedrun-2xa100, 1,555 steps, 412,876,800 tokens, world size 2\n",
+        "",
+    )
+
+
+def test_validate_takes_every_shipped_recipe(nanogpt):
+    outcome = nanogpt("validate", *SHIPPED)
+    assert outcome.code == 0
+    assert len(outcome.out.splitlines()) == len(SHIPPED)
+
+
+def test_validate_with_overrides_and_fewer_steps(nanogpt):
+    outcome = nanogpt(
+        "validate", "speedrun", "--set", "training.stages.0.batch_tokens=65536", "--set", "name=mine", "--steps", "4"
+    )
+    tokens = 65_536 + 262_144 + 2 * 393_216
+    assert outcome.out == f"speedrun: valid: mine, 4 steps, {tokens:,} tokens, world size 8\n"
+
+
+def test_validate_goes_on_after_an_error_and_names_all(nanogpt, tmp_path):
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("base: speedrun.yaml\nmodel:\n  widht: 1\nhardware: {gpus: 1}\n")
+    outcome = nanogpt("validate", wrong, "8xh200", "nothing")
+    assert outcome.code == 2
+    assert outcome.out == "8xh200: valid: speedrun-8xh200, 1,555 steps, 412,876,800 tokens, world size 8\n"
+    lines = outcome.err.splitlines()
+    assert [line.partition(": ")[0] for line in lines] == [f"{wrong}:3", f"{wrong}:4", "nothing"]
+    assert "did you mean width?" in lines[0]
+
+
+def test_validate_names_an_override_that_is_wrong_once(nanogpt):
+    outcome = nanogpt("validate", "8xh100", "8xh200", "--set", "training.sede=1")
+    assert outcome.code == 2
+    assert outcome.out == ""
+    (line,) = outcome.err.splitlines()
+    assert line.startswith("--set training.sede=1: training.sede: unknown key, did you mean seed?")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("flag", [[], ["--json"]], ids=["yaml", "json"])
+def test_show_prints_a_recipe_that_resolves_to_the_same(nanogpt, tmp_path, name, flag):
+    outcome = nanogpt("show", name, *flag)
+    assert (outcome.code, outcome.err) == (0, "")
+    if flag:
+        json.loads(outcome.out)
+    shown = tmp_path / "shown.yaml"
+    shown.write_text(outcome.out)
+    assert load_recipe(shown) == load_recipe(name)
+
+
+def test_show_applies_overrides_and_steps(nanogpt):
+    outcome = nanogpt("show", "gpt2", "--json", "--steps", "100", "--set", "training.seed=5")
+    training = json.loads(outcome.out)["training"]
+    assert (training["seed"], training["stages"][0]["steps"], training["lr_schedule"]["warmup_steps"]) == (5, 100, 10)
+
+
+def test_show_of_a_wrong_recipe_prints_nothing_but_the_error(nanogpt):
+    outcome = nanogpt("show", "speedrun", "--set", "training.seed=x")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err == '--set training.seed=x: training.seed: must be a whole number, found "x"\n'
+
+
+def test_schema_prints_the_committed_schema(nanogpt):
+    assert nanogpt("schema").out == schema_text()
+    assert json.loads(nanogpt("schema", "--resolved").out) == recipe_schema(resolved=True)
+
+
+def test_recipes_lists_all(nanogpt):
+    header, *rows = nanogpt("recipes").out.splitlines()
+    assert header.split() == ["recipe", "model", "gpu", "world", "size", "steps", "tokens"]
+    assert [row.split()[0] for row in rows] == SHIPPED
+    assert "4xh200    speedrun  h200           4  1,555  412,876,800" in rows

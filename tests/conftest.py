@@ -1,0 +1,56 @@
+"""Settings and fixtures of all tests."""
+
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import hypothesis
+import pytest
+
+# Before anything imports torch: side by side, pytest-xdist's workers share the cores instead of fighting for them.
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _WORKERS > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WORKERS)))
+
+# What a user's shell may hold and would change a test's outcome.
+for _name in [name for name in os.environ if name.startswith("NANOGPT_")] + ["FINEWEB_CHUNKS"]:
+    os.environ.pop(_name, None)
+
+hypothesis.settings.register_profile("nanogpt", deadline=None, print_blob=True, derandomize="CI" in os.environ)
+hypothesis.settings.load_profile("nanogpt")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` where there is no CUDA device."""
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+class Outcome(NamedTuple):
+    """What a command left: exit code, standard output, standard error."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def nanogpt(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """`nanogpt("show", "speedrun")` runs the command line in this process."""
+
+    def run(*arguments: object) -> Outcome:
+        from nanogpt.cli.main import main
+
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Outcome(exit_info.value.code or 0, captured.out, captured.err)
+
+    return run

@@ -1,0 +1,575 @@
+"""Recipes: inheritance, YAML's traps, overrides, error messages, round trips, the JSON Schema."""
+
+import itertools
+import json
+import re
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanogpt.errors import InputError
+from nanogpt.recipe import (
+    RecipeError,
+    dump_spec,
+    find_recipe,
+    load_recipe,
+    recipe_schema,
+    schema_text,
+    shipped_recipes,
+)
+from nanogpt.spec import RunSpec
+
+SHIPPED = sorted(path.stem for path in shipped_recipes().glob("*.yaml"))
+SPEEDRUN = load_recipe("speedrun")
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """`recipe("name: x")` writes tmp_path/recipe.yaml and returns its path."""
+
+    def write(text: str | bytes, name: str = "recipe.yaml") -> Path:
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+def problems_of(path: Path | str, *overrides: str, steps: int | None = None) -> list[str]:
+    """The lines of the error that loading gives, without the directory."""
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides, steps)
+    assert caught.value.exit_code == 2
+    assert str(caught.value).splitlines() == caught.value.problems
+    return [problem.replace(f"{Path(path).parent}/", "") for problem in caught.value.problems]
+
+
+def problem_of(path: Path | str, *overrides: str, steps: int | None = None) -> str:
+    """The only line of the error that loading gives."""
+    (problem,) = problems_of(path, *overrides, steps=steps)
+    return problem
+
+
+# --- shipped recipes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipes_round_trip(name, recipe):
+    spec = load_recipe(name)
+    assert load_recipe(recipe(dump_spec(spec))) == spec
+    assert load_recipe(recipe(spec.model_dump_json(indent=2))) == spec
+
+
+@pytest.mark.parametrize("gpu", ["h100", "h200", "a100"])
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_hardware_recipes_differ_in_hardware_and_name_only(gpu, count):
+    spec = load_recipe(f"{count}x{gpu}")
+    assert (spec.hardware.gpu, spec.world_size, spec.name) == (gpu, count, f"speedrun-{count}x{gpu}")
+    assert spec.model_copy(update={"name": SPEEDRUN.name, "hardware": SPEEDRUN.hardware}) == SPEEDRUN
+
+
+@pytest.mark.parametrize("name", ["8xh200", "8xh200.yaml", "recipes/8xh200.yaml", "recipes/8xh200"])
+def test_shipped_recipes_are_found_by_name_from_anywhere(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe(name).name == "speedrun-8xh200"
+
+
+def test_a_file_comes_before_a_shipped_recipe(recipe, tmp_path, monkeypatch):
+    recipe(dump_spec(SPEEDRUN.model_copy(update={"name": "mine"})), "8xh200")
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("8xh200").name == "mine"
+
+
+@pytest.mark.parametrize("name", ["8xh20", "elsewhere/8xh20.yaml", "", "recipes"])
+def test_no_such_recipe(name):
+    with pytest.raises(InputError, match=r"no such recipe.*Shipped recipes: .*speedrun") as caught:
+        find_recipe(name)
+    assert caught.value.exit_code == 2
+    assert ("Did you mean 8xh200?" in str(caught.value) or "8xh100?" in str(caught.value)) == ("8xh20" in name)
+
+
+# --- inheritance --------------------------------------------------------------------------------------------------
+
+
+def test_a_child_lays_its_values_over_its_bases(recipe):
+    recipe("base: speedrun.yaml\nname: middle\nmodel: {rotary: {base: 2048}, attention_scale: 0.2}\n", "middle.yaml")
+    spec = load_recipe(recipe("base: middle.yaml\nname: leaf\nmodel: {attention_scale: 0.3}\n"))
+    expected = SPEEDRUN.model_dump()
+    expected["name"] = "leaf"
+    expected["model"]["rotary"]["base"] = 2048.0
+    expected["model"]["attention_scale"] = 0.3
+    assert spec.model_dump() == expected
+
+
+def test_a_base_is_looked_for_beside_the_recipe_then_among_the_shipped(recipe, tmp_path):
+    (tmp_path / "sub").mkdir()
+    recipe("base: 8xh200.yaml\nname: near\n", "sub/base.yaml")
+    assert load_recipe(recipe("base: sub/base.yaml\n")).name == "near"
+    recipe("base: ../base.yaml\n", "sub/leaf.yaml")
+    recipe("base: speedrun.yaml\nname: up\n", "base.yaml")
+    assert load_recipe(tmp_path / "sub/leaf.yaml").name == "up"
+    assert load_recipe(recipe(f"base: {tmp_path}/base.yaml\n")).name == "up"
+    recipe("base: 1xa100.yaml\nname: shadow\n", "speedrun.yaml")
+    assert "speedrun.yaml -> 1xa100.yaml" in problem_of(recipe("base: speedrun.yaml\n", "1xa100.yaml"))
+
+
+def test_lists_are_replaced_whole(recipe):
+    spec = load_recipe(recipe("base: speedrun.yaml\nmodel: {paired_layers: [0]}\n"))
+    assert spec.model.paired_layers == [0]
+
+
+def test_a_part_of_another_kind_replaces_the_bases_whole(recipe):
+    spec = load_recipe(
+        recipe(
+            "base: speedrun.yaml\n"
+            "training: {lr_schedule: {kind: warmup_cosine, warmup_steps: 10, end_factor: 0}, extension: null}\n"
+            "optimizer: {normuon: {momentum: {warmup_steps: 1}}}\n"
+        )
+    )
+    assert spec.training.lr_schedule.model_dump() == {"kind": "warmup_cosine", "warmup_steps": 10, "end_factor": 0.0}
+    assert spec.training.extension is None
+    assert spec.optimizer.normuon.momentum.warmup_steps == 1
+
+
+def test_a_part_that_repeats_its_kind_inherits(recipe):
+    spec = load_recipe(recipe("base: speedrun.yaml\nmodel: {kind: speedrun, backout_layer: 5}\n"))
+    assert (spec.model.backout_layer, spec.model.layers) == (5, 11)
+
+
+def test_circles_and_missing_bases(recipe):
+    recipe("name: b\nbase: recipe.yaml\n", "b.yaml")
+    assert problem_of(recipe("base: b.yaml\n")).endswith(
+        "b.yaml:2: base: recipes inherit in a circle: recipe.yaml -> b.yaml -> recipe.yaml"
+    )
+    assert problem_of(recipe("base: recipe.yaml\n")).startswith("recipe.yaml:1: base: recipes inherit in a circle")
+    problem = problem_of(recipe("name: x\n\nbase: speedruns.yaml\n"))
+    assert problem.startswith("recipe.yaml:3: base: ")
+    assert problem.endswith("did you mean speedrun.yaml?")
+    assert problem_of(recipe("base: [speedrun.yaml]\n")).startswith("recipe.yaml:1: base: found ['speedrun.yaml']")
+
+
+def test_no_base_is_the_same_as_an_empty_one(recipe):
+    assert load_recipe(recipe("base:\n" + dump_spec(SPEEDRUN))) == SPEEDRUN
+
+
+# --- YAML ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-10", 1e-10), ("1E3", 1e3), ("1.5e+2", 150.0), (".5", 0.5), ("5.", 5.0), ("7", 7.0), ("+2", 2.0), ("010", 10)],
+)
+def test_numbers(text, value, recipe):
+    spec = load_recipe(recipe(f"base: speedrun.yaml\noptimizer: {{adam: {{eps: {text}}}}}\n"))
+    assert spec.optimizer.adam.eps == value
+    assert load_recipe("speedrun", [f"optimizer.adam.eps={text}"]) == spec
+
+
+@pytest.mark.parametrize("text", ["1e7", "0x10", "1:30", "10M", "'8'", "8.0", "yes", "~", ""])
+def test_what_is_no_whole_number(text, recipe):
+    problem = problem_of(recipe(f"base: speedrun.yaml\ntraining:\n  slots: {text}\n"))
+    assert problem.startswith("recipe.yaml:3: training.slots: must be a whole number, found ")
+
+
+@pytest.mark.parametrize("text", ["on", "off", "auto"])
+def test_on_and_off_are_words(text):
+    assert load_recipe("speedrun", [f"runtime.compile={text}"]).runtime.compile == text
+
+
+@pytest.mark.parametrize("text", ["on", "yes", "1", "'true'"])
+def test_only_true_and_false_are_truths(text):
+    problem = problem_of("speedrun", f"training.warmup={text}")
+    assert "training.warmup: must be true or false, found" in problem
+
+
+@pytest.mark.parametrize("name", ["2026-01-01", "1e5x", "on", "no", "'7'", "'1e5'", "'null'", "'0x1F'", "'12_000'"])
+def test_names_stay_text_through_a_round_trip(name, recipe):
+    spec = load_recipe("speedrun", [f"name={name}"])
+    assert spec.name == name.strip("'")
+    assert load_recipe(recipe(dump_spec(spec))) == spec
+    assert yaml.safe_load(dump_spec(spec))["name"] == spec.name, "readers of YAML 1.1 must see the same"
+
+
+def test_anchors_and_aliases(recipe):
+    spec = load_recipe(
+        recipe(
+            "base: speedrun.yaml\n"
+            "training:\n"
+            "  extension: &last {steps: 400, batch_tokens: 393216, window_blocks: {short: 6, long: 13},"
+            " token_weights: [1], lr_factor: 1.73}\n"
+            "  stages: [*last, *last, *last]\n"
+        ),
+        ["training.stages.0.steps=1"],
+    )
+    assert [stage.steps for stage in spec.training.all_stages] == [1, 400, 400, 400]
+
+
+DUPLICATES = "base: speedrun.yaml\nname: a\nmodel:\n  width: 768\n  width: 640\nname: b\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "problems"),
+    [
+        ("", ["recipe.yaml:1: a recipe is a mapping of keys to values, found nothing"]),
+        ("# only a comment\n", ["recipe.yaml:1: a recipe is a mapping of keys to values, found nothing"]),
+        ("- a\n", ["recipe.yaml:1: a recipe is a mapping of keys to values, found a list"]),
+        ("speedrun\n", ["recipe.yaml:1: a recipe is a mapping of keys to values, found the value 'speedrun'"]),
+        (
+            DUPLICATES,
+            [
+                "recipe.yaml:5: model.width: stands twice in this mapping, first at recipe.yaml:4",
+                "recipe.yaml:6: name: stands twice in this mapping, first at recipe.yaml:2",
+            ],
+        ),
+        (
+            "name: x\nmodel: {<<: {kind: gpt2}}\n",
+            ["recipe.yaml:2: model.<<: merge keys are not supported; repeat the keys, or inherit by `base:`"],
+        ),
+        ("name: x\n? [a, b]\n: 1\n", ["recipe.yaml:2: a key must be a plain word, found a sequence"]),
+        (
+            "name: x\nmodel:\n\tkind: gpt2\n",
+            ["recipe.yaml:3: not valid YAML: found character '\\t' that cannot start any token"],
+        ),
+        ("name: 'x\n", ["recipe.yaml:2: not valid YAML: found unexpected end of stream"]),
+        ("name: *x\n", ["recipe.yaml:1: not valid YAML: found undefined alias 'x'"]),
+        ("a: 1\n---\nb: 2\n", ["recipe.yaml:2: not valid YAML: but found another document"]),
+        ("a: 1\nname: x\0\n", ["recipe.yaml:2: not valid YAML: contains the control character '\\x00'"]),
+        ("a: 1\nname: !!int x\n", ["recipe.yaml:2: name: invalid literal for int() with base 10: 'x'"]),
+        (b"name: \xff\xfe\n", ["recipe.yaml: is not UTF-8 text: invalid start byte at byte 6"]),
+    ],
+)
+def test_what_is_no_recipe(text, problems, recipe):
+    assert problems_of(recipe(text)) == problems
+
+
+LAUGHS = "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
+    f"{key}: &{key} [{','.join([f'*{before}'] * 10)}]\n" for before, key in itertools.pairwise("abcdef")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("name: !!python/name:os.getcwd ''\n", "recipe.yaml:1: not valid YAML: could not determine"),
+        ("\nname: !mine x\n", "recipe.yaml:2: not valid YAML: could not determine a constructor for the tag '!mine'"),
+        ("a: &a {b: *a}\n", "recipe.yaml: nested too deeply; does an alias contain itself?"),
+        ("a: &a [*a]\n", "recipe.yaml: nested too deeply; does an alias contain itself?"),
+        ("[" * 2000, "recipe.yaml: nested too deeply"),
+        (LAUGHS, "recipe.yaml: more than 100000 values"),
+        ("training:\n  seed: " + "9" * 5000, "recipe.yaml:2: training.seed: "),
+    ],
+    ids=["python", "tag", "circle", "list-circle", "deep", "billion-laughs", "digits"],
+)
+def test_hostile_yaml_is_an_error_like_any_other(text, problem, recipe):
+    assert problem_of(recipe(text)).startswith(problem)
+
+
+def test_a_byte_order_mark_does_no_harm(recipe):
+    assert load_recipe(recipe(b"\xef\xbb\xbfbase: speedrun.yaml\r\nname: windows\r\n")).name == "windows"
+
+
+def test_a_file_that_cannot_be_read(recipe, monkeypatch):
+    path = recipe("name: x\n")
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)  # a real mode would not stop root
+    assert problem_of(path) == "recipe.yaml: cannot be read: Permission denied"
+
+
+# --- overrides ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("training.stages.0.batch_tokens=65536", 65536),
+        ("training.seed=7", 7),
+        (" training.seed = 7", 7),
+        ("name=a=b", None),
+        ("description=a=b: c", None),
+        ('description="a: b"', "a: b"),
+        ("description=two words", "two words"),
+        ("data.directory=/scratch/me/fineweb", "/scratch/me/fineweb"),
+        ("data.directory=", None),
+        ("training.extension=null", None),
+        ("evaluation.target_loss=null", None),
+        ("model.paired_layers=[]", []),
+        ("model.paired_layers.3=8", 8),
+        ("hardware={gpu: a100, gpus_per_node: 2}", {"gpu": "a100", "gpus_per_node": 2, "nodes": 1}),
+        ("runtime.dtype=fp32", "fp32"),
+        ("runtime={}", None),
+    ],
+)
+def test_overrides(override, value):
+    key = override.partition("=")[0].strip()
+    if override in ("name=a=b", "description=a=b: c"):
+        assert f"--set {override}: " in problem_of("speedrun", override)
+        return
+    found = load_recipe("speedrun", [override]).model_dump(mode="json")
+    expected = SPEEDRUN.model_dump(mode="json")
+    for name in key.split("."):
+        found, expected = (part[int(name)] if isinstance(part, list) else part[name] for part in (found, expected))
+    assert found == (expected if override == "runtime={}" else value)
+
+
+def test_overrides_apply_in_order_and_only_where_they_point():
+    spec = load_recipe("speedrun", ["training.seed=1", "training.stages.1.steps=9", "training.seed=2"])
+    expected = SPEEDRUN.model_dump()
+    expected["training"]["seed"] = 2
+    expected["training"]["stages"][1]["steps"] = 9
+    assert spec.model_dump() == expected
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("training.seed", "--set training.seed: expected key.path=value, for example --set training.seed=1"),
+        ("=1", "--set =1: expected key.path=value, for example --set training.seed=1"),
+        ("training..seed=1", "--set training..seed=1: expected key.path=value, for example --set training.seed=1"),
+        ("model.paired_layers.4=1", "--set model.paired_layers.4=1: model.paired_layers has entries 0..3, found '4'"),
+        (
+            "model.paired_layers.-1=1",
+            "--set model.paired_layers.-1=1: model.paired_layers has entries 0..3, found '-1'",
+        ),
+        ("training.stages.²=1", "--set training.stages.²=1: training.stages has entries 0..2, found '²'"),
+        ("training.seed.x=1", "--set training.seed.x=1: training.seed is the value 0, it has no keys"),
+        ("training.seed=[", "--set training.seed=[: not valid YAML: expected the node content, but found"),
+        ("training={a: 1, a: 2}", "--set training={a: 1, a: 2}: a: stands twice in this mapping"),
+        ("training.seed=x", '--set training.seed=x: training.seed: must be a whole number, found "x"'),
+        ("training.sed=1", "--set training.sed=1: training.sed: unknown key, did you mean seed?"),
+        ("trainin.seed=1", "--set trainin.seed=1: trainin: unknown key, did you mean training?"),
+        ("model.width=640", "--set model.width=640: model.width: is 640, must be heads * head_dim"),
+        ("training.slots=4", "--set training.slots=4: training.slots: is 4, must be a multiple of the world size 8"),
+    ],
+)
+def test_wrong_overrides(override, problem):
+    assert problem_of("speedrun", override).startswith(problem)
+
+
+def test_wrong_overrides_come_together():
+    assert len(problems_of("speedrun", "x", "training.seed.x=1", "model.paired_layers.9=1")) == 3
+
+
+# --- errors -------------------------------------------------------------------------------------------------------
+
+MISTAKES = """\
+base: speedrun.yaml
+name: mistakes
+model:
+  widht: 768
+  layers: "11"
+  rotary:
+    base: fast
+training:
+  seed: -1
+  stages:
+    - steps: 0
+      batch_tokens: 131072
+      window_blocks: {short: 1}
+      token_weights: [1]
+      lr_factor: 1.0
+optimizer:
+  kind: normuon_adam
+  adam:
+    groups:
+      embed: {beta: [0.5, 0.9]}
+hardware:
+  gpu: H200
+  gpus: 8
+runtime: fast
+extra: 1
+"""
+
+
+def test_every_problem_is_named_with_file_line_key_value_and_what_is_allowed(recipe):
+    problems = problems_of(recipe(MISTAKES))
+    lines = {
+        4: r"model\.widht: unknown key, did you mean width\?; allowed keys: kind, vocab_size, .*scalars$",
+        5: r'model\.layers: must be a whole number, found "11"$',
+        7: r'model\.rotary\.base: must be a number, found "fast"$',
+        9: r"training\.seed: must be greater than or equal to 0, found -1$",
+        11: r"training\.stages\.0\.steps: must be greater than or equal to 1, found 0$",
+        13: r"training\.stages\.0\.window_blocks\.long: is missing; add it \(a list replaces .*\)$",
+        20: r"optimizer\.adam\.groups\.embed\.beta: unknown key, did you mean betas\?; allowed keys: betas, lr_mul, "
+        r"wd_mul, communication$",
+        22: r'hardware\.gpu: found "H200", did you mean h200\?; allowed: h100, h200, a100, cpu$',
+        23: r"hardware\.gpus: unknown key, did you mean gpu\?; allowed keys: gpu, gpus_per_node, nodes$",
+        24: r'runtime: must be a mapping, found "fast"$',
+        25: r"extra: unknown key; allowed keys: name, description, model, .*base$",
+    }
+    assert len(problems) == len(lines)
+    for line, pattern in lines.items():
+        (problem,) = [problem for problem in problems if problem.startswith(f"recipe.yaml:{line}: ")]
+        assert re.search(rf": {pattern}", problem), problem
+
+
+def test_cross_checks_point_at_the_line_that_is_to_blame(recipe):
+    path = recipe(
+        "base: speedrun.yaml\nmodel:\n  # a comment\n  width: 640\nhardware: {gpu: cpu, gpus_per_node: 3}\n"
+        "runtime:\n  head_precision: fp8\n"
+    )
+    assert problems_of(path) == [
+        "recipe.yaml:4: model.width: is 640, must be heads * head_dim = 6 * 128 = 768",
+        "recipe.yaml:5: hardware.gpus_per_node: 1 x 3 makes a world size of 3, allowed are 1, 2, 4, 8",
+        "recipe.yaml:7: runtime.head_precision: fp8 needs hardware.gpu h100 or h200, found cpu",
+    ]
+
+
+def test_an_error_in_a_base_names_the_base(recipe):
+    recipe("name: base\nbase: speedrun.yaml\ntraining: {seed: x}\n", "wrong.yaml")
+    path = recipe("base: wrong.yaml\nmodel:\n  layers: y\n")
+    assert sorted(problems_of(path)) == [
+        'recipe.yaml:3: model.layers: must be a whole number, found "y"',
+        'wrong.yaml:3: training.seed: must be a whole number, found "x"',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("model: {kind: gpt}", "recipe.yaml:2: model.kind: found gpt, did you mean gpt2?; allowed: speedrun, gpt2"),
+        ("training: {lr_schedule: {kind: 3}}", "recipe.yaml:2: training.lr_schedule.kind: found 3; allowed:"),
+        ("training: {stages: {a: 1}}", 'recipe.yaml:2: training.stages: must be a list, found {"a": 1}'),
+        ("optimizer: {adam: {groups: [1]}}", "recipe.yaml:2: optimizer.adam.groups: must be a mapping, found [1]"),
+        ("name: 2026", "recipe.yaml:2: name: must be text, found 2026"),
+        ("name: a/b", "recipe.yaml:2: name: must match pattern '^[A-Za-z0-9]"),
+        ("optimizer: {adam: {lr: .inf}}", "recipe.yaml:2: optimizer.adam.lr: must be a finite number, found"),
+        (
+            "model: {bigram_multipliers: [1]}",
+            "recipe.yaml:2: model.bigram_multipliers: has too few entries, entry 1 is missing",
+        ),
+        ("model: {bigram_multipliers: 1}", "recipe.yaml:2: model.bigram_multipliers: must be a list, found 1"),
+        ("model: {gpt2: 1}", "recipe.yaml:2: model.gpt2: unknown key; allowed keys: kind"),
+        ("model: {speedrun: 1}", "recipe.yaml:2: model.speedrun: unknown key; allowed keys: kind"),
+        ("training: {seed: " + "9" * 200 + "}", "recipe.yaml:2: training.seed: must be less than or equal to"),
+        (
+            "optimizer: {normuon: {groups: {mpl: {lr_muls: [1], communication: sharded}}}}",
+            "recipe.yaml:2: optimizer.normuon.groups: does not know mpl (did you mean mlp?)",
+        ),
+    ],
+)
+def test_messages(text, problem, recipe):
+    found = problem_of(recipe(f"base: speedrun.yaml\n{text}\n"))
+    assert found.startswith(problem)
+
+
+def test_a_part_that_is_missing_and_a_kind_that_is_missing(recipe):
+    problems = problems_of(recipe("name: x\nmodel: {layers: 3}\nhardware: {gpu: cpu}\n"))
+    assert problems == [
+        "recipe.yaml:2: model.kind: is missing; allowed: speedrun, gpt2",
+        "recipe.yaml:1: optimizer: is missing; add it, or inherit it with `base: speedrun.yaml`",
+        "recipe.yaml:1: training: is missing; add it, or inherit it with `base: speedrun.yaml`",
+        "recipe.yaml:1: evaluation: is missing; add it, or inherit it with `base: speedrun.yaml`",
+        "recipe.yaml:3: hardware.gpus_per_node: is missing; add it, or inherit it with `base: speedrun.yaml`",
+    ]
+
+
+def test_too_few_steps():
+    assert problem_of("speedrun", steps=3) == "--steps 3: a run of 3 steps has no room for its 4 stages"
+    assert load_recipe("speedrun", steps=4).training.total_steps == 4
+
+
+# --- round trips --------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40)
+@given(
+    name=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True),
+    text=st.text(st.characters(exclude_categories=["Cs"]), max_size=200),
+    eps=st.floats(min_value=0, exclude_min=True, allow_infinity=False),
+    weights=st.lists(st.floats(0, 1e300), min_size=1, max_size=8),
+    directory=st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
+)
+def test_whatever_a_spec_holds_comes_back(tmp_path_factory, name, text, eps, weights, directory):
+    data = SPEEDRUN.model_dump()
+    data.update(name=name, description=text)
+    data["optimizer"]["adam"]["eps"] = eps
+    data["training"]["stages"][0]["token_weights"] = weights
+    data["data"]["directory"] = directory
+    spec = RunSpec.model_validate(data)
+    path = tmp_path_factory.getbasetemp() / "round-trip.yaml"
+    path.write_text(dump_spec(spec), encoding="utf-8")
+    assert load_recipe(path) == spec
+
+
+# --- JSON Schema --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def validator():
+    """Checks against the committed schema."""
+    schema = json.loads((shipped_recipes() / "schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
+
+
+def test_the_committed_schema_is_up_to_date():
+    committed = (shipped_recipes() / "schema.json").read_text()
+    assert committed == schema_text(), "run `make schema`"
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipes_fit_the_schema_that_they_name(name, validator):
+    text = (shipped_recipes() / f"{name}.yaml").read_text()
+    assert text.startswith("# yaml-language-server: $schema=schema.json\n")
+    # An editor reads YAML 1.2, where 1e-8 is a number.
+    data = yaml.safe_load(re.sub(r"\b1e-", "1.0e-", text))
+    validator.validate(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {},
+        {"base": "speedrun.yaml", "model": {"layers": 4}},
+        {"model": {"kind": "gpt2", "context": 3}},
+        {"training": {"extension": None}},
+        {"training": {"extension": {"steps": 3}}},
+    ],
+)
+def test_partial_recipes_fit_the_schema(data, validator):
+    validator.validate(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        [],
+        {"base": 3},
+        {"trianing": {}},
+        {"model": {"widht": 3}},
+        {"model": {"kind": "gpt"}},
+        {"model": {"kind": "gpt2", "rotary": {}}},
+        {"model": {"layers": 0}},
+        {"model": {"layers": "11"}},
+        {"model": {"bigram_multipliers": [1]}},
+        {"hardware": {"gpu": "H100"}},
+        {"training": {"stages": []}},
+        {"training": {"stages": [{"steps": 3}]}},
+        {"training": {"stages": {"steps": 3}}},
+        {"training": {"extension": {"stpes": 3}}},
+        {"optimizer": {"adam": {"groups": {"embed": {"betas": [0.5, 1.0]}}}}},
+        {"name": "a b"},
+        {"runtime": {"compile": True}},
+    ],
+    ids=str,
+)
+def test_typical_mistakes_do_not_fit_the_schema(data, validator):
+    with pytest.raises(jsonschema.ValidationError):
+        validator.validate(data)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_resolved_specs_fit_the_resolved_schema(name):
+    resolved = jsonschema.Draft202012Validator(recipe_schema(resolved=True))
+    data = load_recipe(name).model_dump(mode="json")
+    resolved.validate(data)
+    del data["training"]["seed"]
+    with pytest.raises(jsonschema.ValidationError, match="seed"):
+        resolved.validate(data)
