@@ -6,7 +6,6 @@ All of it runs over the flat stream of a micro-batch, across document boundaries
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -16,7 +15,7 @@ def smear(
     strength: Tensor,  # () smear_lambda
 ) -> Tensor:
     """Add to each token a gated share of the embedding before it (the unsmeared one); token 0 stays. Returns (T, D)."""
-    gate = strength * torch.sigmoid(F.linear(e[1:, : gate_weight.shape[1]], gate_weight))
+    gate = strength * torch.sigmoid(e[1:, : gate_weight.shape[1]] @ gate_weight.mT)
     return torch.cat((e[:1], e[1:] + gate * e[:-1]))
 
 
@@ -39,4 +38,4 @@ def head_gate(
     weight: Tensor,  # (heads, gate inputs)
 ) -> Tensor:
     """One gate in (0, 1) for each token and head, read from the leading channels of `u`: (T, heads, 1)."""
-    return torch.sigmoid(F.linear(u[:, : weight.shape[1]], weight)).unsqueeze(-1)
+    return torch.sigmoid(u[:, : weight.shape[1]] @ weight.mT).unsqueeze(-1)

@@ -104,7 +104,7 @@ class Speedrun(LanguageModel):
 
         for layer in range(layers):
             if layer == spec.skip.to_layer:
-                gate = 2 * torch.sigmoid(F.linear(x0[:, : spec.gate_inputs], self.skip_gate))
+                gate = 2 * torch.sigmoid(x0[:, : spec.gate_inputs] @ self.skip_gate.mT)
                 x = x + torch.sigmoid(skip_scale) * gate * skipped
             if layer == 0:  # x is x0 here
                 x = (residual_scale[0] + self.x0_lambdas[0]) * x + bigram_scale[0] * bigram
@@ -115,7 +115,7 @@ class Speedrun(LanguageModel):
                 qkv_weight = attention_scales[layer, 0] * qkv_weights[row]
                 out_weight = attention_scales[layer, 1] * out_weights[row]
                 y = self._attention(layer, norm(x), qkv_weight, values.get(layer), cu_seqlens, max_seqlen, windows)
-                x = x + F.linear(y, out_weight)
+                x = x + y @ out_weight.mT
             x = x + relu_squared_mlp(norm(x), up_weights[layer], down_weights[layer])
             if layer == spec.skip.from_layer:
                 skipped = x
@@ -145,7 +145,7 @@ class Speedrun(LanguageModel):
         """The joined and gated heads, (T, D), before the output projection."""
         spec = self.spec
         count, heads, head_dim = u.shape[0], spec.heads, spec.head_dim
-        q, k, v = F.linear(u, qkv_weight).view(count, 3, heads, head_dim).unbind(1)
+        q, k, v = (u @ qkv_weight.mT).view(count, 3, heads, head_dim).unbind(1)
         q, k = norm(q), norm(k)
 
         if value_embedding is not None:

@@ -1,0 +1,78 @@
+"""Checkpoints: a run's whole state in one file that exists whole or not at all.
+
+A checkpoint is independent of the world size. It is written beside its final name, flushed to disk and then renamed,
+so a crash in the middle leaves the one before untouched.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanogpt.console import say
+from nanogpt.errors import InputError, RunError
+
+FORMAT = 1
+_NAME = re.compile(r"^step-(\d{6,})\.pt$")
+
+
+def checkpoint_name(step: int) -> str:
+    """File name of the checkpoint after `step` steps."""
+    return f"step-{step:06d}.pt"
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    found = [(int(match.group(1)), file) for file in directory.glob("step-*.pt") if (match := _NAME.match(file.name))]
+    return [file for _, file in sorted(found)]
+
+
+def save_checkpoint(directory: Path, step: int, state: dict[str, Any], *, keep: int) -> Path:
+    """Write `state` as the checkpoint after `step` steps, then delete all but the newest `keep`.
+
+    Raises `RunError` where it cannot be written; the checkpoints before it stay.
+    """
+    path = directory / checkpoint_name(step)
+    partial = directory / f".{path.name}.{os.getpid()}.partial"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for stale in directory.glob(".step-*.partial"):
+            stale.unlink()
+        with partial.open("wb") as file:
+            torch.save({"format": FORMAT, "step": step, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        partial.unlink(missing_ok=True)
+        raise RunError(
+            f"{path}: the checkpoint could not be written: {error}. Earlier checkpoints are whole"
+        ) from error
+    for old in list_checkpoints(directory)[:-keep]:
+        old.unlink()
+    return path
+
+
+def load_newest_checkpoint(directory: Path) -> dict[str, Any] | None:
+    """The newest checkpoint that can be read, on the CPU; None where there is none.
+
+    An unreadable one is reported and passed over. Raises `InputError` where none of those there can be read.
+    """
+    files = list_checkpoints(directory)
+    for file in reversed(files):
+        try:
+            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            say(f"{file}: not a readable checkpoint ({error}); trying the one before")
+            continue
+        if state.get("format") != FORMAT:
+            raise InputError(f"{file}: checkpoint format {state.get('format')}, this version reads format {FORMAT}")
+        return state
+    if files:
+        raise InputError(f"{directory}: none of its {len(files)} checkpoints can be read")
+    return None

@@ -1,0 +1,63 @@
+"""Training losses without making the host wait for the device, and the stop when one is not finite."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanogpt.errors import RunError
+
+
+class SeenLoss(NamedTuple):
+    """A step's training loss, per token."""
+
+    step: int
+    loss: float
+
+
+class LossMonitor:
+    """Takes each step's loss on the device and hands it out once it has arrived on the host."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+        self._last_finite: SeenLoss | None = None
+
+    def put(self, step: int, loss: Tensor) -> None:
+        """Queue a scalar loss, on any device."""
+        if loss.device.type != "cuda":
+            self._waiting.append((step, loss, None))
+            return
+        arrived = torch.empty_like(loss, device="cpu", pin_memory=True)
+        arrived.copy_(loss, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._waiting.append((step, arrived, event))
+
+    def take(self, *, wait: bool = False) -> list[SeenLoss]:
+        """Losses that have arrived since the last call; with `wait`, all of them.
+
+        Raises `RunError` naming the step where one is not finite.
+        """
+        seen = []
+        while self._waiting:
+            step, loss, event = self._waiting[0]
+            if event is not None and not event.query():
+                if not wait:
+                    break
+                event.synchronize()
+            self._waiting.popleft()
+            value = float(loss)
+            if not math.isfinite(value):
+                before = self._last_finite
+                known = f"; the last finite one was {before.loss:.4f} at step {before.step}" if before else ""
+                raise RunError(
+                    f"step {step}: the training loss is {value}{known}. The run stops; its last checkpoint, if any,"
+                    " is from before"
+                )
+            self._last_finite = SeenLoss(step, value)
+            seen.append(self._last_finite)
+        return seen

@@ -1,0 +1,131 @@
+"""What a run says of itself while it goes on: log lines, metrics records, the terminal's display.
+
+Every rank watches its own training loss; only rank 0 writes.
+"""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanogpt.runs.directory import RunDirectory
+from nanogpt.runs.display import StepDisplay
+from nanogpt.spec import RunSpec
+from nanogpt.training.loss_monitor import LossMonitor
+from nanogpt.training.schedule import Schedule, StepSettings
+from nanogpt.training.world import World
+
+
+class Reporter:
+    """Writes to `run`, if given, and to the terminal of rank 0. Counts are of steps done; times in milliseconds."""
+
+    def __init__(self, spec: RunSpec, schedule: Schedule, world: World, run: RunDirectory | None):
+        self.spec = spec
+        self.schedule = schedule
+        self.world = world
+        self.run = run if world.is_main else None
+        self.display = StepDisplay() if world.is_main else None
+        self.monitor = LossMonitor()
+        self.train_loss: float | None = None
+        self._times: dict[int, dict[str, Any]] = {}  # by step, until its loss has arrived
+
+    def note(self, line: str) -> None:
+        """A line in the log."""
+        if self.run:
+            self.run.log(line)
+
+    def _metric(self, **record: Any) -> None:
+        if self.run:
+            self.run.metric(record)
+
+    def start(self, first_step: int, *, resumed: bool) -> None:
+        """The clock is about to start, at `first_step`."""
+        if self.display:
+            self.display.start(self.schedule.total_steps, first_step)
+        self._metric(
+            kind="start",
+            time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            name=self.spec.name,
+            total_steps=self.schedule.total_steps,
+            world_size=self.world.size,
+            device=_device_name(self.world.device),
+            resumed_at=first_step if resumed else None,
+        )
+        if resumed:
+            self.note(f"resumed at step {first_step}")
+
+    def step(self, settings: StepSettings, loss: Tensor, elapsed_ms: float) -> None:
+        """`settings.step` is done; `loss` is its training loss per token, maybe still being computed.
+
+        Raises `RunError` where a loss that has arrived by now is not finite.
+        """
+        done = settings.step + 1
+        average = elapsed_ms / done
+        self._times[done] = {
+            "stage": settings.stage,
+            "train_time_ms": elapsed_ms,
+            "step_avg_ms": average,
+            "lr_factor": settings.rates.lr_factor,
+        }
+        self.monitor.put(done, loss)
+        line = f"step:{done}/{self.schedule.total_steps} train_time:{elapsed_ms:.0f}ms step_avg:{average:.2f}ms"
+        if done % self.spec.output.log_every == 0:
+            self.note(line)
+        self.take_losses()
+        if self.display:
+            self.display.step(done, line, self.train_loss)
+
+    def take_losses(self, *, wait: bool = False) -> None:
+        """Write the metrics of the steps whose losses have arrived. Raises `RunError` where one is not finite."""
+        for step, loss in self.monitor.take(wait=wait):
+            self.train_loss = loss
+            self._metric(
+                kind="step",
+                step=step,
+                total_steps=self.schedule.total_steps,
+                train_loss=loss,
+                tokens=self.schedule.tokens_before(step),
+                **self._times.pop(step),
+            )
+
+    def evaluation(self, step: int, val_loss: float, elapsed_ms: float) -> None:
+        """The validation loss after `step` steps."""
+        average = elapsed_ms / max(step, 1)
+        line = (
+            f"step:{step}/{self.schedule.total_steps} val_loss:{val_loss:.4f}"
+            f" train_time:{elapsed_ms:.0f}ms step_avg:{average:.2f}ms"
+        )
+        self.note(line)
+        self._metric(
+            kind="evaluation",
+            step=step,
+            total_steps=self.schedule.total_steps,
+            val_loss=val_loss,
+            train_time_ms=elapsed_ms,
+            step_avg_ms=average,
+            tokens=self.schedule.tokens_before(step),
+        )
+        if self.display:
+            self.display.evaluation(step, line, val_loss)
+
+    def checkpoint(self, step: int, path: Path) -> None:
+        """A checkpoint after `step` steps is whole."""
+        self.note(f"step:{step}/{self.schedule.total_steps} checkpoint:{path.name}")
+        self._metric(kind="checkpoint", step=step, path=str(path))
+
+    def end(self, state: str, reason: str | None, elapsed_ms: float) -> None:
+        """The run is over: `state` is finished, failed or interrupted."""
+        self._metric(kind="end", state=state, reason=reason, train_time_ms=elapsed_ms)
+        self.note(f"run {state}" + (f": {reason}" if reason else ""))
+        if self.display:
+            self.display.close()
+        if self.run:
+            self.run.close()
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -1,0 +1,90 @@
+"""Text from a finished run: the next token drawn again and again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nanogpt.errors import InputError
+from nanogpt.models import build_model
+from nanogpt.runs.directory import RunDirectory
+from nanogpt.training.checkpoint import load_newest_checkpoint
+from nanogpt.training.schedule import Schedule
+
+PIECE = 16  # contexts are read in multiples of so many tokens
+
+
+@dataclass(frozen=True)
+class _Context:
+    """The tokens so far as one document, padded at the front with documents of one token."""
+
+    inputs: Tensor
+    targets: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+
+def sample_text(
+    run_directory: Path,
+    prompt: str,
+    *,
+    tokens: int = 100,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    seed: int = 0,
+    device: str = "cpu",
+) -> str:
+    """Continue `prompt` by `tokens` tokens with the newest checkpoint of a run; returns prompt and continuation.
+
+    Each token is drawn from the `top_k` likeliest at `temperature` (0 takes the likeliest). Generation ends early at
+    the end of a document. The model reads at most the run's maximum document length.
+
+    Raises:
+        InputError: no run there, no checkpoint in it, or settings out of range.
+    """
+    from nanogpt.data.tokenizer import gpt2_encoding
+
+    if tokens < 1 or temperature < 0 or top_k < 1:
+        raise InputError(f"tokens {tokens}, temperature {temperature}, top_k {top_k}: must be >= 1, >= 0, >= 1")
+    run = RunDirectory.open(run_directory)
+    spec = run.spec()
+    checkpoint = load_newest_checkpoint(run.checkpoint_directory)
+    if checkpoint is None:
+        raise InputError(f"{run.path}: has no checkpoint to sample from (checkpoint.at_end: true writes one)")
+    model = build_model(spec, device=device)
+    model.load_state_dict(checkpoint["model"])
+
+    encoding = gpt2_encoding()
+    schedule = Schedule(spec)
+    finished = checkpoint["step"] >= schedule.total_steps
+    windows = schedule.final_windows if finished else schedule.at(checkpoint["step"]).windows
+    generator = torch.Generator().manual_seed(seed)
+    history = [spec.data.bos, *encoding.encode_ordinary(prompt)]
+    first = len(history)
+    for _ in range(tokens):
+        context = _context(history[-spec.training.max_document_tokens :], spec.data.bos, device)
+        logits = model.next_token_logits(context, windows).cpu()
+        token = _draw(logits, temperature, top_k, generator)
+        if token == spec.data.bos:
+            break
+        history.append(token)
+    return prompt + encoding.decode(history[first:])
+
+
+def _context(history: list[int], bos: int, device: str) -> _Context:
+    padding = -len(history) % PIECE
+    inputs = torch.tensor([bos] * padding + history, dtype=torch.int32, device=device)
+    count = len(inputs)
+    bounds = torch.tensor([*range(padding + 1), count, count], dtype=torch.int32, device=device)
+    return _Context(inputs, torch.zeros(count, dtype=torch.int64, device=device), bounds, count)
+
+
+def _draw(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits.argmax())
+    values, tokens = logits.topk(min(top_k, logits.numel()))
+    choice = torch.multinomial((values / temperature).softmax(0), 1, generator=generator)
+    return int(tokens[choice])

@@ -1,0 +1,250 @@
+"""The trainer: from a spec, shards and a run directory to a trained model.
+
+A run goes through: build - warm-up and restore - (resume) - steps with validation in between - end. The clock runs only
+while training steps run; it stops, synchronised, for validation and checkpoints. Opening the first training shard,
+YaRN's table rebuilds and log lines are inside it, as in the public record.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanogpt.data.batches import TrainBatches, ValBatches
+from nanogpt.errors import InputError
+from nanogpt.models import build_model
+from nanogpt.models.interface import Windows
+from nanogpt.optim import build_optimizer
+from nanogpt.runs.directory import RunDirectory
+from nanogpt.spec import RunSpec
+from nanogpt.training.checkpoint import load_newest_checkpoint, save_checkpoint
+from nanogpt.training.clock import Clock
+from nanogpt.training.report import Reporter
+from nanogpt.training.schedule import Schedule, StepSettings
+from nanogpt.training.world import World, join_world
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended."""
+
+    final_val_loss: float
+    steps: int
+    train_seconds: float
+
+
+def default_data_directory(spec: RunSpec) -> Path:
+    """Where the spec's shards are: data.directory, else NANOGPT_DATA, else ./data."""
+    return Path(spec.data.directory or os.environ.get("NANOGPT_DATA") or "data")
+
+
+def find_shards(spec: RunSpec, directory: Path) -> tuple[list[Path], list[Path]]:
+    """Training and validation shards, sorted. Raises `InputError` naming the directory and how to fill it."""
+    found = []
+    for pattern in (spec.data.train_files, spec.data.val_files):
+        files = sorted(directory.glob(pattern))
+        if not files:
+            raise InputError(
+                f"{directory}: no {pattern} there. Make shards with prep-fineweb or prep-text, or name their"
+                " directory with --data, NANOGPT_DATA or data.directory in the recipe"
+            )
+        found.append(files)
+    return found[0], found[1]
+
+
+def train_run(spec: RunSpec, *, run: RunDirectory | None, data_directory: Path, resume: bool = False) -> Result:
+    """Run the spec on this process (every process of a distributed run calls it).
+
+    Args:
+        spec: the run.
+        run: the run's directory; rank 0 writes there. None writes nothing, and no checkpoint.
+        data_directory: the shards.
+        resume: go on from the run directory's newest checkpoint, or from the start where there is none.
+
+    Raises:
+        InputError: no shards, too few tokens, a world size or a device other than the spec's.
+        RunError: a non-finite loss, or output that cannot be written.
+    """
+    with join_world(spec) as world, Trainer(spec, world, run=run, data_directory=data_directory) as trainer:
+        return trainer.run(resume=resume)
+
+
+class Trainer:
+    """One process of a run; see the module. A context manager: leaving it writes how the run ended."""
+
+    def __init__(self, spec: RunSpec, world: World, *, run: RunDirectory | None, data_directory: Path):
+        torch.use_deterministic_algorithms(spec.runtime.deterministic)
+        self.spec = spec
+        self.world = world
+        self.run_directory = run
+        self.schedule = Schedule(spec)
+        self.grad_scale = 1 / spec.accumulation_steps
+        self.clock = Clock(world)
+        self.next_step = 0
+        self._windows_of = 0  # the step whose windows the model has
+
+        train_files, val_files = find_shards(spec, data_directory)
+        place: dict[str, Any] = {
+            "slots": spec.training.slots,
+            "rank": world.rank,
+            "world_size": world.size,
+            "bos": spec.data.bos,
+            "device": world.device,
+        }
+        evaluation = spec.evaluation
+        self.val_batches = ValBatches(
+            val_files, tokens=evaluation.tokens, micro_batch_tokens=evaluation.micro_batch_tokens, **place
+        )
+        self.train_batches = TrainBatches(
+            train_files, epochs=spec.data.epochs, run_tokens=spec.training.total_tokens, **place
+        )
+        self.model = build_model(spec, device=world.device)
+        for parameter in self.model.parameters():
+            world.communicator.broadcast(parameter.data)
+        self.optimizer = build_optimizer(spec, self.model, world.communicator)
+        self.reporter = Reporter(spec, self.schedule, world, run)
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        self.train_batches.close()
+        if kind is None:
+            state = "finished"
+        else:
+            state = "failed" if issubclass(kind, Exception) else "interrupted"
+        reason = None if error is None else f"{type(error).__name__} after step {self.next_step}: {error}"
+        self.reporter.end(state, reason, self.clock.elapsed_ms)
+
+    def run(self, *, resume: bool = False) -> Result:
+        """Warm up, train, validate."""
+        if self.spec.training.warmup:
+            self.warm_up()
+        resumed = resume and self._load_checkpoint()
+        self.reporter.start(self.next_step, resumed=resumed)
+        self.clock.start()
+        for step in range(self.next_step, self.schedule.total_steps):
+            settings = self.schedule.at(step)
+            self.enter(settings)
+            if step % self.spec.evaluation.every == 0:
+                self._validate(step, settings.windows)
+            loss = self.train_step(settings)
+            self.next_step = step + 1
+            self.reporter.step(settings, loss, self.clock.elapsed_ms)
+            if self._checkpoint_due():
+                self._save_checkpoint()
+        final_loss = self._validate(self.schedule.total_steps, self.schedule.final_windows)
+        self.clock.stop()
+        return Result(final_loss, self.schedule.total_steps, self.clock.elapsed_ms / 1000)
+
+    # --- a step ---
+
+    def enter(self, settings: StepSettings) -> None:
+        """Apply what changes up to `settings.step`: each growth of the long window with its YaRN step."""
+        done = len(self.schedule.window_changes(self._windows_of))
+        for old, new in self.schedule.window_changes(settings.step)[done:]:
+            self.model.extend_window(old, new)
+        self._windows_of = settings.step
+
+    def train_step(self, settings: StepSettings) -> Tensor:
+        """All micro-steps of a step and the optimizer's; returns this rank's loss per token, () on the device."""
+        batches = self.train_batches.next_step(settings.batch_tokens, self.spec.training.max_document_tokens)
+        weights = self._to_device(settings.token_weights)
+        mean_loss = torch.zeros((), device=self.world.device)
+        for batch in batches:
+            loss = self.model.training_loss(batch, settings.windows, weights)
+            (loss * self.grad_scale).backward()
+            mean_loss += loss.detach() * (self.grad_scale / self.model.training_loss_scale(batch))
+        self.optimizer.step(settings.rates)
+        return mean_loss
+
+    def _to_device(self, values: tuple[float, ...]) -> Tensor:
+        tensor = torch.tensor(values, dtype=torch.float32)
+        if self.world.device.type != "cuda":
+            return tensor
+        return tensor.pin_memory().to(self.world.device, non_blocking=True)
+
+    # --- validation ---
+
+    def evaluate(self, windows: Windows, micro_steps: int | None = None) -> float:
+        """Validation loss in nats: mean over (the first) micro-steps, then over ranks."""
+        losses = []
+        for index, batch in enumerate(self.val_batches):
+            if index == micro_steps:
+                break
+            losses.append(self.model.evaluation_loss(batch, windows))
+        return float(self.world.communicator.average(torch.stack(losses).mean()).wait())
+
+    def _validate(self, step: int, windows: Windows) -> float:
+        self.clock.stop()
+        self.reporter.take_losses(wait=True)
+        val_loss = self.evaluate(windows)
+        self.reporter.evaluation(step, val_loss, self.clock.elapsed_ms)
+        self.clock.start()
+        return val_loss
+
+    # --- warm-up ---
+
+    def warm_up(self) -> None:
+        """Run the steps around each stage change on real batches, then put everything back as it was."""
+        parameters = [parameter.detach().clone() for parameter in self.model.parameters()]
+        optimizer_state = self.optimizer.state_dict()
+        for step in self.schedule.warmup_steps():
+            settings = self.schedule.at(step)
+            self.enter(settings)
+            self.evaluate(settings.windows, micro_steps=1)
+            self.train_step(settings)
+        self.evaluate(self.schedule.final_windows, micro_steps=1)
+        with torch.no_grad():
+            for parameter, start in zip(self.model.parameters(), parameters, strict=True):
+                parameter.copy_(start)
+                parameter.grad = None
+        self.optimizer.load_state_dict(optimizer_state)
+        self.model.reset_windows()
+        self._windows_of = 0
+        self.train_batches.restart()
+
+    # --- checkpoints ---
+
+    def _checkpoint_due(self) -> bool:
+        every, at_end = self.spec.checkpoint.every, self.spec.checkpoint.at_end
+        if self.next_step == self.schedule.total_steps:
+            return at_end
+        return every is not None and self.next_step % every == 0
+
+    def _save_checkpoint(self) -> None:
+        """Write the run's whole state; the clock stands still meanwhile."""
+        self.clock.stop()
+        self.reporter.take_losses(wait=True)
+        optimizer_state = self.optimizer.state_dict()
+        if self.run_directory is not None and self.world.is_main:
+            state = {
+                "model": self.model.state_dict(),
+                "optimizer": optimizer_state,
+                "batches": self.train_batches.state_dict(),
+                "elapsed_ms": self.clock.elapsed_ms,
+            }
+            directory = self.run_directory.checkpoint_directory
+            path = save_checkpoint(directory, self.next_step, state, keep=self.spec.checkpoint.keep)
+            self.reporter.checkpoint(self.next_step, path)
+        self.clock.start()
+
+    def _load_checkpoint(self) -> bool:
+        """Take over the newest checkpoint of the run's directory, if there is one."""
+        if self.run_directory is None:
+            return False
+        state = load_newest_checkpoint(self.run_directory.checkpoint_directory)
+        if state is None:
+            return False
+        self.next_step = state["step"]
+        self._windows_of = max(self.next_step - 1, 0)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.train_batches.load_state_dict(state["batches"])
+        self.clock = Clock(self.world, state["elapsed_ms"])
+        return True
