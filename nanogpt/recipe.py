@@ -8,6 +8,7 @@ an error can point there. Command-line overrides (`--set training.stages.0.batch
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import re
 import types
@@ -22,7 +23,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from nanogpt.errors import InputError
-from nanogpt.spec import CrossCheckError, RunSpec, shorten
+from nanogpt.spec import CosineSchedule, CrossCheckError, RunSpec, SpeedrunOptimizerSpec
 
 KeyPath = tuple[str | int, ...]
 
@@ -131,6 +132,45 @@ def load_recipe(name: str | Path, overrides: Iterable[str] = (), steps: int | No
         raise RecipeError(list(dict.fromkeys(_explain(error, source)))) from None
     except CrossCheckError as error:
         raise RecipeError([f"--steps {steps}: {text}" for _, text in error.problems]) from None
+
+
+def shorten(spec: RunSpec, total_steps: int) -> RunSpec:
+    """The same run with its schedule shortened in proportion to `total_steps` steps.
+
+    Stages, extension, evaluation interval, momentum's and the learning rate's warm-up keep their shares of the run.
+    Raises `CrossCheckError` where fewer steps than stages are asked for.
+    """
+    training = spec.training
+    old_total = training.total_steps
+    if total_steps < len(training.all_stages):
+        raise CrossCheckError(
+            [(("training",), f"a run of {total_steps} steps has no room for its {len(training.all_stages)} stages")]
+        )
+    ends, old_end = [0], 0
+    for position, stage in enumerate(training.all_stages):
+        old_end += stage.steps
+        stages_left = len(training.all_stages) - position - 1
+        ends.append(min(max(round(old_end * total_steps / old_total), ends[-1] + 1), total_steps - stages_left))
+    lengths = [end - start for start, end in itertools.pairwise(ends)]
+
+    def scaled(steps: int, at_least: int = 0) -> int:
+        return max(at_least, round(steps * total_steps / old_total))
+
+    data = spec.model_dump()
+    for stage_data, steps in zip(
+        [*data["training"]["stages"], *([data["training"]["extension"]] if training.extension else [])],
+        lengths,
+        strict=True,
+    ):
+        stage_data["steps"] = steps
+    data["evaluation"]["every"] = scaled(spec.evaluation.every, at_least=1)
+    if isinstance(training.lr_schedule, CosineSchedule):
+        data["training"]["lr_schedule"]["warmup_steps"] = scaled(training.lr_schedule.warmup_steps)
+    if isinstance(spec.optimizer, SpeedrunOptimizerSpec):
+        momentum = data["optimizer"]["normuon"]["momentum"]
+        momentum["warmup_steps"] = scaled(momentum["warmup_steps"])
+        momentum["cooldown_steps"] = min(scaled(momentum["cooldown_steps"]), total_steps - momentum["warmup_steps"])
+    return RunSpec.model_validate(data)
 
 
 def dump_spec(spec: RunSpec) -> str:

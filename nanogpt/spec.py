@@ -8,7 +8,6 @@ are given in blocks here (`StageSpec.window_blocks`) and are in tokens everywher
 from __future__ import annotations
 
 import difflib
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal, get_args
 
@@ -137,6 +136,25 @@ class SpeedrunModelSpec(Strict):
     def rotated_channels(self) -> int:
         """Leading channels of a head that rotary turns."""
         return 2 * self.rotary.frequencies
+
+    @property
+    def shardable_rows(self) -> dict[str, int]:
+        """What each parameter counts along the dimension that is divided among ranks; banks count matrices."""
+        with_attention, tables = len(self.attention_layers), len(self.value_embed_layers)
+        return {
+            "attn": 4 * with_attention,
+            "mlp": 2 * (self.layers + self.mlp_bank_padding),
+            "scalars": 4 * self.layers + 3,
+            "value_embed": tables * self.padded_vocab_size,
+            "bigram_embed": self.bigram_rows,
+            "smear_gate": 1,
+            "skip_gate": 1,
+            "attn_gate_bank": with_attention,
+            "ve_gate_bank": tables,
+            "x0_lambdas": self.layers,
+            "lm_head": self.width,
+            "embed": self.padded_vocab_size,
+        }
 
     def problems(self) -> Iterator[tuple[tuple[str | int, ...], str]]:
         """Cross-checks; yields (path below `model`, message)."""
@@ -547,7 +565,9 @@ def _cross_checks(spec: RunSpec) -> Iterator[tuple[tuple[str | int, ...], str]]:
             f"is {spec.optimizer.kind}, a {spec.model.kind} model trains with {wanted}",
         )
         return
-    if isinstance(spec.optimizer, SpeedrunOptimizerSpec):
+    if isinstance(spec.optimizer, SpeedrunOptimizerSpec) and isinstance(spec.model, SpeedrunModelSpec):
+        if spec.world_size in WORLD_SIZES:
+            yield from _sharding_problems(spec.optimizer, spec.model, spec.world_size)
         for path, text in spec.optimizer.problems(SPEEDRUN_ADAM_LABELS, SPEEDRUN_BANKS):
             yield ("optimizer", *path), text
         momentum = spec.optimizer.normuon.momentum
@@ -586,47 +606,25 @@ def _runtime_problems(runtime: RuntimeSpec, gpu: str) -> Iterator[tuple[tuple[st
             yield ("runtime", key), f"{value} needs hardware.gpu {' or '.join(gpus)}, found {gpu}"
 
 
+def _sharding_problems(
+    optimizer: SpeedrunOptimizerSpec, model: SpeedrunModelSpec, world_size: int
+) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    groups: dict[str, dict[str, AdamGroup] | dict[str, BankGroup]]
+    groups = {"adam": optimizer.adam.groups, "normuon": optimizer.normuon.groups}
+    for part, by_label in groups.items():
+        for label, group in by_label.items():
+            rows = model.shardable_rows.get(label, 0)
+            if group.communication == "sharded" and rows % world_size:
+                unit = "matrices" if part == "normuon" else "rows"
+                hint = "; model.mlp_bank_padding can fill up" if label == "mlp" else ""
+                yield (
+                    ("optimizer", part, "groups", label, "communication"),
+                    f"sharded needs {unit} that {world_size} ranks share evenly, {label} has {rows}{hint}",
+                )
+
+
 def _stages_with_paths(training: TrainingSpec) -> Iterator[tuple[tuple[str | int, ...], StageSpec]]:
     for index, stage in enumerate(training.stages):
         yield ("training", "stages", index), stage
     if training.extension:
         yield ("training", "extension"), training.extension
-
-
-def shorten(spec: RunSpec, total_steps: int) -> RunSpec:
-    """The same run with its schedule shortened in proportion to `total_steps` steps.
-
-    Stages, extension, evaluation interval, momentum's and the learning rate's warm-up keep their shares of the run.
-    Raises `CrossCheckError` where fewer steps than stages are asked for.
-    """
-    training = spec.training
-    old_total = training.total_steps
-    if total_steps < len(training.all_stages):
-        raise CrossCheckError(
-            [(("training",), f"a run of {total_steps} steps has no room for its {len(training.all_stages)} stages")]
-        )
-    ends, old_end = [0], 0
-    for position, stage in enumerate(training.all_stages):
-        old_end += stage.steps
-        stages_left = len(training.all_stages) - position - 1
-        ends.append(min(max(round(old_end * total_steps / old_total), ends[-1] + 1), total_steps - stages_left))
-    lengths = [end - start for start, end in itertools.pairwise(ends)]
-
-    def scaled(steps: int, at_least: int = 0) -> int:
-        return max(at_least, round(steps * total_steps / old_total))
-
-    data = spec.model_dump()
-    for stage_data, steps in zip(
-        [*data["training"]["stages"], *([data["training"]["extension"]] if training.extension else [])],
-        lengths,
-        strict=True,
-    ):
-        stage_data["steps"] = steps
-    data["evaluation"]["every"] = scaled(spec.evaluation.every, at_least=1)
-    if isinstance(training.lr_schedule, CosineSchedule):
-        data["training"]["lr_schedule"]["warmup_steps"] = scaled(training.lr_schedule.warmup_steps)
-    if isinstance(spec.optimizer, SpeedrunOptimizerSpec):
-        momentum = data["optimizer"]["normuon"]["momentum"]
-        momentum["warmup_steps"] = scaled(momentum["warmup_steps"])
-        momentum["cooldown_steps"] = min(scaled(momentum["cooldown_steps"]), total_steps - momentum["warmup_steps"])
-    return RunSpec.model_validate(data)

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from nanogpt.recipe import load_recipe
-from nanogpt.spec import GPU_TYPES, WORLD_SIZES, CosineSchedule, CrossCheckError, RunSpec, shorten
+from nanogpt.recipe import load_recipe, shorten
+from nanogpt.spec import GPU_TYPES, WORLD_SIZES, CosineSchedule, CrossCheckError, RunSpec
 
 SPEEDRUN = load_recipe("speedrun")
 GPT2 = load_recipe("gpt2")
@@ -311,6 +311,15 @@ CROSS_CHECKS = [
     (SPEEDRUN, "evaluation.tokens", 10_000_000, "evaluation.tokens", "2097152"),
     (SPEEDRUN, "optimizer.adam.groups", {}, "optimizer.adam.groups", "misses scalars"),
     (SPEEDRUN, "optimizer.adam.groups.embd", "embed", "optimizer.adam.groups", "embd (did you mean embed?)"),
+    (SPEEDRUN, "model.mlp_bank_padding", 0, "optimizer.normuon.groups.mlp.communication", "matrices that 8 ranks"),
+    (SPEEDRUN, "model.bigram_rows", 251_521, "optimizer.adam.groups.bigram_embed.communication", "has 251521"),
+    (
+        SPEEDRUN,
+        "optimizer.adam.groups.ve_gate_bank.communication",
+        "sharded",
+        "optimizer.adam.groups.ve_gate_bank.communication",
+        "has 5",
+    ),
     (SPEEDRUN, "optimizer.normuon.groups", {}, "optimizer.normuon.groups", "misses attn, mlp"),
     (SPEEDRUN, "optimizer.reduce_order.0", "mlp", "optimizer.reduce_order", "misses attn; names twice mlp"),
     (SPEEDRUN, "optimizer.update_order.0", "scalar", "optimizer.update_order", "did you mean scalars?"),
@@ -361,6 +370,29 @@ def test_what_a_gpu_type_cannot_do(gpu, key, value):
     assert "h100" in text and text.endswith(f"found {gpu}")
     data["hardware"]["gpu"] = "h200"
     assert getattr(RunSpec.model_validate(data).runtime, key) == value
+
+
+def test_one_rank_shards_anything():
+    data = changed(SPEEDRUN, "model.mlp_bank_padding", 0)
+    data["hardware"]["gpus_per_node"] = 1
+    assert RunSpec.model_validate(data).model.shardable_rows["mlp"] == 22
+
+
+@pytest.mark.parametrize("name", ["speedrun", "demo"])
+def test_shardable_rows_are_the_models(name):
+    import torch
+
+    from nanogpt.models.interface import Paths
+    from nanogpt.models.speedrun import Speedrun
+
+    spec = load_recipe(name).model
+    with torch.device("meta"):
+        model = Speedrun(spec, dtype=torch.bfloat16, max_tokens=16, paths=Paths())
+    shapes = {label: parameter.shape for label, parameter in model.named_parameters()}
+    rows = {label: shape[0] for label, shape in shapes.items()}
+    rows["attn"] = shapes["attn"].numel() // spec.width**2  # as matrices
+    rows["mlp"] = shapes["mlp"].numel() // (spec.mlp_expansion * spec.width**2)
+    assert rows == spec.shardable_rows
 
 
 def test_several_problems_come_together():

@@ -35,11 +35,14 @@ class Command(NamedTuple):
 
 
 COMMANDS = (
+    Command("demo", "nanogpt.cli.demo:demo", "Start here", "Train a small model on embedded prose, on a CPU."),
     Command("recipes", "nanogpt.cli.show:recipes", "Recipes", "List the recipes that come with the package."),
     Command("validate", "nanogpt.cli.validate:validate", "Recipes", "Check recipes; every error with file and line."),
     Command("show", "nanogpt.cli.show:show", "Recipes", "Print a recipe with everything it inherits."),
     Command("schema", "nanogpt.cli.schema:schema", "Recipes", "Print the JSON Schema of recipes, for editors."),
     Command("prep", "nanogpt.cli.prep:prep_fineweb", "Data", "Download FineWeb's token shards and verify them."),
+    Command("prep-text", "nanogpt.cli.prep_text:prep_text", "Data", "Make token shards of your own text."),
+    Command("plot", "nanogpt.cli.plot:plot", "Runs", "Draw the losses of runs."),
     Command("version", "nanogpt.cli.version:version", "Help", "Print the versions that a report of a problem needs."),
 )
 
