@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from nanogpt.console import human_bytes, progress, say
-from nanogpt.data.hub import Hub, RemoteFile, Report
+from nanogpt.data.hub import Hub, RemoteFile, Report, disk_errors
 from nanogpt.data.manifest import (
     REPOSITORY,
     WORK_DIRECTORY,
@@ -242,11 +242,13 @@ class _Todo:
         """
         if known:
             say(f"{path.name}: corrupt ({check.detail}): removed, fetching it again")
-            path.unlink(missing_ok=True)
+            with disk_errors(path):
+                path.unlink(missing_ok=True)
             return
         aside = path.with_name(f"{path.name}.replaced")
         say(f"{path.name}: not the hub's file ({check.detail}): kept as {aside.name}, fetching the hub's")
-        path.replace(aside)
+        with disk_errors(path):
+            path.replace(aside)
 
     def _fetch(self, file: RemoteFile, path: Path, report: Report) -> int:
         """Download to the partial file, verify that, give it its name; its token count."""
@@ -282,6 +284,8 @@ class _Todo:
         try:
             tokens = read_count(partial_path)
         except ShardError as error:
+            if isinstance(error.__cause__, OSError):
+                raise error.__cause__ from error
             partial_path.unlink(missing_ok=True)
             detail = str(error).removeprefix(f"{partial_path}: ")
             raise RunError(

@@ -205,13 +205,13 @@ class Hub:
                 _discard(partial)
                 have = 0
                 report(0)
-            with _disk_errors(partial):
+            with disk_errors(partial):
                 descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT, 0o666)
             try:
                 for received in response.iter_raw():
                     self.stop.check()
                     block = received[: file.bytes - have]
-                    with _disk_errors(partial):
+                    with disk_errors(partial):
                         _write(descriptor, block, have)
                     have += len(block)
                     report(have)
@@ -219,7 +219,7 @@ class Hub:
                         break
             finally:
                 # Network file systems tell of a full disk or quota only now.
-                with _disk_errors(partial):
+                with disk_errors(partial):
                     try:
                         if have == file.bytes:
                             os.fsync(descriptor)
@@ -297,7 +297,7 @@ def _length(path: Path) -> int:
 
 
 def _discard(partial: Path) -> None:
-    with _disk_errors(partial):
+    with disk_errors(partial):
         partial.unlink(missing_ok=True)
 
 
@@ -310,7 +310,7 @@ def _write(descriptor: int, block: bytes, offset: int) -> None:
 
 
 @contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     """Show an error of the file system as one that ends the download, with what to do."""
     try:
         yield

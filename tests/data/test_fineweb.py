@@ -23,6 +23,7 @@ from types import SimpleNamespace
 import pytest
 from hub_server import COMMIT, Fault, HubServer, shard_bytes
 
+from nanogpt.cli.prep import fineweb_main
 from nanogpt.data import manifest, workers
 from nanogpt.data.fineweb import default_directory, download, read_manifest, shard_names, verify_directory
 from nanogpt.data.hub import _retry_after
@@ -66,6 +67,7 @@ class Prep:
             "HF_HOME": str(data.parent / "hf"),
             "COLUMNS": "200",
             "TERM": "dumb",
+            **({"PYTHONPATH": os.environ["PYTHONPATH"]} if "PYTHONPATH" in os.environ else {}),
         }
         if hub is not None:
             self.env["HF_ENDPOINT"] = hub.endpoint
@@ -80,13 +82,25 @@ class Prep:
         return self.start(*flags, chunks=chunks, **more).wait()
 
     def partial(self, name: str) -> Path:
-        return self.data / ".prep-fineweb" / f"{name}.partial"
+        return partial(self.data, name)
 
     def until_partial(self, name: str, size: int) -> None:
         until(lambda: self.partial(name).exists() and self.partial(name).stat().st_size >= size)
 
 
-class Run:
+class Ended:
+    """What an ended run has left: exit code, output and errors."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    def states(self) -> dict[str, str]:
+        """State by file, from the table."""
+        rows = [line.split() for line in self.out.splitlines()]
+        return {row[0]: row[2] for row in rows if row[0].endswith(".bin")}
+
+
+class Run(Ended):
     """A process, and after `wait` its exit code, output, errors and duration."""
 
     def __init__(self, arguments: list[str], env: dict[str, str], **more: object) -> None:
@@ -102,15 +116,36 @@ class Run:
         assert "Traceback" not in self.err, self.err
         return self
 
-    def states(self) -> dict[str, str]:
-        """State by file, from the table."""
-        rows = [line.split() for line in self.out.splitlines()]
-        return {row[0]: row[2] for row in rows if row[0].endswith(".bin")}
-
 
 @pytest.fixture
 def prep(hub: HubServer, data: Path) -> Prep:
     return Prep(hub, data)
+
+
+class Here:
+    """The command in this process, for tests in which a process of its own would only take longer."""
+
+    def __init__(self, hub: HubServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.hub, self.monkeypatch, self.capsys = hub, monkeypatch, capsys
+
+    def run(self, data: Path, *flags: str, chunks: int = 1) -> Ended:
+        with self.monkeypatch.context() as patch:
+            patch.setenv("HF_ENDPOINT", self.hub.endpoint)
+            patch.setattr("sys.argv", ["prep-fineweb", "--dir", str(data), "--chunks", str(chunks), *flags])
+            with pytest.raises(SystemExit) as ended:
+                fineweb_main()
+        out, err = self.capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        return Ended(ended.value.code, out, err)
+
+
+@pytest.fixture
+def here(hub: HubServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
+    return Here(hub, monkeypatch, capsys)
+
+
+def partial(data: Path, name: str) -> Path:
+    return data / ".prep-fineweb" / f"{name}.partial"
 
 
 def until(condition: Callable[[], bool], seconds: float = 20) -> None:
@@ -265,9 +300,9 @@ def test_connection_that_hangs(hub: HubServer, prep: Prep, data: Path) -> None:
     assert whole(hub, data, ONE)
 
 
-def test_server_that_ignores_range_starts_over(hub: HubServer, prep: Prep, data: Path) -> None:
+def test_server_that_ignores_range_starts_over(hub: HubServer, here: Here, data: Path) -> None:
     hub.fault("GET", ONE, Fault(drop_after=30_000), Fault(ignore_range=True))
-    assert prep.run().code == 0
+    assert here.run(data).code == 0
     assert whole(hub, data, ONE)
     assert [one.sent for one in hub.gets(ONE)] == [30_000, SHARD_BYTES]
 
@@ -290,17 +325,17 @@ def test_429_waits_as_long_as_retry_after_says(hub: HubServer, prep: Prep, data:
     run = prep.run()
     assert run.code == 0, run.err
     first, second = hub.gets(ONE)
-    assert 0.95 < second.at - first.at
+    assert second.at - first.at > 0.95
     assert "the hub answered 429; next attempt in 1 s (1 of 6 retries)" in run.err
     assert whole(hub, data, VAL, ONE)
 
 
-def test_429_that_asks_for_too_long_ends_the_run(hub: HubServer, prep: Prep) -> None:
+def test_429_that_asks_for_too_long_ends_the_run(hub: HubServer, here: Here, data: Path) -> None:
     hub.fault("HEAD", VAL, Fault(status=429, headers={"Retry-After": "4000"}))
-    run = prep.run()
+    run = here.run(data)
     assert run.code == 1
     assert "asks to wait 4000 s" in run.err
-    assert run.seconds < 5
+    assert len(hub.seen) == 1
 
 
 @pytest.mark.parametrize(
@@ -355,9 +390,9 @@ def test_404_names_file_and_data_set_and_nothing_is_downloaded(hub: HubServer, p
     assert not [one for one in hub.seen if one.method == "GET"]
 
 
-def test_404_of_the_data_set(hub: HubServer, prep: Prep) -> None:
+def test_404_of_the_data_set(hub: HubServer, here: Here, data: Path) -> None:
     hub.always("HEAD", VAL, Fault(status=404, headers={"X-Error-Code": "RepoNotFound"}))
-    run = prep.run()
+    run = here.run(data)
     assert run.code == 1
     assert "no such data set" in run.err
 
@@ -420,32 +455,32 @@ def test_wrong_bytes_are_thrown_away_and_fetched_again(hub: HubServer, prep: Pre
     assert whole(hub, data, ONE)
 
 
-def test_wrong_checksum_twice_never_takes_the_name(hub: HubServer, prep: Prep, data: Path) -> None:
+def test_wrong_checksum_twice_never_takes_the_name(hub: HubServer, here: Here, data: Path) -> None:
     hub.digests[ONE] = "0" * 64
-    run = prep.run(chunks=2)
+    run = here.run(data, chunks=2)
     assert run.code == 1
     assert f"{ONE}: 2 downloads did not have the hub's sha256 {'0' * 64}" in run.err
     assert not (data / ONE).exists()
-    assert not prep.partial(ONE).exists()
+    assert not partial(data, ONE).exists()
     assert whole(hub, data, VAL, TWO)
 
 
-def test_partial_file_of_something_else_is_started_over(hub: HubServer, prep: Prep, data: Path) -> None:
-    prep.partial(ONE).parent.mkdir(parents=True)
-    prep.partial(ONE).write_bytes(b"x" * 30_000)
-    prep.partial(VAL).write_bytes(b"x" * (SHARD_BYTES + 1))
-    run = prep.run()
+def test_partial_file_of_something_else_is_started_over(hub: HubServer, here: Here, data: Path) -> None:
+    partial(data, ONE).parent.mkdir(parents=True)
+    partial(data, ONE).write_bytes(b"x" * 30_000)
+    partial(data, VAL).write_bytes(b"x" * (SHARD_BYTES + 1))
+    run = here.run(data)
     assert run.code == 0, run.err
     assert whole(hub, data, VAL, ONE)
     assert [one.range for one in hub.gets(ONE)] == ["bytes=30000-", None]
     assert [one.range for one in hub.gets(VAL)] == [None]
 
 
-def test_hub_files_that_are_no_shards(hub: HubServer, prep: Prep, data: Path) -> None:
+def test_hub_files_that_are_no_shards(hub: HubServer, here: Here, data: Path) -> None:
     hub.files[ONE] = b"\0" * 5000
     hub.files[TWO] = header_bytes(2000) + b"\0" * 3998
     hub.files[THREE] = b"short"
-    run = prep.run(chunks=3)
+    run = here.run(data, chunks=3)
     assert run.code == 1
     assert run.err.count("no token shard") == 3
     for problem in ("magic number 0", "promises 2000 tokens", "5 bytes long"):
@@ -453,9 +488,9 @@ def test_hub_files_that_are_no_shards(hub: HubServer, prep: Prep, data: Path) ->
     assert [path.name for path in data.glob("*.bin")] == [VAL]
 
 
-def test_mirror_without_checksums(hub: HubServer, prep: Prep, data: Path) -> None:
+def test_mirror_without_checksums(hub: HubServer, here: Here, data: Path) -> None:
     hub.digests[VAL] = "an-etag"
-    run = prep.run()
+    run = here.run(data)
     assert run.code == 1
     assert "no size and sha256" in run.err
     assert not list(data.glob("*.bin"))
@@ -506,22 +541,22 @@ def test_corrupt_file_is_named_even_without_network(hub: HubServer, prep: Prep, 
     assert f"{data / ONE}: corrupt" in run.err
 
 
-def test_copied_directory_needs_no_network(hub: HubServer, prep: Prep, filled: Path, tmp_path: Path) -> None:
+def test_copied_directory_needs_no_network(hub: HubServer, here: Here, filled: Path, tmp_path: Path) -> None:
     data = filled
     copy = tmp_path / "copy"
     shutil.copytree(data, copy, copy_function=shutil.copyfile, ignore=shutil.ignore_patterns(".prep-fineweb"))
-    assert Prep(hub, copy).run().states() == {VAL: "present", ONE: "present"}
+    assert here.run(copy).states() == {VAL: "present", ONE: "present"}
     assert hub.seen == []
     times = {name: entry.mtime_ns for name, entry in read_manifest(copy).items() if name in (VAL, ONE)}
     assert times == {name: (copy / name).stat().st_mtime_ns for name in (VAL, ONE)}
 
 
-def test_shards_from_elsewhere_are_taken_if_right_and_kept_aside_if_not(hub: HubServer, prep: Prep, data: Path) -> None:
+def test_shards_from_elsewhere_are_taken_if_right_and_kept_aside_if_not(hub: HubServer, here: Here, data: Path) -> None:
     data.mkdir()
     (data / ONE).write_bytes(hub.files[ONE])
     own_text = shard_bytes(77)
     (data / TWO).write_bytes(own_text)
-    run = prep.run(chunks=2)
+    run = here.run(data, chunks=2)
     assert run.states() == {VAL: "downloaded", ONE: "present", TWO: "refetched"}
     assert not hub.gets(ONE)
     assert whole(hub, data, VAL, ONE, TWO)
@@ -529,10 +564,10 @@ def test_shards_from_elsewhere_are_taken_if_right_and_kept_aside_if_not(hub: Hub
     assert f"kept as {TWO}.replaced" in run.err
 
 
-def test_damaged_manifest_is_rebuilt(hub: HubServer, prep: Prep, filled: Path) -> None:
+def test_damaged_manifest_is_rebuilt(hub: HubServer, here: Here, filled: Path) -> None:
     data = filled
     (data / "manifest.json").write_text('{"shards": {"')
-    assert prep.run().states() == {VAL: "present", ONE: "present"}
+    assert here.run(data).states() == {VAL: "present", ONE: "present"}
     assert {one.method for one in hub.seen} == {"HEAD"}
     assert set(read_manifest(data)) == {VAL, ONE}
 
@@ -568,9 +603,9 @@ def test_verify_directory(hub: HubServer, prep: Prep, filled: Path) -> None:
 # Disk
 
 
-def test_space_is_checked_before(hub: HubServer, prep: Prep, data: Path) -> None:
+def test_space_is_checked_before(hub: HubServer, here: Here, data: Path) -> None:
     hub.sizes[ONE] = 10**17
-    run = prep.run()
+    run = here.run(data)
     assert run.code == 1
     assert re.search(r"100000\.0 TB are needed and [\d.]+ \w+ are free", run.err)
     assert "--dir" in run.err
