@@ -454,7 +454,7 @@ class RuntimeSpec(Strict):
     dtype: Literal["bf16", "fp32"] = Field(default="bf16", description="dtype of matrices and activations")
     compile: Literal["auto", "on", "off"] = Field(default="auto", description="torch.compile; auto: on CUDA only")
     attention: Literal["auto", "fa4", "fa3", "fa2", "varlen", "plain"] = "auto"
-    kernels: Literal["auto", "triton", "plain"] = Field(default="auto", description="auto: Triton kernels on CUDA")
+    kernels: Literal["auto", "plain"] = Field(default="auto", description="plain: PyTorch in place of Triton kernels")
     head_precision: Literal["auto", "fp8", "bf16"] = "auto"
     deterministic: bool = Field(default=False, description="deterministic algorithms, at a cost in speed")
 

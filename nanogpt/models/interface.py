@@ -23,6 +23,7 @@ class Paths:
 
     attention: str = "plain"
     head_precision: Literal["bf16", "fp8"] = "bf16"
+    plain_kernels: bool = False  # plain PyTorch also where a Triton kernel could run
 
 
 class TokenBatch(Protocol):

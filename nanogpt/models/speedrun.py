@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nanogpt.kernels.attention import attention
 from nanogpt.kernels.cross_entropy import head_loss, head_mean_loss, softcap
-from nanogpt.kernels.relu_squared_mlp import relu_squared_mlp
+from nanogpt.kernels.relu_squared_mlp import relu_squared_mlp, relu_squared_mlp_plain
 from nanogpt.layers.embedding import bigram_hash, head_gate, smear
 from nanogpt.layers.norm import norm
 from nanogpt.layers.rotary import Rotary, shift_still_keys
@@ -57,6 +57,7 @@ class Speedrun(LanguageModel):
         self.scalars = nn.Parameter(torch.empty(4 * layers + 3))
 
         self.rotary = Rotary(spec.rotary, max_tokens=max_tokens, attention_scale=spec.attention_scale, dtype=dtype)
+        self.mlp_function = relu_squared_mlp_plain if paths.plain_kernels else relu_squared_mlp
         self.attention_row = {layer: row for row, layer in enumerate(attention_layers)}
         self.value_table = {layer: table for table, layer in enumerate(spec.value_embed_layers)}
 
@@ -116,7 +117,7 @@ class Speedrun(LanguageModel):
                 out_weight = attention_scales[layer, 1] * out_weights[row]
                 y = self._attention(layer, norm(x), qkv_weight, values.get(layer), cu_seqlens, max_seqlen, windows)
                 x = x + y @ out_weight.mT
-            x = x + relu_squared_mlp(norm(x), up_weights[layer], down_weights[layer])
+            x = x + self.mlp_function(norm(x), up_weights[layer], down_weights[layer])
             if layer == spec.skip.from_layer:
                 skipped = x
             if layer == spec.backout_layer:

@@ -13,12 +13,20 @@ if TYPE_CHECKING:
 
 
 def build_optimizer(
-    spec: RunSpec, model: LanguageModel, communicator: Communicator, *, compiled: bool = False
+    spec: RunSpec,
+    model: LanguageModel,
+    communicator: Communicator,
+    *,
+    compiled: bool = False,
+    plain_kernels: bool = False,
 ) -> Optimizer:
-    """The spec's optimizer for `model`. `compiled`: the update formulas go through torch.compile."""
+    """The spec's optimizer for `model`. `compiled`: the update formulas go through torch.compile.
+
+    `plain_kernels`: plain PyTorch also where a Triton kernel could run.
+    """
     from nanogpt.optim.adamw import AdamW
     from nanogpt.optim.normuon_adam import NorMuonAdam
 
     if isinstance(spec.optimizer, AdamWSpec):
         return AdamW(model, spec.optimizer, communicator)
-    return NorMuonAdam(model, spec.optimizer, communicator, compiled=compiled)
+    return NorMuonAdam(model, spec.optimizer, communicator, compiled=compiled, plain_kernels=plain_kernels)

@@ -83,10 +83,11 @@ def normuon_update(
     beta2: float,
     coefficients: Sequence[tuple[float, float, float]],
     norm_margin: float,
+    plain_kernels: bool = False,
 ) -> None:
     """One step: Nesterov momentum, Polar Express in the weight's dtype, variance reduction, cautious update."""
     x = nesterov_momentum(gradient, momentum, mu).to(weight.dtype)
-    x = polar_express(x, coefficients, norm_margin)
+    x = polar_express(x, coefficients, norm_margin, plain_kernels)
     x = reduce_variance(x, second_moment, beta2)
     if mantissa is None:
         weight.copy_(cautious_update(weight.to(momentum.dtype), x, step_size, decay))

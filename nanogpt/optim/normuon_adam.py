@@ -29,12 +29,19 @@ class NorMuonAdam:
     """See the module. Parameters are looked up by label among the model's named parameters."""
 
     def __init__(
-        self, model: nn.Module, spec: SpeedrunOptimizerSpec, communicator: Communicator, *, compiled: bool = False
+        self,
+        model: nn.Module,
+        spec: SpeedrunOptimizerSpec,
+        communicator: Communicator,
+        *,
+        compiled: bool = False,
+        plain_kernels: bool = False,
     ):
         self.spec = spec
         self.communicator = communicator
         self.parameters = dict(model.named_parameters())
         self.plans = parameter_plans(spec)
+        self.plain_kernels = plain_kernels
         self.tied = True
         self.adam_counts = dict.fromkeys(spec.adam.groups, 0)
         self.state: dict[str, State] = {}
@@ -155,6 +162,7 @@ class NorMuonAdam:
             normuon.beta2,
             tuple(normuon.polar_express),
             normuon.norm_margin,
+            self.plain_kernels,
         )
 
     def _multipliers(self, label: str, own: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nanogpt.kernels.symmetric_matmul import ba_plus_caa, x_xt
+from nanogpt.kernels.symmetric_matmul import ba_plus_caa, ba_plus_caa_plain, x_xt, x_xt_plain
 
 NORM_FLOOR = 1e-6
 
@@ -16,6 +16,7 @@ def polar_express(
     matrices: Tensor,  # (n, rows, columns), bf16 or wider
     coefficients: Sequence[tuple[float, float, float]],
     norm_margin: float,
+    plain_kernels: bool = False,
 ) -> Tensor:
     """Replace each matrix's singular values by ones, about; shape and dtype as given.
 
@@ -26,7 +27,8 @@ def polar_express(
     wide_dtype = torch.promote_types(matrices.dtype, torch.float32)
     length = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=wide_dtype)
     x = (matrices / (length * norm_margin + NORM_FLOOR)).to(matrices.dtype)
+    product, polynomial_of = (x_xt_plain, ba_plus_caa_plain) if plain_kernels else (x_xt, ba_plus_caa)
     for a, b, c in coefficients:
-        polynomial = ba_plus_caa(x_xt(x.mT if tall else x), b, c)
+        polynomial = polynomial_of(product(x.mT if tall else x), b, c)
         x = torch.baddbmm(x, x, polynomial, beta=a) if tall else torch.baddbmm(x, polynomial, x, beta=a)
     return x

@@ -8,6 +8,7 @@ YaRN's table rebuilds and log lines are inside it, as in the public record.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from nanogpt.runs.directory import RunDirectory
 from nanogpt.spec import RunSpec
 from nanogpt.training.checkpoint import load_newest_checkpoint, save_checkpoint
 from nanogpt.training.clock import Clock
+from nanogpt.training.paths import choose_paths, compiles
 from nanogpt.training.report import Reporter
 from nanogpt.training.schedule import Schedule, StepSettings
 from nanogpt.training.world import World, join_world
@@ -103,11 +105,21 @@ class Trainer:
         self.train_batches = TrainBatches(
             train_files, epochs=spec.data.epochs, run_tokens=spec.training.total_tokens, **place
         )
-        self.model = build_model(spec, device=world.device)
+        paths, self.path_lines = choose_paths(spec, world.device)
+        self.model = build_model(spec, device=world.device, paths=paths)
         for parameter in self.model.parameters():
             world.communicator.broadcast(parameter.data)
-        self.optimizer = build_optimizer(spec, self.model, world.communicator)
+        self.compiled = compiles(spec, world.device)
+        self.optimizer = build_optimizer(
+            spec, self.model, world.communicator, compiled=self.compiled, plain_kernels=paths.plain_kernels
+        )
+        self._training_loss = self._compile(self.model.training_loss)
+        self._evaluation_loss = self._compile(self.model.evaluation_loss)
         self.reporter = Reporter(spec, self.schedule, world, run)
+
+    def _compile(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """One graph for each stage: sizes, windows and the attention scale are constants of the code."""
+        return torch.compile(function, fullgraph=True, dynamic=False) if self.compiled else function
 
     def __enter__(self) -> Trainer:
         return self
@@ -126,6 +138,8 @@ class Trainer:
         if self.spec.training.warmup:
             self.warm_up()
         resumed = resume and self._load_checkpoint()
+        for line in self.path_lines:
+            self.reporter.note(line)
         self.reporter.start(self.next_step, resumed=resumed)
         self.clock.start()
         for step in range(self.next_step, self.schedule.total_steps):
@@ -157,7 +171,7 @@ class Trainer:
         weights = self._to_device(settings.token_weights)
         mean_loss = torch.zeros((), device=self.world.device)
         for batch in batches:
-            loss = self.model.training_loss(batch, settings.windows, weights)
+            loss = self._training_loss(batch, settings.windows, weights)
             (loss * self.grad_scale).backward()
             mean_loss += loss.detach() * (self.grad_scale / self.model.training_loss_scale(batch))
         self.optimizer.step(settings.rates)
@@ -177,7 +191,7 @@ class Trainer:
         for index, batch in enumerate(self.val_batches):
             if index == micro_steps:
                 break
-            losses.append(self.model.evaluation_loss(batch, windows))
+            losses.append(self._evaluation_loss(batch, windows))
         return float(self.world.communicator.average(torch.stack(losses).mean()).wait())
 
     def _validate(self, step: int, windows: Windows) -> float:

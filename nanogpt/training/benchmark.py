@@ -1,0 +1,129 @@
+"""Milliseconds a training step, stage by stage, at a recipe's real shapes: `nanogpt bench step`.
+
+Each stage is entered as a run enters it, warmed up until everything is compiled, then timed step by step with device
+events (host clock on a CPU). Losses mean nothing here; the data may be made up.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nanogpt.data.shards import train_name, val_name, write_tokens
+from nanogpt.models.flops import training_flops
+from nanogpt.spec import RunSpec
+from nanogpt.training.trainer import Trainer
+from nanogpt.training.world import World
+
+BF16_PEAK_FLOPS = {"h100": 989e12, "h200": 989e12, "a100": 312e12}  # dense, by the data sheets
+
+
+@dataclass(frozen=True)
+class StageTiming:
+    """One stage, all times in milliseconds. `utilization` is of the GPU type's dense bf16 peak; None on a CPU."""
+
+    stage: int
+    first_step: int
+    batch_tokens: int
+    windows: tuple[int, int]
+    median_ms: float
+    low_ms: float  # 20th percentile
+    high_ms: float  # 80th percentile
+    tokens_per_second: float
+    utilization: float | None
+    data_wait_ms: float  # a step's mean wait for its batch
+    peak_memory_bytes: int
+
+
+def write_made_up_shards(directory: Path, *, train_tokens: int, val_tokens: int, bos: int, seed: int = 0) -> None:
+    """Shards of random tokens in documents of web-like lengths (log-normal, median 400), below `bos`."""
+    generator = np.random.default_rng(seed)
+    for name, count in ((train_name(1), train_tokens), (val_name(), val_tokens)):
+        # A Zipf-like spread over the vocabulary, as text has it: frequent tokens decide how many rows are touched.
+        tokens = np.minimum(bos ** generator.random(count), bos - 1).astype(np.uint16)
+        lengths = np.maximum(generator.lognormal(np.log(400), 1.0, size=count // 100 + 1).astype(np.int64), 2)
+        starts = np.concatenate(([0], np.cumsum(lengths)))
+        tokens[starts[starts < count]] = bos
+        write_tokens(directory / name, tokens)
+
+
+def time_stages(trainer: Trainer, *, steps: int, warmup_steps: int) -> Iterator[StageTiming]:
+    """Time every stage of the trainer's schedule in order, over `steps` steps after `warmup_steps`."""
+    schedule, world = trainer.schedule, trainer.world
+    for index, first in enumerate(schedule.first_steps):
+        length = schedule.stages[index].steps
+        if world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(world.device)
+        at = [schedule.at(first + i % length) for i in range(warmup_steps + steps)]
+        trainer.enter(at[0])
+        for settings in at[:warmup_steps]:
+            trainer.train_step(settings)
+        waited = trainer.train_batches.wait_seconds
+        times = _time_each([functools.partial(trainer.train_step, s) for s in at[warmup_steps:]], world)
+        waited = trainer.train_batches.wait_seconds - waited
+        # Adam's parameters step every other step: a pair of steps is the unit.
+        every = schedule.adam_every
+        groups = [sum(times[i : i + every]) / every for i in range(0, len(times) - every + 1, every)]
+        median = statistics.median(groups)
+        yield StageTiming(
+            stage=index,
+            first_step=first,
+            batch_tokens=at[0].batch_tokens,
+            windows=(at[0].windows.short, at[0].windows.long),
+            median_ms=median,
+            low_ms=float(np.quantile(groups, 0.2)),
+            high_ms=float(np.quantile(groups, 0.8)),
+            tokens_per_second=at[0].batch_tokens / median * 1000,
+            utilization=_utilization(trainer.spec, at[0], median),
+            data_wait_ms=1000 * waited / len(times),
+            peak_memory_bytes=torch.cuda.max_memory_allocated(world.device) if world.device.type == "cuda" else 0,
+        )
+
+
+def _utilization(spec: RunSpec, settings: Any, milliseconds: float) -> float | None:
+    peak = BF16_PEAK_FLOPS.get(spec.hardware.gpu)
+    if peak is None:
+        return None
+    flops = training_flops(spec.model, settings.batch_tokens, settings.windows)
+    return flops / (milliseconds / 1000) / (peak * spec.world_size)
+
+
+def _time_each(calls: list[Callable[[], object]], world: World) -> list[float]:
+    """Milliseconds of each call. On CUDA between events, so that the host may run ahead as it does in a run."""
+    if world.device.type != "cuda":
+        times = []
+        for call in calls:
+            start = time.perf_counter()
+            call()
+            times.append(1000 * (time.perf_counter() - start))
+        return times
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
+    world.synchronize()
+    events[0].record()
+    for call, event in zip(calls, events[1:], strict=True):
+        call()
+        event.record()
+    world.synchronize()
+    return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
+
+
+def as_json(timings: list[StageTiming], trainer: Trainer) -> dict[str, Any]:
+    """The timings with what they depend on."""
+    device = trainer.world.device
+    return {
+        "recipe": trainer.spec.name,
+        "world_size": trainer.world.size,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "paths": trainer.path_lines,
+        "stages": [asdict(timing) for timing in timings],
+    }

@@ -1,0 +1,37 @@
+"""Which of several equal implementations a run takes on this device, and why: chosen once, said in the log."""
+
+from __future__ import annotations
+
+import torch
+
+from nanogpt.kernels.attention import select_attention_backend
+from nanogpt.models.interface import Paths
+from nanogpt.spec import Gpt2ModelSpec, RunSpec
+
+
+def choose_paths(spec: RunSpec, device: torch.device) -> tuple[Paths, list[str]]:
+    """The paths for `spec.runtime` on `device`, and a line of the log for each choice.
+
+    Raises `InputError` where the spec asks for one that this device or installation does not have.
+    """
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    runtime, model = spec.runtime, spec.model
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[runtime.dtype]
+    head_dim = model.width // model.heads
+    attention = select_attention_backend(runtime.attention, capability, head_dim=head_dim, dtype=dtype)
+    lines = [f"attention: {attention.reason}"]
+    if isinstance(model, Gpt2ModelSpec):
+        return Paths(attention=attention.backend), lines
+    if capability is None:  # TEMP
+        return Paths(attention=attention.backend, plain_kernels=runtime.kernels == "plain"), lines
+    from nanogpt.kernels.cross_entropy import select_head_precision
+
+    precision, reason = select_head_precision(runtime.head_precision, capability if runtime.dtype == "bf16" else None)
+    lines.append(f"head precision: {reason}")
+    lines.append(f"kernels: {runtime.kernels}")
+    return Paths(attention=attention.backend, head_precision=precision, plain_kernels=runtime.kernels == "plain"), lines
+
+
+def compiles(spec: RunSpec, device: torch.device) -> bool:
+    """Whether the run goes through torch.compile."""
+    return spec.runtime.compile == "on" or (spec.runtime.compile == "auto" and device.type == "cuda")
