@@ -43,6 +43,7 @@ COMMANDS = (
     Command("prep", "nanogpt.cli.prep:prep_fineweb", "Data", "Download FineWeb's token shards and verify them."),
     Command("prep-text", "nanogpt.cli.prep_text:prep_text", "Data", "Make token shards of your own text."),
     Command("plot", "nanogpt.cli.plot:plot", "Runs", "Draw the losses of runs."),
+    Command("bench", "nanogpt.cli.bench:bench", "Speed", "Time the kernels, or a training step of a recipe."),
     Command("version", "nanogpt.cli.version:version", "Help", "Print the versions that a report of a problem needs."),
 )
 
@@ -53,8 +54,11 @@ class _Commands(typer.core.TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         for command in COMMANDS:
             if command.name == cmd_name:
+                loaded = command.load()
+                if isinstance(loaded, typer.Typer):  # a command with commands of its own
+                    return typer.main.get_command(loaded)
                 single = typer.Typer(add_completion=False, rich_markup_mode=None)
-                single.command(cmd_name)(command.load())
+                single.command(cmd_name)(loaded)
                 return typer.main.get_command(single)
         return None
 

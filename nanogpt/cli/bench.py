@@ -1,0 +1,66 @@
+"""`nanogpt bench`: how fast the kernels and a training step are on this machine."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nanogpt.cli.validate import RecipeArgument, SetOption
+
+bench = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, help=__doc__)
+
+
+@bench.command("step")
+def step(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    steps: Annotated[int, typer.Option(help="Steps timed in each stage.", min=2)] = 20,
+    warmup: Annotated[int, typer.Option(help="Steps before them, not timed.", min=2)] = 6,
+    data: Annotated[Path | None, typer.Option(help="Directory of token shards; made-up tokens if not given.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the figures to this file, as JSON.")] = None,
+) -> None:
+    """Milliseconds a training step in each stage of RECIPE, with tokens/s, model FLOP utilisation and peak memory."""
+    from nanogpt.recipe import load_recipe
+    from nanogpt.training.benchmark import as_json, as_table, time_stages, write_made_up_shards
+    from nanogpt.training.trainer import Trainer
+    from nanogpt.training.world import join_world
+
+    spec = load_recipe(recipe, [*(overrides or ()), "data.epochs=null"])
+    with tempfile.TemporaryDirectory() as scratch, join_world(spec) as world:
+        if data is None:
+            data = Path(scratch)
+            largest = max(stage.batch_tokens for stage in spec.training.all_stages)
+            write_made_up_shards(
+                data, train_tokens=20 * largest, val_tokens=spec.evaluation.tokens + 1, bos=spec.data.bos
+            )
+        with Trainer(spec, world, run=None, data_directory=data) as trainer:
+            timings = list(time_stages(trainer, steps=steps, warmup_steps=warmup))
+            if world.is_main:
+                typer.echo(as_table(timings, trainer))
+                if out is not None:
+                    out.write_text(json.dumps(as_json(timings, trainer), indent=1) + "\n")
+
+
+@bench.command("kernels")
+def kernels(
+    only: Annotated[str, typer.Option(help="Only cases whose name contains this.")] = "",
+) -> None:
+    """Each kernel against its plain PyTorch equal and against what this GPU's copies and products reach."""
+    import torch
+
+    from nanogpt.errors import InputError
+    from nanogpt.kernels.benchmark import TABLE_HEAD, all_bench_cases, as_row, machine_rates, run_cases
+
+    if not torch.cuda.is_available():
+        raise InputError("bench kernels: PyTorch sees no GPU here (apptainer needs --nv)")
+    rates = machine_rates()
+    typer.echo(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}: bf16 product {rates.matmul_flops / 1e12:.0f} TFLOP/s,"
+        f" copy {rates.copy_bytes / 1e12:.2f} TB/s\n\n{TABLE_HEAD}"
+    )
+    for result in run_cases((case for case in all_bench_cases() if only in case.name), rates):
+        typer.echo(as_row(result))
