@@ -43,7 +43,7 @@ def test_every_command_explains_itself(nanogpt, name):
 
 def test_no_arguments_show_the_help(nanogpt):
     outcome = nanogpt()
-    assert outcome.code == 2
+    assert outcome.code in (0, 2)  # click changed its mind in 8.2
     assert "validate" in outcome.out + outcome.err
 
 
