@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from nanogpt.data.skips import Skip, Skips, printable
 from nanogpt.data.streams import DamagedFileError, line_blocks, read_blocks
-from nanogpt.data.tokenizer import PIECE_START
+from nanogpt.data.tokenizer import UTF8_PIECE_START
 from nanogpt.errors import InputError, RunError
 
 if TYPE_CHECKING:
@@ -46,12 +46,16 @@ JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 PARQUET_SUFFIXES = (".parquet",)
 UNREAD_FOLDERS = frozenset({"__pycache__", "CVS", "_darcs"})  # and every hidden one: .git, .hg, .svn, .venv
 
+READ_BYTES = 1024 * 1024  # of a large file at a time
 UNIT_BYTES = 512 * 1024
 LARGE_FILE = 4 * 1024 * 1024
 MAX_RECORD = 32 * 1024 * 1024
 MAX_SEGMENT = 16 * 1024 * 1024
 CHANGED = "changed while it was read; leave the input alone and run again"
 UTF8_BOM = b"\xef\xbb\xbf"
+
+JSON_SPACE = " \t\r\n"
+DECODER = json.JSONDecoder()
 
 Kind = Literal["text", "jsonl", "parquet"]
 
@@ -66,9 +70,10 @@ class SourceFile(NamedTuple):
 
 
 class Document(NamedTuple):
-    """A document's UTF-8 text, whole or in part, and the key that the split goes by."""
+    """A document's text, whole or in part, its length in UTF-8, and the key that the split goes by."""
 
-    text: bytes
+    text: str
+    bytes: int
     key: int
 
 
@@ -293,7 +298,7 @@ def _segments(file: SourceFile, skips: Skips) -> list[Unit]:
     cuts: list[int] = []
     try:
         with Path(file.path).open("rb", buffering=0) as stream:
-            while block := stream.read(1 << 20):
+            while block := stream.read(READ_BYTES):
                 if offset == 0 and block.startswith(UTF8_BOM):
                     start = len(UTF8_BOM)
                     block = block[start:]
@@ -305,7 +310,7 @@ def _segments(file: SourceFile, skips: Skips) -> list[Unit]:
                 digest.update(block)
                 blank = blank and not block.strip()
                 if offset + len(block) - (cuts[-1] if cuts else start) >= LARGE_FILE:
-                    match = PIECE_START.search(block)
+                    match = UTF8_PIECE_START.search(block)
                     if match:
                         cuts.append(offset + match.start())
                     elif offset + len(block) - (cuts[-1] if cuts else start) > MAX_SEGMENT:
@@ -388,65 +393,79 @@ def read_unit(unit: Unit) -> Iterator[Document | Skip]:
         for path in unit.paths:
             yield _read_file(path)
     elif isinstance(unit, SegmentUnit):
-        yield Document(_read_segment(unit), unit.key)
+        yield Document(_read_segment(unit), unit.end - unit.start, unit.key)
     elif isinstance(unit, LinesUnit):
         for number, line in enumerate(unit.data.split(b"\n"), unit.line):
             if line and not line.isspace():
                 yield _read_record(line, f"{unit.path}:{number}", unit.field)
     elif isinstance(unit, ValuesUnit):
         for number, value in enumerate(unit.values, unit.row):
-            place = f"{unit.path}:{number}"
-            yield Skip(f"no text in field {unit.field!r}", place) if value is None else _checked(value, place)
+            yield _read_value(value, f"{unit.path}:{number}", unit.field)
     else:
         raise TypeError(f"{type(unit).__name__} is no unit of work")
 
 
-def _checked(text: bytes, place: str) -> Document | Skip:
-    if len(text) > MAX_RECORD:
+def _checked(text: str, utf8: bytes, place: str) -> Document | Skip:
+    if len(utf8) > MAX_RECORD:
         return Skip(f"record above {MAX_RECORD >> 20} MiB", place)
-    return Document(text, text_key(text)) if text and not text.isspace() else Skip("empty", place)
+    return Document(text, len(utf8), text_key(utf8)) if text and not text.isspace() else Skip("empty", place)
 
 
-def _read_segment(unit: SegmentUnit) -> bytes:
+def _read_segment(unit: SegmentUnit) -> str:
     try:
         with Path(unit.path).open("rb") as stream:
             stream.seek(unit.start)
-            text = stream.read(unit.end - unit.start)
-        text.decode()
+            utf8 = stream.read(unit.end - unit.start)
+        if len(utf8) == unit.end - unit.start:
+            return utf8.decode()
     except (OSError, UnicodeDecodeError):
-        text = b""
-    if len(text) != unit.end - unit.start:
-        raise RunError(f"{printable(unit.path)}: {CHANGED}")
-    return text
+        pass
+    raise RunError(f"{printable(unit.path)}: {CHANGED}")
 
 
 def _read_file(path: str) -> Document | Skip:
     try:
         with Path(path).open("rb", buffering=0) as stream:
             size = os.fstat(stream.fileno()).st_size
-            text = stream.read(size) if size <= LARGE_FILE else b""
+            utf8 = stream.read(size) if size <= LARGE_FILE else b""
     except OSError:
         return Skip("cannot be read", path)
-    if len(text) != size:
+    if len(utf8) != size:
         raise RunError(f"{printable(path)}: {CHANGED}")
-    if b"\0" in text:
+    if b"\0" in utf8:
         return Skip("binary (NUL bytes)", path)
-    text = text.removeprefix(UTF8_BOM)
+    utf8 = utf8.removeprefix(UTF8_BOM)
     try:
-        text.decode()
+        return _checked(utf8.decode(), utf8, path)
     except UnicodeDecodeError:
         return Skip("not UTF-8", path)
-    return _checked(text, path)
 
 
 def _read_record(line: bytes, place: str, field: str) -> Document | Skip:
     try:
-        record = json.loads(line.decode())
+        record = _load(line.decode().strip(JSON_SPACE))
         text = record.get(field) if isinstance(record, dict) else None
         if not isinstance(text, str):
             return Skip(f"no text in field {field!r}", place)
-        return _checked(text.encode(), place)
+        return _checked(text, text.encode(), place)
     except UnicodeError:  # of the line, or a lone surrogate written as an escape
         return Skip("not UTF-8", place)
     except (ValueError, RecursionError):
         return Skip("not JSON", place)
+
+
+def _load(line: str) -> object:
+    """`json.loads` without its search for whitespace on both sides, which takes a tenth of a short record's time."""
+    record, end = DECODER.raw_decode(line)
+    if end != len(line):
+        raise ValueError("something follows the record")
+    return record
+
+
+def _read_value(value: bytes | None, place: str, field: str) -> Document | Skip:
+    if value is None:
+        return Skip(f"no text in field {field!r}", place)
+    try:
+        return _checked(value.decode(), value, place)
+    except UnicodeDecodeError:
+        return Skip("not UTF-8", place)

@@ -1,12 +1,16 @@
 """Units of documents to tokens, in this process or in several.
 
-The workers are plain child processes with a pipe each, not a `multiprocessing` pool: they need no guard in the
-caller's script, inherit no threads or CUDA state, and end by themselves when the parent is killed, because their
-pipe then closes. A message is a unit of about half a megabyte one way and its tokens the other way.
+Processes, because reading and parsing hold Python's lock, which threads would queue for from a few cores on. One child
+process builds the encoding and forks the workers: that costs the start of one interpreter and the memory of one
+encoding, however many cores there are, and it is safe in a caller that runs threads or CUDA, whose state is not
+inherited. There is no `multiprocessing` pool: the caller's script needs no guard, and workers end by themselves when
+the caller is killed, because their pipes then close. A message is a unit of about half a megabyte one way and its
+tokens the other way.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -21,6 +25,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from types import TracebackType
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +33,7 @@ import numpy.typing as npt
 from nanogpt.data.documents import SegmentUnit, Unit, read_unit
 from nanogpt.data.shards import Tokens
 from nanogpt.data.skips import Skip
-from nanogpt.data.tokenizer import BOS, encode_utf8
+from nanogpt.data.tokenizer import BOS, encode_text, gpt2_encoding
 from nanogpt.errors import NanogptError, RunError
 
 # Numeric libraries start a thread a core when they are imported: 64 workers on 64 cores need none of them.
@@ -59,8 +64,8 @@ def encode_unit(unit: Unit, document_tokens: int | None = None) -> Encoded:
         RunError: a file changed since it was planned.
     """
     continued = isinstance(unit, SegmentUnit) and not unit.first and document_tokens is None
-    bos = np.full(1, BOS, dtype=np.uint32)
-    arrays = [np.empty(0, dtype=np.uint32)]
+    bos = BOS.to_bytes(4, sys.byteorder)
+    buffers: list[bytes | memoryview] = []
     lengths: list[int] = []
     keys: list[int] = []
     skipped: list[Skip] = []
@@ -69,18 +74,20 @@ def encode_unit(unit: Unit, document_tokens: int | None = None) -> Encoded:
         if isinstance(item, Skip):
             skipped.append(item)
             continue
-        tokens = encode_utf8(item.text)
-        text_bytes += len(item.text)
+        tokens = encode_text(item.text)
+        text_bytes += item.bytes
         step = document_tokens - 1 if document_tokens else tokens.size
         for start in range(0, tokens.size, step):
             part = tokens[start : start + step]
-            arrays.extend([part] if continued else [bos, part])
+            if not continued:
+                buffers.append(bos)
+            buffers.append(part.data)
             lengths.append(part.size + (not continued))
             keys.append(item.key)
     return Encoded(
         input=unit.input,
         done=unit.done,
-        tokens=np.concatenate(arrays, dtype=np.uint16, casting="unsafe"),
+        tokens=np.frombuffer(b"".join(buffers), dtype=np.uint32).astype(np.uint16),
         lengths=np.array(lengths, dtype=np.int64),
         keys=np.array(keys, dtype=np.uint64),
         text_bytes=text_bytes,
@@ -96,10 +103,36 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def serve(fd: int) -> None:
-    """What a worker does: encode units that arrive on the connection `fd` until it closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    connection = Connection(fd)
+def serve(fds: list[int]) -> None:
+    """What the child process does: fork a worker for each of the connections `fds`, and wait until all have ended."""
+    gpt2_encoding()
+    gc.freeze()
+    workers: list[int] = []
+
+    def stop(*_: object) -> None:
+        for worker in workers:
+            os.kill(worker, signal.SIGKILL)
+
+    signal.signal(signal.SIGTERM, stop)
+    for fd in fds:
+        pid = os.fork()
+        if pid == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            for other in fds:
+                if other != fd:
+                    os.close(other)
+            _work(Connection(fd))
+            os._exit(0)
+        workers.append(pid)
+    for fd in fds:
+        os.close(fd)
+    for worker in list(workers):
+        os.waitpid(worker, 0)
+        workers.remove(worker)
+
+
+def _work(connection: Connection) -> None:
+    """Encode the units that arrive until the connection closes."""
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             arguments = connection.recv()
@@ -113,67 +146,46 @@ def serve(fd: int) -> None:
             connection.send(answer)
 
 
-class _Worker:
-    def __init__(self) -> None:
-        self.connection, theirs = Pipe()
-        # The interpreter takes our own import path, so that it finds the package that is running.
-        code = (
-            f"import sys; sys.path[:] = {sys.path!r}; from nanogpt.data.encode import serve; serve({theirs.fileno()})"
-        )
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdin=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()],
-            env={**os.environ, **ONE_THREAD},
-        )
-        theirs.close()
-
-    def encode(self, unit: Unit, document_tokens: int | None) -> Encoded:
-        try:
-            self.connection.send((unit, document_tokens))
-            answer = self.connection.recv()
-        except (EOFError, OSError) as error:
-            status = self.process.wait()
-            how = f"signal {-status}" if status < 0 else f"exit status {status}"
-            raise RunError(
-                f"a tokenizing worker ended ({how}); if memory was short, run again with fewer --workers"
-            ) from error
-        if isinstance(answer, NanogptError):
-            raise answer
-        return answer
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.connection.close()
-
-
 class Encoder:
     """Encodes units with `workers` processes; with 1 in the calling process. Use it in a `with` statement."""
 
     def __init__(self, workers: int, document_tokens: int | None = None) -> None:
         self.workers = workers
         self.document_tokens = document_tokens
-        self._idle: SimpleQueue[_Worker] = SimpleQueue()
-        self._all: list[_Worker] = []
+        self._process: subprocess.Popen[bytes] | None = None
         self._threads: ThreadPoolExecutor | None = None
+        self._idle: SimpleQueue[Connection] = SimpleQueue()
 
     def __enter__(self) -> Encoder:
-        if self.workers > 1:
-            self._threads = ThreadPoolExecutor(self.workers)
-            for _ in range(self.workers):
-                worker = _Worker()
-                self._all.append(worker)
-                self._idle.put(worker)
+        if self.workers == 1:
+            return self
+        ours, theirs = zip(*(Pipe() for _ in range(self.workers)), strict=True)
+        fds = [connection.fileno() for connection in theirs]
+        # The interpreter takes our own import path, so that it finds the package that is running.
+        code = f"import sys; sys.path[:] = {sys.path!r}; from nanogpt.data.encode import serve; serve({fds})"
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.DEVNULL,
+            pass_fds=fds,
+            start_new_session=True,  # Ctrl-C is for the parent to decide on
+            env={**os.environ, **ONE_THREAD},
+        )
+        for connection in theirs:
+            connection.close()
+        self._threads = ThreadPoolExecutor(self.workers)
+        for connection in ours:
+            self._idle.put(connection)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for worker in self._all:  # killed, so that no thread waits for an answer that nobody wants
-            worker.close()
-        if self._threads:
+        if self._process and self._threads:
+            self._process.terminate()  # no thread is to wait for an answer that nobody wants
+            self._process.wait()
             self._threads.shutdown(cancel_futures=True)
+            while not self._idle.empty():
+                self._idle.get().close()
 
     def encode(self, units: Iterable[Unit]) -> Iterator[Encoded]:
         """The units' tokens in the units' order; no more than two units a worker are held at a time."""
@@ -190,8 +202,14 @@ class Encoder:
             yield waiting.popleft().result()
 
     def _encode(self, unit: Unit) -> Encoded:
-        worker = self._idle.get()
+        connection = self._idle.get()
         try:
-            return worker.encode(unit, self.document_tokens)
+            connection.send((unit, self.document_tokens))
+            answer = connection.recv()
+        except (EOFError, OSError) as error:
+            raise RunError("a tokenizing worker was killed; if memory was short, take fewer --workers") from error
         finally:
-            self._idle.put(worker)
+            self._idle.put(connection)
+        if isinstance(answer, NanogptError):
+            raise answer
+        return cast(Encoded, answer)

@@ -264,15 +264,17 @@ def table(summary: Summary) -> str:
         ["validation", val.documents, val.tokens, "", 1],
         ["training", train.documents, train.tokens, f"{train.trained_tokens:,}", train_shards],
     ]
+    inputs: list[list[str | int]] = [
+        [one.path, one.files, one.documents, one.tokens, human_bytes(one.text_bytes)] for one in summary.inputs
+    ]
     blocks = [
         _columns(["", "documents", "tokens", "trained on", "shards"], sides),
-        _columns(
-            ["input", "files", "documents", "tokens", "text"],
-            [[one.path, one.files, one.documents, one.tokens, human_bytes(one.text_bytes)] for one in summary.inputs],
-        ),
+        _columns(["input", "files", "documents", "tokens", "text"], inputs),
     ]
     if summary.skipped:
-        rows = [[why, count, summary.skipped_examples[why][0]] for why, count in summary.skipped.items()]
+        rows: list[list[str | int]] = [
+            [why, count, summary.skipped_examples[why][0]] for why, count in summary.skipped.items()
+        ]
         blocks.append(_columns(["left out", "count", "first"], rows))
     if train.trained_tokens < train.tokens // 2:
         blocks.append(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import re
 from base64 import b64decode
-from collections.abc import Iterator
 from functools import cache
 from importlib.resources import files
 from itertools import pairwise
@@ -40,9 +39,10 @@ PATTERN = (
 
 # A space or newline before a character that is surely no whitespace. There the pattern starts a piece whatever
 # stands before, and the piece before it ends as it does at the end of a text: cutting here changes no token.
-# The lead bytes left out (c2, e1, e2, e3) are those of Unicode's other whitespace.
-PIECE_START = re.compile(rb"[ \n](?=[!-~\xc3-\xe0\xe4-\xf4])")
-CUT_BYTES = 1 << 20
+# In UTF-8, the lead bytes left out (c2, e1, e2, e3) are those of Unicode's other whitespace.
+TEXT_PIECE_START = re.compile(r"[ \n](?=[!-~\u00c0-\u0fff\u4000-\ud7ff])")
+UTF8_PIECE_START = re.compile(rb"[ \n](?=[!-~\xc3-\xe0\xe4-\xf4])")
+CUT_LENGTH = 1 << 20
 
 # The same for a long run of whitespace, which makes the pattern's `\s+(?!\S)` run out of stack at a million.
 _SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
@@ -86,25 +86,20 @@ def gpt2_encoding() -> tiktoken.Encoding:
     )
 
 
-def encode_utf8(text: bytes) -> npt.NDArray[np.uint32]:
-    """The tokens of a UTF-8 text as `encode_ordinary` gives them, quicker and in bounded memory: (n,) uint32.
+def encode_text(text: str) -> npt.NDArray[np.uint32]:
+    """The tokens of a text as `encode_ordinary` gives them, quicker and in bounded memory: (n,) uint32.
 
-    tiktoken's way straight to an array saves making a list, and texts above 1 MiB are taken in pieces.
+    tiktoken's way straight to an array saves making a list, and texts above a million characters are taken in pieces.
 
     Raises:
-        UnicodeDecodeError: `text` is not UTF-8.
+        UnicodeEncodeError: `text` holds a lone surrogate.
     """
-    if len(text) <= CUT_BYTES:
-        return _encode(text.decode())
-    return np.concatenate([_encode(piece.decode()) for piece in _pieces(text)])
-
-
-def _pieces(text: bytes) -> Iterator[bytes]:
-    start = 0
-    while len(text) - start > CUT_BYTES and (match := PIECE_START.search(text, start + CUT_BYTES)):
-        yield text[start : match.start()]
-        start = match.start()
-    yield text[start:]
+    if len(text) <= CUT_LENGTH:
+        return _encode(text)
+    starts = [0]
+    while match := TEXT_PIECE_START.search(text, starts[-1] + CUT_LENGTH):
+        starts.append(match.start())
+    return np.concatenate([_encode(text[a:b]) for a, b in pairwise([*starts, len(text)])])
 
 
 def _encode(text: str) -> npt.NDArray[np.uint32]:

@@ -2,7 +2,7 @@
 
     python tests/data/bench_text.py [PATH...] [--runs 3]
 
-Without a PATH the input is the embedded prose six times over, as one .jsonl.gz. The plain loop reads the same files,
+Without a PATH the input is the embedded prose twelve times over, as one .jsonl.gz. The plain loop reads the same files,
 calls `encode_ordinary` on each document and keeps nothing; `prepare_text` also splits, hashes and writes its shards.
 The figures are megabytes of text a second of processor time, which is what a core does undisturbed by its neighbours,
 and megabytes a second by the clock. Runs are interleaved; medians are shown.
@@ -72,7 +72,7 @@ def main() -> None:
             with gzip.open(embedded_corpus(), "rt", encoding="utf-8") as lines:
                 records = [json.loads(line) for line in lines]
             with gzip.open(big, "wt", compresslevel=6, encoding="utf-8") as out:
-                for copy in range(6):
+                for copy in range(12):
                     for record in records:
                         out.write(json.dumps({"text": f"{record['text']} ({copy})"}, ensure_ascii=False) + "\n")
             paths = [big]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from itertools import pairwise
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import tiktoken
 from hypothesis import given
@@ -15,7 +18,7 @@ from hypothesis import strategies as st
 
 from nanogpt.data import tokenizer
 from nanogpt.data.embedded import SHA256, embedded_corpus
-from nanogpt.data.tokenizer import BOS, VOCAB_SIZE, bpe_ranks, gpt2_encoding
+from nanogpt.data.tokenizer import BOS, VOCAB_SIZE, bpe_ranks, encode_text, gpt2_encoding
 from nanogpt.errors import RunError
 
 VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
@@ -80,6 +83,54 @@ def test_pattern_cuts_as_the_release_does(original_pattern: tiktoken.Encoding, t
     tokens = gpt2_encoding().encode_ordinary(text)
     assert tokens == original_pattern.encode_ordinary(text)
     assert gpt2_encoding().decode(tokens) == text
+
+
+# Whitespace of every kind between words, which is where cutting a text could change its tokens.
+SPACED = st.lists(
+    st.sampled_from(
+        ["a", "B7", "'s", "don't", "é", "語", "💡", "!", " ", "  ", "\n", "\r\n", "\t", "\u3000", "\x1c", "\u00a0"]
+    )
+).map("".join)
+
+
+@given(text=SPACED, length=st.integers(1, 8))
+def test_cutting_a_long_text_changes_no_token(text: str, length: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "CUT_LENGTH", length)
+        assert encode_text(text).tolist() == gpt2_encoding().encode_ordinary(text)
+
+
+@given(text=SPACED)
+def test_every_cut_in_utf8_and_in_text_is_safe(text: str) -> None:
+    encode = gpt2_encoding().encode_ordinary
+    utf8 = text.encode()
+    for match in tokenizer.UTF8_PIECE_START.finditer(utf8):
+        cut = match.start()
+        assert encode(utf8[:cut].decode()) + encode(utf8[cut:].decode()) == encode(text)
+    for match in tokenizer.TEXT_PIECE_START.finditer(text):
+        assert encode(text[: match.start()]) + encode(text[match.start() :]) == encode(text)
+
+
+@pytest.mark.parametrize("spaces", [" " * 1_500_000, "\n\u3000" * 700_000 + " "], ids=["spaces", "mixed"])
+def test_a_million_spaces_are_tokenized(spaces: str) -> None:
+    text = f"before{spaces}after{spaces}"
+    tokens = encode_text(text).tolist()
+    assert gpt2_encoding().decode(tokens) == text
+    # Linear runs of the same kind, short enough for the pattern itself, end in the same way.
+    short = f"before{spaces[:9999]}{spaces[-1]}after{spaces[:10000]}"
+    assert encode_text(short).tolist() == gpt2_encoding().encode_ordinary(short)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "gpt2_encoding", OutOfStack)
+        assert encode_text(short).tolist() == gpt2_encoding().encode_ordinary(short)
+
+
+class OutOfStack:
+    """The encoding, with the stack of its pattern used up at 5,000 characters of whitespace before a word."""
+
+    def encode_to_numpy(self, text: str, **options: object) -> npt.NDArray[np.uint32]:
+        if re.search(r"\s{5000}\S", text):
+            raise ValueError("Max stack size exceeded for backtracking")
+        return gpt2_encoding().encode_to_numpy(text, disallowed_special=())
 
 
 def test_damaged_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
