@@ -599,7 +599,6 @@ def _runtime_problems(runtime: RuntimeSpec, gpu: str) -> Iterator[tuple[tuple[st
         ("attention", "fa3", hopper),
         ("attention", "fa2", cuda),
         ("attention", "varlen", cuda),
-        ("kernels", "triton", cuda),
         ("head_precision", "fp8", hopper),
     ):
         if getattr(runtime, key) == value and gpu not in gpus:

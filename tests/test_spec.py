@@ -357,7 +357,6 @@ def test_paired_layers_need_an_even_number_of_heads():
         ("a100", "attention", "fa3"),
         ("cpu", "attention", "fa2"),
         ("cpu", "attention", "varlen"),
-        ("cpu", "kernels", "triton"),
         ("cpu", "head_precision", "fp8"),
         ("a100", "head_precision", "fp8"),
     ],
