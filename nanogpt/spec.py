@@ -595,7 +595,7 @@ def _cross_checks(spec: RunSpec) -> Iterator[tuple[tuple[str | int, ...], str]]:
 def _runtime_problems(runtime: RuntimeSpec, gpu: str) -> Iterator[tuple[tuple[str | int, ...], str]]:
     cuda, hopper = ("h100", "h200", "a100"), ("h100", "h200")
     for key, value, gpus in (
-        ("attention", "fa4", cuda),
+        ("attention", "fa4", hopper),
         ("attention", "fa3", hopper),
         ("attention", "fa2", cuda),
         ("attention", "varlen", cuda),

@@ -353,6 +353,7 @@ def test_paired_layers_need_an_even_number_of_heads():
     ("gpu", "key", "value"),
     [
         ("cpu", "attention", "fa4"),
+        ("a100", "attention", "fa4"),
         ("cpu", "attention", "fa3"),
         ("a100", "attention", "fa3"),
         ("cpu", "attention", "fa2"),
