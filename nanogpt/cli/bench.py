@@ -59,8 +59,9 @@ def kernels(
         raise InputError("bench kernels: PyTorch sees no GPU here (apptainer needs --nv)")
     rates = machine_rates()
     typer.echo(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}: bf16 product {rates.matmul_flops / 1e12:.0f} TFLOP/s,"
-        f" copy {rates.copy_bytes / 1e12:.2f} TB/s\n\n{TABLE_HEAD}"
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}:"
+        f" bf16 product {rates.matmul_flops / 1e12:.0f} TFLOP/s, copy {rates.copy_bytes / 1e12:.2f} TB/s\n"
     )
+    typer.echo(TABLE_HEAD)
     for result in run_cases((case for case in all_bench_cases() if only in case.name), rates):
         typer.echo(as_row(result))

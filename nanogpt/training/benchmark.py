@@ -119,15 +119,33 @@ def _time_each(calls: list[Callable[[], object]], world: World) -> list[float]:
 
 def as_table(timings: list[StageTiming], trainer: Trainer) -> str:
     """The timings as a Markdown table, under a line for each path that was chosen."""
-    head = "| stage | tokens a step | windows | ms a step | 20-80 % | tokens/s | utilisation | data wait, ms | peak memory |"
+    columns = [
+        "stage",
+        "tokens a step",
+        "windows",
+        "ms a step",
+        "20-80 %",
+        "tokens/s",
+        "utilisation",
+        "data wait, ms",
+        "peak memory",
+    ]
     rows = [
-        f"| {t.stage + 1} | {t.batch_tokens:,} | {t.windows[0]}, {t.windows[1]} | {t.median_ms:.1f}"
-        f" | {t.low_ms:.1f}-{t.high_ms:.1f} | {t.tokens_per_second:,.0f}"
-        f" | {'' if t.utilization is None else f'{t.utilization:.0%}'} | {t.data_wait_ms:.2f}"
-        f" | {human_bytes(t.peak_memory_bytes)} |"
+        (
+            f"{t.stage + 1}",
+            f"{t.batch_tokens:,}",
+            f"{t.windows[0]}, {t.windows[1]}",
+            f"{t.median_ms:.1f}",
+            f"{t.low_ms:.1f}-{t.high_ms:.1f}",
+            f"{t.tokens_per_second:,.0f}",
+            "" if t.utilization is None else f"{t.utilization:.0%}",
+            f"{t.data_wait_ms:.2f}",
+            human_bytes(t.peak_memory_bytes),
+        )
         for t in timings
     ]
-    return "\n".join([*trainer.path_lines, "", head, "|" + " --- |" * 9, *rows])
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join([*trainer.path_lines, "", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
 def as_json(timings: list[StageTiming], trainer: Trainer) -> dict[str, Any]:

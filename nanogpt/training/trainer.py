@@ -110,6 +110,8 @@ class Trainer:
         for parameter in self.model.parameters():
             world.communicator.broadcast(parameter.data)
         self.compiled = compiles(spec, world.device)
+        if self.compiled:  # Adam's update alone is compiled for ten parameters; torch gives up at eight
+            torch._dynamo.config.recompile_limit = 64
         self.optimizer = build_optimizer(
             spec, self.model, world.communicator, compiled=self.compiled, plain_kernels=paths.plain_kernels
         )
