@@ -433,7 +433,7 @@ class EvaluationSpec(Strict):
 class DataSpec(Strict):
     """Where the token shards are."""
 
-    directory: str | None = Field(default=None, description="shard directory; null: NANOGPT_DATA, else ./data")
+    directory: str | None = Field(default=None, description="shard directory; null: NANOGPT_DATA, else data/fineweb10B")
     train_files: str = "fineweb_train_*.bin"
     val_files: str = "fineweb_val_*.bin"
     bos: Annotated[int, Field(ge=0, le=65535)] = 50256

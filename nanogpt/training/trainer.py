@@ -7,7 +7,6 @@ YaRN's table rebuilds and log lines are inside it, as in the public record.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanogpt.data import fineweb
 from nanogpt.data.batches import TrainBatches, ValBatches
 from nanogpt.errors import InputError
 from nanogpt.models import build_model
@@ -41,8 +41,8 @@ class Result:
 
 
 def default_data_directory(spec: RunSpec) -> Path:
-    """Where the spec's shards are: data.directory, else NANOGPT_DATA, else ./data."""
-    return Path(spec.data.directory or os.environ.get("NANOGPT_DATA") or "data")
+    """Where the spec's shards are: data.directory, else where prep-fineweb puts them."""
+    return Path(spec.data.directory) if spec.data.directory else fineweb.default_directory()
 
 
 def find_shards(spec: RunSpec, directory: Path) -> tuple[list[Path], list[Path]]:
