@@ -17,19 +17,24 @@ Since 0 < z < cap, exp(z) cannot overflow in fp32 for any cap up to `MAX_CAP`, s
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Precision = Literal["bf16", "fp8"]
+from nanogpt.kernels.dispatch import runs_kernel
+from nanogpt.kernels.fp8_head import (
+    FP8_CAPABILITY,
+    GRAD_SCALE,
+    W_SCALE,
+    X_SCALE,
+    Precision,
+    fake_quantize,
+    fp8_head_loss,
+)
 
 _LOG2_E = math.log2(math.e)
 MAX_CAP = 64.0  # exp(64) * 50,304 is still far below fp32's largest number
-
-X_SCALE = 100 / 448  # e4m3 scale of the head's input
-W_SCALE = 1.6 / 448  # e4m3 scale of the head's weights
-GRAD_SCALE = 0.75 / 448  # e5m2 scale of the logit gradient, for an incoming gradient of 1
 
 
 def softcap(logits: Tensor, cap: float = 23.0, shift: float = 5.0, scale: float = 7.5) -> Tensor:
@@ -90,11 +95,14 @@ def head_loss(
     if weights.ndim != 1 or weights.numel() == 0:
         raise ValueError(f"weights: shape {tuple(weights.shape)}, expected (K,) with K >= 1")
     need_grad = torch.is_grad_enabled() and (x.requires_grad or lm_head.requires_grad)
+    constants = {"cap": cap, "shift": shift, "scale": scale, "need_grad": need_grad}
     fp8 = precision == "fp8"
-    loss, _, _ = _plain_head_loss(
-        x, lm_head, targets, weights, cap=cap, shift=shift, scale=scale, fp8=fp8, need_grad=need_grad
-    )
-    return loss
+    if not _runs_kernel(x, lm_head, fp8):
+        return _plain_head_loss(x, lm_head, targets, weights, **constants, fp8=fp8)[0]
+    weights = weights.float()
+    if fp8:
+        return fp8_head_loss(x, lm_head, targets, weights, **constants)[0]
+    return _bf16_head_loss(x, lm_head, targets, weights, **constants)[0]
 
 
 @torch.no_grad()
@@ -116,10 +124,12 @@ def head_mean_loss(
     """
     _check(x, lm_head, targets, cap)
     one = torch.ones(1, device=x.device)
-    loss, _, _ = _plain_head_loss(
-        x, lm_head, targets, one, cap=cap, shift=shift, scale=scale, fp8=False, need_grad=False
-    )
-    return loss / x.shape[0]
+    constants = {"cap": cap, "shift": shift, "scale": scale, "need_grad": False}
+    if not _runs_kernel(x, lm_head, fp8=False):
+        return _plain_head_loss(x, lm_head, targets, one, **constants, fp8=False)[0] / x.shape[0]
+    parts = zip(x.split(_EVALUATION_TOKENS), targets.split(_EVALUATION_TOKENS), strict=True)
+    losses = [_bf16_head_loss(part, lm_head, target, one, **constants)[0] for part, target in parts]
+    return torch.stack(losses).sum() / x.shape[0]
 
 
 def _check(x: Tensor, lm_head: Tensor, targets: Tensor, cap: float) -> None:
@@ -131,6 +141,76 @@ def _check(x: Tensor, lm_head: Tensor, targets: Tensor, cap: float) -> None:
         raise ValueError(f"targets {tuple(targets.shape)} {targets.dtype}: expected ({x.shape[0]},) torch.int64")
     if not 0 < cap <= MAX_CAP:
         raise ValueError(f"cap {cap}: expected more than 0 and at most {MAX_CAP:g}")
+
+
+def _runs_kernel(x: Tensor, lm_head: Tensor, fp8: bool) -> bool:
+    """Whether the Triton kernels take these tensors: bf16 on a GPU, with sizes that fill whole vectors."""
+    if fp8:
+        return runs_kernel(x, lm_head, capability=FP8_CAPABILITY[0]) and not any(
+            size % 16 for size in (*x.shape, lm_head.shape[1])
+        )
+    return runs_kernel(x, lm_head, capability=8) and lm_head.shape[1] % 8 == 0
+
+
+# ---------------------------------------------------------------- bf16 on a GPU
+
+_EVALUATION_TOKENS = 32_768  # 3.3 GB of logits at a time
+
+
+@torch.library.custom_op("nanogpt::bf16_head_loss", mutates_args=())
+def _bf16_head_loss(
+    x: Tensor,
+    lm_head: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    *,
+    cap: float,
+    shift: float,
+    scale: float,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """(loss, its gradient in the logits, which takes their place); the gradient is empty unless `need_grad`."""
+    from nanogpt.kernels.cross_entropy_triton import loss_and_gradient
+
+    logits = torch.mm(x, lm_head)
+    grad = logits if need_grad else None
+    losses = loss_and_gradient(logits, targets, weights, grad, cap=cap, shift=shift, scale=scale)
+    return losses.sum(), logits if need_grad else logits.new_empty(0)
+
+
+@_bf16_head_loss.register_fake
+def _(
+    x: Tensor,
+    lm_head: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    *,
+    cap: float,
+    shift: float,
+    scale: float,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    shape = (x.shape[0], lm_head.shape[1]) if need_grad else (0,)
+    return x.new_empty((), dtype=torch.float32), x.new_empty(shape)
+
+
+def _bf16_setup(
+    ctx: Any, inputs: tuple[Tensor, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
+) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(inputs[0], inputs[1], output[1])
+
+
+def _bf16_backward(ctx: Any, incoming: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if incoming is None:
+        return None, None, None, None
+    x, lm_head, grad = ctx.saved_tensors
+    # The (T, V) gradient stays as it is: the incoming one, an fp32 scalar, multiplies what is small.
+    dx, dw = ((g.float() * incoming).to(g.dtype) for g in (grad @ lm_head.t(), x.t() @ grad))
+    return dx, dw, None, None
+
+
+_bf16_head_loss.register_autograd(_bf16_backward, setup_context=_bf16_setup)
 
 
 # ---------------------------------------------------------------- plain path, chunk by chunk
@@ -246,14 +326,3 @@ def _plain_backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[T
 
 
 _plain_head_loss.register_autograd(_plain_backward, setup_context=_plain_setup)
-
-
-def fake_quantize(values: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """Round `values / scale` to the 8-bit float `dtype` and multiply back; computed and returned in fp32.
-
-    e4m3 saturates at its largest number, as the GPU's conversion does. e5m2 is not clamped.
-    """
-    scaled = values.float() / scale
-    if dtype == torch.float8_e4m3fn:
-        scaled = scaled.clamp(-448.0, 448.0)
-    return scaled.to(dtype).float() * scale

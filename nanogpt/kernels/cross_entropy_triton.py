@@ -1,0 +1,218 @@
+"""Triton kernel of the softcapped multi-token cross-entropy: a row of logits to its loss and its gradient, in one read.
+
+One program takes a row. With s the sigmoid inside the softcap and S the sum of exp(cap s), the gradient of column v is
+`c exp(cap s) s (1 - s)` with a factor c that is known only after S; so the first pass keeps the product without c in
+registers, and the second multiplies, rounds and stores. What bounds the first pass is the special-function unit
+(16 results a clock and multiprocessor): the two exponentials are unavoidable, the two reciprocals of a pair of
+neighbouring columns are taken as one, 1/a = b * 1/(ab). Logits are read as 32-bit words, two columns each.
+"""
+
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+class Config(NamedTuple):
+    """How a row is worked on: words (pairs of columns) at a time, warps, registers a thread, and what is kept."""
+
+    words: int
+    warps: int
+    registers: int | None
+    keep_bf16: bool
+    """Keep the gradient before its factor as pairs of bf16 in one register instead of two fp32."""
+
+
+@triton.jit
+def _exp2(x):
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _reciprocal(x):
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _pack_bf16(low, high):
+    return tl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _pack_e5m2(low, high):
+    return tl.inline_asm_elementwise(
+        "cvt.rn.satfinite.e5m2x2.f32 $0, $2, $1;", "=h,f,f", [low, high], dtype=tl.int16, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _low(words):
+    return (words << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _high(words):
+    return (words & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _one_plus_exp(logit, SHIFT: tl.constexpr, SCALE: tl.constexpr):
+    """1 + exp(-u) for u = (logit + SHIFT) / SCALE, held below 2^61 so that a product of two stays finite."""
+    power = logit * (-LOG2_E / SCALE) - SHIFT * LOG2_E / SCALE
+    return 1.0 + _exp2(tl.minimum(power, 60.0, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
+def _squash(words, SHIFT: tl.constexpr, SCALE: tl.constexpr):
+    """The sigmoids of the two logits of each word."""
+    low = _one_plus_exp(_low(words), SHIFT, SCALE)
+    high = _one_plus_exp(_high(words), SHIFT, SCALE)
+    inverse = _reciprocal(low * high)
+    return inverse * high, inverse * low
+
+
+@triton.jit
+def _kernel(
+    logits_ptr,  # (T, V / 2) int32, each two bf16
+    targets_ptr,  # (T,) int64
+    weights_ptr,  # (K,) fp32
+    loss_ptr,  # (T,) fp32
+    grad_ptr,  # (T, V / 2) int32 (two bf16) or int16 (two e5m2); not touched without WRITE_GRAD
+    T,
+    WORDS: tl.constexpr,  # V / 2
+    K: tl.constexpr,
+    K_PADDED: tl.constexpr,
+    CAP: tl.constexpr,
+    SHIFT: tl.constexpr,
+    SCALE: tl.constexpr,
+    WRITE_GRAD: tl.constexpr,
+    E5M2: tl.constexpr,
+    GRAD_FACTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,  # a power of two, at least WORDS % BLOCK
+    KEEP_BF16: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits = logits_ptr + row * WORDS
+    grad = grad_ptr + row * WORDS
+    FULL: tl.constexpr = WORDS // BLOCK
+
+    # The targets of this row: K of them, fewer at the end of the micro-batch.
+    k = tl.arange(0, K_PADDED)
+    inside = (k < K) & (row + k < T)
+    target = tl.load(targets_ptr + row + k, mask=inside, other=0)
+    weight = tl.load(weights_ptr + k, mask=inside, other=0.0)
+    word = tl.load(logits + target // 2, mask=inside, other=0)
+    s_target = _reciprocal(_one_plus_exp(tl.where(target % 2 == 0, _low(word), _high(word)), SHIFT, SCALE))
+    total_weight = tl.sum(weight)
+
+    sums = tl.zeros([BLOCK], tl.float32)
+    kept = ()
+    for i in tl.static_range(FULL):
+        low, high = _squash(tl.load(logits + i * BLOCK + tl.arange(0, BLOCK)), SHIFT, SCALE)
+        e_low, e_high = _exp2(low * (CAP * LOG2_E)), _exp2(high * (CAP * LOG2_E))
+        sums += e_low + e_high
+        if WRITE_GRAD:
+            e_low *= low - low * low
+            e_high *= high - high * high
+            kept += (_pack_bf16(e_low, e_high),) if KEEP_BF16 else (e_low, e_high)
+    total = tl.sum(sums)
+    if TAIL > 0:
+        column = FULL * BLOCK + tl.arange(0, TAIL)
+        low, high = _squash(tl.load(logits + column, mask=column < WORDS, other=0), SHIFT, SCALE)
+        e_low, e_high = _exp2(low * (CAP * LOG2_E)), _exp2(high * (CAP * LOG2_E))
+        total += tl.sum(tl.where(column < WORDS, e_low + e_high, 0.0))
+        if WRITE_GRAD:
+            tail_low = e_low * (low - low * low)
+            tail_high = e_high * (high - high * high)
+
+    tl.store(loss_ptr + row, total_weight * tl.log(total) - CAP * tl.sum(weight * s_target))
+
+    if WRITE_GRAD:
+        factor = total_weight / total * (CAP / SCALE * GRAD_FACTOR)
+        for i in tl.static_range(FULL):
+            if KEEP_BF16:
+                low, high = _low(kept[i]), _high(kept[i])
+            else:
+                low, high = kept[2 * i], kept[2 * i + 1]
+            out = _pack_e5m2(low * factor, high * factor) if E5M2 else _pack_bf16(low * factor, high * factor)
+            tl.store(grad + i * BLOCK + tl.arange(0, BLOCK), out)
+        if TAIL > 0:
+            low, high = tail_low * factor, tail_high * factor
+            out = _pack_e5m2(low, high) if E5M2 else _pack_bf16(low, high)
+            tl.store(grad + column, out, mask=column < WORDS)
+
+        # The target columns again, now that everybody has written: less the weights of all terms that share the column.
+        tl.debug_barrier()
+        pull = tl.sum(tl.where(target[:, None] == target[None, :], weight[None, :], 0.0), axis=1)
+        g = total_weight * _exp2(s_target * (CAP * LOG2_E)) / total - pull
+        g *= (s_target - s_target * s_target) * (CAP / SCALE * GRAD_FACTOR)
+        if E5M2:
+            byte = _pack_e5m2(g, g).to(tl.int8)
+            tl.store(grad_ptr.to(tl.pointer_type(tl.int8)) + 2 * row * WORDS + target, byte, mask=inside)
+        else:
+            bf16 = _pack_bf16(g, g).to(tl.int16)
+            tl.store(grad_ptr.to(tl.pointer_type(tl.int16)) + 2 * row * WORDS + target, bf16, mask=inside)
+
+
+def loss_and_gradient(
+    logits: Tensor,  # (T, V) bf16, contiguous, V a multiple of 8
+    targets: Tensor,  # (T,) int64
+    weights: Tensor,  # (K,) fp32
+    grad: Tensor | None,  # (T, V) bf16 (may be `logits` itself) or e5m2, contiguous; None: the loss alone
+    *,
+    cap: float,
+    shift: float,
+    scale: float,
+    grad_factor: float = 1.0,
+    config: Config | None = None,
+) -> Tensor:
+    """Weighted losses (T,) in fp32; `grad`, where given, receives `grad_factor` times their sum's gradient."""
+    tokens, vocab = logits.shape
+    words = vocab // 2
+    e5m2 = grad is not None and grad.dtype == torch.float8_e5m2
+    if config is None:
+        config = FORWARD if grad is None else E5M2 if e5m2 else BF16
+    losses = torch.empty(tokens, dtype=torch.float32, device=logits.device)
+    logit_words = logits.view(torch.int32)
+    grad_words = logit_words if grad is None else grad.view(torch.int16 if e5m2 else torch.int32)
+    rest = words % config.words
+    _kernel[(tokens,)](
+        logit_words,
+        targets.contiguous(),
+        weights.contiguous(),
+        losses,
+        grad_words,
+        tokens,
+        WORDS=words,
+        K=weights.shape[0],
+        K_PADDED=triton.next_power_of_2(weights.shape[0]),
+        CAP=cap,
+        SHIFT=shift,
+        SCALE=scale,
+        WRITE_GRAD=grad is not None,
+        E5M2=e5m2,
+        GRAD_FACTOR=grad_factor,
+        BLOCK=config.words,
+        TAIL=triton.next_power_of_2(rest) if rest else 0,
+        KEEP_BF16=config.keep_bf16,
+        num_warps=config.warps,
+        maxnreg=config.registers,
+    )
+    return losses
+
+
+FORWARD = Config(words=1024, warps=4, registers=None, keep_bf16=False)
+BF16 = Config(words=2048, warps=16, registers=None, keep_bf16=False)
+E5M2 = Config(words=1024, warps=8, registers=128, keep_bf16=True)

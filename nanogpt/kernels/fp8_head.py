@@ -1,0 +1,199 @@
+"""The head's three products in 8-bit floats (Hopper and newer), and the choice between them and bf16.
+
+Scales are fixed: the head's input is normalised (at most sqrt(D), 27.7 for 768 channels), its weights stay small, and
+the gradient of a cross-entropy is bounded. Forward, e4m3 inputs and weights give bf16 logits, with the tensor cores'
+fast accumulation. Backward, the e5m2 logit gradient gives the input's gradient in bf16 and the weights' gradient in
+fp32, rounded once to bf16, both with full accumulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from nanogpt.errors import InputError
+
+Precision = Literal["bf16", "fp8"]
+
+X_SCALE = 100 / 448  # e4m3 scale of the head's input
+W_SCALE = 1.6 / 448  # e4m3 scale of the head's weights
+GRAD_SCALE = 0.75 / 448  # e5m2 scale of the logit gradient, for an incoming gradient of 1
+FP8_CAPABILITY = (9, 0)
+
+
+def select_head_precision(
+    requested: str,
+    capability: tuple[int, int] | None,
+    products_work: Callable[[], bool] | None = None,
+) -> tuple[Precision, str]:
+    """Which precision the training head runs in, and why: `("fp8", "compute capability 9.0")`.
+
+    Args:
+        requested: "auto", "fp8" or "bf16".
+        capability: of the GPU, as `torch.cuda.get_device_capability()` gives it; None on a CPU.
+        products_work: tries the FP8 products; `fp8_products_work` by default, which needs the GPU.
+
+    "auto" takes fp8 on Hopper or newer where its products work, else bf16. "fp8" on a CPU is emulated, with the
+    same roundings.
+
+    Raises:
+        InputError: an unknown request, or fp8 asked for on a GPU that cannot do it.
+    """
+    if requested not in ("auto", "fp8", "bf16"):
+        raise InputError(f"head_precision: {requested!r} is unknown; expected auto, fp8 or bf16")
+    if requested == "bf16":
+        return "bf16", "requested"
+    if capability is None:
+        return ("fp8", "requested; emulated on a CPU") if requested == "fp8" else ("bf16", "no GPU")
+    shown = f"compute capability {capability[0]}.{capability[1]}"
+    if capability < FP8_CAPABILITY:
+        obstacle = f"{shown}, and FP8 products need 9.0 (Hopper) or newer"
+    elif not (products_work or fp8_products_work)():
+        obstacle = f"{shown}, but a trial of PyTorch's FP8 products failed"
+    else:
+        return "fp8", shown
+    if requested == "fp8":
+        raise InputError(f"head_precision: fp8 was requested, but this GPU has {obstacle}; use auto or bf16")
+    return "bf16", obstacle
+
+
+def fp8_products_work(device: torch.device | str = "cuda") -> bool:
+    """Whether a small e4m3 x e4m3 and e5m2 x e4m3 product run on this GPU with this PyTorch and come out right."""
+    try:
+        for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+            a = torch.ones(32, 64, device=device).to(dtype)
+            b = torch.ones(16, 64, device=device).to(torch.float8_e4m3fn)
+            out = scaled_product(a, 0.5, b, 0.25, out_dtype=torch.bfloat16, fast=False)
+            if not bool((out == 8).all()):
+                return False
+    except (RuntimeError, AttributeError, TypeError):
+        return False
+    return True
+
+
+def scaled_product(
+    a: Tensor,  # (M, K), 8-bit
+    a_scale: Tensor | float,
+    b: Tensor,  # (N, K), 8-bit
+    b_scale: Tensor | float,
+    *,
+    out_dtype: torch.dtype,
+    fast: bool,
+) -> Tensor:
+    """`(a_scale a) (b_scale b)^T` of two 8-bit matrices that are contiguous along K: (M, N) in `out_dtype`."""
+    # Each scale has storage of its own: cuBLAS refuses one that is not aligned to 16 bytes.
+    a_scale, b_scale = (
+        s if isinstance(s, Tensor) else torch.full((), s, dtype=torch.float32, device=a.device)
+        for s in (a_scale, b_scale)
+    )
+    return torch._scaled_mm(a, b.t(), a_scale, b_scale, out_dtype=out_dtype, use_fast_accum=fast)
+
+
+def fake_quantize(values: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """Round `values / scale` to the 8-bit float `dtype` and multiply back; computed and returned in fp32.
+
+    e4m3 saturates at its largest number, as the GPU's conversion does. e5m2 is not clamped.
+    """
+    scaled = values.float() * (1 / scale)
+    if dtype == torch.float8_e4m3fn:
+        scaled = scaled.clamp(-448.0, 448.0)
+    return scaled.to(dtype).float() * scale
+
+
+@torch.library.custom_op("nanogpt::fp8_head_loss", mutates_args=())
+def fp8_head_loss(
+    x: Tensor,
+    lm_head: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    *,
+    cap: float,
+    shift: float,
+    scale: float,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, and for the backward pass bytes of: the logit gradient (T, V), x^T (D, T), lm_head (D, V).
+
+    x (T, D), lm_head (D, V) bf16; T, D and V multiples of 16. The bytes are empty unless `need_grad`.
+    """
+    from nanogpt.kernels.cross_entropy_triton import loss_and_gradient
+    from nanogpt.kernels.fp8_head_triton import quantize_both_ways
+
+    x8, x8_t = quantize_both_ways(x.contiguous(), X_SCALE)
+    w8, w8_t = quantize_both_ways(lm_head.contiguous(), W_SCALE)
+    logits = scaled_product(x8, X_SCALE, w8_t, W_SCALE, out_dtype=torch.bfloat16, fast=True)
+    grad = torch.empty_like(logits, dtype=torch.float8_e5m2) if need_grad else None
+    losses = loss_and_gradient(
+        logits,
+        targets,
+        weights,
+        grad,
+        cap=cap,
+        shift=shift,
+        scale=scale,
+        grad_factor=1 / GRAD_SCALE,
+    )
+    if grad is None:
+        kept = [x.new_empty(0, dtype=torch.uint8) for _ in range(3)]
+        return losses.sum(), kept[0], kept[1], kept[2]
+    return losses.sum(), grad.view(torch.uint8), x8_t.view(torch.uint8), w8.view(torch.uint8)
+
+
+@fp8_head_loss.register_fake
+def _(
+    x: Tensor,
+    lm_head: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    *,
+    cap: float,
+    shift: float,
+    scale: float,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (tokens, width), vocab = x.shape, lm_head.shape[1]
+    shapes = ((tokens, vocab), (width, tokens), (width, vocab)) if need_grad else ((0,), (0,), (0,))
+    kept = [x.new_empty(shape, dtype=torch.uint8) for shape in shapes]
+    return x.new_empty((), dtype=torch.float32), kept[0], kept[1], kept[2]
+
+
+@torch.library.custom_op("nanogpt::fp8_head_backward", mutates_args=())
+def _fp8_head_backward(
+    incoming: Tensor,  # () fp32
+    grad: Tensor,  # (T, V) bytes of e5m2
+    x8_t: Tensor,  # (D, T) bytes of e4m3
+    w8: Tensor,  # (D, V) bytes of e4m3
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x (T, D) and lm_head (D, V), bf16. The incoming gradient enters through the e5m2 scale."""
+    from nanogpt.kernels.fp8_head_triton import transpose_bytes
+
+    grad, x8_t, w8 = grad.view(torch.float8_e5m2), x8_t.view(torch.float8_e4m3fn), w8.view(torch.float8_e4m3fn)
+    grad_scale = incoming.float() * GRAD_SCALE
+    dx = scaled_product(grad, grad_scale, w8, W_SCALE, out_dtype=torch.bfloat16, fast=False)
+    dw = scaled_product(x8_t, X_SCALE, transpose_bytes(grad), grad_scale, out_dtype=torch.float32, fast=False)
+    return dx, dw.bfloat16()
+
+
+@_fp8_head_backward.register_fake
+def _(incoming: Tensor, grad: Tensor, x8_t: Tensor, w8: Tensor) -> tuple[Tensor, Tensor]:
+    bf16 = torch.bfloat16
+    return grad.new_empty((grad.shape[0], w8.shape[0]), dtype=bf16), w8.new_empty(w8.shape, dtype=bf16)
+
+
+def _setup(
+    ctx: Any, inputs: tuple[Tensor, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
+) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+
+
+def _backward(ctx: Any, incoming: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if incoming is None:
+        return None, None, None, None
+    return (*_fp8_head_backward(incoming, *ctx.saved_tensors), None, None)
+
+
+fp8_head_loss.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,126 @@
+"""Triton kernels around the FP8 products: 8-bit copies of a matrix both ways round, and an 8-bit transpose.
+
+Hopper's FP8 matrix instructions want both operands contiguous along the summed dimension, so the backward products need
+transposed copies. Tiles are 64 bytes or more along either side, so that both reading and writing fill whole sectors.
+"""
+
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class Config(NamedTuple):
+    """A tile of the source (rows, columns; in words of four columns for the transpose), and the warps that move it."""
+
+    block_m: int
+    block_n: int
+    warps: int
+
+
+@triton.jit
+def _quantize_kernel(
+    src_ptr,  # (M, N) bf16
+    same_ptr,  # (M, N) e4m3
+    turned_ptr,  # (N, M) e4m3
+    M,
+    N,
+    FACTOR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (row < M)[:, None] & (column < N)[None, :]
+    place = row[:, None] * N + column[None, :]
+    scaled = tl.load(src_ptr + place, mask=inside, other=0.0).to(tl.float32) * FACTOR
+    # The conversion saturates at 448; NaN stays NaN.
+    tile = scaled.to(tl.float8e4nv)
+    tl.store(same_ptr + place, tile, mask=inside)
+    turned_place = column[:, None] * M + row[None, :]
+    tl.store(turned_ptr + turned_place, tile.T, mask=(column < N)[:, None] & (row < M)[None, :])
+
+
+@triton.jit
+def _permute(a, b, SELECT: tl.constexpr):
+    """Four of the eight bytes of two words (bytes 0-3 of a, 4-7 of b), chosen by the hexadecimal digits of SELECT."""
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, " + SELECT + ";", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _transpose_kernel(
+    src_ptr,  # (M, N / 4) int32, four bytes each
+    dst_ptr,  # (N, M / 4) int32
+    M_WORDS,  # M / 4
+    N_WORDS,  # N / 4
+    BLOCK_M: tl.constexpr,  # in words of four rows
+    BLOCK_N: tl.constexpr,  # in words of four columns
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (row < M_WORDS)[:, None] & (column < N_WORDS)[None, :]
+    src = src_ptr + 4 * row[:, None] * N_WORDS + column[None, :]
+    w0 = tl.load(src, mask=inside, other=0)
+    w1 = tl.load(src + N_WORDS, mask=inside, other=0)
+    w2 = tl.load(src + 2 * N_WORDS, mask=inside, other=0)
+    w3 = tl.load(src + 3 * N_WORDS, mask=inside, other=0)
+    # A 4 x 4 transpose of bytes within four words, then the words of a tile change places.
+    a, b = _permute(w0, w1, "0x5140"), _permute(w0, w1, "0x7362")
+    c, d = _permute(w2, w3, "0x5140"), _permute(w2, w3, "0x7362")
+    turned_inside = (column < N_WORDS)[:, None] & (row < M_WORDS)[None, :]
+    dst = dst_ptr + 4 * column[:, None] * M_WORDS + row[None, :]
+    tl.store(dst, _permute(a, c, "0x5410").T, mask=turned_inside)
+    tl.store(dst + M_WORDS, _permute(a, c, "0x7632").T, mask=turned_inside)
+    tl.store(dst + 2 * M_WORDS, _permute(b, d, "0x5410").T, mask=turned_inside)
+    tl.store(dst + 3 * M_WORDS, _permute(b, d, "0x7632").T, mask=turned_inside)
+
+
+def quantize_both_ways(src: Tensor, scale: float, config: Config | None = None) -> tuple[Tensor, Tensor]:
+    """e4m3 of `src / scale`, saturating, and its transpose. src (M, N) bf16, contiguous; returns (M, N) and (N, M)."""
+    m, n = src.shape
+    same = torch.empty((m, n), dtype=torch.float8_e4m3fn, device=src.device)
+    turned = torch.empty((n, m), dtype=torch.float8_e4m3fn, device=src.device)
+    config = config or QUANTIZE
+    grid = (triton.cdiv(m, config.block_m), triton.cdiv(n, config.block_n))
+    _quantize_kernel[grid](
+        src,
+        same,
+        turned,
+        m,
+        n,
+        FACTOR=1 / scale,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        num_warps=config.warps,
+    )
+    return same, turned
+
+
+def transpose_bytes(src: Tensor, config: Config | None = None) -> Tensor:
+    """The transpose (N, M), contiguous, of an 8-bit matrix. src (M, N) contiguous, M and N multiples of 4."""
+    m, n = src.shape
+    out = torch.empty((n, m), dtype=src.dtype, device=src.device)
+    config = config or TRANSPOSE
+    grid = (triton.cdiv(m // 4, config.block_m), triton.cdiv(n // 4, config.block_n))
+    _transpose_kernel[grid](
+        src.view(torch.int32),
+        out.view(torch.int32),
+        m // 4,
+        n // 4,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        num_warps=config.warps,
+    )
+    return out
+
+
+QUANTIZE = Config(64, 64, 4)
+TRANSPOSE = Config(32, 32, 4)
