@@ -1,0 +1,147 @@
+"""The plain equals of the matrix kernels, what the dispatch promises on a CPU, and the benchmark's arithmetic."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from nanogpt.kernels import benchmark
+from nanogpt.kernels.attention import _visible_pairs
+from nanogpt.kernels.attention_plain import first_visible_key
+from nanogpt.kernels.dispatch import runs_kernel
+from nanogpt.kernels.relu_squared_mlp import (
+    _relu_squared_backward,
+    _relu_squared_up,
+    relu_squared_mlp,
+    relu_squared_mlp_plain,
+)
+from nanogpt.kernels.symmetric_matmul import ba_plus_caa, x_xt
+from nanogpt.kernels.transpose import transpose_add, transpose_copy
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def test_mlp_is_its_formula_one_unit_at_a_time():
+    u, up, down = randn(5, 3), randn(7, 3), randn(7, 3) + 1
+    expected = torch.zeros(5, 3, dtype=torch.float64)
+    for unit in range(7):
+        activation = (u * up[unit]).sum(dim=1).clamp(min=0) ** 2
+        expected += activation[:, None] * down[unit]
+    torch.testing.assert_close(relu_squared_mlp(u, up, down), expected)
+
+
+def test_mlp_gradients():
+    inputs = [randn(6, 4).requires_grad_(), randn(8, 4).requires_grad_(), (randn(8, 4) + 1).requires_grad_()]
+    assert torch.autograd.gradcheck(relu_squared_mlp, inputs)
+
+
+def test_the_fused_backward_formula():
+    """What the kernels compute from the square alone is the gradient of the plain version."""
+    inputs = [randn(6, 4).requires_grad_(), randn(8, 4).requires_grad_(), (randn(8, 4) + 1).requires_grad_()]
+    grad = randn(6, 4) - 2
+    expected = torch.autograd.grad(relu_squared_mlp_plain(*inputs), inputs, grad)
+    u, up, down = (x.detach() for x in inputs)
+    post = torch.relu(u @ up.mT) ** 2
+    grad_pre = 2 * post.sqrt() * (grad @ down.mT)
+    got = grad_pre @ up, grad_pre.mT @ u, post.mT @ grad
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_mlp_operations_have_fakes():
+    with FakeTensorMode():
+        u, up = (torch.empty(n, 768, device="cuda", dtype=torch.bfloat16) for n in (64, 3_072))
+        post = _relu_squared_up(u, up)
+        assert (post.shape, post.dtype) == ((64, 3_072), torch.bfloat16)
+        assert _relu_squared_backward(u, up, post).shape == (64, 3_072)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_symmetric_products(dtype):
+    x = randn(3, 8, 5).to(dtype)
+    exact = torch.einsum("bik,bjk->bij", x.double(), x.double())
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(x_xt(x).double(), exact, rtol=tolerance, atol=tolerance)
+    wide = torch.einsum("bki,bkj->bij", x.double(), x.double())
+    torch.testing.assert_close(x_xt(x.mT).double(), wide, rtol=tolerance, atol=tolerance)
+
+    out = torch.full_like(exact, torch.nan, dtype=dtype)
+    assert x_xt(x, out) is out
+    torch.testing.assert_close(out, x_xt(x), rtol=0, atol=0)
+
+    a = out.clone()
+    exact = -2.8 * a.double() + 0.5 * torch.einsum("bik,bkj->bij", a.double(), a.double())
+    assert ba_plus_caa(a, -2.8, 0.5, out) is out
+    scale = exact.abs().max().item()
+    torch.testing.assert_close(out.double(), exact, rtol=tolerance, atol=tolerance * scale)
+    torch.testing.assert_close(ba_plus_caa(a, -2.8, 0.5), out, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transposes(dtype):
+    src, dst = randn(5, 9, dtype=dtype), randn(9, 5, dtype=dtype)
+    before = dst.clone()
+    transpose_add(src, dst)
+    assert torch.equal(dst, before + src.T)
+    transpose_copy(src, dst)
+    assert torch.equal(dst, src.T)
+
+
+def test_a_cpu_never_takes_a_kernel():
+    x = randn(16, 16, dtype=torch.bfloat16)
+    assert not runs_kernel(x, capability=8)
+
+
+@pytest.mark.parametrize(
+    ("device_capability", "dtype", "minimum", "expected"),
+    [
+        ((9, 0), torch.bfloat16, 9, True),
+        ((10, 0), torch.bfloat16, 9, True),
+        ((8, 0), torch.bfloat16, 9, False),
+        ((8, 0), torch.bfloat16, 8, True),
+        ((9, 0), torch.float32, 9, False),
+    ],
+)
+def test_kernels_are_chosen_by_capability_and_dtype(monkeypatch, device_capability, dtype, minimum, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: device_capability)
+    with FakeTensorMode():
+        x = torch.empty(16, 16, device="cuda", dtype=dtype)
+        assert runs_kernel(x, x, capability=minimum) is expected
+        assert not runs_kernel(x, torch.empty(16, dtype=torch.float32, device="cuda"), capability=minimum)
+
+
+# --- the benchmark's arithmetic ---
+
+
+def test_made_up_documents_fill_the_stream():
+    ends = benchmark.document_ends(16_384, 2_048, 127)
+    lengths = [b - a for a, b in itertools.pairwise([0, *ends])]
+    assert (len(ends), ends[-1]) == (127, 16_384)
+    assert max(lengths) <= 2_048
+    assert sum(length > 0 for length in lengths) > 15
+    assert ends == benchmark.document_ends(16_384, 2_048, 127)
+
+
+@pytest.mark.parametrize("window", [0, 7, 100])
+def test_visible_pairs_are_counted_exactly(window):
+    ends = [1, 20, 64, 64]
+    cu_seqlens = torch.tensor([0, *ends], dtype=torch.int32)
+    first = first_visible_key(cu_seqlens, 64, window)
+    assert _visible_pairs(ends, window) == (torch.arange(64) - first + 1).sum().item()
+
+
+def test_the_floor_is_the_slower_of_arithmetic_and_memory():
+    rates = benchmark.MachineRates(matmul_flops=800e12, copy_bytes=4e12)
+    case = benchmark.BenchCase("product", "2 x 2", lambda: None, None, flops=800e9, bytes=2e9)
+    assert benchmark.floor_ms(case, rates) == pytest.approx(1.0)
+    case = benchmark.BenchCase("copy", "2 x 2", lambda: None, None, flops=800e9, bytes=8e9)
+    assert benchmark.floor_ms(case, rates) == pytest.approx(2.0)
+    row = benchmark.as_row(benchmark.BenchResult(case, 4.0, 3.9, 4.1, 8.0, 2.0))
+    assert row == "| copy | 2 x 2 | 4,000 | 3,900-4,100 | 8,000 | 2.00 | 2,000 | 50% |"
+    assert row.count("|") == benchmark.TABLE_HEAD.splitlines()[0].count("|")
