@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -50,6 +51,6 @@ class AdamW:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a `state_dict`."""
-        self.inner.load_state_dict(state)
+        """Take over a `state_dict`; tensors are copied, which torch does only where dtype or device differ."""
+        self.inner.load_state_dict(copy.deepcopy(state))
         self.inner.zero_grad(set_to_none=True)

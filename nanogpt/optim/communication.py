@@ -52,7 +52,7 @@ class Communicator:
             return Pending(lambda: full)
         shard = torch.empty_like(self.shard(full))
         op = dist.ReduceOp.AVG if self.nccl else dist.ReduceOp.SUM
-        work = dist.reduce_scatter_tensor(shard, full.contiguous(), op=op, group=self.group, async_op=True)
+        work = _collective("reduce_scatter")(shard, full.contiguous(), op=op, group=self.group, async_op=True)
         return self._pending(work, shard)
 
     def _pending(self, work: dist.Work, result: Tensor) -> Pending:
@@ -69,7 +69,7 @@ class Communicator:
         shard = _bytes(self.shard(full))
         if not self.nccl:  # NCCL gathers in place, gloo wants memory of its own
             shard = shard.clone()
-        work = dist.all_gather_into_tensor(_bytes(full), shard, group=self.group, async_op=True)
+        work = _collective("all_gather")(_bytes(full), shard, group=self.group, async_op=True)
 
         def finish() -> Tensor:
             work.wait()
@@ -96,6 +96,13 @@ class Communicator:
         """Wait for every rank."""
         if self.size > 1:
             dist.barrier(group=self.group)
+
+
+def _collective(name: str) -> Callable[..., dist.Work]:
+    """`reduce_scatter` or `all_gather` of one tensor, under the name that this torch wants: 2.13 has renamed them."""
+    old = {"reduce_scatter": "reduce_scatter_tensor", "all_gather": "all_gather_into_tensor"}[name]
+    chosen: Callable[..., dist.Work] = getattr(dist, f"{name}_single", None) or getattr(dist, old)
+    return chosen
 
 
 def _bytes(tensor: Tensor) -> Tensor:

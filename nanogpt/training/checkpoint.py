@@ -7,8 +7,10 @@ so a crash in the middle leaves the one before untouched.
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from nanogpt.console import say
 from nanogpt.errors import InputError, RunError
 
 FORMAT = 1
+_DAMAGE = (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.PickleError, zlib.error, zipfile.BadZipFile)
 _NAME = re.compile(r"^step-(\d{6,})\.pt$")
 
 
@@ -61,13 +64,18 @@ def save_checkpoint(directory: Path, step: int, state: dict[str, Any], *, keep: 
 def load_newest_checkpoint(directory: Path) -> dict[str, Any] | None:
     """The newest checkpoint that can be read, on the CPU; None where there is none.
 
-    An unreadable one is reported and passed over. Raises `InputError` where none of those there can be read.
+    One that is damaged (every byte is checked) is reported and passed over. Raises `InputError` where none of those
+    there can be read.
     """
     files = list_checkpoints(directory)
     for file in reversed(files):
         try:
+            with zipfile.ZipFile(file) as archive:  # torch itself ignores the checksums that it writes
+                damaged = archive.testzip()
+            if damaged:
+                raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
             state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except _DAMAGE as error:
             say(f"{file}: not a readable checkpoint ({error}); trying the one before")
             continue
         if state.get("format") != FORMAT:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from nanogpt.training.world import World
 
@@ -30,3 +32,10 @@ class Clock:
         """Synchronise and halt."""
         self.world.synchronize()
         self._before, self._started = self.elapsed_ms, None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stand still for what happens inside; after an error in there, for good."""
+        self.stop()
+        yield
+        self.start()

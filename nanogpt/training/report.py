@@ -1,6 +1,6 @@
 """What a run says of itself while it goes on: log lines, metrics records, the terminal's display.
 
-Every rank watches its own training loss; only rank 0 writes.
+Every rank watches the training loss of all, so that they stop together where it is not finite; only rank 0 writes.
 """
 
 from __future__ import annotations
@@ -119,10 +119,10 @@ class Reporter:
 
     def end(self, state: str, reason: str | None, elapsed_ms: float) -> None:
         """The run is over: `state` is finished, failed or interrupted."""
+        if self.display:  # first, as the disk may be full
+            self.display.close()
         self._metric(kind="end", state=state, reason=reason, train_time_ms=elapsed_ms)
         self.note(f"run {state}" + (f": {reason}" if reason else ""))
-        if self.display:
-            self.display.close()
         if self.run:
             self.run.close()
 

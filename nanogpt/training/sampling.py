@@ -60,12 +60,19 @@ def sample_text(
     encoding = gpt2_encoding()
     schedule = Schedule(spec)
     finished = checkpoint["step"] >= schedule.total_steps
-    windows = schedule.final_windows if finished else schedule.at(checkpoint["step"]).windows
+    # Windows and rotary tables of the last step made; the next one may begin a stage.
+    windows = schedule.final_windows if finished else schedule.at(checkpoint["step"] - 1).windows
+    context_length = min(spec.training.max_document_tokens, spec.evaluation.micro_batch_tokens)
     generator = torch.Generator().manual_seed(seed)
     history = [spec.data.bos, *encoding.encode_ordinary(prompt)]
+    if max(history) >= spec.model.vocab_size:
+        raise InputError(
+            f"{run.path}: the prompt has token {max(history)}, the model a vocabulary of {spec.model.vocab_size}; it"
+            " was not trained on GPT-2's tokens"
+        )
     first = len(history)
     for _ in range(tokens):
-        context = _context(history[-spec.training.max_document_tokens :], spec.data.bos, device)
+        context = _context(history[-context_length:], spec.data.bos, device)
         logits = model.next_token_logits(context, windows).cpu()
         token = _draw(logits, temperature, top_k, generator)
         if token == spec.data.bos:

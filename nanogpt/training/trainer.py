@@ -7,6 +7,7 @@ YaRN's table rebuilds and log lines are inside it, as in the public record.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from nanogpt.data import fineweb
 from nanogpt.data.batches import TrainBatches, ValBatches
-from nanogpt.errors import InputError
+from nanogpt.errors import InputError, RunError
 from nanogpt.models import build_model
 from nanogpt.models.interface import Windows
 from nanogpt.optim import build_optimizer
@@ -28,7 +29,7 @@ from nanogpt.training.clock import Clock
 from nanogpt.training.paths import choose_paths, compiles
 from nanogpt.training.report import Reporter
 from nanogpt.training.schedule import Schedule, StepSettings
-from nanogpt.training.world import World, join_world
+from nanogpt.training.world import World, check_world, join_world
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,12 @@ def find_shards(spec: RunSpec, directory: Path) -> tuple[list[Path], list[Path]]
     return found[0], found[1]
 
 
+def check_start(spec: RunSpec, data_directory: Path) -> None:
+    """Refuse a run that cannot start here before anything is written. Raises `InputError`."""
+    check_world(spec)
+    find_shards(spec, data_directory)
+
+
 def train_run(spec: RunSpec, *, run: RunDirectory | None, data_directory: Path, resume: bool = False) -> Result:
     """Run the spec on this process (every process of a distributed run calls it).
 
@@ -80,7 +87,8 @@ class Trainer:
     """One process of a run; see the module. A context manager: leaving it writes how the run ended."""
 
     def __init__(self, spec: RunSpec, world: World, *, run: RunDirectory | None, data_directory: Path):
-        torch.use_deterministic_algorithms(spec.runtime.deterministic)
+        if spec.runtime.deterministic != torch.are_deterministic_algorithms_enabled():  # the call loads the compiler
+            torch.use_deterministic_algorithms(spec.runtime.deterministic)
         self.spec = spec
         self.world = world
         self.run_directory = run
@@ -148,14 +156,16 @@ class Trainer:
             settings = self.schedule.at(step)
             self.enter(settings)
             if step % self.spec.evaluation.every == 0:
-                self._validate(step, settings.windows)
+                with self.clock.paused():
+                    self._validate(step, settings.windows)
             loss = self.train_step(settings)
             self.next_step = step + 1
             self.reporter.step(settings, loss, self.clock.elapsed_ms)
             if self._checkpoint_due():
-                self._save_checkpoint()
-        final_loss = self._validate(self.schedule.total_steps, self.schedule.final_windows)
+                with self.clock.paused():
+                    self._save_checkpoint()
         self.clock.stop()
+        final_loss = self._validate(self.schedule.total_steps, self.schedule.final_windows)
         return Result(final_loss, self.schedule.total_steps, self.clock.elapsed_ms / 1000)
 
     # --- a step ---
@@ -168,7 +178,7 @@ class Trainer:
         self._windows_of = settings.step
 
     def train_step(self, settings: StepSettings) -> Tensor:
-        """All micro-steps of a step and the optimizer's; returns this rank's loss per token, () on the device."""
+        """All micro-steps of a step and the optimizer's; returns all ranks' mean loss per token, () on the device."""
         batches = self.train_batches.next_step(settings.batch_tokens, self.spec.training.max_document_tokens)
         weights = self._to_device(settings.token_weights)
         mean_loss = torch.zeros((), device=self.world.device)
@@ -176,8 +186,10 @@ class Trainer:
             loss = self._training_loss(batch, settings.windows, weights)
             (loss * self.grad_scale).backward()
             mean_loss += loss.detach() * (self.grad_scale / self.model.training_loss_scale(batch))
+        # Ahead of the gradients: when the optimizer is done, it has long arrived.
+        average = self.world.communicator.average(mean_loss)
         self.optimizer.step(settings.rates)
-        return mean_loss
+        return average.wait()
 
     def _to_device(self, values: tuple[float, ...]) -> Tensor:
         tensor = torch.tensor(values, dtype=torch.float32)
@@ -197,11 +209,11 @@ class Trainer:
         return float(self.world.communicator.average(torch.stack(losses).mean()).wait())
 
     def _validate(self, step: int, windows: Windows) -> float:
-        self.clock.stop()
         self.reporter.take_losses(wait=True)
         val_loss = self.evaluate(windows)
         self.reporter.evaluation(step, val_loss, self.clock.elapsed_ms)
-        self.clock.start()
+        if not math.isfinite(val_loss):
+            raise RunError(f"step {step}: the validation loss is {val_loss}. The run stops")
         return val_loss
 
     # --- warm-up ---
@@ -234,9 +246,14 @@ class Trainer:
         return every is not None and self.next_step % every == 0
 
     def _save_checkpoint(self) -> None:
-        """Write the run's whole state; the clock stands still meanwhile."""
-        self.clock.stop()
+        """Write the run's whole state, unless it is one that no run can go on from."""
         self.reporter.take_losses(wait=True)
+        broken = [name for name, value in self.model.named_parameters() if not bool(value.isfinite().all())]
+        if broken:
+            raise RunError(
+                f"step {self.next_step}: {', '.join(broken)} not finite any more, although the training loss was. The"
+                " run stops without a checkpoint of it; earlier ones stay"
+            )
         optimizer_state = self.optimizer.state_dict()
         if self.run_directory is not None and self.world.is_main:
             state = {
@@ -248,13 +265,12 @@ class Trainer:
             directory = self.run_directory.checkpoint_directory
             path = save_checkpoint(directory, self.next_step, state, keep=self.spec.checkpoint.keep)
             self.reporter.checkpoint(self.next_step, path)
-        self.clock.start()
 
     def _load_checkpoint(self) -> bool:
         """Take over the newest checkpoint of the run's directory, if there is one."""
-        if self.run_directory is None:
-            return False
-        state = load_newest_checkpoint(self.run_directory.checkpoint_directory)
+        directory = self.run_directory and self.run_directory.checkpoint_directory
+        state = load_newest_checkpoint(directory) if directory else None
+        self._check_same_everywhere("resumes at step", state["step"] if state else 0)
         if state is None:
             return False
         self.next_step = state["step"]
@@ -264,3 +280,12 @@ class Trainer:
         self.train_batches.load_state_dict(state["batches"])
         self.clock = Clock(self.world, state["elapsed_ms"])
         return True
+
+    def _check_same_everywhere(self, what: str, value: int) -> None:
+        """Raise `RunError` where another rank has a value other than this one's."""
+        mean = self.world.communicator.average(torch.tensor(float(value), device=self.world.device)).wait()
+        if float(mean) != value:
+            raise RunError(
+                f"rank {self.world.rank} {what} {value}, other ranks do not. All ranks must see the same files: check"
+                " the file system of the run's directory on every node"
+            )

@@ -37,6 +37,30 @@ class World:
             torch.cuda.synchronize(self.device)
 
 
+def started_as() -> tuple[int, int, int]:
+    """Rank, world size and local rank of this process, as torchrun told it; 0, 1, 0 without torchrun."""
+    env = os.environ
+    return int(env.get("RANK", "0")), int(env.get("WORLD_SIZE", "1")), int(env.get("LOCAL_RANK", "0"))
+
+
+def check_world(spec: RunSpec) -> torch.device:
+    """This process's device. Raises `InputError` where processes or GPUs are not those that the spec wants."""
+    _, size, local_rank = started_as()
+    if size != spec.world_size:
+        hardware = spec.hardware
+        nodes = f"--nnodes {hardware.nodes} " if hardware.nodes > 1 else ""
+        raise InputError(
+            f"hardware: the recipe wants {_processes(spec.world_size)}, found {size}. Use torchrun {nodes}"
+            f"--nproc-per-node {hardware.gpus_per_node} -m nanogpt train RECIPE, or a recipe for {size}"
+            f" (--set hardware.gpus_per_node={size})"
+        )
+    return _device(spec, local_rank)
+
+
+def _processes(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"
+
+
 @contextmanager
 def join_world(spec: RunSpec) -> Iterator[World]:
     """Take this process's place among the spec's processes, and leave it at the end.
@@ -47,18 +71,10 @@ def join_world(spec: RunSpec) -> Iterator[World]:
         InputError: the number of processes is not the recipe's, or there is no GPU for a recipe that wants one.
         RunError: the processes do not find each other.
     """
-    rank = int(os.environ.get("RANK", "0"))
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if size != spec.world_size:
-        hardware = spec.hardware
-        nodes = f"--nnodes {hardware.nodes} " if hardware.nodes > 1 else ""
-        raise InputError(
-            f"hardware: the recipe wants {spec.world_size} processes, {size} was started. Use torchrun {nodes}"
-            f"--nproc-per-node {hardware.gpus_per_node} -m nanogpt train RECIPE, or a recipe for {size}"
-            f" (--set hardware.gpus_per_node={size})"
-        )
-    device = _device(spec, local_rank)
+    rank, size, local_rank = started_as()
+    device = check_world(spec)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if size == 1:
         yield World(rank, size, local_rank, device, Communicator())
         return
@@ -87,6 +103,4 @@ def _device(spec: RunSpec, local_rank: int) -> torch.device:
             f"hardware.gpus_per_node: local rank {local_rank} has no GPU, {torch.cuda.device_count()} are visible"
             f" on {socket.gethostname()}"
         )
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device
+    return torch.device("cuda", local_rank)

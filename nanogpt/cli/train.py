@@ -1,0 +1,88 @@
+"""`nanogpt train`: a run from its recipe to its result."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nanogpt.cli.validate import SetOption, StepsOption
+
+
+def train(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RECIPE", help="A file, or the name of a shipped recipe. May be left out with --resume."
+        ),
+    ] = None,
+    overrides: SetOption = None,
+    steps: StepsOption = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="DIR",
+            help="Directory of the token shards.",
+            show_default="data.directory of the recipe, else NANOGPT_DATA, else ./data",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="Where the run's directory is made.",
+            show_default="output.directory of the recipe, else NANOGPT_RUNS, else ./runs",
+        ),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            "--resume", metavar="RUN_DIR", help="Go on from this run's newest checkpoint, at any world size (--set)."
+        ),
+    ] = None,
+) -> None:
+    """Train RECIPE; checkpoints, log and metrics go to a directory of the run's own.
+
+    On several GPUs: torchrun --nproc-per-node N -m nanogpt train RECIPE.
+    """
+    from nanogpt.console import say
+    from nanogpt.errors import InputError
+    from nanogpt.recipe import load_recipe
+    from nanogpt.runs.directory import RunDirectory
+    from nanogpt.training.resume import resumed_spec
+    from nanogpt.training.trainer import check_start, default_data_directory, train_run
+    from nanogpt.training.world import started_as
+
+    is_main = started_as()[0] == 0
+    run = None
+    if resume is not None:
+        if out is not None:
+            raise InputError("--out: a resumed run stays in its directory; leave --out away, or --resume")
+        run = RunDirectory.open(resume)
+        spec = resumed_spec(run, recipe, overrides or (), steps)
+    elif recipe is not None:
+        spec = load_recipe(recipe, overrides or (), steps)
+    else:
+        raise InputError("train: name a RECIPE (`nanogpt recipes` lists them), or a run to go on with by --resume")
+
+    data = data or default_data_directory(spec)
+    check_start(spec, data)
+    if run is None and is_main:
+        out = out or Path(spec.output.directory or os.environ.get("NANOGPT_RUNS") or "runs")
+        run = RunDirectory.create(out, spec)
+    if run is not None and is_main:
+        say(f"Run directory: {run.path}")
+    train_run(spec, run=run, data_directory=data, resume=resume is not None)
+
+    if run is not None and is_main:
+        from rich.console import Console
+
+        from nanogpt.runs.metrics import read_run
+        from nanogpt.runs.table import run_summary, run_table
+
+        Console().print(run_table(run_summary(read_run(run.path))))
+        typer.echo(f"Run directory: {run.path}")

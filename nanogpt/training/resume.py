@@ -1,0 +1,58 @@
+"""What a resumed run may change: how and where it is computed and written, nothing that decides its result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from nanogpt.errors import InputError
+from nanogpt.recipe import load_recipe
+from nanogpt.runs.directory import RunDirectory
+from nanogpt.spec import RunSpec
+
+CHANGEABLE = ("data.directory", "hardware", "runtime", "checkpoint", "output")
+
+
+def resumed_spec(
+    run: RunDirectory, recipe: str | None = None, overrides: Sequence[str] = (), steps: int | None = None
+) -> RunSpec:
+    """The spec to go on with: the run's own with `overrides`, which may touch what is in CHANGEABLE only.
+
+    `recipe`, if given, must come to the same with the same overrides and steps.
+
+    Raises:
+        InputError: it does not, or an override would make it another run; the message has a line for each difference.
+    """
+    spec = load_recipe(run.spec_path.absolute(), overrides, steps)
+    if recipe is not None:
+        differences = list(spec_differences(spec, load_recipe(recipe, overrides, steps)))
+        _refuse(run, differences, recipe, "resume without a recipe, or with the one and the --set of its start")
+    differences = [
+        (key, *values)
+        for key, *values in spec_differences(run.spec(), spec)
+        if not any(f"{key}.".startswith(f"{changeable}.") for changeable in CHANGEABLE)
+    ]
+    _refuse(run, differences, "the command line", f"a resumed run may change {', '.join(CHANGEABLE)}; start a new one")
+    return spec
+
+
+def spec_differences(one: RunSpec, other: RunSpec) -> Iterator[tuple[str, Any, Any]]:
+    """(key path with dots, value in `one`, value in `other`) wherever they differ; a missing part is None."""
+    return _differences(one.model_dump(mode="json"), other.model_dump(mode="json"), ())
+
+
+def _differences(one: Any, other: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in dict.fromkeys([*one, *other]):
+            yield from _differences(one.get(key), other.get(key), (*path, str(key)))
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        for index, pair in enumerate(zip(one, other, strict=True)):
+            yield from _differences(*pair, (*path, str(index)))
+    elif one != other:
+        yield ".".join(path), one, other
+
+
+def _refuse(run: RunDirectory, differences: Sequence[tuple[Any, ...]], source: str, way_out: str) -> None:
+    if differences:
+        lines = [f"  {key}: {there} in the run, {here} by {source}" for key, there, here in differences]
+        raise InputError("\n".join([f"{run.spec_path}: cannot go on as another run; {way_out}:", *lines]))

@@ -1,0 +1,167 @@
+"""Runs that take milliseconds a step: the demo's recipe with a width of 32, and shards of a made-up language."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nanogpt.data.shards import train_name, val_name, write_tokens
+from nanogpt.recipe import dump_spec, load_recipe
+from nanogpt.runs.directory import RunDirectory
+from nanogpt.runs.metrics import RunMetrics, read_run
+from nanogpt.spec import RunSpec
+from nanogpt.training.checkpoint import load_newest_checkpoint
+from nanogpt.training.trainer import Result, train_run
+
+VOCABULARY = 64
+BOS = VOCABULARY - 1
+
+# Twelve steps: stages of 4, 3, 3 and 2. Both an even and an odd step start a stage; the head is split after step 7.
+SPEEDRUN = (
+    "name=tiny",
+    f"model.vocab_size={VOCABULARY}",
+    f"model.padded_vocab_size={VOCABULARY}",
+    "model.layers=4",
+    "model.width=32",
+    "model.heads=4",
+    "model.head_dim=8",
+    "model.mlp_bank_padding=2",
+    "model.attention_free_layers=[2]",
+    "model.long_window_layers=[1]",
+    "model.paired_layers=[0]",
+    "model.value_embed_layers=[0, 3]",
+    "model.skip={from_layer: 1, to_layer: 2}",
+    "model.backout_layer=2",
+    "model.rotary.frequencies=2",
+    "model.mlp_expansion=2",
+    "model.bigram_rows=128",
+    "optimizer.normuon.momentum={low: 0.85, high: 0.95, warmup_steps: 4, cooldown_steps: 2}",
+    "training.slots=4",
+    "training.max_document_tokens=48",
+    "training.window_block=4",
+    "training.stages=["
+    "{steps: 4, batch_tokens: 256, window_blocks: {short: 2, long: 4}, token_weights: [1, 0.5, 0.25], lr_factor: 1},"
+    "{steps: 3, batch_tokens: 320, window_blocks: {short: 3, long: 6}, token_weights: [1, 0.5], lr_factor: 1.52},"
+    "{steps: 3, batch_tokens: 512, window_blocks: {short: 4, long: 9}, token_weights: [1], lr_factor: 1.73}]",
+    "training.extension={steps: 2, batch_tokens: 512, window_blocks: {short: 4, long: 10}, token_weights: [1],"
+    " lr_factor: 1.73}",
+    "training.final_window_blocks={short: 4, long: 16}",
+    "evaluation={every: 5, tokens: 512, micro_batch_tokens: 64, target_loss: null}",
+    f"data={{bos: {BOS}, epochs: null}}",
+    "checkpoint={at_end: false}",
+)
+SPEEDRUN_STEPS = 12
+
+# Nine steps of one stage, with dropout of nothing and AdamW.
+GPT2 = (
+    "name=tiny-gpt2",
+    f"model.vocab_size={VOCABULARY}",
+    f"model.padded_vocab_size={VOCABULARY}",
+    "model.layers=2",
+    "model.width=32",
+    "model.heads=2",
+    "model.context=32",
+    "optimizer.lr=0.01",
+    "training.max_document_tokens=48",
+    "training.slots=4",
+    "training.window_block=32",
+    "training.stages=["
+    "{steps: 9, batch_tokens: 256, window_blocks: {short: 1, long: 1}, token_weights: [1], lr_factor: 1}]",
+    "training.final_window_blocks={short: 1, long: 1}",
+    "training.lr_schedule.warmup_steps=3",
+    "training.warmup=false",
+    "evaluation={every: 4, tokens: 512, micro_batch_tokens: 64, target_loss: null}",
+    f"data={{bos: {BOS}, epochs: null}}",
+    "hardware={gpu: cpu, gpus_per_node: 1}",
+    "runtime={dtype: fp32}",
+    "checkpoint={at_end: false}",
+)
+
+
+def tiny_spec(*overrides: str, model: str = "speedrun") -> RunSpec:
+    """A spec of the tiny run, `model` being speedrun or gpt2."""
+    recipe, settings = ("demo", SPEEDRUN) if model == "speedrun" else ("gpt2", GPT2)
+    return load_recipe(recipe, [*settings, *overrides])
+
+
+def write_recipe(path: Path, spec: RunSpec) -> Path:
+    """The spec as a recipe file."""
+    path.write_text(dump_spec(spec))
+    return path
+
+
+def language(tokens: int, seed: int) -> np.ndarray:
+    """Documents of 4 to 60 tokens that mostly go on as a fixed permutation says: (tokens,) uint16, from a BOS on."""
+    successor = np.random.default_rng(0).permutation(BOS)
+    rng = np.random.default_rng(seed)
+    stream: list[int] = []
+    while len(stream) < tokens:
+        token = int(rng.integers(BOS))
+        stream.append(BOS)
+        for surprise in rng.random(rng.integers(3, 60)) < 0.1:
+            stream.append(token)
+            token = int(rng.integers(BOS)) if surprise else int(successor[token])
+    return np.array(stream[:tokens], dtype=np.uint16)
+
+
+def make_data(directory: Path, train_tokens: Sequence[int] = (20_000,), val_tokens: int = 600) -> Path:
+    """Shards of the language in `directory`, which is made."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for index, tokens in enumerate(train_tokens, start=1):
+        write_tokens(directory / train_name(index), language(tokens, index))
+    write_tokens(directory / val_name(), language(val_tokens, 1000))
+    return directory
+
+
+def train(spec: RunSpec, data: Path, path: Path | None = None, *, resume: bool = False) -> Result:
+    """Run the spec in the directory `path`, which becomes a run's; None writes nothing."""
+    run = None
+    if path is not None:
+        if not path.exists():
+            RunDirectory.create(path.parent, spec).path.rename(path)
+        run = RunDirectory.open(path)
+    return train_run(spec, run=run, data_directory=data, resume=resume)
+
+
+def losses(path: Path) -> tuple[dict[int, float], dict[int, float]]:
+    """Training and validation losses of a run by step, as written: every digit that float32 has."""
+    run: RunMetrics = read_run(path)
+    return (
+        {record["step"]: record["train_loss"] for record in run.steps},
+        {record["step"]: record["val_loss"] for record in run.evaluations},
+    )
+
+
+def newest_state(path: Path) -> dict[str, Any]:
+    """The newest checkpoint of the run at `path`, without its time."""
+    state = load_newest_checkpoint(RunDirectory.open(path).checkpoint_directory)
+    assert state is not None
+    del state["elapsed_ms"]
+    return state
+
+
+def assert_same(one: Any, other: Any, where: str = "state") -> None:
+    """Equal bit for bit, tensors and all."""
+    assert type(one) is type(other), where
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype and one.shape == other.shape, where
+        assert torch.equal(one.view(-1).view(torch.uint8), other.view(-1).view(torch.uint8)), f"{where} differs"
+    elif isinstance(one, Mapping):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for index, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{where}[{index}]")
+    else:
+        assert one == other, f"{where}: {one} and {other}"
