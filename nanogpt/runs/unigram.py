@@ -47,8 +47,8 @@ def unigram_cross_entropy(
         first = max(0, first - tokens.size)
     if left:
         raise InputError(
-            f"{val_files[0].parent}: the validation shards hold {val_tokens - left + 1:,} tokens, {val_tokens + 1:,} are"
-            " needed; prepare more (prep-text --val-tokens N)"
+            f"{val_files[0].parent}: the validation shards hold {val_tokens - left + 1:,} tokens, {val_tokens + 1:,}"
+            " are needed; prepare more (prep-text --val-tokens N)"
         )
     log_p = np.log(seen + 1.0) - np.log(float(seen.sum() + vocab_size))
     return float(-(wanted @ log_p) / val_tokens)

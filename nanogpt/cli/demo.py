@@ -1,0 +1,192 @@
+"""`nanogpt demo`: the whole way on the prose that ships with the package, from text to a trained model, in minutes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from nanogpt.spec import RunSpec
+
+NEEDED_MARGIN = 0.3  # nats below the unigram cross-entropy
+PROMPT = "Up, and to the office, where"  # how many a day of the diary begins
+
+
+def demo(
+    directory: Annotated[Path, typer.Option("--dir", metavar="DIR", help="Where data and runs go.")] = Path(
+        "runs/demo"
+    ),
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", min=1, metavar="N", help="Fewer steps, for a quick look; the result is not judged."),
+    ] = None,
+) -> None:
+    """Train a small model on the embedded prose: no GPU, no network, about two minutes on two cores.
+
+    The same code as the speedrun's, made small by the recipe `demo`. Shows a table, a plot and a text sample, and fails
+    if the model ends less than 0.3 nats below the cross-entropy of a unigram model of the same text.
+    """
+    run_demo(directory, steps=steps)
+
+
+def run_demo(directory: Path, *, recipe: str = "demo", steps: int | None = None) -> Path:
+    """Run the demo in `directory`; returns the run's directory. `recipe` may be another one that fits the data.
+
+    Raises:
+        RunError: the whole recipe was trained and its loss is not `NEEDED_MARGIN` below the unigram cross-entropy.
+    """
+    began = time.perf_counter()
+    from nanogpt.console import say
+    from nanogpt.errors import RunError
+    from nanogpt.recipe import load_recipe
+    from nanogpt.runs.directory import RunDirectory
+
+    spec = load_recipe(recipe, steps=steps)
+    data = directory / "data"
+    prepare_data(data, spec.evaluation.tokens + 1)
+
+    from nanogpt.training.sampling import sample_text
+    from nanogpt.training.trainer import train_run
+
+    run = RunDirectory.create(directory, spec)
+    training = spec.training
+    say(
+        f"Training a {spec.model.layers}-layer model of width {spec.model.width} for {training.total_steps} steps on"
+        f" {training.total_tokens:,} tokens into {run.path}"
+    )
+    result = train_run(spec, run=run, data_directory=data, resume=False)
+    margin = show_result(run.path, spec, data, result.final_val_loss)
+
+    text = sample_text(run.path, PROMPT, tokens=80, temperature=0.8, top_k=50, seed=0)
+    typer.echo(f"\nWhat it writes after {PROMPT!r}:\n\n  " + "\n  ".join(text.splitlines()) + "\n")
+
+    if steps is not None:
+        typer.echo(f"Shortened to {training.total_steps} steps: the loss is shown, and not judged.")
+    elif not margin >= NEEDED_MARGIN:  # also where it is not a number
+        raise RunError(
+            f"The demo failed: a validation loss of {result.final_val_loss:.4f} is {margin:.4f} nats below the unigram"
+            f" cross-entropy, at least {NEEDED_MARGIN} are expected. This installation does not train as it should: run"
+            f" `make test`, and report what fails there with {run.log_path}"
+        )
+    typer.echo(f"All of it took {time.perf_counter() - began:.0f} s. What to type next:\n\n" + next_steps(run.path))
+    return run.path
+
+
+def prepare_data(directory: Path, val_tokens: int) -> None:
+    """Make token shards of the embedded corpus in `directory`, unless they are there and whole.
+
+    Raises:
+        InputError: the directory holds other shards, which are left alone.
+    """
+    from nanogpt.console import say
+    from nanogpt.data.text import embedded_corpus, prepare_text
+
+    state = data_state(directory, val_tokens)
+    if state == "ready":
+        say(f"The embedded prose is in {directory} already")
+        return
+    say(f"Tokenizing the embedded prose into {directory}" + (", again: it was damaged" if state == "damaged" else ""))
+    prepare_text([embedded_corpus()], directory, val_tokens=val_tokens, force=state == "damaged")
+
+
+def data_state(directory: Path, val_tokens: int) -> str:
+    """`ready`; `damaged` where there are shards of the embedded corpus that are not as they should be; or `other`."""
+    from nanogpt.data.tokenizer import RANKS_SHA256
+
+    try:
+        manifest = json.loads((directory / "text.json").read_bytes())
+        if [one["path"] for one in manifest["inputs"]] != ["embedded"]:
+            return "other"
+        whole = (
+            manifest["settings"]["val_tokens"] == val_tokens
+            and manifest["tokenizer"]["sha256"] == RANKS_SHA256
+            and all(_sha256(directory / shard["name"]) == shard["sha256"] for shard in manifest["shards"])
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return "other"
+    return "ready" if whole else "damaged"
+
+
+def _sha256(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return None
+
+
+def show_result(run_path: Path, spec: RunSpec, data: Path, final_loss: float) -> float:
+    """Print the run's tables and draw its plot; returns how far the loss ended below the unigram cross-entropy."""
+    from rich.console import Console
+
+    from nanogpt.runs.metrics import read_run
+    from nanogpt.runs.plot import Reference, plot_loss
+    from nanogpt.runs.table import run_summary, run_table
+    from nanogpt.runs.unigram import unigram_cross_entropy
+
+    unigram = unigram_cross_entropy(
+        list(data.glob(spec.data.train_files)),
+        list(data.glob(spec.data.val_files)),
+        spec.evaluation.tokens,
+        spec.model.vocab_size,
+    )
+    run = read_run(run_path)
+    summary = run_summary(run)
+    console = Console()
+    console.print()
+    console.print(run_table(summary))
+    console.print(_comparison(spec, summary["first_val_loss"], final_loss, unigram))
+    plot = run_path / "loss.png"
+    plot_loss({run_path.name: run}, plot, [Reference(unigram, "unigram")])
+    console.print(f"Loss plot: {plot}", markup=False, highlight=False, soft_wrap=True)
+    return unigram - final_loss
+
+
+def _comparison(spec: RunSpec, first: float | None, final: float, unigram: float) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    vocabulary = spec.model.vocab_size
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("validation loss")
+    table.add_column("nats a token", justify="right")
+    table.add_column("")
+    chance = f"ln({vocabulary}) = {math.log(vocabulary):.4f}: all tokens alike"
+    table.add_row("before training", "" if first is None else f"{first:.4f}", chance)
+    table.add_row("unigram model", f"{unigram:.4f}", "knows how frequent each token is")
+    table.add_row("after training", f"{final:.4f}", f"{unigram - final:.4f} below unigram, {NEEDED_MARGIN} expected")
+    return table
+
+
+def next_steps(run_path: Path) -> str:
+    """Commands to go on with, one a line; only those that this installation has."""
+    from nanogpt.cli.main import COMMANDS
+
+    known = {command.name for command in COMMANDS}
+    suggestions = [
+        ("sample", f"nanogpt sample {run_path} --prompt 'My wife and I'", "more text from this model"),
+        ("show", "nanogpt show demo", "all that decided this run"),
+        ("prep", "prep-fineweb", "FineWeb's token shards, 2 GB (needs internet)"),
+        ("validate", "nanogpt validate 1xh100 8xh200", "check the speedrun's recipes for your GPUs"),
+        ("train", "nanogpt train 1xh100", "the speedrun itself, on a machine with that GPU"),
+    ]
+    lines = [(command, what) for name, command, what in suggestions if name in known]
+    if Path("slurm/run.sh").is_file():
+        lines.append(("sbatch slurm/run.sh recipes/8xh200.yaml", "the speedrun as a Slurm job"))
+    activate = Path(sys.prefix) / "bin" / "activate"
+    found = shutil.which("nanogpt")
+    if activate.is_file() and (found is None or Path(found).parent != activate.parent):
+        shown = activate.relative_to(Path.cwd()) if activate.is_relative_to(Path.cwd()) else activate
+        lines.insert(0, (f". {shown}", "so that the commands are found"))
+    width = max(len(command) for command, _ in lines)
+    return "\n".join(f"  {command.ljust(width)}  # {what}" for command, what in lines)
