@@ -73,6 +73,7 @@ def head_loss(
     shift: float = 5.0,
     scale: float = 7.5,
     precision: Precision = "bf16",
+    plain: bool = False,
 ) -> Tensor:
     """Softcapped multi-token cross-entropy of the head, summed over tokens: a scalar, fp32 (fp64 for fp64 inputs).
 
@@ -84,6 +85,8 @@ def head_loss(
     `incoming gradient * GRAD_SCALE`, once to e5m2. Because the loss is scaled by `grad_scale` outside, this is
     the specified e5m2 scale grad_scale * 0.75 / 448 without `grad_scale` having to be known here. On a CPU, fp8
     is emulated: the same roundings around fp32 products.
+
+    `plain` keeps to plain PyTorch also where the kernels could run.
 
     The values of `weights` may change from call to call without recompilation; their number K is part of the
     compiled code.
@@ -97,7 +100,7 @@ def head_loss(
     need_grad = torch.is_grad_enabled() and (x.requires_grad or lm_head.requires_grad)
     constants = {"cap": cap, "shift": shift, "scale": scale, "need_grad": need_grad}
     fp8 = precision == "fp8"
-    if not _runs_kernel(x, lm_head, fp8):
+    if plain or not _runs_kernel(x, lm_head, fp8):
         return _plain_head_loss(x, lm_head, targets, weights, **constants, fp8=fp8)[0]
     weights = weights.float()
     if fp8:
@@ -114,10 +117,11 @@ def head_mean_loss(
     cap: float = 23.0,
     shift: float = 5.0,
     scale: float = 7.5,
+    plain: bool = False,
 ) -> Tensor:
     """Evaluation: the mean cross-entropy of the next token alone, without gradient, in the inputs' precision.
 
-    Works in chunks of tokens, so memory stays small at T = 262,144. Returns a scalar, fp32 (fp64 for fp64 inputs).
+    Works in chunks of tokens, so memory stays small at T = 262,144. `plain` as in `head_loss`. Returns a scalar, fp32 (fp64 for fp64 inputs).
 
     Raises:
         ValueError: as `head_loss`.
@@ -125,7 +129,7 @@ def head_mean_loss(
     _check(x, lm_head, targets, cap)
     one = torch.ones(1, device=x.device)
     constants = {"cap": cap, "shift": shift, "scale": scale, "need_grad": False}
-    if not _runs_kernel(x, lm_head, fp8=False):
+    if plain or not _runs_kernel(x, lm_head, fp8=False):
         return _plain_head_loss(x, lm_head, targets, one, **constants, fp8=False)[0] / x.shape[0]
     parts = zip(x.split(_EVALUATION_TOKENS), targets.split(_EVALUATION_TOKENS), strict=True)
     losses = [_bf16_head_loss(part, lm_head, target, one, **constants)[0] for part, target in parts]

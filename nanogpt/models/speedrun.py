@@ -189,6 +189,7 @@ class Speedrun(LanguageModel):
             shift=cap.shift,
             scale=cap.scale,
             precision=self.paths.head_precision,
+            plain=self.paths.plain_kernels,
         )
 
     def training_loss_scale(self, batch: TokenBatch) -> float:
@@ -200,7 +201,15 @@ class Speedrun(LanguageModel):
         """Mean cross-entropy of the next token, with the head in the model's dtype."""
         x = self(batch.inputs, batch.cu_seqlens, batch.max_seqlen, windows)
         cap = self.spec.softcap
-        return head_mean_loss(x, self.lm_head, batch.targets, cap=cap.cap, shift=cap.shift, scale=cap.scale)
+        return head_mean_loss(
+            x,
+            self.lm_head,
+            batch.targets,
+            cap=cap.cap,
+            shift=cap.shift,
+            scale=cap.scale,
+            plain=self.paths.plain_kernels,
+        )
 
     @torch.no_grad()
     def next_token_logits(self, batch: TokenBatch, windows: Windows) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from nanogpt.kernels.attention import select_attention_backend
+from nanogpt.kernels.fp8_head import select_head_precision
 from nanogpt.models.interface import Paths
 from nanogpt.spec import Gpt2ModelSpec, RunSpec
 
@@ -22,12 +23,8 @@ def choose_paths(spec: RunSpec, device: torch.device) -> tuple[Paths, list[str]]
     lines = [f"attention: {attention.reason}"]
     if isinstance(model, Gpt2ModelSpec):
         return Paths(attention=attention.backend), lines
-    if capability is None:  # TEMP
-        return Paths(attention=attention.backend, plain_kernels=runtime.kernels == "plain"), lines
-    from nanogpt.kernels.cross_entropy import select_head_precision
-
     precision, reason = select_head_precision(runtime.head_precision, capability if runtime.dtype == "bf16" else None)
-    lines.append(f"head precision: {reason}")
+    lines.append(f"head precision: {precision}: {reason}")
     lines.append(f"kernels: {runtime.kernels}")
     return Paths(attention=attention.backend, head_precision=precision, plain_kernels=runtime.kernels == "plain"), lines
 
