@@ -1,0 +1,143 @@
+"""GPT-2 against a plain formulation that reads each piece of each document by itself, in fp64; its size."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_specs import relative_error
+
+from nanogpt.data.batches import MicroBatch
+from nanogpt.models.gpt2 import Gpt2, split_documents
+from nanogpt.models.interface import Paths, Windows
+from nanogpt.recipe import load_recipe
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SIZES = ["model.layers=2", "model.width=24", "model.heads=3", "model.context=10"]
+VOCAB = ["model.vocab_size=50", "model.padded_vocab_size=64"]
+SPEC = load_recipe("gpt2", [*SIZES, *VOCAB]).model
+ENDS = [1, 12, 22, 47, 64]  # shorter than, one above, equal to and more than twice the context of 10
+WINDOWS = Windows(64, 64)
+
+
+def make_model(dtype: torch.dtype = torch.float64) -> Gpt2:
+    model = Gpt2(SPEC, dtype=dtype, paths=Paths())
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.4 * torch.randn(p.shape, generator=generator, dtype=torch.float64) + (p.ndim == 1) * 0.5)
+    return model
+
+
+def make_batch() -> MicroBatch:
+    stream = torch.randint(0, 50, (65,), generator=torch.Generator().manual_seed(0))
+    return MicroBatch(stream[:-1].int(), stream[1:], torch.tensor([0, *ENDS, 64, 64], dtype=torch.int32), 25)
+
+
+def layer_norm(x, p, name):
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-5) * p[f"{name}.weight"] + p[f"{name}.bias"]
+
+
+def linear(x, p, name):
+    return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+
+
+def gelu(x):
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def dense_piece(p: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+    """Logits (n, V) of at most 10 tokens that see nothing else."""
+    n = len(tokens)
+    x = p["embed.weight"][tokens] + p["positions.weight"][:n]
+    for i in range(2):
+        u = layer_norm(x, p, f"blocks.{i}.ln_1")
+        q, k, v = linear(u, p, f"blocks.{i}.qkv").split(24, dim=1)
+        heads = []
+        for h in range(3):
+            part = slice(8 * h, 8 * h + 8)
+            scores = q[:, part] @ k[:, part].T / math.sqrt(8)
+            scores = scores.masked_fill(torch.ones(n, n).triu(1).bool(), -math.inf)
+            heads.append(scores.softmax(dim=1) @ v[:, part])
+        x = x + linear(torch.cat(heads, dim=1), p, f"blocks.{i}.attn_out")
+        u = layer_norm(x, p, f"blocks.{i}.ln_2")
+        x = x + linear(gelu(linear(u, p, f"blocks.{i}.mlp_up")), p, f"blocks.{i}.mlp_down")
+    return layer_norm(x, p, "ln_f") @ p["embed.weight"].T
+
+
+def dense_logits(p: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+    logits, start = [], 0
+    for end in ENDS:
+        for first in range(start, end, 10):
+            logits.append(dense_piece(p, tokens[first : min(first + 10, end)]))
+        start = end
+    return torch.cat(logits)
+
+
+def test_loss_and_every_gradient_are_those_of_the_definition():
+    model, batch = make_model(), make_batch()
+    p = {name: value.detach().clone().requires_grad_() for name, value in model.named_parameters()}
+    logits = dense_logits(p, batch.inputs.long())
+    expected = F.cross_entropy(logits, batch.targets)
+    expected.backward()
+    loss = model.training_loss(batch, WINDOWS, torch.ones(1))
+    loss.backward()
+    assert relative_error(loss, expected) < 1e-12
+    for name, value in model.named_parameters():
+        # A key's bias moves all scores of a query alike: its gradient is zero up to rounding.
+        assert (value.grad - p[name].grad).norm() < 1e-10 * p[name].grad.norm().clamp(min=1e-3), name
+    assert relative_error(model.evaluation_loss(batch, WINDOWS), expected) < 1e-12
+    assert relative_error(model.next_token_logits(batch, WINDOWS), logits[-1, :50]) < 1e-6
+    assert model.training_loss_scale(batch) == 1
+
+
+def test_documents_are_split_at_the_context():
+    position, pieces = split_documents(torch.tensor([0, *ENDS, 64, 64], dtype=torch.int32), 64, 10)
+    expected, bounds, start = [], [], 0
+    for end in ENDS:
+        expected += [i % 10 for i in range(end - start)]
+        bounds += list(range(start, end, 10))
+        start = end
+    assert position.tolist() == expected
+    assert pieces.dtype == torch.int32
+    assert pieces.tolist() == bounds + [64] * (8 + 64 // 10 - len(bounds))
+
+
+def test_bf16_runs_on_a_cpu_and_stays_near_fp32():
+    losses = []
+    for dtype in (torch.bfloat16, torch.float64):
+        model = make_model(dtype)
+        loss = model.training_loss(make_batch(), WINDOWS, torch.ones(1))
+        loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=0.03)
+
+
+def count(vocab: str) -> int:
+    spec = load_recipe("gpt2", [f"model.padded_vocab_size={vocab}"]).model
+    with torch.device("meta"):
+        return sum(p.numel() for p in Gpt2(spec, dtype=torch.bfloat16, paths=Paths()).parameters())
+
+
+def test_it_has_124_million_parameters():
+    assert count("50257") == 124_439_808
+    assert count("50304") == 124_439_808 + 47 * 768  # what padding adds
+
+
+def test_start_values():
+    model = make_model(torch.float32)
+    model.draw_parameters(torch.Generator().manual_seed(0))
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            assert not p.any(), name
+        elif "ln_" in name:
+            assert (p == 1).all(), name
+        else:
+            residual = name.endswith(("attn_out.weight", "mlp_down.weight"))
+            std = 0.02 / math.sqrt(2 * 2) if residual else 0.02
+            assert p.std().item() == pytest.approx(std, rel=0.1), name
