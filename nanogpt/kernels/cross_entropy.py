@@ -121,7 +121,8 @@ def head_mean_loss(
 ) -> Tensor:
     """Evaluation: the mean cross-entropy of the next token alone, without gradient, in the inputs' precision.
 
-    Works in chunks of tokens, so memory stays small at T = 262,144. `plain` as in `head_loss`. Returns a scalar, fp32 (fp64 for fp64 inputs).
+    Works in chunks of tokens, so memory stays small at T = 262,144. `plain` as in `head_loss`. Returns a scalar, fp32
+    (fp64 for fp64 inputs).
 
     Raises:
         ValueError: as `head_loss`.
