@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,7 +18,7 @@ class Config(NamedTuple):
 
     block: int = 128
     block_k: int = 64
-    warps: int = 4
+    warps: int = 8
     stages: int = 3
 
 
@@ -28,6 +29,7 @@ def _kernel(
     out_ptr,  # (batch, M, M)
     b,
     c,
+    d,
     M,
     K,
     BLOCK: tl.constexpr,
@@ -60,7 +62,7 @@ def _kernel(
     base = matrix.to(tl.int64) * M * M
     if ADD:
         a = tl.load(a_ptr + base + rows * M + columns, mask=inside, other=0.0).to(tl.float32)
-        acc = b * a + c * acc
+        acc = b * a + c * acc + tl.where(rows == columns, d, 0.0)
     result = acc.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + base + rows * M + columns, result, mask=inside)
     if row != column:
@@ -70,8 +72,8 @@ def _kernel(
         tl.store(out_ptr + base + mirror_rows * M + mirror_columns, result.T, mask=inside)
 
 
-def symmetric_product(x: Tensor, a: Tensor | None, b: float, c: float, out: Tensor, config: Config) -> None:
-    """Writes `x x^T` to `out`, or `b a + c x x^T` where `a` is given; bf16.
+def symmetric_product(x: Tensor, a: Tensor | None, b: float, c: float, d: float, out: Tensor, config: Config) -> None:
+    """Writes `x x^T` to `out`, or `d I + b a + c x x^T` where `a` is given; bf16.
 
     x (batch, m, k), contiguous or a transposed view of contiguous memory; a, out (batch, m, m), contiguous.
     """
@@ -85,6 +87,7 @@ def symmetric_product(x: Tensor, a: Tensor | None, b: float, c: float, out: Tens
         out,
         b,
         c,
+        d,
         m,
         k,
         BLOCK=config.block,
@@ -97,5 +100,9 @@ def symmetric_product(x: Tensor, a: Tensor | None, b: float, c: float, out: Tens
 
 
 def config_for(x: Tensor) -> Config:
-    """The tiling for a product of this shape."""
+    """The tiling for a product of this shape: small tiles where large ones would leave multiprocessors idle."""
+    side = triton.cdiv(x.shape[1], 128)
+    tiles = x.shape[0] * side * (side + 1) // 2
+    if tiles <= torch.cuda.get_device_properties(x.device).multi_processor_count:
+        return Config(block=64, block_k=64, warps=4, stages=4)
     return Config()

@@ -44,16 +44,16 @@ def _runs_kernel(src: Tensor, dst: Tensor) -> bool:
 
 @torch.library.custom_op("nanogpt::transpose_copy", mutates_args={"dst"})
 def _transpose_copy(src: Tensor, dst: Tensor) -> None:
-    from nanogpt.kernels.transpose_triton import COPY, transpose_into
+    from nanogpt.kernels.transpose_triton import transpose_into
 
-    transpose_into(src, dst, False, COPY)
+    transpose_into(src, dst, False)
 
 
 @torch.library.custom_op("nanogpt::transpose_add", mutates_args={"dst"})
 def _transpose_add(src: Tensor, dst: Tensor) -> None:
-    from nanogpt.kernels.transpose_triton import ADD, transpose_into
+    from nanogpt.kernels.transpose_triton import transpose_into
 
-    transpose_into(src, dst, True, ADD)
+    transpose_into(src, dst, True)
 
 
 def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:

@@ -14,9 +14,9 @@ from torch import Tensor
 class Config(NamedTuple):
     """A tile of the source, and the warps that move it."""
 
-    block_m: int = 64
-    block_n: int = 64
-    warps: int = 4
+    block_m: int = 128
+    block_n: int = 128
+    warps: int = 8
 
 
 @triton.jit
@@ -41,8 +41,9 @@ def _kernel(
     tl.store(dst, turned.to(dst_ptr.dtype.element_ty), mask=dst_inside)
 
 
-def transpose_into(src: Tensor, dst: Tensor, add: bool, config: Config) -> None:
+def transpose_into(src: Tensor, dst: Tensor, add: bool, config: Config | None = None) -> None:
     """`dst = src.T`, or `dst += src.T` with the sum in fp32. src (m, n), dst (n, m), both contiguous."""
+    config = config or Config()
     m, n = src.shape
     grid = (triton.cdiv(m, config.block_m), triton.cdiv(n, config.block_n))
     _kernel[grid](
@@ -55,7 +56,3 @@ def transpose_into(src: Tensor, dst: Tensor, add: bool, config: Config) -> None:
         ADD=add,
         num_warps=config.warps,
     )
-
-
-COPY = Config()
-ADD = Config()

@@ -110,6 +110,8 @@ def test_symmetric_products(shape):
         assert ba_plus_caa(a, -2.77, 0.51, out) is out
         print(f"relative error b A + c A A {shape}: {relative_error(out, exact):.1e}")
         assert relative_error(out, exact) < 1.05 * relative_error(ba_plus_caa_plain(a, -2.77, 0.51), exact)
+        exact += 3.8 * torch.eye(a.shape[1], device="cuda", dtype=torch.float64)
+        assert relative_error(ba_plus_caa(a, -2.77, 0.51, diagonal=3.8), exact) < 2.5e-3
 
 
 def test_symmetric_products_compile_whole():

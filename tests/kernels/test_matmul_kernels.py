@@ -81,6 +81,9 @@ def test_symmetric_products(dtype):
     scale = exact.abs().max().item()
     torch.testing.assert_close(out.double(), exact, rtol=tolerance, atol=tolerance * scale)
     torch.testing.assert_close(ba_plus_caa(a, -2.8, 0.5), out, rtol=0, atol=0)
+    shifted = ba_plus_caa(a, -2.8, 0.5, diagonal=3.0)
+    identity = torch.eye(8, dtype=torch.float64)
+    torch.testing.assert_close(shifted.double(), exact + 3 * identity, rtol=tolerance, atol=tolerance * scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
