@@ -1,6 +1,7 @@
 """Where own text comes from: files and folders in, documents out, in one order on every machine.
 
-- A text file (`TEXT_SUFFIXES`) is one document. A folder is walked depth first, names in byte order.
+- A text file (`TEXT_SUFFIXES`) is one document. A folder is walked depth first, names in the order
+  of their characters.
 - JSON lines (`.jsonl`, plain, `.gz` or `.zst`) and Parquet hold a document a record, in one field.
 - The work is cut into units of about half a megabyte that any process can turn into documents on its own:
   `plan` makes them, `read_unit` reads one. Neither ever holds more than `MAX_RECORD` of text.
@@ -58,6 +59,7 @@ JSON_SPACE = " \t\r\n"
 DECODER = json.JSONDecoder()
 
 Kind = Literal["text", "jsonl", "parquet"]
+Kinds = dict[str, Kind]  # suffix -> how to read such a file
 
 
 class SourceFile(NamedTuple):
@@ -128,14 +130,13 @@ def text_key(text: bytes) -> int:
     return int.from_bytes(blake2b(text, digest_size=8).digest(), "little")
 
 
-def kind_of(name: str, text_suffixes: frozenset[str]) -> Kind | None:
-    """How a file of this name is read, or None where its suffix is not known."""
+def suffix_of(name: str) -> str:
+    """The suffix that says how a file is read, in lower case: `.txt`, `.jsonl.gz`, or "" where there is none."""
     lower = name.lower()
-    if lower.endswith(JSONL_SUFFIXES):
-        return "jsonl"
-    if lower.endswith(PARQUET_SUFFIXES):
-        return "parquet"
-    return "text" if os.path.splitext(lower)[1] in text_suffixes else None  # noqa: PTH122 (a million names)
+    if lower.endswith((".gz", ".zst")):
+        return next((suffix for suffix in JSONL_SUFFIXES if lower.endswith(suffix)), "")
+    dot = lower.rfind(".")
+    return lower[dot:] if dot > 0 else ""
 
 
 def find_files(
@@ -153,7 +154,9 @@ def find_files(
     Raises:
         InputError: a path is missing, or is a file of a suffix that is not known; a reader is not installed.
     """
-    text_suffixes = TEXT_SUFFIXES.union(suffix.lower() for suffix in suffixes)
+    kinds: Kinds = dict.fromkeys([*TEXT_SUFFIXES, *(suffix.lower() for suffix in suffixes)], "text")
+    kinds.update(dict.fromkeys(JSONL_SUFFIXES, "jsonl"))
+    kinds.update(dict.fromkeys(PARQUET_SUFFIXES, "parquet"))
     for suffix in suffixes:
         if not re.fullmatch(r"\.[^./\s]+", suffix):
             raise InputError(f"--suffix {suffix!r}: expected a dot and a name, such as .log")
@@ -166,9 +169,9 @@ def find_files(
         if not os.path.exists(path):  # noqa: PTH110 (a path that is not UTF-8 stays a str)
             raise InputError(f"{printable(path)}: no such file or folder")
         if os.path.isdir(real):  # noqa: PTH112
-            found = _walk(path, real, excluded, text_suffixes, skips)
+            found = _walk(path, real, excluded, kinds, skips)
         else:
-            found = iter([_explicit(path, real, text_suffixes)])
+            found = iter([_explicit(path, real, kinds)])
         for name, real_name, size, kind in found:
             if real_name in seen:
                 skips.add("given twice", name)
@@ -181,11 +184,11 @@ def find_files(
     return files
 
 
-def _explicit(path: str, real: str, text_suffixes: frozenset[str]) -> tuple[str, str, int, Kind]:
+def _explicit(path: str, real: str, kinds: Kinds) -> tuple[str, str, int, Kind]:
     """A file named by the user, so that leaving it out silently would be wrong."""
     if not os.path.isfile(real):  # noqa: PTH113
         raise InputError(f"{printable(path)}: neither a file nor a folder")
-    kind = kind_of(path, text_suffixes)
+    kind = kinds.get(suffix_of(path))
     if kind is None:
         suffix = os.path.splitext(path)[1]  # noqa: PTH122
         records = " ".join(JSONL_SUFFIXES + PARQUET_SUFFIXES)
@@ -197,47 +200,47 @@ def _explicit(path: str, real: str, text_suffixes: frozenset[str]) -> tuple[str,
     return path, real, os.stat(real).st_size, kind  # noqa: PTH116
 
 
-def _walk(
-    top: str, real_top: str, excluded: str, text_suffixes: frozenset[str], skips: Skips
-) -> Iterator[tuple[str, str, int, Kind]]:
-    """Files below a folder: (path, real path, size, kind), depth first, names in byte order."""
-    stack = [(top, real_top, True)]
+def _walk(top: str, real_top: str, excluded: str, kinds: Kinds, skips: Skips) -> Iterator[tuple[str, str, int, Kind]]:
+    """Files below a folder: (path, real path, size, kind), depth first, names in the order of their characters.
+
+    Paths are joined by hand: a walk may meet a million files, before any of them is read.
+    """
+    stack: list[tuple[str, str, Kind | None]] = [(top.rstrip("/") or "/", real_top.rstrip("/"), None)]  # None: a folder
     while stack:
-        path, real, is_folder = stack.pop()
-        if not is_folder:
-            kind = kind_of(path, text_suffixes)
+        path, real, kind = stack.pop()
+        if kind is not None:
             try:
-                size = os.stat(path).st_size  # noqa: PTH116
+                yield path, real, os.stat(path).st_size, kind  # noqa: PTH116
             except OSError:
                 skips.add("cannot be read", path)
-            else:
-                if kind is None:
-                    skips.add("suffix not known", path)
-                else:
-                    yield path, real, size, kind
             continue
         if real == excluded:
             continue
         try:
             with os.scandir(path) as scan:
-                entries = sorted(scan, key=lambda entry: os.fsencode(entry.name), reverse=True)
+                entries = sorted(scan, key=lambda entry: entry.name, reverse=True)
         except OSError:
             skips.add("cannot be read", path)
             continue
+        below: list[tuple[str, str]] = []
         for entry in entries:
+            name = entry.name
             link = entry.is_symlink()
-            if entry.name.startswith("."):
-                skips.add("hidden", entry.path)
+            if name.startswith("."):
+                below.append(("hidden", entry.path))
             elif entry.is_dir(follow_symlinks=False):
-                if entry.name in UNREAD_FOLDERS:
-                    skips.add("cache or version control", entry.path)
+                if name in UNREAD_FOLDERS:
+                    below.append(("cache or version control", entry.path))
                 else:
-                    stack.append((entry.path, os.path.join(real, entry.name), True))  # noqa: PTH118
-            elif entry.is_file():
-                real_name = os.path.realpath(entry.path) if link else os.path.join(real, entry.name)  # noqa: PTH118
-                stack.append((entry.path, real_name, False))
+                    stack.append((entry.path, f"{real}/{name}", None))
+            elif not entry.is_file():
+                below.append(("link to a folder or to nothing" if link else "special file", entry.path))
+            elif kind := kinds.get(suffix_of(name)):
+                stack.append((entry.path, os.path.realpath(entry.path) if link else f"{real}/{name}", kind))
             else:
-                skips.add("link to a folder or to nothing" if link else "special file", entry.path)
+                below.append(("suffix not known", entry.path))
+        for skip in reversed(below):
+            skips.add(*skip)
 
 
 def _check_readers(files: Iterable[SourceFile]) -> None:

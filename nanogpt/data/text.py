@@ -2,8 +2,8 @@
 
 How documents become shards, so that the same input gives the same bytes everywhere:
 
-1. Documents are taken in the order of the paths given; folders are walked depth first, names in byte order.
-   A document is BOS followed by the tokens of its text; what looks like a special token is text.
+1. Documents are taken in the order of the paths given; folders are walked depth first, names in the order of
+   their characters. A document is BOS followed by the tokens of its text; what looks like a special token is text.
 2. Validation takes whole documents, chosen by a hash of their text, smallest first, until it holds at least
    `val_tokens` tokens. Copies of a text go together, so that no validation document is also trained on, and
    those that are longer than `val_tokens` are only taken when the others do not suffice.

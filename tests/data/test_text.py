@@ -239,7 +239,7 @@ def test_every_record_format_gives_the_same_shards(tmp_path: Path, name: str) ->
     assert train == [text for text in texts if text not in model(texts, 50)]
 
 
-def test_folders_are_walked_in_byte_order_without_what_is_hidden(tmp_path: Path) -> None:
+def test_folders_are_walked_in_order_without_what_is_hidden(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     files = {
         "B.md": "one",
@@ -547,7 +547,7 @@ print(json.dumps([summary.text_bytes, *peaks]))
 
 @pytest.mark.parametrize("kind", ["jsonl.gz", "txt", "jsonl"])
 def test_memory_is_bounded(tmp_path: Path, kind: str) -> None:
-    """60 MB in 4 kB records, 40 MB as one text, 40 MB in records of 8 MB: 120 MiB a process (250 for the long records)."""
+    """60 MB in 4 kB records, 40 MB as one text: 120 MiB a process. 40 MB in records of 8 MB: 250 MiB."""
     with gzip.open(embedded_corpus(), "rt", encoding="utf-8") as lines:
         prose = "\n".join(json.loads(line)["text"] for line in lines)
     source = tmp_path / f"in.{kind}"
