@@ -23,13 +23,13 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 class Config(NamedTuple):
-    """How a row is worked on: words (pairs of columns) at a time, warps, registers a thread, and what is kept."""
+    """How a row is worked on: words (pairs of columns) at a time, warps, registers a thread."""
 
     words: int
     warps: int
     registers: int | None
-    keep_bf16: bool
-    """Keep the gradient before its factor as pairs of bf16 in one register instead of two fp32."""
+    ahead: bool = False
+    poly: int = 0
 
 
 @triton.jit
@@ -67,19 +67,45 @@ def _high(words):
 
 
 @triton.jit
-def _one_plus_exp(logit, SHIFT: tl.constexpr, SCALE: tl.constexpr):
-    """1 + exp(-u) for u = (logit + SHIFT) / SCALE, held below 2^61 so that a product of two stays finite."""
-    power = logit * (-LOG2_E / SCALE) - SHIFT * LOG2_E / SCALE
-    return 1.0 + _exp2(tl.minimum(power, 60.0, propagate_nan=tl.PropagateNan.ALL))
+def _exp2_polynomial(x):
+    """2^x for 0 <= x < 126 without the special-function unit, to 4e-6: a power of two times a quartic."""
+    shifted = x + 12582912.0  # 1.5 * 2^23: the integer nearest to x is now in the low bits
+    f = x - (shifted - 12582912.0)
+    p = 0.00957007 * f + 0.05591781
+    p = p * f + 0.24024745
+    p = p * f + 0.69312182
+    p = p * f + 0.99999926
+    bits = p.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _squash(words, SHIFT: tl.constexpr, SCALE: tl.constexpr):
+def _one_plus_exp(logit, SHIFT: tl.constexpr, SCALE: tl.constexpr):
+    """1 + exp(-u) for u = (logit + SHIFT) / SCALE, held to at most 2^30 + 1 so that a product of four stays finite."""
+    power = logit * (-LOG2_E / SCALE) - SHIFT * LOG2_E / SCALE
+    return 1.0 + _exp2(tl.minimum(power, 30.0, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
+def _sigmoids(words, SHIFT: tl.constexpr, SCALE: tl.constexpr):
     """The sigmoids of the two logits of each word."""
-    low = _one_plus_exp(_low(words), SHIFT, SCALE)
-    high = _one_plus_exp(_high(words), SHIFT, SCALE)
-    inverse = _reciprocal(low * high)
-    return inverse * high, inverse * low
+    a = _one_plus_exp(_low(words), SHIFT, SCALE)
+    b = _one_plus_exp(_high(words), SHIFT, SCALE)
+    inverse = _reciprocal(a * b)
+    return inverse * b, inverse * a
+
+
+@triton.jit
+def _sigmoids_of_four(words, more_words, SHIFT: tl.constexpr, SCALE: tl.constexpr):
+    """The sigmoids of two words' logits by one reciprocal."""
+    a = _one_plus_exp(_low(words), SHIFT, SCALE)
+    b = _one_plus_exp(_high(words), SHIFT, SCALE)
+    c = _one_plus_exp(_low(more_words), SHIFT, SCALE)
+    d = _one_plus_exp(_high(more_words), SHIFT, SCALE)
+    ab, cd = a * b, c * d
+    inverse = _reciprocal(ab * cd)
+    inverse_ab, inverse_cd = inverse * cd, inverse * ab
+    return inverse_ab * b, inverse_ab * a, inverse_cd * d, inverse_cd * c
 
 
 @triton.jit
@@ -100,64 +126,83 @@ def _kernel(
     E5M2: tl.constexpr,
     GRAD_FACTOR: tl.constexpr,
     BLOCK: tl.constexpr,
-    TAIL: tl.constexpr,  # a power of two, at least WORDS % BLOCK
-    KEEP_BF16: tl.constexpr,
+    TAIL: tl.constexpr,  # a power of two, at least WORDS % (2 BLOCK)
+    AHEAD: tl.constexpr,
+    POLY: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     logits = logits_ptr + row * WORDS
     grad = grad_ptr + row * WORDS
-    FULL: tl.constexpr = WORDS // BLOCK
+    PAIRS: tl.constexpr = WORDS // (2 * BLOCK)
+    columns = tl.arange(0, BLOCK)
 
     # The targets of this row: K of them, fewer at the end of the micro-batch.
     k = tl.arange(0, K_PADDED)
     inside = (k < K) & (row + k < T)
     target = tl.load(targets_ptr + row + k, mask=inside, other=0)
     weight = tl.load(weights_ptr + k, mask=inside, other=0.0)
-    word = tl.load(logits + target // 2, mask=inside, other=0)
-    s_target = _reciprocal(_one_plus_exp(tl.where(target % 2 == 0, _low(word), _high(word)), SHIFT, SCALE))
-    total_weight = tl.sum(weight)
+
+    if AHEAD > 0:
+        # Bring the row of the program that will take this one's place into the L2 cache.
+        line = tl.minimum(tl.arange(0, AHEAD) * 32, WORDS - 1)
+        ahead = tl.minimum(row + 264, T - 1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+            "=r,l",
+            [logits_ptr + ahead * WORDS + line],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
     sums = tl.zeros([BLOCK], tl.float32)
-    kept = ()
-    for i in tl.static_range(FULL):
-        low, high = _squash(tl.load(logits + i * BLOCK + tl.arange(0, BLOCK)), SHIFT, SCALE)
-        e_low, e_high = _exp2(low * (CAP * LOG2_E)), _exp2(high * (CAP * LOG2_E))
-        sums += e_low + e_high
+    kept: tuple = ()
+    for i in tl.static_range(PAIRS):
+        place = logits + 2 * i * BLOCK + columns
+        a, b, c, d = _sigmoids_of_four(tl.load(place), tl.load(place + BLOCK), SHIFT, SCALE)
+        e_a, e_b = _exp2(a * (CAP * LOG2_E)), _exp2(b * (CAP * LOG2_E))
+        if POLY >= 2:
+            e_c = _exp2_polynomial(c * (CAP * LOG2_E))
+        else:
+            e_c = _exp2(c * (CAP * LOG2_E))
+        if POLY >= 1:
+            e_d = _exp2_polynomial(d * (CAP * LOG2_E))
+        else:
+            e_d = _exp2(d * (CAP * LOG2_E))
+        sums += (e_a + e_b) + (e_c + e_d)
         if WRITE_GRAD:
-            e_low *= low - low * low
-            e_high *= high - high * high
-            kept += (_pack_bf16(e_low, e_high),) if KEEP_BF16 else (e_low, e_high)
+            kept += (
+                _pack_bf16(e_a * (a - a * a), e_b * (b - b * b)),
+                _pack_bf16(e_c * (c - c * c), e_d * (d - d * d)),
+            )
     total = tl.sum(sums)
+    word = tl.load(logits + target // 2, mask=inside, other=0)
     if TAIL > 0:
-        column = FULL * BLOCK + tl.arange(0, TAIL)
-        low, high = _squash(tl.load(logits + column, mask=column < WORDS, other=0), SHIFT, SCALE)
-        e_low, e_high = _exp2(low * (CAP * LOG2_E)), _exp2(high * (CAP * LOG2_E))
-        total += tl.sum(tl.where(column < WORDS, e_low + e_high, 0.0))
+        column = 2 * PAIRS * BLOCK + tl.arange(0, TAIL)
+        a, b = _sigmoids(tl.load(logits + column, mask=column < WORDS, other=0), SHIFT, SCALE)
+        e_a, e_b = _exp2(a * (CAP * LOG2_E)), _exp2(b * (CAP * LOG2_E))
+        total += tl.sum(tl.where(column < WORDS, e_a + e_b, 0.0))
         if WRITE_GRAD:
-            tail_low = e_low * (low - low * low)
-            tail_high = e_high * (high - high * high)
+            tail = _pack_bf16(e_a * (a - a * a), e_b * (b - b * b))
 
-    tl.store(loss_ptr + row, total_weight * tl.log(total) - CAP * tl.sum(weight * s_target))
-
+    total_weight = tl.sum(weight)
     if WRITE_GRAD:
         factor = total_weight / total * (CAP / SCALE * GRAD_FACTOR)
-        for i in tl.static_range(FULL):
-            if KEEP_BF16:
-                low, high = _low(kept[i]), _high(kept[i])
-            else:
-                low, high = kept[2 * i], kept[2 * i + 1]
-            out = _pack_e5m2(low * factor, high * factor) if E5M2 else _pack_bf16(low * factor, high * factor)
-            tl.store(grad + i * BLOCK + tl.arange(0, BLOCK), out)
+        for i in tl.static_range(2 * PAIRS):
+            a, b = _low(kept[i]) * factor, _high(kept[i]) * factor
+            tl.store(grad + i * BLOCK + columns, _pack_e5m2(a, b) if E5M2 else _pack_bf16(a, b))
         if TAIL > 0:
-            low, high = tail_low * factor, tail_high * factor
-            out = _pack_e5m2(low, high) if E5M2 else _pack_bf16(low, high)
-            tl.store(grad + column, out, mask=column < WORDS)
+            a, b = _low(tail) * factor, _high(tail) * factor
+            tl.store(grad + column, _pack_e5m2(a, b) if E5M2 else _pack_bf16(a, b), mask=column < WORDS)
 
+    s = _reciprocal(_one_plus_exp(tl.where(target % 2 == 0, _low(word), _high(word)), SHIFT, SCALE))
+    tl.store(loss_ptr + row, total_weight * tl.log(total) - CAP * tl.sum(weight * s))
+
+    if WRITE_GRAD:
         # The target columns again, now that everybody has written: less the weights of all terms that share the column.
         tl.debug_barrier()
         pull = tl.sum(tl.where(target[:, None] == target[None, :], weight[None, :], 0.0), axis=1)
-        g = total_weight * _exp2(s_target * (CAP * LOG2_E)) / total - pull
-        g *= (s_target - s_target * s_target) * (CAP / SCALE * GRAD_FACTOR)
+        g = (total_weight * _exp2(s * (CAP * LOG2_E)) / total - pull) * (s - s * s) * (CAP / SCALE * GRAD_FACTOR)
         if E5M2:
             byte = _pack_e5m2(g, g).to(tl.int8)
             tl.store(grad_ptr.to(tl.pointer_type(tl.int8)) + 2 * row * WORDS + target, byte, mask=inside)
@@ -183,11 +228,11 @@ def loss_and_gradient(
     words = vocab // 2
     e5m2 = grad is not None and grad.dtype == torch.float8_e5m2
     if config is None:
-        config = FORWARD if grad is None else E5M2 if e5m2 else BF16
+        config = FORWARD if grad is None else BACKWARD
     losses = torch.empty(tokens, dtype=torch.float32, device=logits.device)
     logit_words = logits.view(torch.int32)
     grad_words = logit_words if grad is None else grad.view(torch.int16 if e5m2 else torch.int32)
-    rest = words % config.words
+    rest = words % (2 * config.words)
     _kernel[(tokens,)](
         logit_words,
         targets.contiguous(),
@@ -206,13 +251,13 @@ def loss_and_gradient(
         GRAD_FACTOR=grad_factor,
         BLOCK=config.words,
         TAIL=triton.next_power_of_2(rest) if rest else 0,
-        KEEP_BF16=config.keep_bf16,
+        AHEAD=triton.next_power_of_2(triton.cdiv(words, 32)) if config.ahead else 0,
+        POLY=config.poly,
         num_warps=config.warps,
         maxnreg=config.registers,
     )
     return losses
 
 
-FORWARD = Config(words=1024, warps=4, registers=None, keep_bf16=False)
-BF16 = Config(words=2048, warps=16, registers=None, keep_bf16=False)
-E5M2 = Config(words=1024, warps=8, registers=128, keep_bf16=True)
+FORWARD = Config(words=1024, warps=4, registers=None)
+BACKWARD = Config(words=2048, warps=8, registers=128)

@@ -33,7 +33,8 @@ def select_head_precision(
 
     Args:
         requested: "auto", "fp8" or "bf16".
-        capability: of the GPU, as `torch.cuda.get_device_capability()` gives it; None on a CPU.
+        capability: of the GPU, as `torch.cuda.get_device_capability()` gives it; None on a CPU, or where
+            activations are not bf16.
         products_work: tries the FP8 products; `fp8_products_work` by default, which needs the GPU.
 
     "auto" takes fp8 on Hopper or newer where its products work, else bf16. "fp8" on a CPU is emulated, with the
@@ -47,7 +48,9 @@ def select_head_precision(
     if requested == "bf16":
         return "bf16", "requested"
     if capability is None:
-        return ("fp8", "requested; emulated on a CPU") if requested == "fp8" else ("bf16", "no GPU")
+        if requested == "fp8":
+            return "fp8", "requested; emulated on a CPU"
+        return "bf16", "FP8 needs a GPU and bf16 activations"
     shown = f"compute capability {capability[0]}.{capability[1]}"
     if capability < FP8_CAPABILITY:
         obstacle = f"{shown}, and FP8 products need 9.0 (Hopper) or newer"
@@ -69,7 +72,7 @@ def fp8_products_work(device: torch.device | str = "cuda") -> bool:
             out = scaled_product(a, 0.5, b, 0.25, out_dtype=torch.bfloat16, fast=False)
             if not bool((out == 8).all()):
                 return False
-    except (RuntimeError, AttributeError, TypeError):
+    except (RuntimeError, AssertionError, AttributeError, TypeError):
         return False
     return True
 
