@@ -62,7 +62,7 @@ def _kernel(
     base = matrix.to(tl.int64) * M * M
     if ADD:
         a = tl.load(a_ptr + base + rows * M + columns, mask=inside, other=0.0).to(tl.float32)
-        acc = b * a + c * acc + tl.where(rows == columns, d, 0.0)
+        acc = b * a + c * acc + d * (rows == columns).to(tl.float32)
     result = acc.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + base + rows * M + columns, result, mask=inside)
     if row != column:
