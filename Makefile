@@ -15,10 +15,10 @@ READY := $(VENV)/.ready
 DEMO_READY := $(READY)/demo
 TEST_READY := $(READY)/test
 
-.PHONY: help demo test lint format schema clean
+.PHONY: help demo test lint mutations format schema clean
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(DEMO_READY) ## Train a small model on the embedded prose, in minutes, without a GPU
 	@$(BIN)/nanogpt demo
@@ -31,6 +31,9 @@ lint: $(TEST_READY) ## Check style, types and shell scripts
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	@scripts=$$(git -c safe.directory='*' ls-files '*.sh' .ci/run) && set -x && $(BIN)/shellcheck $$scripts
+
+mutations: $(TEST_READY) ## Break each mechanism on purpose and see that a test notices; half an hour
+	$(BIN)/python tests/mutations/run.py
 
 format: $(TEST_READY) ## Format the code and fix what can be fixed
 	$(BIN)/ruff format .
