@@ -86,21 +86,29 @@ def prepare_data(directory: Path, val_tokens: int) -> None:
     """Make token shards of the embedded corpus in `directory`, unless they are there and whole.
 
     Raises:
-        InputError: the directory holds other shards, which are left alone.
+        InputError: the directory holds other shards, which are left alone, or is a file.
     """
     from nanogpt.console import say
     from nanogpt.data.text import embedded_corpus, prepare_text
+    from nanogpt.errors import InputError
 
     state = data_state(directory, val_tokens)
     if state == "ready":
         say(f"The embedded prose is in {directory} already")
         return
-    say(f"Tokenizing the embedded prose into {directory}" + (", again: it was damaged" if state == "damaged" else ""))
-    prepare_text([embedded_corpus()], directory, val_tokens=val_tokens, force=state == "damaged")
+    again = " again: what was there is damaged, or of another version" if state == "stale" else ""
+    say(f"Tokenizing the embedded prose into {directory}{again}")
+    try:
+        prepare_text([embedded_corpus()], directory, val_tokens=val_tokens, force=state == "stale")
+    except InputError as error:
+        raise InputError(
+            f"{directory}: is a file, or holds shards that the demo did not make; name another directory:"
+            " nanogpt demo --dir DIR"
+        ) from error
 
 
 def data_state(directory: Path, val_tokens: int) -> str:
-    """`ready`; `damaged` where there are shards of the embedded corpus that are not as they should be; or `other`."""
+    """`ready`; `stale` where shards of the embedded corpus are not as they should be; or `other`."""
     from nanogpt.data.tokenizer import RANKS_SHA256
 
     try:
@@ -114,7 +122,7 @@ def data_state(directory: Path, val_tokens: int) -> str:
         )
     except (OSError, ValueError, KeyError, TypeError):
         return "other"
-    return "ready" if whole else "damaged"
+    return "ready" if whole else "stale"
 
 
 def _sha256(path: Path) -> str | None:
@@ -164,7 +172,12 @@ def _comparison(spec: RunSpec, first: float | None, final: float, unigram: float
     chance = f"ln({vocabulary}) = {math.log(vocabulary):.4f}: all tokens alike"
     table.add_row("before training", "" if first is None else f"{first:.4f}", chance)
     table.add_row("unigram model", f"{unigram:.4f}", "knows how frequent each token is")
-    table.add_row("after training", f"{final:.4f}", f"{unigram - final:.4f} below unigram, {NEEDED_MARGIN} expected")
+    side = "below" if final <= unigram else "above"
+    table.add_row(
+        "after training",
+        f"{final:.4f}",
+        f"{abs(unigram - final):.4f} {side} unigram; {NEEDED_MARGIN} below is expected",
+    )
     return table
 
 

@@ -232,7 +232,7 @@ def _write_whole(path: Path, text: str) -> None:
 
 
 def _cannot_create(parent: Path, error: OSError) -> NanogptError:
-    way_out = "name another directory: NANOGPT_RUNS=DIR, or --set output.directory=DIR"
+    way_out = "name another directory: nanogpt train --out DIR, nanogpt demo --dir DIR, or NANOGPT_RUNS=DIR"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
         return RunError(f"{parent}: no run directory can be made: {error.strerror}. Free space there, or {way_out}")
     reason = "a file is in the way" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
