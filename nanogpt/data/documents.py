@@ -63,12 +63,16 @@ Kinds = dict[str, Kind]  # suffix -> how to read such a file
 
 
 class SourceFile(NamedTuple):
-    """A file that holds documents; `input` is the index of the PATH that it was found under."""
+    """A file that holds documents.
+
+    `input`: the index of the PATH that it was found under. `explicit`: the user named it, rather than a folder.
+    """
 
     path: str
     size: int
     kind: Kind
     input: int
+    explicit: bool
 
 
 class Document(NamedTuple):
@@ -168,7 +172,8 @@ def find_files(
         real = os.path.realpath(path)
         if not os.path.exists(path):  # noqa: PTH110 (a path that is not UTF-8 stays a str)
             raise InputError(f"{printable(path)}: no such file or folder")
-        if os.path.isdir(real):  # noqa: PTH112
+        explicit = not os.path.isdir(real)  # noqa: PTH112
+        if not explicit:
             found = _walk(path, real, excluded, kinds, skips)
         else:
             found = iter([_explicit(path, real, kinds)])
@@ -178,10 +183,9 @@ def find_files(
             elif size == 0:
                 skips.add("empty", name)
             else:
-                files.append(SourceFile(name, size, kind, index))
+                files.append(SourceFile(name, size, kind, index, explicit))
             seen.add(real_name)
-    _check_readers(files)
-    return files
+    return _readable(files, skips)
 
 
 def _explicit(path: str, real: str, kinds: Kinds) -> tuple[str, str, int, Kind]:
@@ -243,25 +247,28 @@ def _walk(top: str, real_top: str, excluded: str, kinds: Kinds, skips: Skips) ->
             skips.add(*skip)
 
 
-def _check_readers(files: Iterable[SourceFile]) -> None:
-    """Refuse early what cannot be read for want of a package."""
-    needed = {
-        "pyarrow": next((f.path for f in files if f.kind == "parquet"), None),
-        "zstandard": next((f.path for f in files if f.path.lower().endswith(".zst")), None),
-    }
-    for package, path in needed.items():
-        if path is not None and find_spec(package) is None:
+def _readable(files: Iterable[SourceFile], skips: Skips) -> list[SourceFile]:
+    """The files that the installed packages can read: others are refused if named by the user, else left out."""
+    readable = []
+    for file in files:
+        package = "pyarrow" if file.kind == "parquet" else "zstandard" if file.path.lower().endswith(".zst") else None
+        if package is None or find_spec(package) is not None:
+            readable.append(file)
+        elif file.explicit:
             raise InputError(
-                f"{printable(path)}: reading it needs the package {package}, which is not installed;"
+                f"{printable(file.path)}: reading it needs the package {package}, which is not installed;"
                 " run: pip install 'nanogpt-speedrun[text]'"
             )
+        else:
+            skips.add(f"{package} is not installed", file.path)
+    return readable
 
 
 def plan(files: Iterable[SourceFile], field: str, skips: Skips) -> Iterator[Unit]:
     """Cut the files into units, in order, reading ahead no more than one unit.
 
     Raises:
-        InputError: a Parquet file has no column `field` of text.
+        InputError: a Parquet file that the user named has no column `field` of text.
     """
     small: deque[SourceFile] = deque()
     held = 0
@@ -363,6 +370,9 @@ def _parquet_units(file: SourceFile, field: str, skips: Skips) -> Iterator[Unit]
             column = schema.get_field_index(field)
             kind = schema.field(column).type if column >= 0 else None
             if kind is None or not _is_text(kind):
+                if not file.explicit:
+                    skips.add(f"no text in a column {field!r}", file.path)
+                    return
                 found = f"is {kind}, expected a string" if kind else "is missing"
                 raise InputError(
                     f"{printable(file.path)}: the column {field!r} {found}; its columns are"

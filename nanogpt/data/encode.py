@@ -111,19 +111,24 @@ def serve(fds: list[int]) -> None:
 
     def stop(*_: object) -> None:
         for worker in workers:
-            os.kill(worker, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)
 
+    # Held back until the list is whole: a worker forked just before it is listed would be missed.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     signal.signal(signal.SIGTERM, stop)
     for fd in fds:
         pid = os.fork()
         if pid == 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
             for other in fds:
                 if other != fd:
                     os.close(other)
             _work(Connection(fd))
             os._exit(0)
         workers.append(pid)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     for fd in fds:
         os.close(fd)
     for worker in list(workers):

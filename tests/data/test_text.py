@@ -619,7 +619,21 @@ def test_a_reader_that_is_missing_is_named(
     (tmp_path / name).write_bytes(b"data")
     monkeypatch.setattr(documents, "find_spec", lambda wanted: None)
     with pytest.raises(InputError, match=rf"{name}: reading it needs the package {package}.*nanogpt-speedrun\[text\]"):
-        prepare_text([tmp_path], tmp_path / "out", quiet=True)
+        prepare_text([tmp_path / name], tmp_path / "out", quiet=True)
+    for other in ("b.txt", "c.txt"):
+        (tmp_path / other).write_text(f"text of {other}")
+    summary = prepare_text([tmp_path], tmp_path / "out", val_tokens=1, quiet=True)
+    assert summary.skipped == {f"{package} is not installed": 1}
+
+
+def test_a_table_without_text_is_refused_by_name_and_left_out_of_a_folder(tmp_path: Path) -> None:
+    parquet_file(tmp_path / "numbers.parquet", pa.array([1, 2]))
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(f"text of {name}")
+    with pytest.raises(InputError, match=r"numbers.parquet: the column 'text' is int64"):
+        prepare_text([tmp_path / "numbers.parquet"], tmp_path / "out", quiet=True)
+    summary = prepare_text([tmp_path], tmp_path / "out", val_tokens=1, quiet=True)
+    assert summary.skipped == {"no text in a column 'text'": 1}
 
 
 def test_the_command_prepares_the_embedded_corpus(
