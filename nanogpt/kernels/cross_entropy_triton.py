@@ -156,7 +156,7 @@ def _kernel(
         )
 
     sums = tl.zeros([BLOCK], tl.float32)
-    kept: tuple = ()
+    kept = ()
     for i in tl.static_range(PAIRS):
         place = logits + 2 * i * BLOCK + columns
         a, b, c, d = _sigmoids_of_four(tl.load(place), tl.load(place + BLOCK), SHIFT, SCALE)
@@ -171,7 +171,7 @@ def _kernel(
             e_d = _exp2(d * (CAP * LOG2_E))
         sums += (e_a + e_b) + (e_c + e_d)
         if WRITE_GRAD:
-            kept += (
+            kept += (  # type: ignore[assignment]
                 _pack_bf16(e_a * (a - a * a), e_b * (b - b * b)),
                 _pack_bf16(e_c * (c - c * c), e_d * (d - d * d)),
             )
