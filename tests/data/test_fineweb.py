@@ -24,7 +24,7 @@ import pytest
 from hub_server import COMMIT, Fault, HubServer, shard_bytes
 
 from nanogpt.cli.prep import fineweb_main
-from nanogpt.data import manifest, workers
+from nanogpt.data import fineweb, manifest, workers
 from nanogpt.data.fineweb import default_directory, download, read_manifest, shard_names, verify_directory
 from nanogpt.data.hub import _retry_after
 from nanogpt.data.shards import header_bytes, read_count, train_name, val_name
@@ -282,9 +282,9 @@ def test_dropped_connection_continues_where_it_ended(hub: HubServer, prep: Prep,
     assert whole(hub, data, ONE, VAL)
 
 
-def test_body_that_ends_early_and_looks_whole(hub: HubServer, prep: Prep, data: Path) -> None:
+def test_body_that_ends_early_and_looks_whole(hub: HubServer, here: Here, data: Path) -> None:
     hub.fault("GET", ONE, Fault(drop_after=40_000, whole_length=False))
-    run = prep.run()
+    run = here.run(data)
     assert run.code == 0, run.err
     assert "ended before the file did (40.0 kB of 101.0 kB are kept)" in run.err
     assert [one.range for one in hub.gets(ONE)] == [None, "bytes=40000-"]
@@ -307,9 +307,9 @@ def test_server_that_ignores_range_starts_over(hub: HubServer, here: Here, data:
     assert [one.sent for one in hub.gets(ONE)] == [30_000, SHARD_BYTES]
 
 
-def test_connection_that_never_lasts_ends_the_run(hub: HubServer, prep: Prep, data: Path) -> None:
+def test_connection_that_never_lasts_ends_the_run(hub: HubServer, here: Here, data: Path) -> None:
     hub.always("GET", ONE, Fault(drop_after=0))
-    run = prep.run("--retries", "1")
+    run = here.run(data, "--retries", "1")
     assert run.code == 1
     assert "2 times in a row" in run.err
     assert run.states() == {VAL: "downloaded", ONE: "failed"}
@@ -398,10 +398,10 @@ def test_404_of_the_data_set(hub: HubServer, here: Here, data: Path) -> None:
 
 
 @pytest.mark.parametrize(("method", "status"), [("HEAD", 401), ("GET", 403)])
-def test_no_access_speaks_of_the_token(hub: HubServer, prep: Prep, method: str, status: int) -> None:
+def test_no_access_speaks_of_the_token(hub: HubServer, here: Here, data: Path, method: str, status: int) -> None:
     hub.always(method, VAL, Fault(status=status))
     hub.always(method, ONE, Fault(status=status))
-    run = prep.run()
+    run = here.run(data)
     assert run.code == 1
     assert "HF_TOKEN" in run.err
     assert str(status) in run.err
@@ -422,11 +422,23 @@ def test_no_network_is_said_within_seconds(data: Path) -> None:
         assert part in run.err
 
 
-def test_hub_that_never_answers_is_given_up_within_seconds(data: Path) -> None:
+@pytest.mark.parametrize("trickle", [False, True])
+def test_hub_that_never_answers_is_given_up_within_seconds(data: Path, trickle: bool) -> None:
+    """Silent, or with a byte of a header now and then, which no timeout of the HTTP client bounds."""
     prep = Prep(None, data)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
+
+        def drip() -> None:
+            with contextlib.suppress(OSError), silent.accept()[0] as connection:
+                connection.sendall(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+                for _ in range(100):
+                    connection.sendall(b"x")
+                    time.sleep(0.2)
+
+        if trickle:
+            threading.Thread(target=drip, daemon=True).start()
         prep.env |= {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "HF_HUB_ETAG_TIMEOUT": "1"}
         run = prep.run()
     assert run.code == 1
@@ -447,9 +459,9 @@ def test_offline_switch(hub: HubServer, prep: Prep, filled: Path) -> None:
 # What arrives is wrong
 
 
-def test_wrong_bytes_are_thrown_away_and_fetched_again(hub: HubServer, prep: Prep, data: Path) -> None:
+def test_wrong_bytes_are_thrown_away_and_fetched_again(hub: HubServer, here: Here, data: Path) -> None:
     hub.fault("GET", ONE, Fault(body=shard_bytes(99)))
-    run = prep.run()
+    run = here.run(data)
     assert run.code == 0, run.err
     assert hashlib.sha256(shard_bytes(99)).hexdigest() in run.err
     assert whole(hub, data, ONE)
@@ -510,11 +522,11 @@ def flip(path: Path, *, keep_time: bool = False) -> None:
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + (0 if keep_time else 1_000_000_000)))
 
 
-def test_corrupt_files_are_fetched_again(hub: HubServer, prep: Prep, filled: Path) -> None:
+def test_corrupt_files_are_fetched_again(hub: HubServer, here: Here, filled: Path) -> None:
     data = filled
     flip(data / ONE)
     (data / TWO).write_bytes(hub.files[TWO][:70_000])
-    run = prep.run(chunks=3)
+    run = here.run(data, chunks=3)
     assert run.code == 0, run.err
     assert run.states() == {VAL: "present", ONE: "refetched", TWO: "refetched", THREE: "present"}
     assert f"{ONE}: corrupt (sha256 is " in run.err
@@ -523,11 +535,11 @@ def test_corrupt_files_are_fetched_again(hub: HubServer, prep: Prep, filled: Pat
     assert {one.name for one in hub.seen} == {ONE, TWO}
 
 
-def test_verify_flag_hashes_files_that_look_unchanged(hub: HubServer, prep: Prep, filled: Path) -> None:
+def test_verify_flag_hashes_files_that_look_unchanged(hub: HubServer, here: Here, filled: Path) -> None:
     data = filled
     flip(data / ONE, keep_time=True)
-    assert prep.run().states()[ONE] == "present"  # this is what --verify is for
-    run = prep.run("--verify")
+    assert here.run(data).states()[ONE] == "present"  # this is what --verify is for
+    run = here.run(data, "--verify")
     assert run.states() == {VAL: "present", ONE: "refetched"}
     assert whole(hub, data, ONE)
 
@@ -740,6 +752,22 @@ def test_two_at_once_where_locks_do_nothing(hub: HubServer, prep: Prep, data: Pa
         assert run.wait().code == 0, run.err
     assert whole(hub, data, VAL, ONE)
     assert len(hub.gets(ONE)) == 2
+
+
+def test_another_process_takes_the_finished_partial_file(
+    hub: HubServer, here: Here, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hash_file = fineweb.file_sha256
+
+    def hash_and_lose(path: Path, stop: workers.Stop | None = None) -> str:
+        digest = hash_file(path, stop)
+        path.replace(data / path.name.removesuffix(".partial"))
+        return digest
+
+    monkeypatch.setattr(fineweb, "file_sha256", hash_and_lose)
+    run = here.run(data)
+    assert (run.code, run.states()) == (0, {VAL: "downloaded", ONE: "downloaded"}), run.err
+    assert whole(hub, data, VAL, ONE)
 
 
 def test_file_system_without_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
