@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -37,6 +38,9 @@ class FlashLibrary(NamedTuple):
 
 def _load_fa4() -> FlashLibrary:
     from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+
+    # Said at every compilation, of an argument that its own code passes.
+    warnings.filterwarnings("ignore", message=r"Argument aux_data \(position")
 
     def forward(
         q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int, scale: float
