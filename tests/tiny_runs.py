@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -130,6 +128,15 @@ def train(spec: RunSpec, data: Path, path: Path | None = None, *, resume: bool =
             RunDirectory.create(path.parent, spec).path.rename(path)
         run = RunDirectory.open(path)
     return train_run(spec, run=run, data_directory=data, resume=resume)
+
+
+def python(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python with these arguments on one thread, this folder's modules at hand."""
+    here = str(Path(__file__).parent)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": here, **environment}
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=200, cwd=cwd, env=environment, check=False
+    )
 
 
 def losses(path: Path) -> tuple[dict[int, float], dict[int, float]]:

@@ -6,6 +6,7 @@ so a crash in the middle leaves the one before untouched.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import re
@@ -51,10 +52,14 @@ def save_checkpoint(directory: Path, step: int, state: dict[str, Any], *, keep: 
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        partial.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of some
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = cause.strerror if isinstance(cause, OSError) else error
         raise RunError(
-            f"{path}: the checkpoint could not be written: {error}. Earlier checkpoints are whole"
+            f"{path}: the checkpoint could not be written: {reason}. Earlier checkpoints are whole: mend this, then go"
+            " on with --resume"
         ) from error
     for old in list_checkpoints(directory)[:-keep]:
         old.unlink()

@@ -1,0 +1,96 @@
+"""This process's place in the run, and what is refused before it starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny_runs import tiny_spec
+
+from nanogpt.errors import InputError, RunError
+from nanogpt.recipe import load_recipe
+from nanogpt.training.world import check_world, join_world, started_as
+
+
+@pytest.fixture(autouse=True)
+def no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def started_by_torchrun(monkeypatch: pytest.MonkeyPatch, rank: int, size: int, local_rank: int) -> None:
+    for name, value in (("RANK", rank), ("WORLD_SIZE", size), ("LOCAL_RANK", local_rank)):
+        monkeypatch.setenv(name, str(value))
+
+
+def test_one_process_joins_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a process group for one process")
+
+    monkeypatch.setattr(dist, "init_process_group", refuse)
+    with join_world(tiny_spec()) as world:
+        assert (world.rank, world.size, world.local_rank, world.is_main) == (0, 1, 0, True)
+        assert world.device == torch.device("cpu")
+        assert not dist.is_initialized()
+        world.synchronize()
+        world.communicator.barrier()
+        tensor = torch.ones(4)
+        assert world.communicator.average(tensor).wait() is tensor
+        assert world.communicator.average_shard(tensor).wait() is tensor
+        assert world.communicator.gather(tensor).wait() is tensor
+
+
+def test_the_place_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert started_as() == (0, 1, 0)
+    started_by_torchrun(monkeypatch, 5, 8, 1)
+    assert started_as() == (5, 8, 1)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "size", "message"),
+    [
+        ("8xh100", 1, "wants 8 processes, found 1. Use torchrun --nproc-per-node 8 -m nanogpt train RECIPE"),
+        ("1xh100", 2, "wants 1 process, found 2. Use torchrun --nproc-per-node 1 -m nanogpt train RECIPE"),
+    ],
+)
+def test_another_world_size(monkeypatch: pytest.MonkeyPatch, recipe: str, size: int, message: str) -> None:
+    started_by_torchrun(monkeypatch, 0, size, 0)
+    with pytest.raises(InputError) as error, join_world(load_recipe(recipe)):
+        pass
+    assert message in str(error.value)
+    assert f"--set hardware.gpus_per_node={size}" in str(error.value)
+
+
+def test_another_world_size_on_several_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = load_recipe("4xh100", ["hardware.nodes=2"])
+    with pytest.raises(InputError, match="torchrun --nnodes 2 --nproc-per-node 4 "):
+        check_world(spec)
+
+
+def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="the recipe wants h200, this machine shows no GPU") as error:
+        check_world(load_recipe("1xh200"))
+    assert "apptainer needs --nv" in str(error.value)
+    assert "recipes/demo.yaml" in str(error.value)
+
+
+def test_fewer_gpus_than_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    started_by_torchrun(monkeypatch, 1, 2, 1)
+    with pytest.raises(InputError, match="local rank 1 has no GPU, 1 are visible"):
+        check_world(load_recipe("2xh100"))
+
+
+def test_processes_that_do_not_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here for want of an address, as when a launcher other than torchrun sets the ranks alone."""
+    started_by_torchrun(monkeypatch, 1, 2, 1)
+    with (
+        pytest.raises(RunError, match=r"rank 1 on .*: cannot join the other processes"),
+        join_world(tiny_spec("hardware.gpus_per_node=2")),
+    ):
+        pass
+    assert not dist.is_initialized()
