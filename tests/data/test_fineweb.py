@@ -215,7 +215,7 @@ def test_default_is_nine_training_shards_of_a_hundred_and_three() -> None:
 def test_help_is_quick_and_imports_neither_torch_nor_the_hub() -> None:
     began = time.monotonic()
     run = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, check=True)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 5
     for flag in ("--chunks", "FINEWEB_CHUNKS", "--dir", "NANOGPT_DATA", "--verify", "data/fineweb10B"):
         assert flag in run.stdout
     code = (
@@ -417,7 +417,7 @@ def test_no_network_is_said_within_seconds(data: Path) -> None:
         prep.env["HF_ENDPOINT"] = f"http://127.0.0.1:{closed.getsockname()[1]}"
         run = prep.run()
     assert run.code == 1
-    assert run.seconds < 5
+    assert run.seconds < 8
     for part in ("cannot reach", prep.env["HF_ENDPOINT"], "login node", "0 of 2 shards"):
         assert part in run.err
 
@@ -442,7 +442,7 @@ def test_hub_that_never_answers_is_given_up_within_seconds(data: Path, trickle: 
         prep.env |= {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "HF_HUB_ETAG_TIMEOUT": "1"}
         run = prep.run()
     assert run.code == 1
-    assert run.seconds < 6
+    assert run.seconds < 8
     assert "cannot reach" in run.err
 
 
@@ -696,7 +696,7 @@ def test_interrupted_run_is_continued_by_the_next(
     run.process.send_signal(number)
     run.wait()
     assert run.code == code
-    assert time.monotonic() - stopped < 4
+    assert time.monotonic() - stopped < 8
     assert not (data / ONE).exists()
     if number != signal.SIGKILL:
         assert run.err.splitlines()[-1].startswith(f"prep-fineweb: interrupted ({number.name})")
