@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from nanogpt.cli.validate import RecipeArgument, SetOption
+
+if TYPE_CHECKING:
+    from nanogpt.training.trainer import Trainer
 
 bench = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, help=__doc__)
 
@@ -24,8 +29,21 @@ def step(
     out: Annotated[Path | None, typer.Option(help="Also write the figures to this file, as JSON.")] = None,
 ) -> None:
     """Milliseconds a training step in each stage of RECIPE, with tokens/s, model FLOP utilisation and peak memory."""
+    from nanogpt.training.benchmark import as_json, as_table, time_stages
+
+    with _trainer(recipe, overrides, data) as trainer:
+        timings = list(time_stages(trainer, steps=steps, warmup_steps=warmup))
+        if trainer.world.is_main:
+            typer.echo(as_table(timings, trainer))
+            if out is not None:
+                out.write_text(json.dumps(as_json(timings, trainer), indent=1) + "\n")
+
+
+@contextmanager
+def _trainer(recipe: str, overrides: list[str] | None, data: Path | None) -> Iterator[Trainer]:
+    """The recipe's trainer, ready to step, on `data` or on made-up tokens."""
     from nanogpt.recipe import load_recipe
-    from nanogpt.training.benchmark import as_json, as_table, time_stages, write_made_up_shards
+    from nanogpt.training.benchmark import write_made_up_shards
     from nanogpt.training.trainer import Trainer
     from nanogpt.training.world import join_world
 
@@ -38,11 +56,26 @@ def step(
                 data, train_tokens=20 * largest, val_tokens=spec.evaluation.tokens + 1, bos=spec.data.bos
             )
         with Trainer(spec, world, run=None, data_directory=data) as trainer:
-            timings = list(time_stages(trainer, steps=steps, warmup_steps=warmup))
-            if world.is_main:
-                typer.echo(as_table(timings, trainer))
-                if out is not None:
-                    out.write_text(json.dumps(as_json(timings, trainer), indent=1) + "\n")
+            yield trainer
+
+
+@bench.command("profile")
+def profile(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    warmup: Annotated[int, typer.Option(help="Steps before the profiled ones, in each stage.", min=2)] = 4,
+    rows: Annotated[int, typer.Option(help="Kernels listed for each stage.", min=1)] = 25,
+) -> None:
+    """Where a training step's time goes on the GPU, kernel by kernel, in each stage of RECIPE."""
+    from nanogpt.errors import InputError
+    from nanogpt.training.profile import as_table, profile_stages
+
+    with _trainer(recipe, overrides, None) as trainer:
+        if trainer.world.device.type != "cuda":
+            raise InputError(f"bench profile: {recipe} runs on a CPU; name a recipe for a GPU")
+        stages = list(profile_stages(trainer, warmup_steps=warmup))
+        if trainer.world.is_main:
+            typer.echo(as_table(stages, rows))
 
 
 @bench.command("kernels")

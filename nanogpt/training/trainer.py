@@ -26,6 +26,7 @@ from nanogpt.runs.directory import RunDirectory
 from nanogpt.spec import RunSpec
 from nanogpt.training.checkpoint import load_newest_checkpoint, save_checkpoint
 from nanogpt.training.clock import Clock
+from nanogpt.training.compilation import compiled_graphs
 from nanogpt.training.paths import choose_paths, compiles
 from nanogpt.training.report import Reporter
 from nanogpt.training.schedule import Schedule, StepSettings
@@ -39,6 +40,7 @@ class Result:
     final_val_loss: float
     steps: int
     train_seconds: float
+    late_graphs: int = 0  # graphs compiled after the clock had started: 0 in a run that warmed up
 
 
 def default_data_directory(spec: RunSpec) -> Path:
@@ -151,6 +153,7 @@ class Trainer:
         for line in self.path_lines:
             self.reporter.note(line)
         self.reporter.start(self.next_step, resumed=resumed)
+        graphs = compiled_graphs()
         self.clock.start()
         for step in range(self.next_step, self.schedule.total_steps):
             settings = self.schedule.at(step)
@@ -166,7 +169,10 @@ class Trainer:
                     self._save_checkpoint()
         self.clock.stop()
         final_loss = self._validate(self.schedule.total_steps, self.schedule.final_windows)
-        return Result(final_loss, self.schedule.total_steps, self.clock.elapsed_ms / 1000)
+        late_graphs = compiled_graphs() - graphs
+        if self.compiled:
+            self.reporter.note(f"compiled graphs: {graphs} before the clock started, {late_graphs} after")
+        return Result(final_loss, self.schedule.total_steps, self.clock.elapsed_ms / 1000, late_graphs)
 
     # --- a step ---
 

@@ -1,0 +1,93 @@
+"""Where a step's time goes on the GPU, kernel by kernel: `nanogpt bench profile`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from nanogpt.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """One kernel's share of a step; `calls` and `milliseconds` are a step's."""
+
+    name: str
+    calls: float
+    milliseconds: float
+
+
+@dataclass(frozen=True)
+class StageProfile:
+    """A stage's kernels, longest first, and the device time between the first and the last of them, a step's."""
+
+    stage: int
+    kernels: list[KernelTime]
+    span_ms: float
+
+    @property
+    def busy_ms(self) -> float:
+        """Milliseconds of a step in which a kernel ran, if none ran beside another."""
+        return sum(kernel.milliseconds for kernel in self.kernels)
+
+
+def profile_stages(trainer: Trainer, *, warmup_steps: int) -> Iterator[StageProfile]:
+    """Profile one pair of steps (one with Adam's step, one without) of every stage, warmed up."""
+    schedule = trainer.schedule
+    for index, first in enumerate(schedule.first_steps):
+        length, steps = schedule.stages[index].steps, schedule.adam_every
+        at = [schedule.at(first + i % length) for i in range(warmup_steps + steps)]
+        trainer.enter(at[0])
+        for settings in at[:warmup_steps]:
+            trainer.train_step(settings)
+        trainer.world.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            for settings in at[warmup_steps:]:
+                trainer.train_step(settings)
+            trainer.world.synchronize()
+        yield _summarize(index, profiler, steps)
+
+
+def _summarize(stage: int, profiler: profile, steps: int) -> StageProfile:
+    events = [e for e in profiler.events() or () if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels: dict[str, tuple[int, float]] = {}
+    for event in events:
+        name = short_name(event.name)
+        calls, microseconds = kernels.get(name, (0, 0.0))
+        kernels[name] = (calls + 1, microseconds + event.time_range.elapsed_us())
+    rows = [KernelTime(name, calls / steps, us / steps / 1000) for name, (calls, us) in kernels.items()]
+    span = max(e.time_range.end for e in events) - min(e.time_range.start for e in events) if events else 0
+    return StageProfile(stage, sorted(rows, key=lambda row: -row.milliseconds), span / steps / 1000)
+
+
+def short_name(kernel: str) -> str:
+    """A kernel's name without template arguments and return types, at most 90 characters."""
+    name = re.sub(r"^void ", "", kernel)
+    name = re.sub(r"<.*", "", name) if not name.startswith(("triton_", "kernel_cutlass")) else name
+    return name if len(name) <= 90 else name[:87] + "..."
+
+
+def as_table(stages: list[StageProfile], rows: int) -> str:
+    """The longest `rows` kernels of each stage as Markdown."""
+    lines = []
+    for stage in stages:
+        lines += [
+            f"Stage {stage.stage + 1}: {stage.span_ms:.1f} ms a step, kernels {stage.busy_ms:.1f} ms",
+            "",
+            "| kernel | calls a step | ms a step | share |",
+            "| --- | --- | --- | --- |",
+        ]
+        for k in stage.kernels[:rows]:
+            share = k.milliseconds / stage.span_ms
+            lines.append(f"| {k.name} | {k.calls:g} | {k.milliseconds:.2f} | {share:.1%} |")
+        rest = stage.kernels[rows:]
+        rest_ms = sum(k.milliseconds for k in rest)
+        lines += [
+            f"| {len(rest)} others | {sum(k.calls for k in rest):g} | {rest_ms:.2f} | {rest_ms / stage.span_ms:.1%} |",
+            "",
+        ]
+    return "\n".join(lines)
