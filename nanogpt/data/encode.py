@@ -186,7 +186,10 @@ class Encoder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._process and self._threads:
-            self._process.terminate()  # no thread is to wait for an answer that nobody wants
+            # No thread is to wait for an answer that nobody wants. The whole group, workers included: a child that is
+            # told by a signal just before it waits for its workers would hear it only after they have ended.
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._threads.shutdown(cancel_futures=True)
             while not self._idle.empty():
