@@ -56,9 +56,9 @@ def nanogpt(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """PyTorch on one thread: for tiny tensors the threads' hand-shakes cost more than they save."""
+    """PyTorch on one thread, to the end of the module: with tiny tensors, hand-shakes cost more than they save."""
     import torch
 
     threads = torch.get_num_threads()

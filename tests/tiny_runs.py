@@ -53,7 +53,7 @@ SPEEDRUN = (
     "training.extension={steps: 2, batch_tokens: 512, window_blocks: {short: 4, long: 10}, token_weights: [1],"
     " lr_factor: 1.73}",
     "training.final_window_blocks={short: 4, long: 16}",
-    "evaluation={every: 5, tokens: 512, micro_batch_tokens: 64, target_loss: null}",
+    "evaluation={every: 5, tokens: 256, micro_batch_tokens: 64, target_loss: null}",
     f"data={{bos: {BOS}, epochs: null}}",
     "checkpoint={at_end: false}",
 )
@@ -77,7 +77,7 @@ GPT2 = (
     "training.final_window_blocks={short: 1, long: 1}",
     "training.lr_schedule.warmup_steps=3",
     "training.warmup=false",
-    "evaluation={every: 4, tokens: 512, micro_batch_tokens: 64, target_loss: null}",
+    "evaluation={every: 4, tokens: 256, micro_batch_tokens: 64, target_loss: null}",
     f"data={{bos: {BOS}, epochs: null}}",
     "hardware={gpu: cpu, gpus_per_node: 1}",
     "runtime={dtype: fp32}",

@@ -46,7 +46,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=["speedrun", "gpt2"])
 def whole(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was never stopped, with a checkpoint after every step."""
-    torch.set_num_threads(1)
     path = tmp_path_factory.mktemp(request.param) / "run"
     train(tiny_spec(EVERY_STEP, model=request.param), data, path)
     return path

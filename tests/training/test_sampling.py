@@ -32,7 +32,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with a checkpoint of each of its last steps."""
-    torch.set_num_threads(1)
     path = tmp_path_factory.mktemp("finished") / "run"
     train(tiny_spec("checkpoint={every: 1, keep: 3, at_end: true}"), data, path)
     return path

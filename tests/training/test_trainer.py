@@ -55,7 +55,6 @@ def a_trainer(spec: RunSpec, data: Path) -> Iterator[Trainer]:
 @pytest.fixture(scope="module")
 def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with a checkpoint at its end."""
-    torch.set_num_threads(1)
     path = tmp_path_factory.mktemp("finished") / "run"
     train(tiny_spec("checkpoint.at_end=true", "evaluation.every=4"), data, path)
     return path
@@ -288,7 +287,7 @@ def test_each_stage_brings_its_batch_windows_weights_and_yarn(
         return [("train", tokens, short, long, weights, scale[stage])] * 4
 
     def validation(short: int, long: int, stage: int) -> list[Any]:
-        return [("eval", 64, short, long, (), scale[stage])] * 8
+        return [("eval", 64, short, long, (), scale[stage])] * 4
 
     expected = [
         validation(8, 16, 0),
@@ -345,7 +344,7 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run(
 ) -> None:
     original, calls = Speedrun.evaluation_loss, itertools.count()
     monkeypatch.setattr(
-        Speedrun, "evaluation_loss", lambda *args: original(*args) + (math.nan if next(calls) == 20 else 0.0)
+        Speedrun, "evaluation_loss", lambda *args: original(*args) + (math.nan if next(calls) == 10 else 0.0)
     )
     with pytest.raises(RunError, match="step 10: the validation loss is nan"):
         train(tiny_spec(), data, tmp_path / "run")

@@ -1,0 +1,132 @@
+"""Runs of several processes over gloo: the losses and parameters of one process, and checkpoints for any number."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import losses, make_data, newest_state, python, tiny_spec, train, write_recipe
+
+from nanogpt.runs.directory import RunDirectory
+from nanogpt.runs.metrics import read_run
+from nanogpt.training.checkpoint import list_checkpoints
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TOLERANCE = 1e-5  # relative, in fp32: sums in another order
+CHECKPOINTS = "checkpoint={every: 5, keep: 3, at_end: true}"  # after 5 steps Adam's gradients are pending
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("tiny") / "data", (1700, 1300))
+
+
+def torchrun(processes: int, *arguments: object) -> str:
+    """`torchrun -m nanogpt train` on this machine; returns standard output and error together."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
+    done = python(*launcher, "-m", "nanogpt", "train", *map(str, arguments))
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def assert_close(one: Any, other: Any, where: str = "state") -> None:
+    """Tensors equal to TOLERANCE by norm, or to 1e-7 where they are small; everything else equal."""
+    if isinstance(one, torch.Tensor):
+        assert (one.dtype, one.shape) == (other.dtype, other.shape), where
+        difference = (one.double() - other.double()).norm()
+        allowed = TOLERANCE * one.double().norm() + 1e-7 * one.numel() ** 0.5
+        assert difference <= allowed, f"{where}: off by {difference:.1e}, {allowed:.1e} is allowed"
+    elif isinstance(one, Mapping):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_close(one[key], other[key], f"{where}.{key}")
+    else:
+        assert one == other, where
+
+
+def assert_same_run(path: Path, whole: Path) -> None:
+    for found, expected in zip(losses(path), losses(whole), strict=True):
+        assert found == pytest.approx(expected, rel=TOLERANCE)
+    assert_close(*(without_key_biases(newest_state(run)) for run in (path, whole)))
+
+
+def without_key_biases(state: dict[str, Any]) -> dict[str, Any]:
+    """GPT-2's attention does not depend on them: their gradient is rounding error, which Adam brings to full size."""
+    for name, value in state["model"].items():
+        if name.endswith("qkv.bias"):
+            value.view(3, -1)[1] = 0
+    return state
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process, never stopped."""
+    path = tmp_path_factory.mktemp("whole") / "run"
+    train(tiny_spec(CHECKPOINTS), data, path)
+    return path
+
+
+def distributed_run(processes: int, data: Path, parent: Path, *overrides: str, model: str = "speedrun") -> Path:
+    spec = tiny_spec(CHECKPOINTS, f"hardware.gpus_per_node={processes}", *overrides, model=model)
+    parent.mkdir()
+    output = torchrun(processes, write_recipe(parent / "tiny.yaml", spec), "--data", data, "--out", parent / "runs")
+    (path,) = (parent / "runs").iterdir()
+    # One process of them speaks.
+    assert len(re.findall(r"^step:12/12 val_loss:", output, re.MULTILINE)) == (1 if model == "speedrun" else 0)
+    assert output.count("finished, ") == 1
+    assert "Warning" not in output.replace("OMP_NUM_THREADS", "")
+    assert read_run(path).start["world_size"] == processes
+    return path
+
+
+@pytest.fixture(scope="module")
+def on_two(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two processes, with the warm-up, whose restore must give every rank its shards back."""
+    return distributed_run(2, data, tmp_path_factory.mktemp("two") / "of", "training.warmup=true")
+
+
+def test_two_processes_train_as_one(on_two: Path, whole: Path) -> None:
+    assert_same_run(on_two, whole)
+
+
+def test_four_processes_train_as_one(data: Path, whole: Path, tmp_path: Path) -> None:
+    assert_same_run(distributed_run(4, data, tmp_path / "four"), whole)
+
+
+def test_gpt2_on_two_processes_trains_as_on_one(data: Path, tmp_path: Path) -> None:
+    train(tiny_spec(CHECKPOINTS, model="gpt2"), data, tmp_path / "whole")
+    assert_same_run(distributed_run(2, data, tmp_path / "two", model="gpt2"), tmp_path / "whole")
+
+
+def stopped(run: Path, step: int, path: Path) -> Path:
+    """The run as it was after the checkpoint of `step`."""
+    shutil.copytree(run, path)
+    for file in list_checkpoints(path / "checkpoints"):
+        if file.name != f"step-{step:06d}.pt":
+            file.unlink()
+    return path
+
+
+@pytest.mark.parametrize("step", [5, 10])
+def test_a_checkpoint_of_two_processes_goes_on_with_one(
+    on_two: Path, whole: Path, data: Path, tmp_path: Path, step: int
+) -> None:
+    path = stopped(on_two, step, tmp_path / "run")
+    train(tiny_spec(CHECKPOINTS), data, path, resume=True)
+    assert read_run(path).start["resumed_at"] == step
+    assert_same_run(path, whole)
+
+
+def test_a_checkpoint_of_two_processes_goes_on_with_four(on_two: Path, whole: Path, data: Path, tmp_path: Path) -> None:
+    path = stopped(on_two, 5, tmp_path / "run")
+    torchrun(4, "--resume", path, "--data", data, "--set", "hardware.gpus_per_node=4")
+    run = read_run(path)
+    assert (run.start["resumed_at"], run.start["world_size"], run.state) == (5, 4, "finished")
+    assert_same_run(path, whole)
+    assert RunDirectory.open(path).spec().world_size == 2  # the run's spec stays that of its start
