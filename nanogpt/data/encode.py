@@ -107,33 +107,20 @@ def serve(fds: list[int]) -> None:
     """What the child process does: fork a worker for each of the connections `fds`, and wait until all have ended."""
     gpt2_encoding()
     gc.freeze()
-    workers: list[int] = []
-
-    def stop(*_: object) -> None:
-        for worker in workers:
-            with suppress(ProcessLookupError):
-                os.kill(worker, signal.SIGKILL)
-
-    # Held back until the list is whole: a worker forked just before it is listed would be missed.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    signal.signal(signal.SIGTERM, stop)
+    workers = []
     for fd in fds:
         pid = os.fork()
         if pid == 0:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
             for other in fds:
                 if other != fd:
                     os.close(other)
             _work(Connection(fd))
             os._exit(0)
         workers.append(pid)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     for fd in fds:
         os.close(fd)
-    for worker in list(workers):
+    for worker in workers:
         os.waitpid(worker, 0)
-        workers.remove(worker)
 
 
 def _work(connection: Connection) -> None:
@@ -185,15 +172,24 @@ class Encoder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._process and self._threads:
-            # No thread is to wait for an answer that nobody wants. The whole group, workers included: a child that is
-            # told by a signal just before it waits for its workers would hear it only after they have ended.
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._threads.shutdown(cancel_futures=True)
-            while not self._idle.empty():
-                self._idle.get().close()
+        if not (self._process and self._threads):
+            return
+        if error is not None or self._idle.qsize() < self.workers:
+            self._kill()  # no thread is to wait for an answer that nobody wants
+        self._threads.shutdown(cancel_futures=True)
+        while not self._idle.empty():
+            self._idle.get().close()
+        try:
+            self._process.wait(10)  # the workers have met the end of their pipes, and the child has waited for them
+        except subprocess.TimeoutExpired:  # a process that the caller forked meanwhile holds the pipes open
+            self._kill()
+
+    def _kill(self) -> None:
+        """End all at once, by group: the child may be forking a worker, or waiting, deaf to what Python handles."""
+        assert self._process
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
     def encode(self, units: Iterable[Unit]) -> Iterator[Encoded]:
         """The units' tokens in the units' order; no more than two units a worker are held at a time."""

@@ -369,7 +369,10 @@ def test_a_large_file_is_checked_to_its_end_first(
 def running(code: str, *arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
     """A Python process of its own, ended at the end."""
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         yield process
@@ -521,6 +524,16 @@ def test_a_killed_worker_ends_the_run(tmp_path: Path, many_lines: Path, monkeypa
     with pytest.raises(RunError, match="a tokenizing worker was killed"):
         prepare_text([many_lines], tmp_path / "out", workers=2, quiet=True)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.1, 0.2, 0.3])
+def test_an_error_ends_the_workers_even_while_they_start(seconds: float) -> None:
+    with pytest.raises(ZeroDivisionError), encode.Encoder(16):
+        time.sleep(seconds)
+        workers = descendants(os.getpid())
+        raise ZeroDivisionError
+    assert workers
+    wait_for(lambda: not any(alive(pid) for pid in workers), 5)
 
 
 def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
