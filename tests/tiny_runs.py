@@ -59,7 +59,7 @@ SPEEDRUN = (
 )
 SPEEDRUN_STEPS = 12
 
-# Nine steps of one stage, with dropout of nothing and AdamW.
+# Nine steps of one stage, with AdamW.
 GPT2 = (
     "name=tiny-gpt2",
     f"model.vocab_size={VOCABULARY}",
