@@ -122,5 +122,5 @@ def transpose_bytes(src: Tensor, config: Config | None = None) -> Tensor:
     return out
 
 
-QUANTIZE = Config(128, 128, 8)
-TRANSPOSE = Config(64, 64, 8)
+QUANTIZE = Config(64, 64, 4)
+TRANSPOSE = Config(32, 32, 4)
