@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -36,6 +38,9 @@ def demo(
     The same code as the speedrun's, made small by the recipe `demo`. Shows a table, a plot and a text sample, and fails
     if the model ends less than 0.3 nats below the cross-entropy of a unigram model of the same text.
     """
+    # Read when torch is loaded. On a machine with other work, threads that spin while they wait for one another take
+    # the time of the thread that they wait for: a step took 3 to 7 times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     run_demo(directory, steps=steps)
 
 
@@ -68,7 +73,8 @@ def run_demo(directory: Path, *, recipe: str = "demo", steps: int | None = None)
     margin = show_result(run.path, spec, data, result.final_val_loss)
 
     text = sample_text(run.path, PROMPT, tokens=80, temperature=0.8, top_k=50, seed=0)
-    typer.echo(f"\nWhat it writes after {PROMPT!r}:\n\n  " + "\n  ".join(text.splitlines()) + "\n")
+    lines = [line for paragraph in text.splitlines() for line in textwrap.wrap(paragraph, 78) or [""]]
+    typer.echo(f"\nWhat it writes after {PROMPT!r}:\n\n  " + "\n  ".join(lines) + "\n")
 
     if steps is not None:
         typer.echo(f"Shortened to {training.total_steps} steps: the loss is shown, and not judged.")
@@ -182,7 +188,7 @@ def _comparison(spec: RunSpec, first: float | None, final: float, unigram: float
 
 
 def next_steps(run_path: Path) -> str:
-    """Commands to go on with, one a line; only those that this installation has."""
+    """Commands to go on with, each below what it is for; only those that this installation has."""
     from nanogpt.cli.main import COMMANDS
 
     known = {command.name for command in COMMANDS}
@@ -201,5 +207,4 @@ def next_steps(run_path: Path) -> str:
     if activate.is_file() and (found is None or Path(found).parent != activate.parent):
         shown = activate.relative_to(Path.cwd()) if activate.is_relative_to(Path.cwd()) else activate
         lines.insert(0, (f". {shown}", "so that the commands are found"))
-    width = max(len(command) for command, _ in lines)
-    return "\n".join(f"  {command.ljust(width)}  # {what}" for command, what in lines)
+    return "\n".join(f"  # {what}\n  {command}" for command, what in lines)
