@@ -8,7 +8,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nanogpt.errors import InputError
@@ -478,6 +478,7 @@ def test_too_few_steps():
 
 
 @settings(max_examples=40)
+@example(name="x", text="\x85\u2028 \u2029\ufeff", eps=1.0, weights=[1.0], directory="Grö\u00dfe\r\n\t x: #y")
 @given(
     name=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True),
     text=st.text(st.characters(exclude_categories=["Cs"]), max_size=200),
