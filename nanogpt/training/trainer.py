@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanogpt.console import say
 from nanogpt.data import fineweb
 from nanogpt.data.batches import TrainBatches, ValBatches
 from nanogpt.errors import InputError, RunError
@@ -143,7 +144,12 @@ class Trainer:
         else:
             state = "failed" if issubclass(kind, Exception) else "interrupted"
         reason = None if error is None else f"{type(error).__name__} after step {self.next_step}: {error}"
-        self.reporter.end(state, reason, self.clock.elapsed_ms)
+        try:
+            self.reporter.end(state, reason, self.clock.elapsed_ms)
+        except RunError as second:
+            if error is None:
+                raise
+            say(str(second))  # the first error is the one to report
 
     def run(self, *, resume: bool = False) -> Result:
         """Warm up, train, validate."""
