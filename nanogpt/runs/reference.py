@@ -1,0 +1,153 @@
+"""Reference curves: what a published run of the same recipe had at the same step, and whether this run is near it.
+
+A recipe's `reference` holds published validation losses. They mean something for a run on FineWeb's own shards whose
+spec gives the published result; for any other run the comparison is off, and `why_off` says why.
+
+The band around the first curve: five standard deviations of the last loss at its last step, and `early_band` at the
+steps before, where no spread is published. Neighbouring records, whose schedules differ, are about that far apart on
+the way; a run of one recipe is nearer to its own kind, and what an error in model, data or optimizer does is larger.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanogpt.data.manifest import MANIFEST, REPOSITORY, read_manifest
+from nanogpt.recipe import load_recipe, shipped_recipes
+from nanogpt.spec import ReferenceSpec, RunSpec
+
+END_BAND_SPREADS = 5
+RESULT_KEYS = ("model", "optimizer", "training", "evaluation.tokens", "evaluation.micro_batch_tokens", "data.bos")
+NOT_RESULT_KEYS = ("training.seed",)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A validation loss beside the reference's at the same step; losses in nats."""
+
+    step: int
+    loss: float
+    reference: str  # the curve's name
+    reference_loss: float
+    band: float
+
+    @property
+    def difference(self) -> float:
+        """Above the reference where positive."""
+        return self.loss - self.reference_loss
+
+    @property
+    def inside(self) -> bool:
+        """Within the band. A loss that is not finite is not."""
+        return abs(self.difference) <= self.band
+
+    def line(self) -> str:
+        """For the log, below the evaluation's line."""
+        return (
+            f"reference:{self.reference_loss:.4f} ({self.reference}) difference:{self.difference:+.4f}"
+            f" band:{self.band:.4f}"
+        )
+
+    def warning(self) -> str | None:
+        """What to say of a run that has left the band."""
+        if self.inside:
+            return None
+        where = "above" if self.difference > 0 else "below"
+        return (
+            f"warning: {abs(self.difference):.2g} {where} {self.reference} at step {self.step}, the band is"
+            f" {self.band:.2g}: stop and look"
+        )
+
+
+def compare_loss(reference: ReferenceSpec, step: int, loss: float) -> Comparison | None:
+    """`loss` after `step` steps beside the first curve; None at a step that the curve does not have."""
+    curve = reference.curves[0]
+    found = dict(curve.points).get(step)
+    if found is None:
+        return None
+    at_end = step == curve.points[-1][0]
+    band = END_BAND_SPREADS * reference.end_spread if at_end else reference.early_band
+    return Comparison(step, loss, curve.name, found, band)
+
+
+def why_off(spec: RunSpec, data_directory: Path) -> str | None:
+    """Why a run of `spec` on the shards in `data_directory` has no reference to be compared with; None: it has."""
+    if spec.reference is None:
+        return "the recipe has none"
+    differences = [f"{key}" for key, _, _ in result_differences(load_shipped(spec.reference.recipe), spec)]
+    if differences:
+        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+        return f"the run differs from {spec.reference.recipe} in {', '.join(differences[:3])}{more}"
+    return why_not_fineweb(data_directory, spec)
+
+
+def why_not_fineweb(directory: Path, spec: RunSpec) -> str | None:
+    """Why the shards that `spec` reads in `directory` are not known to be FineWeb's; None: they are.
+
+    Evidence is the manifest that prep-fineweb leaves beside shards whose sha256 is the hub's. Lengths are compared with
+    it, nothing is read.
+    """
+    path = directory / MANIFEST
+    try:
+        repository = json.loads(path.read_text(encoding="utf-8")).get("repository")
+    except (OSError, ValueError, AttributeError):
+        return f"{path}: no manifest of downloaded shards"
+    if repository != REPOSITORY:
+        return f"{path}: shards of {repository}, not of {REPOSITORY}"
+    entries = read_manifest(directory)
+    for pattern in (spec.data.val_files, spec.data.train_files):
+        files = sorted(directory.glob(pattern))
+        if not files:
+            return f"{directory}: no {pattern}"
+        for file in files:
+            entry = entries.get(file.name)
+            if entry is None:
+                return f"{file}: not in the manifest of downloaded shards"
+            if file.stat().st_size != entry.bytes:
+                return f"{file}: {file.stat().st_size} bytes, the hub's file has {entry.bytes}"
+    return None
+
+
+def load_shipped(recipe: str) -> RunSpec:
+    """The shipped recipe of this name, whatever files of that name lie in the working directory."""
+    return load_recipe(shipped_recipes() / f"{recipe}.yaml")
+
+
+def result_differences(one: RunSpec, other: RunSpec) -> Iterator[tuple[str, Any, Any]]:
+    """(key, value in `one`, value in `other`) of all that decides the loss, other than the seed."""
+    from nanogpt.training.resume import spec_differences
+
+    for key, *values in spec_differences(one, other):
+        if under(key, RESULT_KEYS) and not under(key, NOT_RESULT_KEYS):
+            yield key, values[0], values[1]
+
+
+def under(key: str, parents: tuple[str, ...]) -> bool:
+    """Whether the dotted `key` is one of `parents` or below one."""
+    return any(f"{key}.".startswith(f"{parent}.") for parent in parents)
+
+
+class ReferenceWatch:
+    """Holds a run's validation losses against its reference, if it has one.
+
+    Args:
+        spec: the run.
+        data_directory: its shards.
+    """
+
+    def __init__(self, spec: RunSpec, data_directory: Path):
+        self.off = why_off(spec, data_directory)
+        self.reference = None if self.off else spec.reference
+        self.note = None  # for the log, at the start
+        if self.reference is not None:
+            self.note = f"reference: {self.reference.curves[0].name}"
+        elif spec.reference is not None:
+            self.note = f"reference off: {self.off}"
+
+    def compare(self, step: int, loss: float) -> Comparison | None:
+        """The comparison after `step` steps; None where it is off or the curve has no such step."""
+        return None if self.reference is None else compare_loss(self.reference, step, loss)
