@@ -29,6 +29,7 @@ from nanogpt.spec import RunSpec
 LOG_NAME = "log.txt"
 METRICS_NAME = "metrics.jsonl"
 SPEC_NAME = "spec.yaml"
+RECORD_NAME = "record.json"
 CHECKPOINTS_NAME = "checkpoints"
 
 # float32 values keep all their bits through nine digits.
@@ -89,7 +90,7 @@ class RunDirectory:
             raise _cannot_create(parent, error) from error
         run = cls(path)
         try:
-            _write_whole(run.spec_path, dump_spec(spec))
+            write_whole(run.spec_path, dump_spec(spec))
         except OSError as error:
             with contextlib.suppress(OSError):
                 path.rmdir()
@@ -219,7 +220,8 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"metric: {value!r} is a {type(value).__name__}, which JSON does not know")
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Put `text` in the place of the file at `path`, in one move and safe from a crash. Raises OSError."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
