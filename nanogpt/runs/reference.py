@@ -11,6 +11,7 @@ the way; a run of one recipe is nearer to its own kind, and what an error in mod
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from nanogpt.spec import ReferenceSpec, RunSpec
 
 END_BAND_SPREADS = 5
 RESULT_KEYS = ("model", "optimizer", "training", "evaluation.tokens", "evaluation.micro_batch_tokens", "data.bos")
-NOT_RESULT_KEYS = ("training.seed",)
+NOT_RESULT_KEYS = ("training.seed", "training.warmup")
 
 
 @dataclass(frozen=True)
@@ -42,25 +43,27 @@ class Comparison:
 
     @property
     def inside(self) -> bool:
-        """Within the band. A loss that is not finite is not."""
+        """Within the band."""
         return abs(self.difference) <= self.band
 
-    def line(self) -> str:
-        """For the log, below the evaluation's line."""
-        return (
+    def lines(self) -> list[str]:
+        """For the log, below the evaluation's line: the comparison, and a warning where the run has left the band."""
+        text = (
             f"reference:{self.reference_loss:.4f} ({self.reference}) difference:{self.difference:+.4f}"
-            f" band:{self.band:.4f}"
+            f" band:+-{self.band:.4f}"
         )
-
-    def warning(self) -> str | None:
-        """What to say of a run that has left the band."""
         if self.inside:
-            return None
+            return [text]
         where = "above" if self.difference > 0 else "below"
-        return (
-            f"warning: {abs(self.difference):.2g} {where} {self.reference} at step {self.step}, the band is"
-            f" {self.band:.2g}: stop and look"
-        )
+        return [
+            text,
+            f"warning: {abs(self.difference):.2g} {where} {self.reference} at step {self.step}, outside of the band of"
+            f" {self.band:.2g}: stop and look",
+        ]
+
+    def fields(self) -> dict[str, Any]:
+        """For the evaluation's metrics record."""
+        return {"reference": self.reference, "reference_loss": self.reference_loss, "reference_band": self.band}
 
 
 def compare_loss(reference: ReferenceSpec, step: int, loss: float) -> Comparison | None:
@@ -78,7 +81,7 @@ def why_off(spec: RunSpec, data_directory: Path) -> str | None:
     """Why a run of `spec` on the shards in `data_directory` has no reference to be compared with; None: it has."""
     if spec.reference is None:
         return "the recipe has none"
-    differences = [f"{key}" for key, _, _ in result_differences(load_shipped(spec.reference.recipe), spec)]
+    differences = [key for key, _, _ in result_differences(load_shipped(spec.reference.recipe), spec)]
     if differences:
         more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
         return f"the run differs from {spec.reference.recipe} in {', '.join(differences[:3])}{more}"
@@ -118,7 +121,7 @@ def load_shipped(recipe: str) -> RunSpec:
 
 
 def result_differences(one: RunSpec, other: RunSpec) -> Iterator[tuple[str, Any, Any]]:
-    """(key, value in `one`, value in `other`) of all that decides the loss, other than the seed."""
+    """(key, value in `one`, value in `other`) of all that decides the loss, other than by chance."""
     from nanogpt.training.resume import spec_differences
 
     for key, *values in spec_differences(one, other):
@@ -142,12 +145,14 @@ class ReferenceWatch:
     def __init__(self, spec: RunSpec, data_directory: Path):
         self.off = why_off(spec, data_directory)
         self.reference = None if self.off else spec.reference
-        self.note = None  # for the log, at the start
+        self.note: str | None = None  # for the log, at the start
         if self.reference is not None:
             self.note = f"reference: {self.reference.curves[0].name}"
         elif spec.reference is not None:
             self.note = f"reference off: {self.off}"
 
     def compare(self, step: int, loss: float) -> Comparison | None:
-        """The comparison after `step` steps; None where it is off or the curve has no such step."""
-        return None if self.reference is None else compare_loss(self.reference, step, loss)
+        """The comparison after `step` steps; None where it is off, or there is nothing to compare."""
+        if self.reference is None or not math.isfinite(loss):
+            return None
+        return compare_loss(self.reference, step, loss)

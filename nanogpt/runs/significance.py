@@ -10,9 +10,13 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from nanogpt.errors import InputError
-from nanogpt.runs.finished import FinishedRun, differences_between
+from nanogpt.runs.loaded import IDENTITY_KEYS, LoadedRun, differences
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 TARGET = 3.28
 ALPHA = 0.01
@@ -110,35 +114,92 @@ def _runs_needed(effect: float, alpha: float) -> int | None:
     return high
 
 
-def runs_significance(
-    runs: Sequence[FinishedRun], *, target: float | None = None, alpha: float = ALPHA
-) -> Significance:
+def runs_significance(runs: Sequence[LoadedRun], *, target: float | None = None, alpha: float = ALPHA) -> Significance:
     """`significance` of finished runs of one spec, code and hardware.
 
     Args:
-        runs: several runs, which may differ in seed, name, output and data directory.
+        runs: several runs with records, which may differ in seed, name, output and data directory.
         target: None is the runs' own target loss, else 3.28.
         alpha: p must be below it.
 
     Raises:
-        InputError: a run that is not finished, is named twice or differs from the first; says how.
+        InputError: a run that is not finished, is the copy of another or differs from the first; says how.
     """
-    problems = [f"  {run.label}: {run.why_unfinished}" for run in runs if run.why_unfinished]
-    if problems:
-        raise InputError("\n".join(["significance: these runs have no result; leave them away:", *problems]))
+    unfinished = [f"  {run.label}: {run.why_unfinished}" for run in runs if run.why_unfinished]
+    if unfinished:
+        raise InputError("\n".join(["significance: these runs have no result; leave them away:", *unfinished]))
     for one, other in itertools.combinations(runs, 2):
-        if one.path.resolve() == other.path.resolve():
-            raise InputError(f"{other.path}: named twice; each run counts once")
-        if one.losses() == other.losses() and one.times() == other.times():
-            raise InputError(f"{other.path}: the same losses and times as {one.path}: a copy; each run counts once")
-    for other in runs[1:]:
-        problems += [f"  {difference.line()}" for difference in differences_between(runs[0], other)]
-    if problems:
-        raise InputError(
-            "\n".join(
-                ["significance: only runs of one spec, code and hardware can be pooled; these differ:", *problems]
+        if one.curve() == other.curve():
+            raise InputError(
+                f"{other.path}: a copy of {one.path}, loss for loss and time for time; each run counts once"
             )
+    differing = differences(runs, ignore=IDENTITY_KEYS)
+    if differing:
+        lines = [f"  {difference.line([run.label for run in runs])}" for difference in differing]
+        raise InputError(
+            "\n".join(["significance: runs of one spec, code and hardware belong together; these differ:", *lines])
         )
     if target is None:
         target = runs[0].spec.evaluation.target_loss or TARGET
-    return significance([run.final_loss for run in runs], target=target, alpha=alpha)
+    return significance([run.final_loss for run in runs if run.final_loss is not None], target=target, alpha=alpha)
+
+
+def significance_data(result: Significance, runs: Sequence[LoadedRun]) -> dict[str, Any]:
+    """The test as data that JSON can hold."""
+    return {
+        "runs": [
+            {
+                "run": run.label,
+                "seed": run.spec.training.seed,
+                "val_loss": run.final_loss,
+                "train_seconds": run.train_seconds,
+            }
+            for run in runs
+        ],
+        "n": result.n,
+        "mean": result.mean,
+        "sd": result.sd,
+        "target": result.target,
+        "alpha": result.alpha,
+        "t": _finite(result.t),
+        "p": result.p,
+        "significant": result.significant,
+        "more_runs": result.more_runs,
+        "verdict": result.verdict(),
+        "repeated_seeds": repeated_seeds(runs),
+    }
+
+
+def repeated_seeds(runs: Sequence[LoadedRun]) -> list[int]:
+    """Seeds that several runs share: those runs differ by rounding alone, by less than runs of the recipe do."""
+    seeds = [run.spec.training.seed for run in runs]
+    return sorted({seed for seed in seeds if seeds.count(seed) > 1})
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def significance_table(result: Significance, runs: Sequence[LoadedRun]) -> RenderableType:
+    """The runs and the test for a Rich console."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from nanogpt.runs.table import plain_table, seconds_text
+
+    table = plain_table("run", "seed", "validation loss", "training time", left=1)
+    for run in runs:
+        seconds = run.train_seconds
+        table.add_row(
+            run.label,
+            str(run.spec.training.seed),
+            f"{run.final_loss:.4f}",
+            seconds_text(None if seconds is None else 1000 * seconds),
+        )
+    spread = "" if result.sd is None else f", standard deviation {result.sd:.5f}"
+    test = "" if result.t is None else f", t = {result.t:.3f}, p = {result.p:.3g}"
+    return Group(
+        table,
+        Text(f"n = {result.n}, mean {result.mean:.5f}{spread}; target {result.target:g}{test}"),
+        Text(result.verdict(), style="bold"),
+    )

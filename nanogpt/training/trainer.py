@@ -23,6 +23,7 @@ from nanogpt.models import build_model
 from nanogpt.models.interface import Windows
 from nanogpt.optim import build_optimizer
 from nanogpt.runs.directory import RunDirectory
+from nanogpt.runs.reference import ReferenceWatch
 from nanogpt.spec import RunSpec
 from nanogpt.training.checkpoint import load_newest_checkpoint, save_checkpoint
 from nanogpt.training.clock import Clock
@@ -127,7 +128,9 @@ class Trainer:
         )
         self._training_loss = self._compile(self.model.training_loss)
         self._evaluation_loss = self._compile(self.model.evaluation_loss)
-        self.reporter = Reporter(spec, self.schedule, world, run)
+        self.reporter = Reporter(
+            spec, self.schedule, world, run, ReferenceWatch(spec, data_directory) if world.is_main else None
+        )
 
     def _compile(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """One graph for each stage: sizes, windows and the attention scale are constants of the code."""
