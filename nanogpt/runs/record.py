@@ -166,7 +166,7 @@ class DataFile(Part):
 
 
 class Data(Part):
-    """What was read. Training shards are those that the run has read from, or will: in order, from the first."""
+    """What was read. `train` has every shard that is there, and once the run is over those that it read."""
 
     directory: str
     train: list[DataFile] = []
@@ -198,7 +198,9 @@ class Start(Part):
     commit: str | None = None
     source_sha256: str
     ended: AwareDatetime | None = None
-    state: State = Field(default="running", description="running also where it was killed")
+    state: State | Literal["killed"] = Field(
+        default="running", description="killed: found dead by the next start; until then it reads running"
+    )
     reason: str | None = None
 
 
@@ -227,9 +229,10 @@ class Record(Part):
     record_seconds: float | None = Field(default=None, description="the clock at the end of a finished run")
     peak_memory_bytes: int | None = Field(default=None, description="allocated on a GPU, the most over ranks")
     peak_reserved_bytes: int | None = Field(default=None, description="reserved on a GPU, the most over ranks")
+    peak_resident_bytes: int | None = Field(default=None, description="of rank 0 in the host's memory")
 
     spec_sha256: str = Field(description="of spec.yaml, as written at the start")
-    base_recipe: str | None = Field(default=None, description="the recipe at the root of the inheritance; None: itself")
+    base_recipe: str = Field(description="shipped recipe of the model's kind")
     spec_differences: list[SpecDifference] = Field(default_factory=list, description="from the base recipe")
     seed: int
 
