@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nanogpt.console import say
 from nanogpt.errors import InputError
 from nanogpt.runs.directory import RECORD_NAME, RunDirectory
 from nanogpt.runs.metrics import RunMetrics, read_run
-from nanogpt.runs.record import Record, read_record
+from nanogpt.runs.record import Record, live_state, read_record
 from nanogpt.runs.reference import under
 from nanogpt.spec import RunSpec
 
@@ -30,6 +31,11 @@ class LoadedRun:
     record: Record | None
 
     @property
+    def state(self) -> str:
+        """As `nanogpt runs` has it, killed and stale among them; of a run without a record `unfinished`."""
+        return self.metrics.state if self.record is None else live_state(self.record, self.path)
+
+    @property
     def final_loss(self) -> float | None:
         """Validation loss after the last step, in nats; None where it has none, or it is not finite."""
         last = self.metrics.evaluations[-1:]
@@ -47,7 +53,7 @@ class LoadedRun:
     @property
     def why_unfinished(self) -> str | None:
         """Why the run has no result; None: it has."""
-        state, steps, total = self.metrics.state, self.metrics.last.get("step", 0), self.metrics.total_steps
+        state, steps, total = self.state, self.metrics.last.get("step", 0), self.metrics.total_steps
         if state != "finished":
             reason = (self.metrics.end or {}).get("reason")
             return f"{state} at step {steps} of {total}" + (f": {reason}" if reason else "")
@@ -75,11 +81,35 @@ def load_runs(paths: Iterable[Path], *, need_records: bool = False) -> list[Load
     runs = []
     for path, name in zip(unique, names, strict=True):
         directory = RunDirectory.open(path)
-        known = need_records or (path / RECORD_NAME).exists()
-        record = read_record(path) if known else None
+        record = None
+        if need_records or (path / RECORD_NAME).exists():
+            try:
+                record = read_record(path)
+            except InputError as error:
+                if need_records:
+                    raise
+                say(f"{error}; going on without the record")
         label = name if names.count(name) == 1 else str(path)
         runs.append(LoadedRun(label, path, directory.spec(), read_run(path), record))
     return runs
+
+
+def plot_runs(runs: Sequence[LoadedRun], path: Path) -> None:
+    """Draw the runs' losses into `path`, with their targets and, for runs held against it, their reference.
+
+    Raises as `nanogpt.runs.plot.plot_loss`.
+    """
+    from nanogpt.runs.plot import Reference, plot_loss
+
+    targets = {run.spec.evaluation.target_loss for run in runs} - {None}
+    curves = {
+        curve.name: curve.points
+        for run in runs
+        if run.has_reference and run.spec.reference is not None
+        for curve in run.spec.reference.curves
+    }
+    lines = [Reference(target, "target") for target in sorted(filter(None, targets))]
+    plot_loss({run.label: run.metrics for run in runs}, path, lines, curves)
 
 
 @dataclass(frozen=True)
