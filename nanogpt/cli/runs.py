@@ -44,7 +44,9 @@ def runs(
         return
     from rich.console import Console
 
-    Console().print(runs_table(rows))
+    table = runs_table(rows)
+    # A row stays one line where nobody looks, as in a job's output; a narrow terminal wraps it.
+    Console(width=max(Console().width, Console(width=1000).measure(table).maximum)).print(table)
     for row in rows:
         for text in (row.reason, row.problem):
             if text:
