@@ -20,13 +20,12 @@ def check(
 
     from nanogpt.runs.check import check_data, check_run, check_table, failed
     from nanogpt.runs.loaded import load_runs
+    from nanogpt.runs.table import print_table
 
     (loaded,) = load_runs([run])
     checks = check_run(loaded)
     if as_json:
         typer.echo(json.dumps(check_data(loaded, checks), indent=2))
     else:
-        from rich.console import Console
-
-        Console(highlight=False).print(check_table(checks))
+        print_table(check_table(checks))
     raise typer.Exit(1 if failed(checks) else 0)

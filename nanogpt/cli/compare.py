@@ -22,6 +22,7 @@ def compare(
     from nanogpt.console import say
     from nanogpt.runs.compare import comparison_data, comparison_table
     from nanogpt.runs.loaded import load_runs, plot_runs
+    from nanogpt.runs.table import print_table
 
     loaded = load_runs(runs)
     data = comparison_data(loaded)
@@ -31,6 +32,4 @@ def compare(
     if as_json:
         typer.echo(json.dumps(data, indent=2))
         return
-    from rich.console import Console
-
-    Console(highlight=False).print(comparison_table(data))
+    print_table(comparison_table(data))

@@ -26,21 +26,20 @@ def significance(
     """
     import json
 
+    from nanogpt.console import say
     from nanogpt.runs.loaded import load_runs
     from nanogpt.runs.significance import repeated_seeds, runs_significance, significance_data, significance_table
+    from nanogpt.runs.table import print_table
 
     loaded = load_runs(runs, need_records=True)
     result = runs_significance(loaded, target=target, alpha=alpha)
     if as_json:
         typer.echo(json.dumps(significance_data(result, loaded), indent=2))
     else:
-        from rich.console import Console
-
-        console = Console(highlight=False)
-        console.print(significance_table(result, loaded))
+        print_table(significance_table(result, loaded))
         seeds = repeated_seeds(loaded)
         if seeds:
-            console.print(
+            say(
                 f"Note: several runs have seed {', '.join(map(str, seeds))}: they differ by rounding alone, which"
                 " understates the spread. Give each run its own: --set training.seed=N"
             )

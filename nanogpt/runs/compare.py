@@ -63,7 +63,7 @@ def comparison_table(data: dict[str, Any]) -> RenderableType:
     from nanogpt.runs.table import plain_table
 
     runs = data["runs"]
-    table = plain_table("", *(run["run"] for run in runs), left=1)
+    table = plain_table("", *(run["run"] for run in runs), left=1, wrap=True)
     table.add_row("state", *(run["state"] for run in runs))
     table.add_row("hardware", *(_hardware(run) for run in runs))
     table.add_row("commit", *(_commit(run["code"]) for run in runs))
@@ -84,7 +84,7 @@ def comparison_table(data: dict[str, Any]) -> RenderableType:
 
     if not data["differences"]:
         return Group(table, Text("No difference in spec, code, hardware or data."))
-    apart = plain_table("differences", "", *(run["run"] for run in runs), left=2)
+    apart = plain_table("differences", "", *(run["run"] for run in runs), left=2, wrap=True)
     for found in data["differences"]:
         apart.add_row(found["part"], found["key"], *(show(value) for value in found["values"]))
     return Group(table, apart)

@@ -139,15 +139,25 @@ def _stages(summary: dict[str, Any]) -> Table:
     return table
 
 
-def plain_table(*columns: str, left: int = 0) -> Table:
-    """A table without frames; the first `left` columns to the left, the others, numbers, to the right."""
+def plain_table(*columns: str, left: int = 0, wrap: bool = False) -> Table:
+    """A table without frames; the first `left` columns to the left, the others to the right, on one line or `wrap`."""
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < left else "right", no_wrap=index >= left)
+        table.add_column(column, justify="left" if index < left else "right", no_wrap=index >= left and not wrap)
     return table
+
+
+def print_table(renderable: RenderableType) -> None:
+    """Print to standard output: as wide as the terminal; into a file or pipe as wide as it needs."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 1000  # tables take no more than they need, and text is not broken
+    console.print(renderable)
 
 
 def seconds_text(ms: float | None) -> str:
