@@ -20,7 +20,7 @@ import torch
 from nanogpt.errors import InputError, RunError
 from nanogpt.recipe import dump_spec, load_recipe
 from nanogpt.runs.data_files import OffClockHashes, describe_shards
-from nanogpt.runs.directory import RECORD_NAME, RunDirectory
+from nanogpt.runs.directory import FLOAT_DIGITS, RECORD_NAME, RunDirectory
 from nanogpt.runs.provenance import (
     COMPILER_VARIABLES,
     OTHER_VARIABLES,
@@ -255,7 +255,8 @@ class RunRecorder:
     def evaluation(self, val_loss: float, step: int, tokens: int, elapsed_ms: float) -> None:
         """The validation loss after `step` steps; the clock stands."""
         if self._record:
-            self._record.val_loss, self._record.val_loss_step = val_loss, step
+            self._record.val_loss = float(f"{val_loss:.{FLOAT_DIGITS}g}")  # as in metrics.jsonl
+            self._record.val_loss_step = step
             self.progress(step, tokens, elapsed_ms)
 
     def progress(self, step: int, tokens: int, elapsed_ms: float) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanogpt.console import say
 from nanogpt.data import fineweb
 from nanogpt.data.batches import TrainBatches, ValBatches
 from nanogpt.errors import InputError, RunError
@@ -160,8 +161,13 @@ class Trainer:
         self.train_batches.close()
         state = end_state(kind)
         reason = None if error is None else f"{type(error).__name__} after step {self.next_step}: {error}"
-        self.reporter.end(state, reason, self.clock.elapsed_ms)
-        self.recorder.end(state, reason, self.clock.elapsed_ms)
+        try:
+            self.reporter.end(state, reason, self.clock.elapsed_ms)
+            self.recorder.end(state, reason, self.clock.elapsed_ms)
+        except RunError as second:
+            if error is None:
+                raise
+            say(str(second))  # the first error is the one to report
 
     def run(self, *, resume: bool = False) -> Result:
         """Warm up, train, validate."""
