@@ -36,6 +36,7 @@ HARMLESS_VARIABLES = re.compile(
     r"|TORCH_COMPILE_CACHE_DIR"
 )
 NOT_RECIPE_KEYS = (*IDENTITY_KEYS, "hardware", "checkpoint")
+TARGET_RULE = "target"
 CLOCK_TOLERANCE_MS = 1.0  # what rounding in the files may differ by
 
 
@@ -60,7 +61,7 @@ def check_run(run: LoadedRun) -> list[Check]:
         ("no interruption", _interruptions),
         ("code", _code),
     )
-    checks = [Check("finished", *_finished(run)), Check("target", *_target(run)), Check("recipe", *_recipe(run))]
+    checks = [Check("finished", *_finished(run)), Check(TARGET_RULE, *_target(run)), Check("recipe", *_recipe(run))]
     for rule, function in rules:
         if run.record is None:
             checks.append(Check(rule, "unknown", "the run has no record.json"))
@@ -295,7 +296,7 @@ def _hardware(run: LoadedRun, record: Record) -> tuple[State, str]:
     if not hardware.ranks:
         return "unknown", "the record does not say on which devices the run was"
     found = (
-        f"{len(hardware.ranks)} processes on {len(hardware.hosts)} hosts: {', '.join(sorted(set(hardware.devices)))}"
+        f"{len(hardware.ranks)} processes on {', '.join(hardware.hosts)}: {', '.join(sorted(set(hardware.devices)))}"
     )
     claim = f"{claimed.nodes} x {claimed.gpus_per_node} {claimed.gpu}"
     wrong = [

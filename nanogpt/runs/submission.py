@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.errors import InputError, RunError
-from nanogpt.runs.check import Check, check_run, recipe_changes
+from nanogpt.runs.check import TARGET_RULE, Check, check_run, recipe_changes
 from nanogpt.runs.directory import LOG_NAME, METRICS_NAME, RECORD_NAME, SPEC_NAME
 from nanogpt.runs.loaded import LoadedRun, plot_runs, show
 from nanogpt.runs.record import Record
+from nanogpt.runs.reference import load_shipped
 from nanogpt.runs.significance import Significance, repeated_seeds, runs_significance, significance_data
 
 UNOFFICIAL = "UNOFFICIAL"
@@ -67,13 +68,14 @@ def prepare(runs: Sequence[LoadedRun], fields: Fields, *, unofficial: bool = Fal
         InputError: runs that are unfinished or differ in spec, code or hardware, at any rate; runs that fail a rule or
             the test, unless `unofficial`.
     """
-    result = runs_significance(runs)
+    result = runs_significance(runs, target=load_shipped("speedrun").evaluation.target_loss)
     checks = {run.label: check_run(run) for run in runs}
     objections = [
         f"{label}: {check.rule}: {check.evidence}"
         for label, found in checks.items()
         for check in found
-        if check.state == "failed"
+        # The rule speaks of the mean: of several runs one may be above.
+        if check.state == "failed" and (check.rule != TARGET_RULE or len(runs) == 1)
     ]
     if not result.significant:
         objections.append(f"significance: {result.verdict()}")
@@ -239,11 +241,24 @@ def submission_text(submission: Submission) -> str:
         " publish.",
         "",
         "## Rules",
+        "",
+        "Passed by all runs, with the evidence of the first, or run by run; submission.json has it all.",
     ]
-    for label, checks in submission.checks.items():
-        lines += ["", f"{label}:", "", "| rule | | evidence |", "| --- | --- | --- |"]
-        lines += [f"| {check.rule} | {check.state} | {_cell(check.evidence)} |" for check in checks]
+    lines += ["", "| rule | | evidence |", "| --- | --- | --- |"]
+    for of_runs in zip(*submission.checks.values(), strict=True):
+        lines += _rule_rows(list(submission.checks), of_runs)
     return "\n".join(lines) + "\n"
+
+
+def _rule_rows(labels: Sequence[str], checks: Sequence[Check]) -> list[str]:
+    """A rule in one row where all runs passed it, with the first one's evidence, else in a row for each."""
+    first = checks[0]
+    if all(check.state == "passed" for check in checks):
+        return [f"| {first.rule} | passed | {_cell(first.evidence)} |"]
+    return [
+        f"| {check.rule}, {_cell(label)} | {check.state} | {_cell(check.evidence)} |"
+        for label, check in zip(labels, checks, strict=True)
+    ]
 
 
 def _described(submission: Submission) -> str:

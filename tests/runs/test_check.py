@@ -42,7 +42,7 @@ def test_a_run_in_order(tmp_path, nanogpt):
     done = nanogpt("check", run)
     assert done.code == 0
     assert "validation loss 3.27760 is at most 3.28" in done.out
-    assert "claimed 1 x 8 h100, found 8 processes on 1 hosts: NVIDIA H100 80GB HBM3" in done.out
+    assert "claimed 1 x 8 h100, found 8 processes on node1: NVIDIA H100 80GB HBM3" in done.out
     data = json.loads(nanogpt("check", run, "--json").out)
     assert (data["run"], data["failed"]) == ("run", 0)
     assert data["checks"][7]["evidence"].startswith("93.000 s in record, metrics and log; warm-up on; no late graph")

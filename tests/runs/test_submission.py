@@ -6,7 +6,7 @@ import json
 import statistics
 
 import pytest
-from made_runs import BIGRAM, SPARSE_BIGRAM, change_record, made_run, made_runs
+from made_runs import BIGRAM, SMEAR, SPARSE_BIGRAM, change_record, made_run, made_runs
 
 from nanogpt.recipe import load_recipe
 
@@ -63,7 +63,7 @@ def test_what_fails_is_refused_or_marked_everywhere(tmp_path, nanogpt):
     refused = submit(nanogpt, runs, out)
     assert refused.code == 2 and not out.exists()
     assert "run-1: code: commit c0ffee000000 with changes: trainer.py" in refused.err
-    assert "run-2: target: validation loss 3.28040 is above 3.28" in refused.err
+    assert "target" not in refused.err.partition("significance")[0]  # the rule is of the mean, run-2 is above
     assert "significance: not shown yet: p = 0.042" in refused.err
 
     done = submit(nanogpt, runs, out, "--unofficial")
@@ -73,13 +73,30 @@ def test_what_fails_is_refused_or_marked_everywhere(tmp_path, nanogpt):
     assert "- run-1: code: commit c0ffee000000 with changes: trainer.py" in text
     data = json.loads((out / "submission.json").read_text())
     assert data["official"] is False and data["description"].startswith("UNOFFICIAL: ")
-    assert len(data["objections"]) == 3
+    assert len(data["objections"]) == 2
     assert "UNOFFICIAL run-0" in (out / "loss.svg").read_text()
+
+
+def test_the_mean_counts_not_each_run(tmp_path, nanogpt):
+    runs = made_runs(tmp_path / "runs", SMEAR[0])  # 3.2806 is among them
+    assert submit(nanogpt, runs, tmp_path / "out").code == 0
+    text = (tmp_path / "out" / "submission.md").read_text()
+    assert "| target, run-6 | failed | validation loss 3.28060 is above 3.28" in text
+    assert "| code | passed | commit c0ffee000000, clean |" in text
+
+
+def test_a_target_of_ones_own_does_not_count(tmp_path, nanogpt):
+    overrides = ["evaluation.target_loss=3.4"]
+    runs = [made_run(tmp_path / f"{i}", 3.30 + i / 1000, seed=i, overrides=overrides) for i in range(3)]
+    assert nanogpt("significance", *runs).code == 0
+    assert "the mean 3.30100 is not below 3.28" in submit(nanogpt, runs, tmp_path / "out").err
 
 
 def test_one_run_is_no_record(tmp_path, nanogpt, runs):
     refused = submit(nanogpt, runs[:1], tmp_path / "out")
     assert refused.code == 2 and "one run says nothing of the spread" in refused.err
+    above = made_run(tmp_path / "above", 3.2804)
+    assert "above: target: validation loss 3.28040 is above 3.28" in submit(nanogpt, [above], tmp_path / "out").err
     assert submit(nanogpt, runs[:1], tmp_path / "out", "--unofficial").code == 0
 
 
