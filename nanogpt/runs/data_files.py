@@ -89,10 +89,14 @@ class OffClockHashes:
             pass
 
     def finish(self, timeout_s: float) -> None:
-        """Go on and wait for the rest, or until the time is up; then end."""
+        """Go on, and wait for the rest or until the time is up."""
         self._go.set()
         self._thread.join(timeout_s)
-        self.stop()
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is left to hash."""
+        return self._thread.is_alive()
 
     def stop(self) -> None:
         """End where it stands."""

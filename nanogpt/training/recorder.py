@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nanogpt.console import say
 from nanogpt.errors import InputError, RunError
 from nanogpt.recipe import dump_spec, load_recipe
 from nanogpt.runs.data_files import OffClockHashes, describe_shards
@@ -153,7 +154,12 @@ class RunRecorder:
             self._nvidia_smi.kill()
             self._nvidia_smi.communicate()
         if self._hashes:
-            self._hashes.finish(HASHING_S if kind is None else 0)
+            if kind is None:
+                self._hashes.finish(1.0)
+                if self._hashes.busy:
+                    say(f"Hashing the data for {RECORD_NAME}, for {HASHING_S:.0f} s at most")
+                    self._hashes.finish(HASHING_S)
+            self._hashes.stop()
             self._take_hashes()
             if kind is None:
                 self._write()
@@ -384,10 +390,11 @@ def compiler_settings() -> dict[str, SettingChange]:
     for prefix, module in (("inductor", torch._inductor.config), ("dynamo", torch._dynamo.config)):
         config: Any = module
         for name, entry in config._config.items():
-            if not config._is_default(name):
-                changed[f"{prefix}.{name}"] = SettingChange(
-                    default=repr(entry.default), found=repr(getattr(config, name, None))
-                )
+            if config._is_default(name):
+                continue
+            default, found = repr(entry.default), repr(getattr(config, name, None))
+            if default != found:
+                changed[f"{prefix}.{name}"] = SettingChange(default=default, found=found)
     return changed
 
 
