@@ -15,6 +15,7 @@ from torch import Tensor
 from nanogpt.runs.directory import RunDirectory
 from nanogpt.runs.display import StepDisplay
 from nanogpt.runs.reference import ReferenceWatch
+from nanogpt.runs.tracker import tracker_for
 from nanogpt.spec import RunSpec
 from nanogpt.training.loss_monitor import LossMonitor
 from nanogpt.training.schedule import Schedule, StepSettings
@@ -38,6 +39,7 @@ class Reporter:
         self.run = run if world.is_main else None
         self.display = StepDisplay() if world.is_main else None
         self.watch = watch if world.is_main else None
+        self.tracker = tracker_for(spec, self.run.path) if self.run else None
         self.monitor = LossMonitor()
         self.train_loss: float | None = None
         self._times: dict[int, dict[str, Any]] = {}  # by step, until its loss has arrived
@@ -50,6 +52,8 @@ class Reporter:
     def _metric(self, **record: Any) -> None:
         if self.run:
             self.run.metric(record)
+        if self.tracker:
+            self.tracker.metric(record)
 
     def start(self, first_step: int, *, resumed: bool) -> None:
         """The clock is about to start, at `first_step`."""
@@ -138,6 +142,8 @@ class Reporter:
             self.display.close()
         self._metric(kind="end", state=state, reason=reason, train_time_ms=elapsed_ms)
         self.note(f"run {state}" + (f": {reason}" if reason else ""))
+        if self.tracker:
+            self.tracker.close()
         if self.run:
             self.run.close()
 

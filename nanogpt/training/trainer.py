@@ -25,6 +25,7 @@ from nanogpt.models.interface import Windows
 from nanogpt.optim import build_optimizer
 from nanogpt.runs.directory import RunDirectory
 from nanogpt.runs.reference import ReferenceWatch
+from nanogpt.runs.tracker import check_tracker
 from nanogpt.spec import RunSpec
 from nanogpt.training.checkpoint import load_newest_checkpoint, save_checkpoint
 from nanogpt.training.clock import Clock
@@ -68,6 +69,7 @@ def find_shards(spec: RunSpec, directory: Path) -> tuple[list[Path], list[Path]]
 def check_start(spec: RunSpec, data_directory: Path) -> None:
     """Refuse a run that cannot start here before anything is written. Raises `InputError`."""
     check_world(spec)
+    check_tracker(spec)
     find_shards(spec, data_directory)
 
 
