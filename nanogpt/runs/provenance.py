@@ -18,6 +18,7 @@ from pathlib import Path
 from nanogpt import __version__
 from nanogpt.runs.record import Code, Container, Slurm
 
+CHANGED_FILES = 100  # named at most
 PACKAGES = ("torch", "triton", "flash-attn", "flash-attn-3", "flash-attn-4", "numpy")
 COMPILER_VARIABLES = ("TORCHINDUCTOR_", "TORCHDYNAMO_", "TORCH_COMPILE", "TRITON_")
 OTHER_VARIABLES = ("CUBLAS_", "CUDA_", "MKL_", "NANOGPT_", "NCCL_", "NVIDIA_", "OMP_", "PYTORCH_", "TORCH_", "UCX_")
@@ -53,7 +54,7 @@ def code_state(container: Container | None = None) -> Code:
         try:
             code.commit = _git(root, "rev-parse", "HEAD").strip()
             status = _git(root, "status", "--porcelain").splitlines()
-            code.clean, code.changed_files = not status, [line[3:] for line in status]
+            code.clean, code.changed_files = not status, [line[3:] for line in status[:CHANGED_FILES]]
         except (OSError, subprocess.SubprocessError):
             pass
     elif container is not None:
