@@ -493,8 +493,9 @@ class ReferenceSpec(Strict):
 
     recipe: str = Field(description="the shipped recipe that the curves belong to")
     curves: list[ReferenceCurve] = Field(min_length=1, description="a run is held against the first")
-    end_spread: Positive = Field(description="standard deviation of the last loss from run to run")
-    early_band: Positive = Field(description="a loss farther off than this, before the end, draws a warning")
+    spread: list[Annotated[tuple[Index, Positive], Field(strict=False)]] = Field(
+        min_length=1, description="(steps done, standard deviation of the loss from run to run), linear in between"
+    )
 
 
 class RunSpec(Strict):

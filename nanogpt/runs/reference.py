@@ -3,13 +3,14 @@
 A recipe's `reference` holds published validation losses. They mean something for a run on FineWeb's own shards whose
 spec gives the published result; for any other run the comparison is off, and `why_off` says why.
 
-The band around the first curve: five standard deviations of the last loss at its last step, and `early_band` at the
-steps before, where no spread is published. Neighbouring records, whose schedules differ, are about that far apart on
-the way; a run of one recipe is nearer to its own kind, and what an error in model, data or optimizer does is larger.
+The band around the first curve is five standard deviations of the loss from run to run. The curve is of a single run,
+so the difference of two runs of one recipe spreads sqrt(2) times as far: five are three and a half of those, which
+chance passes once in two thousand evaluations. An error in model, data or optimizer costs more, and most cost it early.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from nanogpt.data.manifest import MANIFEST, REPOSITORY, read_manifest
 from nanogpt.recipe import load_recipe, shipped_recipes
 from nanogpt.spec import ReferenceSpec, RunSpec
 
-END_BAND_SPREADS = 5
+BAND_SPREADS = 5
 RESULT_KEYS = ("model", "optimizer", "training", "evaluation.tokens", "evaluation.micro_batch_tokens", "data.bos")
 NOT_RESULT_KEYS = ("training.seed", "training.warmup")
 
@@ -72,9 +73,16 @@ def compare_loss(reference: ReferenceSpec, step: int, loss: float) -> Comparison
     found = dict(curve.points).get(step)
     if found is None:
         return None
-    at_end = step == curve.points[-1][0]
-    band = END_BAND_SPREADS * reference.end_spread if at_end else reference.early_band
-    return Comparison(step, loss, curve.name, found, band)
+    return Comparison(step, loss, curve.name, found, BAND_SPREADS * spread_at(reference, step))
+
+
+def spread_at(reference: ReferenceSpec, step: int) -> float:
+    """Standard deviation of the loss after `step` steps from run to run, in nats."""
+    known = sorted(reference.spread)
+    for (before, low), (after, high) in itertools.pairwise(known):
+        if before <= step <= after:
+            return low + (high - low) * (step - before) / (after - before)
+    return known[0][1] if step < known[0][0] else known[-1][1]
 
 
 def why_off(spec: RunSpec, data_directory: Path) -> str | None:
