@@ -22,37 +22,37 @@ from nanogpt.runs.listing import RunRow, list_runs
 KILLS = 10
 STEPS = 12
 
-# A process that has imported everything and forks the runs: `start OUT` answers with a process id, `wait PID` with how
-# it ended, as a shell counts.
+# A process that has imported everything by a run of its own, and forks the others: `start OUT` answers with
+# a process id, `wait PID` with how it ended, as a shell counts.
 NURSERY = """
-    import os, sys
+    import contextlib, os, sys
     import torch
     torch.set_num_threads(1)
-    import nanogpt.cli.train, nanogpt.training.trainer, nanogpt.runs.table, rich.console
     from nanogpt.cli.main import main
-    from nanogpt.runs.provenance import training_sources
 
-    training_sources()  # kept: it is the start's longest part
-    recipe, data = sys.argv[1:]
-    print("ready", flush=True)
+    recipe, data, first = sys.argv[1:]
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    said = os.open(f"{first}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(said, stream)
+    with contextlib.suppress(SystemExit):
+        main(["train", recipe, "--data", data, "--out", first])
+    print("ready", file=answers)
     for line in sys.stdin:
         command, argument = line.split()
         if command == "wait":
-            print(os.waitstatus_to_exitcode(os.waitpid(int(argument), 0)[1]), flush=True)
+            print(os.waitstatus_to_exitcode(os.waitpid(int(argument), 0)[1]), file=answers)
         elif (child := os.fork()):
-            print(child, flush=True)
+            print(child, file=answers)
         else:
-            with open(os.devnull, "r+") as nothing:
-                for stream in (0, 1, 2):
-                    os.dup2(nothing.fileno(), stream)
             main(["train", recipe, "--data", data, "--out", argument])
 """
 
 
 class Nursery:
-    def __init__(self, recipe: Path, data: Path):
+    def __init__(self, recipe: Path, data: Path, first: Path):
         self.process = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(NURSERY), str(recipe), str(data)],
+            [sys.executable, "-c", textwrap.dedent(NURSERY), str(recipe), str(data), str(first)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -73,7 +73,7 @@ class Nursery:
 @pytest.fixture
 def nursery(tmp_path: Path) -> Iterator[Nursery]:
     spec = tiny_spec("evaluation.every=3", "checkpoint.every=4", "training.warmup=true")
-    nursery = Nursery(write_recipe(tmp_path / "tiny.yaml", spec), make_data(tmp_path / "data"))
+    nursery = Nursery(write_recipe(tmp_path / "tiny.yaml", spec), make_data(tmp_path / "data"), tmp_path / "first")
     yield nursery
     nursery.process.stdin.close()  # type: ignore[union-attr]
     nursery.process.wait(10)
@@ -120,10 +120,11 @@ def test_a_run_that_is_killed_at_any_of_ten_random_moments(nursery: Nursery, tmp
         code = nursery.tell("wait", pid)
         row = only_row(out)
 
-        shown = f"kill {kill}: {before} then {row}, exit code {code}"
+        shown = f"kill {kill}: {before} then {row}, exit code {code}; {(tmp_path / 'first.txt').read_text()[-300:]}"
         seen.append("none" if row is None else row.state)
         if row is None:  # killed before there was a run
             assert code == -signal.SIGKILL, shown
+            assert before is None, shown
             assert not any(is_run(path) for path in out.glob("*")), shown
             continue
         assert before is not None
