@@ -474,6 +474,28 @@ class OutputSpec(Strict):
         default=None, description="parent of run directories; null: NANOGPT_RUNS, else ./runs"
     )
     log_every: Count = Field(default=1, description="steps between lines of the log; evaluations are always logged")
+    tracker: Literal["none", "tensorboard", "wandb"] = Field(
+        default="none", description="also write the metrics for TensorBoard, or for Weights & Biases (offline)"
+    )
+
+
+class ReferenceCurve(Strict):
+    """Validation losses of a published run."""
+
+    name: str
+    points: list[Annotated[tuple[Index, Positive], Field(strict=False)]] = Field(
+        min_length=1, description="(steps done, validation loss in nats), the end last"
+    )
+
+
+class ReferenceSpec(Strict):
+    """What the shipped recipe `recipe` is known to give on FineWeb; off for runs that differ from it in result."""
+
+    recipe: str = Field(description="the shipped recipe that the curves belong to")
+    curves: list[ReferenceCurve] = Field(min_length=1, description="a run is held against the first")
+    spread: list[Annotated[tuple[Index, Positive], Field(strict=False)]] = Field(
+        min_length=1, description="(steps done, standard deviation of the loss from run to run), linear in between"
+    )
 
 
 class RunSpec(Strict):
@@ -485,6 +507,7 @@ class RunSpec(Strict):
     optimizer: OptimizerSpec
     training: TrainingSpec
     evaluation: EvaluationSpec
+    reference: ReferenceSpec | None = None
     data: DataSpec = DataSpec()
     hardware: HardwareSpec
     runtime: RuntimeSpec = RuntimeSpec()

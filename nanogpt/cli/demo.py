@@ -54,16 +54,16 @@ def run_demo(directory: Path, *, recipe: str = "demo", steps: int | None = None)
     from nanogpt.console import say
     from nanogpt.errors import RunError
     from nanogpt.recipe import load_recipe
-    from nanogpt.runs.directory import RunDirectory
 
     spec = load_recipe(recipe, steps=steps)
     data = directory / "data"
     prepare_data(data, spec.evaluation.tokens + 1)
 
+    from nanogpt.training.recorder import create_run
     from nanogpt.training.sampling import sample_text
     from nanogpt.training.trainer import train_run
 
-    run = RunDirectory.create(directory, spec)
+    run = create_run(directory, spec)
     training = spec.training
     say(
         f"Training a {spec.model.layers}-layer model of width {spec.model.width} for {training.total_steps} steps on"

@@ -43,8 +43,13 @@ COMMANDS = (
     Command("prep", "nanogpt.cli.prep:prep_fineweb", "Data", "Download FineWeb's token shards and verify them."),
     Command("prep-text", "nanogpt.cli.prep_text:prep_text", "Data", "Make token shards of your own text."),
     Command("train", "nanogpt.cli.train:train", "Runs", "Train a recipe, or go on with a run."),
+    Command("runs", "nanogpt.cli.runs:runs", "Runs", "List runs: state, loss, time, GPUs."),
     Command("sample", "nanogpt.cli.sample:sample", "Runs", "Write text with a run's model."),
     Command("plot", "nanogpt.cli.plot:plot", "Runs", "Draw the losses of runs."),
+    Command("compare", "nanogpt.cli.compare:compare", "Runs", "Runs side by side, and what they differ in."),
+    Command("significance", "nanogpt.cli.significance:significance", "Records", "Test the mean loss of several runs."),
+    Command("check", "nanogpt.cli.check:check", "Records", "Check a run against the public rules."),
+    Command("submission", "nanogpt.cli.submission:submission", "Records", "Make a record ready to publish."),
     Command("bench", "nanogpt.cli.bench:bench", "Speed", "Time the kernels, or a training step of a recipe."),
     Command("version", "nanogpt.cli.version:version", "Help", "Print the versions that a report of a problem needs."),
 )

@@ -21,16 +21,10 @@ def plot(
     ] = None,
 ) -> None:
     """Draw validation and training loss of runs, finished or not, against steps and against training time."""
-    from nanogpt.runs.directory import RunDirectory
-    from nanogpt.runs.metrics import read_run
-    from nanogpt.runs.plot import Reference, plot_loss
+    from nanogpt.runs.loaded import load_runs, plot_runs
 
-    paths = list({path.resolve(): path for path in runs}.values())
-    names = [path.resolve().name for path in paths]
-    labels = [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
-    losses = {label: read_run(path) for label, path in zip(labels, paths, strict=True)}
-    targets = {RunDirectory.open(path).spec().evaluation.target_loss for path in paths} - {None}
+    loaded = load_runs(runs)
     if out is None:
-        out = (paths[0] if len(paths) == 1 else Path()) / "loss.png"
-    plot_loss(losses, out, [Reference(target, "target") for target in sorted(filter(None, targets))])
+        out = (loaded[0].path if len(loaded) == 1 else Path()) / "loss.png"
+    plot_runs(loaded, out)
     typer.echo(str(out))

@@ -53,6 +53,7 @@ def train(
     from nanogpt.errors import InputError
     from nanogpt.recipe import load_recipe
     from nanogpt.runs.directory import RunDirectory
+    from nanogpt.training.recorder import create_run
     from nanogpt.training.resume import resumed_spec
     from nanogpt.training.trainer import check_start, default_data_directory, train_run
     from nanogpt.training.world import started_as
@@ -73,7 +74,7 @@ def train(
     check_start(spec, data)
     if run is None and is_main:
         out = out or Path(spec.output.directory or os.environ.get("NANOGPT_RUNS") or "runs")
-        run = RunDirectory.create(out, spec)
+        run = create_run(out, spec)
     if run is not None and is_main:
         say(f"Run directory: {run.path}")
     train_run(spec, run=run, data_directory=data, resume=resume is not None)

@@ -1,4 +1,4 @@
-"""A run's directory: log.txt, metrics.jsonl, spec.yaml and checkpoints/.
+"""A run's directory: log.txt, metrics.jsonl, spec.yaml, record.json and checkpoints/.
 
 Notable features:
 - Made atomically under `NAME-YYYYmmdd-HHMMSS`; two runs that start in the same second get two directories.
@@ -29,6 +29,7 @@ from nanogpt.spec import RunSpec
 LOG_NAME = "log.txt"
 METRICS_NAME = "metrics.jsonl"
 SPEC_NAME = "spec.yaml"
+RECORD_NAME = "record.json"
 CHECKPOINTS_NAME = "checkpoints"
 
 # float32 values keep all their bits through nine digits.
@@ -67,8 +68,10 @@ class RunDirectory:
         return self.path / CHECKPOINTS_NAME
 
     @classmethod
-    def create(cls, parent: Path, spec: RunSpec) -> RunDirectory:
+    def create(cls, parent: Path, spec: RunSpec, *, record: str | None = None) -> RunDirectory:
         """Make `parent/NAME-YYYYmmdd-HHMMSS` (local time; `-2`, `-3`, ... if taken) with spec.yaml in it.
+
+        `record` is the text of record.json. It is there before spec.yaml, so that no run is without one.
 
         Raises:
             InputError: `parent` cannot be made or written to.
@@ -89,9 +92,12 @@ class RunDirectory:
             raise _cannot_create(parent, error) from error
         run = cls(path)
         try:
-            _write_whole(run.spec_path, dump_spec(spec))
+            if record is not None:
+                write_whole(path / RECORD_NAME, record)
+            write_whole(run.spec_path, dump_spec(spec))
         except OSError as error:
             with contextlib.suppress(OSError):
+                (path / RECORD_NAME).unlink(missing_ok=True)
                 path.rmdir()
             raise _cannot_create(parent, error) from error
         return run
@@ -219,7 +225,8 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"metric: {value!r} is a {type(value).__name__}, which JSON does not know")
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Put `text` in the place of the file at `path`, in one move and safe from a crash. Raises OSError."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:

@@ -32,8 +32,20 @@ class Reference:
     label: str
 
 
-def plot_loss(runs: Mapping[str, RunMetrics], path: Path, references: Sequence[Reference] = ()) -> None:
+def plot_loss(
+    runs: Mapping[str, RunMetrics],
+    path: Path,
+    references: Sequence[Reference] = (),
+    curves: Mapping[str, Sequence[tuple[int, float]]] | None = None,
+) -> None:
     """Draw the losses of `runs`, label -> run, into `path`; its suffix, .png or .svg, says the format.
+
+    Args:
+        runs: drawn in this order.
+        path: the picture.
+        references: losses to compare with.
+        curves: published validation losses, name -> (step, loss); drawn against steps, as their times are of other
+            machines.
 
     Raises:
         InputError: another suffix, or nothing recorded to draw.
@@ -60,7 +72,19 @@ def plot_loss(runs: Mapping[str, RunMetrics], path: Path, references: Sequence[R
         by_step.set_xlabel("step")
         by_time.set_xlabel(f"training time ({unit})")
         by_step.set_ylabel("loss (nats a token)")
-        _set_loss_range(by_step, runs, references)
+        for index, (name, points) in enumerate((curves or {}).items()):
+            by_step.plot(
+                [point[0] for point in points],
+                [point[1] for point in points],
+                color=REFERENCE_COLOUR,
+                linewidth=1,
+                linestyle=("--", ":", "-.")[index % 3],
+                marker="x",
+                markersize=4,
+                label=name,
+                zorder=2.5,
+            )
+        _set_loss_range(by_step, runs, references, [loss for line in (curves or {}).values() for _, loss in line])
         for axes in (by_step, by_time):
             axes.set_xlim(left=0)
             for reference in references:
@@ -150,7 +174,9 @@ def _label_reference(axes: Axes, reference: Reference) -> None:
     )
 
 
-def _set_loss_range(axes: Axes, runs: Mapping[str, RunMetrics], references: Sequence[Reference]) -> None:
+def _set_loss_range(
+    axes: Axes, runs: Mapping[str, RunMetrics], references: Sequence[Reference], published: Sequence[float]
+) -> None:
     """Show all of validation and of the references; training, whose weighted loss starts far above, may leave the top.
 
     The scale is logarithmic where the loss falls to less than half, because most of a run happens near its end.
@@ -158,6 +184,7 @@ def _set_loss_range(axes: Axes, runs: Mapping[str, RunMetrics], references: Sequ
     from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
     validation = [point[1] for run in runs.values() for point in _points(run.evaluations, "step", "val_loss")]
+    validation += published
     training = [point[1] for run in runs.values() for point in _points(run.steps, "step", "train_loss")]
     low = min(*validation, *training, *(reference.value for reference in references), float("inf"))
     tops = validation if len(validation) > 1 else [*validation, *training]

@@ -110,24 +110,24 @@ def _subtitle(summary: dict[str, Any]) -> str:
     if summary["tokens"] is not None:
         parts.append(f"{summary['tokens']:,} tokens")
     if summary["train_time_ms"] is not None:
-        parts.append(f"training time {_seconds(summary['train_time_ms'])}")
+        parts.append(f"training time {seconds_text(summary['train_time_ms'])}")
     return ", ".join(parts)
 
 
 def _evaluations(summary: dict[str, Any]) -> Table:
-    table = _table("step", "validation loss", "training time", "ms/step so far")
+    table = plain_table("step", "validation loss", "training time", "ms/step so far")
     for record in summary["evaluations"]:
         table.add_row(
             f"{record['step']:,}",
             "not finite" if record["val_loss"] is None else f"{record['val_loss']:.4f}",
-            _seconds(record["train_time_ms"]),
+            seconds_text(record["train_time_ms"]),
             "" if record["step_avg_ms"] is None or record["step"] == 0 else ms_text(record["step_avg_ms"]),
         )
     return table
 
 
 def _stages(summary: dict[str, Any]) -> Table:
-    table = _table("stage", "steps", "tokens", "ms/step (median)", "tokens/s")
+    table = plain_table("stage", "steps", "tokens", "ms/step (median)", "tokens/s")
     for stage in summary["stages"]:
         table.add_row(
             str(stage["stage"] + 1),
@@ -139,15 +139,27 @@ def _stages(summary: dict[str, Any]) -> Table:
     return table
 
 
-def _table(*columns: str) -> Table:
+def plain_table(*columns: str, left: int = 0, wrap: bool = False) -> Table:
+    """A table without frames; the first `left` columns to the left, the others to the right, on one line or `wrap`."""
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < left else "right", no_wrap=index >= left and not wrap)
     return table
 
 
-def _seconds(ms: float | None) -> str:
+def print_table(renderable: RenderableType) -> None:
+    """Print to standard output: as wide as the terminal; into a file or pipe as wide as it needs."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 1000  # tables take no more than they need, and text is not broken
+    console.print(renderable)
+
+
+def seconds_text(ms: float | None) -> str:
+    """Milliseconds as seconds: `93.1 s`; nothing for None."""
     return "" if ms is None else f"{ms / 1000:,.1f} s"

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from nanogpt.runs.directory import RunDirectory
 from nanogpt.runs.display import StepDisplay
+from nanogpt.runs.reference import ReferenceWatch
+from nanogpt.runs.tracker import tracker_for
 from nanogpt.spec import RunSpec
 from nanogpt.training.loss_monitor import LossMonitor
 from nanogpt.training.schedule import Schedule, StepSettings
@@ -23,12 +25,21 @@ from nanogpt.training.world import World
 class Reporter:
     """Writes to `run`, if given, and to the terminal of rank 0. Counts are of steps done; times in milliseconds."""
 
-    def __init__(self, spec: RunSpec, schedule: Schedule, world: World, run: RunDirectory | None):
+    def __init__(
+        self,
+        spec: RunSpec,
+        schedule: Schedule,
+        world: World,
+        run: RunDirectory | None,
+        watch: ReferenceWatch | None = None,
+    ):
         self.spec = spec
         self.schedule = schedule
         self.world = world
         self.run = run if world.is_main else None
         self.display = StepDisplay() if world.is_main else None
+        self.watch = watch if world.is_main else None
+        self.tracker = tracker_for(spec, self.run.path) if self.run else None
         self.monitor = LossMonitor()
         self.train_loss: float | None = None
         self._times: dict[int, dict[str, Any]] = {}  # by step, until its loss has arrived
@@ -41,6 +52,8 @@ class Reporter:
     def _metric(self, **record: Any) -> None:
         if self.run:
             self.run.metric(record)
+        if self.tracker:
+            self.tracker.metric(record)
 
     def start(self, first_step: int, *, resumed: bool) -> None:
         """The clock is about to start, at `first_step`."""
@@ -57,6 +70,8 @@ class Reporter:
         )
         if resumed:
             self.note(f"resumed at step {first_step}")
+        if self.watch and self.watch.note:
+            self.note(self.watch.note)
 
     def step(self, settings: StepSettings, loss: Tensor, elapsed_ms: float) -> None:
         """`settings.step` is done; `loss` is its training loss per token, maybe still being computed.
@@ -99,7 +114,10 @@ class Reporter:
             f"step:{step}/{self.schedule.total_steps} val_loss:{val_loss:.4f}"
             f" train_time:{elapsed_ms:.0f}ms step_avg:{average:.2f}ms"
         )
-        self.note(line)
+        comparison = self.watch.compare(step, val_loss) if self.watch else None
+        beside = comparison.lines() if comparison else []
+        for text in (line, *beside):
+            self.note(text)
         self._metric(
             kind="evaluation",
             step=step,
@@ -108,9 +126,10 @@ class Reporter:
             train_time_ms=elapsed_ms,
             step_avg_ms=average,
             tokens=self.schedule.tokens_before(step),
+            **(comparison.fields() if comparison else {}),
         )
         if self.display:
-            self.display.evaluation(step, line, val_loss)
+            self.display.evaluation(step, "\n".join((line, *beside)), val_loss)
 
     def checkpoint(self, step: int, path: Path) -> None:
         """A checkpoint after `step` steps is whole."""
@@ -123,6 +142,8 @@ class Reporter:
             self.display.close()
         self._metric(kind="end", state=state, reason=reason, train_time_ms=elapsed_ms)
         self.note(f"run {state}" + (f": {reason}" if reason else ""))
+        if self.tracker:
+            self.tracker.close()
         if self.run:
             self.run.close()
 

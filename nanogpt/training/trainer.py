@@ -24,11 +24,14 @@ from nanogpt.models import build_model
 from nanogpt.models.interface import Windows
 from nanogpt.optim import build_optimizer
 from nanogpt.runs.directory import RunDirectory
+from nanogpt.runs.reference import ReferenceWatch
+from nanogpt.runs.tracker import check_tracker
 from nanogpt.spec import RunSpec
 from nanogpt.training.checkpoint import load_newest_checkpoint, save_checkpoint
 from nanogpt.training.clock import Clock
 from nanogpt.training.compilation import compiled_graphs
 from nanogpt.training.paths import choose_paths, compiles
+from nanogpt.training.recorder import RunRecorder, describe_rank, end_state
 from nanogpt.training.report import Reporter
 from nanogpt.training.schedule import Schedule, StepSettings
 from nanogpt.training.world import World, check_world, join_world
@@ -66,6 +69,7 @@ def find_shards(spec: RunSpec, directory: Path) -> tuple[list[Path], list[Path]]
 def check_start(spec: RunSpec, data_directory: Path) -> None:
     """Refuse a run that cannot start here before anything is written. Raises `InputError`."""
     check_world(spec)
+    check_tracker(spec)
     find_shards(spec, data_directory)
 
 
@@ -82,19 +86,32 @@ def train_run(spec: RunSpec, *, run: RunDirectory | None, data_directory: Path, 
         InputError: no shards, too few tokens, a world size or a device other than the spec's.
         RunError: a non-finite loss, or output that cannot be written.
     """
-    with join_world(spec) as world, Trainer(spec, world, run=run, data_directory=data_directory) as trainer:
+    with (
+        RunRecorder(spec, run, resume=resume) as recorder,
+        join_world(spec) as world,
+        Trainer(spec, world, run=run, data_directory=data_directory, recorder=recorder) as trainer,
+    ):
         return trainer.run(resume=resume)
 
 
 class Trainer:
     """One process of a run; see the module. A context manager: leaving it writes how the run ended."""
 
-    def __init__(self, spec: RunSpec, world: World, *, run: RunDirectory | None, data_directory: Path):
+    def __init__(
+        self,
+        spec: RunSpec,
+        world: World,
+        *,
+        run: RunDirectory | None,
+        data_directory: Path,
+        recorder: RunRecorder | None = None,
+    ):
         if spec.runtime.deterministic != torch.are_deterministic_algorithms_enabled():  # the call loads the compiler
             torch.use_deterministic_algorithms(spec.runtime.deterministic)
         self.spec = spec
         self.world = world
         self.run_directory = run
+        self.recorder = recorder or RunRecorder(spec, None)
         self.schedule = Schedule(spec)
         self.grad_scale = 1 / spec.accumulation_steps
         self.clock = Clock(world)
@@ -102,6 +119,8 @@ class Trainer:
         self._windows_of = 0  # the step whose windows the model has
 
         train_files, val_files = find_shards(spec, data_directory)
+        self.train_shards = len(train_files)
+        self.recorder.reads(train_files, val_files)
         place: dict[str, Any] = {
             "slots": spec.training.slots,
             "rank": world.rank,
@@ -126,9 +145,12 @@ class Trainer:
         self.optimizer = build_optimizer(
             spec, self.model, world.communicator, compiled=self.compiled, plain_kernels=paths.plain_kernels
         )
+        self.recorder.built(world.gather(describe_rank(world)), paths, self.path_lines, compiled=self.compiled)
         self._training_loss = self._compile(self.model.training_loss)
         self._evaluation_loss = self._compile(self.model.evaluation_loss)
-        self.reporter = Reporter(spec, self.schedule, world, run)
+        self.reporter = Reporter(
+            spec, self.schedule, world, run, ReferenceWatch(spec, data_directory) if world.is_main else None
+        )
 
     def _compile(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """One graph for each stage: sizes, windows and the attention scale are constants of the code."""
@@ -139,13 +161,11 @@ class Trainer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         self.train_batches.close()
-        if kind is None:
-            state = "finished"
-        else:
-            state = "failed" if issubclass(kind, Exception) else "interrupted"
+        state = end_state(kind)
         reason = None if error is None else f"{type(error).__name__} after step {self.next_step}: {error}"
         try:
             self.reporter.end(state, reason, self.clock.elapsed_ms)
+            self.recorder.end(state, reason, self.clock.elapsed_ms)
         except RunError as second:
             if error is None:
                 raise
@@ -160,6 +180,7 @@ class Trainer:
             self.reporter.note(line)
         self.reporter.start(self.next_step, resumed=resumed)
         graphs = compiled_graphs()
+        self.recorder.clock_starts(*self._progress(), resumed=resumed, graphs=graphs)
         self.clock.start()
         for step in range(self.next_step, self.schedule.total_steps):
             settings = self.schedule.at(step)
@@ -178,7 +199,23 @@ class Trainer:
         late_graphs = compiled_graphs() - graphs
         if self.compiled:
             self.reporter.note(f"compiled graphs: {graphs} before the clock started, {late_graphs} after")
+        self._record_trained(late_graphs)
         return Result(final_loss, self.schedule.total_steps, self.clock.elapsed_ms / 1000, late_graphs)
+
+    def _progress(self) -> tuple[int, int, float]:
+        """Steps and tokens done, milliseconds of the clock."""
+        return self.next_step, self.schedule.tokens_before(self.next_step), self.clock.elapsed_ms
+
+    def _record_trained(self, late_graphs: int) -> None:
+        device, memory = self.world.device, (0, 0)
+        if device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        position = self.train_batches.state_dict()
+        self.recorder.trained(
+            late_graphs=late_graphs,
+            shards_read=position["shard"] + 1 if position["epoch"] == 0 else self.train_shards,
+            memory=self.world.gather(memory),
+        )
 
     # --- a step ---
 
@@ -224,6 +261,7 @@ class Trainer:
         self.reporter.take_losses(wait=True)
         val_loss = self.evaluate(windows)
         self.reporter.evaluation(step, val_loss, self.clock.elapsed_ms)
+        self.recorder.evaluation(val_loss, *self._progress())
         if not math.isfinite(val_loss):
             raise RunError(f"step {step}: the validation loss is {val_loss}. The run stops")
         return val_loss
@@ -277,6 +315,7 @@ class Trainer:
             directory = self.run_directory.checkpoint_directory
             path = save_checkpoint(directory, self.next_step, state, keep=self.spec.checkpoint.keep)
             self.reporter.checkpoint(self.next_step, path)
+            self.recorder.progress(*self._progress())
 
     def _load_checkpoint(self) -> bool:
         """Take over the newest checkpoint of the run's directory, if there is one."""

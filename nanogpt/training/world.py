@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,8 @@ import torch.distributed as dist
 from nanogpt.errors import InputError, RunError
 from nanogpt.optim.communication import Communicator
 from nanogpt.spec import RunSpec
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,14 @@ class World:
     def is_main(self) -> bool:
         """Rank 0 writes the run's directory."""
         return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """`value` of every rank, in their order. Every rank calls it; for small things that can be pickled."""
+        if self.size == 1:
+            return [value]
+        values: list[T | None] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return cast("list[T]", values)
 
     def synchronize(self) -> None:
         """Wait until the device has done all it was given."""

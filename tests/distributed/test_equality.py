@@ -14,6 +14,7 @@ from tiny_runs import losses, make_data, newest_state, python, tiny_spec, train,
 
 from nanogpt.runs.directory import RunDirectory
 from nanogpt.runs.metrics import read_run
+from nanogpt.runs.record import read_record
 from nanogpt.training.checkpoint import list_checkpoints
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -82,6 +83,9 @@ def distributed_run(processes: int, data: Path, parent: Path, *overrides: str, m
     assert output.count("finished, ") == 1
     assert "Warning" not in output.replace("OMP_NUM_THREADS", "")
     assert read_run(path).start["world_size"] == processes
+    record = read_record(path)
+    assert (record.state, record.hardware.world_size) == ("finished", processes)
+    assert [(rank.rank, rank.local_rank) for rank in record.hardware.ranks] == [(i, i) for i in range(processes)]
     return path
 
 

@@ -331,7 +331,10 @@ LIMITED = """
     def limited(directory, step, state, *, keep):
         if step == 6:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-        return save(directory, step, state, keep=keep)
+        try:
+            return save(directory, step, state, keep=keep)
+        finally:  # the log is longer than that
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
     trainer.save_checkpoint = limited
     main(sys.argv[1:])
 """

@@ -1,0 +1,35 @@
+"""`nanogpt compare`: runs side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Directories of two runs or more.")],
+    out: Annotated[
+        list[Path] | None,
+        typer.Option("--out", metavar="FILE", help="Draw the losses too, as .png or .svg. May be repeated."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,
+) -> None:
+    """Show time, loss and ms/step of RUNs side by side, and what they differ in: spec, code, hardware, data."""
+    import json
+
+    from nanogpt.console import say
+    from nanogpt.runs.compare import comparison_data, comparison_table
+    from nanogpt.runs.loaded import load_runs, plot_runs
+    from nanogpt.runs.table import print_table
+
+    loaded = load_runs(runs)
+    data = comparison_data(loaded)
+    for path in out or ():
+        plot_runs(loaded, path)
+        say(f"Plot: {path}")
+    if as_json:
+        typer.echo(json.dumps(data, indent=2))
+        return
+    print_table(comparison_table(data))

@@ -1,0 +1,53 @@
+"""`nanogpt runs`: a table of runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def runs(
+    directory: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="DIR", help="Where the runs are, in it or below.", show_default="NANOGPT_RUNS, else ./runs"
+        ),
+    ] = None,
+    sort: Annotated[
+        str,
+        typer.Option("--sort", metavar="KEY", help="Column to sort by, -KEY for the largest first: val_loss, ..."),
+    ] = "created",
+    filters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--filter", metavar="KEY=VALUE", help="Only such runs: state=finished, 'val_loss<3.28'. Repeatable."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON, with more columns, instead of a table.")] = False,
+) -> None:
+    """List runs: state, steps, validation loss, time, GPUs, commit; also those that were killed, or have no record."""
+    import json
+
+    from nanogpt.console import say
+    from nanogpt.runs.listing import filter_runs, list_runs, runs_table, sort_runs
+
+    directory = directory or Path(os.environ.get("NANOGPT_RUNS") or "runs")
+    rows = sort_runs(filter_runs(list_runs(directory), filters or ()), sort)
+    if as_json:
+        typer.echo(json.dumps([row.as_json() for row in rows], indent=1))
+        return
+    if not rows:
+        say(f"{directory}: no runs" + (" that fit the filters" if filters else ""))
+        return
+    from rich.console import Console
+
+    table = runs_table(rows)
+    # A row stays one line where nobody looks, as in a job's output; a narrow terminal wraps it.
+    Console(width=max(Console().width, Console(width=1000).measure(table).maximum)).print(table)
+    for row in rows:
+        for text in (row.reason, row.problem):
+            if text:
+                say(f"{row.name}: {text}")

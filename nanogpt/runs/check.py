@@ -1,0 +1,358 @@
+"""The public rules as checks of a run: each passed, failed or unknown, with the evidence.
+
+The rules: the token streams are not changed; the validation loss is at most the target; no extra torch.compile or
+inductor flags; the clock covers all training, from the opening of the first shard on. What a run must have for its
+figures to be trusted comes on top: hardware as claimed, no interruption, a known state of the code.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from nanogpt.data.manifest import MANIFEST, REPOSITORY, read_manifest
+from nanogpt.data.shards import train_name
+from nanogpt.runs.loaded import IDENTITY_KEYS, LoadedRun, show
+from nanogpt.runs.record import DataFile, Record
+from nanogpt.runs.reference import load_shipped, under
+from nanogpt.spec import RunSpec
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+State = Literal["passed", "failed", "unknown"]
+
+# Set by the run itself, with no effect on what is computed: graphs to keep, not how they are made.
+OWN_SETTINGS = ("dynamo.recompile_limit",)
+# Where compiled code is kept and how much is printed; nothing that changes it.
+HARMLESS_VARIABLES = re.compile(
+    r"TORCHINDUCTOR_(CACHE_DIR|FX_GRAPH_CACHE|AUTOGRAD_CACHE|COMPILE_THREADS|WORKER_START)"
+    r"|TRITON_(CACHE_DIR|HOME|CACHE_AUTOTUNING|PRINT_AUTOTUNING|LIBCUDA_PATH)"
+    r"|TORCH_COMPILE_CACHE_DIR"
+)
+NOT_RECIPE_KEYS = (*IDENTITY_KEYS, "hardware", "checkpoint")
+TARGET_RULE = "target"
+CLOCK_TOLERANCE_MS = 1.0  # what rounding in the files may differ by
+
+
+@dataclass(frozen=True)
+class Check:
+    """What became of one rule."""
+
+    rule: str
+    state: State
+    evidence: str
+
+
+def check_run(run: LoadedRun) -> list[Check]:
+    """Every rule, in a fixed order. A run without a record leaves most of them unknown."""
+    rules: Sequence[tuple[str, Callable[[LoadedRun, Record], tuple[State, str]]]] = (
+        ("validation tokens", _validation_tokens),
+        ("validation shards", _validation_shards),
+        ("training shards", _training_shards),
+        ("compiler flags", _compiler_flags),
+        ("timing", _timing),
+        ("hardware", _hardware),
+        ("no interruption", _interruptions),
+        ("code", _code),
+    )
+    checks = [Check("finished", *_finished(run)), Check(TARGET_RULE, *_target(run)), Check("recipe", *_recipe(run))]
+    for rule, function in rules:
+        if run.record is None:
+            checks.append(Check(rule, "unknown", "the run has no record.json"))
+        else:
+            checks.append(Check(rule, *function(run, run.record)))
+    return checks
+
+
+def failed(checks: Sequence[Check]) -> list[Check]:
+    """Those that failed."""
+    return [check for check in checks if check.state == "failed"]
+
+
+# --- of the run's result ---
+
+
+def _finished(run: LoadedRun) -> tuple[State, str]:
+    if run.why_unfinished:
+        return "failed", run.why_unfinished
+    return "passed", f"all {run.metrics.total_steps:,} steps, final validation loss {run.final_loss:.4f}"
+
+
+def _target(run: LoadedRun) -> tuple[State, str]:
+    target = _speedrun().evaluation.target_loss
+    assert target is not None
+    if run.final_loss is None:
+        return "failed", "no validation loss after the last step"
+    sign = "at most" if run.final_loss <= target else "above"
+    text = f"validation loss {run.final_loss:.5f} is {sign} {target:g}"
+    return ("passed" if run.final_loss <= target else "failed"), text + " (the mean of several runs: significance)"
+
+
+def _recipe(run: LoadedRun) -> tuple[State, str]:
+    """A changed recipe is allowed: that is how records are made. It is shown."""
+    changes = recipe_changes(run.spec)
+    if not changes:
+        return "passed", "the shipped speedrun, but for hardware, seed, output and checkpoints"
+    listed = "; ".join(f"{key}: {show(there)} -> {show(here)}" for key, there, here in changes[:5])
+    more = f"; {len(changes) - 5} more" if len(changes) > 5 else ""
+    return "passed", f"changed recipe (allowed): {listed}{more}"
+
+
+def recipe_changes(spec: RunSpec) -> list[tuple[str, Any, Any]]:
+    """(key, value in the shipped speedrun, value in `spec`), without hardware, seed, output and checkpoints."""
+    from nanogpt.training.resume import spec_differences
+
+    return [
+        (key, values[0], values[1])
+        for key, *values in spec_differences(_speedrun(), spec)
+        if not under(key, NOT_RECIPE_KEYS)
+    ]
+
+
+def _speedrun() -> RunSpec:
+    return load_shipped("speedrun")
+
+
+# --- of the data ---
+
+
+def _validation_tokens(run: LoadedRun, record: Record) -> tuple[State, str]:
+    official = _speedrun().evaluation.tokens
+    if record.data is None:
+        return "unknown", "the record does not say what was read"
+    counts = {"the record": record.data.val_tokens, "the spec": run.spec.evaluation.tokens}
+    for source, count in counts.items():
+        if count != official:
+            return "failed", f"{count:,} validation tokens by {source}, official are {official:,}"
+    stream = record.data.val_stream_sha256
+    return "passed", f"the first {official:,} tokens" + (f", sha256 {stream[:12]}" if stream else "")
+
+
+def _validation_shards(run: LoadedRun, record: Record) -> tuple[State, str]:
+    return _shards(run, record, "val")
+
+
+def _training_shards(run: LoadedRun, record: Record) -> tuple[State, str]:
+    state, evidence = _shards(run, record, "train")
+    if state == "passed" and record.data is not None:
+        names = [file.name for file in record.data.train]
+        official = [train_name(index) for index in range(1, len(names) + 1)]
+        if names != official:
+            return "failed", f"read in another order than the data set's: {', '.join(names[:5])}"
+    return state, evidence
+
+
+def _shards(run: LoadedRun, record: Record, kind: str) -> tuple[State, str]:
+    """Shards are official where prep-fineweb's manifest, which holds the hub's sha256, vouches for them."""
+    files: list[DataFile] = [] if record.data is None else getattr(record.data, kind)
+    if record.data is None or not files:
+        return "unknown", "the record does not say which shards were read"
+    directory = Path(record.data.directory)
+    repository, revisions, problem = _manifest_now(directory, files)
+    if problem:
+        return "failed", problem
+    own = [file.name for file in files if file.sha256_from == "text.json"]
+    if own:
+        return "failed", f"own text, not {REPOSITORY}: {', '.join(own[:3])}, by text.json in {directory}"
+    for file in files:
+        if file.sha256 is None:
+            return "unknown", f"{file.name}: its sha256 is not in the record"
+        if file.sha256_from != "manifest.json" and file.name not in revisions:
+            return "failed", (
+                f"{file.name}: sha256 {file.sha256[:12]}, for which no manifest of {REPOSITORY} vouches; verify with"
+                f" prep-fineweb --dir {directory} and run again"
+            )
+    count = f"{len(files)} {'shard' if len(files) == 1 else 'shards'}"
+    named = ", ".join(f"{file.name} {str(file.sha256)[:12]}" for file in files[:2])
+    at = sorted(set(revisions.values()))
+    vouched = f"as {repository} at {', '.join(one[:12] for one in at)} has it" if at else "by prep-fineweb's manifest"
+    return "passed", f"{count} {vouched}: {named}" + (", ..." if len(files) > 2 else "")
+
+
+def _manifest_now(directory: Path, files: Sequence[DataFile]) -> tuple[str, dict[str, str], str | None]:
+    """(repository, revision of each file that the directory's manifest has with the same sha256, what contradicts)."""
+    path = directory / MANIFEST
+    try:
+        repository = str(json.loads(path.read_text(encoding="utf-8")).get("repository"))
+    except (OSError, ValueError, AttributeError):
+        return REPOSITORY, {}, None  # the directory may be elsewhere by now
+    if repository != REPOSITORY:
+        return repository, {}, f"{path}: shards of {repository}, not of {REPOSITORY}"
+    entries = read_manifest(directory)
+    revisions = {}
+    for file in files:
+        entry = entries.get(file.name)
+        if entry is None or file.sha256 is None:
+            continue
+        if entry.sha256 != file.sha256:
+            return repository, {}, f"{file.name}: read with sha256 {file.sha256[:12]}, the hub's is {entry.sha256[:12]}"
+        revisions[file.name] = entry.revision
+    return repository, revisions, None
+
+
+# --- of the computation ---
+
+
+def _compiler_flags(run: LoadedRun, record: Record) -> tuple[State, str]:
+    compilation = record.compilation
+    if compilation is None:
+        return "unknown", "the record does not say how the run was compiled"
+    flags = [
+        f"{name} = {change.found} (default {change.default})"
+        for name, change in compilation.settings.items()
+        if name not in OWN_SETTINGS
+    ]
+    flags += [
+        f"{name}={value}" for name, value in compilation.environment.items() if not HARMLESS_VARIABLES.fullmatch(name)
+    ]
+    if flags:
+        return "failed", f"extra flags: {'; '.join(flags)}"
+    return "passed", "torch._inductor, torch._dynamo and their environment variables are at their defaults" + (
+        "" if compilation.compiled else "; not compiled"
+    )
+
+
+def _timing(run: LoadedRun, record: Record) -> tuple[State, str]:
+    """What the files show of the clock; that it starts before the first shard is opened is the trainer's code."""
+    problems = [*_disagreements(run, record)]
+    compilation, training = record.compilation, run.spec.training
+    if not training.warmup:
+        problems.append("training.warmup is off: kernels were compiled and tuned inside of the clock")
+    late = None if compilation is None else compilation.late_graphs
+    if late:
+        problems.append(f"{late} graphs were compiled after the clock had started")
+    if problems:
+        return "failed", "; ".join(problems)
+    if record.record_seconds is None or late is None:
+        return "unknown", "the record does not say how the clock ended"
+    evidence = [f"{record.record_seconds:.3f} s in record, metrics and log", "warm-up on", "no late graph"]
+    if run.metrics.checkpoints:
+        steps = ", ".join(str(entry["step"]) for entry in run.metrics.checkpoints[:5])
+        evidence.append(f"clock stopped for checkpoints at {steps}")
+    else:
+        evidence.append("no checkpoint")
+    if record.code.clean:
+        evidence.append(f"clock starts before the first shard is opened (code of {str(record.code.commit)[:12]})")
+    elif record.code.source_sha256 == _own_source():
+        evidence.append("clock starts before the first shard is opened (code of this package)")
+    else:
+        return "unknown", "; ".join([*evidence, "the code is neither this package's nor a commit's: read its clock"])
+    return "passed", "; ".join(evidence)
+
+
+def _own_source() -> str:
+    from nanogpt.runs.provenance import source_sha256
+
+    return source_sha256()
+
+
+def _disagreements(run: LoadedRun, record: Record) -> list[str]:
+    """Where metrics, log and record tell different times, or one that cannot be."""
+    found = []
+    times = [float(entry.get("train_time_ms") or 0) for entry in run.metrics.steps]
+    if any(later < earlier for earlier, later in itertools.pairwise(times)):
+        found.append("the clock of metrics.jsonl runs backwards")
+    if record.record_seconds is None:
+        return found
+    of_record = 1000 * record.record_seconds
+    end = run.metrics.end or {}
+    for name, ms in (
+        ("metrics.jsonl", end.get("train_time_ms")),
+        ("its last evaluation", (run.metrics.evaluations or [{}])[-1].get("train_time_ms")),
+    ):
+        if ms is not None and abs(float(ms) - of_record) > CLOCK_TOLERANCE_MS:
+            found.append(f"{float(ms) / 1000:.3f} s by {name}, {record.record_seconds:.3f} s by record.json")
+    logged = _last_in_log(run.path)
+    if logged is not None and abs(logged[0] - of_record) > CLOCK_TOLERANCE_MS:
+        found.append(f"{logged[0] / 1000:.3f} s by log.txt, {record.record_seconds:.3f} s by record.json")
+    if logged is not None and run.final_loss is not None and abs(logged[1] - run.final_loss) > 6e-5:
+        found.append(f"validation loss {logged[1]:.4f} by log.txt, {run.final_loss:.4f} by metrics.jsonl")
+    started = record.starts[-1].clock_started
+    if started is not None and record.ended is not None and record.interruptions == 0:
+        wall = (record.ended - started).total_seconds()
+        if wall + 0.01 < record.record_seconds:
+            found.append(f"{record.record_seconds:.3f} s of training within {wall:.3f} s by the time of day")
+    return found
+
+
+def _last_in_log(path: Path) -> tuple[float, float] | None:
+    """(milliseconds, validation loss) of the log's last evaluation."""
+    try:
+        text = (path / "log.txt").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    lines = re.findall(r"^step:\d+/\d+ val_loss:(\d+\.\d+) train_time:(\d+)ms", text, re.MULTILINE)
+    return (float(lines[-1][1]), float(lines[-1][0])) if lines else None
+
+
+def _hardware(run: LoadedRun, record: Record) -> tuple[State, str]:
+    hardware, claimed = record.hardware, run.spec.hardware
+    if not hardware.ranks:
+        return "unknown", "the record does not say on which devices the run was"
+    found = (
+        f"{len(hardware.ranks)} processes on {', '.join(hardware.hosts)}: {', '.join(sorted(set(hardware.devices)))}"
+    )
+    claim = f"{claimed.nodes} x {claimed.gpus_per_node} {claimed.gpu}"
+    wrong = [
+        rank.device
+        for rank in hardware.ranks
+        if not re.search(rf"(?<![A-Za-z0-9]){re.escape(claimed.gpu)}(?![0-9])", rank.device, re.IGNORECASE)
+    ]
+    uuids = [rank.device_uuid for rank in hardware.ranks if rank.device_uuid]
+    sizes = {len(hardware.ranks), hardware.world_size, run.spec.world_size, run.metrics.start.get("world_size")}
+    if wrong or len(sizes) != 1 or len(hardware.hosts) > claimed.nodes or len(set(uuids)) < len(uuids):
+        twice = ", a device twice" if len(set(uuids)) < len(uuids) else ""
+        return "failed", f"claimed {claim}, found {found}{twice}"
+    return "passed", f"claimed {claim}, found {found}"
+
+
+def _interruptions(run: LoadedRun, record: Record) -> tuple[State, str]:
+    if record.interruptions or run.metrics.starts > 1:
+        steps = ", ".join(str(start.resumed_at or 0) for start in record.starts[1:])
+        return "failed", f"started {max(len(record.starts), run.metrics.starts)} times, resumed at step {steps or '?'}"
+    return "passed", "one start"
+
+
+def _code(run: LoadedRun, record: Record) -> tuple[State, str]:
+    code = record.code
+    if code.clean:
+        return "passed", f"commit {str(code.commit)[:12]}, clean"
+    if code.clean is False:
+        files = ", ".join(code.changed_files[:5]) + (", ..." if len(code.changed_files) > 5 else "")
+        return "failed", f"commit {str(code.commit)[:12]} with changes: {files}"
+    source = f"source {code.source_sha256[:12]}"
+    if code.source_sha256 == _own_source():
+        source += ", that of this package"
+    if code.commit:
+        return "unknown", f"commit {code.commit[:12]}, whether clean is not known; {source}"
+    return "unknown", f"no commit known; {source}"
+
+
+# --- for people ---
+
+
+def check_data(run: LoadedRun, checks: Sequence[Check]) -> dict[str, Any]:
+    """The checks as data that JSON can hold."""
+    return {"run": run.label, "failed": len(failed(checks)), "checks": [asdict(check) for check in checks]}
+
+
+def check_table(checks: Sequence[Check]) -> RenderableType:
+    """The checks for a Rich console."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("rule", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("evidence", overflow="fold")
+    styles = {"passed": "green", "failed": "bold red", "unknown": "yellow"}
+    for check in checks:
+        table.add_row(check.rule, Text(check.state, style=styles[check.state]), Text(check.evidence))
+    return table

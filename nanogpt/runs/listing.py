@@ -1,0 +1,291 @@
+"""The runs in a directory, each as a row: what it is, how far it got, whether it lives.
+
+A run without a record, or with one that cannot be read, is listed by its spec.yaml and metrics.jsonl; what is wrong
+with it stands in `problem`. A run that has not ended by its own word is read from its metrics, which are newer than
+its record.
+"""
+
+from __future__ import annotations
+
+import datetime
+import operator
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nanogpt.errors import InputError
+from nanogpt.runs.directory import RECORD_NAME, is_run
+from nanogpt.runs.display import ms_text
+from nanogpt.runs.metrics import UNFINISHED, RunMetrics, read_metrics, run_metrics
+from nanogpt.runs.record import Record, live_state, read_record
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+DEPTH = 3  # directories below the one that is asked for
+
+
+@dataclass
+class RunRow:
+    """A run in a list. None: not known.
+
+    `state`: running, finished, failed, interrupted, killed, stale (see `nanogpt.runs.record.live_state`), or
+    unfinished where there is no record to tell running from killed.
+    """
+
+    name: str  # of the directory
+    path: Path
+    state: str
+    reason: str | None = None
+    steps: int = 0  # done
+    total_steps: int | None = None
+    tokens: int = 0
+    val_loss: float | None = None
+    target_loss: float | None = None
+    train_seconds: float | None = None
+    ms_per_step: float | None = None
+    world_size: int | None = None
+    gpus: str | None = None  # "8 x NVIDIA H100 80GB HBM3"; what the recipe claims where nothing was found yet
+    hosts: str | None = None
+    job: str | None = None  # Slurm's, 123 or 120_3
+    starts: int = 0
+    commit: str | None = None  # with + where the tree was not clean
+    seed: int | None = None
+    created: datetime.datetime | None = None
+    problem: str | None = None  # why the row is not whole
+
+    @property
+    def progress(self) -> str:
+        """`512/1,555`."""
+        return f"{self.steps:,}" + ("" if self.total_steps is None else f"/{self.total_steps:,}")
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields as JSON knows them."""
+        data = asdict(self)
+        data["path"] = str(self.path)
+        data["created"] = None if self.created is None else self.created.isoformat()
+        return data
+
+
+def list_runs(directory: Path | str) -> list[RunRow]:
+    """The runs in `directory` and below, oldest first; `directory` may be a run itself.
+
+    Raises:
+        InputError: `directory` does not exist or cannot be read.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        what = "is a file" if directory.exists() else "no such directory"
+        raise InputError(f"{directory}: {what}; expected a directory of runs (nanogpt train --out DIR, NANOGPT_RUNS)")
+    try:
+        rows = [run_row(path) for path in _find(directory, DEPTH)]
+    except OSError as error:
+        raise InputError(f"{directory}: cannot be read: {error}") from error
+    oldest = datetime.datetime.min.replace(tzinfo=datetime.UTC)
+    return sorted(rows, key=lambda row: (row.created or oldest, row.name))
+
+
+def _find(directory: Path, depth: int) -> Iterator[Path]:
+    if is_run(directory) or (directory / RECORD_NAME).is_file():
+        yield directory
+    elif depth:
+        for child in sorted(directory.iterdir()):
+            if not child.name.startswith(".") and child.is_dir():
+                yield from _find(child, depth - 1)
+
+
+def run_row(path: Path) -> RunRow:
+    """The row of the run in the directory `path`, whatever of it can be read."""
+    name = path.resolve().name
+    problems: list[str] = []
+    try:
+        record = read_record(path)
+        if live_state(record, path) == "killed":  # unless it ended while we looked
+            record = read_record(path)
+    except InputError as error:
+        problems.append(str(error))
+        row = _row_without_record(path, name, problems)
+    else:
+        row = _row_of(record, path, name, problems)
+    row.problem = "; ".join(problem.removeprefix(f"{path}/") for problem in problems) or None
+    return row
+
+
+def _row_of(record: Record, path: Path, name: str, problems: list[str]) -> RunRow:
+    start, hardware = record.starts[-1], record.hardware
+    devices = hardware.devices or [hardware.claimed.gpu] * hardware.world_size
+    slurm = record.slurm
+    row = RunRow(
+        name=name,
+        path=path,
+        state=live_state(record, path),
+        reason=record.reason,
+        steps=record.steps,
+        total_steps=record.total_steps,
+        tokens=record.tokens,
+        val_loss=record.val_loss,
+        target_loss=record.target_loss,
+        train_seconds=record.train_seconds if record.clock_started else None,
+        ms_per_step=record.ms_per_step,
+        world_size=hardware.world_size,
+        gpus=", ".join(f"{devices.count(device)} x {device}" for device in dict.fromkeys(devices)),
+        hosts=", ".join(hardware.hosts) or start.process.host,
+        job=None
+        if slurm is None
+        else (f"{slurm.array_job_id}_{slurm.array_task_id}" if slurm.array_job_id else slurm.job_id),
+        starts=len(record.starts),
+        commit=None if record.code.commit is None else record.code.commit + ("+" if record.code.clean is False else ""),
+        seed=record.seed,
+        created=record.created,
+    )
+    if record.state == "running":
+        metrics = _metrics(path, name, problems)
+        if metrics is not None and metrics.starts:
+            _take_metrics(row, metrics)
+            # Its last words may be in the metrics and not in the record; if they are those of this start.
+            if metrics.end and start.clock_started:
+                row.state, row.reason = metrics.state, metrics.end.get("reason")
+    return row
+
+
+def _row_without_record(path: Path, name: str, problems: list[str]) -> RunRow:
+    from nanogpt.runs.directory import RunDirectory
+
+    row = RunRow(name=name, path=path, state=UNFINISHED)
+    try:
+        spec = RunDirectory(path).spec()
+        row.total_steps, row.world_size = spec.training.total_steps, spec.world_size
+        row.gpus, row.seed = f"{spec.world_size} x {spec.hardware.gpu}", spec.training.seed
+        row.target_loss = spec.evaluation.target_loss
+        row.created = datetime.datetime.fromtimestamp((path / "spec.yaml").stat().st_mtime, datetime.UTC)
+    except (InputError, OSError) as error:
+        problems.append(str(error))
+    metrics = _metrics(path, name, problems)
+    if metrics is not None:
+        row.state, row.starts = metrics.state, metrics.starts
+        row.reason = metrics.end.get("reason") if metrics.end else None
+        _take_metrics(row, metrics)
+    return row
+
+
+def _metrics(path: Path, name: str, problems: list[str]) -> RunMetrics | None:
+    file = path / "metrics.jsonl"
+    if not file.exists():
+        return None
+    try:
+        return run_metrics(read_metrics(file), name)
+    except InputError as error:
+        problems.append(str(error))
+        return None
+
+
+def _take_metrics(row: RunRow, metrics: RunMetrics) -> None:
+    last = metrics.last
+    row.steps, row.tokens = int(last.get("step") or 0), int(last.get("tokens") or 0)
+    row.total_steps = metrics.total_steps or row.total_steps
+    if metrics.evaluations:
+        row.val_loss = metrics.evaluations[-1].get("val_loss")
+    if last.get("train_time_ms") is not None:
+        row.train_seconds = float(last["train_time_ms"]) / 1000
+        row.ms_per_step = float(last["train_time_ms"]) / row.steps if row.steps else None
+
+
+# --- filter and sort --------------------------------------------------------------------------------------------
+
+COLUMNS = tuple(field.name for field in fields(RunRow))
+_OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
+    "<=": operator.le,
+    ">=": operator.ge,
+    "!=": operator.ne,
+    "=": operator.eq,
+    "<": operator.lt,
+    ">": operator.gt,
+}
+_FILTER = re.compile(r"\s*([a-z_]+)\s*(<=|>=|!=|=|<|>)\s*(.*?)\s*")
+
+
+def filter_runs(rows: Sequence[RunRow], filters: Sequence[str]) -> list[RunRow]:
+    """The rows that fit all filters: `state=finished`, `val_loss<3.28`, `created>=2026-01-31`, `job=` (none).
+
+    Text after = and != is compared without regard to case, and fits where the column begins with it: `commit=3f2a`,
+    `state=fin`. < and > leave out the rows that have no value.
+
+    Raises:
+        InputError: not of that form, no such column, or a value that does not go with the column.
+    """
+    for text in filters:
+        match = _FILTER.fullmatch(text)
+        if match is None:
+            raise InputError(f"--filter {text}: expected KEY=VALUE, or !=, <, <=, >, >=; such as val_loss<3.28")
+        key, sign, wanted = match.groups()
+        rows = [row for row in rows if _fits(getattr(row, _column(key, "--filter")), sign, wanted, text)]
+    return list(rows)
+
+
+def sort_runs(rows: Sequence[RunRow], key: str) -> list[RunRow]:
+    """By column `key`, `-key` for the largest first; rows without a value come last. Raises InputError."""
+    column = _column(key.removeprefix("-"), "--sort")
+    known = [row for row in rows if getattr(row, column) is not None]
+    unknown = [row for row in rows if getattr(row, column) is None]
+    return sorted(known, key=lambda row: getattr(row, column), reverse=key.startswith("-")) + unknown
+
+
+def _column(key: str, flag: str) -> str:
+    if key not in COLUMNS:
+        raise InputError(f"{flag} {key}: no such column; there are {', '.join(COLUMNS)}")
+    return key
+
+
+def _fits(value: Any, sign: str, wanted: str, text: str) -> bool:
+    if value is None or not wanted:
+        empty = value is None and not wanted
+        return empty if sign == "=" else not empty if sign == "!=" else False
+    if isinstance(value, datetime.datetime | int | float):
+        try:
+            if isinstance(value, datetime.datetime):
+                other: Any = datetime.datetime.fromisoformat(wanted)
+                other = other if other.tzinfo else other.astimezone()
+            else:
+                other = float(wanted.replace(",", ""))
+        except ValueError:
+            kind = "a date such as 2026-01-31" if isinstance(value, datetime.datetime) else "a number"
+            raise InputError(f"--filter {text}: {wanted!r} is not {kind}") from None
+        return _OPERATORS[sign](value, other)
+    if sign in ("=", "!="):
+        return str(value).lower().startswith(wanted.lower()) == (sign == "=")
+    return _OPERATORS[sign](str(value), wanted)
+
+
+# --- table ------------------------------------------------------------------------------------------------------
+
+
+def runs_table(rows: Sequence[RunRow]) -> Table:
+    """The rows for a Rich console."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("run", overflow="fold")
+    table.add_column("state", no_wrap=True)
+    for name in ("steps", "val loss", "time", "ms/step"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("GPUs", overflow="fold")
+    table.add_column("commit", no_wrap=True)
+    table.add_column("date", no_wrap=True)
+    for row in rows:
+        commit = row.commit or ""
+        table.add_row(
+            Text(row.name),
+            row.state,
+            row.progress,
+            "" if row.val_loss is None else f"{row.val_loss:.4f}",
+            "" if row.train_seconds is None else f"{row.train_seconds:,.1f} s",
+            "" if row.ms_per_step is None else ms_text(row.ms_per_step),
+            Text((row.gpus or "").removeprefix("1 x ").replace("NVIDIA ", "")),
+            commit[:7] + ("+" if commit.endswith("+") else ""),
+            "" if row.created is None else row.created.astimezone().strftime("%Y-%m-%d %H:%M"),
+        )
+    return table

@@ -1,0 +1,183 @@
+"""Where a run's code, packages, container and job come from: what a stranger needs to know of its origin.
+
+Everything is asked for when a function is called, nothing at import. No torch is needed here.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import json
+import platform
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+
+from nanogpt import __version__
+from nanogpt.runs.record import Code, Container, Slurm
+
+CHANGED_FILES = 100  # named at most
+PACKAGES = ("torch", "triton", "flash-attn", "flash-attn-3", "flash-attn-4", "numpy")
+COMPILER_VARIABLES = ("TORCHINDUCTOR_", "TORCHDYNAMO_", "TORCH_COMPILE", "TRITON_")
+OTHER_VARIABLES = ("CUBLAS_", "CUDA_", "MKL_", "NANOGPT_", "NCCL_", "NVIDIA_", "OMP_", "PYTORCH_", "TORCH_", "UCX_")
+REVISION_LABEL = "org.opencontainers.image.revision"
+RULE = "=" * 100  # the leaderboard's, between the parts of a log
+LABELS = Path("/.singularity.d/labels.json")
+
+
+def package_versions() -> dict[str, str | None]:
+    """Versions of Python, the platform and the packages that decide speed and result; None: not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+# --- code -------------------------------------------------------------------------------------------------------
+
+
+def package_directory() -> Path:
+    """Where the package's modules are."""
+    return Path(__file__).parents[1]
+
+
+def code_state(container: Container | None = None) -> Code:
+    """The code that is installed, from git in a checkout, else from the `container`'s label, and always by its hash."""
+    code = Code(package_version=__version__, source_sha256=source_sha256())
+    root = package_directory().parent
+    if (root / ".git").exists():
+        try:
+            code.commit = _git(root, "rev-parse", "HEAD").strip()
+            status = _git(root, "status", "--porcelain").splitlines()
+            code.clean, code.changed_files = not status, [line[3:] for line in status[:CHANGED_FILES]]
+        except (OSError, subprocess.SubprocessError):
+            pass
+    elif container is not None:
+        code.commit = container.labels.get(REVISION_LABEL)
+    return code
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-c", f"safe.directory={root}", "-C", str(root), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout
+
+
+def source_sha256(directory: Path | None = None) -> str:
+    """sha256 over path and content of every .py file of the package (or of `directory`), in the order of the paths."""
+    directory = directory or package_directory()
+    digest = hashlib.sha256()
+    for path in sorted(directory.rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(directory).as_posix()}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
+@functools.cache
+def training_sources() -> tuple[Path, ...]:
+    """The package's modules that `nanogpt train` can come to import, in the order of their paths.
+
+    Followed through the import statements of each, those inside of functions too, from the command on.
+    """
+    package = package_directory()
+    found: set[Path] = set()
+    todo = [f"{package.name}.cli.train", f"{package.name}.__main__"]
+    while todo:
+        name = todo.pop()
+        path = _module_path(package, name)
+        if path is None or path in found:
+            continue
+        found.add(path)
+        parents = name.split(".")[:-1]
+        todo += [".".join(parents[: depth + 1]) for depth in range(len(parents))]
+        todo += _imported(path, package.name)
+    return tuple(sorted(found))
+
+
+def _module_path(package: Path, name: str) -> Path | None:
+    place = package.parent.joinpath(*name.split("."))
+    candidates = (place / "__init__.py", place.with_suffix(".py"))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _imported(path: Path, package: str) -> Iterator[str]:
+    """Names of what may be modules of the package in the file's import statements."""
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == package:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == package)
+
+
+def source_text(paths: Iterable[Path]) -> str:
+    """The files, each below a line that names it with its length and sha256."""
+    root = package_directory().parent
+    parts = []
+    for path in paths:
+        content = path.read_bytes()
+        name, lines = path.relative_to(root).as_posix(), content.count(b"\n")
+        parts.append(f"{RULE}\n{name}: {lines} lines, sha256 {hashlib.sha256(content).hexdigest()}\n{RULE}\n")
+        parts.append(content.decode("utf-8"))
+    return "".join(parts)
+
+
+# --- where it runs ----------------------------------------------------------------------------------------------
+
+
+def slurm_job(environ: Mapping[str, str]) -> Slurm | None:
+    """The Slurm job that `environ` tells of; None outside of one."""
+    if not environ.get("SLURM_JOB_ID"):
+        return None
+    get = environ.get
+    restarts = get("SLURM_RESTART_COUNT", "0")
+    return Slurm(
+        job_id=environ["SLURM_JOB_ID"],
+        array_job_id=get("SLURM_ARRAY_JOB_ID"),
+        array_task_id=get("SLURM_ARRAY_TASK_ID"),
+        job_name=get("SLURM_JOB_NAME"),
+        cluster=get("SLURM_CLUSTER_NAME"),
+        partition=get("SLURM_JOB_PARTITION"),
+        node_list=get("SLURM_JOB_NODELIST"),
+        restart_count=int(restarts) if restarts.isdigit() else 0,
+    )
+
+
+def container_of(environ: Mapping[str, str], labels: Path = LABELS) -> Container | None:
+    """The Apptainer image that `environ` names, with its labels; None outside of one."""
+    image = environ.get("APPTAINER_CONTAINER") or environ.get("SINGULARITY_CONTAINER")
+    if not image:
+        return None
+    try:
+        found = json.loads(labels.read_bytes())
+    except (OSError, ValueError):
+        found = {}
+    return Container(
+        image=image,
+        sha256=environ.get("NANOGPT_SIF_SHA256") or None,
+        labels={str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {},
+    )
+
+
+def variables(environ: Mapping[str, str], prefixes: tuple[str, ...]) -> dict[str, str]:
+    """Those of `environ` whose name begins with one of `prefixes`, sorted; no name that may be a secret's."""
+    secret = ("TOKEN", "SECRET", "PASSWORD", "KEY")
+    return {
+        name: value
+        for name, value in sorted(environ.items())
+        if name.startswith(prefixes) and not any(word in name for word in secret)
+    }
+
+
+def driver_version() -> str | None:
+    """The NVIDIA driver's version; None where there is none."""
+    try:
+        line = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").partition("\n")[0]
+    except OSError:
+        return None
+    words = line.split()
+    return next((word for word in words if word[0].isdigit() and "." in word), None)

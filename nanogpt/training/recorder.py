@@ -1,0 +1,432 @@
+"""Keeps a run's record.json, and opens its log with the code that runs.
+
+Rank 0 writes, and only while the run's clock stands: at the start, when the model is built, before the first step, at
+evaluations and checkpoints, and at the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nanogpt.console import say
+from nanogpt.errors import InputError, RunError
+from nanogpt.recipe import dump_spec, load_recipe
+from nanogpt.runs.data_files import OffClockHashes, describe_shards
+from nanogpt.runs.directory import FLOAT_DIGITS, RECORD_NAME, RunDirectory
+from nanogpt.runs.provenance import (
+    COMPILER_VARIABLES,
+    OTHER_VARIABLES,
+    RULE,
+    code_state,
+    container_of,
+    driver_version,
+    package_versions,
+    slurm_job,
+    source_text,
+    training_sources,
+    variables,
+)
+from nanogpt.runs.record import (
+    Claim,
+    Compilation,
+    Computation,
+    Data,
+    Hardware,
+    Rank,
+    Record,
+    SettingChange,
+    SpecDifference,
+    Start,
+    State,
+    last_written,
+    read_record,
+    record_text,
+    this_process,
+    utc_now,
+    write_record,
+)
+from nanogpt.spec import RunSpec
+from nanogpt.training.resume import spec_differences
+from nanogpt.training.world import World, started_as
+
+if TYPE_CHECKING:
+    from nanogpt.models.interface import Paths
+
+HASHING_S = 120.0  # for what of the data is not hashed when the run is over
+
+
+def first_record(spec: RunSpec) -> Record:
+    """What is known of a run before anything of it has been built: this process, its code, its job."""
+    container = container_of(os.environ)
+    code, slurm, now = code_state(container), slurm_job(os.environ), utc_now()
+    base = load_recipe(spec.model.kind)  # the shipped recipes without a base are named for their models
+    hardware = spec.hardware
+    world_size = started_as()[1]
+    return Record(
+        name=spec.name,
+        created=now,
+        updated=now,
+        starts=[
+            Start(
+                time=now,
+                process=this_process(),
+                slurm=slurm,
+                world_size=world_size,
+                commit=code.commit,
+                source_sha256=code.source_sha256,
+            )
+        ],
+        total_steps=spec.training.total_steps,
+        total_tokens=spec.training.total_tokens,
+        target_loss=spec.evaluation.target_loss,
+        spec_sha256=hashlib.sha256(dump_spec(spec).encode()).hexdigest(),
+        base_recipe=spec.model.kind,
+        spec_differences=[
+            SpecDifference(key=key, base=theirs, run=ours) for key, theirs, ours in spec_differences(base, spec)
+        ],
+        seed=spec.training.seed,
+        hardware=Hardware(
+            claimed=Claim(gpu=hardware.gpu, gpus_per_node=hardware.gpus_per_node, nodes=hardware.nodes),
+            world_size=world_size,
+        ),
+        code=code,
+        versions={**package_versions(), **_torch_versions(), "driver": driver_version()},
+        environment=variables(os.environ, OTHER_VARIABLES),
+        container=container,
+    )
+
+
+def create_run(parent: Path, spec: RunSpec) -> RunDirectory:
+    """Make the run's directory in `parent`, its record in it from the first moment. Raises as `RunDirectory.create`."""
+    return RunDirectory.create(parent, spec, record=record_text(first_record(spec)))
+
+
+class RunRecorder:
+    """The record of one run, from its start to its end; a context manager, whose end says how the run ended.
+
+    Without a run directory, and on ranks other than 0, it does nothing.
+
+    Args:
+        spec: the run.
+        run: its directory; one that `create` has just made has its first record already.
+        resume: the run goes on: the old record's past is kept.
+    """
+
+    def __init__(self, spec: RunSpec, run: RunDirectory | None, *, resume: bool = False):
+        self.spec = spec
+        self.run = run if started_as()[0] == 0 else None
+        self.resume = resume
+        self._record: Record | None = None
+        self._hashes: OffClockHashes | None = None
+        self._data_directory = Path()
+        self._nvidia_smi: subprocess.Popen[str] | None = None
+        self._compiler_environment = variables(os.environ, COMPILER_VARIABLES)  # before torch adds its own
+
+    def __enter__(self) -> RunRecorder:
+        if self.run:
+            self._record, earlier = self._begin(self.run)
+            self._write()
+            self._open_log(self.run, earlier)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        """After the trainer, which has told how the run ended unless it could not be built."""
+        record = self._record
+        if record is not None and record.state == "running":
+            state = end_state(kind)
+            try:
+                self.end(
+                    state, None if error is None else f"{type(error).__name__}: {error}", 1000 * record.train_seconds
+                )
+            except RunError:
+                if error is None:
+                    raise
+        if self._nvidia_smi:
+            self._nvidia_smi.kill()
+            self._nvidia_smi.communicate()
+        if self._hashes:
+            if kind is None:
+                self._hashes.finish(1.0)
+                if self._hashes.busy:
+                    say(f"Hashing the data for {RECORD_NAME}, for {HASHING_S:.0f} s at most")
+                    self._hashes.finish(HASHING_S)
+            self._hashes.stop()
+            self._take_hashes()
+            if kind is None:
+                self._write()
+        if self.run:
+            self.run.close()
+
+    def _begin(self, run: RunDirectory) -> tuple[Record, Record | None]:
+        """The record to write from now on, and that of the run's earlier starts, if there were any."""
+        try:
+            old = read_record(run.path)
+        except InputError:  # none, or damaged
+            return first_record(self.spec), None
+        if not self.resume:
+            fresh = old.state == "running" and old.starts[-1].process == this_process()
+            return (old if fresh else first_record(self.spec)), None
+        new = first_record(self.spec)
+        new.name, new.created, new.clock_started = old.name, old.created, old.clock_started
+        new.spec_sha256 = old.spec_sha256
+        last = old.starts[-1]
+        if last.state == "running":
+            last.state, last.ended = "killed", last_written(run.path, old)
+        new.starts = [*old.starts, *new.starts]
+        for key in ("steps", "tokens", "val_loss", "val_loss_step", "train_seconds"):  # until training starts
+            setattr(new, key, getattr(old, key))
+        return new, old
+
+    # --- what the trainer tells ---
+
+    def reads(self, train_files: Sequence[Path], val_files: Sequence[Path]) -> None:
+        """The shards that are there. Those that no manifest vouches for are hashed while the clock stands."""
+        record = self._record
+        if record is None:
+            return
+        self._data_directory = train_files[0].parent
+        tokens = self.spec.evaluation.tokens
+        try:
+            record.data = Data(
+                directory=str(self._data_directory.resolve()),
+                train=describe_shards(train_files),
+                val=describe_shards(val_files),
+                val_tokens=tokens,
+            )
+        except OSError:
+            return  # the trainer is about to meet it too
+        wanted, left = [], self.spec.training.total_tokens
+        for shard in record.data.train:
+            if left > 0 and shard.sha256 is None:
+                wanted.append(self._data_directory / shard.name)
+            left -= shard.bytes // 2
+        unknown = [self._data_directory / shard.name for shard in record.data.val if shard.sha256 is None]
+        self._hashes = OffClockHashes([*unknown, *wanted, *self._image()], val_files, tokens)
+        self._hashes.start()
+        self._write()
+
+    def built(self, ranks: Sequence[Rank], paths: Paths, reasons: Sequence[str], *, compiled: bool) -> None:
+        """The processes have found each other and the model is there."""
+        record, runtime = self._record, self.spec.runtime
+        if record is None or self.run is None:
+            return
+        record.hardware.ranks = list(ranks)
+        record.computation = Computation(
+            attention=paths.attention,
+            head_precision=paths.head_precision if self.spec.model.kind == "speedrun" else None,
+            kernels="plain" if paths.plain_kernels else runtime.kernels,
+            dtype=runtime.dtype,
+            deterministic=runtime.deterministic,
+            reasons=list(reasons),
+        )
+        record.compilation = Compilation(compiled=compiled, environment=self._compiler_environment)
+        self._ask_compiler()
+        self._write()
+        if self._nvidia_smi:
+            try:
+                self.run.log(f"{self._nvidia_smi.communicate(timeout=20)[0]}{RULE}")
+            except subprocess.TimeoutExpired:
+                self._nvidia_smi.kill()
+                self._nvidia_smi.communicate()
+            self._nvidia_smi = None
+
+    def clock_starts(self, step: int, tokens: int, elapsed_ms: float, *, resumed: bool, graphs: int) -> None:
+        """Training goes on from here: `step` steps are done, `graphs` have been compiled."""
+        record = self._record
+        if record is None:
+            return
+        if self._hashes:
+            self._hashes.pause()
+            self._take_hashes()
+        start = record.starts[-1]
+        start.clock_started = utc_now()
+        start.resumed_at = step if resumed else None
+        record.clock_started = record.clock_started if resumed else start.clock_started
+        if not resumed or (record.val_loss_step or 0) > step:  # what came after the checkpoint is taken back
+            record.val_loss = record.val_loss_step = None
+        if record.compilation:
+            record.compilation.graphs_before_clock = graphs
+        self._ask_compiler()
+        self.progress(step, tokens, elapsed_ms)
+
+    def evaluation(self, val_loss: float, step: int, tokens: int, elapsed_ms: float) -> None:
+        """The validation loss after `step` steps; the clock stands."""
+        if self._record:
+            self._record.val_loss = float(f"{val_loss:.{FLOAT_DIGITS}g}")  # as in metrics.jsonl
+            self._record.val_loss_step = step
+            self.progress(step, tokens, elapsed_ms)
+
+    def progress(self, step: int, tokens: int, elapsed_ms: float) -> None:
+        """`step` steps on `tokens` tokens are done; the clock stands."""
+        if self._record:
+            self._record.steps, self._record.tokens = step, tokens
+            self._record.train_seconds = round(elapsed_ms / 1000, 6)
+            self._write()
+
+    def trained(self, *, late_graphs: int, shards_read: int, memory: Sequence[tuple[int, int]]) -> None:
+        """All steps and the last validation are done.
+
+        Args:
+            late_graphs: compiled since the clock started.
+            shards_read: training shards that have been read from, from the first.
+            memory: most bytes allocated and reserved on each rank's GPU; zeros on CPUs.
+        """
+        record = self._record
+        if record is None or self.run is None:
+            return
+        if record.compilation:
+            record.compilation.late_graphs = late_graphs
+        self._ask_compiler()
+        if record.data:
+            record.data.train = record.data.train[:shards_read]
+        record.peak_resident_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        allocated, reserved = (max(values) for values in zip(*memory, strict=True))
+        if allocated:
+            record.peak_memory_bytes, record.peak_reserved_bytes = allocated, reserved
+            self.run.log(f"peak memory allocated: {allocated >> 20} MiB reserved: {reserved >> 20} MiB")
+        else:
+            self.run.log(f"peak memory resident: {record.peak_resident_bytes >> 20} MiB")
+
+    def end(self, state: State, reason: str | None, elapsed_ms: float) -> None:
+        """The run is over."""
+        record = self._record
+        if record is None:
+            return
+        record.state, record.reason, record.ended = state, reason, utc_now()
+        record.train_seconds = round(elapsed_ms / 1000, 6)
+        if state == "finished":
+            record.record_seconds = record.train_seconds
+        start = record.starts[-1]
+        start.state, start.reason, start.ended = state, reason, record.ended
+        self._take_hashes()
+        self._write()
+
+    # --- parts ---
+
+    def _write(self) -> None:
+        if self.run and self._record:
+            self._record.updated = utc_now()
+            try:
+                write_record(self.run.path, self._record)
+            except OSError as error:
+                raise RunError(
+                    f"{self.run.path / RECORD_NAME}: cannot be written: {error.strerror}. Free space or mend the file"
+                    " system, then resume the run from its last checkpoint"
+                ) from error
+
+    def _open_log(self, run: RunDirectory, earlier: Record | None) -> None:
+        assert self._record is not None
+        code, start = self._record.code, self._record.starts[-1]
+        if earlier is None or earlier.code.source_sha256 != code.source_sha256:
+            run.log(source_text(training_sources()))
+            spec = dump_spec(self.spec)
+            run.log(f"{RULE}\nspec.yaml: the resolved recipe of this run\n{RULE}\n{spec}{RULE}")
+            base = self._record.base_recipe
+            for difference in self._record.spec_differences:
+                run.log(f"{difference.key}: {_short(difference.run)} ({base}: {_short(difference.base)})")
+        tree = {None: "", True: ", clean", False: ", with changes"}[code.clean]
+        run.log(f"{RULE}\nnanogpt {code.package_version}, commit {code.commit or 'unknown'}{tree}")
+        run.log(f"source sha256 {code.source_sha256}")
+        run.log(", ".join(f"{name} {version}" for name, version in self._record.versions.items() if version))
+        run.log(f"{start.time.isoformat()} on {start.process.host}, world size {start.world_size}")
+        if start.slurm:
+            run.log(f"Slurm job {start.slurm.job_id}, restarts {start.slurm.restart_count}")
+        if self._record.container:
+            run.log(f"container {self._record.container.image}")
+        run.log(RULE)
+        if self.spec.hardware.gpu != "cpu" and (command := shutil.which("nvidia-smi")):
+            self._nvidia_smi = subprocess.Popen(
+                [command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            )
+
+    def _image(self) -> list[Path]:
+        """The container's image, where its hash is not known and its file can be seen from inside."""
+        container = self._record.container if self._record else None
+        if container is None or container.sha256 is not None or not Path(container.image).is_file():
+            return []
+        return [Path(container.image)]
+
+    def _take_hashes(self) -> None:
+        record, hashes = self._record, self._hashes
+        if record is None or hashes is None:
+            return
+        if record.data:
+            record.data.val_stream_sha256 = hashes.val_stream_sha256
+            for shard in (*record.data.train, *record.data.val):
+                digest = hashes.sha256.get(self._data_directory / shard.name)
+                if digest is not None:
+                    shard.sha256, shard.sha256_from = digest, "file"
+        if record.container and (digest := hashes.sha256.get(Path(record.container.image))):
+            record.container.sha256 = digest
+
+    def _ask_compiler(self) -> None:
+        compilation = self._record.compilation if self._record else None
+        if compilation is None:
+            return
+        if compilation.compiled:
+            compilation.settings.update(compiler_settings())
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def compiler_settings() -> dict[str, SettingChange]:
+    """The settings of inductor and dynamo that are not at their default now, by `inductor.name` and `dynamo.name`."""
+    import torch._dynamo.config
+    import torch._inductor.config
+
+    changed = {}
+    for prefix, module in (("inductor", torch._inductor.config), ("dynamo", torch._dynamo.config)):
+        config: Any = module
+        for name, entry in config._config.items():
+            if config._is_default(name):
+                continue
+            default, found = repr(entry.default), repr(getattr(config, name, None))
+            if default != found:
+                changed[f"{prefix}.{name}"] = SettingChange(default=default, found=found)
+    return changed
+
+
+def end_state(error: type[BaseException] | None) -> State:
+    """How a run ended that `error` ended: finished (None), failed, or interrupted (Ctrl-C and the like)."""
+    if error is None:
+        return "finished"
+    return "failed" if issubclass(error, Exception) else "interrupted"
+
+
+def describe_rank(world: World) -> Rank:
+    """This process and its device."""
+    import socket
+
+    rank = Rank(rank=world.rank, local_rank=world.local_rank, host=socket.gethostname(), device="cpu")
+    if world.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(world.device)
+        rank.device = properties.name
+        rank.device_uuid = str(getattr(properties, "uuid", None) or "") or None
+        rank.memory_bytes = properties.total_memory
+        rank.compute_capability = f"{properties.major}.{properties.minor}"
+    return rank
+
+
+def _torch_versions() -> dict[str, str | None]:
+    cudnn = torch.backends.cudnn.version() if torch.version.cuda else None
+    nccl = None
+    if torch.version.cuda and torch.distributed.is_nccl_available():
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    return {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": None if cudnn is None else str(cudnn),
+        "nccl": nccl,
+    }
