@@ -66,5 +66,5 @@ $(DEMO_READY): pyproject.toml $(READY)/venv
 # After the demo's, so that `make -j demo test` never runs two pips in one environment.
 $(TEST_READY): pyproject.toml $(DEMO_READY)
 	@echo "Installing the tools for tests into $(VENV)"
-	@$(PIP) install --quiet --editable '.[cpu,text,dev]'
+	@$(PIP) install --quiet --editable '.[cpu,text,dev,trackers]'
 	@touch $@

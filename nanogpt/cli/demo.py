@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 import sys
 import textwrap
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from nanogpt.cli.threads import wait_passively
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -38,9 +39,7 @@ def demo(
     The same code as the speedrun's, made small by the recipe `demo`. Shows a table, a plot and a text sample, and fails
     if the model ends less than 0.3 nats below the cross-entropy of a unigram model of the same text.
     """
-    # Read when torch is loaded. On a machine with other work, threads that spin while they wait for one another take
-    # the time of the thread that they wait for: a step took 3 to 7 times as long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    wait_passively()
     run_demo(directory, steps=steps)
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from nanogpt.cli.threads import wait_passively
 from nanogpt.cli.validate import SetOption, StepsOption
 
 
@@ -49,6 +50,7 @@ def train(
 
     On several GPUs: torchrun --nproc-per-node N -m nanogpt train RECIPE.
     """
+    wait_passively()
     from nanogpt.console import say
     from nanogpt.errors import InputError
     from nanogpt.recipe import load_recipe
