@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nanogpt.cli.threads import wait_passively
+from nanogpt.cli.threads import wait_briefly
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,7 +39,7 @@ def demo(
     The same code as the speedrun's, made small by the recipe `demo`. Shows a table, a plot and a text sample, and fails
     if the model ends less than 0.3 nats below the cross-entropy of a unigram model of the same text.
     """
-    wait_passively()
+    wait_briefly()
     run_demo(directory, steps=steps)
 
 

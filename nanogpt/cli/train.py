@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from nanogpt.cli.threads import wait_passively
+from nanogpt.cli.threads import wait_briefly
 from nanogpt.cli.validate import SetOption, StepsOption
 
 
@@ -50,7 +50,7 @@ def train(
 
     On several GPUs: torchrun --nproc-per-node N -m nanogpt train RECIPE.
     """
-    wait_passively()
+    wait_briefly()
     from nanogpt.console import say
     from nanogpt.errors import InputError
     from nanogpt.recipe import load_recipe
