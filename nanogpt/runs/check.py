@@ -21,6 +21,7 @@ from nanogpt.runs.loaded import IDENTITY_KEYS, LoadedRun, show
 from nanogpt.runs.record import DataFile, Record
 from nanogpt.runs.reference import load_shipped, under
 from nanogpt.spec import RunSpec
+from nanogpt.spec_differences import spec_differences
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -106,8 +107,6 @@ def _recipe(run: LoadedRun) -> tuple[State, str]:
 
 def recipe_changes(spec: RunSpec) -> list[tuple[str, Any, Any]]:
     """(key, value in the shipped speedrun, value in `spec`), without hardware, seed, output and checkpoints."""
-    from nanogpt.training.resume import spec_differences
-
     return [
         (key, values[0], values[1])
         for key, *values in spec_differences(_speedrun(), spec)

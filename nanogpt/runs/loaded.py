@@ -14,6 +14,7 @@ from nanogpt.runs.metrics import RunMetrics, read_run
 from nanogpt.runs.record import Record, live_state, read_record
 from nanogpt.runs.reference import under
 from nanogpt.spec import RunSpec
+from nanogpt.spec_differences import spec_differences
 
 # What may differ between runs of one kind: who a run is, and where it reads and writes.
 IDENTITY_KEYS = ("name", "description", "training.seed", "data.directory", "output", "reference")
@@ -138,8 +139,6 @@ def differences(runs: Sequence[LoadedRun], *, ignore: tuple[str, ...] = ()) -> l
 
 
 def _spec_differences(runs: Sequence[LoadedRun], ignore: tuple[str, ...]) -> list[Difference]:
-    from nanogpt.training.resume import spec_differences
-
     keys: dict[str, None] = {}
     for run in runs[1:]:
         keys |= dict.fromkeys(key for key, _, _ in spec_differences(runs[0].spec, run.spec))

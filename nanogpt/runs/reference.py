@@ -21,6 +21,7 @@ from typing import Any
 from nanogpt.data.manifest import MANIFEST, REPOSITORY, read_manifest
 from nanogpt.recipe import load_recipe, shipped_recipes
 from nanogpt.spec import ReferenceSpec, RunSpec
+from nanogpt.spec_differences import spec_differences
 
 BAND_SPREADS = 5
 RESULT_KEYS = ("model", "optimizer", "training", "evaluation.tokens", "evaluation.micro_batch_tokens", "data.bos")
@@ -130,8 +131,6 @@ def load_shipped(recipe: str) -> RunSpec:
 
 def result_differences(one: RunSpec, other: RunSpec) -> Iterator[tuple[str, Any, Any]]:
     """(key, value in `one`, value in `other`) of all that decides the loss, other than by chance."""
-    from nanogpt.training.resume import spec_differences
-
     for key, *values in spec_differences(one, other):
         if under(key, RESULT_KEYS) and not under(key, NOT_RESULT_KEYS):
             yield key, values[0], values[1]

@@ -55,7 +55,7 @@ from nanogpt.runs.record import (
     write_record,
 )
 from nanogpt.spec import RunSpec
-from nanogpt.training.resume import spec_differences
+from nanogpt.spec_differences import spec_differences
 from nanogpt.training.world import World, started_as
 
 if TYPE_CHECKING:

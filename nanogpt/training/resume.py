@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from nanogpt.errors import InputError
 from nanogpt.recipe import load_recipe
 from nanogpt.runs.directory import RunDirectory
 from nanogpt.spec import RunSpec
+from nanogpt.spec_differences import spec_differences
 
 CHANGEABLE = ("data.directory", "hardware", "runtime", "checkpoint", "output")
 
@@ -34,22 +35,6 @@ def resumed_spec(
     ]
     _refuse(run, differences, "the command line", f"a resumed run may change {', '.join(CHANGEABLE)}; start a new one")
     return spec
-
-
-def spec_differences(one: RunSpec, other: RunSpec) -> Iterator[tuple[str, Any, Any]]:
-    """(key path with dots, value in `one`, value in `other`) wherever they differ; a missing part is None."""
-    return _differences(one.model_dump(mode="json"), other.model_dump(mode="json"), ())
-
-
-def _differences(one: Any, other: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(one, dict) and isinstance(other, dict):
-        for key in dict.fromkeys([*one, *other]):
-            yield from _differences(one.get(key), other.get(key), (*path, str(key)))
-    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        for index, pair in enumerate(zip(one, other, strict=True)):
-            yield from _differences(*pair, (*path, str(index)))
-    elif one != other:
-        yield ".".join(path), one, other
 
 
 def _refuse(run: RunDirectory, differences: Sequence[tuple[Any, ...]], source: str, way_out: str) -> None:

@@ -1,0 +1,24 @@
+"""Where two specs differ, key by key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from nanogpt.spec import RunSpec
+
+
+def spec_differences(one: RunSpec, other: RunSpec) -> Iterator[tuple[str, Any, Any]]:
+    """(key path with dots, value in `one`, value in `other`) wherever they differ; a missing part is None."""
+    return _differences(one.model_dump(mode="json"), other.model_dump(mode="json"), ())
+
+
+def _differences(one: Any, other: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in dict.fromkeys([*one, *other]):
+            yield from _differences(one.get(key), other.get(key), (*path, str(key)))
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        for index, pair in enumerate(zip(one, other, strict=True)):
+            yield from _differences(*pair, (*path, str(index)))
+    elif one != other:
+        yield ".".join(path), one, other
