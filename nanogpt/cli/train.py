@@ -56,7 +56,7 @@ def train(
     from nanogpt.recipe import load_recipe
     from nanogpt.runs.directory import RunDirectory
     from nanogpt.training.recorder import create_run
-    from nanogpt.training.resume import resumed_spec
+    from nanogpt.training.resume import check_not_running, resumed_spec
     from nanogpt.training.trainer import check_start, default_data_directory, train_run
     from nanogpt.training.world import started_as
 
@@ -66,6 +66,8 @@ def train(
         if out is not None:
             raise InputError("--out: a resumed run stays in its directory; leave --out away, or --resume")
         run = RunDirectory.open(resume)
+        if is_main:
+            check_not_running(run)
         spec = resumed_spec(run, recipe, overrides or (), steps)
     elif recipe is not None:
         spec = load_recipe(recipe, overrides or (), steps)

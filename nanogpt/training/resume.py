@@ -8,6 +8,7 @@ from typing import Any
 from nanogpt.errors import InputError
 from nanogpt.recipe import load_recipe
 from nanogpt.runs.directory import RunDirectory
+from nanogpt.runs.record import process_lives, read_record
 from nanogpt.spec import RunSpec
 from nanogpt.spec_differences import spec_differences
 
@@ -35,6 +36,20 @@ def resumed_spec(
     ]
     _refuse(run, differences, "the command line", f"a resumed run may change {', '.join(CHANGEABLE)}; start a new one")
     return spec
+
+
+def check_not_running(run: RunDirectory) -> None:
+    """Refuse a run whose process still lives, as far as that can be seen from here. Raises `InputError`."""
+    try:
+        record = read_record(run.path)
+    except InputError:  # none, or damaged: the checkpoints decide
+        return
+    process = record.starts[-1].process
+    if record.state == "running" and process_lives(process):
+        raise InputError(
+            f"{run.path}: process {process.pid} on {process.host} is still at it; two at once would spoil its files."
+            f" End that one first (kill {process.pid}), or start a run of its own"
+        )
 
 
 def _refuse(run: RunDirectory, differences: Sequence[tuple[Any, ...]], source: str, way_out: str) -> None:

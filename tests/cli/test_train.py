@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from tiny_runs import assert_same, losses, make_data, newest_state, python, tiny
 from nanogpt.models.speedrun import Speedrun
 from nanogpt.recipe import load_recipe
 from nanogpt.runs.metrics import read_run
+from nanogpt.runs.record import read_record, this_process, write_record
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -207,6 +209,24 @@ def test_resume_stays_in_its_directory(nanogpt: Any, stopped: Path) -> None:
     outcome = nanogpt("train", "--resume", stopped, "--out", "elsewhere")
     assert (outcome.code, outcome.out) == (2, "")
     assert "--out" in outcome.err
+
+
+def test_a_run_that_still_lives_is_not_resumed(nanogpt: Any, stopped: Path, data: Path) -> None:
+    record = read_record(stopped)
+    record.state = record.starts[-1].state = "running"
+    record.starts[-1].process = this_process()
+    write_record(stopped, record)
+    outcome = nanogpt("train", "--resume", stopped, "--data", data)
+    assert outcome.code == 2
+    assert f"process {os.getpid()} on " in outcome.err
+    assert read_record(stopped) == record
+
+    assert record.starts[-1].process.started_ticks is not None
+    record.starts[-1].process.started_ticks -= 1  # an earlier process of this number, which is gone
+    write_record(stopped, record)
+    outcome = nanogpt("train", "--resume", stopped, "--data", data)
+    assert outcome.code == 0, outcome.err
+    assert read_record(stopped).starts[0].state == "killed"
 
 
 # -- python -m, sample -----------------------------------------------------------------------------------------------
