@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -66,6 +67,7 @@ def progress(
 
     start = last = time.monotonic()
     done = 0
+    lock = threading.Lock()
 
     def show() -> None:
         amount = f"{human_bytes(done)} of {human_bytes(total)}" if bytes_unit else f"{done} of {total}"
@@ -73,10 +75,11 @@ def progress(
 
     def advance(n: int) -> None:
         nonlocal done, last
-        done += n
-        if time.monotonic() - last >= every_s:
-            last = time.monotonic()
-            show()
+        with lock:
+            done += n
+            if time.monotonic() - last >= every_s:
+                last = time.monotonic()
+                show()
 
     yield advance
     show()

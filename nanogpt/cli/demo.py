@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
@@ -131,9 +130,10 @@ def data_state(directory: Path, val_tokens: int) -> str:
 
 
 def _sha256(path: Path) -> str | None:
+    from nanogpt.data.manifest import file_sha256
+
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(path)
     except FileNotFoundError:
         return None
 

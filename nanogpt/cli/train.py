@@ -27,7 +27,7 @@ def train(
             "--data",
             metavar="DIR",
             help="Directory of the token shards.",
-            show_default="data.directory of the recipe, else NANOGPT_DATA, else ./data",
+            show_default="data.directory of the recipe, else NANOGPT_DATA, else data/fineweb10B",
         ),
     ] = None,
     out: Annotated[

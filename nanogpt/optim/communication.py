@@ -88,10 +88,6 @@ class Communicator:
         if self.size > 1:
             dist.broadcast(_bytes(tensor), src=0, group=self.group)
 
-    def mean_scalar(self, value: Tensor) -> Tensor:
-        """Mean of a scalar over ranks, in place."""
-        return self.average(value).wait()
-
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.size > 1:

@@ -43,6 +43,6 @@ first, second = of_rank(rank, torch.float32), of_rank(rank + 1, torch.float32)
 one, two = communicator.average(first), communicator.average_shard(second)
 assert torch.equal(two.wait(), communicator.shard(of_rank(0, torch.float32)) + size + 1)
 assert torch.equal(one.wait(), of_rank(0, torch.float32) + size - 1)
-assert float(communicator.mean_scalar(torch.tensor(float(rank)))) == (size - 1) / 2
+assert float(communicator.average(torch.tensor(float(rank))).wait()) == (size - 1) / 2
 communicator.barrier()
 dist.destroy_process_group()
