@@ -1,7 +1,11 @@
 """The two errors a user meets, and the exit codes of every command.
 
-Exit codes: 0 done, 1 failed (`RunError`), 2 the user's input is wrong (`InputError`).
+Exit codes: 0 done, 1 failed (`RunError`), 2 the user's input is wrong (`InputError`), 75 (`REQUEUE_EXIT_CODE`) interrupted
+with a whole checkpoint.
 """
+
+# EX_TEMPFAIL of sysexits.h: nothing is wrong, start the run again and it goes on where it was.
+REQUEUE_EXIT_CODE = 75
 
 
 class NanogptError(Exception):
