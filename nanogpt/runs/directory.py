@@ -1,8 +1,8 @@
 """A run's directory: log.txt, metrics.jsonl, spec.yaml, record.json and checkpoints/.
 
 Notable features:
-- Made atomically under `NAME-YYYYmmdd-HHMMSS`; two runs that start in the same second get two directories.
-- spec.yaml, the resolved spec, is what makes a directory a run: it is there from the first moment, and whole.
+- Appears whole, spec and record in it, under `NAME-YYYYmmdd-HHMMSS`; two runs of one second get two directories.
+- spec.yaml, the resolved spec, is what makes a directory a run.
 - Every line is on its way to the disk when the call returns, so a killed run has told all it knew. A half-written
   last line, of a kill or a full disk, is repaired when the run goes on.
 
@@ -11,12 +11,13 @@ One process of a run writes (rank 0); any number may read. No torch is needed he
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import itertools
 import json
 import math
 import os
+import secrets
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +32,7 @@ METRICS_NAME = "metrics.jsonl"
 SPEC_NAME = "spec.yaml"
 RECORD_NAME = "record.json"
 CHECKPOINTS_NAME = "checkpoints"
+_NEW_PREFIX = ".new-"
 
 # float32 values keep all their bits through nine digits.
 FLOAT_DIGITS = 9
@@ -71,36 +73,34 @@ class RunDirectory:
     def create(cls, parent: Path, spec: RunSpec, *, record: str | None = None) -> RunDirectory:
         """Make `parent/NAME-YYYYmmdd-HHMMSS` (local time; `-2`, `-3`, ... if taken) with spec.yaml in it.
 
-        `record` is the text of record.json. It is there before spec.yaml, so that no run is without one.
+        `record` is the text of record.json. The directory takes its name when both are whole: a process that is killed
+        on the way leaves nothing that looks like a run, only a `.new-*` that nobody lists.
 
         Raises:
             InputError: `parent` cannot be made or written to.
             RunError: the disk is full, or failed.
         """
         stem = f"{spec.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        path = parent
+        new = parent / f"{_NEW_PREFIX}{stem}-{secrets.token_hex(4)}"
         try:
             parent.mkdir(parents=True, exist_ok=True)
+            new.mkdir()
+            if record is not None:
+                write_whole(new / RECORD_NAME, record)
+            write_whole(new / SPEC_NAME, dump_spec(spec))
             for count in itertools.count(1):
                 path = parent / (stem if count == 1 else f"{stem}-{count}")
-                try:
-                    path.mkdir()
-                    break
-                except FileExistsError:
+                if path.exists():
                     continue
+                try:
+                    return cls(new.rename(path))
+                except OSError as error:
+                    if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                        raise
         except OSError as error:
+            shutil.rmtree(new, ignore_errors=True)
             raise _cannot_create(parent, error) from error
-        run = cls(path)
-        try:
-            if record is not None:
-                write_whole(path / RECORD_NAME, record)
-            write_whole(run.spec_path, dump_spec(spec))
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                (path / RECORD_NAME).unlink(missing_ok=True)
-                path.rmdir()
-            raise _cannot_create(parent, error) from error
-        return run
+        raise AssertionError("unreachable")
 
     @classmethod
     def open(cls, path: Path | str) -> RunDirectory:
@@ -118,7 +118,7 @@ class RunDirectory:
             if not path.is_dir():
                 raise InputError(f"{path}: is a file, expected a run directory (it has a {SPEC_NAME})")
             runs = sorted(
-                (child for child in path.iterdir() if is_run(child)),
+                (child for child in path.iterdir() if is_run(child) and not child.name.startswith(_NEW_PREFIX)),
                 key=lambda run: (run / SPEC_NAME).stat().st_mtime,
             )
         except OSError as error:

@@ -1,7 +1,7 @@
 """record.json: what a run was, where, on what and how it ended, so that a stranger can trust its result.
 
 Notable features:
-- There from the first moment (before spec.yaml, so that no directory is a run without one) and replaced whole at the
+- There from the first moment (a run's directory appears with it inside) and replaced whole at the
   start of training, at evaluations, at checkpoints and at the end: never inside the time that is measured.
 - A run that is killed cannot say so: its record still reads `running`. `live_state` asks for its process, by host,
   boot, process id and start time of the process, and calls it `killed` where that is gone.

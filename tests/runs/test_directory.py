@@ -18,6 +18,7 @@ import torch
 from nanogpt.errors import InputError, RunError
 from nanogpt.recipe import load_recipe
 from nanogpt.runs.directory import RunDirectory, is_run
+from nanogpt.runs.listing import list_runs
 from nanogpt.runs.metrics import read_metrics
 
 SPEC = load_recipe("speedrun")
@@ -73,6 +74,23 @@ def test_create_on_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(RunError, match=r"No space left on device.*Free space"):
         RunDirectory.create(tmp_path, SPEC)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("moment", ["mkdir", "replace", "rename"])
+def test_a_process_that_dies_as_it_creates_leaves_no_run(tmp_path, monkeypatch, moment):
+    def die(*_, **__):
+        os._exit(9)
+
+    child = os.fork()
+    if child == 0:
+        (tmp_path / "runs").mkdir()
+        monkeypatch.setattr(Path, moment, die)
+        RunDirectory.create(tmp_path / "runs", SPEC, record="{}")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert list_runs(tmp_path / "runs") == []
+    with pytest.raises(InputError, match=r"not a run directory: no spec\.yaml"):
+        RunDirectory.open(tmp_path / "runs")
 
 
 def test_open_says_what_is_wrong(tmp_path):
