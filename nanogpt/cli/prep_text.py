@@ -40,6 +40,17 @@ def prep_text(
             show_default="whole documents",
         ),
     ] = None,
+    min_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--min-tokens", min=2, help="Leave out shorter documents, after that cut.", show_default="all are kept"
+        ),
+    ] = None,
+    unique: Annotated[bool, typer.Option("--unique", help="Leave out copies of a text.")] = False,
+    shuffle: Annotated[
+        bool,
+        typer.Option("--shuffle", help="Documents in the order of a hash of their text, not folder by folder."),
+    ] = False,
     field: Annotated[str, typer.Option("--field", help="Field or column of a record that holds its text.")] = "text",
     suffix: Annotated[
         list[str] | None, typer.Option("--suffix", help="A further suffix of text files, such as .log; repeatable.")
@@ -64,6 +75,9 @@ def prep_text(
         val_tokens=val_tokens,
         shard_tokens=shard_tokens,
         document_tokens=document_tokens,
+        min_tokens=min_tokens,
+        unique=unique,
+        shuffle=shuffle,
         field=field,
         suffixes=suffix or (),
         workers=workers,

@@ -52,6 +52,7 @@ class Encoded:
     tokens: Tokens  # (sum of lengths,)
     lengths: npt.NDArray[np.int64]  # (documents,) tokens of each, its BOS included
     keys: npt.NDArray[np.uint64]  # (documents,) what the split goes by
+    ordinals: npt.NDArray[np.int64]  # (documents,) which part of its text this is: 0, 1, ... where a length cuts it
     text_bytes: int
     skipped: list[Skip]
     continued: bool
@@ -64,10 +65,13 @@ def encode_unit(unit: Unit, document_tokens: int | None = None) -> Encoded:
         RunError: a file changed since it was planned.
     """
     continued = isinstance(unit, SegmentUnit) and not unit.first and document_tokens is None
+    # Later segments of a large file are later parts of its text; no more parts than bytes can come before one.
+    before = unit.start if isinstance(unit, SegmentUnit) and not unit.first else 0
     bos = BOS.to_bytes(4, sys.byteorder)
     buffers: list[bytes | memoryview] = []
     lengths: list[int] = []
     keys: list[int] = []
+    ordinals: list[int] = []
     skipped: list[Skip] = []
     text_bytes = 0
     for item in read_unit(unit):
@@ -84,12 +88,14 @@ def encode_unit(unit: Unit, document_tokens: int | None = None) -> Encoded:
             buffers.append(part.data)
             lengths.append(part.size + (not continued))
             keys.append(item.key)
+            ordinals.append(before + start // step)
     return Encoded(
         input=unit.input,
         done=unit.done,
         tokens=np.frombuffer(b"".join(buffers), dtype=np.uint32).astype(np.uint16),
         lengths=np.array(lengths, dtype=np.int64),
         keys=np.array(keys, dtype=np.uint64),
+        ordinals=np.array(ordinals, dtype=np.int64),
         text_bytes=text_bytes,
         skipped=skipped,
         continued=continued,

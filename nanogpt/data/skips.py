@@ -23,11 +23,13 @@ class Skips:
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
-    def add(self, reason: str, place: str) -> None:
-        """Count one more."""
-        self.counts[reason] = self.counts.get(reason, 0) + 1
+    def add(self, reason: str, place: str, count: int = 1) -> None:
+        """Count one more, or `count`; an empty `place` is no example."""
+        if not count:
+            return
+        self.counts[reason] = self.counts.get(reason, 0) + count
         examples = self.examples.setdefault(reason, [])
-        if len(examples) < KEPT_EXAMPLES:
+        if place and len(examples) < KEPT_EXAMPLES:
             examples.append(printable(place))
 
     @classmethod

@@ -7,12 +7,14 @@ How documents become shards, so that the same input gives the same bytes everywh
 2. Validation takes whole documents, chosen by a hash of their text, smallest first, until it holds at least
    `val_tokens` tokens. Copies of a text go together, so that no validation document is also trained on, and
    those that are longer than `val_tokens` are only taken when the others do not suffice.
-3. Both sides keep the order of 1. Training fills one shard after another with whole documents: a shard ends
-   before the document that would take it above `shard_tokens`.
+3. Both sides keep the order of 1, or with `shuffle` go by a hash of each text, so that every stretch of a shard is
+   a sample of all inputs. Training fills one shard after another with whole documents: a shard ends before the
+   document that would take it above `shard_tokens`.
+4. On request, copies of a text and short documents are left out first.
 
 Number of workers, listing order and time play no part. Tokens go to a spool first, because the choice needs the
 lengths of all documents; shards are written from it, hashed as they fill, and take their names together at the
-end, with the manifest `text.json` last. Memory holds 16 bytes a document, a path a file and a few units of work.
+end, with the manifest `text.json` last. Memory holds 24 bytes a document, a path a file and a few units of work.
 """
 
 from __future__ import annotations
@@ -32,14 +34,18 @@ from nanogpt.data.embedded import embedded_corpus
 from nanogpt.data.encode import Encoded, Encoder, available_cores
 from nanogpt.data.skips import Skips, printable
 from nanogpt.data.text_shards import (
+    DROPPED,
     Keys,
     Lengths,
+    Ordinals,
     Shard,
     Spool,
     assign_shards,
     check_free,
     choose_validation,
+    first_copies,
     publish,
+    shuffled,
     write_shards,
     writing_to,
 )
@@ -101,6 +107,9 @@ def prepare_text(
     val_tokens: int | None = None,
     shard_tokens: int = 100_000_000,
     document_tokens: int | None = None,
+    min_tokens: int | None = None,
+    unique: bool = False,
+    shuffle: bool = False,
     field: str = "text",
     suffixes: Sequence[str] = (),
     workers: int | None = None,
@@ -116,6 +125,9 @@ def prepare_text(
         shard_tokens: the most tokens of a training shard; only a longer document makes a longer shard.
         document_tokens: cut longer documents into several of at most so many tokens, BOS included. They keep to one
             side of the split. None leaves documents whole.
+        min_tokens: leave out documents of fewer tokens, BOS included, after that cut.
+        unique: leave out copies of a text that came before.
+        shuffle: order documents by a hash of their text, not as they come.
         field: the field or column of a record that holds its text.
         suffixes: further suffixes of plain text, such as ".log".
         workers: processes; as many as there are cores, and fewer for little text, if None.
@@ -132,6 +144,7 @@ def prepare_text(
         ("--val-tokens", val_tokens, 1),
         ("--shard-tokens", shard_tokens, 1),
         ("--document-tokens", document_tokens, 2),
+        ("--min-tokens", min_tokens, 2),
         ("--workers", workers, 1),
     ):
         if value is not None and value < least:
@@ -155,21 +168,36 @@ def prepare_text(
                     read.add(*skip)
                 advance(encoded.done)
         spool.rewind()
-        skips = Skips.joined(found, planned, read)
-        lengths, keys = tally.documents()
-        if not lengths.size:
+        lengths, keys, ordinals = tally.documents()
+        kept = np.ones(lengths.size, dtype=bool)
+        left = Skips()
+        if unique and lengths.size:
+            kept = first_copies(keys, ordinals)
+            left.add("copy of a text before it", "", int((~kept).sum()))
+        if min_tokens is not None:
+            short = kept & (lengths < min_tokens)
+            kept &= ~short
+            left.add(f"shorter than {min_tokens} tokens", "", int(short.sum()))
+        skips = Skips.joined(found, planned, read, left)
+        if not kept.any():
             left_out = ", ".join(f"{count} {reason}" for reason, count in skips.counts.items()) or "nothing"
             names = " ".join(printable(str(path)) for path in paths)
             raise InputError(f"no documents in {names}; left out: {left_out}")
         if val_tokens is None:
-            val_tokens = max(1, min(FULL_VALIDATION, int(lengths.sum()) // 10))
-        is_val = choose_validation(lengths, keys, val_tokens)
-        shards = write_shards(staging, spool, lengths, assign_shards(lengths, is_val, shard_tokens))
+            val_tokens = max(1, min(FULL_VALIDATION, int(lengths[kept].sum()) // 10))
+        is_val = np.zeros(lengths.size, dtype=bool)
+        is_val[kept] = choose_validation(lengths[kept], keys[kept], val_tokens)
+        is_train = kept & ~is_val
+        order = shuffled(keys, ordinals) if shuffle else None
+        train = np.flatnonzero(is_train) if order is None else order[is_train[order]]
+        targets = assign_shards(lengths, train, shard_tokens)
+        targets[~kept] = DROPPED
+        shards = write_shards(staging, spool, lengths, targets, order)
         spool.close()
         summary = Summary(
             directory=directory,
             val=_part(lengths[is_val]),
-            train=_part(lengths[~is_val]),
+            train=_part(lengths[is_train]),
             shards=shards,
             inputs=tally.inputs(paths, files),
             skipped=skips.counts,
@@ -181,6 +209,9 @@ def prepare_text(
             "val_tokens": val_tokens,
             "shard_tokens": shard_tokens,
             "document_tokens": document_tokens,
+            "min_tokens": min_tokens,
+            "unique": unique,
+            "shuffle": shuffle,
             "field": field,
             "suffixes": list(suffixes),
         }
@@ -208,6 +239,7 @@ class _Tally:
     def __init__(self, inputs: int) -> None:
         self._lengths: list[Lengths] = []
         self._keys: list[Keys] = []
+        self._ordinals: list[Ordinals] = []
         self._sums = np.zeros((inputs, 3), dtype=np.int64)  # documents, tokens, text bytes
 
     def add(self, encoded: Encoded) -> None:
@@ -216,12 +248,14 @@ class _Tally:
         else:
             self._lengths.append(encoded.lengths)
             self._keys.append(encoded.keys)
+            self._ordinals.append(encoded.ordinals)
         documents = 0 if encoded.continued else encoded.lengths.size
         self._sums[encoded.input] += (documents, encoded.tokens.size, encoded.text_bytes)
 
-    def documents(self) -> tuple[Lengths, Keys]:
-        lengths = np.concatenate([np.empty(0, dtype=np.int64), *self._lengths])
-        return lengths, np.concatenate([np.empty(0, dtype=np.uint64), *self._keys])
+    def documents(self) -> tuple[Lengths, Keys, Ordinals]:
+        none = np.empty(0, dtype=np.int64)
+        keys = np.concatenate([none.astype(np.uint64), *self._keys])
+        return np.concatenate([none, *self._lengths]), keys, np.concatenate([none, *self._ordinals])
 
     def inputs(self, paths: Sequence[str | Path], files: Sequence[SourceFile]) -> tuple[Input, ...]:
         held = np.bincount([file.input for file in files], minlength=len(paths))
@@ -273,7 +307,7 @@ def table(summary: Summary) -> str:
     ]
     if summary.skipped:
         rows: list[list[str | int]] = [
-            [why, count, summary.skipped_examples[why][0]] for why, count in summary.skipped.items()
+            [why, count, *(summary.skipped_examples[why][:1] or [""])] for why, count in summary.skipped.items()
         ]
         blocks.append(_columns(["left out", "count", "first"], rows))
     if train.trained_tokens < train.tokens // 2:

@@ -33,9 +33,11 @@ COPY_TOKENS = 1 << 21
 MAX_SHARD_TOKENS = 2**31 - 1  # the header counts in int32
 
 VAL = 0  # the target of validation documents; training shard k is target k
+DROPPED = -1  # the target of documents that are left out
 
 Lengths = npt.NDArray[np.int64]  # (documents,) tokens of each, BOS included
 Keys = npt.NDArray[np.uint64]  # (documents,) a hash of each text
+Ordinals = npt.NDArray[np.int64]  # (documents,) 0, 1, ...: which part of its text a document is
 Targets = npt.NDArray[np.int64]  # (documents,) the shard of each
 
 
@@ -47,6 +49,28 @@ class Shard:
     tokens: int
     documents: int
     sha256: str
+
+
+def first_copies(keys: Keys, ordinals: Ordinals) -> npt.NDArray[np.bool_]:
+    """Which documents come from the first text with their key: (documents,) bool. All parts of a text go together."""
+    text = np.cumsum(ordinals == 0) - 1
+    _, first = np.unique(keys[ordinals == 0], return_index=True)
+    kept = np.zeros(int(text[-1]) + 1, dtype=bool)
+    kept[first] = True
+    return kept[text]
+
+
+def shuffled(keys: Keys, ordinals: Ordinals) -> npt.NDArray[np.int64]:
+    """The documents' order by a hash of their text and part, (documents,): the same whatever order they came in.
+
+    Only documents that are equal, copies of one text, keep the order that they came in.
+    """
+    mixed = keys ^ (ordinals.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    # The finalizer of SplitMix64: a key as it is would put a text's validation copies and its parts side by side.
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    return np.argsort(mixed, kind="stable")
 
 
 def choose_validation(lengths: Lengths, keys: Keys, val_tokens: int) -> npt.NDArray[np.bool_]:
@@ -81,10 +105,9 @@ def choose_validation(lengths: Lengths, keys: Keys, val_tokens: int) -> npt.NDAr
     return chosen[group]
 
 
-def assign_shards(lengths: Lengths, is_val: npt.NDArray[np.bool_], shard_tokens: int) -> Targets:
-    """The shard of each document: `VAL`, or 1, 2, ... for training, in order and filled with whole documents."""
-    targets = np.zeros(lengths.size, dtype=np.int64)
-    train = np.flatnonzero(~is_val)
+def assign_shards(lengths: Lengths, train: npt.NDArray[np.int64], shard_tokens: int) -> Targets:
+    """The shard of each document: 1, 2, ... for those of `train`, filled whole in that order; `VAL` for the rest."""
+    targets = np.full(lengths.size, VAL, dtype=np.int64)
     ends = np.cumsum(lengths[train])
     first, shard, before = 0, 1, 0
     while first < train.size:
@@ -96,13 +119,14 @@ def assign_shards(lengths: Lengths, is_val: npt.NDArray[np.bool_], shard_tokens:
 
 
 class Spool:
-    """Tokens on disk, written once and read once in the same order, in files that go as they have been read."""
+    """Tokens on disk, written once; then read in the same order, which uses its files up, or at any place."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._index = -1
         self._left = 0
         self._file: BinaryIO | None = None
+        self._open: dict[int, BinaryIO] = {}
 
     def _next(self, mode: str) -> BinaryIO:
         self.close()
@@ -136,16 +160,36 @@ class Spool:
             part = min(count, self._left, COPY_TOKENS)
             data = self._file.read(TOKEN_BYTES * part)
             if len(data) != TOKEN_BYTES * part:
-                raise RunError(f"{self._folder}: the spooled tokens end early; is another program clearing the folder?")
+                raise self._ends_early()
             yield data
             self._left -= part
             count -= part
 
+    def read_at(self, start: int, count: int) -> Iterator[bytes]:
+        """Tokens `start` to `start + count`, as bytes of bounded length; the files stay."""
+        while count:
+            index, offset = divmod(start, SPOOL_TOKENS)
+            part = min(count, SPOOL_TOKENS - offset, COPY_TOKENS)
+            if index not in self._open:
+                self._open[index] = (self._folder / f"spool_{index:06d}").open("rb", buffering=0)
+            data = os.pread(self._open[index].fileno(), TOKEN_BYTES * part, TOKEN_BYTES * offset)
+            if len(data) != TOKEN_BYTES * part:
+                raise self._ends_early()
+            yield data
+            start += part
+            count -= part
+
+    def _ends_early(self) -> RunError:
+        return RunError(f"{self._folder}: the spooled tokens end early; is another program clearing the folder?")
+
     def close(self) -> None:
-        """Close the file that is open, if one is."""
+        """Close the files that are open."""
         if self._file:
             self._file.close()
             self._file = None
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
 
 
 class _ShardWriter:
@@ -173,12 +217,14 @@ class _ShardWriter:
         self._file.close()
 
 
-def write_shards(folder: Path, spool: Spool, lengths: Lengths, targets: Targets) -> tuple[Shard, ...]:
-    """Write the spooled documents into their shards in `folder`: validation first, then training in order."""
+def write_shards(
+    folder: Path, spool: Spool, lengths: Lengths, targets: Targets, order: npt.NDArray[np.int64] | None = None
+) -> tuple[Shard, ...]:
+    """Write the spooled documents into their shards in `folder`, in the order that they were spooled, or in `order`.
+
+    Targets must not fall along that order, validation and what is left out apart.
+    """
     shards = {}
-    edges = np.flatnonzero(np.diff(targets, prepend=-1, append=-1))
-    ends = np.concatenate([[0], np.cumsum(lengths)])
-    run_tokens = np.diff(ends[edges])
     with ExitStack() as stack:
 
         def start(target: int) -> _ShardWriter:
@@ -190,19 +236,35 @@ def write_shards(folder: Path, spool: Spool, lengths: Lengths, targets: Targets)
         val = start(VAL)
         train: _ShardWriter | None = None
         current = VAL
-        for target, count in zip(targets[edges[:-1]].tolist(), run_tokens.tolist(), strict=True):
-            if target not in (VAL, current):
+        for target, blocks in _in_order(spool, lengths, targets, order):
+            if target not in (VAL, DROPPED, current):
                 if train:
                     shards[current] = train.finish()
                     train.close()
                 train, current = start(target), target
             writer = train if target and train else val
-            for data in spool.read(count):
-                writer.write(data)
+            for data in blocks:
+                if target != DROPPED:
+                    writer.write(data)
         if train:
             shards[current] = train.finish()
         shards[VAL] = val.finish()
     return tuple(shards[target] for target in sorted(shards))
+
+
+def _in_order(
+    spool: Spool, lengths: Lengths, targets: Targets, order: npt.NDArray[np.int64] | None
+) -> Iterator[tuple[int, Iterator[bytes]]]:
+    """Neighbours of one target as (target, blocks of their tokens); all blocks must be taken."""
+    starts = np.cumsum(lengths) - lengths
+    if order is None:
+        edges = np.flatnonzero(np.diff(targets, prepend=DROPPED - 1, append=DROPPED - 1))
+        ends = np.concatenate([starts, lengths.sum(keepdims=True)])[edges]
+        for target, count in zip(targets[edges[:-1]].tolist(), np.diff(ends).tolist(), strict=True):
+            yield target, spool.read(count)
+        return
+    for index in order[targets[order] != DROPPED].tolist():
+        yield int(targets[index]), spool.read_at(int(starts[index]), int(lengths[index]))
 
 
 def check_free(directory: Path, force: bool) -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,76 @@ def test_documents_cut_at_a_length_hold_the_same_tokens(
     whole = [gpt2_encoding().encode_ordinary(text) for text in texts if text not in expected]
     cut = [one[a : a + longest - 1] for one in whole for a in range(0, len(one), longest - 1)]
     assert [one for shard in shards for one in shard] == cut
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    texts=TEXTS,
+    longest=st.none() | st.integers(2, 9),
+    least=st.none() | st.integers(2, 4),
+    unique=st.booleans(),
+    shuffle=st.booleans(),
+)
+def test_copies_and_short_documents_are_left_out_and_the_order_is_a_hash_of_the_text(
+    tmp_path_factory: pytest.TempPathFactory,
+    texts: list[str],
+    longest: int | None,
+    least: int | None,
+    unique: bool,
+    shuffle: bool,
+) -> None:
+    folder = tmp_path_factory.mktemp("set")
+    texts = [*texts, texts[0], "one more of some length", "and another of some length"]
+    options = {"document_tokens": longest, "min_tokens": least, "unique": unique, "shuffle": shuffle}
+    sets = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_shards, "SPOOL_TOKENS", 7)
+        for name, given_texts in (("out", texts), ("reversed", texts[::-1])):
+            source = write_jsonl(folder / f"{name}.jsonl", given_texts)
+            summary = prepare_text(
+                [source], folder / name, val_tokens=1, shard_tokens=20, workers=1, quiet=True, **options
+            )
+            val, shards = read_set(folder / name)
+            sets.append((val, [one for shard in shards for one in shard]))
+            assert summary.train.documents == len(sets[-1][1])
+    encode_ordinary = gpt2_encoding().encode_ordinary
+    kept = list(dict.fromkeys(texts)) if unique else texts
+    cut = [
+        one[a : a + (longest or len(one) + 1) - 1]
+        for one in map(encode_ordinary, kept)
+        for a in range(0, len(one), (longest or len(one) + 1) - 1)
+    ]
+    cut = [one for one in cut if len(one) + 1 >= (least or 0)]
+    assert sorted(sets[0][0] + sets[0][1]) == sorted(cut)
+    if shuffle:
+        assert sets[0] == sets[1]
+    elif longest is None:
+        assert sets[0][1] == [one for one in cut if one not in sets[0][0]]
+    if longest is None:  # parts of different texts may be equal, whole texts not
+        assert not [one for one in sets[0][1] if one in sets[0][0]]
+        assert sum(summary.skipped.values()) == len(texts) - len(cut)
+
+
+def test_a_shuffled_set_mixes_folders_and_the_parts_of_long_documents(tmp_path: Path) -> None:
+    for folder in "abcd":
+        make_tree(tmp_path / "in" / folder, [f"{folder} {i} " + f"word{folder} " * 60 for i in range(20)])
+    for name, shuffle in (("plain", False), ("shuffled", True)):
+        prepare_text(
+            [tmp_path / "in"],
+            tmp_path / name,
+            val_tokens=50,
+            document_tokens=40,
+            shuffle=shuffle,
+            workers=2,
+            quiet=True,
+        )
+    folders = {}
+    for name in ("plain", "shuffled"):
+        _, texts = decoded(tmp_path / name)
+        found = [next(f for f in "abcd" if f"word{f}" in text) for text in texts if "word" in text]
+        folders[name] = sum(a != b for a, b in pairwise(found)) / len(found)
+    assert folders["plain"] < 0.05
+    assert 0.6 < folders["shuffled"] < 0.9  # three quarters, if neighbours know nothing of each other
 
 
 class ReversedScan:
@@ -434,6 +505,7 @@ def alive(pid: int) -> bool:
 
 KILLED_WHILE_PUBLISHING = """
 import os, signal, sys
+from itertools import pairwise
 from pathlib import Path
 from nanogpt.data import text_shards
 from nanogpt.data.text import prepare_text
@@ -548,6 +620,7 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path: Path, monkey
 
 MEASURE = """
 import json, re, resource, sys
+from itertools import pairwise
 from pathlib import Path
 from nanogpt.data.text import prepare_text
 summary = prepare_text(sys.argv[1:2], sys.argv[2], val_tokens=1, workers=2, quiet=True)
