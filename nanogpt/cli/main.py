@@ -1,7 +1,8 @@
 """`nanogpt`: the list of commands, and how their errors reach the user.
 
 A command's module is imported when that command runs, so that `nanogpt --help` and `nanogpt validate` stay quick
-whatever the others import. Exit codes: 0 done, 1 failed, 2 the user's input is wrong, 130 interrupted.
+whatever the others import. Exit codes: 0 done, 1 failed, 2 the user's input is wrong, 75 interrupted
+with a checkpoint, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import typer
 import typer.core
 import typer.main
 
+from nanogpt.cluster.torchrun import leave_message
 from nanogpt.errors import NanogptError
 
 
@@ -43,6 +45,7 @@ COMMANDS = (
     Command("prep", "nanogpt.cli.prep:prep_fineweb", "Data", "Download FineWeb's token shards and verify them."),
     Command("prep-text", "nanogpt.cli.prep_text:prep_text", "Data", "Make token shards of your own text."),
     Command("train", "nanogpt.cli.train:train", "Runs", "Train a recipe, or go on with a run."),
+    Command("launch", "nanogpt.cli.launch:launch", "Runs", "Train on several GPUs or nodes, by torchrun."),
     Command("runs", "nanogpt.cli.runs:runs", "Runs", "List runs: state, loss, time, GPUs."),
     Command("sample", "nanogpt.cli.sample:sample", "Runs", "Write text with a run's model."),
     Command("plot", "nanogpt.cli.plot:plot", "Runs", "Draw the losses of runs."),
@@ -65,7 +68,7 @@ class _Commands(typer.core.TyperGroup):
                 if isinstance(loaded, typer.Typer):  # a command with commands of its own
                     return typer.main.get_command(loaded)
                 single = typer.Typer(add_completion=False, rich_markup_mode=None)
-                single.command(cmd_name)(loaded)
+                single.command(cmd_name, cls=getattr(loaded, "command_class", None))(loaded)
                 return typer.main.get_command(single)
         return None
 
@@ -114,7 +117,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     try:
         app()(args=None if argv is None else list(argv), prog_name="nanogpt")
     except NanogptError as error:
-        print(error, file=sys.stderr, flush=True)
+        if not leave_message(error):
+            print(error, file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,0 +1,44 @@
+"""`nanogpt launch`: torchrun for `nanogpt train`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+import typer.core
+
+
+class _AsGiven(typer.core.TyperCommand):
+    """Leaves every argument but a sole --help to the function."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args in (["--help"], ["-h"], []):
+            return super().parse_args(ctx, ["--help"])
+        ctx.params = {"arguments": args}
+        return []
+
+
+def launch(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[TORCHRUN OPTIONS] [--] RECIPE [TRAIN OPTIONS]", show_default=False),
+    ] = None,
+) -> None:
+    """Train on several GPUs or nodes: torchrun with its options, then the arguments of `nanogpt train`.
+
+    nanogpt launch --standalone --nproc-per-node 8 8xh100
+
+    nanogpt launch --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint NODE:29500 --rdzv-id JOB RECIPE
+
+    nanogpt launch --standalone --nproc-per-node 8 -- --resume RUN_DIR
+
+    SIGTERM and SIGUSR1 end the run after its step, with a checkpoint and exit code 75. --grace SECONDS: how long that
+    may take (600).
+    """
+    from nanogpt.cluster.torchrun import launch as run
+
+    sys.exit(run(arguments or ()))
+
+
+launch.command_class = _AsGiven  # type: ignore[attr-defined]
