@@ -1,7 +1,7 @@
-"""The two errors a user meets, and the exit codes of every command.
+"""The errors that a user meets, and the exit codes of every command.
 
-Exit codes: 0 done, 1 failed (`RunError`), 2 the user's input is wrong (`InputError`), 75 (`REQUEUE_EXIT_CODE`) interrupted
-with a whole checkpoint.
+Exit codes: 0 done, 1 failed (`RunError`), 2 the user's input is wrong (`InputError`), 75 (`REQUEUE_EXIT_CODE`)
+interrupted with a whole checkpoint.
 """
 
 # EX_TEMPFAIL of sysexits.h: nothing is wrong, start the run again and it goes on where it was.
@@ -24,3 +24,9 @@ class InputError(NanogptError):
     """The user's input is wrong: a recipe, a flag, a file. The message names it and the way out."""
 
     exit_code = 2
+
+
+class Interrupted(NanogptError):
+    """A signal ended the run between two steps; what it had done is in its checkpoint."""
+
+    exit_code = REQUEUE_EXIT_CODE

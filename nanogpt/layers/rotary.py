@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanogpt.spec import RotarySpec
+from nanogpt.spec_model import RotarySpec
 
 
 class Rotary(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nanogpt.models.interface import Windows
-from nanogpt.spec import Gpt2ModelSpec, SpeedrunModelSpec
+from nanogpt.spec_model import Gpt2ModelSpec, SpeedrunModelSpec
 
 
 def training_flops(spec: SpeedrunModelSpec | Gpt2ModelSpec, tokens: int, windows: Windows) -> float:

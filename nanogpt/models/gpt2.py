@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanogpt.kernels.attention import attention
 from nanogpt.models.interface import LanguageModel, Paths, TokenBatch, Windows
-from nanogpt.spec import Gpt2ModelSpec
+from nanogpt.spec_model import Gpt2ModelSpec
 
 LOSS_CHUNK = 8192  # tokens whose logits exist at a time
 

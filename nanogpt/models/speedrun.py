@@ -25,7 +25,7 @@ from nanogpt.layers.embedding import bigram_hash, head_gate, smear
 from nanogpt.layers.norm import norm
 from nanogpt.layers.rotary import Rotary, shift_still_keys
 from nanogpt.models.interface import LanguageModel, Paths, TokenBatch, Windows
-from nanogpt.spec import SpeedrunModelSpec
+from nanogpt.spec_model import SpeedrunModelSpec
 
 
 class Speedrun(LanguageModel):

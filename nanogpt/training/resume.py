@@ -12,7 +12,7 @@ from nanogpt.runs.record import process_lives, read_record
 from nanogpt.spec import RunSpec
 from nanogpt.spec_differences import spec_differences
 
-CHANGEABLE = ("data.directory", "hardware", "runtime", "checkpoint", "output")
+CHANGEABLE = ("data.directory", "hardware", "runtime", "checkpoint", "watchdog", "output")
 
 
 def resumed_spec(
