@@ -22,6 +22,11 @@ from nanogpt.kernels.benchmark import BenchCase, document_ends
 BACKENDS = ("fa4", "fa3", "fa2", "varlen", "plain")
 
 
+def takes_tensors(backend: str) -> bool:
+    """Whether `attention` takes window and scale as tensors with this backend."""
+    return backend != "varlen"
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -29,8 +34,8 @@ def attention(
     cu_seqlens: Tensor,
     *,
     max_seqlen: int,
-    window: int,
-    scale: float,
+    window: int | Tensor,
+    scale: float | Tensor,
     backend: str = "plain",
 ) -> Tensor:
     """Attention of every query to the keys of its own document, itself and at most `window` tokens before it.
@@ -41,6 +46,9 @@ def attention(
     multiplies the scores before the softmax (it is not 1 / sqrt(D)). Returns (T, H, D) in the dtype of q.
     Differentiable in q, k and v. All but `plain` need a GPU and bf16 or fp16.
 
+    `window` and `scale` may be CPU tensors () of int64 and float64, but for `varlen` (see `takes_tensors`): a graph
+    compiled with tensors serves all windows and scales.
+
     Raises InputError for a backend that does not exist.
     """
     if backend == "plain":
@@ -48,6 +56,8 @@ def attention(
     if backend == "varlen":
         from torch.nn.attention.varlen import varlen_attn
 
+        if isinstance(window, Tensor) or isinstance(scale, Tensor):
+            window, scale = int(window), float(scale)
         out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=(window, 0))
         return cast(Tensor, out)
     if backend in LOADERS:

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nanogpt.kernels.dispatch import run_time_number
+
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor, int, int, float], tuple[Tensor, Tensor]]
 Backward = Callable[
     [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float, tuple[Tensor, Tensor, Tensor]],
@@ -224,8 +226,8 @@ def attention_flash(
     cu_seqlens: Tensor,
     *,
     max_seqlen: int,
-    window: int,
-    scale: float,
+    window: int | Tensor,
+    scale: float | Tensor,
     library: str,
 ) -> Tensor:
     """Attention by a FlashAttention library (`fa4`, `fa3`, `fa2`), bf16 or fp16, on a GPU.
@@ -233,7 +235,8 @@ def attention_flash(
     Arguments as `nanogpt.kernels.attention.attention`. `max_seqlen` bounds the launch, so it must be true and should
     be tight.
     """
-    return _flash(q, k, v, cu_seqlens, max_seqlen, window, scale, library)[0]
+    numbers = run_time_number(window, torch.int64), run_time_number(scale, torch.float64)
+    return _flash(q, k, v, cu_seqlens, max_seqlen, *numbers, library)[0]
 
 
 @torch.library.custom_op("nanogpt::flash_attention", mutates_args=())
@@ -243,12 +246,12 @@ def _flash(
     v: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
-    window: int,
-    scale: float,
+    window: Tensor,
+    scale: Tensor,
     library: str,
 ) -> tuple[Tensor, Tensor]:
     """Returns the output (T, H, D) and the logsumexp of each row's scores (H, T), fp32."""
-    return flash_library(library).forward(q, k, v, cu_seqlens, max_seqlen, window, scale)
+    return flash_library(library).forward(q, k, v, cu_seqlens, max_seqlen, int(window), float(scale))
 
 
 @_flash.register_fake
@@ -258,8 +261,8 @@ def _(
     v: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
-    window: int,
-    scale: float,
+    window: Tensor,
+    scale: Tensor,
     library: str,
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
@@ -275,13 +278,14 @@ def _flash_backward(
     lse: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
-    window: int,
-    scale: float,
+    window: Tensor,
+    scale: Tensor,
     library: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     # Allocated here so that they are contiguous, as the fake implementation promises, whatever q's strides are.
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    flash_library(library).backward(grad.contiguous(), q, k, v, out, lse, cu_seqlens, max_seqlen, window, scale, grads)
+    numbers = int(window), float(scale)
+    flash_library(library).backward(grad.contiguous(), q, k, v, out, lse, cu_seqlens, max_seqlen, *numbers, grads)
     return grads
 
 
@@ -295,23 +299,23 @@ def _(
     lse: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
-    window: int,
-    scale: float,
+    window: Tensor,
+    scale: Tensor,
     library: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, cu_seqlens, ctx.max_seqlen, ctx.window, ctx.scale, ctx.library = inputs
+    q, k, v, cu_seqlens, ctx.max_seqlen, window, scale, ctx.library = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
+    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, window, scale)
 
 
 def _backward(ctx, grad, grad_lse):  # type: ignore[no-untyped-def]
-    q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
-    grads = _flash_backward(grad, q, k, v, out, lse, cu_seqlens, ctx.max_seqlen, ctx.window, ctx.scale, ctx.library)
+    q, k, v, out, lse, cu_seqlens, window, scale = ctx.saved_tensors
+    grads = _flash_backward(grad, q, k, v, out, lse, cu_seqlens, ctx.max_seqlen, window, scale, ctx.library)
     return *grads, None, None, None, None, None
 
 

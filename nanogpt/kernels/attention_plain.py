@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from nanogpt.kernels.dispatch import run_time_number
+
 CPU_BLOCK = 128
 GPU_BLOCK = 1024
 
@@ -42,14 +44,22 @@ def attention_dense(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, wind
 
 
 def attention_plain(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, max_seqlen: int, window: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    max_seqlen: int,
+    window: int | Tensor,
+    scale: float | Tensor,
 ) -> Tensor:
     """The blocked equal of `attention_dense`; arguments as `nanogpt.kernels.attention.attention`.
 
     Softmax and accumulation in fp32 (fp64 for fp64 inputs), also where the inputs are bf16. A document longer
     than `max_seqlen` is not an error here: its queries then see at most `max_seqlen` tokens.
     """
-    return _attention(q, k, v, cu_seqlens, max_seqlen, window, scale)[0]
+    numbers = run_time_number(window, torch.int64), run_time_number(scale, torch.float64)
+    return _attention(q, k, v, cu_seqlens, max_seqlen, *numbers)[0]
 
 
 class _Blocks:
@@ -83,10 +93,10 @@ class _Blocks:
 
 @torch.library.custom_op("nanogpt::attention_plain", mutates_args=())
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Returns the output (T, H, D) and the logsumexp of each row's scores (H, T)."""
-    blocks = _Blocks(q, k, v, cu_seqlens, max_seqlen, window, scale)
+    blocks = _Blocks(q, k, v, cu_seqlens, max_seqlen, int(window), float(scale))
     out = q.new_empty(q.shape)
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=blocks.compute)
     for queries, keys, scores in blocks:
@@ -98,7 +108,7 @@ def _attention(
 
 @_attention.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     compute = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=compute)
@@ -114,11 +124,11 @@ def _attention_backward(
     lse: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
-    window: int,
-    scale: float,
+    window: Tensor,
+    scale: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, recomputing the weights from the saved logsumexp block by block."""
-    blocks = _Blocks(q, k, v, cu_seqlens, max_seqlen, window, scale)
+    blocks = _Blocks(q, k, v, cu_seqlens, max_seqlen, int(window), float(scale))
     head_grad = blocks.head_major(grad)
     dot = (head_grad * blocks.head_major(out)).sum(dim=-1, keepdim=True)
     grad_q = torch.empty_like(blocks.q, memory_format=torch.contiguous_format)
@@ -128,7 +138,7 @@ def _attention_backward(
         weights = scores.sub_(lse[:, queries, None]).exp_()
         grad_v[:, keys] += torch.bmm(weights.transpose(1, 2), head_grad[:, queries])
         grad_weights = torch.bmm(head_grad[:, queries], blocks.v[:, keys].transpose(1, 2))
-        grad_scores = grad_weights.sub_(dot[:, queries]).mul_(weights).mul_(scale)
+        grad_scores = grad_weights.sub_(dot[:, queries]).mul_(weights).mul_(blocks.scale)
         grad_q[:, queries] = torch.bmm(grad_scores, blocks.k[:, keys])
         grad_k[:, keys] += torch.bmm(grad_scores.transpose(1, 2), blocks.q[:, queries])
     return tuple(x.transpose(0, 1).to(q.dtype).contiguous() for x in (grad_q, grad_k, grad_v))  # type: ignore[return-value]
@@ -144,22 +154,22 @@ def _(
     lse: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
-    window: int,
-    scale: float,
+    window: Tensor,
+    scale: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, cu_seqlens, ctx.max_seqlen, ctx.window, ctx.scale = inputs
+    q, k, v, cu_seqlens, ctx.max_seqlen, window, scale = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
+    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, window, scale)
 
 
 def _backward(ctx, grad, grad_lse):  # type: ignore[no-untyped-def]
-    q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
-    grads = _attention_backward(grad, q, k, v, out, lse, cu_seqlens, ctx.max_seqlen, ctx.window, ctx.scale)
+    q, k, v, out, lse, cu_seqlens, window, scale = ctx.saved_tensors
+    grads = _attention_backward(grad, q, k, v, out, lse, cu_seqlens, ctx.max_seqlen, window, scale)
     return *grads, None, None, None, None
 
 

@@ -1,4 +1,4 @@
-"""Where a hand-written kernel runs, and where its plain equal does."""
+"""Where a hand-written kernel runs, and where its plain equal does; and how a kernel is given a number."""
 
 from __future__ import annotations
 
@@ -17,3 +17,10 @@ def runs_kernel(*tensors: Tensor, capability: int) -> bool:
         and all(x.dtype == torch.bfloat16 and x.device == first.device for x in tensors)
         and torch.cuda.get_device_capability(first.device)[0] >= capability
     )
+
+
+def run_time_number(value: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """`value` as a CPU tensor (), which an operation reads when it runs: under `torch.compile`, a number given as a
+    tensor is no constant of the code, so that one graph serves all its values.
+    """
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype, device="cpu")

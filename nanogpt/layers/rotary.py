@@ -32,6 +32,8 @@ class Rotary(nn.Module):
         self.rows = 2 * max_tokens
         self.start_scale = attention_scale
         self.attention_scale = attention_scale
+        # The same number as compiled code reads it: () fp64 on the CPU, changed in place. No buffer: it stays there.
+        self.run_time_scale = torch.tensor(attention_scale, dtype=torch.float64, device="cpu")
         self.dtype = dtype
         rotated = 2 * spec.frequencies
         self.register_buffer("frequency", torch.empty(spec.frequencies), persistent=False)
@@ -62,6 +64,7 @@ class Rotary(nn.Module):
         self._fill_tables()
 
     def _fill_tables(self) -> None:
+        self.run_time_scale.fill_(self.attention_scale)
         position = torch.arange(self.rows, dtype=torch.float32, device=self.frequency.device)
         angle = torch.outer(position, self.frequency)
         self.cos.copy_(angle.cos().repeat_interleave(2, dim=1))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanogpt.kernels.attention import attention
-from nanogpt.models.interface import LanguageModel, Paths, TokenBatch, Windows
+from nanogpt.models.interface import LanguageModel, Paths, RunTimeWindows, TokenBatch, Windows
 from nanogpt.spec_model import Gpt2ModelSpec
 
 LOSS_CHUNK = 8192  # tokens whose logits exist at a time
@@ -78,7 +78,7 @@ class Gpt2(LanguageModel):
                 std /= math.sqrt(2 * self.spec.layers)
             parameter.copy_(torch.empty(parameter.shape).normal_(std=std, generator=generator))
 
-    def forward(self, tokens: Tensor, cu_seqlens: Tensor, windows: Windows) -> Tensor:
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor, windows: Windows | RunTimeWindows) -> Tensor:
         """tokens (T,) int32, cu_seqlens (n,) int32; returns the final LayerNorm's output (T, D)."""
         position, pieces = split_documents(cu_seqlens, tokens.shape[0], self.spec.context)
         x = self.embed(tokens) + self.positions(position)
@@ -96,7 +96,7 @@ class Gpt2(LanguageModel):
         losses = [checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]
         return torch.stack(losses).sum() / targets.shape[0]
 
-    def training_loss(self, batch: TokenBatch, windows: Windows, token_weights: Tensor) -> Tensor:
+    def training_loss(self, batch: TokenBatch, windows: Windows | RunTimeWindows, token_weights: Tensor) -> Tensor:
         """Mean cross-entropy of the next token; `token_weights` is [1] for this model."""
         return token_weights[0] * self._mean_loss(self(batch.inputs, batch.cu_seqlens, windows), batch.targets)
 
@@ -105,7 +105,7 @@ class Gpt2(LanguageModel):
         return 1.0
 
     @torch.no_grad()
-    def evaluation_loss(self, batch: TokenBatch, windows: Windows) -> Tensor:
+    def evaluation_loss(self, batch: TokenBatch, windows: Windows | RunTimeWindows) -> Tensor:
         """Mean cross-entropy of the next token."""
         return self._mean_loss(self(batch.inputs, batch.cu_seqlens, windows), batch.targets)
 

@@ -8,6 +8,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from nanogpt.kernels.dispatch import run_time_number
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -15,6 +17,18 @@ class Windows:
 
     short: int
     long: int
+
+    def at_run_time(self) -> RunTimeWindows:
+        """The same as tensors."""
+        return RunTimeWindows(run_time_number(self.short, torch.int64), run_time_number(self.long, torch.int64))
+
+
+@dataclass(frozen=True)
+class RunTimeWindows:
+    """`Windows` as CPU tensors (), int64: numbers that compiled code reads when it runs, and no constants of it."""
+
+    short: Tensor
+    long: Tensor
 
 
 @dataclass(frozen=True)
@@ -53,7 +67,7 @@ class LanguageModel(nn.Module):
         """Fill every parameter from `generator` (on the CPU)."""
         raise NotImplementedError
 
-    def training_loss(self, batch: TokenBatch, windows: Windows, token_weights: Tensor) -> Tensor:
+    def training_loss(self, batch: TokenBatch, windows: Windows | RunTimeWindows, token_weights: Tensor) -> Tensor:
         """The micro-batch's training loss, a scalar in fp32; the trainer multiplies it by 1 / accumulation steps.
 
         token_weights: (K,) fp32, the loss weight of the k-th next token.
@@ -64,7 +78,7 @@ class LanguageModel(nn.Module):
         """What `training_loss` is divided by to be a loss per token, for the log."""
         raise NotImplementedError
 
-    def evaluation_loss(self, batch: TokenBatch, windows: Windows) -> Tensor:
+    def evaluation_loss(self, batch: TokenBatch, windows: Windows | RunTimeWindows) -> Tensor:
         """Mean cross-entropy of the next token in nats, a scalar in fp32; no gradient."""
         raise NotImplementedError
 

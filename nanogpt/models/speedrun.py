@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanogpt.kernels.attention import attention
+from nanogpt.kernels.attention import attention, takes_tensors
 from nanogpt.kernels.cross_entropy import head_loss, head_mean_loss, softcap
 from nanogpt.kernels.relu_squared_mlp import relu_squared_mlp, relu_squared_mlp_plain
 from nanogpt.layers.embedding import bigram_hash, head_gate, smear
 from nanogpt.layers.norm import norm
 from nanogpt.layers.rotary import Rotary, shift_still_keys
-from nanogpt.models.interface import LanguageModel, Paths, TokenBatch, Windows
+from nanogpt.models.interface import LanguageModel, Paths, RunTimeWindows, TokenBatch, Windows
 from nanogpt.spec_model import SpeedrunModelSpec
 
 
@@ -87,7 +87,7 @@ class Speedrun(LanguageModel):
         tokens: Tensor,  # (T,) int32
         cu_seqlens: Tensor,  # (n,) int32
         max_seqlen: int,
-        windows: Windows,
+        windows: Windows | RunTimeWindows,
     ) -> Tensor:
         """The last layer's normalised activations, (T, D), which the head reads."""
         spec, layers, d = self.spec, self.spec.layers, self.spec.width
@@ -141,7 +141,7 @@ class Speedrun(LanguageModel):
         value_embedding: Tensor | None,  # (T, D)
         cu_seqlens: Tensor,
         max_seqlen: int,
-        windows: Windows,
+        windows: Windows | RunTimeWindows,
     ) -> Tensor:
         """The joined and gated heads, (T, D), before the output projection."""
         spec = self.spec
@@ -170,13 +170,17 @@ class Speedrun(LanguageModel):
             cu_seqlens,
             max_seqlen=max_seqlen,
             window=windows.long if layer in spec.long_window_layers else windows.short,
-            scale=self.rotary.attention_scale,
+            scale=self.attention_scale(),
             backend=self.paths.attention,
         ).view(count, heads, head_dim)
         y = y * head_gate(u, self.attn_gate_bank[self.attention_row[layer]])
         return y.reshape(count, spec.width)
 
-    def training_loss(self, batch: TokenBatch, windows: Windows, token_weights: Tensor) -> Tensor:
+    def attention_scale(self) -> float | Tensor:
+        """YaRN's, as a tensor where the backend takes one, so that a step of YaRN needs no graph of its own."""
+        return self.rotary.run_time_scale if takes_tensors(self.paths.attention) else self.rotary.attention_scale
+
+    def training_loss(self, batch: TokenBatch, windows: Windows | RunTimeWindows, token_weights: Tensor) -> Tensor:
         """Weighted multi-token cross-entropy, summed over the micro-batch's tokens."""
         x = self(batch.inputs, batch.cu_seqlens, batch.max_seqlen, windows)
         cap = self.spec.softcap
@@ -197,7 +201,7 @@ class Speedrun(LanguageModel):
         return float(batch.inputs.shape[0])
 
     @torch.no_grad()
-    def evaluation_loss(self, batch: TokenBatch, windows: Windows) -> Tensor:
+    def evaluation_loss(self, batch: TokenBatch, windows: Windows | RunTimeWindows) -> Tensor:
         """Mean cross-entropy of the next token, with the head in the model's dtype."""
         x = self(batch.inputs, batch.cu_seqlens, batch.max_seqlen, windows)
         cap = self.spec.softcap

@@ -20,8 +20,9 @@ from nanogpt.console import say
 from nanogpt.data import fineweb
 from nanogpt.data.batches import TrainBatches, ValBatches
 from nanogpt.errors import InputError, RunError
+from nanogpt.kernels.attention import takes_tensors
 from nanogpt.models import build_model
-from nanogpt.models.interface import Windows
+from nanogpt.models.interface import RunTimeWindows, Windows
 from nanogpt.optim import build_optimizer
 from nanogpt.runs.directory import RunDirectory
 from nanogpt.runs.reference import ReferenceWatch
@@ -136,6 +137,7 @@ class Trainer:
             train_files, epochs=spec.data.epochs, run_tokens=spec.training.total_tokens, **place
         )
         paths, self.path_lines = choose_paths(spec, world.device)
+        self._run_time_windows = takes_tensors(paths.attention)
         self.model = build_model(spec, device=world.device, paths=paths)
         for parameter in self.model.parameters():
             world.communicator.broadcast(parameter.data)
@@ -153,7 +155,7 @@ class Trainer:
         )
 
     def _compile(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """One graph for each stage: sizes, windows and the attention scale are constants of the code."""
+        """One graph for each size of micro-batch, which is a constant of the code; windows and scales are not."""
         return torch.compile(function, fullgraph=True, dynamic=False) if self.compiled else function
 
     def __enter__(self) -> Trainer:
@@ -230,15 +232,19 @@ class Trainer:
         """All micro-steps of a step and the optimizer's; returns all ranks' mean loss per token, () on the device."""
         batches = self.train_batches.next_step(settings.batch_tokens, self.spec.training.max_document_tokens)
         weights = self._to_device(settings.token_weights)
+        windows = self._as_numbers(settings.windows)
         mean_loss = torch.zeros((), device=self.world.device)
         for batch in batches:
-            loss = self._training_loss(batch, settings.windows, weights)
+            loss = self._training_loss(batch, windows, weights)
             (loss * self.grad_scale).backward()
             mean_loss += loss.detach() * (self.grad_scale / self.model.training_loss_scale(batch))
         # Ahead of the gradients: when the optimizer is done, it has long arrived.
         average = self.world.communicator.average(mean_loss)
         self.optimizer.step(settings.rates)
         return average.wait()
+
+    def _as_numbers(self, windows: Windows) -> Windows | RunTimeWindows:
+        return windows.at_run_time() if self._run_time_windows else windows
 
     def _to_device(self, values: tuple[float, ...]) -> Tensor:
         tensor = torch.tensor(values, dtype=torch.float32)
@@ -250,11 +256,11 @@ class Trainer:
 
     def evaluate(self, windows: Windows, micro_steps: int | None = None) -> float:
         """Validation loss in nats: mean over (the first) micro-steps, then over ranks."""
-        losses = []
+        losses, numbers = [], self._as_numbers(windows)
         for index, batch in enumerate(self.val_batches):
             if index == micro_steps:
                 break
-            losses.append(self._evaluation_loss(batch, windows))
+            losses.append(self._evaluation_loss(batch, numbers))
         return float(self.world.communicator.average(torch.stack(losses).mean()).wait())
 
     def _validate(self, step: int, windows: Windows) -> float:

@@ -18,6 +18,7 @@ from nanogpt.kernels.attention_plain import (
 )
 
 # Document ends, window. T is a multiple of 16; 400 is more than three query blocks of the CPU path.
+NUMBERS = torch.tensor(9), torch.tensor(0.2, dtype=torch.float64)  # window and scale
 DOCUMENTS = {
     "single tokens, then a long document": ([1, 2, 3, 130, 400], 20),
     "one document fills the batch": ([400], 64),
@@ -117,9 +118,9 @@ def test_custom_operations_are_registered_correctly():
     q, k, v, grad = make_inputs(64, dtype=torch.float32)
     cu = cumulative([10, 64])
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(_attention, (q.requires_grad_(), k, v, cu, 54, 9, 0.2), test_utils=checks)
-    out, lse = _attention(q.detach(), k, v, cu, 54, 9, 0.2)
-    arguments = (grad, q.detach(), k, v, out, lse, cu, 54, 9, 0.2)
+    torch.library.opcheck(_attention, (q.requires_grad_(), k, v, cu, 54, *NUMBERS), test_utils=checks)
+    out, lse = _attention(q.detach(), k, v, cu, 54, *NUMBERS)
+    arguments = (grad, q.detach(), k, v, out, lse, cu, 54, *NUMBERS)
     torch.library.opcheck(_attention_backward, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -149,17 +150,37 @@ def test_compiles_whole_and_once_for_new_documents():
     assert len(graphs) == 1
 
 
+def test_windows_and_scales_given_as_tensors_share_a_graph():
+    cu = cumulative([10, 64])
+
+    def loss(q, k, v, window, scale):
+        return attention(q, k, v, cu, max_seqlen=64, window=window, scale=scale).square().sum()
+
+    q, k, v, _ = make_inputs(64, dtype=torch.float32)
+    q.requires_grad_()
+    compiled, graphs = compiled_once(loss)
+    for window, scale in ((9, 0.2), (30, 0.25), (3, 0.1)):
+        numbers = torch.tensor(window), torch.tensor(scale, dtype=torch.float64)
+        got = torch.autograd.grad(compiled(q, k, v, *numbers), q)
+        torch.testing.assert_close(got, torch.autograd.grad(loss(q, k, v, window, scale), q))
+    assert len(graphs) == 1
+
+
 # --- FlashAttention libraries: the plumbing, with a library made of the plain operations ---
 
 
 def library_of_plain_operations() -> attention_flash.FlashLibrary:
     def backward(grad, q, k, v, out, lse, cu, max_seqlen, window, scale, grads):
         assert grad.is_contiguous()
-        results = _attention_backward(grad, q, k, v, out, lse, cu, max_seqlen, window, scale)
+        numbers = torch.tensor(window), torch.tensor(scale, dtype=torch.float64)
+        results = _attention_backward(grad, q, k, v, out, lse, cu, max_seqlen, *numbers)
         for target, result in zip(grads, results, strict=True):
             target.copy_(result)
 
-    return attention_flash.FlashLibrary(_attention, backward)
+    def forward(q, k, v, cu, max_seqlen, window, scale):
+        return _attention(q, k, v, cu, max_seqlen, torch.tensor(window), torch.tensor(scale, dtype=torch.float64))
+
+    return attention_flash.FlashLibrary(forward, backward)
 
 
 @pytest.fixture
@@ -192,7 +213,7 @@ def test_library_backends_are_differentiable_and_compile_whole(backend):
 def test_library_operations_are_registered_correctly():
     q, k, v, grad = make_inputs(64, dtype=torch.float32)
     cu = cumulative([10, 64])
-    arguments = (q.requires_grad_(), k, v, cu, 54, 9, 0.2, "fa4")
+    arguments = (q.requires_grad_(), k, v, cu, 54, *NUMBERS, "fa4")
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(attention_flash._flash, arguments, test_utils=checks)
     out, lse = attention_flash._flash(q.detach(), *arguments[1:])

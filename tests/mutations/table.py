@@ -123,7 +123,7 @@ _add(
     ("x.view(tokens, heads // 2, 2, head_dim)", "x.view(tokens, 2, heads // 2, head_dim)"),
 )
 _add("paired rotation", SPEEDRUN, "unpaired positions", ("self.rotary(q, paired=paired)", "self.rotary(q)"))
-_add("attention scale", SPEEDRUN, "1/sqrt(head)", ("scale=self.rotary.attention_scale", "scale=head_dim**-0.5"))
+_add("attention scale", SPEEDRUN, "1/sqrt(head)", ("scale=self.attention_scale(),", "scale=head_dim**-0.5,"))
 _add("QK norm", SPEEDRUN, "queries not normalised", ("q, k = norm(q), norm(k)", "q, k = q, norm(k)"))
 _add("attention gate", SPEEDRUN, "none", ("y = y * head_gate(", "y = y + 0 * head_gate("))
 _add(
