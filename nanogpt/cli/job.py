@@ -1,0 +1,174 @@
+"""`nanogpt job`: the parts of `slurm/run.sh` inside a Slurm job. Not for users: the script calls them in order."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nanogpt.cli.submit import DataOption, OutOption
+from nanogpt.cli.validate import RecipeArgument, SetOption, StepsOption
+
+job = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Parts of slurm/run.sh inside a job. Not for users.",
+)
+
+READ_TIMEOUT_S = 300  # for the first node's store; images may start slowly
+JOIN_TIMEOUT_S = 300  # for all nodes to come
+
+
+@job.command()
+def plan(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    steps: StepsOption = None,
+    data: DataOption = None,
+    out: OutOption = None,
+    runs: Annotated[int | None, typer.Option("--runs", hidden=True)] = None,
+) -> None:
+    """Check the job against RECIPE and print its srun command, each word ended by a NUL; nothing if it is done."""
+    from nanogpt.cluster.plan import RunArguments, plan_step
+    from nanogpt.errors import InputError
+
+    if runs is not None:
+        raise InputError("--runs: makes an array of jobs; start slurm/run.sh --runs N RECIPE without sbatch before it")
+    words = plan_step(RunArguments(recipe, overrides or (), steps, data, out), os.environ)
+    sys.stdout.write("".join(f"{word}\0" for word in words))
+
+
+@job.command()
+def stage(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    steps: StepsOption = None,
+    data: DataOption = None,
+    out: OutOption = None,
+) -> None:
+    """Copy image and shards to this node's disk, NANOGPT_STAGE, unless they are there."""
+    from nanogpt.cluster.plan import RunArguments
+    from nanogpt.cluster.staging import stage as copy
+
+    arguments = RunArguments(recipe, overrides or (), steps, data, out).with_environment(os.environ)
+    spec = arguments.spec()
+    directory = arguments.data_directory(spec)
+    shards = sorted({*directory.glob(spec.data.train_files), *directory.glob(spec.data.val_files)})
+    copy(
+        Path(os.environ["NANOGPT_STAGE"]),
+        image=Path(os.environ["NANOGPT_SIF"]),
+        shards=shards,
+        manifests=sorted(directory.glob("*.json")),
+    )
+
+
+@job.command()
+def node(
+    nodes: Annotated[int, typer.Option("--nodes")],
+    ranks: Annotated[int, typer.Option("--ranks")],
+    endpoint: Annotated[str, typer.Option("--endpoint")],
+    addresses: Annotated[str, typer.Option("--addresses")],
+    recipe: Annotated[str | None, typer.Argument()] = None,
+    overrides: SetOption = None,
+    steps: StepsOption = None,
+    data: DataOption = None,
+    out: OutOption = None,
+    resume: Annotated[Path | None, typer.Option("--resume")] = None,
+) -> None:
+    """On each node: preflight, then torchrun."""
+    from nanogpt.cluster.plan import RunArguments
+    from nanogpt.cluster.preflight import preflight, raise_for_failures
+    from nanogpt.console import say
+    from nanogpt.errors import InputError
+    from nanogpt.runs.directory import RunDirectory
+
+    if resume is not None:
+        spec, words = RunDirectory.open(resume).spec(), [f"--resume={resume}"]
+        arguments = RunArguments("", data=data, out=resume.parent)
+        words += [] if data is None else [f"--data={data}"]
+    elif recipe is not None:
+        arguments = RunArguments(recipe, overrides or (), steps, data, out)
+        spec, words = arguments.spec(), arguments.words()
+    else:
+        raise InputError("job node: expected a RECIPE or --resume")
+
+    on_cpu = spec.hardware.gpu == "cpu"
+    if nodes == 1:
+        os.environ.setdefault("NCCL_IB_DISABLE", "1")  # nothing to find, and seconds to look for it
+    cpus = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE")
+    if on_cpu and cpus:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, int(cpus) // ranks)))
+    index = int(os.environ.get("SLURM_NODEID", "0"))
+    with _pid_file(index):
+        checks = preflight(spec, arguments.data_directory(spec), arguments.output_directory(spec), os.environ)
+        if os.environ.get("NANOGPT_PREFLIGHT") == "warn":
+            say("preflight: NANOGPT_PREFLIGHT=warn: going on, whatever failed")
+        else:
+            raise_for_failures(checks)
+        from nanogpt.cluster.torchrun import launch
+
+        conf = {"is_host": str(index == 0).lower(), "read_timeout": READ_TIMEOUT_S, "join_timeout": JOIN_TIMEOUT_S}
+        sys.exit(
+            launch(
+                [
+                    f"--nnodes={nodes}",
+                    f"--nproc-per-node={ranks}",
+                    "--rdzv-backend=c10d",
+                    f"--rdzv-endpoint={endpoint}",
+                    f"--rdzv-id={os.environ.get('SLURM_JOB_ID', '0')}",
+                    f"--rdzv-conf={','.join(f'{key}={value}' for key, value in conf.items())}",
+                    f"--local-addr={addresses.split(',')[index]}",
+                    "--",
+                    *words,
+                ]
+            )
+        )
+
+
+@contextmanager
+def _pid_file(index: int) -> Iterator[None]:
+    """Where `slurm/run.sh` finds the process to signal: /tmp/nanogpt-JOB-NODE.pid, on this node."""
+    path = Path(f"/tmp/nanogpt-{os.environ.get('SLURM_JOB_ID', '0')}-{index}.pid")
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with contextlib.suppress(OSError):  # without it a run ends at its time limit, with the checkpoint it has
+        partial.write_text(f"{os.getpid()}\n")
+        partial.replace(path)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+@job.command()
+def requeue(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    steps: StepsOption = None,
+    data: DataOption = None,
+    out: OutOption = None,
+) -> None:
+    """Put this job back into the queue, if its interrupted run would get further the next time."""
+    from nanogpt.cluster.job_runs import job_name_for_slurm, requeue_refusal
+    from nanogpt.cluster.outside import ask_or_fail
+    from nanogpt.cluster.plan import RunArguments
+    from nanogpt.console import say
+    from nanogpt.errors import RunError
+
+    arguments = RunArguments(recipe, overrides or (), steps, data, out).with_environment(os.environ)
+    refusal = requeue_refusal(arguments.output_directory(arguments.spec()), os.environ)
+    if refusal:
+        raise RunError(f"not requeued: {refusal}")
+    name = job_name_for_slurm(os.environ)
+    state = ask_or_fail("squeue", "--noheader", f"--jobs={name}", "--format=%T").strip()
+    if state != "RUNNING":  # cancelled, or preempted and requeued by Slurm itself
+        raise RunError(f"not requeued: job {name} is {state or 'gone'}")
+    say(f"requeued: job {name} goes on from its checkpoint when it starts again")
+    ask_or_fail("scontrol", "requeue", name)

@@ -1,0 +1,28 @@
+"""`nanogpt preflight`: is this machine fit for a run of RECIPE?"""
+
+from __future__ import annotations
+
+import os
+
+from nanogpt.cli.submit import DataOption, OutOption
+from nanogpt.cli.validate import RecipeArgument, SetOption, StepsOption
+
+
+def preflight(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    steps: StepsOption = None,
+    data: DataOption = None,
+    out: OutOption = None,
+) -> None:
+    """Check GPUs, driver, memory, links, shards, output, space and image, in under 20 seconds, compiling nothing.
+
+    slurm/run.sh does so on every node of a job. Exit code 2 if a check failed.
+    """
+    from nanogpt.cluster.plan import RunArguments
+    from nanogpt.cluster.preflight import preflight as check
+    from nanogpt.cluster.preflight import raise_for_failures
+
+    arguments = RunArguments(recipe, overrides or (), steps, data, out).with_environment(os.environ)
+    spec = arguments.spec()
+    raise_for_failures(check(spec, arguments.data_directory(spec), arguments.output_directory(spec), os.environ))

@@ -1,0 +1,91 @@
+"""What Slurm gave a job, and whether a recipe fits it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from nanogpt.cluster.outside import ask_or_fail
+from nanogpt.cluster.request import JobRequest
+
+_NODE_LINE = re.compile(r"^ *Nodes=(\S+) .*?\bGRES=(\S*)", re.MULTILINE)
+_GPUS = re.compile(r"gpu(?::(?P<type>[^:,()]+))??:(?P<count>\d+)(?=[,(]|$)")
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The nodes of a job, in Slurm's order, and the GPUs on each."""
+
+    job_id: str
+    nodes: list[str]
+    # By GPU type as Slurm names it ("" where it does not) the number of GPUs; one entry a node, as far as known.
+    gpus: dict[str, Counter[str]] = field(default_factory=dict)
+
+    def described(self) -> str:
+        """`2 nodes (n1, n2) with 4 x h100 each`."""
+        count = f"{len(self.nodes)} node{'s' if len(self.nodes) != 1 else ''} ({', '.join(self.nodes)})"
+        kinds = list(dict.fromkeys(_gpus_text(self.gpus.get(node, Counter())) for node in self.nodes))
+        if len(kinds) == 1:
+            return f"{count} with {kinds[0]}{' each' if len(self.nodes) > 1 else ''}"
+        return f"{count} with {'; '.join(kinds)}"
+
+    def misfits(self, request: JobRequest) -> list[str]:
+        """What the recipe needs and the allocation is not, one line each; empty where it fits."""
+        lines = []
+        if len(self.nodes) != request.nodes:
+            lines.append(f"{request.nodes} node{'s' if request.nodes != 1 else ''} needed, {len(self.nodes)} allocated")
+        if not request.gpus_per_node:
+            return lines
+        for node in self.nodes:
+            gpus = self.gpus.get(node, Counter())
+            if gpus.total() != request.gpus_per_node:
+                lines.append(f"{request.gpus_per_node} GPUs a node needed, {gpus.total()} allocated on {node}")
+            wrong = [kind for kind in gpus if kind and not same_type(kind, request.gpu)]
+            if wrong:
+                lines.append(f"GPUs of type {request.gpu} needed, {', '.join(wrong)} allocated on {node}")
+        return list(dict.fromkeys(lines))
+
+
+def same_type(found: str, wanted: str) -> bool:
+    """Whether a GPU that a site or the driver calls `found` is a `wanted`: `nvidia_h100_80gb_hbm3`, `H100-PCIe`."""
+    return wanted in re.split(r"[^a-z0-9]+", found.lower())
+
+
+def read_allocation(environ: Mapping[str, str]) -> Allocation:
+    """The allocation of the job that `environ` (SLURM_*) belongs to.
+
+    Raises:
+        RunError: Slurm does not answer.
+    """
+    job = environ["SLURM_JOB_ID"]
+    nodes = host_names(environ["SLURM_JOB_NODELIST"])
+    return Allocation(job, nodes, parse_gpus(ask_or_fail("scontrol", "show", "job", "--details", job)))
+
+
+def host_names(node_list: str) -> list[str]:
+    """`n[1-2]` -> n1, n2, in Slurm's order. Raises `RunError` where Slurm does not answer."""
+    return ask_or_fail("scontrol", "show", "hostnames", node_list).split()
+
+
+def parse_gpus(text: str) -> dict[str, Counter[str]]:
+    """GPUs by node and type of what `scontrol show job --details` prints.
+
+    Lines such as `Nodes=n[1-2] CPU_IDs=0 Mem=0 GRES=gpu:h200:4(IDX:0-3)`; a site may have no types: `gpu:4(IDX:0-3)`.
+    """
+    found: dict[str, Counter[str]] = {}
+    for names, gres in _NODE_LINE.findall(text):
+        for node in _expand(names):
+            counts = found.setdefault(node, Counter())
+            for match in _GPUS.finditer(gres):
+                counts[match["type"] or ""] += int(match["count"])
+    return found
+
+
+def _expand(names: str) -> list[str]:
+    return host_names(names) if "[" in names or "," in names else [names]
+
+
+def _gpus_text(gpus: Counter[str]) -> str:
+    return ", ".join(f"{count} x {kind or 'GPU'}" for kind, count in gpus.items() if count) or "no GPU"

@@ -1,0 +1,95 @@
+"""The runs of a Slurm job: which one a requeued job goes on with, and whether another requeue would help.
+
+A requeued job keeps its id, so its runs are those whose record names that id and cluster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from nanogpt.errors import InputError
+from nanogpt.runs.directory import CHECKPOINTS_NAME, is_run
+from nanogpt.runs.record import Record, read_record
+
+
+@dataclass(frozen=True)
+class JobRun:
+    """A run that a job made."""
+
+    path: Path
+    record: Record
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is one to go on from."""
+        return any((self.path / CHECKPOINTS_NAME).glob("step-*.pt"))
+
+
+def runs_of_job(parent: Path, job_id: str, cluster: str | None) -> list[JobRun]:
+    """The job's runs in the directory `parent`, oldest first; `cluster` None fits any."""
+    found = []
+    for path in parent.iterdir() if parent.is_dir() else ():
+        if path.name.startswith(".") or not is_run(path):
+            continue
+        try:
+            record = read_record(path)
+        except InputError:  # none, or damaged: not to be known whose it is
+            continue
+        slurm = record.slurm
+        if slurm is not None and slurm.job_id == job_id and cluster in (None, slurm.cluster):
+            found.append(JobRun(path, record))
+    return sorted(found, key=lambda run: run.record.created)
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What a job is to do: start a run, go on with `run`, or nothing, for `run` is finished."""
+
+    action: Literal["start", "resume", "nothing"]
+    run: JobRun | None = None
+    reason: str = ""
+
+
+def continuation(parent: Path, environ: Mapping[str, str]) -> Continuation:
+    """What the job that `environ` tells of is to do. Only a job that was requeued has anything to go on with."""
+    restarts = environ.get("SLURM_RESTART_COUNT", "0")
+    if not restarts.isdigit() or int(restarts) == 0:
+        return Continuation("start")
+    runs = runs_of_job(parent, environ["SLURM_JOB_ID"], environ.get("SLURM_CLUSTER_NAME"))
+    for run in reversed(runs):
+        if run.record.state == "finished":
+            return Continuation("nothing", run, f"job was requeued after its run {run.path} had finished")
+        if run.has_checkpoint:
+            return Continuation("resume", run, f"restart {restarts} of the job: going on with {run.path}")
+    if runs:
+        return Continuation("start", None, f"restart {restarts} of the job: {runs[-1].path} has no checkpoint")
+    return Continuation("start", None, f"restart {restarts} of the job: it has no run in {parent} yet")
+
+
+def requeue_refusal(parent: Path, environ: Mapping[str, str]) -> str | None:
+    """Why the job, whose run was interrupted, should not start again; None: it should.
+
+    A run that got no further since its last start would not the next time: the time limit is too short for a start.
+    """
+    runs = runs_of_job(parent, environ["SLURM_JOB_ID"], environ.get("SLURM_CLUSTER_NAME"))
+    if not runs:
+        return f"no run of this job in {parent}"
+    run = runs[-1]
+    if not run.has_checkpoint:
+        return f"{run.path} has no checkpoint"
+    start = run.record.starts[-1]
+    if run.record.steps <= (start.resumed_at or 0):
+        return (
+            f"{run.path} made no step since its last start: the time limit is too short for start and compilation;"
+            " submit again with a longer --time"
+        )
+    return None
+
+
+def job_name_for_slurm(environ: Mapping[str, str]) -> str:
+    """`120_3` for a task of an array, whose own id would also mean the whole array, else `123`."""
+    array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else environ["SLURM_JOB_ID"]

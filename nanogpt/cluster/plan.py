@@ -1,0 +1,134 @@
+"""A job's step: from recipe, allocation and node names to the srun command that `slurm/run.sh` runs.
+
+Everything that can be refused without a GPU is refused here, on the first node, seconds into the job.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from nanogpt.cluster.allocation import read_allocation
+from nanogpt.cluster.job_runs import continuation
+from nanogpt.cluster.rendezvous import rendezvous
+from nanogpt.cluster.request import environment_overrides, job_request, sbatch_command, shown
+from nanogpt.cluster.staging import staged_data, staged_image
+from nanogpt.console import say
+from nanogpt.data import fineweb
+from nanogpt.errors import InputError
+from nanogpt.recipe import load_recipe
+from nanogpt.spec import RunSpec
+
+SCRIPTS = "NANOGPT_SCRIPTS"  # where slurm/run.sh is
+WAIT_S = 30  # for the other nodes, once the first one's process has ended
+
+
+@dataclass(frozen=True)
+class RunArguments:
+    """What a user says of a run, on `slurm/run.sh`'s command line."""
+
+    recipe: str
+    overrides: Sequence[str] = ()
+    steps: int | None = None
+    data: Path | None = None
+    out: Path | None = None
+
+    def with_environment(self, environ: Mapping[str, str]) -> RunArguments:
+        """The same with GPU_TYPE and NUM_GPUS taken in; a `--set` of the user's wins."""
+        return replace(self, overrides=[*environment_overrides(environ), *self.overrides])
+
+    def spec(self) -> RunSpec:
+        """The resolved recipe. Raises `InputError` with every problem."""
+        return load_recipe(self.recipe, self.overrides, self.steps)
+
+    def data_directory(self, spec: RunSpec) -> Path:
+        """Where the shards are."""
+        return self.data or (Path(spec.data.directory) if spec.data.directory else fineweb.default_directory())
+
+    def output_directory(self, spec: RunSpec) -> Path:
+        """Where run directories are made."""
+        return self.out or Path(spec.output.directory or os.environ.get("NANOGPT_RUNS") or "runs")
+
+    def words(self) -> list[str]:
+        """As on a command line."""
+        words = [self.recipe, *(f"--set={override}" for override in self.overrides)]
+        words += [] if self.steps is None else [f"--steps={self.steps}"]
+        words += [] if self.data is None else [f"--data={self.data}"]
+        return words + ([] if self.out is None else [f"--out={self.out}"])
+
+
+def plan_step(arguments: RunArguments, environ: Mapping[str, str]) -> list[str]:
+    """The srun command of the job that `environ` tells of; empty where there is nothing left to do.
+
+    Raises:
+        InputError: the recipe is invalid, or the allocation, the shards or the output do not fit it.
+        RunError: Slurm does not answer, or a node's name cannot be resolved.
+    """
+    from nanogpt.cluster.preflight import check_files, raise_for_failures
+
+    arguments = arguments.with_environment(environ)
+    spec = arguments.spec()
+    request = job_request(spec)
+    allocation = read_allocation(environ)
+    misfits = allocation.misfits(request)
+    if misfits:
+        command = sbatch_command(request, f"{environ[SCRIPTS]}/run.sh", arguments.words(), environ={})
+        raise InputError(
+            "\n".join(
+                [
+                    f"{arguments.recipe}: job {allocation.job_id} does not fit the recipe:",
+                    *(f"  {line}" for line in misfits),
+                    f"  allocated: {allocation.described()}",
+                    "Submit it so (with your partition and account), or let the script work it out, without sbatch:",
+                    f"  {shown(command)}",
+                    f"  {shown([f'{environ[SCRIPTS]}/run.sh', *arguments.words()])}",
+                ]
+            )
+        )
+    data, out = arguments.data_directory(spec), arguments.output_directory(spec)
+    raise_for_failures(check_files(spec, data, out))
+
+    task = environ.get("SLURM_ARRAY_TASK_ID")
+    going_on = continuation(out, environ)
+    if going_on.reason:
+        say(going_on.reason)
+    if going_on.action == "nothing":
+        return []
+    if going_on.run is not None:
+        train = ["--resume", str(going_on.run.path)]
+    else:
+        overrides = list(arguments.overrides)
+        if task is not None:
+            overrides.append(f"training.seed={spec.training.seed + int(task)}")
+        train = [*replace(arguments, overrides=overrides, data=None, out=None).words(), "--out", str(out)]
+
+    stage = environ.get("NANOGPT_STAGE")
+    local = []
+    if stage:
+        data = staged_data(Path(stage), data)
+        local = ["env", f"NANOGPT_SIF={staged_image(Path(stage), Path(environ['NANOGPT_SIF']))}"]
+    meeting = rendezvous(allocation.nodes, int(environ["SLURM_JOB_ID"]))
+    cpus = environ.get("SLURM_CPUS_PER_TASK") or environ.get("SLURM_CPUS_ON_NODE")
+    return [
+        "srun",
+        f"--nodes={request.nodes}",
+        f"--ntasks={request.nodes}",
+        "--ntasks-per-node=1",
+        *([f"--cpus-per-task={cpus}"] if cpus else []),
+        "--kill-on-bad-exit=0",
+        f"--wait={WAIT_S}",
+        *local,
+        f"{environ[SCRIPTS]}/in_image.sh",
+        "nanogpt",
+        "job",
+        "node",
+        f"--nodes={request.nodes}",
+        f"--ranks={spec.hardware.gpus_per_node}",
+        f"--endpoint={meeting.endpoint}",
+        f"--addresses={','.join(meeting.addresses)}",
+        *train,
+        "--data",
+        str(data),
+    ]

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# A recipe on a Slurm cluster, by torchrun inside the image, one container a node. Two ways:
+#
+#   sbatch slurm/run.sh RECIPE [--set KEY=VALUE]...        with the resources below, which fit 8 GPUs on one node
+#   slurm/run.sh [--runs N] [--dry-run] RECIPE [--set KEY=VALUE]... [-- SBATCH OPTIONS]
+#       checks the recipe, works out the resources, prints the sbatch command and submits it; --dry-run only prints,
+#       --runs N makes an array of N runs with a seed of its own each
+#
+# Partition and account: SBATCH_PARTITION, SBATCH_ACCOUNT, or sbatch's options. GPU_TYPE and NUM_GPUS (of a node) change
+# the recipe's. NCCL_*, OMP_NUM_THREADS and FINEWEB_CHUNKS go through; NCCL_IB_DISABLE is 1 by default on one node.
+# NANOGPT_STAGE=DIR copies image and shards to DIR on each node first. Image and site: see slurm/in_image.sh. More:
+# docs/cluster.md.
+#SBATCH --job-name=nanogpt
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gres=gpu:h200:8
+#SBATCH --cpus-per-task=120
+#SBATCH --mem=192G
+#SBATCH --time=00:40:00
+#SBATCH --output=logs/%x-%j.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@120
+set -uo pipefail
+
+here=$(cd -P "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+if [[ -z ${SLURM_JOB_ID:-} || " $* " == *" --dry-run "* ]]; then exec "$here/nanogpt.sh" submit "$@"; fi
+if [[ ! -e $here/nanogpt.sh ]]; then # Slurm runs a copy of a batch script: the others are beside the original
+    here=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\)/run\.sh\( .*\)\{0,1\}$|\1|p')
+    here=$(cd -P "${here:-slurm}" && pwd) || exit 2
+fi
+export NANOGPT_SCRIPTS=$here
+
+mapfile -d '' -t step < <("$here/nanogpt.sh" job plan "$@")
+wait "$!" || exit
+((${#step[@]})) || exit 0
+one_a_node=(--nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
+if [[ -n ${NANOGPT_STAGE:-} ]]; then srun "${one_a_node[@]}" "$here/in_image.sh" nanogpt job stage "$@" || exit; fi
+
+# Before the time limit Slurm tells this script alone. It tells the launchers: if Slurm signalled the step itself, it
+# would end the process that mounts the image as well, and the run could not write its checkpoint.
+# shellcheck disable=SC2016,SC2329
+tell_launchers() {
+    told=yes
+    echo "run.sh: time is nearly up, the run is asked for a checkpoint" >&2
+    srun --overlap "${one_a_node[@]}" bash -c 'kill -USR1 "$(< "/tmp/nanogpt-$SLURM_JOB_ID-$SLURM_NODEID.pid")"'
+}
+trap tell_launchers USR1
+"${step[@]}" &
+while
+    told=
+    wait "$!"
+    code=$?
+    [[ -n $told ]]
+do :; done # a signal ends `wait` early
+trap '' USR1
+if ((code == 75)); then "$here/nanogpt.sh" job requeue "$@"; fi
+exit "$code"
