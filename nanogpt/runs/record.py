@@ -142,6 +142,7 @@ class Compilation(Part):
     compiled: bool
     graphs_before_clock: int | None = None
     late_graphs: int | None = Field(default=None, description="compiled after the clock had started; of a whole run")
+    cache: list[str] = Field(default_factory=list, description="the log's lines on the compile cache")
     settings: dict[str, SettingChange] = Field(
         default_factory=dict,
         description="settings off their default: `inductor.x` of torch._inductor.config, `dynamo.x` of"
@@ -186,6 +187,17 @@ class SpecDifference(Part):
     run: Any = None
 
 
+class StartUpPhase(Part):
+    """A stretch of the time before the first timed step, and what rank 0 compiled in it."""
+
+    name: str
+    seconds: float
+    graphs: int = Field(default=0, description="traced in the phase")
+    from_cache: int = Field(default=0, description="of them taken whole from the compile cache")
+    bypassed: int = Field(default=0, description="of them not kept by torch's cache, ever")
+    parts_compiled: int = Field(default=0, description="forward and backward passes compiled anew")
+
+
 class Start(Part):
     """One start of the run: the first, and one more for each time it was resumed."""
 
@@ -202,6 +214,7 @@ class Start(Part):
         default="running", description="killed: found dead by the next start; until then it reads running"
     )
     reason: str | None = None
+    start_up: list[StartUpPhase] = Field(default_factory=list, description="up to `clock_started`, in order")
 
 
 class Record(Part):

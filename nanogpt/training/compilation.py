@@ -1,10 +1,123 @@
-"""Counting what torch.compile has compiled, so that a recompilation inside the clock is seen."""
+"""Counting what torch.compile has compiled and what it took from the cache, so that nothing of it goes unseen."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
-def compiled_graphs() -> int:
-    """Graphs that this process has compiled so far."""
+
+@dataclass(frozen=True)
+class CompileCounts:
+    """What this process has done so far. A graph has one part in evaluation, two in training (forward, backward)."""
+
+    graphs: int = 0  # traced and guarded: once a process, whatever the cache has
+    from_cache: int = 0  # whole graphs taken from the cache
+    bypassed: int = 0  # graphs that torch's cache does not take: something in them cannot be kept
+    parts_compiled: int = 0  # parts that were compiled anew
+    parts_from_cache: int = 0  # parts taken from the cache although their graph as a whole was not
+
+    def __sub__(self, other: CompileCounts) -> CompileCounts:
+        return CompileCounts(*(getattr(self, field.name) - getattr(other, field.name) for field in fields(self)))
+
+    def __add__(self, other: CompileCounts) -> CompileCounts:
+        return CompileCounts(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+
+def compile_counts() -> CompileCounts:
+    """The counts of this process. Loads no compiler that is not loaded."""
+    if "torch._dynamo.utils" not in sys.modules:
+        return CompileCounts()
     from torch._dynamo.utils import counters
 
-    return int(counters["stats"]["unique_graphs"])
+    return CompileCounts(
+        graphs=int(counters["stats"]["unique_graphs"]),
+        from_cache=int(counters["aot_autograd"]["autograd_cache_hit"]),
+        bypassed=int(counters["aot_autograd"]["autograd_cache_bypass"]),
+        parts_compiled=int(counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_bypass"]),
+        parts_from_cache=int(counters["inductor"]["fxgraph_cache_hit"]),
+    )
+
+
+def compiled_graphs() -> int:
+    """Graphs that this process has traced and compiled, or taken from the cache, so far."""
+    return compile_counts().graphs
+
+
+def recompilation_reasons() -> list[str]:
+    """Why torch compiled functions again that it had compiled before, a line each: what guard did not hold."""
+    from torch._dynamo.utils import get_compilation_metrics
+
+    return [
+        f"{metric.co_name}: {' '.join(metric.recompile_reason.split())}"
+        for metric in get_compilation_metrics()
+        if metric.recompile_reason
+    ]
+
+
+@dataclass
+class CompiledFunction:
+    """A compiled function: its graphs, and seconds of this process over all of them."""
+
+    name: str
+    graphs: int = 0
+    operations: int = 0  # in the traced graphs
+    tracing_s: float = 0.0  # Dynamo, guards
+    forward_s: float = 0.0  # AOTAutograd and inductor, or the cache
+    backward_s: float = 0.0  # inductor at the first backward pass
+    kernels_s: float = 0.0  # of these, waiting for Triton and tuning
+
+    @property
+    def seconds(self) -> float:
+        """All of them."""
+        return self.tracing_s + self.forward_s + self.backward_s
+
+
+def compiled_functions() -> list[CompiledFunction]:
+    """What each compiled function of this process cost, the dearest first."""
+    from torch._dynamo.utils import get_compilation_metrics
+
+    found: dict[str, CompiledFunction] = {}
+    names: dict[str, str] = {}
+    for metric in get_compilation_metrics():
+        compile_id = str(metric.compile_id)
+        if metric.co_name is not None:
+            names[compile_id] = _function_name(metric.co_name, metric.co_filename)
+        entry = found.setdefault(names.get(compile_id, "unknown"), CompiledFunction(names.get(compile_id, "unknown")))
+        entry.kernels_s += _seconds(metric.triton_compile_time_us) + _seconds(metric.runtime_triton_autotune_time_us)
+        if metric.is_forward is False:
+            entry.backward_s += _seconds(metric.duration_us)
+            continue
+        backend = metric.backend_compile_time_s or 0.0
+        entry.graphs += 1
+        entry.operations += metric.graph_op_count or 0
+        entry.tracing_s += (metric.entire_frame_compile_time_s or 0.0) - backend
+        entry.forward_s += backend
+    return sorted(found.values(), key=lambda entry: -entry.seconds)
+
+
+def functions_table(functions: Sequence[CompiledFunction]) -> list[str]:
+    """The functions as lines of a Markdown table."""
+    lines = [
+        "| function | graphs | operations | tracing, s | forward, s | backward, s | of it Triton, s |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    total = CompiledFunction("all")
+    for entry in functions:
+        for field in fields(entry):
+            if field.name != "name":
+                setattr(total, field.name, getattr(total, field.name) + getattr(entry, field.name))
+    for entry in (*functions, total):
+        times = (entry.tracing_s, entry.forward_s, entry.backward_s, entry.kernels_s)
+        numbers = " | ".join(f"{value:.1f}" for value in times)
+        lines.append(f"| {entry.name} | {entry.graphs} | {entry.operations} | {numbers} |")
+    return lines
+
+
+def _function_name(name: str, filename: str | None) -> str:
+    """`evaluation_loss` runs under a decorator of torch's, which is what Dynamo sees."""
+    return "evaluation_loss" if filename is not None and "torch" in filename and name == "inner" else name
+
+
+def _seconds(microseconds: int | None) -> float:
+    return (microseconds or 0) / 1e6

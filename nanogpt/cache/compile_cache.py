@@ -1,0 +1,283 @@
+"""A run's use of the compile cache: from the file to a directory of the node, and back where something was compiled.
+
+Notable features:
+- The first rank of a node reads the file and unpacks it into a directory that it has made for this job alone; torch,
+  Triton and FlashAttention of all ranks there look for compiled code in it, and leave theirs in it.
+- After the warm-up, rank 0 writes the file anew if anything has been compiled, with what another job may have added.
+- Nothing here fails a run: a file that cannot be used or written is a line of the log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nanogpt.cache.key import cache_key, key_sha256
+from nanogpt.cache.pack import SUFFIX, Header, Pack, PackError, kept_files, peek, write_pack
+from nanogpt.console import human_bytes
+from nanogpt.spec import RunSpec
+
+if TYPE_CHECKING:
+    from nanogpt.training.world import World
+
+VARIABLE = "NANOGPT_CACHE"
+OFF = "off"
+IMAGE_DIRECTORY = Path("/opt/nanogpt/cache")  # files that a container's image brings along; looked at second
+PRIVATE_PREFIX = "nanogpt-compiled-"
+LOCK_NAME = ".lock"
+ABANDONED_S = 24 * 3600.0
+
+
+def cache_directory(output_directory: str | None = None) -> Path | None:
+    """Where cache files are: NANOGPT_CACHE, else `cache` beside the runs; None where NANOGPT_CACHE is `off`."""
+    named = os.environ.get(VARIABLE)
+    if named == OFF:
+        return None
+    if named:
+        return Path(named)
+    return Path(output_directory or os.environ.get("NANOGPT_RUNS") or "runs") / "cache"
+
+
+class CompileCache:
+    """A run's compiled code. Made by `compile_cache`."""
+
+    def __init__(self, world: World | None = None, directory: Path | None = None):
+        self.lines: list[str] = []  # for the log: what became of the file
+        self.loaded: Header | None = None
+        self.root: Path | None = None  # where compiled code is while the run lasts; None: where torch keeps it
+        self._world = world
+        self._directory = directory
+        self._key: dict[str, Any] = {}
+        self._recipe = ""
+        self._names: set[str] = set()  # what the file has
+        self._lock: int | None = None
+
+    @property
+    def path(self) -> Path:
+        """The file of this run's key."""
+        assert self._directory is not None
+        return self._directory / file_name(self._key)
+
+    def save(self) -> str | None:
+        """Leave what has been compiled so far to later runs. Every rank calls it; returns rank 0's line for the log."""
+        world = self._world
+        if world is None or self.root is None:
+            return None
+        world.communicator.barrier()  # the others' code, too
+        if not world.is_main or set(kept_files(self.root)) <= self._names:
+            return None
+        started = time.perf_counter()
+        with contextlib.suppress(PackError, OSError):  # another job's
+            other = Pack(self.path)
+            if other.header.key_sha256 == key_sha256(self._key):
+                other.unpack(self.root)
+        try:
+            header = write_pack(
+                self.path, self.root, key=self._key, key_sha256=key_sha256(self._key), recipe=self._recipe
+            )
+            size = self.path.stat().st_size
+        except OSError as error:
+            return self._say(f"{self.path}: cannot be written: {error.strerror}; the next run compiles again")
+        self._names = set(kept_files(self.root))
+        seconds = time.perf_counter() - started
+        return self._say(f"{self.path}: written, {_describe(header, size)} in {seconds:.1f} s")
+
+    # --- for compile_cache ---
+
+    def _say(self, text: str) -> str:
+        line = f"compile cache: {text}"
+        self.lines.append(line)
+        return line
+
+    def _load(self, root: Path) -> None:
+        """Unpack the run's file into `root`, where there is one that can be used."""
+        assert self._directory is not None
+        places = [self.path, IMAGE_DIRECTORY / self.path.name]
+        for path in places:
+            if not path.exists():
+                continue
+            try:
+                pack = Pack(path, in_image=path is places[1] and _in_container())
+                if pack.header.key_sha256 != key_sha256(self._key):
+                    raise PackError(f"made for other code: differs in {differences(pack.header.key, self._key)}")
+                self._names = set(pack.unpack(root))
+            except (PackError, OSError) as error:
+                reason = error.strerror if isinstance(error, OSError) else error
+                self._say(f"{path}: not used: {reason}; compiling")
+                _empty(root)
+                continue
+            self.loaded = pack.header
+            self._say(f"{path}: used, {_describe(pack.header, pack.size)}")
+            with contextlib.suppress(OSError):  # the newest are kept by `nanogpt cache prune`
+                os.utime(path)
+            return
+        if not self.lines:
+            self._say(f"{self.path}: not there yet{self._nearest()}; compiling, and leaving it to later runs")
+
+    def _nearest(self) -> str:
+        """What the newest file that is there differs in."""
+        assert self._directory is not None
+        with contextlib.suppress(OSError, PackError):
+            files = sorted(self._directory.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime)
+            if files:
+                return f" (the newest one differs in {differences(peek(files[-1]).key, self._key)})"
+        return ""
+
+
+@contextmanager
+def compile_cache(spec: RunSpec, world: World, *, enabled: bool, fresh: bool = False) -> Iterator[CompileCache]:
+    """Compiled code is taken from the file of the spec's key, and kept for it, while the context lasts.
+
+    Every rank enters it, before anything is compiled and before FlashAttention is imported.
+
+    Args:
+        spec: the run; its output directory is where the files are, unless NANOGPT_CACHE says otherwise.
+        world: this process.
+        enabled: the run compiles at all.
+        fresh: take nothing from a file; it is replaced.
+    """
+    directory = cache_directory(spec.output.directory) if enabled else None
+    cache = CompileCache(world, directory)
+    if directory is None:
+        yield cache
+        return
+    if (chosen := _users_directory()) is not None:
+        cache._say(f"TORCHINDUCTOR_CACHE_DIR is set: compiled code is kept in {chosen}, and no file is used")
+        yield cache
+        return
+    cache._key, cache._recipe = cache_key(spec, world.device), spec.name
+    mine = None
+    if world.local_rank == 0:
+        try:
+            mine, cache._lock = _make_private()
+            if not fresh:
+                cache._load(mine)
+        except OSError as error:
+            cache._say(f"{error.filename or tempfile.gettempdir()}: {error.strerror}; no file is used")
+            mine = None
+    cache.root = world.gather(mine)[world.rank - world.local_rank]
+    try:
+        with _compiled_code_in(cache.root):
+            yield cache
+            cache.save()  # what a run without warm-up has compiled
+    finally:
+        if mine is not None:
+            shutil.rmtree(mine, ignore_errors=True)
+        if cache._lock is not None:
+            os.close(cache._lock)
+
+
+def file_name(key: Mapping[str, Any]) -> str:
+    """The name of the file of a key; for people it has the device and torch's version in it."""
+    device = "".join(c if c.isalnum() else "-" for c in str(key["device"][0]).removeprefix("NVIDIA ").lower())
+    return f"{device}-torch{key['torch'][0]}-{key_sha256(key)[:16]}{SUFFIX}"
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """The parts in which two keys differ, down to the names of packages and spec keys."""
+    parts = []
+    for name in wanted:
+        one, other = found.get(name), wanted[name]
+        if one == other:
+            continue
+        if isinstance(one, dict) and isinstance(other, dict):
+            parts += [f"{name} {key}" for key in sorted({*one, *other}) if one.get(key) != other.get(key)]
+        else:
+            parts.append(name)
+    return ", ".join(parts[:8]) + (", ..." if len(parts) > 8 else "") or "nothing"
+
+
+def _describe(header: Header, size: int) -> str:
+    counts = ", ".join(f"{count} {name}" for name, count in header.contents.items() if count)
+    return f"{human_bytes(size)} ({counts})"
+
+
+@contextmanager
+def _compiled_code_in(root: Path | None) -> Iterator[None]:
+    """Point torch, Triton and FlashAttention 4 at `root`."""
+    if root is None:
+        yield
+        return
+    import torch._functorch.config
+
+    variables = {
+        "TORCHINDUCTOR_CACHE_DIR": str(root / "inductor"),
+        "TRITON_CACHE_DIR": str(root / "triton"),
+        "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1",
+        "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": str(root / "cute"),
+    }
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        # Or no graph with the MLP in it, a torch.autograd.Function, would be kept. It changes no code; and what such
+        # a function does is part of the graph's key, its source of the file's.
+        with torch._functorch.config.patch(autograd_cache_allow_custom_autograd_functions=True):
+            yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _users_directory() -> str | None:
+    """TORCHINDUCTOR_CACHE_DIR, unless it is torch's own choice, which it writes there at its first use."""
+    found = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if found is None:
+        return None
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    return None if found == default_cache_dir() else found
+
+
+def _in_container() -> bool:
+    return bool(os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER"))
+
+
+# --- the job's directory on the node ----------------------------------------------------------------------------
+
+
+def _make_private() -> tuple[Path, int]:
+    """A directory that this user alone can enter, and the lock that says it is in use. Raises OSError."""
+    parent = Path(tempfile.gettempdir())
+    _remove_abandoned(parent)
+    root = Path(tempfile.mkdtemp(prefix=f"{PRIVATE_PREFIX}{os.geteuid()}-", dir=parent))
+    lock = os.open(root / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return root, lock
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Directories of this user's jobs that were killed: their lock is free."""
+    for root in parent.glob(f"{PRIVATE_PREFIX}{os.geteuid()}-*"):
+        with contextlib.suppress(OSError):
+            status = root.lstat()
+            if status.st_uid != os.geteuid() or root.is_symlink():
+                continue
+            try:
+                lock = os.open(root / LOCK_NAME, os.O_RDWR | os.O_CLOEXEC)
+            except FileNotFoundError:  # just being made, unless it is old
+                if time.time() - status.st_mtime > ABANDONED_S:
+                    shutil.rmtree(root, ignore_errors=True)
+                continue
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(root, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def _empty(root: Path) -> None:
+    """Take back what a broken file has left."""
+    for child in root.iterdir():
+        if child.is_dir():
+            shutil.rmtree(child, ignore_errors=True)

@@ -1,0 +1,224 @@
+"""A cache file: a directory of compiled code in one piece, with its key and a checksum over all of it.
+
+Notable features:
+- Written under another name, synced and renamed: a file under its final name is whole, whoever else writes.
+- What is in it will be executed. So a file is only read that belongs to this user, to root or to the container's image,
+  and that nobody else may write; and nothing of it is looked at before the checksum over header and content agrees.
+- Members are plain files below the directory they are unpacked into; anything else is refused.
+
+Three parts: a line that says what it is, with the sha256 of all that follows; a line of JSON (`Header`); a tar archive,
+compressed with zstd.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import stat
+import tarfile
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import zstandard
+from pydantic import AwareDatetime, BaseModel, ValidationError
+
+from nanogpt.runs.record import utc_now
+
+SUFFIX = ".compiled"
+MAGIC = b"nanogpt compiled code 1 sha256 "
+LEVEL = 3  # of zstd: higher ones gain a few per cent here
+NOT_KEPT = ("__pycache__", "locks")  # directories that each process makes anew
+TEMPORARY = (".lock", ".tmp", ".pending")
+
+
+class PackError(Exception):
+    """A file that is not used, and why; a reason to compile, and no error of a run."""
+
+
+class Header(BaseModel):
+    """What a file says of itself, before its content."""
+
+    key: dict[str, Any]
+    key_sha256: str
+    recipe: str
+    created: AwareDatetime
+    contents: dict[str, int]
+    files: int
+    bytes: int  # unpacked
+
+
+def kept_files(root: Path) -> dict[str, Path]:
+    """The files below `root` that belong into a cache file, by their path in it."""
+    found = {}
+    for directory, names, files in os.walk(root):
+        names[:] = sorted(name for name in names if name not in NOT_KEPT and not name.startswith("tmp."))
+        for name in sorted(files):
+            if name.startswith(".") or name.endswith(TEMPORARY):
+                continue
+            path = Path(directory, name)
+            if path.is_file() and not path.is_symlink():
+                found[path.relative_to(root).as_posix()] = path
+    return found
+
+
+def count_contents(names: Collection[str]) -> dict[str, int]:
+    """How many graphs, kernels and tuning results are among the files of a cache."""
+    paths = [PurePosixPath(name) for name in names]
+
+    def below(folder: str) -> list[PurePosixPath]:
+        return [path for path in paths if folder in path.parts[:-1]]
+
+    return {
+        "graphs": len({path.parent for path in below("aotautograd")}),
+        "graph parts": len({path.parent for path in below("fxgraph")}),
+        "Triton kernels": sum(path.suffix == ".cubin" for path in below("triton")),
+        "CuTe kernels": sum(path.suffix == ".o" for path in below("cute")),
+        "C++ kernels": sum(path.suffix == ".so" for path in below("inductor")),
+        "autotuned": sum(path.suffix == ".best_config" for path in paths),
+    }
+
+
+def write_pack(path: Path, root: Path, *, key: Mapping[str, Any], key_sha256: str, recipe: str) -> Header:
+    """Put the files below `root` into the cache file `path`, in place of one that is there. Raises OSError."""
+    files = kept_files(root)
+    size, body = 0, io.BytesIO()
+    with (
+        zstandard.ZstdCompressor(level=LEVEL, threads=-1).stream_writer(body, closefd=False) as compressed,
+        tarfile.open(fileobj=compressed, mode="w|", format=tarfile.PAX_FORMAT) as archive,
+    ):
+        for name, file in files.items():
+            content = file.read_bytes()
+            member = tarfile.TarInfo(name)
+            member.size, member.mtime = len(content), int(file.stat().st_mtime)
+            member.mode = 0o700 if file.stat().st_mode & stat.S_IXUSR else 0o600
+            archive.addfile(member, io.BytesIO(content))
+            size += len(content)
+    header = Header(
+        key=dict(key),
+        key_sha256=key_sha256,
+        recipe=recipe,
+        created=utc_now(),
+        contents=count_contents(files),
+        files=len(files),
+        bytes=size,
+    )
+    rest = header.model_dump_json().encode() + b"\n" + body.getvalue()
+    first = MAGIC + hashlib.sha256(rest).hexdigest().encode() + b"\n"
+    _write_whole(path, first + rest)
+    return header
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    with contextlib.suppress(OSError):  # some network file systems cannot
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def peek(path: Path) -> Header:
+    """What a file says of itself, unchecked: to be shown, not to be trusted. Raises OSError and `PackError`."""
+    with path.open("rb") as file:
+        if not file.readline(200).startswith(MAGIC):
+            raise PackError("not a file of compiled code, or damaged")
+        return _header(file.readline(1_000_000))
+
+
+def _header(line: bytes) -> Header:
+    try:
+        return Header.model_validate_json(line)
+    except ValidationError as error:
+        raise PackError("made by another version of this package") from error
+
+
+class Pack:
+    """A cache file that has been read and found whole. Raises `PackError` where it cannot be used.
+
+    Args:
+        path: the file.
+        in_image: it lies in the container's image, whose owner may be shown as anybody; it must not be writable.
+    """
+
+    def __init__(self, path: Path, *, in_image: bool = False):
+        self.path = path
+        self.raw = _read_trusted(path, in_image)
+        first, _, rest = self.raw.partition(b"\n")
+        if not first.startswith(MAGIC):
+            raise PackError("not a file of compiled code, or damaged")
+        if hashlib.sha256(rest).hexdigest().encode() != first[len(MAGIC) :]:
+            raise PackError("damaged: its checksum does not agree with its content")
+        line, _, self._body = rest.partition(b"\n")
+        self.header = _header(line)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return len(self.raw)
+
+    def unpack(self, root: Path) -> list[str]:
+        """Write what is not there yet below `root`; returns the names of all files. Raises OSError and `PackError`."""
+        names = []
+        for name, content, mode, mtime in self._members():
+            names.append(name)
+            target = root / name
+            if target.exists():
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+                file.write(content)
+            os.utime(target, (mtime, mtime))
+        return names
+
+    def _members(self) -> Iterator[tuple[str, bytes, int, float]]:
+        try:
+            with (
+                zstandard.ZstdDecompressor().stream_reader(self._body) as stream,
+                tarfile.open(fileobj=stream, mode="r|") as archive,
+            ):
+                for member in archive:
+                    parts = PurePosixPath(member.name).parts
+                    if not member.isreg() or ".." in parts or member.name.startswith("/"):
+                        raise PackError(f"has a member that is no plain file: {member.name}")
+                    file = archive.extractfile(member)
+                    assert file is not None
+                    yield member.name, file.read(), member.mode & 0o700, member.mtime
+        except (tarfile.TarError, zstandard.ZstdError) as error:
+            raise PackError(f"cannot be unpacked: {error}") from error
+
+
+def _read_trusted(path: Path, in_image: bool) -> bytes:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise PackError(f"cannot be read: {error.strerror}") from error
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise PackError("not a plain file")
+        if status.st_uid not in (os.geteuid(), 0) and not in_image:
+            raise PackError(
+                f"belongs to user {status.st_uid}; only files of this user ({os.geteuid()}) or root are used"
+            )
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise PackError("others may write it (chmod go-w makes it usable)")
+        try:
+            return file.read()
+        except OSError as error:
+            raise PackError(f"cannot be read: {error.strerror}") from error

@@ -1,0 +1,93 @@
+"""Where the time goes between the job's start and the first timed step, phase by phase."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from nanogpt.runs.record import StartUpPhase
+from nanogpt.training.compilation import CompileCounts, compile_counts
+
+JOB_START = "SLURM_JOB_START_TIME"  # seconds since the epoch
+
+
+class StartUp:
+    """Phases in the order in which they were first entered. Times are those of this process's clock."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter() - process_age()
+        self._seconds: dict[str, float] = {}
+        self._counts: dict[str, CompileCounts] = {}
+        waited = _queued_for(os.environ.get(JOB_START), process_age())
+        if waited is not None:
+            self._seconds["job's start to this process"] = waited
+        self._seconds["Python and imports"] = time.perf_counter() - self._started
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What happens inside is part of the phase `name`, which may be entered several times. Phases do not nest."""
+        counts, start = compile_counts(), time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+            self._counts[name] = self._counts.get(name, CompileCounts()) + (compile_counts() - counts)
+
+    def phases(self) -> list[StartUpPhase]:
+        """The phases so far, and what of the time since this process's start lies between them."""
+        outside = sum(seconds for name, seconds in self._seconds.items() if not name.startswith("job"))
+        rest = time.perf_counter() - self._started - outside
+        found = []
+        for name, seconds in (*self._seconds.items(), ("everything else", rest)):
+            counts = self._counts.get(name, CompileCounts())
+            found.append(
+                StartUpPhase(
+                    name=name,
+                    seconds=round(seconds, 3),
+                    graphs=counts.graphs,
+                    from_cache=counts.from_cache,
+                    bypassed=counts.bypassed,
+                    parts_compiled=counts.parts_compiled,
+                )
+            )
+        return found
+
+
+def phases_table(phases: Sequence[StartUpPhase]) -> list[str]:
+    """The phases as lines of a Markdown table, their sum last."""
+    lines = [
+        "| phase | s | graphs | from the cache | not cacheable | parts compiled |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    total = StartUpPhase(name="start to first timed step", seconds=0.0)
+    for phase in phases:
+        for key in ("seconds", "graphs", "from_cache", "bypassed", "parts_compiled"):
+            setattr(total, key, getattr(total, key) + getattr(phase, key))
+    for phase in (*phases, total):
+        numbers = (phase.graphs, phase.from_cache, phase.bypassed, phase.parts_compiled)
+        cells = " | ".join(str(number or "") for number in numbers)
+        lines.append(f"| {phase.name} | {phase.seconds:.1f} | {cells} |")
+    return lines
+
+
+def process_age() -> float:
+    """Seconds since this process was started (Linux), to the hundredth."""
+    try:
+        stat = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace")
+        ticks = int(stat.rpartition(")")[2].split()[19])
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, AttributeError):
+        return time.process_time()
+    return max(0.0, age)
+
+
+def _queued_for(job_start: str | None, age: float) -> float | None:
+    """Seconds from the job's start to this process's; None where no scheduler tells, or it cannot be."""
+    try:
+        waited = time.time() - age - float(job_start or "")
+    except ValueError:
+        return None
+    return waited if 0 <= waited < 24 * 3600 else None
