@@ -10,15 +10,16 @@ from nanogpt.spec import RunSpec
 
 def spec_differences(one: RunSpec, other: RunSpec) -> Iterator[tuple[str, Any, Any]]:
     """(key path with dots, value in `one`, value in `other`) wherever they differ; a missing part is None."""
-    return _differences(one.model_dump(mode="json"), other.model_dump(mode="json"), ())
+    return differences(one.model_dump(mode="json"), other.model_dump(mode="json"))
 
 
-def _differences(one: Any, other: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any, Any]]:
+def differences(one: Any, other: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any, Any]]:
+    """The same of what two specs were dumped to; `path` goes before the keys."""
     if isinstance(one, dict) and isinstance(other, dict):
         for key in dict.fromkeys([*one, *other]):
-            yield from _differences(one.get(key), other.get(key), (*path, str(key)))
+            yield from differences(one.get(key), other.get(key), (*path, str(key)))
     elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
         for index, pair in enumerate(zip(one, other, strict=True)):
-            yield from _differences(*pair, (*path, str(index)))
+            yield from differences(*pair, (*path, str(index)))
     elif one != other:
         yield ".".join(path), one, other

@@ -48,46 +48,64 @@ def train(
 ) -> None:
     """Train RECIPE; checkpoints, log and metrics go to a directory of the run's own.
 
-    On several GPUs: torchrun --nproc-per-node N -m nanogpt train RECIPE.
+    On several GPUs: nanogpt launch --standalone --nproc-per-node N RECIPE, or torchrun ... -m nanogpt train RECIPE.
+
+    SIGTERM or SIGUSR1 ends the run after its step, with a checkpoint and exit code 75; --resume goes on.
     """
     wait_briefly()
     from nanogpt.console import say
     from nanogpt.errors import InputError
     from nanogpt.recipe import load_recipe
     from nanogpt.runs.directory import RunDirectory
+    from nanogpt.spec import RunSpec
+    from nanogpt.training.agreement import Start, agree, describe_start
+    from nanogpt.training.checkpoint import list_checkpoints
     from nanogpt.training.recorder import create_run
     from nanogpt.training.resume import check_not_running, resumed_spec
     from nanogpt.training.trainer import check_start, default_data_directory, train_run
+    from nanogpt.training.watch import Watch
     from nanogpt.training.world import started_as
 
-    is_main = started_as()[0] == 0
-    run = None
-    if resume is not None:
-        if out is not None:
-            raise InputError("--out: a resumed run stays in its directory; leave --out away, or --resume")
-        run = RunDirectory.open(resume)
-        if is_main:
-            check_not_running(run)
-        spec = resumed_spec(run, recipe, overrides or (), steps)
-    elif recipe is not None:
-        spec = load_recipe(recipe, overrides or (), steps)
-    else:
+    if resume is not None and out is not None:
+        raise InputError("--out: a resumed run stays in its directory; leave --out away, or --resume")
+    if resume is None and recipe is None:
         raise InputError("train: name a RECIPE (`nanogpt recipes` lists them), or a run to go on with by --resume")
+    rank, size, _ = started_as()
+    is_main = rank == 0
 
-    data = data or default_data_directory(spec)
-    check_start(spec, data)
-    if run is None and is_main:
-        out = out or Path(spec.output.directory or os.environ.get("NANOGPT_RUNS") or "runs")
-        run = create_run(out, spec)
-    if run is not None and is_main:
-        say(f"Run directory: {run.path}")
-    train_run(spec, run=run, data_directory=data, resume=resume is not None)
+    with Watch(rank, size) as watch:
+        run: RunDirectory | None = None
+        spec: RunSpec | None = None
 
-    if run is not None and is_main:
-        from rich.console import Console
+        def prepare() -> Start:
+            nonlocal run, spec, data
+            if resume is not None:
+                run = RunDirectory.open(resume)
+                if is_main:
+                    check_not_running(run)
+                spec = resumed_spec(run, recipe, overrides or (), steps)
+            else:
+                assert recipe is not None
+                spec = load_recipe(recipe, overrides or (), steps)
+            watch.limits = spec.watchdog
+            data = data or default_data_directory(spec)
+            files = check_start(spec, data)
+            checkpoints = list_checkpoints(run.checkpoint_directory) if run else []
+            return describe_start(spec, files, watch.host, checkpoints[-1].name if checkpoints else None)
 
-        from nanogpt.runs.metrics import read_run
-        from nanogpt.runs.table import run_summary, run_table
+        agree(prepare, watch)
+        assert spec is not None and data is not None
+        if run is None and is_main:
+            run = create_run(out or Path(spec.output.directory or os.environ.get("NANOGPT_RUNS") or "runs"), spec)
+        if run is not None and is_main:
+            say(f"Run directory: {run.path}")
+        train_run(spec, run=run, data_directory=data, resume=resume is not None, watch=watch)
 
-        Console().print(run_table(run_summary(read_run(run.path))))
-        typer.echo(f"Run directory: {run.path}")
+        if run is not None and is_main:
+            from rich.console import Console
+
+            from nanogpt.runs.metrics import read_run
+            from nanogpt.runs.table import run_summary, run_table
+
+            Console().print(run_table(run_summary(read_run(run.path))))
+            typer.echo(f"Run directory: {run.path}")

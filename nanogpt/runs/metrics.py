@@ -3,9 +3,11 @@
 Each line is a JSON object whose `kind` is one of
 
 - `start`: time, name, total_steps, world_size, device, resumed_at (null, or the step of the checkpoint)
-- `step`: step, total_steps, stage, train_loss (weighted, a token; may be absent), train_time_ms, step_avg_ms, tokens
+- `step`: step, total_steps, stage, train_loss (weighted, a token; may be absent), train_time_ms, step_avg_ms, tokens,
+  data_wait_ms (what the step waited for its batch, on the rank that waited longest)
 - `evaluation`: step, total_steps, val_loss, train_time_ms, step_avg_ms, tokens
 - `checkpoint`: step, path
+- `checkpoint_failure`: step, reason: the run went on without this one
 - `end`: state (finished, failed or interrupted), reason, train_time_ms
 
 `step` counts the steps done, `tokens` those trained on, both since the run's start. A loss that was not finite is null.

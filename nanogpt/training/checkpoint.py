@@ -62,7 +62,8 @@ def save_checkpoint(directory: Path, step: int, state: dict[str, Any], *, keep: 
             " on with --resume"
         ) from error
     for old in list_checkpoints(directory)[:-keep]:
-        old.unlink()
+        with contextlib.suppress(OSError):  # the next one tries again
+            old.unlink()
     return path
 
 

@@ -1,4 +1,4 @@
-"""Training losses without making the host wait for the device, and the stop when one is not finite."""
+"""What steps report (loss, waits) without making the host wait for the device, and the stop on a loss not finite."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from nanogpt.errors import RunError
 
 
 class SeenLoss(NamedTuple):
-    """A step's training loss, per token."""
+    """A step's training loss, per token, and how long it waited for data on the rank that waited longest."""
 
     step: int
     loss: float
+    data_wait_ms: float = 0.0
 
 
 class LossMonitor:
@@ -27,7 +28,7 @@ class LossMonitor:
         self._last_finite: SeenLoss | None = None
 
     def put(self, step: int, loss: Tensor) -> None:
-        """Queue a scalar loss, on any device."""
+        """Queue a loss, on any device: a scalar, or (1 + ranks,) the loss and each rank's wait for data in ms."""
         if loss.device.type != "cuda":
             self._waiting.append((step, loss, None))
             return
@@ -50,7 +51,7 @@ class LossMonitor:
                     break
                 event.synchronize()
             self._waiting.popleft()
-            value = float(loss)
+            value, *waits = loss.reshape(-1).tolist()
             if not math.isfinite(value):
                 before = self._last_finite
                 known = f"; the last finite one was {before.loss:.4f} at step {before.step}" if before else ""
@@ -58,6 +59,6 @@ class LossMonitor:
                     f"step {step}: the training loss is {value}{known}. The run stops; its last checkpoint, if any,"
                     " is from before"
                 )
-            self._last_finite = SeenLoss(step, value)
+            self._last_finite = SeenLoss(step, value, max(waits, default=0.0))
             seen.append(self._last_finite)
         return seen

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nanogpt.console import say
-from nanogpt.errors import InputError, RunError
+from nanogpt.errors import InputError, Interrupted, RunError
 from nanogpt.recipe import dump_spec, load_recipe
 from nanogpt.runs.data_files import OffClockHashes, describe_shards
 from nanogpt.runs.directory import FLOAT_DIGITS, RECORD_NAME, RunDirectory
@@ -399,10 +399,10 @@ def compiler_settings() -> dict[str, SettingChange]:
 
 
 def end_state(error: type[BaseException] | None) -> State:
-    """How a run ended that `error` ended: finished (None), failed, or interrupted (Ctrl-C and the like)."""
+    """How a run ended that `error` ended: finished (None), failed, or interrupted (by a signal)."""
     if error is None:
         return "finished"
-    return "failed" if issubclass(error, Exception) else "interrupted"
+    return "failed" if issubclass(error, Exception) and not issubclass(error, Interrupted) else "interrupted"
 
 
 def describe_rank(world: World) -> Rank:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanogpt.console import say
 from nanogpt.runs.directory import RunDirectory
 from nanogpt.runs.display import StepDisplay
 from nanogpt.runs.reference import ReferenceWatch
@@ -43,6 +44,7 @@ class Reporter:
         self.monitor = LossMonitor()
         self.train_loss: float | None = None
         self._times: dict[int, dict[str, Any]] = {}  # by step, until its loss has arrived
+        self._waits: list[tuple[float, int]] = []  # for data, in ms; the step
 
     def note(self, line: str) -> None:
         """A line in the log."""
@@ -74,7 +76,10 @@ class Reporter:
             self.note(self.watch.note)
 
     def step(self, settings: StepSettings, loss: Tensor, elapsed_ms: float) -> None:
-        """`settings.step` is done; `loss` is its training loss per token, maybe still being computed.
+        """`settings.step` is done.
+
+        `loss`, which may still be being computed, has its training loss per token and how many milliseconds each rank
+        has waited for its batch, (1 + world size,), or the loss alone.
 
         Raises `RunError` where a loss that has arrived by now is not finite.
         """
@@ -96,13 +101,15 @@ class Reporter:
 
     def take_losses(self, *, wait: bool = False) -> None:
         """Write the metrics of the steps whose losses have arrived. Raises `RunError` where one is not finite."""
-        for step, loss in self.monitor.take(wait=wait):
+        for step, loss, data_wait_ms in self.monitor.take(wait=wait):
             self.train_loss = loss
+            self._waits.append((data_wait_ms, step))
             self._metric(
                 kind="step",
                 step=step,
                 total_steps=self.schedule.total_steps,
                 train_loss=loss,
+                data_wait_ms=data_wait_ms,
                 tokens=self.schedule.tokens_before(step),
                 **self._times.pop(step),
             )
@@ -135,6 +142,21 @@ class Reporter:
         """A checkpoint after `step` steps is whole."""
         self.note(f"step:{step}/{self.schedule.total_steps} checkpoint:{path.name}")
         self._metric(kind="checkpoint", step=step, path=str(path))
+
+    def checkpoint_failed(self, step: int, reason: str) -> None:
+        """The checkpoint after `step` steps could not be written, and the run goes on."""
+        line = f"step:{step}/{self.schedule.total_steps} no checkpoint: {reason}"
+        if self.display:
+            say(line)
+        self.note(line)
+        self._metric(kind="checkpoint_failure", step=step, reason=reason)
+
+    def waits(self) -> None:
+        """A line on how long steps have waited for data, on the rank that waited longest."""
+        if self._waits:
+            longest, step = max(self._waits)
+            mean = sum(wait for wait, _ in self._waits) / len(self._waits)
+            self.note(f"data wait: {mean:.3f} ms a step on the slowest rank, at most {longest:.3f} ms, in step {step}")
 
     def end(self, state: str, reason: str | None, elapsed_ms: float) -> None:
         """The run is over: `state` is finished, failed or interrupted."""

@@ -3,12 +3,17 @@
 A run goes through: build - warm-up and restore - (resume) - steps with validation in between - end. The clock runs only
 while training steps run; it stops, synchronised, for validation and checkpoints. Opening the first training shard,
 YaRN's table rebuilds and log lines are inside it, as in the public record.
+
+SIGTERM or SIGUSR1 to any rank ends a run after a step on which all agree (`nanogpt.training.watch`), with a checkpoint
+whatever the spec says of those, by `Interrupted`. Before the first step of a start there is nothing new to save: the
+run ends without, and goes on from the checkpoint that it had, or from the beginning.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,23 +24,26 @@ from torch import Tensor
 from nanogpt.console import say
 from nanogpt.data import fineweb
 from nanogpt.data.batches import TrainBatches, ValBatches
-from nanogpt.errors import InputError, RunError
+from nanogpt.errors import InputError, Interrupted, NanogptError, RunError
 from nanogpt.kernels.attention import takes_tensors
 from nanogpt.models import build_model
 from nanogpt.models.interface import RunTimeWindows, Windows
 from nanogpt.optim import build_optimizer
 from nanogpt.runs.directory import RunDirectory
+from nanogpt.runs.record import State
 from nanogpt.runs.reference import ReferenceWatch
 from nanogpt.runs.tracker import check_tracker
 from nanogpt.spec import RunSpec
 from nanogpt.training.checkpoint import load_newest_checkpoint, save_checkpoint
 from nanogpt.training.clock import Clock
 from nanogpt.training.compilation import compiled_graphs
+from nanogpt.training.devices import unlike_devices
 from nanogpt.training.paths import choose_paths, compiles
 from nanogpt.training.recorder import RunRecorder, describe_rank, end_state
 from nanogpt.training.report import Reporter
 from nanogpt.training.schedule import Schedule, StepSettings
-from nanogpt.training.world import World, check_world, join_world
+from nanogpt.training.watch import Watch
+from nanogpt.training.world import World, check_world, join_world, started_as
 
 
 @dataclass(frozen=True)
@@ -63,18 +71,38 @@ def find_shards(spec: RunSpec, directory: Path) -> tuple[list[Path], list[Path]]
                 f"{directory}: no {pattern} there. Make shards with prep-fineweb or prep-text, or name their"
                 " directory with --data, NANOGPT_DATA or data.directory in the recipe"
             )
+        check_numbering(files)
         found.append(files)
     return found[0], found[1]
 
 
-def check_start(spec: RunSpec, data_directory: Path) -> None:
-    """Refuse a run that cannot start here before anything is written. Raises `InputError`."""
+def check_numbering(files: Sequence[Path]) -> None:
+    """Refuse shards that are numbered with gaps: the run would step over what is not there. Raises `InputError`."""
+    numbered = {int(match.group(1)): file for file in files if (match := re.search(r"(\d+)\D*$", file.name))}
+    if len(numbered) != len(files):  # names that count nothing, or not each its own
+        return
+    missing = [number for number in range(min(numbered), max(numbered)) if number not in numbered]
+    if missing:
+        before, after = numbered[max(n for n in numbered if n < missing[0])], numbered[max(numbered)]
+        name = re.sub(r"(\d+)(\D*)$", lambda m: f"{missing[0]:0{len(m.group(1))}d}{m.group(2)}", before.name)
+        more = f" and {len(missing) - 1} more are missing" if len(missing) > 1 else " is missing"
+        raise InputError(
+            f"{before.parent / name}:{more} between {before.name} and {after.name}. Fetch what is missing (prep-fineweb"
+            " goes on where it stopped), or move the shards after it away"
+        )
+
+
+def check_start(spec: RunSpec, data_directory: Path) -> list[Path]:
+    """Refuse a run that cannot start here before anything is written; returns the shards. Raises `InputError`."""
     check_world(spec)
     check_tracker(spec)
-    find_shards(spec, data_directory)
+    train_files, val_files = find_shards(spec, data_directory)
+    return [*train_files, *val_files]
 
 
-def train_run(spec: RunSpec, *, run: RunDirectory | None, data_directory: Path, resume: bool = False) -> Result:
+def train_run(
+    spec: RunSpec, *, run: RunDirectory | None, data_directory: Path, resume: bool = False, watch: Watch | None = None
+) -> Result:
     """Run the spec on this process (every process of a distributed run calls it).
 
     Args:
@@ -82,17 +110,29 @@ def train_run(spec: RunSpec, *, run: RunDirectory | None, data_directory: Path, 
         run: the run's directory; rank 0 writes there. None writes nothing, and no checkpoint.
         data_directory: the shards.
         resume: go on from the run directory's newest checkpoint, or from the start where there is none.
+        watch: over the other ranks and for signals, already entered; None makes one.
 
     Raises:
         InputError: no shards, too few tokens, a world size or a device other than the spec's.
-        RunError: a non-finite loss, or output that cannot be written.
+        RunError: a non-finite loss, output that cannot be written, another rank lost.
+        Interrupted: by SIGTERM or SIGUSR1.
     """
-    with (
-        RunRecorder(spec, run, resume=resume) as recorder,
-        join_world(spec) as world,
-        Trainer(spec, world, run=run, data_directory=data_directory, recorder=recorder) as trainer,
-    ):
-        return trainer.run(resume=resume)
+    if watch is None:
+        with Watch(*started_as()[:2], spec.watchdog) as own:
+            return train_run(spec, run=run, data_directory=data_directory, resume=resume, watch=own)
+    watch.run_path = None if run is None else run.path
+    try:
+        with (
+            RunRecorder(spec, run, resume=resume) as recorder,
+            join_world(spec) as world,
+            Trainer(spec, world, run=run, data_directory=data_directory, recorder=recorder, watch=watch) as trainer,
+        ):
+            return trainer.run(resume=resume)
+    except Exception as error:
+        explained = watch.explain(error)
+        if explained is error:
+            raise
+        raise explained from error
 
 
 class Trainer:
@@ -106,6 +146,7 @@ class Trainer:
         run: RunDirectory | None,
         data_directory: Path,
         recorder: RunRecorder | None = None,
+        watch: Watch | None = None,
     ):
         if spec.runtime.deterministic != torch.are_deterministic_algorithms_enabled():  # the call loads the compiler
             torch.use_deterministic_algorithms(spec.runtime.deterministic)
@@ -113,6 +154,7 @@ class Trainer:
         self.world = world
         self.run_directory = run
         self.recorder = recorder or RunRecorder(spec, None)
+        self.watch = watch or Watch()
         self.schedule = Schedule(spec)
         self.grad_scale = 1 / spec.accumulation_steps
         self.clock = Clock(world)
@@ -147,12 +189,17 @@ class Trainer:
         self.optimizer = build_optimizer(
             spec, self.model, world.communicator, compiled=self.compiled, plain_kernels=paths.plain_kernels
         )
-        self.recorder.built(world.gather(describe_rank(world)), paths, self.path_lines, compiled=self.compiled)
+        ranks = world.gather(describe_rank(world))
+        if world.is_main and (warning := unlike_devices(ranks)):
+            say(warning)
+            self.path_lines.append(warning)
+        self.recorder.built(ranks, paths, self.path_lines, compiled=self.compiled)
         self._training_loss = self._compile(self.model.training_loss)
         self._evaluation_loss = self._compile(self.model.evaluation_loss)
         self.reporter = Reporter(
             spec, self.schedule, world, run, ReferenceWatch(spec, data_directory) if world.is_main else None
         )
+        self.watch.on_lost = self._last_words
 
     def _compile(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """One graph for each size of micro-batch, which is a constant of the code; windows and scales are not."""
@@ -163,26 +210,40 @@ class Trainer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         self.train_batches.close()
-        state = end_state(kind)
-        reason = None if error is None else f"{type(error).__name__} after step {self.next_step}: {error}"
+        self.watch.on_lost = None
+        told = None if error is None else self.watch.explain(error)
+        reason = None if told is None else f"{type(told).__name__} after step {self.next_step}: {told}"
         try:
-            self.reporter.end(state, reason, self.clock.elapsed_ms)
-            self.recorder.end(state, reason, self.clock.elapsed_ms)
+            self._write_end(end_state(kind), reason)
         except RunError as second:
             if error is None:
                 raise
             say(str(second))  # the first error is the one to report
+        self.watch.enter("ending")
+        if told is not error:
+            assert told is not None
+            raise told from error
+
+    def _write_end(self, state: State, reason: str | None) -> None:
+        self.reporter.end(state, reason, self.clock.elapsed_ms)
+        self.recorder.end(state, reason, self.clock.elapsed_ms)
+
+    def _last_words(self, reason: str) -> None:
+        """The main thread is stuck and the process is about to end: as much as can be written."""
+        self._write_end("failed", f"after step {self.next_step}: {reason}")
 
     def run(self, *, resume: bool = False) -> Result:
         """Warm up, train, validate."""
         if self.spec.training.warmup:
-            self.warm_up()
+            with self.watch.phase("warming up"):
+                self.warm_up()
         resumed = resume and self._load_checkpoint()
         for line in self.path_lines:
             self.reporter.note(line)
         self.reporter.start(self.next_step, resumed=resumed)
         graphs = compiled_graphs()
         self.recorder.clock_starts(*self._progress(), resumed=resumed, graphs=graphs)
+        self.watch.training(self.next_step, compiling=self.compiled and not self.spec.training.warmup)
         self.clock.start()
         for step in range(self.next_step, self.schedule.total_steps):
             settings = self.schedule.at(step)
@@ -193,14 +254,18 @@ class Trainer:
             loss = self.train_step(settings)
             self.next_step = step + 1
             self.reporter.step(settings, loss, self.clock.elapsed_ms)
+            saved = False
             if self._checkpoint_due():
                 with self.clock.paused():
-                    self._save_checkpoint()
+                    saved = self._save_checkpoint()
+            if (reason := self.watch.boundary(self.next_step)) and self.next_step < self.schedule.total_steps:
+                self._interrupt(reason, saved=saved)
         self.clock.stop()
         final_loss = self._validate(self.schedule.total_steps, self.schedule.final_windows)
         late_graphs = compiled_graphs() - graphs
         if self.compiled:
             self.reporter.note(f"compiled graphs: {graphs} before the clock started, {late_graphs} after")
+        self.reporter.waits()
         self._record_trained(late_graphs)
         return Result(final_loss, self.schedule.total_steps, self.clock.elapsed_ms / 1000, late_graphs)
 
@@ -229,17 +294,26 @@ class Trainer:
         self._windows_of = settings.step
 
     def train_step(self, settings: StepSettings) -> Tensor:
-        """All micro-steps of a step and the optimizer's; returns all ranks' mean loss per token, () on the device."""
+        """All micro-steps of a step and the optimizer's.
+
+        Returns (1 + world size,) fp32 on the device: all ranks' mean loss per token, and how many milliseconds the
+        step has waited for its batch on each rank.
+        """
+        waited = self.train_batches.wait_seconds
         batches = self.train_batches.next_step(settings.batch_tokens, self.spec.training.max_document_tokens)
+        waited = self.train_batches.wait_seconds - waited
         weights = self._to_device(settings.token_weights)
         windows = self._as_numbers(settings.windows)
-        mean_loss = torch.zeros((), device=self.world.device)
+        # The loss, then a place for each rank's wait: one average of small numbers brings all of it everywhere.
+        report = [0.0] * (1 + self.world.size)
+        report[1 + self.world.rank] = 1000 * waited * self.world.size
+        told = self._to_device(tuple(report))
         for batch in batches:
             loss = self._training_loss(batch, windows, weights)
             (loss * self.grad_scale).backward()
-            mean_loss += loss.detach() * (self.grad_scale / self.model.training_loss_scale(batch))
+            told[0] += loss.detach() * (self.grad_scale / self.model.training_loss_scale(batch))
         # Ahead of the gradients: when the optimizer is done, it has long arrived.
-        average = self.world.communicator.average(mean_loss)
+        average = self.world.communicator.average(told)
         self.optimizer.step(settings.rates)
         return average.wait()
 
@@ -265,7 +339,8 @@ class Trainer:
 
     def _validate(self, step: int, windows: Windows) -> float:
         self.reporter.take_losses(wait=True)
-        val_loss = self.evaluate(windows)
+        with self.watch.phase("validating"):
+            val_loss = self.evaluate(windows)
         self.reporter.evaluation(step, val_loss, self.clock.elapsed_ms)
         self.recorder.evaluation(val_loss, *self._progress())
         if not math.isfinite(val_loss):
@@ -281,8 +356,16 @@ class Trainer:
         for step in self.schedule.warmup_steps():
             settings = self.schedule.at(step)
             self.enter(settings)
-            self.evaluate(settings.windows, micro_steps=1)
-            self.train_step(settings)
+            try:
+                self.evaluate(settings.windows, micro_steps=1)
+                self.train_step(settings)
+            except Exception as error:
+                if isinstance(error, NanogptError) or not self.watch.asked:
+                    raise
+                # The signal went to every process, and the compiler's workers took it.
+                raise self._nothing_done(self.watch.asked) from error
+            if reason := self.watch.boundary():
+                raise self._nothing_done(reason)
         self.evaluate(self.schedule.final_windows, micro_steps=1)
         with torch.no_grad():
             for parameter, start in zip(self.model.parameters(), parameters, strict=True):
@@ -301,8 +384,12 @@ class Trainer:
             return at_end
         return every is not None and self.next_step % every == 0
 
-    def _save_checkpoint(self) -> None:
-        """Write the run's whole state, unless it is one that no run can go on from."""
+    def _save_checkpoint(self, *, needed: bool = False) -> bool:
+        """Write the run's whole state, unless it is one that no run can go on from. Collective.
+
+        Returns whether there is a checkpoint of this step now. Raises `RunError` on all ranks where it cannot be
+        written although `needed`, or the spec says to stop then.
+        """
         self.reporter.take_losses(wait=True)
         broken = [name for name, value in self.model.named_parameters() if not bool(value.isfinite().all())]
         if broken:
@@ -310,18 +397,41 @@ class Trainer:
                 f"step {self.next_step}: {', '.join(broken)} not finite any more, although the training loss was. The"
                 " run stops without a checkpoint of it; earlier ones stay"
             )
-        optimizer_state = self.optimizer.state_dict()
-        if self.run_directory is not None and self.world.is_main:
-            state = {
-                "model": self.model.state_dict(),
-                "optimizer": optimizer_state,
-                "batches": self.train_batches.state_dict(),
-                "elapsed_ms": self.clock.elapsed_ms,
-            }
-            directory = self.run_directory.checkpoint_directory
-            path = save_checkpoint(directory, self.next_step, state, keep=self.spec.checkpoint.keep)
+        failure: RunError | None = None
+        with self.watch.phase("writing a checkpoint"):
+            optimizer_state = self.optimizer.state_dict()
+            if self.run_directory is not None and self.world.is_main:
+                state = {
+                    "model": self.model.state_dict(),
+                    "optimizer": optimizer_state,
+                    "batches": self.train_batches.state_dict(),
+                    "elapsed_ms": self.clock.elapsed_ms,
+                }
+                directory = self.run_directory.checkpoint_directory
+                try:
+                    path = save_checkpoint(directory, self.next_step, state, keep=self.spec.checkpoint.keep)
+                except RunError as error:
+                    failure = error
+            failed = self.world.gather(failure is not None)[0]  # nobody ends, or goes on, before it is written
+        if failed and (needed or self.spec.checkpoint.on_failure == "stop"):
+            raise failure or RunError(f"the checkpoint after step {self.next_step} could not be written on rank 0")
+        if failure is not None:
+            self.reporter.checkpoint_failed(self.next_step, str(failure))
+        elif self.run_directory is not None and self.world.is_main:
             self.reporter.checkpoint(self.next_step, path)
             self.recorder.progress(*self._progress())
+        return not failed
+
+    def _interrupt(self, reason: str, *, saved: bool) -> None:
+        """End the run here, on all ranks, with a checkpoint. Raises `Interrupted`."""
+        self.clock.stop()
+        if not saved:
+            self._save_checkpoint(needed=True)
+        way_on = "" if self.run_directory is None else f"; go on with: nanogpt train --resume {self.run_directory.path}"
+        raise Interrupted(f"{reason}: the run stopped after step {self.next_step}, its state is saved{way_on}")
+
+    def _nothing_done(self, reason: str) -> Interrupted:
+        return Interrupted(f"{reason}: the run stopped before its first step; start it again")
 
     def _load_checkpoint(self) -> bool:
         """Take over the newest checkpoint of the run's directory, if there is one."""

@@ -341,7 +341,7 @@ LIMITED = """
 
 
 def test_a_file_size_limit_in_the_middle_of_a_run(nanogpt: Any, data: Path, tmp_path: Path) -> None:
-    spec = tiny_spec("checkpoint={every: 3, keep: 1, at_end: true}")
+    spec = tiny_spec("checkpoint={every: 3, keep: 1, at_end: true, on_failure: stop}")
     recipe = write_recipe(tmp_path / "tiny.yaml", spec)
     arguments = ["train", str(recipe), "--data", str(data), "--out", str(tmp_path / "runs")]
     done = python("-c", textwrap.dedent(LIMITED), *arguments)

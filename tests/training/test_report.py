@@ -64,6 +64,7 @@ def test_a_step_record(reporter: Reporter, run: RunDirectory) -> None:
         "step": 506,
         "total_steps": 1555,
         "train_loss": 4.25,
+        "data_wait_ms": 0.0,
         "tokens": 505 * 131072 + 262144,
         "stage": 1,
         "train_time_ms": 20240.0,

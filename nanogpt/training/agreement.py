@@ -1,0 +1,158 @@
+"""Before anything is built: do all ranks start the same run?
+
+Each rank puts what it is about to run into the rendezvous' store, before there is a process group (ranks of different
+recipes might not even agree on one), and compares everybody's with rank 0's. A rank that cannot start, for want of a
+shard say, tells the others, and all refuse with the same words.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nanogpt.data.shards import read_count
+from nanogpt.errors import InputError, RunError
+from nanogpt.runs.data_files import describe_shards
+from nanogpt.runs.provenance import package_versions, source_sha256
+from nanogpt.spec import RunSpec
+from nanogpt.spec_differences import differences
+from nanogpt.training.watch import POLL_S, Watch, connect
+
+SAMPLE_BYTES = 1 << 16  # compared at the start, the middle and the end of a shard that no manifest vouches for
+SHOWN = 8  # differences listed for a rank
+
+
+@dataclass
+class Start:
+    """What one rank is about to run; plain values, as they travel as JSON."""
+
+    host: str
+    spec: dict[str, Any] = field(default_factory=dict)
+    source_sha256: str = ""
+    versions: dict[str, str | None] = field(default_factory=dict)
+    shards: dict[str, str] = field(default_factory=dict)  # size and digest by name
+    resumes: str | None = None  # the newest checkpoint
+    refusal: str | None = None  # why this rank cannot start
+
+
+def describe_start(spec: RunSpec, files: Sequence[Path], host: str, resumes: str | None = None) -> Start:
+    """This rank's. `files`: all shards. Raises `InputError` (a `ShardError`) where one is not whole."""
+    return Start(
+        host=host,
+        spec=spec.model_dump(mode="json"),
+        source_sha256=source_sha256(),
+        versions={name: version for name, version in package_versions().items() if name != "platform"},
+        shards=dict(_describe_files(files)),
+        resumes=resumes,
+    )
+
+
+def _describe_files(files: Sequence[Path]) -> Iterator[tuple[str, str]]:
+    by_directory: dict[Path, list[Path]] = {}
+    for file in files:
+        by_directory.setdefault(file.parent, []).append(file)
+    for group in by_directory.values():
+        for path, shard in zip(group, describe_shards(group), strict=True):
+            count = read_count(path)
+            digest = f"sha256 {shard.sha256[:16]}" if shard.sha256 else f"samples' hash {_sample(path, shard.bytes)}"
+            yield shard.name, f"{count} tokens, {digest}"
+
+
+def _sample(path: Path, size: int) -> str:
+    """A hash of the file's start, middle and end."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for at in (0, size // 2, max(0, size - SAMPLE_BYTES)):
+            file.seek(at)
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def start_differences(first: Start, other: Start) -> Iterator[str]:
+    """Where two ranks' starts differ, a line each. Digests are compared where both are of one kind."""
+    for key, theirs, ours in differences(first.spec, other.spec):
+        yield f"recipe: {key}: {theirs} and {ours}"
+    if first.source_sha256 != other.source_sha256:
+        yield f"code: source sha256 {first.source_sha256[:16]} and {other.source_sha256[:16]}"
+    for name in sorted({*first.versions, *other.versions}):
+        if first.versions.get(name) != other.versions.get(name):
+            yield f"version of {name}: {first.versions.get(name)} and {other.versions.get(name)}"
+    for name in sorted({*first.shards, *other.shards}):
+        one, two = first.shards.get(name, "missing"), other.shards.get(name, "missing")
+        if one != two and not _other_kind(one, two):
+            yield f"data: {name}: {one} and {two}"
+    if first.resumes != other.resumes:
+        yield f"resumes from: {first.resumes or 'the start'} and {other.resumes or 'the start'}"
+
+
+def _other_kind(one: str, two: str) -> bool:
+    """Equal counts, and a digest of the whole file beside one of samples: nothing to compare."""
+    (count, _, digest), (other_count, _, other) = one.partition(", "), two.partition(", ")
+    return count == other_count and digest.partition(" ")[0] != other.partition(" ")[0]
+
+
+def compare_starts(starts: Sequence[Start]) -> None:
+    """Raise `InputError`, the same words on every rank, where not all are to run the same or one cannot start."""
+    refusals: dict[str, list[int]] = {}
+    for rank, start in enumerate(starts):
+        if start.refusal is not None:
+            refusals.setdefault(start.refusal, []).append(rank)
+    if refusals:
+        everywhere = len(refusals) == 1 and len(next(iter(refusals.values()))) == len(starts)
+        lines = [
+            text if everywhere else f"{_ranks(ranks)} on {starts[ranks[0]].host}: {text}"
+            for text, ranks in refusals.items()
+        ]
+        raise InputError("\n".join(lines))
+    found: dict[tuple[str, ...], list[int]] = {}
+    for rank, start in enumerate(starts):
+        unlike = tuple(start_differences(starts[0], start))
+        if unlike:
+            found.setdefault(unlike, []).append(rank)
+    if found:
+        message = ["the ranks were not started alike; every node needs the same recipe, installation and data:"]
+        for unlike, ranks in found.items():
+            message.append(f"  rank 0 on {starts[0].host} and {_ranks(ranks)} on {starts[ranks[0]].host}:")
+            message += [f"    {line}" for line in unlike[:SHOWN]]
+            message += [f"    and {len(unlike) - SHOWN} more"] if len(unlike) > SHOWN else []
+        raise InputError("\n".join(message))
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def agree(prepare: Callable[[], Start], watch: Watch) -> None:
+    """Run `prepare` on every rank and compare what it gives; see the module. One process only runs it.
+
+    Raises:
+        InputError: `prepare` did on some rank, or the ranks differ: on all ranks, in the same words.
+        RunError: the others do not come, or are lost on the way.
+    """
+    if watch.size == 1:
+        prepare()
+        return
+    host = watch.host
+    try:
+        start = prepare()
+    except InputError as error:
+        start = Start(host, refusal=str(error))
+    try:
+        store = connect(watch.limits.phase_seconds)
+        store.set(f"start/{watch.rank}", json.dumps(asdict(start)))
+        keys = [f"start/{rank}" for rank in range(watch.size)]
+        until = time.monotonic() + watch.limits.phase_seconds
+        while missing := [key for key in keys if not store.check([key])]:
+            watch.check()
+            if time.monotonic() > until:
+                raise RunError(f"rank {watch.rank} on {host}: {', '.join(missing)}: no word; not all ranks came")
+            time.sleep(POLL_S / 2)
+        starts = [Start(**json.loads(store.get(key))) for key in keys]
+    except RuntimeError as error:
+        raise RunError(f"rank {watch.rank} on {host}: cannot join the other processes: {error}") from error
+    compare_starts(starts)

@@ -1,0 +1,53 @@
+"""SIGTERM and SIGUSR1: please finish the step, write a checkpoint and stop.
+
+SIGTERM has a handler. SIGUSR1 is blocked and asked for: Slurm sends it to every process of a job, the compiler's
+workers too, and these inherit the blocking, where a handler would be reset to the default, death. The launcher's word
+(`nanogpt.cluster.torchrun`) counts as a signal. A second signal changes nothing: launcher, batch script and user may
+all send one. Ctrl-C and SIGKILL end a run at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+from nanogpt.cluster.torchrun import asked_to_stop
+
+
+class StopSignals:
+    """Notes that a signal came; a context manager. Outside of the main thread it only hears the launcher."""
+
+    def __init__(self) -> None:
+        self._seen: str | None = None
+        self._old: dict[int, Any] = {}
+        self._mask: set[signal.Signals | int] = set()
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            # A thread that is older than this may have SIGUSR1 unblocked: hence the handler of it too.
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                self._old[number] = signal.signal(number, self._handle)
+            self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._old:
+            self.seen()
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+            for number, handler in self._old.items():
+                signal.signal(number, handler)
+            self._old = {}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._seen = self._seen or signal.Signals(number).name
+
+    def seen(self) -> str | None:
+        """The first signal that has come so far, by name. Takes microseconds."""
+        if self._seen is None:
+            if self._old and signal.sigtimedwait({signal.SIGUSR1}, 0):
+                self._seen = "SIGUSR1"
+            else:
+                self._seen = asked_to_stop()
+        return self._seen
