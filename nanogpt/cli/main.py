@@ -53,7 +53,14 @@ COMMANDS = (
     Command("significance", "nanogpt.cli.significance:significance", "Records", "Test the mean loss of several runs."),
     Command("check", "nanogpt.cli.check:check", "Records", "Check a run against the public rules."),
     Command("submission", "nanogpt.cli.submission:submission", "Records", "Make a record ready to publish."),
+    Command("submit", "nanogpt.cli.submit:submit", "Cluster", "Submit a recipe to Slurm: what slurm/run.sh does."),
+    Command("preflight", "nanogpt.cli.preflight:preflight", "Cluster", "Check this machine for a recipe, in seconds."),
+    Command("status", "nanogpt.cli.status:status", "Cluster", "My jobs: step, loss, ms/step, time left."),
+    Command("watch", "nanogpt.cli.watch:watch", "Cluster", "Follow a job live."),
+    Command("cancel", "nanogpt.cli.cancel:cancel", "Cluster", "Cancel a job, and see it end."),
+    Command("job", "nanogpt.cli.job:job", "Cluster", "Parts of slurm/run.sh inside a job. Not for users."),
     Command("bench", "nanogpt.cli.bench:bench", "Speed", "Time the kernels, or a training step of a recipe."),
+    Command("doctor", "nanogpt.cli.doctor:doctor", "Help", "Check that everything here is fit for a run."),
     Command("version", "nanogpt.cli.version:version", "Help", "Print the versions that a report of a problem needs."),
 )
 

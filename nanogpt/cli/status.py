@@ -1,0 +1,58 @@
+"""`nanogpt status`: my jobs and their runs."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RunsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--runs",
+        metavar="DIR",
+        help="Where runs are; where jobs were submitted is searched as well.",
+        show_default="NANOGPT_RUNS, else ./runs",
+    ),
+]
+
+
+def runs_directories(directory: Path | None) -> list[Path]:
+    """Where runs are looked for."""
+    return [directory or Path(os.environ.get("NANOGPT_RUNS") or "runs")]
+
+
+def status(
+    directory: RunsOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+) -> None:
+    """My jobs of the last two days: state, step, loss, ms/step, time left of the run and of the job.
+
+    From squeue and sacct; where sacct is not configured, jobs that have ended are known by their runs.
+    """
+    from rich.console import Console
+
+    from nanogpt.cluster.jobs import jobs_table, my_jobs
+    from nanogpt.console import say
+
+    found = my_jobs(runs_directories(directory))
+    if as_json:
+        rows = []
+        for job in found.jobs:
+            row = {key: value for key, value in asdict(job).items() if key != "run"}
+            row["directory"] = None if job.directory is None else str(job.directory)
+            row["run"] = None if job.run is None else job.run.as_json()
+            rows.append(row)
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    if not found.jobs:
+        say("no jobs")
+        return
+    table = jobs_table(found.jobs)
+    Console(width=max(Console().width, Console(width=1000).measure(table).maximum)).print(table)
+    if not found.history:
+        say("sacct is not configured here: jobs that have ended are listed by their runs")
