@@ -1,14 +1,11 @@
 #!/usr/bin/env bash
-# A real Slurm on this machine, for the tests: two nodes of eight fake H200s, no accounting database, and one ordinary
-# user. For bare Debian 12, as root. May be run again, also after a restart of the machine: what runs is stopped first.
+# A real Slurm on this machine, for the tests: two nodes of eight fake H200s, no accounting database. Any user of the
+# machine may submit. For bare Debian 12, as root. May be run again, also after a restart of the machine: what runs is stopped first.
 #
 #   tests/cluster/setup-slurm.sh          install, configure, start, and wait until both nodes are idle
 #   tests/cluster/setup-slurm.sh stop     stop what it started
-#
-# NANOGPT_TEST_USER names the user (default: researcher), who is made, with ranges in /etc/subuid, where missing.
 set -euo pipefail
 
-user=${NANOGPT_TEST_USER:-researcher}
 nodes=(n1 n2)
 host=$(hostname -s)
 conf=/etc/slurm/slurm.conf
@@ -51,7 +48,6 @@ if ! command -v slurmctld > /dev/null || ! command -v munged > /dev/null; then
     apt-get update -qq
     apt-get install -y -qq --no-install-recommends slurm-wlm munge > /dev/null
 fi
-id "$user" > /dev/null 2>&1 || useradd --create-home --shell /bin/bash "$user"
 
 stop
 
@@ -116,7 +112,7 @@ done
 for _ in {1..300}; do
     idle=$(sinfo --noheader --Node --format=%T 2> /dev/null | grep -cx idle || true)
     if ((idle == ${#nodes[@]})); then
-        echo "slurm: $(sinfo --version), ${#nodes[@]} nodes idle, user $user"
+        echo "slurm: $(sinfo --version), ${#nodes[@]} nodes idle"
         exit
     fi
     sleep 0.2
