@@ -36,14 +36,14 @@ LOCK_NAME = ".lock"
 ABANDONED_S = 24 * 3600.0
 
 
-def cache_directory(output_directory: str | None = None) -> Path | None:
-    """Where cache files are: NANOGPT_CACHE, else `cache` beside the runs; None where NANOGPT_CACHE is `off`."""
+def cache_directory(runs: Path | str | None = None) -> Path | None:
+    """Where cache files are: NANOGPT_CACHE, else `cache` in the directory of the `runs`; None: NANOGPT_CACHE is off."""
     named = os.environ.get(VARIABLE)
     if named == OFF:
         return None
     if named:
         return Path(named)
-    return Path(output_directory or os.environ.get("NANOGPT_RUNS") or "runs") / "cache"
+    return Path(runs or os.environ.get("NANOGPT_RUNS") or "runs") / "cache"
 
 
 class CompileCache:
@@ -133,18 +133,20 @@ class CompileCache:
 
 
 @contextmanager
-def compile_cache(spec: RunSpec, world: World, *, enabled: bool, fresh: bool = False) -> Iterator[CompileCache]:
+def compile_cache(
+    spec: RunSpec, world: World, directory: Path | None, *, fresh: bool = False
+) -> Iterator[CompileCache]:
     """Compiled code is taken from the file of the spec's key, and kept for it, while the context lasts.
 
     Every rank enters it, before anything is compiled and before FlashAttention is imported.
 
     Args:
-        spec: the run; its output directory is where the files are, unless NANOGPT_CACHE says otherwise.
+        spec: the run.
         world: this process.
-        enabled: the run compiles at all.
+        directory: where the files are; rank 0's counts. None: no file is used, and none written.
         fresh: take nothing from a file; it is replaced.
     """
-    directory = cache_directory(spec.output.directory) if enabled else None
+    directory = world.gather(directory)[0]
     cache = CompileCache(world, directory)
     if directory is None:
         yield cache

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 
-# Whatever a graph is traced from, and the kernels that it calls.
-SOURCES = ("kernels", "layers", "models", "optim", "training")
+# What a graph is traced from and what it calls. Formulas of backward passes, which are in no graph that torch makes its
+# keys from, are in kernels/.
+SOURCES = ("kernels", "layers", "models", "optim", "training/paths.py", "training/trainer.py")
 
 PACKAGES = (
     "torch",
@@ -251,7 +252,13 @@ def key_sha256(key: Mapping[str, Any]) -> str:
 def graph_source_sha256(package: Path | None = None) -> str:
     """Over the modules that graphs and kernels come from, of the installed package or the one in `package`."""
     package = package or package_directory()
-    return hashlib.sha256(" ".join(source_sha256(package / name) for name in SOURCES).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for name in SOURCES:
+        path = package / name
+        digest.update(
+            (source_sha256(path) if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest()).encode()
+        )
+    return digest.hexdigest()
 
 
 def _package_versions() -> dict[str, str | None]:

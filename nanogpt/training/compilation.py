@@ -46,6 +46,8 @@ def compiled_graphs() -> int:
 
 def recompilation_reasons() -> list[str]:
     """Why torch compiled functions again that it had compiled before, a line each: what guard did not hold."""
+    if "torch._dynamo.utils" not in sys.modules:
+        return []
     from torch._dynamo.utils import get_compilation_metrics
 
     return [

@@ -46,6 +46,7 @@ from nanogpt.runs.record import (
     SettingChange,
     SpecDifference,
     Start,
+    StartUpPhase,
     State,
     last_written,
     read_record,
@@ -257,6 +258,13 @@ class RunRecorder:
             record.compilation.graphs_before_clock = graphs
         self._ask_compiler()
         self.progress(step, tokens, elapsed_ms)
+
+    def start_up(self, phases: Sequence[StartUpPhase], cache_lines: Sequence[str]) -> None:
+        """What the time before the clock went into, and what became of the compile cache; `clock_starts` writes it."""
+        if self._record:
+            self._record.starts[-1].start_up = list(phases)
+            if self._record.compilation:
+                self._record.compilation.cache = list(cache_lines)
 
     def evaluation(self, val_loss: float, step: int, tokens: int, elapsed_ms: float) -> None:
         """The validation loss after `step` steps; the clock stands."""

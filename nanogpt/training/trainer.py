@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanogpt.cache.compile_cache import CompileCache, cache_directory, compile_cache
 from nanogpt.console import say
 from nanogpt.data import fineweb
 from nanogpt.data.batches import TrainBatches, ValBatches
@@ -36,12 +38,13 @@ from nanogpt.runs.tracker import check_tracker
 from nanogpt.spec import RunSpec
 from nanogpt.training.checkpoint import load_newest_checkpoint, save_checkpoint
 from nanogpt.training.clock import Clock
-from nanogpt.training.compilation import compiled_graphs
+from nanogpt.training.compilation import compiled_graphs, recompilation_reasons
 from nanogpt.training.devices import unlike_devices
 from nanogpt.training.paths import choose_paths, compiles
 from nanogpt.training.recorder import RunRecorder, describe_rank, end_state
 from nanogpt.training.report import Reporter
 from nanogpt.training.schedule import Schedule, StepSettings
+from nanogpt.training.startup import StartUp, phases_table
 from nanogpt.training.watch import Watch
 from nanogpt.training.world import World, check_world, join_world, started_as
 
@@ -121,12 +124,19 @@ def train_run(
         with Watch(*started_as()[:2], spec.watchdog) as own:
             return train_run(spec, run=run, data_directory=data_directory, resume=resume, watch=own)
     watch.run_path = None if run is None else run.path
+    startup = StartUp()
     try:
-        with (
-            RunRecorder(spec, run, resume=resume) as recorder,
-            join_world(spec) as world,
-            Trainer(spec, world, run=run, data_directory=data_directory, recorder=recorder, watch=watch) as trainer,
-        ):
+        with ExitStack() as stack:
+            recorder = stack.enter_context(RunRecorder(spec, run, resume=resume))
+            with startup.phase("device and process group"):
+                world = stack.enter_context(join_world(spec))
+            with startup.phase("compile cache, reading"):
+                kept_in = cache_directory(run.path.parent) if run is not None and compiles(spec, world.device) else None
+                cache = stack.enter_context(compile_cache(spec, world, kept_in))
+            place: dict[str, Any] = {"run": run, "data_directory": data_directory}
+            trainer = stack.enter_context(
+                Trainer(spec, world, **place, recorder=recorder, watch=watch, cache=cache, startup=startup)
+            )
             return trainer.run(resume=resume)
     except Exception as error:
         explained = watch.explain(error)
@@ -147,6 +157,8 @@ class Trainer:
         data_directory: Path,
         recorder: RunRecorder | None = None,
         watch: Watch | None = None,
+        cache: CompileCache | None = None,
+        startup: StartUp | None = None,
     ):
         if spec.runtime.deterministic != torch.are_deterministic_algorithms_enabled():  # the call loads the compiler
             torch.use_deterministic_algorithms(spec.runtime.deterministic)
@@ -155,6 +167,8 @@ class Trainer:
         self.run_directory = run
         self.recorder = recorder or RunRecorder(spec, None)
         self.watch = watch or Watch()
+        self.cache = cache or CompileCache()
+        self.startup = startup or StartUp()
         self.schedule = Schedule(spec)
         self.grad_scale = 1 / spec.accumulation_steps
         self.clock = Clock(world)
@@ -172,17 +186,22 @@ class Trainer:
             "device": world.device,
         }
         evaluation = spec.evaluation
-        self.val_batches = ValBatches(
-            val_files, tokens=evaluation.tokens, micro_batch_tokens=evaluation.micro_batch_tokens, **place
-        )
-        self.train_batches = TrainBatches(
-            train_files, epochs=spec.data.epochs, run_tokens=spec.training.total_tokens, **place
-        )
-        paths, self.path_lines = choose_paths(spec, world.device)
+        with self.startup.phase("data"):
+            self.val_batches = ValBatches(
+                val_files, tokens=evaluation.tokens, micro_batch_tokens=evaluation.micro_batch_tokens, **place
+            )
+            self.train_batches = TrainBatches(
+                train_files, epochs=spec.data.epochs, run_tokens=spec.training.total_tokens, **place
+            )
+        with self.startup.phase("attention library"):
+            paths, self.path_lines = choose_paths(spec, world.device)
         self._run_time_windows = takes_tensors(paths.attention)
-        self.model = build_model(spec, device=world.device, paths=paths)
-        for parameter in self.model.parameters():
-            world.communicator.broadcast(parameter.data)
+        with self.startup.phase("model"):
+            self.model = build_model(spec, device=world.device, paths=paths)
+        with self.startup.phase("first broadcast"):
+            for parameter in self.model.parameters():
+                world.communicator.broadcast(parameter.data)
+            world.synchronize()
         self.compiled = compiles(spec, world.device)
         if self.compiled:  # Adam's update alone is compiled for ten parameters; torch gives up at eight
             torch._dynamo.config.recompile_limit = 64
@@ -237,11 +256,16 @@ class Trainer:
         if self.spec.training.warmup:
             with self.watch.phase("warming up"):
                 self.warm_up()
+                with self.startup.phase("compile cache, writing"):
+                    self.cache.save()
         resumed = resume and self._load_checkpoint()
-        for line in self.path_lines:
+        phases = self.startup.phases()
+        table = phases_table(phases) if self.spec.training.warmup else []
+        for line in (*self.path_lines, *self.cache.lines, *table):
             self.reporter.note(line)
         self.reporter.start(self.next_step, resumed=resumed)
-        graphs = compiled_graphs()
+        graphs, recompiled = compiled_graphs(), len(recompilation_reasons())
+        self.recorder.start_up(phases, self.cache.lines)
         self.recorder.clock_starts(*self._progress(), resumed=resumed, graphs=graphs)
         self.watch.training(self.next_step, compiling=self.compiled and not self.spec.training.warmup)
         self.clock.start()
@@ -265,6 +289,8 @@ class Trainer:
         late_graphs = compiled_graphs() - graphs
         if self.compiled:
             self.reporter.note(f"compiled graphs: {graphs} before the clock started, {late_graphs} after")
+            for line in recompilation_reasons()[recompiled:]:
+                self.reporter.note(f"recompiled after the clock had started: {line}")
         self.reporter.waits()
         self._record_trained(late_graphs)
         return Result(final_loss, self.schedule.total_steps, self.clock.elapsed_ms / 1000, late_graphs)
@@ -357,8 +383,10 @@ class Trainer:
             settings = self.schedule.at(step)
             self.enter(settings)
             try:
-                self.evaluate(settings.windows, micro_steps=1)
-                self.train_step(settings)
+                with self.startup.phase(f"warm-up, stage {settings.stage + 1}"):
+                    self.evaluate(settings.windows, micro_steps=1)
+                    self.train_step(settings)
+                    self.world.synchronize()
             except Exception as error:
                 if isinstance(error, NanogptError) or not self.watch.asked:
                     raise
@@ -366,15 +394,16 @@ class Trainer:
                 raise self._nothing_done(self.watch.asked) from error
             if reason := self.watch.boundary():
                 raise self._nothing_done(reason)
-        self.evaluate(self.schedule.final_windows, micro_steps=1)
-        with torch.no_grad():
-            for parameter, start in zip(self.model.parameters(), parameters, strict=True):
-                parameter.copy_(start)
-                parameter.grad = None
-        self.optimizer.load_state_dict(optimizer_state)
-        self.model.reset_windows()
-        self._windows_of = 0
-        self.train_batches.restart()
+        with self.startup.phase("warm-up, restoring"):
+            self.evaluate(self.schedule.final_windows, micro_steps=1)
+            with torch.no_grad():
+                for parameter, start in zip(self.model.parameters(), parameters, strict=True):
+                    parameter.copy_(start)
+                    parameter.grad = None
+            self.optimizer.load_state_dict(optimizer_state)
+            self.model.reset_windows()
+            self._windows_of = 0
+            self.train_batches.restart()
 
     # --- checkpoints ---
 
