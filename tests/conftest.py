@@ -1,6 +1,7 @@
 """Settings and fixtures of all tests."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ if _WORKERS > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WORKERS)))
 
 # What a user's shell may hold and would change a test's outcome.
-for _name in [name for name in os.environ if name.startswith("NANOGPT_")] + ["FINEWEB_CHUNKS"]:
+for _name in [name for name in os.environ if re.match("NANOGPT_(?!TEST_)", name)] + ["FINEWEB_CHUNKS"]:
     os.environ.pop(_name, None)
 
 hypothesis.settings.register_profile("nanogpt", deadline=None, print_blob=True, derandomize="CI" in os.environ)
