@@ -2,11 +2,19 @@
 #   make PYTHON=python3.12 demo      another Python (3.11 or newer; after `make clean`)
 #   make VENV=/scratch/me/venv test  another place for the environment
 #   make test PYTEST_ARGS="-x -k adam"
+#   make sif BASE=tree OUT=/scratch/me/nanogpt.sif    what else there is: docs/container.md
 
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 .DEFAULT_GOAL := help
+
+# The image. FLAVOUR cuda or cpu; BASE tree, a directory, an image or a registry's name (default: Debian from a registry).
+FLAVOUR ?= cuda
+BASE ?=
+WHEELS ?=
+OUT ?= $(if $(filter cuda,$(FLAVOUR)),nanogpt.sif,nanogpt-$(FLAVOUR).sif)
+SIF ?= $(OUT)
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -15,10 +23,10 @@ READY := $(VENV)/.ready
 DEMO_READY := $(READY)/demo
 TEST_READY := $(READY)/test
 
-.PHONY: help demo test lint mutations format schema clean
+.PHONY: help demo test lint mutations format schema clean sif sif-diff lock sign verify shell test-cluster need-python
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(DEMO_READY) ## Train a small model on the embedded prose, in minutes, without a GPU
 	@$(BIN)/nanogpt demo
@@ -42,17 +50,44 @@ format: $(TEST_READY) ## Format the code and fix what can be fixed
 schema: $(DEMO_READY) ## Write recipes/schema.json anew, after a change of nanogpt/spec.py
 	$(BIN)/nanogpt schema > recipes/schema.json.new && mv recipes/schema.json.new recipes/schema.json
 
+# Needs Python and Apptainer alone, no virtual environment: it is typed on login nodes.
+sif: need-python ## Build the image, nanogpt.sif (FLAVOUR=cpu, BASE=tree, OUT=FILE, WHEELS=DIR)
+	@$(PYTHON) -m nanogpt.cluster.image_build --flavour '$(FLAVOUR)' --base '$(BASE)' --wheels '$(WHEELS)' --out '$(OUT)'
+
+sif-diff: need-python ## What differs in two images or directories: make sif-diff A=old.sif B=new.sif
+	@$(PYTHON) -m nanogpt.cluster.image_tree '$(A)' '$(B)'
+
+lock: $(DEMO_READY) ## Write containers/*.lock anew, after a change of pyproject.toml or containers/*.in
+	@$(PIP) install --quiet uv
+	@$(BIN)/python containers/lock.py --uv $(BIN)/uv
+
+sign: ## Sign the image with your key (apptainer key newpair makes one)
+	apptainer sign '$(SIF)'
+
+verify: ## Check the image's signature
+	apptainer verify '$(SIF)'
+
+shell: ## A shell in the image that runs this checkout's code
+	@test -e '$(SIF)' || { echo "make: there is no $(SIF); make sif builds it, SIF=FILE names another" >&2; exit 2; }
+	@echo "In the image, running the code of $(CURDIR); leave with exit" >&2
+	@NANOGPT_SRC='$(CURDIR)' apptainer shell $$(test -e /dev/nvidiactl && echo --nv) --bind '$(CURDIR)' '$(SIF)'
+
+test-cluster: $(TEST_READY) ## Run the tests with real Apptainer and Slurm (tests/cluster/setup-*.sh install those)
+	@$(BIN)/python -m pytest tests/cluster $(PYTEST_ARGS)
+
 clean: ## Remove the virtual environment and the tools' caches
 	@test ! -e $(VENV) -o -e $(VENV)/pyvenv.cfg || { echo "make: $(VENV) is no virtual environment, not removed" >&2; exit 1; }
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 
-$(READY)/venv:
+need-python:
 	@command -v $(PYTHON) > /dev/null || { \
 	  echo "make: there is no $(PYTHON). On Debian or Ubuntu: apt install python3 python3-venv." \
 	    "Or name another one: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "make: $(PYTHON) is $$($(PYTHON) -V 2>&1), needed is 3.11 or newer." \
 	    "Name another one: make PYTHON=python3.12" >&2; exit 1; }
+
+$(READY)/venv: | need-python
 	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { \
 	  echo "make: $(PYTHON) cannot make virtual environments. On Debian or Ubuntu: apt install python3-venv." >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,116 @@
+"""Remove from an installed environment what no code path of this package loads, and say what that saved.
+
+Runs while the image is built: `python3 slim.py /opt/venv`. Standard library only. What is removed and why stands in
+`REMOVED`; a pattern that matches nothing is fine (the CPU flavour has no CUDA libraries). Shared libraries are
+stripped of the symbols that only a linker or a debugger reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import struct
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+
+PT_LOAD, PAGE = 1, 4096
+WORTH_STRIPPING = 1_000_000  # bytes
+
+
+class Rule(NamedTuple):
+    """Files or directories to remove, and why nobody misses them."""
+
+    why: str
+    patterns: tuple[str, ...]  # of Path.glob, below site-packages
+    keep: tuple[str, ...] = ()  # of Path.match: stays although a pattern matches, or lies below one that does
+
+
+REMOVED = (
+    Rule("tests of packages", ("**/tests", "torch/test", "sympy/**/test"), keep=("numpy/_core/tests",)),
+    Rule("static libraries and CMake files", ("**/*.a", "torch/share", "torch/lib/cmake", "**/*.cmake")),
+    Rule("sources that are compiled already", ("**/*.pyx", "**/*.pxd", "pyarrow/include", "pyarrow/src", "**/*.pyi")),
+    Rule("programs for tests and protocols", ("torch/bin/*",), keep=("torch_shm_manager",)),
+    Rule("profilers and disassemblers", ("triton/profiler", "triton/_C/libproton.so", "triton/tools/extra")),
+)
+
+
+def removable(site: Path, rule: Rule) -> Iterator[Path]:
+    """What the rule removes of `site`, parents before children."""
+    for pattern in rule.patterns:
+        for path in sorted(site.glob(pattern)):
+            if not any(path.match(kept) for kept in rule.keep):
+                yield path
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files below a directory."""
+    if path.is_symlink() or path.is_file():
+        return path.lstat().st_size
+    return sum(below.lstat().st_size for below in path.rglob("*") if not below.is_dir())
+
+
+def remove(site: Path, rule: Rule) -> int:
+    """Apply the rule; bytes saved."""
+    saved = 0
+    for path in list(removable(site, rule)):
+        if not path.exists() and not path.is_symlink():
+            continue  # went with its parent
+        saved += size_of(path)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    return saved
+
+
+def loadable(path: Path) -> bool:
+    """Whether the file is a 64-bit ELF whose segments lie in it as the loader maps them."""
+    content = path.read_bytes()
+    if content[:5] != b"\x7fELF\x02":
+        return False
+    (headers,) = struct.unpack_from("<Q", content, 32)
+    size, count = struct.unpack_from("<HH", content, 54)
+    for index in range(count):
+        kind, _, offset, address = struct.unpack_from("<IIQQ", content, headers + index * size)
+        if kind == PT_LOAD and (offset - address) % PAGE:
+            return False
+    return True
+
+
+def strip(site: Path) -> int:
+    """Strip the larger shared libraries of `site`; bytes saved.
+
+    A library that patchelf has rearranged, as those in most wheels' own `.libs`, does not survive strip: where the
+    segments are off afterwards, it stays as it was.
+    """
+    saved = 0
+    for path in sorted(site.rglob("*.so*")):
+        if path.is_symlink() or not path.is_file() or path.stat().st_size < WORTH_STRIPPING or not loadable(path):
+            continue
+        stripped = path.with_name(path.name + ".stripped")
+        done = subprocess.run(["strip", "--strip-unneeded", "-o", stripped, path], check=False, capture_output=True)
+        if done.returncode == 0 and loadable(stripped) and stripped.stat().st_size < path.stat().st_size:
+            saved += path.stat().st_size - stripped.stat().st_size
+            stripped.chmod(path.stat().st_mode)
+            stripped.replace(path)
+        stripped.unlink(missing_ok=True)
+    return saved
+
+
+def main() -> None:
+    """Remove, strip, and print a line for each rule."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("environment", type=Path)
+    environment = parser.parse_args().environment
+    for site in sorted(environment.glob("lib/python3*/site-packages")):
+        for rule in REMOVED:
+            print(f"{remove(site, rule) / 1e6:8.1f} MB  {rule.why}", flush=True)
+        print(f"{strip(site) / 1e6:8.1f} MB  symbols for linkers and debuggers", flush=True)
+        print(f"{size_of(site) / 1e6:8.1f} MB  left", flush=True)
+
+
+if __name__ == "__main__":
+    main()

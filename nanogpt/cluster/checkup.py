@@ -1,0 +1,290 @@
+"""`nanogpt doctor` and the image's %test: what a run needs, looked at one by one, in seconds.
+
+Each check says what was found and, where it has not passed, what to do. A machine without a GPU is fine unless one is
+asked for: what needs a GPU then says that it was not tried.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from nanogpt.cluster.image_checks import Check, Status
+
+# Oldest driver for each major version of CUDA; minor versions are compatible within one.
+DRIVERS = {11: "450", 12: "525", 13: "580"}
+CAPABILITIES = {(8, 0): "A100", (9, 0): "H100, H200"}
+SHARED_MEMORY_NEEDED = 1 << 30  # NCCL and the batches' workers
+# Heads of 128, as the kernels like them, and next to nothing else.
+TINY = (
+    "model.vocab_size=512",
+    "model.padded_vocab_size=512",
+    "model.width=256",
+    "model.heads=2",
+    "model.head_dim=128",
+    "model.rotary.frequencies=32",
+    "model.bigram_rows=512",
+    "training.stages=["
+    "{steps: 1, batch_tokens: 1024, window_blocks: {short: 2, long: 6}, token_weights: [1, 0.5], lr_factor: 1}]",
+    "training.extension={steps: 1, batch_tokens: 1024, window_blocks: {short: 2, long: 6}, token_weights: [1],"
+    " lr_factor: 1}",
+    "optimizer.tied_head.split_stage=1",
+    "optimizer.normuon.momentum={low: 0.85, high: 0.95, warmup_steps: 1, cooldown_steps: 1}",
+    "evaluation={every: 2, tokens: 4096, micro_batch_tokens: 1024, target_loss: null}",
+    "data={bos: 511, epochs: null}",
+    "checkpoint={at_end: false}",
+)
+
+
+def checkup(*, require_gpu: bool = False, environ: Mapping[str, str] | None = None) -> Iterator[Check]:
+    """All checks, each as soon as it is done."""
+    environ = os.environ if environ is None else environ
+    yield check_code()
+    torch_check = check_torch()
+    yield torch_check
+    if torch_check.status == "failed":
+        return
+    gpu = check_gpu(require_gpu=require_gpu)
+    yield gpu
+    yield check_compiler()
+    yield check_attention(environ)
+    yield check_triton()
+    yield check_shared_memory()
+    yield check_cache(environ)
+    yield check_training()
+
+
+def check_code() -> Check:
+    """Which code this is."""
+    from nanogpt import __version__
+    from nanogpt.runs.provenance import code_state, container_of, package_directory
+
+    container = container_of(os.environ)
+    code = code_state(container)
+    commit = code.commit[:12] if code.commit else "of no known commit"
+    clean = {True: "", False: " with changes", None: ""}[code.clean]
+    where = f"{package_directory()}, in {container.image}" if container else str(package_directory())
+    return Check(
+        "code",
+        "passed",
+        f"nanogpt-speedrun {__version__}, {commit}{clean}, {where}; Python {platform.python_version()}",
+    )
+
+
+def check_torch() -> Check:
+    """PyTorch can be imported, and its Triton fits."""
+    start = time.perf_counter()
+    try:
+        import torch
+    except Exception as error:
+        return Check(
+            "PyTorch",
+            "failed",
+            f"{type(error).__name__}: {error}",
+            "The installation is broken, or another one comes first: look at PYTHONPATH and LD_LIBRARY_PATH.",
+        )
+    seconds = time.perf_counter() - start
+    built_for = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for CPUs"
+    return Check("PyTorch", "passed", f"{torch.__version__} {built_for}, imported in {seconds:.1f} s")
+
+
+def driver_cuda_version() -> tuple[int, int] | None:
+    """The newest CUDA version that the driver knows; None: there is no libcuda to ask."""
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+        version = ctypes.c_int()
+        if library.cuDriverGetVersion(ctypes.byref(version)) != 0:
+            return None
+    except (OSError, AttributeError):
+        return None
+    return version.value // 1000, version.value % 1000 // 10
+
+
+def judge_driver(built_for: str, driver_cuda: tuple[int, int], driver: str | None) -> Check:
+    """Whether the driver is new enough for the CUDA libraries of this PyTorch."""
+    major = int(built_for.partition(".")[0])
+    shown = f"driver {driver or 'of unknown version'} for CUDA {driver_cuda[0]}.{driver_cuda[1]}"
+    if driver_cuda[0] < major:
+        needed = DRIVERS.get(major, "a newer one")
+        return Check(
+            "driver",
+            "failed",
+            f"{shown}; this PyTorch has CUDA {built_for}",
+            f"CUDA {major} needs driver {needed} or newer: ask the administrator for it, or use another partition.",
+        )
+    return Check("driver", "passed", f"{shown}, PyTorch has CUDA {built_for}")
+
+
+def check_gpu(*, require_gpu: bool, devices: Path = Path("/dev"), environ: Mapping[str, str] | None = None) -> Check:
+    """GPUs that PyTorch can use; else why not."""
+    import torch
+
+    from nanogpt.runs.provenance import driver_version
+
+    environ = os.environ if environ is None else environ
+    missing: Status = "failed" if require_gpu else "passed"
+    if torch.version.cuda is None:
+        advice = "Use the CUDA flavour: make sif." if require_gpu else ""
+        return Check("GPU", missing, "this PyTorch is for CPUs; GPUs are not looked for", advice)
+    driver_cuda = driver_cuda_version()
+    nodes = sorted(path.name for path in devices.glob("nvidia[0-9]*"))
+    if driver_cuda is None:
+        if not nodes:
+            advice = "Ask Slurm for one: --gpus-per-node." if require_gpu else ""
+            return Check("GPU", missing, "none on this machine", advice)
+        inside = environ.get("APPTAINER_CONTAINER")
+        advice = "Start the container with --nv: apptainer run --nv ..." if inside else "Install the NVIDIA driver."
+        return Check("GPU", "failed", f"{', '.join(nodes)}, and no libcuda.so.1 to use them", advice)
+    judged = judge_driver(torch.version.cuda, driver_cuda, driver_version())
+    if judged.status == "failed":
+        return judged
+    if not torch.cuda.is_available():
+        hidden = environ.get("CUDA_VISIBLE_DEVICES")
+        advice = (
+            "CUDA_VISIBLE_DEVICES hides them." if hidden in ("", "-1") else "Does `nvidia-smi` work on this machine?"
+        )
+        return Check("GPU", missing, f"PyTorch finds none; {judged.found}", advice)
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    capability = torch.cuda.get_device_capability()
+    found = f"{len(names)} x {names[0]} (sm_{capability[0]}{capability[1]}), {judged.found}"
+    if capability[0] < 8:
+        return Check("GPU", "failed", found, "The kernels need an A100, H100 or newer (sm_80).")
+    if capability not in CAPABILITIES:
+        known = ", ".join(CAPABILITIES.values())
+        return Check("GPU", "warning", found, f"Runs are tried on {known}; on others speed is not known.")
+    return Check("GPU", "passed", found)
+
+
+def check_compiler() -> Check:
+    """A C compiler, which Triton starts for its launchers, and a C++ one for torch.compile on CPUs."""
+    found = [path for name in ("gcc", "g++") if (path := shutil.which(name))]
+    if len(found) < 2:
+        return Check("compiler", "warning", "no gcc or no g++", "Triton and torch.compile need them: apt install g++.")
+    return Check("compiler", "passed", ", ".join(found))
+
+
+def check_attention(environ: Mapping[str, str]) -> Check:
+    """The attention backend of this machine can be imported."""
+    import torch
+
+    from nanogpt.kernels.attention import import_failure, select_attention_backend
+
+    name = "attention"
+    if torch.version.cuda is None:
+        return Check(name, "passed", "plain, the only one for CPUs")
+    if torch.cuda.is_available():
+        choice = select_attention_backend("auto", torch.cuda.get_device_capability())
+        status: Status = "warning" if choice.backend == "plain" else "passed"
+        return Check(name, status, choice.reason, "Without a fast backend a run takes many times as long.")
+    backend = "fa3" if environ.get("NANOGPT_FLASH_ATTN") else "fa4"
+    failure = import_failure(backend)
+    if failure is not None:
+        return Check(
+            name, "warning", f"{backend} cannot be imported: {failure}", "Another backend, or the plain one, runs."
+        )
+    return Check(name, "passed", f"{backend} can be imported; not run, there is no GPU")
+
+
+def check_triton() -> Check:
+    """Triton compiles a kernel and runs it."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return Check("Triton", "passed", "not tried, there is no GPU")
+    start = time.perf_counter()
+    try:
+        from nanogpt.kernels.transpose import transpose_copy
+
+        source = torch.randn(64, 128, device="cuda", dtype=torch.bfloat16)
+        target = torch.empty(128, 64, device="cuda", dtype=torch.bfloat16)
+        transpose_copy(source, target)
+        if not torch.equal(target, source.mT):
+            return Check(
+                "Triton", "failed", "a kernel gave a wrong result", "Empty its cache (NANOGPT_CACHE), try again."
+            )
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
+        advice = "Needs gcc, libcuda (--nv) and a cache that can be written (NANOGPT_CACHE)."
+        return Check("Triton", "failed", f"{type(error).__name__}: {first}", advice)
+    return Check("Triton", "passed", f"a kernel was compiled and ran in {time.perf_counter() - start:.1f} s")
+
+
+def check_shared_memory(place: Path = Path("/dev/shm"), needed: int = SHARED_MEMORY_NEEDED) -> Check:
+    """/dev/shm is there and large enough."""
+    from nanogpt.console import human_bytes
+
+    try:
+        free = shutil.disk_usage(place).free
+    except OSError as error:
+        return Check("shared memory", "warning", f"{place}: {error.strerror}", "NCCL then goes through the network.")
+    found = f"{place}: {human_bytes(free)} free"
+    advice = f"NCCL wants {human_bytes(needed)}: bind the host's /dev/shm, or ask for a larger one."
+    return Check("shared memory", "passed" if free >= needed else "warning", found, advice)
+
+
+def check_cache(environ: Mapping[str, str]) -> Check:
+    """Compiled kernels can be kept where NANOGPT_CACHE says."""
+    value = environ.get("NANOGPT_CACHE")
+    if not value:
+        return Check("cache", "passed", "beside the runs (NANOGPT_CACHE is not set)")
+    try:
+        Path(value).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=value):
+            pass
+    except OSError as error:
+        advice = "Point NANOGPT_CACHE at a directory that can be written, and --bind it into the container."
+        return Check("cache", "failed", f"NANOGPT_CACHE={value}: {error.strerror}", advice)
+    return Check("cache", "passed", f"NANOGPT_CACHE={value}")
+
+
+def check_training() -> Check:
+    """Two steps of a tiny run, on a GPU where there is one."""
+    start = time.perf_counter()
+    said = io.StringIO()
+    try:
+        with tempfile.TemporaryDirectory(prefix="nanogpt-doctor-") as directory:
+            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+                device, loss = _train_two_steps(Path(directory))
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0] or "no message"
+        return Check(
+            "training",
+            "failed",
+            f"{type(error).__name__}: {first}",
+            "Run `nanogpt demo --steps 2` for the whole story.",
+        )
+    return Check("training", "passed", f"two steps on {device} in {time.perf_counter() - start:.1f} s, loss {loss:.2f}")
+
+
+def _train_two_steps(directory: Path) -> tuple[str, float]:
+    import numpy as np
+    import torch
+
+    from nanogpt.data.shards import train_name, val_name, write_tokens
+    from nanogpt.recipe import load_recipe
+    from nanogpt.training.recorder import create_run
+    from nanogpt.training.trainer import train_run
+
+    overrides = list(TINY)
+    device = "the CPU"
+    if torch.cuda.is_available():
+        gpu = "a100" if torch.cuda.get_device_capability()[0] == 8 else "h100"
+        overrides += [f"hardware.gpu={gpu}", "runtime.dtype=bf16", "runtime.compile=off"]
+        device = torch.cuda.get_device_name()
+    spec = load_recipe("demo", overrides)
+    rng = np.random.default_rng(0)
+    for name, seed_tokens in ((train_name(1), 40_000), (val_name(), 5_000)):
+        tokens = rng.integers(spec.model.vocab_size - 1, size=seed_tokens).astype(np.uint16)
+        tokens[::97] = spec.data.bos
+        write_tokens(directory / name, tokens)
+    run = create_run(directory / "runs", spec)
+    result = train_run(spec, run=run, data_directory=directory, resume=False)
+    return device, result.final_val_loss

@@ -1,0 +1,213 @@
+"""Whether this machine can build the image: checks of seconds, before a build of minutes.
+
+Standard library only, as everything that `make sif` runs: a login node has Python and little else.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from nanogpt.console import human_bytes
+
+Status = Literal["passed", "warning", "failed"]
+APPTAINER_NEEDED = (1, 2)
+SQUASHFS_TOOLS_NEEDED = (4, 5)  # zstd, and options for the times of files
+# Free bytes: the tree while it is built, twice at times, and the image; in the temporary directory and beside the image.
+TEMPORARY_NEEDED = {"cuda": 14_000_000_000, "cpu": 4_000_000_000}
+IMAGE_NEEDED = {"cuda": 3_000_000_000, "cpu": 1_000_000_000}
+CAP_SYS_RESOURCE = 24
+CERTIFICATE_VARIABLES = ("PIP_CERT", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "CURL_CA_BUNDLE")
+
+
+class Check(NamedTuple):
+    """One thing that was looked at."""
+
+    name: str
+    status: Status
+    found: str
+    advice: str = ""  # what to do, of what has not passed
+
+    def line(self) -> str:
+        """As the user sees it."""
+        first = f"{self.status:<8} {self.name}: {self.found}"
+        return f"{first}\n         {self.advice}" if self.advice and self.status != "passed" else first
+
+
+def parse_version(text: str) -> tuple[int, ...] | None:
+    """The first dotted number in `text`: "apptainer version 1.4.5-2.el9" -> (1, 4, 5)."""
+    match = re.search(r"\d+(\.\d+)+", text)
+    return tuple(map(int, match.group().split("."))) if match else None
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return (done.stdout + done.stderr).strip()
+
+
+def check_apptainer() -> Check:
+    """Apptainer is there and knows build arguments."""
+    needed = ".".join(map(str, APPTAINER_NEEDED))
+    path = shutil.which("apptainer")
+    if path is None:
+        also = (
+            " There is a singularity: Apptainer is what SingularityCE's builds here need."
+            if shutil.which("singularity")
+            else ""
+        )
+        return Check(
+            "Apptainer",
+            "failed",
+            "no apptainer on PATH",
+            f"Try `module load apptainer`, or install {needed} or newer: apptainer.org/docs/admin.{also}",
+        )
+    text = _output(path, "--version") or ""
+    version = parse_version(text)
+    if version is None:
+        return Check("Apptainer", "failed", f"{path} --version says {text[:80]!r}", "Is it broken? Install it anew.")
+    shown = ".".join(map(str, version))
+    if version < APPTAINER_NEEDED:
+        return Check(
+            "Apptainer",
+            "failed",
+            shown,
+            f"Needed is {needed} or newer (build arguments); try `module avail apptainer`.",
+        )
+    return Check("Apptainer", "passed", shown)
+
+
+def check_squashfs_tools() -> Check:
+    """mksquashfs is there, and new enough for zstd and fixed times."""
+    path = shutil.which("mksquashfs") or shutil.which("mksquashfs", path="/usr/sbin:/sbin:/usr/libexec/apptainer/bin")
+    if path is None:
+        return Check("mksquashfs", "failed", "not on PATH", "Install squashfs-tools 4.5 or newer, or load its module.")
+    version = parse_version((_output(path, "-version") or "").partition("\n")[0])
+    if version is None or version < SQUASHFS_TOOLS_NEEDED:
+        shown = ".".join(map(str, version or ("unknown version",)))
+        return Check("mksquashfs", "failed", shown, "Needed is squashfs-tools 4.5 or newer; build on another machine.")
+    return Check("mksquashfs", "passed", ".".join(map(str, version)))
+
+
+def check_privileges(proc: Path = Path("/proc"), etc: Path = Path("/etc"), user: str | None = None) -> Check:
+    """An unprivileged build can become root in a namespace of its own."""
+    name = "unprivileged build"
+    if user is None:
+        user = "root" if os.geteuid() == 0 else pwd.getpwuid(os.geteuid()).pw_name
+    if user == "root":
+        mask = re.search(r"^CapEff:\s*([0-9a-f]+)", _read(proc / "self/status"), re.MULTILINE)
+        if mask and not int(mask.group(1), 16) >> CAP_SYS_RESOURCE & 1:
+            return Check(
+                name,
+                "failed",
+                "root without CAP_SYS_RESOURCE",
+                "Build as an ordinary user: runuser -u USER -- make sif.",
+            )
+        return Check(name, "passed", "root")
+    limit = _read(proc / "sys/user/max_user_namespaces").strip()
+    allowed = _read(proc / "sys/kernel/unprivileged_userns_clone").strip()
+    if limit == "0" or allowed == "0":
+        return Check(
+            name,
+            "failed",
+            "user namespaces are switched off on this machine",
+            "Ask the administrator for user.max_user_namespaces, or build on a machine that has them.",
+        )
+    mapped = all(
+        re.search(rf"^({re.escape(user)}|{os.geteuid()}):\d+:\d+", _read(etc / file), re.MULTILINE)
+        for file in ("subuid", "subgid")
+    )
+    if mapped and shutil.which("newuidmap"):
+        return Check(name, "passed", f"user namespaces, with subordinate ids for {user}")
+    if shutil.which("fakeroot"):
+        return Check(
+            name,
+            "warning",
+            f"no subordinate ids for {user}; Apptainer goes on with the fakeroot command",
+            f"If the build fails, ask the administrator for `usermod --add-subuids 100000-165535 "
+            f"--add-subgids 100000-165535 {user}`.",
+        )
+    return Check(
+        name,
+        "failed",
+        f"no ids for {user} in {etc / 'subuid'} and {etc / 'subgid'}, or no newuidmap; and no fakeroot command",
+        "Ask the administrator for one of them; or build on another machine and copy the image.",
+    )
+
+
+def check_space(name: str, directory: Path, needed: int, way_out: str) -> Check:
+    """`directory`, or the nearest parent that exists, has `needed` bytes free and can be written to."""
+    place = directory
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        return Check(name, "failed", f"{directory}: cannot be written to", way_out)
+    free = shutil.disk_usage(place).free
+    found = f"{directory}: {human_bytes(free)} free, needed {human_bytes(needed)}"
+    return Check(name, "passed" if free >= needed else "failed", found, way_out)
+
+
+def temporary_directory(environ: Mapping[str, str]) -> Path:
+    """Where Apptainer builds."""
+    return Path(environ.get("APPTAINER_TMPDIR") or environ.get("TMPDIR") or "/tmp")
+
+
+def cache_directory(environ: Mapping[str, str]) -> Path:
+    """Where Apptainer keeps what it downloads."""
+    return Path(environ.get("APPTAINER_CACHEDIR") or Path(environ.get("HOME") or "~").expanduser() / ".apptainer/cache")
+
+
+def certificate_authority(environ: Mapping[str, str], pip_config: str | None = None) -> tuple[Path, str] | None:
+    """A certificate bundle that this machine's own settings name, and the setting; the system's own is not meant.
+
+    Only a set variable, or pip's `cert`, says that the network needs one.
+    """
+    settings = [(name, environ[name]) for name in CERTIFICATE_VARIABLES if environ.get(name)]
+    if pip_config:
+        settings.append(("pip's configuration, cert", pip_config))
+    return next(((Path(value), name) for name, value in settings if value), None)
+
+
+def check_certificates(found: tuple[Path, str] | None) -> Check:
+    """The certificate authority that the settings name can be read."""
+    name = "certificates"
+    if found is None:
+        return Check(name, "passed", "no proxy's certificate authority is set")
+    path, setting = found
+    if "BEGIN CERTIFICATE" not in _read(path):
+        return Check(name, "failed", f"{setting} names {path}, which holds no certificate", "Correct it or unset it.")
+    return Check(name, "passed", f"{path} ({setting}), while building only")
+
+
+def check_base(base: str) -> Check:
+    """A local base exists; the tools for making one are there."""
+    name = "base"
+    if base == "tree":
+        if shutil.which("mmdebstrap") is None:
+            return Check(
+                name,
+                "failed",
+                "BASE=tree, and there is no mmdebstrap",
+                "apt install mmdebstrap, or BASE=DIRECTORY|IMAGE",
+            )
+        return Check(name, "passed", "a Debian tree made here")
+    if base.startswith(("/", ".")):
+        if not Path(base).exists():
+            return Check(name, "failed", f"{base}: no such directory or image", "BASE=tree makes a Debian tree here.")
+        return Check(name, "passed", base)
+    return Check(name, "passed", f"{base} from its registry; without one reachable: BASE=tree")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

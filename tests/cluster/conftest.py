@@ -1,0 +1,114 @@
+"""Fixtures of the tests with a real Apptainer: an ordinary user, and an image built as that user.
+
+As root, as CI is, commands run as the user CLUSTER_TEST_USER (default nanogpt, whom setup-apptainer.sh makes) in a copy
+of the checkout in that user's home; otherwise as whoever runs the tests, in the checkout itself.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).parents[2]
+USER = os.environ.get("CLUSTER_TEST_USER", "nanogpt")
+MINUTES_FOR_A_BUILD = 30
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def home_of_user() -> Path:
+    """Home of the user that the tests run commands as."""
+    return Path(pwd.getpwnam(USER).pw_dir) if os.geteuid() == 0 else Path.home()
+
+
+def environment_of_user(extra: dict[str, str] | None = None) -> dict[str, str]:
+    """This process's environment with the user's own home and names, and `extra`."""
+    environment = dict(os.environ)
+    if os.geteuid() == 0:
+        environment |= {"HOME": str(home_of_user()), "USER": USER, "LOGNAME": USER}
+    environment.pop("XDG_RUNTIME_DIR", None)
+    return environment | (extra or {})
+
+
+@pytest.fixture(scope="session")
+def as_user() -> Run:
+    """Run a command as an ordinary user: `as_user(["apptainer", ...], cwd=..., environment={...}, timeout=seconds)`.
+
+    Text in and out; a failure of the command is the caller's to look at, unless `check` is set.
+    """
+
+    def run(
+        command: Sequence[str | Path],
+        *,
+        cwd: Path | None = None,
+        environment: dict[str, str] | None = None,
+        timeout: float = 600,
+        check: bool = False,
+    ) -> subprocess.CompletedProcess[str]:
+        prefix = ["runuser", "-u", USER, "--"] if os.geteuid() == 0 else []
+        done = subprocess.run(
+            [*prefix, *map(str, command)],
+            cwd=cwd or home_of_user(),
+            env=environment_of_user(environment),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        if check and done.returncode != 0:
+            pytest.fail(f"{' '.join(map(str, command))}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}")
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def user_checkout() -> Path:
+    """A checkout that the user may read and write: this one, or as root a copy of it in the user's home."""
+    if os.geteuid() != 0:
+        return CHECKOUT
+    copy = home_of_user() / "nanogpt-checkout"
+    copy.mkdir(exist_ok=True)
+    git = ["git", "-c", "safe.directory=*", "-C", CHECKOUT]
+    listed = subprocess.run(
+        [*git, "ls-files", "-z", "-co", "--exclude-standard"], check=True, capture_output=True
+    ).stdout
+    names = sorted({name for name in listed.decode().split("\0") if name and (CHECKOUT / name).is_file()})
+    for entry in copy.iterdir():  # what was built stays
+        if entry.name not in ("build", ".venv"):
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    for name in names:
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(CHECKOUT / name, copy / name)
+    git_directory = subprocess.run(
+        [*git, "rev-parse", "--path-format=absolute", "--git-dir"], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    shutil.copytree(git_directory, copy / ".git", symlinks=True)
+    subprocess.run(["chown", "-R", f"{USER}:", copy], check=True)
+    return copy
+
+
+def build_sif(as_user: Run, checkout: Path, flavour: str, *arguments: str) -> Path:
+    """Build the image of the flavour in the checkout; quick where nothing that goes into it has changed."""
+    out = checkout / "build" / "sif" / f"nanogpt-{flavour}.sif"
+    done = as_user(
+        ["make", "sif", f"FLAVOUR={flavour}", "BASE=tree", f"OUT={out}", *arguments],
+        cwd=checkout,
+        timeout=60 * MINUTES_FOR_A_BUILD,
+        check=True,
+    )
+    print(done.stderr)
+    return out
+
+
+@pytest.fixture(scope="session")
+def sif(as_user: Run, user_checkout: Path) -> Path:
+    """An image of the CPU flavour, built as the user; CLUSTER_TEST_SIF names one that is there already."""
+    given = os.environ.get("CLUSTER_TEST_SIF")
+    return Path(given) if given else build_sif(as_user, user_checkout, "cpu")
