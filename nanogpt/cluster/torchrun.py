@@ -132,7 +132,9 @@ def leave_message(error: NanogptError) -> bool:
     if directory is None or rank is None:
         return False
     try:
-        (Path(directory) / f"message-{int(rank):04d}.json").write_text(json.dumps({"text": str(error)}))
+        (Path(directory) / f"message-{int(rank):04d}.json").write_text(
+            json.dumps({"text": str(error), "exit_code": error.exit_code})
+        )
     except OSError:
         return False
     return True
@@ -152,9 +154,12 @@ def asked_to_stop() -> str | None:
 def _print_messages(directory: Path, failures: Mapping[int, int]) -> None:
     """What each rank left, equal words once; and the ranks that a signal killed, which could say nothing."""
     by_text: dict[str, list[int]] = {}
+    interrupted = False
     for file in sorted(directory.glob("message-*.json")):
-        text = json.loads(file.read_text())["text"]
-        by_text.setdefault(text, []).append(int(file.stem.rpartition("-")[2]))
+        message = json.loads(file.read_text())
+        interrupted = interrupted or message["exit_code"] == REQUEUE_EXIT_CODE
+        if not interrupted or not by_text:  # of those that were interrupted the first says it for all
+            by_text.setdefault(message["text"], []).append(int(file.stem.rpartition("-")[2]))
     for text, ranks in by_text.items():
         every = len(by_text) == 1
         say(text if every else f"{_named(ranks)} on {socket.gethostname()}: {text}")

@@ -44,10 +44,11 @@ class StopSignals:
         self._seen = self._seen or signal.Signals(number).name
 
     def seen(self) -> str | None:
-        """The first signal that has come so far, by name. Takes microseconds."""
+        """The first signal that has come so far, by name, and if it was to the launcher. Takes microseconds."""
         if self._seen is None:
             if self._old and signal.sigtimedwait({signal.SIGUSR1}, 0):
                 self._seen = "SIGUSR1"
             else:
-                self._seen = asked_to_stop()
+                launcher = asked_to_stop()
+                self._seen = None if launcher is None else f"{launcher} to the launcher"
         return self._seen

@@ -246,7 +246,8 @@ class Watch:
     def _hear_signals(self) -> None:
         name = self._signals.seen()
         if name and self._own.asked is None:
-            self._own.asked = f"{name} to rank {self.rank} on {self._own.process.host}"
+            to = "" if "launcher" in name else f" to rank {self.rank}"
+            self._own.asked = f"{name}{to} on {self.host}"
 
     def _exchange(self, store: dist.Store, now: float) -> None:
         with self._lock:
