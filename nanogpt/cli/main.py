@@ -59,6 +59,8 @@ COMMANDS = (
     Command("watch", "nanogpt.cli.watch:watch", "Cluster", "Follow a job live."),
     Command("cancel", "nanogpt.cli.cancel:cancel", "Cluster", "Cancel a job, and see it end."),
     Command("job", "nanogpt.cli.job:job", "Cluster", "Parts of slurm/run.sh inside a job. Not for users."),
+    Command("warm", "nanogpt.cli.warm:warm", "Speed", "Compile a recipe's code ahead of its runs."),
+    Command("cache", "nanogpt.cli.cache:cache", "Speed", "List and prune the files of compiled code."),
     Command("bench", "nanogpt.cli.bench:bench", "Speed", "Time the kernels, or a training step of a recipe."),
     Command("doctor", "nanogpt.cli.doctor:doctor", "Help", "Check that everything here is fit for a run."),
     Command("version", "nanogpt.cli.version:version", "Help", "Print the versions that a report of a problem needs."),

@@ -42,6 +42,9 @@ class AdamW:
         self.inner.step()
         self.inner.zero_grad(set_to_none=True)
 
+    def warm_up(self, world_size: int) -> None:
+        """Nothing of it is compiled."""
+
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state; it is the same on every rank. Tensors are copies."""
         state = self.inner.state_dict()

@@ -94,6 +94,14 @@ class Communicator:
             dist.barrier(group=self.group)
 
 
+class RankOf(Communicator):
+    """Rank 0 of `size` that are not there: it knows its shards, and sends nothing."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+
+
 def _collective(name: str) -> Callable[..., dist.Work]:
     """`reduce_scatter` or `all_gather` of one tensor, under the name that this torch wants: 2.13 has renamed them."""
     old = {"reduce_scatter": "reduce_scatter_tensor", "all_gather": "all_gather_into_tensor"}[name]

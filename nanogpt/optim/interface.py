@@ -22,6 +22,9 @@ class Optimizer(Protocol):
     def step(self, rates: StepRates) -> None:
         """One step with the gradients that have accumulated on this rank."""
 
+    def warm_up(self, world_size: int) -> None:
+        """Compile what a rank of `world_size` would run in `step`, on one process; parameters and state stay."""
+
     def state_dict(self) -> dict[str, Any]:
         """The whole state, independent of the world size: full tensors on every rank. Collective."""
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nanogpt.kernels.transpose import transpose_add, transpose_copy
 from nanogpt.optim.adam import adam_step_size, adam_update
-from nanogpt.optim.communication import Communicator, Pending
+from nanogpt.optim.communication import Communicator, Pending, RankOf
 from nanogpt.optim.interface import StepRates
 from nanogpt.optim.normuon import normuon_update, second_moment_dim
 from nanogpt.optim.plan import HEAD, TIED, ParameterPlan, parameter_plans, step_plan
@@ -164,6 +164,20 @@ class NorMuonAdam:
             normuon.norm_margin,
             self.plain_kernels,
         )
+
+    @torch.no_grad()
+    def warm_up(self, world_size: int) -> None:
+        """Run the updates of a rank of `world_size` once on tensors of zeros, so that they are compiled."""
+        zeros = nn.ParameterDict({label: torch.zeros_like(full) for label, full in self.parameters.items()})
+        twin = NorMuonAdam(zeros, self.spec, RankOf(world_size), plain_kernels=self.plain_kernels)
+        twin.state[TIED] = twin._adam_state(TIED)
+        twin.adam_counts[TIED] = 0
+        twin._adam, twin._normuon = self._adam, self._normuon
+        for label, plan in self.plans.items():
+            if plan.sharded:  # the others are the same on any number of ranks
+                own = twin._own(plan, twin.parameters[label].data)
+                update = twin._update_bank if plan.bank else twin._update_adam
+                update(label, own, torch.zeros_like(own), StepRates(lr_factor=1.0, momentum=0.9))
 
     def _multipliers(self, label: str, own: Tensor) -> Tensor:
         """(n, 1, 1) fp32, for this rank's matrices: sqrt(max(1, rows / columns)) times the group's multipliers."""

@@ -1,0 +1,81 @@
+"""The cache files of a directory: what they are for, and which may go."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from nanogpt.cache.pack import SUFFIX, Header, Pack, PackError
+from nanogpt.console import human_bytes
+from nanogpt.errors import RunError
+
+HALF_WRITTEN_S = 3600.0  # a temporary file of that age belongs to nobody any more
+
+
+@dataclass(frozen=True)
+class CacheFile:
+    """A file; `problem` says why it cannot be used."""
+
+    path: Path
+    size: int
+    used: float  # when it was written or last used, seconds since the epoch
+    header: Header | None
+    problem: str | None = None
+
+
+def list_files(directory: Path) -> list[CacheFile]:
+    """The cache files of the directory, the one used last first. Reads and checks each."""
+    found = []
+    for path in directory.glob(f"*{SUFFIX}"):
+        try:
+            status = path.stat()
+        except OSError:  # gone meanwhile
+            continue
+        try:
+            header, problem = Pack(path).header, None
+        except PackError as error:
+            header, problem = None, str(error)
+        found.append(CacheFile(path, status.st_size, status.st_mtime, header, problem))
+    return sorted(found, key=lambda file: file.used, reverse=True)
+
+
+def files_table(files: list[CacheFile]) -> Table:
+    """The files as a table."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("file", "size", "last used", "recipe", "device", "torch", "contents"):
+        table.add_column(column, justify="right" if column == "size" else "left")
+    for file in files:
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.used))
+        if file.header is None:
+            table.add_row(file.path.name, human_bytes(file.size), used, "", "", "", f"not usable: {file.problem}")
+            continue
+        key = file.header.key
+        contents = ", ".join(f"{count} {name}" for name, count in file.header.contents.items() if count)
+        device, torch = str(key["device"][0]), str(key["torch"][0])
+        table.add_row(file.path.name, human_bytes(file.size), used, file.header.recipe, device, torch, contents)
+    return table
+
+
+def prune_files(directory: Path, *, keep: int) -> list[tuple[Path, int]]:
+    """Delete all usable files but the `keep` that were used last, all others, and half-written ones an hour old.
+
+    Returns the deleted files and their sizes. Raises `RunError` where one cannot be deleted.
+    """
+    files = list_files(directory)
+    usable = [file for file in files if file.problem is None]
+    doomed = [(file.path, file.size) for file in (*usable[keep:], *(file for file in files if file.problem))]
+    for path in directory.glob(f".*{SUFFIX}.*.tmp"):
+        with contextlib.suppress(OSError):
+            status = path.stat()
+            if time.time() - status.st_mtime > HALF_WRITTEN_S:
+                doomed.append((path, status.st_size))
+    for path, _ in doomed:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise RunError(f"{path}: cannot be deleted: {error.strerror}") from error
+    return doomed

@@ -1,0 +1,59 @@
+"""`nanogpt cache`: the files of compiled code that runs leave to later runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+cache = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, help=__doc__)
+
+DirectoryArgument = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="DIR", help="Where the files are.", show_default="NANOGPT_CACHE, else cache beside the runs"
+    ),
+]
+
+
+def _directory(directory: Path | None) -> Path:
+    from nanogpt.cache.compile_cache import VARIABLE, cache_directory
+    from nanogpt.errors import InputError
+
+    found = directory or cache_directory()
+    if found is None:
+        raise InputError(f"{VARIABLE}: is off; name the directory of the cache files")
+    return found
+
+
+@cache.command("ls")
+def ls(directory: DirectoryArgument = None) -> None:
+    """List the files, the newest first: size, age, what they are for, and whether they can be used."""
+    from rich.console import Console
+
+    from nanogpt.cache.listing import files_table, list_files
+    from nanogpt.console import say
+
+    place = _directory(directory)
+    files = list_files(place)
+    if not files:
+        say(f"{place}: no cache files")
+        return
+    table = files_table(files)
+    Console(width=max(Console().width, Console(width=1000).measure(table).maximum)).print(table)
+
+
+@cache.command("prune")
+def prune(
+    directory: DirectoryArgument = None,
+    keep: Annotated[int, typer.Option(help="Files to keep: those that were used or written last.", min=0)] = 4,
+) -> None:
+    """Delete old files, damaged ones, and what killed jobs have left half-written."""
+    from nanogpt.cache.listing import prune_files
+    from nanogpt.console import human_bytes
+
+    removed = prune_files(_directory(directory), keep=keep)
+    for path, size in removed:
+        typer.echo(f"{path.name}: deleted, {human_bytes(size)}")
+    typer.echo(f"{len(removed)} files deleted, {human_bytes(sum(size for _, size in removed))}")

@@ -1,0 +1,49 @@
+"""`nanogpt warm`: compile a recipe's code ahead of its runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nanogpt.cli.validate import RecipeArgument, SetOption
+
+
+def warm(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    world_sizes: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--world-size",
+            metavar="N",
+            help="Also for runs on so many GPUs. Repeatable.",
+            show_default="the recipe's",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="Directory of the cache file.",
+            show_default="NANOGPT_CACHE, else cache beside the runs",
+        ),
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Compile everything anew, and replace the file.")] = False,
+) -> None:
+    """Compile what RECIPE needs, on one GPU of its type and made-up tokens, and keep it for its runs.
+
+    A run finds the file by all that decides the code: versions, GPU type, this package's source, the recipe. Nothing
+    else of a run happens: no directory, no data, no training.
+    """
+    from nanogpt.recipe import load_recipe
+    from nanogpt.training.warm import warm_cache
+
+    spec = load_recipe(recipe, overrides or ())
+    alone = load_recipe(
+        recipe, [*(overrides or ()), "hardware.gpus_per_node=1", "hardware.nodes=1", "data.epochs=null"]
+    )
+    for line in warm_cache(alone, world_sizes=world_sizes or [spec.world_size], directory=out, fresh=fresh):
+        typer.echo(line)
