@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-
 PT_LOAD, PAGE = 1, 4096
 WORTH_STRIPPING = 1_000_000  # bytes
 

@@ -8,13 +8,27 @@ import typer
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of the package, Python and what decides speed and result; None: not installed."""
-    from nanogpt import __version__
-    from nanogpt.runs.provenance import code_state, package_versions
+    """Versions of the package, Python and what decides speed and result; None: not installed.
 
-    code = code_state()
+    In a container also the image, its hash and that of its lock file.
+    """
+    import os
+
+    from nanogpt import __version__
+    from nanogpt.cluster.image import LOCK_LABEL
+    from nanogpt.runs.provenance import code_state, container_of, package_versions
+
+    container = container_of(os.environ)
+    code = code_state(container)
     commit = None if code.commit is None else code.commit + ("+changes" if code.clean is False else "")
-    return {"nanogpt-speedrun": __version__, "commit": commit, **package_versions()}
+    found: dict[str, str | None] = {"nanogpt-speedrun": __version__, "commit": commit, **package_versions()}
+    if container is not None:
+        found |= {
+            "sif": container.image,
+            "sif_sha256": container.sha256,
+            "lock_sha256": container.labels.get(LOCK_LABEL),
+        }
+    return found
 
 
 def version(as_json: Annotated[bool, typer.Option("--json", help="JSON instead of lines.")] = False) -> None:

@@ -250,9 +250,12 @@ def check_training() -> Check:
     start = time.perf_counter()
     said = io.StringIO()
     try:
-        with tempfile.TemporaryDirectory(prefix="nanogpt-doctor-") as directory:
-            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-                device, loss = _train_two_steps(Path(directory))
+        with (
+            tempfile.TemporaryDirectory(prefix="nanogpt-doctor-") as directory,
+            contextlib.redirect_stderr(said),
+            contextlib.redirect_stdout(said),
+        ):
+            device, loss = _train_two_steps(Path(directory))
     except Exception as error:
         first = str(error).strip().partition("\n")[0] or "no message"
         return Check(

@@ -19,7 +19,7 @@ from nanogpt.console import human_bytes
 Status = Literal["passed", "warning", "failed"]
 APPTAINER_NEEDED = (1, 2)
 SQUASHFS_TOOLS_NEEDED = (4, 5)  # zstd, and options for the times of files
-# Free bytes: the tree while it is built, twice at times, and the image; in the temporary directory and beside the image.
+# Free bytes: for the tree while it is built, at times twice; and for the image.
 TEMPORARY_NEEDED = {"cuda": 14_000_000_000, "cpu": 4_000_000_000}
 IMAGE_NEEDED = {"cuda": 3_000_000_000, "cpu": 1_000_000_000}
 CAP_SYS_RESOURCE = 24

@@ -8,23 +8,23 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
-import json
 import platform
 import subprocess
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 
 from nanogpt import __version__
+from nanogpt.cluster.image import CLEAN_LABEL, REVISION_LABEL, inside_base, inside_labels, known_sha256
 from nanogpt.runs.record import Code, Container, Slurm
 
 CHANGED_FILES = 100  # named at most
 PACKAGES = ("torch", "triton", "flash-attn", "flash-attn-3", "flash-attn-4", "numpy")
 COMPILER_VARIABLES = ("TORCHINDUCTOR_", "TORCHDYNAMO_", "TORCH_COMPILE", "TRITON_")
 OTHER_VARIABLES = ("CUBLAS_", "CUDA_", "MKL_", "NANOGPT_", "NCCL_", "NVIDIA_", "OMP_", "PYTORCH_", "TORCH_", "UCX_")
-REVISION_LABEL = "org.opencontainers.image.revision"
 RULE = "=" * 100  # the leaderboard's, between the parts of a log
-LABELS = Path("/.singularity.d/labels.json")
+INSIDE = Path("/.singularity.d")
 
 
 def package_versions() -> dict[str, str | None]:
@@ -47,7 +47,10 @@ def package_directory() -> Path:
 
 
 def code_state(container: Container | None = None) -> Code:
-    """The code that is installed, from git in a checkout, else from the `container`'s label, and always by its hash."""
+    """The code that is installed, from git in a checkout, else from the `container`'s labels, and always by its hash.
+
+    The labels are of the code that the image was made with: they say nothing of another that NANOGPT_SRC names.
+    """
     code = Code(package_version=__version__, source_sha256=source_sha256())
     root = package_directory().parent
     if (root / ".git").exists():
@@ -55,11 +58,28 @@ def code_state(container: Container | None = None) -> Code:
             code.commit = _git(root, "rev-parse", "HEAD").strip()
             status = _git(root, "status", "--porcelain").splitlines()
             code.clean, code.changed_files = not status, [line[3:] for line in status[:CHANGED_FILES]]
-        except (OSError, subprocess.SubprocessError):
-            pass
-    elif container is not None:
-        code.commit = container.labels.get(REVISION_LABEL)
+        except (OSError, subprocess.SubprocessError):  # no git in an image, say
+            code.commit = _commit_without_git(root / ".git")
+    elif container is not None and root.is_relative_to(sys.prefix):
+        commit = container.labels.get(REVISION_LABEL)
+        code.commit = commit if commit != "unknown" else None
+        code.clean = {"true": True, "false": False}.get(container.labels.get(CLEAN_LABEL, ""))
     return code
+
+
+def _commit_without_git(directory: Path) -> str | None:
+    """The commit that a checkout's .git says is checked out; None: cannot be told."""
+    try:
+        head = (directory / "HEAD").read_text(encoding="utf-8").strip()
+        if not head.startswith("ref: "):
+            return head
+        name = head.removeprefix("ref: ")
+        if (directory / name).is_file():
+            return (directory / name).read_text(encoding="utf-8").strip()
+        lines = (directory / "packed-refs").read_text(encoding="utf-8").splitlines()
+        return next((line.split()[0] for line in lines if line.endswith(f" {name}")), None)
+    except (OSError, UnicodeDecodeError):
+        return None
 
 
 def _git(root: Path, *arguments: str) -> str:
@@ -147,19 +167,19 @@ def slurm_job(environ: Mapping[str, str]) -> Slurm | None:
     )
 
 
-def container_of(environ: Mapping[str, str], labels: Path = LABELS) -> Container | None:
-    """The Apptainer image that `environ` names, with its labels; None outside of one."""
+def container_of(environ: Mapping[str, str], inside: Path = INSIDE) -> Container | None:
+    """The Apptainer image that `environ` names, with its labels; None outside of one.
+
+    Its hash is NANOGPT_SIF_SHA256, else what `make sif` left beside the file, where that can be seen from inside.
+    """
     image = environ.get("APPTAINER_CONTAINER") or environ.get("SINGULARITY_CONTAINER")
     if not image:
         return None
-    try:
-        found = json.loads(labels.read_bytes())
-    except (OSError, ValueError):
-        found = {}
     return Container(
         image=image,
-        sha256=environ.get("NANOGPT_SIF_SHA256") or None,
-        labels={str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {},
+        sha256=environ.get("NANOGPT_SIF_SHA256") or known_sha256(Path(image)),
+        labels=inside_labels(inside),
+        base=inside_base(inside),
     )
 
 

@@ -78,6 +78,7 @@ class Container(Part):
     image: str
     sha256: str | None = Field(default=None, description="NANOGPT_SIF_SHA256, else the image's, hashed off the clock")
     labels: dict[str, str] = {}
+    base: str | None = Field(default=None, description="what its definition starts from: docker debian:trixie-slim")
 
 
 class Rank(Part):

@@ -365,10 +365,13 @@ def test_slurm_container_and_variables_come_from_the_environment_of_the_start(tm
 
     labels = tmp_path / "labels.json"
     labels.write_text('{"org.opencontainers.image.revision": "abc", "count": 3}')
-    assert container_of({}, labels) is None
+    (tmp_path / "Singularity").write_text("Bootstrap: localimage\nFrom: ../../base-trixie\n\n%post\n    true\n")
+    assert container_of({}, tmp_path) is None
     environment = {"APPTAINER_CONTAINER": "/images/n.sif", "NANOGPT_SIF_SHA256": "feed"}
     expected = {"org.opencontainers.image.revision": "abc", "count": "3"}
-    assert container_of(environment, labels) == Container(image="/images/n.sif", sha256="feed", labels=expected)
+    assert container_of(environment, tmp_path) == Container(
+        image="/images/n.sif", sha256="feed", labels=expected, base="localimage base-trixie"
+    )
     found = container_of({"SINGULARITY_CONTAINER": "n.sif"}, tmp_path / "none")
     assert found == Container(image="n.sif")
 

@@ -1,0 +1,227 @@
+"""What an image is made of: the checkout's files, and for the time of the build what it needs of this machine.
+
+Standard library only: see `image_build`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nanogpt import __version__
+from nanogpt.cluster import image_checks
+from nanogpt.errors import InputError, RunError
+
+SOURCES = ("containers", "nanogpt", "recipes", "pyproject.toml", "README.md", "LICENSE")
+CPU_WHEELS = "https://download.pytorch.org/whl/cpu"  # where PyTorch publishes its CPU builds
+SHOWN_PACKAGES = ("torch", "triton", "flash-attn-4", "nvidia-cutlass-dsl", "nvidia-nccl-cu13", "nvidia-cudnn-cu13")
+LAST_LINES = 15
+PIP_SETTINGS = ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_TRUSTED_HOST", "PIP_DEFAULT_TIMEOUT", "PIP_PROXY")
+PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+DEFINITION = "containers/nanogpt.def"
+
+
+@dataclass
+class Source:
+    """What goes into the image, and from which commit."""
+
+    commit: str = "unknown"
+    clean: bool | None = None  # None: not a git checkout
+    epoch: int = 0  # seconds since 1970, of the commit
+    files: list[str] = field(default_factory=list)
+
+
+# --- what goes in -----------------------------------------------------------------------------------------------
+
+
+def find_source(root: Path) -> Source:
+    """The files of the checkout or unpacked archive at `root` that the image is made of.
+
+    Raises:
+        InputError: `root` has no definition.
+    """
+    if not (root / DEFINITION).is_file():
+        raise InputError(f"{root}: has no {DEFINITION}; run `make sif` in a checkout of the project")
+    if not (root / ".git").exists():
+        found = [
+            path
+            for name in SOURCES
+            for path in ([root / name] if (root / name).is_file() else (root / name).rglob("*"))
+        ]
+        files = [
+            path.relative_to(root).as_posix() for path in found if path.is_file() and "__pycache__" not in path.parts
+        ]
+        return Source(files=sorted(files))
+    files = [
+        name for name in _git(root, "ls-files", "-z", "-co", "--exclude-standard", "--", *SOURCES).split("\0") if name
+    ]
+    return Source(
+        commit=_git(root, "rev-parse", "HEAD").strip(),
+        clean=not _git(root, "status", "--porcelain", "--", *SOURCES).strip(),
+        epoch=int(_git(root, "log", "-1", "--format=%ct").strip()),
+        files=sorted({name for name in files if (root / name).is_file()}),
+    )
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-c", "safe.directory=*", "-C", str(root), *arguments]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", None) or error
+        raise RunError(f"{root}: git cannot tell what is in the checkout: {str(detail).strip()}") from error
+
+
+def stage(root: Path, source: Source, to: Path) -> str:
+    """Copy the source's files to the directory `to`, made anew; a hash over their paths, modes and contents."""
+    if to.exists():
+        shutil.rmtree(to)
+    digest = hashlib.sha256()
+    for name in source.files:
+        content = (root / name).read_bytes()
+        executable = os.access(root / name, os.X_OK)
+        target = to / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+        target.chmod(0o755 if executable else 0o644)
+        digest.update(f"{name}\0{executable}\0{len(content)}\0".encode() + content)
+    for directory in (to, *(path for path in to.rglob("*") if path.is_dir())):
+        directory.chmod(0o755)
+    return digest.hexdigest()
+
+
+def locked_versions(lock: str) -> dict[str, str]:
+    """Package -> version of a lock file's text."""
+    return dict(re.findall(r"^([A-Za-z0-9_.-]+)==([^\s\\;]+)", lock, re.MULTILINE))
+
+
+def build_arguments(flavour: str, base: Path | str, source: Source, lock_path: str, lock: bytes) -> dict[str, str]:
+    """Values for the definition's arguments."""
+    versions = locked_versions(lock.decode())
+    local = isinstance(base, Path)
+    created = datetime.datetime.fromtimestamp(source.epoch, datetime.timezone.utc)  # noqa: UP017
+    return {
+        "BOOTSTRAP": "localimage" if local else "docker",
+        "BASE": str(base),
+        "FLAVOUR": flavour,
+        "LOCK": lock_path,
+        "LOCK_SHA256": hashlib.sha256(lock).hexdigest(),
+        "VERSION": __version__,
+        "VERSIONS": " ".join(f"{name}={versions[name]}" for name in SHOWN_PACKAGES if name in versions),
+        "COMMIT": source.commit,
+        "CLEAN": "unknown" if source.clean is None else str(source.clean).lower(),
+        "CREATED": created.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "EPOCH": str(source.epoch),
+    }
+
+
+# --- the host's part --------------------------------------------------------------------------------------------
+
+
+def pip_setting(name: str) -> str | None:
+    """A setting of pip's configuration files or PIP_* variables; None: not set, or there is no pip."""
+    if os.environ.get("PIP_" + name.upper().replace("-", "_")):
+        return os.environ["PIP_" + name.upper().replace("-", "_")]
+    command = [sys.executable, "-m", "pip", "config", "get", f"global.{name}"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        return done.stdout.strip() or None if done.returncode == 0 else None
+    return None
+
+
+def wheel_directory(given: str | None, flavour: str, find_links: str | None) -> Path | None:
+    """A directory of wheels for pip: the one given, else for the CPU flavour one that pip's settings name.
+
+    Raises:
+        InputError: the one given is no directory.
+    """
+    if given:
+        if not Path(given).is_dir():
+            raise InputError(f"WHEELS={given}: no such directory; expected one with .whl files")
+        return Path(given).resolve()
+    names = (find_links or "").split() if flavour == "cpu" else []
+    return next((Path(name).resolve() for name in names if Path(name).is_dir()), None)
+
+
+def host_part(
+    to: Path, environ: Mapping[str, str], certificates: Path | None, wheels: Path | None, flavour: str
+) -> list[str]:
+    """Fill the directory `to`, which the build sees as /mnt; Apptainer's options for it."""
+    if to.exists():
+        shutil.rmtree(to)
+    (to / "wheels").mkdir(parents=True)
+    settings = {name: environ[name] for name in (*PROXIES, *PIP_SETTINGS) if environ.get(name)}
+    if certificates is not None:
+        shutil.copyfile(certificates, to / "certificates.crt")
+        settings |= dict.fromkeys(image_checks.CERTIFICATE_VARIABLES, "/mnt/certificates.crt")
+    options = ["--bind", f"{to}:/mnt:ro"]
+    if wheels is not None:
+        for wheel in sorted(wheels.glob("*.whl")):
+            _link_or_copy(wheel, to / "wheels" / wheel.name)
+        settings["PIP_FIND_LINKS"] = "/mnt/wheels"
+    if flavour == "cpu" and not any((to / "wheels").glob("torch-*+cpu-*.whl")):
+        settings["PIP_EXTRA_INDEX_URL"] = f"{settings.get('PIP_EXTRA_INDEX_URL', '')} {CPU_WHEELS}".strip()
+    lines = [f"export {name}={shlex.quote(value)}\n" for name, value in settings.items()]
+    (to / "build-env.sh").write_text("".join(lines))
+    return options
+
+
+def _link_or_copy(path: Path, to: Path) -> None:
+    try:
+        os.link(path, to)
+    except OSError:
+        shutil.copyfile(path, to)
+
+
+def debian_mirror() -> str | None:
+    """The mirror in this machine's own apt sources, where it has any."""
+    command = ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split()
+        return next((line for line in lines if line.rstrip("/").endswith("/debian")), None)
+    return None
+
+
+def make_tree(suite: str, work: Path, epoch: int) -> Path:
+    """A minimal Debian tree, made once and kept.
+
+    Raises:
+        RunError: mmdebstrap failed.
+    """
+    tree = work / f"base-{suite}"
+    if tree.is_dir():
+        return tree
+    archive, log = work / f"base-{suite}.tar", work / f"base-{suite}.log"
+    command = ["mmdebstrap", "--variant=minbase", suite, str(archive), *filter(None, [debian_mirror()])]
+    if os.geteuid() != 0:
+        command.insert(1, "--mode=unshare")
+    with log.open("w") as stream:
+        environment = {**os.environ, "SOURCE_DATE_EPOCH": str(epoch)} if epoch else None
+        done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False, env=environment)
+    if done.returncode != 0:
+        raise RunError(f"mmdebstrap could not make a tree of Debian {suite}; the end of {log}:\n{last_lines(log)}")
+    half = work / f"base-{suite}.new"
+    if half.exists():
+        shutil.rmtree(half)
+    half.mkdir()
+    # As the user's own files, whoever owns them inside, and without device nodes, which a user cannot make.
+    subprocess.run(["tar", "--no-same-owner", "--exclude=./dev/*", "-xf", archive, "-C", half], check=True)
+    archive.unlink()
+    half.rename(tree)
+    return tree
+
+
+def last_lines(log: Path) -> str:
+    """The end of a log, indented."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return "\n".join(f"    {line[:300]}" for line in lines[-LAST_LINES:])
