@@ -296,14 +296,18 @@ class Watch:
             elif process_lives(peer.process) is False:
                 # It may have said goodbye since the last beat: it counts as lost at the second look.
                 if now - self._heard_at[rank] > 2 * BEAT_S:
-                    self._give_up(Lost(f"{_named(rank, peer)} has died {peer.where}"))
+                    self._give_up(Lost(f"{_named(rank, peer)} has died {self._where(peer)}"))
             elif now - self._heard_at[rank] > self._silence(peer):
                 self._give_up(
                     Lost(
-                        f"{_named(rank, peer)} has been silent for {self._silence(peer):g} s {peer.where}"
+                        f"{_named(rank, peer)} has been silent for {self._silence(peer):g} s {self._where(peer)}"
                         " (watchdog.silence_seconds): it is stopped, or its host or the network is down"
                     )
                 )
+
+    def _where(self, peer: Beat) -> str:
+        """What a lost rank was doing: it cannot be far from where this one waits for it, and its beats may be old."""
+        return (self._own if self._own.step > peer.step or self._own.phase == "training" else peer).where
 
     def _silence(self, peer: Beat | None = None) -> float:
         starting = (peer or self._own).phase == "starting"
