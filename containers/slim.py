@@ -32,7 +32,38 @@ REMOVED = (
     Rule("static libraries and CMake files", ("**/*.a", "torch/share", "torch/lib/cmake", "**/*.cmake")),
     Rule("sources that are compiled already", ("**/*.pyx", "**/*.pxd", "pyarrow/include", "pyarrow/src", "**/*.pyi")),
     Rule("programs for tests and protocols", ("torch/bin/*",), keep=("torch_shm_manager",)),
-    Rule("profilers and disassemblers", ("triton/profiler", "triton/_C/libproton.so", "triton/tools/extra")),
+    Rule(
+        "profilers and disassemblers",
+        (
+            "triton/profiler",
+            "triton/instrumentation",
+            "triton/_C/libproton.so",
+            "triton/backends/nvidia/lib/cupti",
+            "triton/backends/nvidia/bin/cuobjdump",
+            "triton/backends/nvidia/bin/nvdisasm",
+            "nvidia/cu13/lib/libnvperf*",
+            "nvidia/cu13/lib/libpcsamplingutil*",
+            "nvidia/cu13/lib/libcheckpoint*",
+            "nvidia_cutlass_dsl/dsl_packages/iket",
+        ),
+    ),
+    # libtorch links to the libraries that stay here; these it neither links to nor opens.
+    Rule(
+        "CUDA libraries that PyTorch never opens",
+        (
+            "nvidia/cu13/lib/libcusolverMg*",  # cuSOLVER over several GPUs of one process
+            "nvidia/cu13/lib/libnvrtc.alt*",  # NVRTC once more, for older glibc
+            "nvidia/cu13/lib/libnvrtc-builtins.alt*",
+            "nvidia/cu13/lib/libcufftw*",
+            "nvidia/cu13/lib/libnvblas*",
+            "nvidia/cu13/lib/libcufile_rdma*",
+            "nvidia/nvshmem/lib/*.bc",
+        ),
+    ),
+    Rule("cuDNN's recurrent networks", ("nvidia/cudnn/lib/libcudnn_adv*",)),
+    Rule("CUDA headers; Triton brings its own", ("nvidia/*/include", "nvidia/cu13/bin")),
+    Rule("assembler for GPUs that no recipe names", ("triton/backends/nvidia/bin/ptxas-blackwell",)),
+    Rule("Arrow's network part", ("pyarrow/libarrow_flight*", "pyarrow/_flight*")),
 )
 
 
