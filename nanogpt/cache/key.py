@@ -105,6 +105,7 @@ REACHES: Mapping[str, Callable[[Any], Any]] = {
             "runtime.attention",
             "runtime.kernels",
             "runtime.head_precision",
+            "runtime.bigram_gradient",
             "runtime.deterministic",
         ),
         _as_is,
@@ -191,6 +192,10 @@ STAYS_OUTSIDE = frozenset(
         "checkpoint.every",
         "checkpoint.at_end",
         "checkpoint.keep",
+        "checkpoint.on_failure",
+        "watchdog.phase_seconds",
+        "watchdog.step_seconds",
+        "watchdog.silence_seconds",
         "output.directory",
         "output.log_every",
         "output.tracker",
@@ -227,7 +232,7 @@ def cache_key(spec: RunSpec, device: torch.device) -> dict[str, Any]:
     """Everything that decides the code of `spec` on `device`, as JSON values. Asks CUDA about the device."""
     import torch
 
-    return {
+    key = {
         "format": FORMAT,
         "python": f"{platform.python_version()} {sys.implementation.cache_tag}",
         "prefix": sys.prefix,
@@ -242,6 +247,8 @@ def cache_key(spec: RunSpec, device: torch.device) -> dict[str, Any]:
         "source": graph_source_sha256(),
         "spec": graph_settings(spec),
     }
+    plain: dict[str, Any] = json.loads(json.dumps(key))  # as it comes back from a file: lists, no tuples
+    return plain
 
 
 def key_sha256(key: Mapping[str, Any]) -> str:

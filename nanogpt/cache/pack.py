@@ -205,20 +205,21 @@ class Pack:
 
 def _read_trusted(path: Path, in_image: bool) -> bytes:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would block
+        try:
+            _check_trust(os.fstat(descriptor), in_image)
+            with os.fdopen(descriptor, "rb", closefd=False) as file:
+                return file.read()
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise PackError(f"cannot be read: {error.strerror}") from error
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise PackError("not a plain file")
-        if status.st_uid not in (os.geteuid(), 0) and not in_image:
-            raise PackError(
-                f"belongs to user {status.st_uid}; only files of this user ({os.geteuid()}) or root are used"
-            )
-        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise PackError("others may write it (chmod go-w makes it usable)")
-        try:
-            return file.read()
-        except OSError as error:
-            raise PackError(f"cannot be read: {error.strerror}") from error
+
+
+def _check_trust(status: os.stat_result, in_image: bool) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise PackError("not a plain file")
+    if status.st_uid not in (os.geteuid(), 0) and not in_image:
+        raise PackError(f"belongs to user {status.st_uid}; only files of this user ({os.geteuid()}) or root are used")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PackError("others may write it (chmod go-w makes it usable)")

@@ -1,0 +1,240 @@
+"""A run's use of the cache: which file, when it is not used, and the job's directory on the node."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import losses, make_data, python, tiny_spec, write_recipe
+
+from nanogpt.cache import compile_cache as module
+from nanogpt.cache.compile_cache import CompileCache, cache_directory, compile_cache
+from nanogpt.cache.key import cache_key
+from nanogpt.cache.pack import SUFFIX
+from nanogpt.optim.communication import Communicator
+from nanogpt.runs.record import Record, read_record
+from nanogpt.training.world import World
+
+SPEC = tiny_spec()
+WORLD = World(0, 1, 0, torch.device("cpu"), Communicator())
+
+
+@pytest.fixture(autouse=True)
+def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A node-local directory of the test's own, and no choice of a compiler's directory."""
+    place = tmp_path / "node"
+    place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    return place
+
+
+def use(directory: Path | None, **compiled: str) -> CompileCache:
+    """A run that finds what is kept, and compiles `compiled`: names and contents of files."""
+    with compile_cache(SPEC, WORLD, directory) as cache:
+        if cache.root is not None:
+            place = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+            assert place.parent == cache.root
+            place.mkdir(exist_ok=True)
+            for name, content in compiled.items():
+                (place / name).write_text(content)
+            cache.save()
+    return cache
+
+
+def found(directory: Path) -> dict[str, str]:
+    """What a run finds compiled."""
+    with compile_cache(SPEC, WORLD, directory) as cache:
+        assert cache.root is not None
+        return {path.name: path.read_text() for path in cache.root.glob("inductor/*")}
+
+
+def test_a_run_leaves_what_it_compiled_and_later_runs_add_to_it(tmp_path: Path, node: Path):
+    kept = tmp_path / "kept"
+    first = use(kept, a="1")
+    assert re.fullmatch(r"compile cache: .*\.compiled: not there yet; compiling, and .*", first.lines[0])
+    assert re.fullmatch(r"compile cache: .*\.compiled: written, .*", first.lines[1])
+    assert found(kept) == {"a": "1"}
+
+    [file] = kept.iterdir()
+    written = file.stat().st_mtime_ns, file.read_bytes()
+    again = use(kept, a="1")
+    assert [line.split(": ")[2].split(",")[0] for line in again.lines] == ["used"]
+    assert file.read_bytes() == written[1]
+
+    assert len(use(kept, b="2").lines) == 2
+    assert found(kept) == {"a": "1", "b": "2"}
+    assert list(node.iterdir()) == []
+
+
+def test_what_another_job_has_added_meanwhile_is_kept(tmp_path: Path):
+    use(tmp_path / "kept", a="1")
+    with compile_cache(SPEC, WORLD, tmp_path / "kept") as cache:
+        with pytest.MonkeyPatch.context() as another:
+            another.delenv("TORCHINDUCTOR_CACHE_DIR")
+            use(tmp_path / "kept", b="2")
+        assert cache.root is not None
+        (cache.root / "inductor/c").write_text("3")
+        cache.save()
+    assert found(tmp_path / "kept") == {"a": "1", "b": "2", "c": "3"}
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 4
+    path.write_bytes(content)
+
+
+def foreign(path: Path) -> None:
+    if path.stat().st_uid != 0 or os.geteuid() != 0:
+        pytest.skip("only root can give files away")
+    os.chown(path, 1234, 1234)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-10]), "damaged"),
+        (flip, "damaged"),
+        (lambda path: path.write_bytes(b""), "damaged"),
+        (lambda path: path.chmod(0o666), "others may write it"),
+        (foreign, "belongs to user 1234"),
+    ],
+)
+def test_a_file_that_cannot_be_trusted_is_one_line_and_replaced(
+    tmp_path: Path, damage: Callable[[Path], object], reason: str
+):
+    use(tmp_path, a="1")
+    [file] = tmp_path.glob(f"*{SUFFIX}")
+    damage(file)
+    cache = use(tmp_path, b="2")
+    assert len(cache.lines) == 2
+    assert reason in cache.lines[0] and cache.lines[0].endswith("; compiling")
+    assert found(tmp_path) == {"b": "2"}
+
+
+def test_a_file_of_another_key_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    use(tmp_path, a="1")
+    [file] = tmp_path.glob(f"*{SUFFIX}")
+    monkeypatch.setenv("TORCHINDUCTOR_MAX_AUTOTUNE", "1")
+    with compile_cache(SPEC, WORLD, tmp_path) as cache:
+        assert cache.loaded is None
+        assert "not there yet (the newest one differs in environment TORCHINDUCTOR_MAX_AUTOTUNE)" in cache.lines[0]
+        shutil.copy(file, cache.path)  # under the name of the wanted one
+    with compile_cache(SPEC, WORLD, tmp_path) as cache:
+        assert cache.loaded is None
+        assert "made for other code: differs in environment TORCHINDUCTOR_MAX_AUTOTUNE" in cache.lines[0]
+        assert cache.root is not None and not list(cache.root.glob("inductor"))
+
+
+def test_the_image_is_looked_at_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "IMAGE_DIRECTORY", tmp_path / "image")
+    use(tmp_path / "image", a="image")
+    assert found(tmp_path / "own") == {"a": "image"}
+    use(tmp_path / "own", b="own")
+    assert found(tmp_path / "own") == {"a": "image", "b": "own"}
+    [file] = (tmp_path / "own").iterdir()
+    flip(file)
+    assert found(tmp_path / "own") == {"a": "image"}
+    assert found(tmp_path / "image") == {"a": "image"}
+
+
+def test_a_directory_that_cannot_be_written_is_one_line(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    cache = use(tmp_path / "file" / "kept", a="1")
+    assert "cannot be written: Not a directory; the next run compiles again" in cache.lines[-1]
+
+
+def test_where_files_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert cache_directory() == Path("runs/cache")
+    assert cache_directory(tmp_path) == tmp_path / "cache"
+    monkeypatch.setenv("NANOGPT_RUNS", "elsewhere")
+    assert cache_directory() == Path("elsewhere/cache")
+    monkeypatch.setenv("NANOGPT_CACHE", "/shared")
+    assert cache_directory(tmp_path) == Path("/shared")
+    monkeypatch.setenv("NANOGPT_CACHE", "off")
+    assert cache_directory(tmp_path) is None
+    assert use(None, a="1").lines == []
+
+
+def test_a_users_own_directory_is_left_to_him(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
+    with compile_cache(SPEC, WORLD, tmp_path) as cache:
+        assert cache.root is None and os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "mine")
+        assert cache.save() is None
+    [line] = cache.lines
+    assert line.startswith(
+        f"compile cache: TORCHINDUCTOR_CACHE_DIR is set: compiled code is kept in {tmp_path / 'mine'},"
+    )
+
+
+def test_a_failed_run_leaves_no_file_and_restores_the_environment(tmp_path: Path, node: Path):
+    before = dict(os.environ)
+    with pytest.raises(RuntimeError), compile_cache(SPEC, WORLD, tmp_path / "kept") as cache:
+        assert cache.root is not None
+        assert cache.root.stat().st_mode & 0o777 == 0o700
+        (cache.root / "half").write_text("compiled")
+        raise RuntimeError
+    assert dict(os.environ) == before
+    assert not (tmp_path / "kept").exists() and list(node.iterdir()) == []
+
+
+def test_directories_of_killed_jobs_are_removed_and_those_of_living_ones_are_not(tmp_path: Path, node: Path):
+    killed, living, new = (node / f"nanogpt-compiled-{os.geteuid()}-{name}" for name in ("killed", "living", "new"))
+    for place in (killed, living):
+        place.mkdir()
+        (place / ".lock").touch()
+    new.mkdir()  # its job has not come to its lock yet
+    with (living / ".lock").open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        use(tmp_path / "kept", a="1")
+    assert {path.name.rpartition("-")[2] for path in node.iterdir()} == {"living", "new"}
+
+
+def test_the_key_does_not_name_this_job(tmp_path: Path):
+    with compile_cache(SPEC, WORLD, tmp_path):
+        inside = cache_key(SPEC, torch.device("cpu"))
+    assert inside == cache_key(SPEC, torch.device("cpu"))
+
+
+# --- with a compiler ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_second_process_compiles_nothing_and_computes_the_same(tmp_path: Path):
+    """Two runs in processes and node-local directories of their own: only the file is common."""
+    data = make_data(tmp_path / "data")
+    spec = tiny_spec("model.layers=1", "runtime.compile=on", "training.warmup=true", "evaluation.every=9", model="gpt2")
+    recipe = write_recipe(tmp_path / "recipe.yaml", spec)
+
+    def run(name: str) -> tuple[Record, tuple[dict[int, float], dict[int, float]]]:
+        place = tmp_path / name
+        place.mkdir()
+        arguments = ("train", recipe, "--data", data, "--out", tmp_path / "runs" / name)
+        done = python("-m", "nanogpt", *map(str, arguments), TMPDIR=str(place), NANOGPT_CACHE=str(tmp_path / "kept"))
+        assert done.returncode == 0, done.stderr
+        assert list(place.glob("nanogpt-compiled-*")) == []
+        [path] = (tmp_path / "runs" / name).glob("tiny-gpt2-*")
+        return read_record(path), losses(path)
+
+    def total(record: Record, count: str) -> int:
+        return sum(getattr(phase, count) for phase in record.starts[-1].start_up)
+
+    cold, cold_losses = run("cold")
+    warm, warm_losses = run("warm")
+    assert cold.compilation is not None and warm.compilation is not None
+    assert "written" in cold.compilation.cache[-1]
+    assert [line.split(": ")[2].split(",")[0] for line in warm.compilation.cache] == ["used"]
+    assert (total(cold, "graphs"), total(cold, "from_cache"), total(cold, "parts_compiled")) == (2, 0, 3)
+    assert (total(warm, "graphs"), total(warm, "from_cache"), total(warm, "parts_compiled")) == (2, 2, 0)
+    assert total(cold, "bypassed") == total(warm, "bypassed") == 0
+    assert cold.compilation.late_graphs == warm.compilation.late_graphs == 0
+    assert warm_losses == cold_losses
+    assert len(warm_losses[0]) == 9
