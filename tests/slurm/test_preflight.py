@@ -1,0 +1,188 @@
+"""Preflight's checks, with a recorded nvidia-smi and real files."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from recorded import gpus, program
+from tiny_runs import make_data, tiny_spec
+
+from nanogpt.cluster import preflight as module
+from nanogpt.cluster.gpus import oldest_driver, visible_gpus
+from nanogpt.cluster.preflight import Check, check_files, check_gpus, check_links, checkpoint_bytes, preflight
+from nanogpt.data.manifest import file_sha256
+from nanogpt.errors import RunError
+from nanogpt.recipe import load_recipe
+
+H200 = "NVIDIA H200"
+Smi = Callable[..., None]
+
+
+@pytest.fixture
+def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Smi:
+    """Put an nvidia-smi that prints these GPUs and processes on PATH."""
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setattr(module, "cuda_version", lambda: "13.0")
+
+    def make(query_gpu: str, processes: str = "", code: int = 0) -> None:
+        program(tmp_path / "bin", "nvidia-smi", {"query-gpu": query_gpu, "query-compute": processes}, code=code)
+
+    return make
+
+
+def states(checks: list[Check]) -> dict[str, str]:
+    return {check.name: check.state for check in checks}
+
+
+def test_eight_good_gpus_pass(smi: Smi) -> None:
+    smi(gpus(*[H200] * 8))
+    checks = check_gpus(load_recipe("8xh200"), {})
+    assert states(checks) == {"GPUs": "passed", "driver": "passed", "GPU memory": "passed"}
+    assert checks[0].found == "8 x NVIDIA H200"
+
+
+def test_number_and_type_are_compared_with_the_recipe(smi: Smi) -> None:
+    smi(gpus(*[H200] * 4))
+    checks = check_gpus(load_recipe("8xh200"), {})
+    assert states(checks)["GPUs"] == "failed"
+    assert "wants 8 x h200, found 4 x NVIDIA H200" in checks[0].found and "gpu:h200:8" in checks[0].advice
+    assert states(check_gpus(load_recipe("2xh200"), {}))["GPUs"] == "warning"
+    assert states(check_gpus(load_recipe("4xh100"), {}))["GPUs"] == "failed"
+    smi(gpus("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe"))
+    (check,) = [check for check in check_gpus(load_recipe("2xh100"), {}) if check.name == "GPUs"]
+    assert check.state == "warning" and "several kinds" in check.found
+
+
+def test_the_job_s_gpus_are_those_that_slurm_shows(smi: Smi) -> None:
+    smi(gpus(*["NVIDIA A100-SXM4-80GB"] * 4, *[H200] * 4))
+    assert [gpu.index for gpu in visible_gpus({"CUDA_VISIBLE_DEVICES": "4,5"})] == [4, 5]
+    assert [gpu.index for gpu in visible_gpus({"CUDA_VISIBLE_DEVICES": "GPU-00000002"})] == [2]
+    assert states(check_gpus(load_recipe("2xh200"), {"CUDA_VISIBLE_DEVICES": "4,5"}))["GPUs"] == "passed"
+    smi(gpus(H200, H200))  # confined devices count from 0, whatever their number on the node
+    assert len(visible_gpus({"CUDA_VISIBLE_DEVICES": "0,1"})) == 2
+
+
+def test_an_old_driver_fails_with_the_one_that_is_needed(smi: Smi) -> None:
+    smi(gpus(H200, driver="535.104.12"))
+    (check,) = [check for check in check_gpus(load_recipe("1xh200"), {}) if check.name == "driver"]
+    assert check.state == "failed"
+    assert "535.104.12 is too old for CUDA 13.0, which needs 580.65" in check.found
+    assert oldest_driver("12.8") == (525, 60) and oldest_driver("14.1") == oldest_driver("13.0")
+
+
+def test_memory_in_use_and_foreign_processes_are_named(smi: Smi) -> None:
+    processes = "GPU-00000001-aaaa, 4711, python3, 60000\nGPU-00000007-aaaa, 5, other, 10\n"
+    smi(gpus(H200, H200, used={1: "60500"}), processes)
+    checks = check_gpus(load_recipe("2xh200"), {})
+    assert states(checks)["GPU memory"] == "failed"
+    (foreign,) = [check for check in checks if check.name == "foreign process"]
+    assert foreign.state == "warning" and "python3 (pid 4711) with 60000 MiB" in foreign.found
+    smi(gpus(H200, used={0: "2000"}))
+    assert states(check_gpus(load_recipe("1xh200"), {}))["GPU memory"] == "warning"
+    smi(gpus(H200, used={0: "[N/A]"}))
+    assert "GPU memory" not in states(check_gpus(load_recipe("1xh200"), {}))
+
+
+def test_no_nvidia_smi_or_one_that_fails(smi: Smi, monkeypatch: pytest.MonkeyPatch) -> None:
+    smi("NVIDIA-SMI has failed because it could not communicate with the NVIDIA driver.", code=9)
+    (check,) = check_gpus(load_recipe("1xh200"), {})
+    assert check.state == "failed" and "could not communicate" in check.found
+    monkeypatch.setenv("PATH", "/nowhere")
+    (check,) = check_gpus(load_recipe("1xh200"), {})
+    assert check.state == "failed" and "--nv" in check.found
+
+
+def test_links_are_held_against_the_kind_of_gpu(smi: Smi) -> None:
+    spec = load_recipe("4xh100")
+    smi(gpus(*["NVIDIA H100 80GB HBM3"] * 4))
+    assert check_links(spec, {}, lambda: [390.0, 385.0, 391.0, 388.0]).state == "passed"
+    slow = check_links(spec, {}, lambda: [390.0, 41.0, 391.0, 388.0])
+    assert slow.state == "warning" and "41 GB/s from GPU 1" in slow.found and "nvlink" in slow.advice
+    smi(gpus(*["NVIDIA H100 PCIe"] * 4))
+    assert check_links(spec, {}, lambda: [41.0] * 4).state == "passed"
+
+    def fails() -> list[float]:
+        raise RunError("CUDA error: peer access is not supported")
+
+    assert check_links(spec, {}, fails).state == "failed"
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+def test_whole_shards_and_room_pass(tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data", (1700, 1300))
+    checks = check_files(tiny_spec(), data, tmp_path / "new" / "runs")
+    assert set(states(checks).values()) == {"passed"}
+    assert "2 with 3,000 tokens" in checks[0].found
+    assert (tmp_path / "new" / "runs").is_dir()
+
+
+def failures(data: Path, tmp_path: Path, *overrides: str) -> str:
+    checks = check_files(tiny_spec(*overrides), data, tmp_path / "runs")
+    return "\n".join(str(check) for check in checks if check.state == "failed")
+
+
+def test_what_is_wrong_with_shards_is_named(tmp_path: Path) -> None:
+    assert "nowhere: no such directory" in failures(tmp_path / "nowhere", tmp_path)
+    data = make_data(tmp_path / "data", (1700, 1300, 1200))
+    assert "the run needs" in failures(data, tmp_path, "data={epochs: 1, bos: 63}")
+    assert "validation shards: " in failures(data, tmp_path, "evaluation.tokens=2560")
+    second = data / "fineweb_train_000002.bin"
+    second.write_bytes(second.read_bytes()[:-2])
+    assert "fineweb_train_000002.bin: corrupt: the header promises 1300 tokens" in failures(data, tmp_path)
+    second.unlink()
+    assert "fineweb_train_000002.bin: missing, later ones are there" in failures(data, tmp_path)
+    (data / "fineweb_val_000000.bin").unlink()
+    assert "no fineweb_val_*.bin there" in failures(data, tmp_path)
+
+
+def test_output_that_cannot_be_written_and_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make_data(tmp_path / "data")
+    (tmp_path / "file").touch()
+    checks = check_files(tiny_spec(), data, tmp_path / "file" / "runs")
+    assert states(checks)["output"] == "failed" and "NANOGPT_RUNS" in checks[-1].advice
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    checks = check_files(tiny_spec(), data, tmp_path / "runs")
+    assert states(checks)["space"] == "failed" and "1.0 kB free" in checks[-1].found
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_checkpoint_is_no_larger_than_reckoned(tmp_path: Path) -> None:
+    from tiny_runs import train
+
+    spec = tiny_spec("checkpoint={at_end: true}")
+    train(spec, make_data(tmp_path / "data"), tmp_path / "run")
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    weights = checkpoint.stat().st_size
+    assert weights < 1.5 * checkpoint_bytes(spec) + 200_000  # what is not weights counts in a run this small
+
+
+# --- all of it --------------------------------------------------------------------------------------------------
+
+
+def test_the_whole_of_it_is_quick_and_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = make_data(tmp_path / "data")
+    image = tmp_path / "nanogpt.sif"
+    image.write_bytes(b"image" * 1000)
+    environ = {"APPTAINER_CONTAINER": str(image), "NANOGPT_SIF_SHA256": file_sha256(image)}
+    began = time.monotonic()
+    checks = preflight(tiny_spec(), data, tmp_path / "runs", environ)
+    assert time.monotonic() - began < 20
+    assert states(checks)["image"] == "passed" and file_sha256(image) in checks[-1].found
+    assert "5 passed, 0 warnings, 0 failed" in capsys.readouterr().err
+    image.write_bytes(b"other" * 1000)
+    checks = preflight(tiny_spec(), data, tmp_path / "runs", environ)
+    assert states(checks)["image"] == "failed"
+    assert states(preflight(tiny_spec(), data, tmp_path / "runs", {}))["image"] == "warning"
+
+
+def test_the_command_exits_with_2_for_a_failure(nanogpt: Callable, tmp_path: Path) -> None:
+    outcome = nanogpt("preflight", "demo", "--data", tmp_path / "nowhere", "--out", tmp_path / "runs")
+    assert outcome.code == 2
+    assert "preflight: failed" in outcome.err and "nowhere: no such directory" in outcome.err

@@ -1,0 +1,76 @@
+"""What a recipe asks of Slurm."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from nanogpt.cluster.request import STOP_SIGNAL, environment_overrides, job_request, sbatch_command
+from nanogpt.errors import InputError
+from nanogpt.recipe import load_recipe, shipped_recipes
+
+RUN_SH = Path(__file__).parents[2] / "slurm" / "run.sh"
+
+
+def header() -> dict[str, str]:
+    return dict(re.findall(r"^#SBATCH (--[a-z-]+)=?(.*)$", RUN_SH.read_text(), re.MULTILINE))
+
+
+def test_the_script_s_header_is_what_the_8_gpu_recipe_needs() -> None:
+    options = job_request(load_recipe("8xh200")).options()
+    found = header()
+    assert found.pop("--job-name") == "nanogpt"
+    assert {name: value for name, value in options.items() if name != "--job-name"}.items() <= found.items()
+    assert (found["--signal"], found["--open-mode"], found["--requeue"]) == (STOP_SIGNAL, "append", "")
+    assert not {"--partition", "--account", "--qos"} & found.keys()
+
+
+@pytest.mark.parametrize("path", sorted(shipped_recipes().glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_has_a_request(path: Path) -> None:
+    spec = load_recipe(path)
+    request = job_request(spec)
+    assert request.nodes * max(request.gpus_per_node, 1) == spec.world_size
+    assert 20 <= request.minutes <= 360  # the shortest limit of a public partition that we know
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gres", "cpus", "nodes"),
+    [("1xa100", "gpu:a100:1", 15, 1), ("8xh100", "gpu:h100:8", 120, 1), ("2x4xh100", "gpu:h100:4", 60, 2)],
+)
+def test_resources_follow_the_recipe(recipe: str, gres: str, cpus: int, nodes: int) -> None:
+    request = job_request(load_recipe(recipe))
+    assert (request.gres, request.cpus_per_node, request.nodes) == (gres, cpus, nodes)
+
+
+def test_fewer_and_slower_gpus_get_more_time() -> None:
+    minutes = {name: job_request(load_recipe(name)).minutes for name in ("8xh200", "4xh100", "1xh100", "1xa100")}
+    assert minutes["8xh200"] < minutes["1xh100"] < minutes["1xa100"]
+    assert minutes["8xh200"] <= minutes["4xh100"] < minutes["1xh100"]
+    longer = job_request(load_recipe("1xa100", ["training.extension.steps=4000"]))
+    assert longer.minutes > minutes["1xa100"]
+
+
+def test_the_command_leaves_to_the_user_what_the_user_has_set() -> None:
+    request = job_request(load_recipe("8xh200"))
+    plain = sbatch_command(request, "slurm/run.sh", ["8xh200"], environ={})
+    assert "--gres=gpu:h200:8" in plain and plain[-2:] == ["slurm/run.sh", "8xh200"]
+    set_by_user = {"SBATCH_TIMELIMIT": "2:00:00", "SBATCH_GRES": "gpu:8", "SBATCH_JOB_NAME": ""}
+    command = sbatch_command(
+        request, "slurm/run.sh", ["8xh200"], environ=set_by_user, runs=10, extra=["--partition=mit_normal_gpu"]
+    )
+    assert not any(word.startswith(("--time", "--gres")) for word in command)
+    assert "--array=0-9" in command and "--job-name=speedrun-8xh200" in command
+    assert command[-3:] == ["--partition=mit_normal_gpu", "slurm/run.sh", "8xh200"]  # after ours: it wins
+
+
+def test_variables_of_the_guide_change_the_recipe() -> None:
+    assert environment_overrides({}) == []
+    assert environment_overrides({"GPU_TYPE": "H100", "NUM_GPUS": "4"}) == [
+        "hardware.gpu=h100",
+        "hardware.gpus_per_node=4",
+    ]
+    for name, value in (("GPU_TYPE", "v100"), ("NUM_GPUS", "many")):
+        with pytest.raises(InputError, match=name):
+            environment_overrides({name: value})
