@@ -17,14 +17,21 @@ import pytest
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "BOOT_FAIL")
 PATIENCE_S = 300.0  # for one job; busy machines are slow
 
-# The demo's recipe with a width of 32, eight micro-batches, and checkpoints: a second or two for its twelve steps.
+# The demo's recipe made tiny, in the same number of stages; some hundredths of a second a step.
 TINY = """\
 base: demo.yaml
 name: tiny
 model: {width: 32, heads: 4, head_dim: 8, bigram_rows: 2048, rotary: {frequencies: 2}}
-training: {slots: 8}
-evaluation: {every: 40, micro_batch_tokens: 2048}
-checkpoint: {every: 20}
+training:
+  slots: 8
+  stages:
+    - {steps: 38, batch_tokens: 128, window_blocks: {short: 2, long: 6}, token_weights: [1, 0.5, 0.25], lr_factor: 1.0}
+    - {steps: 38, batch_tokens: 256, window_blocks: {short: 4, long: 10}, token_weights: [1, 0.5], lr_factor: 1.22}
+    - {steps: 38, batch_tokens: 256, window_blocks: {short: 6, long: 16}, token_weights: [1], lr_factor: 1.41}
+  extension:
+    {steps: 6, batch_tokens: 256, window_blocks: {short: 6, long: 20}, token_weights: [1], lr_factor: 1.41}
+evaluation: {every: 40, tokens: 2048, micro_batch_tokens: 256}
+checkpoint: {every: 50}
 """
 
 
@@ -51,7 +58,8 @@ class Cluster:
         self._as_user = as_user
         self.checkout, self.sif, self.work = checkout, sif, work
         self.scripts = checkout / "slurm"
-        self.environment = {"NANOGPT_SIF": str(sif)}
+        # One thread a process: side by side on few cores, more wait for one another.
+        self.environment = {"NANOGPT_SIF": str(sif), "OMP_NUM_THREADS": "1"}
         if os.environ.get("NANOGPT_TEST_SIF"):  # an image of another day runs this checkout's code
             self.environment["NANOGPT_SRC"] = str(checkout)
 

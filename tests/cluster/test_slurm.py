@@ -17,7 +17,7 @@ from nanogpt.runs.metrics import read_run
 
 TOLERANCE = 1e-5  # relative, in fp32: sums in another order
 STEPS = "--steps=12"
-LONG = "--steps=400"
+LONG = "--steps=300"
 SECONDS_TO_REFUSE = 20
 
 
@@ -236,10 +236,10 @@ def test_status_watch_and_cancel(cluster: Cluster, uninterrupted: Path) -> None:
     script = cluster.scripts / "nanogpt.sh"
     cluster.wait_until("validation", lambda: read_run(cluster.only_run(job)).evaluations)
     (row,) = [row for row in json.loads(cluster.run(script, "status", "--json").stdout) if row["id"] == job]
-    assert row["state"] == "RUNNING" and row["run"]["steps"] >= 1 and row["run"]["total_steps"] == 400
+    assert row["state"] == "RUNNING" and row["run"]["steps"] >= 1 and row["run"]["total_steps"] == 300
     assert row["train_loss"] > 3 and row["run"]["val_loss"] > 3
     table = cluster.run(script, "status")
-    assert f" {job} " in table.stdout and "/400" in table.stdout
+    assert f" {job} " in table.stdout and "/300" in table.stdout
     assert "sacct is not configured here" in table.stderr
 
     began = time.monotonic()
