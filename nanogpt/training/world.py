@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar, cast
@@ -104,14 +104,49 @@ def join_world(spec: RunSpec) -> Iterator[World]:
 def _device(spec: RunSpec, local_rank: int) -> torch.device:
     if spec.hardware.gpu == "cpu":
         return torch.device("cpu")
+    alone = spec.world_size > 1 and see_own_gpu(os.environ, local_rank)
     if not torch.cuda.is_available():
         raise InputError(
             f"hardware.gpu: the recipe wants {spec.hardware.gpu}, this machine shows no GPU to PyTorch"
             f" {torch.__version__}. Run it on a GPU node (apptainer needs --nv), or try recipes/demo.yaml on a CPU"
         )
-    if local_rank >= torch.cuda.device_count():
+    index = 0 if alone else local_rank
+    if index >= torch.cuda.device_count():
         raise InputError(
             f"hardware.gpus_per_node: local rank {local_rank} has no GPU, {torch.cuda.device_count()} are visible"
             f" on {socket.gethostname()}"
         )
-    return torch.device("cuda", local_rank)
+    return torch.device("cuda", index)
+
+
+OWN_GPU = "NANOGPT_OWN_GPU"
+
+
+def see_own_gpu(environ: MutableMapping[str, str], local_rank: int) -> bool:
+    """Leave this process its own GPU alone of those in CUDA_VISIBLE_DEVICES; returns whether it is device 0 now.
+
+    torch compiles a graph for a device by number. Where every rank's GPU is number 0, all ranks of a node have the same
+    code, and that of a warm-up on one GPU before. CUDA reads the variable once, when it is first asked for anything:
+    where that has been already, or there are fewer GPUs than ranks, all stays as it is.
+    """
+    if environ.get(OWN_GPU) == str(local_rank):
+        return True
+    before = environ.get("CUDA_VISIBLE_DEVICES")
+    names = [name.strip() for name in before.split(",")] if before else None
+    if torch.cuda.is_initialized() or local_rank >= (torch.cuda.device_count() if names is None else len(names)):
+        return False
+    environ["CUDA_VISIBLE_DEVICES"] = str(local_rank) if names is None else names[local_rank]
+    if _cuda_devices() != 1:
+        if before is None:
+            del environ["CUDA_VISIBLE_DEVICES"]
+        else:
+            environ["CUDA_VISIBLE_DEVICES"] = before
+        return False
+    environ[OWN_GPU] = str(local_rank)
+    return True
+
+
+def _cuda_devices() -> int:
+    """What the CUDA runtime itself counts, which is what a later allocation will see."""
+    count = getattr(torch._C, "_cuda_getDeviceCount", torch.cuda.device_count)
+    return int(count())

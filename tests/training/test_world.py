@@ -11,7 +11,8 @@ from tiny_runs import tiny_spec
 
 from nanogpt.errors import InputError, RunError
 from nanogpt.recipe import load_recipe
-from nanogpt.training.world import check_world, join_world, started_as
+from nanogpt.training import world
+from nanogpt.training.world import check_world, join_world, see_own_gpu, started_as
 
 
 @pytest.fixture(autouse=True)
@@ -94,3 +95,31 @@ def test_processes_that_do_not_find_each_other(monkeypatch: pytest.MonkeyPatch) 
     ):
         pass
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("visible", "local_rank", "expected"),
+    [(None, 3, "3"), ("4,5,6,7", 2, "6"), ("GPU-aa, GPU-bb", 1, "GPU-bb")],
+)
+def test_each_rank_sees_its_own_gpu_alone(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, local_rank: int, expected: str
+) -> None:
+    environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(world, "_cuda_devices", lambda: len(environ["CUDA_VISIBLE_DEVICES"].split(",")))
+    for _ in range(2):  # asked for twice, as a run does
+        assert see_own_gpu(environ, local_rank)
+        assert environ["CUDA_VISIBLE_DEVICES"] == expected
+
+
+@pytest.mark.parametrize("visible", [None, "0,1"])
+def test_where_cuda_has_been_asked_before_a_rank_sees_all_gpus(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None
+) -> None:
+    environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    before = dict(environ)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(world, "_cuda_devices", lambda: 2)
+    assert not see_own_gpu(environ, 1)
+    assert not see_own_gpu(environ, 2)  # there is none
+    assert environ == before
