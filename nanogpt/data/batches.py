@@ -12,7 +12,7 @@ Notable features:
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +60,8 @@ class TrainBatches:
             without.
         epochs: Passes over the files; None repeats for ever. The speedrun makes one pass at most.
         run_tokens: Tokens that the whole run will take, if known: a data set that is smaller is refused at once.
+        summarize: Called with the inputs of every slot of a step, all ranks' in order, (T,) uint16, while the step is
+            built; what it gave for the step that was handed out last is in `summaries`.
 
     Only the files' headers are read here, and nothing by `restart`: the first `next_step` opens the first shard, so
     that a clock started before it covers the opening. All methods belong to one thread.
@@ -81,6 +83,7 @@ class TrainBatches:
         prefetch: bool = True,
         epochs: int | None = 1,
         run_tokens: int | None = None,
+        summarize: Callable[[Tokens], Any] | None = None,
     ):
         _check_ranks(slots, rank, world_size)
         if epochs is not None and epochs < 1:
@@ -103,6 +106,8 @@ class TrainBatches:
         self._pending: tuple[_Request, Future[_Step]] | None = None
         self._closed = False
         self._position = _START
+        self._summarize = summarize
+        self.summaries: list[Any] = []
         self.wait_seconds = 0.0  # spent inside `next_step` since the start or the last `restart`
 
     def next_step(self, batch_tokens: int, max_document_tokens: int) -> list[MicroBatch]:
@@ -129,6 +134,7 @@ class TrainBatches:
         if step is None:
             step = self._build(self._position, request, self._copier.host_step(len(self._own_slots), request.tokens))
         self._position = step.after
+        self.summaries = step.summaries
         batches = self._copier.hand_out(step.host, max_document_tokens)
         if self._builder is not None:
             # Pinned memory is asked for here: the background threads make no CUDA calls, so they can disturb neither
@@ -217,6 +223,9 @@ class TrainBatches:
         self._check_documents(shard, position, plan, request)
         for row, slot in enumerate(self._own_slots):
             host.fill(row, plan.gather(shard.tokens, slot), plan.running_ends(slot))
+        summaries = []
+        if self._summarize is not None:
+            summaries = [self._summarize(plan.gather(shard.tokens, slot)[:-1]) for slot in range(self._slots)]
         if self._reader is not None:
             # Not before the step is built: it needs a piece of the shard, not all of it.
             self._read_ahead(position)
@@ -225,7 +234,7 @@ class TrainBatches:
             steps=position.steps + 1,
             tokens=position.tokens + self._slots * request.tokens,
         )
-        return _Step(host, after)
+        return _Step(host, after, summaries)
 
     def _plan(self, position: _Position, request: _Request) -> tuple[_Position, StepPlan]:
         """The first place at or after `position` that fills a whole step: from one shard, its rest being skipped."""
@@ -415,6 +424,7 @@ class _HostStep:
 class _Step(NamedTuple):
     host: _HostStep
     after: _Position
+    summaries: list[Any]
 
 
 class _Copier:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from nanogpt.models.interface import LanguageModel
     from nanogpt.optim.communication import Communicator
     from nanogpt.optim.interface import Optimizer
+    from nanogpt.optim.sparse import TouchedRows
 
 
 def build_optimizer(
@@ -19,14 +20,17 @@ def build_optimizer(
     *,
     compiled: bool = False,
     plain_kernels: bool = False,
+    touched: TouchedRows | None = None,
 ) -> Optimizer:
     """The spec's optimizer for `model`. `compiled`: the update formulas go through torch.compile.
 
-    `plain_kernels`: plain PyTorch also where a Triton kernel could run.
+    `plain_kernels`: plain PyTorch also where a Triton kernel could run. `touched`: of the bigram table.
     """
     from nanogpt.optim.adamw import AdamW
     from nanogpt.optim.normuon_adam import NorMuonAdam
 
     if isinstance(spec.optimizer, AdamWSpec):
         return AdamW(model, spec.optimizer, communicator)
-    return NorMuonAdam(model, spec.optimizer, communicator, compiled=compiled, plain_kernels=plain_kernels)
+    return NorMuonAdam(
+        model, spec.optimizer, communicator, compiled=compiled, plain_kernels=plain_kernels, touched=touched
+    )

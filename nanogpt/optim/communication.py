@@ -5,6 +5,7 @@ A `Communicator` of one rank makes no process group call: its "reductions" hand 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -74,6 +75,28 @@ class Communicator:
         def finish() -> Tensor:
             work.wait()
             return full
+
+        return Pending(finish)
+
+    def exchange_rows(self, sent: Tensor, send_counts: list[int], receive_counts: list[int]) -> Pending:
+        """Rows of other ranks: `sent` has those for rank 0 first, then for rank 1, ...; so has the result, by sender.
+
+        sent: (sum of send_counts, D). The result is (sum of receive_counts, D), of the same dtype.
+        """
+        received = sent.new_empty((sum(receive_counts), *sent.shape[1:]))
+        width = math.prod(sent.shape[1:]) * sent.element_size()  # also where there are no rows
+        work = dist.all_to_all_single(
+            received.view(torch.uint8).view(-1),
+            sent.contiguous().view(torch.uint8).view(-1),
+            [count * width for count in receive_counts],
+            [count * width for count in send_counts],
+            group=self.group,
+            async_op=True,
+        )
+
+        def finish() -> Tensor:
+            work.wait()
+            return received
 
         return Pending(finish)
 

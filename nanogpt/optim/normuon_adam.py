@@ -20,13 +20,19 @@ from nanogpt.optim.communication import Communicator, Pending, RankOf
 from nanogpt.optim.interface import StepRates
 from nanogpt.optim.normuon import normuon_update, second_moment_dim
 from nanogpt.optim.plan import HEAD, TIED, ParameterPlan, parameter_plans, step_plan
+from nanogpt.optim.sparse import TouchedRows, average_touched_shard
 from nanogpt.spec import SpeedrunOptimizerSpec
 
 State = dict[str, Tensor]
 
+SPARSE = "bigram_embed"  # the table whose gradient may be communicated by the rows that were touched
+
 
 class NorMuonAdam:
-    """See the module. Parameters are looked up by label among the model's named parameters."""
+    """See the module. Parameters are looked up by label among the model's named parameters.
+
+    `touched`: the rows of `bigram_embed` that the gradients have, for sparse communication; the trainer adds to it.
+    """
 
     def __init__(
         self,
@@ -36,7 +42,9 @@ class NorMuonAdam:
         *,
         compiled: bool = False,
         plain_kernels: bool = False,
+        touched: TouchedRows | None = None,
     ):
+        self.touched = touched
         self.spec = spec
         self.communicator = communicator
         self.parameters = dict(model.named_parameters())
@@ -130,6 +138,11 @@ class NorMuonAdam:
 
     def _start_reduction(self, plan: ParameterPlan) -> Pending:
         gradient = self._view(plan, self._gradient(plan.label))
+        if plan.label == SPARSE and plan.sharded and self.touched is not None:
+            exchange = self.touched.take()
+            self.touched.clear()
+            if exchange is not None:
+                return average_touched_shard(self.communicator, gradient, exchange)
         return self.communicator.average_shard(gradient) if plan.sharded else self.communicator.average(gradient)
 
     def _update_adam(self, label: str, own: Tensor, gradient: Tensor, rates: StepRates) -> None:
@@ -235,6 +248,11 @@ class NorMuonAdam:
             for name, full in tensors.items():
                 own = self.communicator.shard(full) if self.plans[label].sharded else full
                 self.state[label][name].copy_(own)
+        if self.touched is not None:
+            if SPARSE in state["pending_gradients"]:
+                self.touched.forget()
+            else:
+                self.touched.clear()
         for label, parameter in self.parameters.items():
             gradient = state["pending_gradients"].get(label)
             parameter.grad = None if gradient is None else gradient.to(parameter.device, parameter.dtype, copy=True)

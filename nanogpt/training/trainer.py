@@ -26,16 +26,19 @@ from nanogpt.cache.compile_cache import CompileCache, cache_directory, compile_c
 from nanogpt.console import say
 from nanogpt.data import fineweb
 from nanogpt.data.batches import TrainBatches, ValBatches
+from nanogpt.data.shards import Tokens
 from nanogpt.errors import InputError, Interrupted, NanogptError, RunError
 from nanogpt.kernels.attention import takes_tensors
 from nanogpt.models import build_model
 from nanogpt.models.interface import RunTimeWindows, Windows
 from nanogpt.optim import build_optimizer
+from nanogpt.optim.sparse import Rows, TouchedRows, bigram_rows
 from nanogpt.runs.directory import RunDirectory
 from nanogpt.runs.record import State
 from nanogpt.runs.reference import ReferenceWatch
 from nanogpt.runs.tracker import check_tracker
 from nanogpt.spec import RunSpec
+from nanogpt.spec_model import SpeedrunModelSpec
 from nanogpt.training.checkpoint import load_newest_checkpoint, save_checkpoint
 from nanogpt.training.clock import Clock
 from nanogpt.training.compilation import compiled_graphs, recompilation_reasons
@@ -190,8 +193,13 @@ class Trainer:
             self.val_batches = ValBatches(
                 val_files, tokens=evaluation.tokens, micro_batch_tokens=evaluation.micro_batch_tokens, **place
             )
+            self.touched = self._touched_rows()
             self.train_batches = TrainBatches(
-                train_files, epochs=spec.data.epochs, run_tokens=spec.training.total_tokens, **place
+                train_files,
+                epochs=spec.data.epochs,
+                run_tokens=spec.training.total_tokens,
+                summarize=self._bigram_rows if self.touched else None,
+                **place,
             )
         with self.startup.phase("attention library"):
             paths, self.path_lines = choose_paths(spec, world.device)
@@ -206,7 +214,12 @@ class Trainer:
         if self.compiled:  # Adam's update alone is compiled for ten parameters; torch gives up at eight
             torch._dynamo.config.recompile_limit = 64
         self.optimizer = build_optimizer(
-            spec, self.model, world.communicator, compiled=self.compiled, plain_kernels=paths.plain_kernels
+            spec,
+            self.model,
+            world.communicator,
+            compiled=self.compiled,
+            plain_kernels=paths.plain_kernels,
+            touched=self.touched,
         )
         ranks = world.gather(describe_rank(world))
         if world.is_main and (warning := unlike_devices(ranks)):
@@ -328,6 +341,10 @@ class Trainer:
         waited = self.train_batches.wait_seconds
         batches = self.train_batches.next_step(settings.batch_tokens, self.spec.training.max_document_tokens)
         waited = self.train_batches.wait_seconds - waited
+        if self.touched:
+            self.touched.add(self.train_batches.summaries)
+            if settings.rates.adam_step:
+                self.touched.prepare()
         weights = self._to_device(settings.token_weights)
         windows = self._as_numbers(settings.windows)
         # The loss, then a place for each rank's wait: one average of small numbers brings all of it everywhere.
@@ -342,6 +359,17 @@ class Trainer:
         average = self.world.communicator.average(told)
         self.optimizer.step(settings.rates)
         return average.wait()
+
+    def _touched_rows(self) -> TouchedRows | None:
+        """For the sparse communication of the bigram table's gradient, where it is asked for."""
+        model, world, choice = self.spec.model, self.world, self.spec.runtime.bigram_gradient
+        if world.size == 1 or choice == "dense" or not isinstance(model, SpeedrunModelSpec):
+            return None
+        return TouchedRows(model.bigram_rows, world.rank, world.size, choice, world.device)
+
+    def _bigram_rows(self, tokens: Tokens) -> Rows:
+        assert isinstance(self.spec.model, SpeedrunModelSpec)
+        return bigram_rows(tokens, self.spec.model.bigram_rows, self.spec.model.bigram_multipliers)
 
     def _as_numbers(self, windows: Windows) -> Windows | RunTimeWindows:
         return windows.at_run_time() if self._run_time_windows else windows

@@ -1,9 +1,11 @@
 """Run by torchrun: every collective of a Communicator against what it must give, in the dtypes that it meets."""
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from nanogpt.optim.communication import Communicator
+from nanogpt.optim.sparse import TouchedRows, average_touched_shard
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
@@ -37,6 +39,28 @@ for dtype in (torch.float32, torch.bfloat16, torch.int16):
     tensor = of_rank(rank, dtype)
     communicator.broadcast(tensor)
     assert torch.equal(tensor, of_rank(0, dtype)), "broadcast"
+
+# Sparse against dense: the same mean of the rows that were touched.
+ROWS, WIDTH = 16 * size, 5
+for dtype, allowed in ((torch.float32, 1e-6), (torch.bfloat16, 0.02)):
+    rng = np.random.default_rng(0)
+    slots = [np.unique(rng.integers(0, ROWS, 3 + slot)) for slot in range(2 * size)]
+    slots[1] = np.zeros(0, dtype=np.int64) if size == 2 else slots[1]
+    touched = TouchedRows(ROWS, rank, size, "sparse", torch.device("cpu"))
+    touched.add(slots)
+    touched.prepare()
+    gradient = torch.zeros(ROWS, WIDTH, dtype=dtype)
+    for slot in range(rank, len(slots), size):
+        for row in slots[slot]:
+            gradient[row] += torch.randn(WIDTH, generator=torch.Generator().manual_seed(int(1000 * slot + row))).to(
+                dtype
+            )
+    exchange = touched.take()
+    assert exchange is not None
+    dense = communicator.average_shard(gradient.clone()).wait()
+    sparse = average_touched_shard(communicator, gradient, exchange).wait()
+    assert sparse.dtype == dtype
+    assert (sparse - dense).norm() <= allowed * dense.norm(), "sparse"
 
 # Several under way at once, finished in another order.
 first, second = of_rank(rank, torch.float32), of_rank(rank + 1, torch.float32)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from tiny_runs import python
 
 
-def test_collectives_of_four_processes() -> None:
+@pytest.mark.parametrize("processes", ["2", "4"])
+def test_collectives(processes: str) -> None:
     script = Path(__file__).with_name("collectives.py")
     done = python(
         *("-W", "error::FutureWarning", "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", "4", str(script)),
+        *("--nproc-per-node", processes, str(script)),
         PYTHONWARNINGS="error::FutureWarning",
     )
     assert done.returncode == 0, done.stderr

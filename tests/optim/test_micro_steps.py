@@ -60,7 +60,7 @@ def test_gradients_are_summed_over_micro_steps_and_between_adam_steps(shards: Pa
         randomize(trainer.model)
         trainer.optimizer = Recorder()
         steps = [trainer.schedule.at(step) for step in range(2)]
-        losses = [trainer.train_step(settings).item() for settings in steps]
+        losses = [trainer.train_step(settings)[0].item() for settings in steps]
 
         with TrainBatches([shards / train_name(1)], bos=BOS) as loader:
             expected, per_step = {n: torch.zeros_like(p) for n, p in trainer.model.named_parameters()}, []
