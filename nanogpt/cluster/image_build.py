@@ -191,7 +191,7 @@ def run_apptainer(command: Sequence[str], cwd: Path, log: Path, environment: Map
 def explain(log: Path) -> str:
     """What a failed build's log means, and its last lines."""
     text = log.read_text(errors="replace")
-    meaning = next((said for pattern, said in MEANINGS if re.search(pattern, text)), "")
+    meaning = next((said for pattern, said in MEANINGS if re.search(pattern, text, re.IGNORECASE)), "")
     return f"{meaning}\nThe end of {log}:\n{last_lines(log)}"
 
 
@@ -335,7 +335,14 @@ def build(root: Path, options: Options, environ: Mapping[str, str]) -> Built:
             )
             if options.test:
                 stages.enter("apptainer test")
-                test(new)
+                try:
+                    test(new)
+                except RunError as error:
+                    failed = out.with_name(out.name + ".failed")
+                    new.replace(failed)
+                    raise RunError(
+                        f"The image was built, and its own test fails; it is kept as {failed}.\n{error}"
+                    ) from None
             new.replace(out)
         finally:
             new.unlink(missing_ok=True)

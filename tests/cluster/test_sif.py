@@ -1,14 +1,201 @@
-"""The image, built and run for real as an ordinary user."""
+"""The image, built and run for real by an ordinary user: what is in it, what stays out, that it is the same twice."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
+
+from nanogpt.cluster.image import file_labels, read_built, read_definition
+from nanogpt.cluster.image_sources import locked_versions
+
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
+pytestmark = pytest.mark.timeout(2400)  # the first test waits for the image
+COMMANDS = ("nanogpt", "prep-fineweb", "prep-text", "build-flash-attn", "torchrun", "python", "gcc", "g++")
 
 
-def test_torch_is_imported(sif: Path, as_user: Run) -> None:
-    done = as_user(["apptainer", "exec", sif, "python", "-c", "import torch; print(torch.__version__)"], check=True)
-    assert done.stdout.startswith("2.")
+@pytest.fixture
+def scratch(as_user: Run) -> Iterator[Path]:
+    """A directory of the user's own, outside of home."""
+    made = Path(as_user(["mktemp", "-d", "/var/tmp/sif-test-XXXXXX"], check=True).stdout.strip())
+    yield made
+    shutil.rmtree(made)
+
+
+def inside(as_user: Run, sif: Path, *command: str, options: tuple[str, ...] = (), **keywords: object) -> str:
+    """Standard output of a command in the image, which must succeed."""
+    return as_user(["apptainer", "exec", *options, sif, *command], check=True, **keywords).stdout
+
+
+def test_commands_are_on_the_path_and_run_is_nanogpt(sif: Path, as_user: Run) -> None:
+    found = inside(as_user, sif, "sh", "-c", f"for name in {' '.join(COMMANDS)}; do command -v $name; done")
+    assert [Path(line).name for line in found.split()] == list(COMMANDS)
+    assert "Train GPT-2-sized models fast" in as_user(["apptainer", "run", sif, "--help"], check=True).stdout
+    text = as_user(["apptainer", "run-help", sif], check=True).stdout
+    for word in ("prep-fineweb", "torchrun", "--nv", "NANOGPT_SRC", "NANOGPT_CACHE", "NANOGPT_FLASH_ATTN"):
+        assert word in text
+
+
+def test_its_own_test_passes(sif: Path, as_user: Run) -> None:
+    done = as_user(["apptainer", "test", sif], check=True)
+    assert "training: two steps" in done.stdout
+    assert "failed" not in done.stdout
+
+
+def test_labels_and_version_name_commit_lock_and_hash(sif: Path, as_user: Run, user_checkout: Path) -> None:
+    labels = file_labels(sif)
+    commit = labels["org.opencontainers.image.revision"]
+    assert len(commit) == 40
+    flavour = labels["nanogpt.flavour"]
+    lock = (user_checkout / "containers" / f"{flavour}.lock").read_bytes()
+    assert labels["nanogpt.lock.sha256"] == hashlib.sha256(lock).hexdigest()
+    assert labels["org.label-schema.build-date"] == labels["org.opencontainers.image.created"]
+
+    found = json.loads(as_user(["apptainer", "run", sif, "version", "--json"], check=True).stdout)
+    assert found["commit"] == commit + ("+changes" if labels["nanogpt.clean"] == "false" else "")
+    assert found["torch"] == locked_versions(lock.decode())["torch"]
+    assert found["lock_sha256"] == labels["nanogpt.lock.sha256"]
+    built = read_built(sif)
+    assert built
+    assert found["sif_sha256"] == built.sha256 == hashlib.sha256(sif.read_bytes()).hexdigest()
+
+
+def test_the_list_of_contents_is_what_the_lock_says(sif: Path, as_user: Run, user_checkout: Path) -> None:
+    bill = json.loads(inside(as_user, sif, "cat", "/opt/nanogpt/sbom.cdx.json"))
+    assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.6")
+    python = {entry["name"]: entry["version"] for entry in bill["components"] if entry["purl"].startswith("pkg:pypi/")}
+    locked = locked_versions((user_checkout / "containers" / f"{file_labels(sif)['nanogpt.flavour']}.lock").read_text())
+    not_kept = (user_checkout / "containers" / "not-kept.txt").read_text().split()
+    assert {name: version for name, version in python.items() if name in locked} == {
+        name: version for name, version in locked.items() if name not in not_kept
+    }
+    assert any(entry["purl"].startswith("pkg:deb/debian/libc6@") for entry in bill["components"])
+
+
+def test_nothing_of_the_build_stays_inside(sif: Path, as_user: Run) -> None:
+    left = inside(as_user, sif, "sh", "-c", "ls -A /mnt /opt/build /var/cache/apt/archives/*.deb 2>/dev/null; true")
+    assert [line for line in left.split() if line != "/mnt:"] == []
+    settings = inside(
+        as_user, sif, "sh", "-c", "cat /.singularity.d/env/* /.singularity.d/labels.json /etc/apt/sources.list.d/*"
+    )
+    assert "/mnt/" not in settings
+    assert "proxy" not in settings.lower()
+    written = as_user(["apptainer", "exec", sif, "touch", "/opt/venv/here"])
+    assert written.returncode != 0
+
+
+def test_home_and_the_hosts_python_do_not_leak_in(sif: Path, as_user: Run, scratch: Path) -> None:
+    version = inside(as_user, sif, "python", "-c", "import sys; print('%d.%d' % sys.version_info[:2])").strip()
+    user_site = scratch / "home" / ".local" / "lib" / f"python{version}" / "site-packages"
+    module = "raise SystemExit('the host leaked in')"
+    as_user(["mkdir", "-p", user_site, scratch / "path"], check=True)
+    for place in (user_site / "typing_extensions.py", user_site / "sitecustomize.py", scratch / "path" / "torch.py"):
+        as_user(["sh", "-c", f'echo "{module}" > {place}'], check=True)
+    paths = inside(
+        as_user,
+        sif,
+        "python",
+        "-c",
+        "import sys, typing_extensions; print(sys.path)",
+        options=("--home", str(scratch / "home"), "--bind", str(scratch)),
+        environment={"PYTHONPATH": str(scratch / "path"), "PYTHONHOME": "/nowhere", "PYTHONSTARTUP": "/nowhere"},
+    )
+    assert str(scratch) not in paths
+
+
+def test_a_run_needs_no_home_and_leaves_nothing_there(sif: Path, as_user: Run, scratch: Path) -> None:
+    as_user(["mkdir", scratch / "home", scratch / "work"], check=True)
+    command = ["nanogpt", "demo", "--steps", "4", "--dir", "runs"]
+    options = ["--bind", str(scratch / "work"), "--pwd", str(scratch / "work")]
+    as_user(["apptainer", "exec", "--home", scratch / "home", *options, sif, *command], check=True, timeout=900)
+    assert list((scratch / "home").iterdir()) == []
+    records = list((scratch / "work" / "runs").glob("*/record.json"))
+    assert len(records) == 1
+    record = json.loads(records[0].read_text())
+    assert record["state"] == "finished"
+    labels = file_labels(sif)
+    assert record["code"]["commit"] == labels["org.opencontainers.image.revision"]
+    assert record["code"]["clean"] == {"true": True, "false": False}[labels["nanogpt.clean"]]
+    assert record["container"]["base"].startswith("localimage base-")
+    assert record["container"]["labels"]["nanogpt.lock.sha256"] == labels["nanogpt.lock.sha256"]
+
+    nothing = ["apptainer", "exec", "--no-home", "--contain", sif, "nanogpt", "version"]
+    assert "torch" in as_user(nothing, cwd=Path("/"), check=True).stdout
+
+
+def test_the_code_of_a_checkout_runs_instead(sif: Path, as_user: Run, user_checkout: Path, scratch: Path) -> None:
+    as_user(["cp", "-r", user_checkout / "nanogpt", user_checkout / "recipes", scratch], check=True)
+    as_user(["sed", "-i", 's/__version__ = .*/__version__ = "9.9.9"/', scratch / "nanogpt" / "__init__.py"], check=True)
+    command = ["apptainer", "run", "--bind", scratch, sif, "version"]
+    found = as_user(command, environment={"NANOGPT_SRC": str(scratch)}, check=True)
+    assert "nanogpt-speedrun  9.9.9" in found.stdout
+    assert str(scratch) in found.stderr  # says which code runs
+    wrong = as_user(["apptainer", "run", sif, "version"], environment={"NANOGPT_SRC": "/no/such/checkout"})
+    assert wrong.returncode == 2
+    assert "NANOGPT_SRC" in wrong.stderr
+    assert "/no/such/checkout" in wrong.stderr
+
+
+def test_the_demo_learns_inside(sif: Path, as_user: Run, scratch: Path) -> None:
+    options = ["--bind", str(scratch), "--pwd", str(scratch)]
+    done = as_user(["apptainer", "run", *options, sif, "demo"], check=True, timeout=1800)
+    assert "What it writes after" in done.stdout
+
+
+def test_torchrun_trains_on_two_processes_inside(sif: Path, as_user: Run, scratch: Path) -> None:
+    options = ["--bind", str(scratch), "--pwd", str(scratch)]
+    inside(as_user, sif, "nanogpt", "demo", "--steps", "4", options=tuple(options), timeout=900)
+    train = ["-m", "nanogpt", "train", "demo", "--steps", "4", "--set", "hardware.gpus_per_node=2"]
+    place = ["--data", "runs/demo/data", "--out", "two"]
+    inside(as_user, sif, "torchrun", "--nproc-per-node", "2", *train, *place, options=tuple(options), timeout=900)
+    record = json.loads(next((scratch / "two").glob("*/record.json")).read_text())
+    assert (record["state"], record["hardware"]["world_size"]) == ("finished", 2)
+
+
+def test_two_builds_have_the_same_files(sif: Path, as_user: Run, user_checkout: Path, scratch: Path) -> None:
+    first = read_built(sif)
+    assert first
+    again = scratch / "again.sif"
+    command = ["make", "sif", f"FLAVOUR={first.flavour}", "BASE=tree", f"OUT={again}"]
+    as_user(command, cwd=user_checkout, timeout=2000, check=True)
+    compared = as_user(["make", "-s", "sif-diff", f"A={sif}", f"B={again}"], cwd=user_checkout)
+    assert compared.returncode == 0, compared.stdout + compared.stderr
+    second = read_built(again)
+    assert second
+    assert second.content_sha256 == first.content_sha256
+    quick = as_user(command, cwd=user_checkout, timeout=60, check=True)
+    assert "nothing that goes into it has changed" in quick.stderr
+
+
+def test_signing_and_verifying(sif: Path, as_user: Run, user_checkout: Path, scratch: Path) -> None:
+    copy = scratch / "signed.sif"
+    as_user(["cp", sif, copy], check=True)
+    keys = {"APPTAINER_KEYSDIR": str(scratch / "keys")}
+    unsigned = as_user(["make", "verify", f"SIF={copy}"], cwd=user_checkout, environment=keys)
+    assert unsigned.returncode != 0
+    new_key = ["--name", "Test", "--email", "test@example.org", "--comment", "none", "--password", "", "--push=false"]
+    as_user(["apptainer", "key", "newpair", *new_key], environment=keys, check=True)
+    as_user(["make", "sign", f"SIF={copy}"], cwd=user_checkout, environment=keys, check=True)
+    as_user(["make", "verify", f"SIF={copy}"], cwd=user_checkout, environment=keys, check=True)
+    with copy.open("r+b") as stream:
+        stream.seek(copy.stat().st_size // 2)
+        byte = stream.read(1)
+        stream.seek(-1, os.SEEK_CUR)
+        stream.write(bytes([byte[0] ^ 1]))
+    assert as_user(["make", "verify", f"SIF={copy}"], cwd=user_checkout, environment=keys).returncode != 0
+
+
+def test_the_definition_inside_is_the_one_of_the_checkout(
+    sif: Path, as_user: Run, user_checkout: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "definition"
+    copy.write_text(inside(as_user, sif, "cat", "/.singularity.d/Singularity"))
+    ours = read_definition(user_checkout / "containers" / "nanogpt.def")
+    assert read_definition(copy).environment == ours.environment
+    assert read_definition(copy).files == ours.files

@@ -1,0 +1,48 @@
+"""`build-flash-attn`: FlashAttention 3 from source, for who wants it instead of the image's FlashAttention 4."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from nanogpt.errors import NanogptError
+
+
+def build_flash_attn(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Checkout or archive of flash-attention.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the wheel and what is in it go.")],
+    arch: Annotated[str, typer.Option("--arch", help="GPU architecture: 90 of an H100 or H200.")] = "90",
+    cuda: Annotated[
+        Path | None, typer.Option("--cuda", metavar="DIR", help="CUDA toolkit.", show_default="CUDA_HOME, or nvcc's")
+    ] = None,
+    cutlass: Annotated[
+        Path | None, typer.Option("--cutlass", metavar="DIR", help="CUTLASS.", show_default="SOURCE/csrc/cutlass")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Compilers at once, at most.")] = None,
+) -> None:
+    """Build the kernels of FlashAttention 3 that a run needs, and no others: minutes, 6 GB of memory a compiler.
+
+    NANOGPT_FLASH_ATTN=DIR then uses them in the image, with `runtime.attention: fa3` in the recipe.
+    """
+    from nanogpt.cluster.flash_attn_build import build
+
+    with tempfile.TemporaryDirectory(prefix="build-flash-attn-") as scratch:
+        build(source, out, architecture=arch, cuda=cuda, cutlass=cutlass, jobs=jobs, scratch=Path(scratch))
+
+
+def main() -> NoReturn:
+    """The command `build-flash-attn`."""
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.command()(build_flash_attn)
+    try:
+        app(prog_name="build-flash-attn", standalone_mode=True)
+    except NanogptError as error:
+        print(error, file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)

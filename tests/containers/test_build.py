@@ -1,0 +1,376 @@
+"""`make sif` without Apptainer: what it looks at first, what it stages, what it says when a build fails."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from nanogpt.cluster import image_build, image_checks
+from nanogpt.cluster.image import Built, read_built, sidecar
+from nanogpt.cluster.image_build import Options, Stages, build, explain
+from nanogpt.cluster.image_sources import (
+    build_arguments,
+    find_source,
+    host_part,
+    locked_versions,
+    stage,
+    wheel_directory,
+)
+from nanogpt.errors import InputError, RunError
+
+ROOT = Path(__file__).parents[2]
+
+
+def script(path: Path, text: str) -> Path:
+    """An executable shell script."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def only_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory that is all of PATH, but for the shell and the core tools."""
+    directory = tmp_path / "bin"
+    directory.mkdir()
+    monkeypatch.setenv("PATH", str(directory))
+    return directory
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A git checkout with little in each place that an image is made of."""
+    root = tmp_path / "checkout"
+    for name in (
+        "containers/nanogpt.def",
+        "containers/cpu.lock",
+        "nanogpt/a.py",
+        "recipes/r.yaml",
+        "README.md",
+        "LICENSE",
+    ):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"{name}\n")
+    (root / "containers/cpu.lock").write_text(
+        "torch==2.13.0+cpu \\\n    --hash=sha256:0\nnumpy==2.4.6 \\\n    --hash=sha256:1\n"
+    )
+    (root / "pyproject.toml").write_text("[project]\n")
+    (root / ".gitignore").write_text("*.pyc\n")
+    for arguments in (
+        ("init", "-q"),
+        ("add", "-A"),
+        ("-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-q", "-m", "first"),
+    ):
+        subprocess.run(["git", "-C", root, *arguments], check=True)
+    return root
+
+
+# --- checks -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("says", "status", "word"),
+    [
+        (None, "failed", "module load"),
+        ("apptainer version 1.1.9", "failed", "1.2 or newer"),
+        ("apptainer version 1.2.0-1.el9", "passed", "1.2.0"),
+        ("apptainer version 1.10.3", "passed", "1.10.3"),
+        ("segfault", "failed", "segfault"),
+    ],
+)
+def test_apptainer_is_there_and_new_enough(only_path: Path, says: str | None, status: str, word: str) -> None:
+    if says:
+        script(only_path / "apptainer", f"echo '{says}'")
+    check = image_checks.check_apptainer()
+    assert check.status == status
+    assert word in check.line()
+
+
+@pytest.mark.parametrize(
+    ("says", "status"), [("mksquashfs version 4.3 (2014)", "failed"), ("mksquashfs version 4.6.1", "passed")]
+)
+def test_squashfs_tools_are_new_enough(only_path: Path, says: str, status: str) -> None:
+    script(only_path / "mksquashfs", f"echo '{says}'")
+    assert image_checks.check_squashfs_tools().status == status
+
+
+def test_privileges(tmp_path: Path, only_path: Path) -> None:
+    proc, etc = tmp_path / "proc", tmp_path / "etc"
+    (proc / "sys/user").mkdir(parents=True)
+    (proc / "self").mkdir()
+    etc.mkdir()
+    (proc / "sys/user/max_user_namespaces").write_text("0\n")
+    assert "switched off" in image_checks.check_privileges(proc, etc, "me").found
+    (proc / "sys/user/max_user_namespaces").write_text("100\n")
+    missing = image_checks.check_privileges(proc, etc, "me")
+    assert (missing.status, "usermod" in missing.line()) == ("failed", False)
+    script(only_path / "fakeroot", "true")
+    assert image_checks.check_privileges(proc, etc, "me").status == "warning"
+    for name in ("subuid", "subgid"):
+        (etc / name).write_text("you:1:2\nme:100000:65536\n")
+    script(only_path / "newuidmap", "true")
+    assert image_checks.check_privileges(proc, etc, "me").status == "passed"
+    (proc / "self/status").write_text("Name:\tx\nCapEff:\t000001fffeffffff\n")
+    assert "ordinary user" in image_checks.check_privileges(proc, etc, "root").advice
+    (proc / "self/status").write_text("Name:\tx\nCapEff:\t000001ffffffffff\n")
+    assert image_checks.check_privileges(proc, etc, "root").status == "passed"
+
+
+def test_space(tmp_path: Path) -> None:
+    there = image_checks.check_space("x", tmp_path / "not" / "yet", 1000, "elsewhere")
+    assert there.status == "passed"
+    full = image_checks.check_space("x", tmp_path, 10**18, "export APPTAINER_TMPDIR=/scratch")
+    assert full.status == "failed"
+    assert "1000000.0 TB" in full.line()
+    assert "export APPTAINER_TMPDIR" in full.line()
+
+
+def test_certificates(tmp_path: Path) -> None:
+    assert image_checks.check_certificates(image_checks.certificate_authority({})).status == "passed"
+    path = tmp_path / "ca.crt"
+    found = image_checks.certificate_authority({"SSL_CERT_FILE": str(path)}, None)
+    assert image_checks.check_certificates(found).status == "failed"
+    path.write_text("-----BEGIN CERTIFICATE-----\n")
+    check = image_checks.check_certificates(found)
+    assert check.status == "passed"
+    assert "SSL_CERT_FILE" in check.found
+    assert image_checks.certificate_authority({}, str(path)) == (path, "pip's configuration, cert")
+
+
+def test_base(tmp_path: Path, only_path: Path) -> None:
+    assert "mmdebstrap" in image_checks.check_base("tree").line()
+    assert image_checks.check_base(str(tmp_path)).status == "passed"
+    assert image_checks.check_base(str(tmp_path / "none")).status == "failed"
+    assert "BASE=tree" in image_checks.check_base("debian:x").found
+
+
+# --- what goes in -----------------------------------------------------------------------------------------------
+
+
+def test_the_source_is_the_commit_s_and_changes_are_told(checkout: Path, tmp_path: Path) -> None:
+    source = find_source(checkout)
+    assert (len(source.commit), source.clean) == (40, True)
+    assert source.files == [
+        "LICENSE",
+        "README.md",
+        "containers/cpu.lock",
+        "containers/nanogpt.def",
+        "nanogpt/a.py",
+        "pyproject.toml",
+        "recipes/r.yaml",
+    ]
+    first = stage(checkout, source, tmp_path / "stage")
+    (checkout / "nanogpt/a.pyc").write_text("ignored")
+    (checkout / "notes.txt").write_text("not of the image")
+    again = find_source(checkout)
+    assert again == source
+    assert stage(checkout, again, tmp_path / "stage") == first
+    assert not (tmp_path / "stage" / "nanogpt/a.pyc").exists()
+
+    (checkout / "nanogpt/b.py").write_text("new")
+    changed = find_source(checkout)
+    assert changed.clean is False
+    assert stage(checkout, changed, tmp_path / "stage") != first
+    (checkout / "nanogpt/b.py").unlink()
+    (checkout / "nanogpt/a.py").chmod(0o755)
+    assert stage(checkout, source, tmp_path / "stage") != first
+    assert (tmp_path / "stage" / "nanogpt/a.py").stat().st_mode & 0o777 == 0o755
+
+
+def test_an_archive_without_git_has_no_commit(checkout: Path) -> None:
+    (checkout / ".git").rename(checkout.parent / "git")
+    source = find_source(checkout)
+    assert (source.commit, source.clean, source.epoch) == ("unknown", None, 0)
+    assert "nanogpt/a.py" in source.files
+    assert build_arguments("cpu", "x", source, "containers/cpu.lock", b"")["CLEAN"] == "unknown"
+    with pytest.raises(InputError, match=r"containers/nanogpt\.def"):
+        find_source(checkout.parent)
+
+
+def test_what_the_host_lends_is_not_copied_into_the_image(tmp_path: Path) -> None:
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    (wheels / "torch-2.13.0+cpu-cp311-cp311-linux_x86_64.whl").write_bytes(b"wheel")
+    authority = tmp_path / "ca.crt"
+    authority.write_text("BEGIN CERTIFICATE")
+    environ = {"https_proxy": "http://proxy:3128/a b", "PIP_INDEX_URL": "https://mirror/simple", "OTHER": "1"}
+    options = host_part(tmp_path / "host", environ, authority, wheels, "cpu")
+    assert options == ["--bind", f"{tmp_path / 'host'}:/mnt:ro"]
+    names = ("https_proxy", "PIP_INDEX_URL", "PIP_CERT", "PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "OTHER")
+    show = "; ".join(f'echo "${name}"' for name in names)
+    sourced = f". {tmp_path / 'host' / 'build-env.sh'}; {show}"
+    done = subprocess.run(["sh", "-c", sourced], capture_output=True, text=True, check=True, env={})
+    assert done.stdout.splitlines() == [
+        "http://proxy:3128/a b",
+        "https://mirror/simple",
+        "/mnt/certificates.crt",
+        "/mnt/wheels",
+        "",  # the wheel is there, PyTorch's own index is not asked
+        "",
+    ]
+    host_part(tmp_path / "host", {}, None, None, "cpu")
+    assert "download.pytorch.org/whl/cpu" in (tmp_path / "host" / "build-env.sh").read_text()
+    host_part(tmp_path / "host", {}, None, None, "cuda")
+    assert (tmp_path / "host" / "build-env.sh").read_text() == ""
+
+
+def test_wheels_come_from_where_pip_looks_or_from_a_flag(tmp_path: Path) -> None:
+    assert wheel_directory(str(tmp_path), "cuda", None) == tmp_path
+    assert wheel_directory(None, "cpu", f"https://x/ {tmp_path}") == tmp_path
+    assert wheel_directory(None, "cuda", str(tmp_path)) is None
+    with pytest.raises(InputError, match="WHEELS="):
+        wheel_directory(str(tmp_path / "none"), "cpu", None)
+
+
+def test_locked_versions() -> None:
+    assert locked_versions("a-b==1.0 \\\n    --hash=sha256:0\nC_d==2.0+cpu ; x\n") == {"a-b": "1.0", "C_d": "2.0+cpu"}
+
+
+# --- building ---------------------------------------------------------------------------------------------------
+
+
+def fake_machine(only_path: Path, apptainer: str) -> None:
+    """A PATH where Apptainer does as told, and everything passes."""
+    for name in ("git", "sh", "sleep", "cp"):
+        (only_path / name).symlink_to(
+            subprocess.run(
+                ["/bin/sh", "-c", f"PATH=/usr/bin:/bin command -v {name}"], capture_output=True, text=True, check=True
+            ).stdout.strip()
+        )
+    script(only_path / "mksquashfs", "echo 'mksquashfs version 4.6.1'")
+    script(
+        only_path / "apptainer", f'if [ "$1" = --version ]; then echo apptainer version 1.4.5; exit; fi\n{apptainer}'
+    )
+
+
+@pytest.fixture
+def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Options:
+    """A build of the CPU flavour from a directory, on a machine where unprivileged builds work and space is free."""
+    (tmp_path / "tree").mkdir()
+    passed = image_checks.Check("unprivileged build", "passed", "")
+    monkeypatch.setattr(image_checks, "check_privileges", lambda: passed)
+    monkeypatch.setattr(image_checks, "TEMPORARY_NEEDED", {"cpu": 1})
+    monkeypatch.setattr(image_checks, "IMAGE_NEEDED", {"cpu": 1})
+    out, work = tmp_path / "out" / "n.sif", tmp_path / "work"
+    return Options(flavour="cpu", base=str(tmp_path / "tree"), out=out, work=work, test=False)
+
+
+BUILDS = """
+if [ "$1" = build ]; then
+    for last; do :; done; target=; for word; do target=$previous; previous=$word; done
+    echo "==> Python packages"; echo "$*" > "$APPTAINER_TMPDIR/arguments"; echo image > "$target"; exit
+fi
+[ "$2" = list ] && echo "4 |1 |NONE |0-6 |FS (Squashfs/*System/amd64)"
+"""
+
+
+def test_a_build_says_what_came_out_and_is_not_repeated(
+    checkout: Path, options: Options, only_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_machine(only_path, BUILDS)
+    environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "APPTAINER_TMPDIR": str(tmp_path / "tmp")}
+    built = build(checkout, options, environ)
+    said = capsys.readouterr().err
+    assert built.sha256 in said
+    assert "Python packages" in said
+    assert options.out.read_text() == "image\n"
+    assert read_built(options.out) == built
+    arguments = (tmp_path / "tmp" / "arguments").read_text()
+    assert f"COMMIT={built.commit}" in arguments
+    assert "BASE=../../../tree" in arguments  # does not tell where it was built
+    assert not (options.work / "cpu" / "host").exists()
+
+    (tmp_path / "tmp" / "arguments").unlink()
+    assert build(checkout, options, environ) == built
+    assert "nothing that goes into it has changed" in capsys.readouterr().err
+    assert not (tmp_path / "tmp" / "arguments").exists()
+    options.out.write_text("another file")
+    build(checkout, options, environ)
+    assert (tmp_path / "tmp" / "arguments").exists()
+
+
+def test_a_failed_build_says_what_to_do_and_leaves_no_image(
+    checkout: Path, options: Options, only_path: Path, tmp_path: Path
+) -> None:
+    fake_machine(only_path, "echo '==> Python packages'; echo 'OSError: [Errno 28] No space left on device'; exit 255")
+    environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "APPTAINER_TMPDIR": str(tmp_path / "tmp")}
+    with pytest.raises(RunError) as error:
+        build(checkout, options, environ)
+    for word in ("'Python packages'", "APPTAINER_TMPDIR=/scratch", "Errno 28", "build.log"):
+        assert word in str(error.value)
+    assert list(options.out.parent.iterdir()) == []
+
+
+def test_a_machine_that_cannot_build_is_refused_before(
+    checkout: Path, options: Options, only_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_machine(only_path, "touch /no/build")
+    (only_path / "mksquashfs").unlink()
+    with pytest.raises(InputError):
+        build(checkout, options, {"HOME": str(tmp_path), "APPTAINER_TMPDIR": str(tmp_path)})
+    assert "failed   mksquashfs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "advice"),
+    [
+        ("SSLError(SSLCertVerificationError(1, '[SSL: CERTIFICATE_VERIFY_FAILED]", "SSL_CERT_FILE"),
+        ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE", "make lock"),
+        ("ERROR: No matching distribution found for torch==2.13.0+cpu", "WHEELS="),
+        ("FATAL: While making image from oci registry: dial tcp: i/o timeout", "BASE=tree"),
+        ("Temporary failure in name resolution", "login node"),
+        ("FATAL: could not use fakeroot: no mapping entry found", "--check"),
+        ("something else", "something else"),
+    ],
+)
+def test_logs_are_explained(tmp_path: Path, line: str, advice: str) -> None:
+    log = tmp_path / "log"
+    log.write_text(f"begin\n{line}\nFATAL: While performing build\n")
+    assert advice in explain(log)
+
+
+def test_stages_are_said_as_they_begin(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(image_build.time, "monotonic", lambda: now[0])
+    stages = Stages(packages=3)
+    for line in ("INFO:    Starting build...", "==> Python packages", "Collecting a==1", "Collecting b==2"):
+        stages.line(line)
+    now[0] = 105.0
+    stages.tick()
+    now[0] = 111.0
+    stages.tick()
+    stages.line("INFO:    Creating SIF file...")
+    assert [line.split(maxsplit=2)[2] for line in capsys.readouterr().err.splitlines()] == [
+        "Python packages",
+        "... Python packages, 2 of 3",
+        "packing",
+    ]
+
+
+def test_facts_of_an_image_are_for_that_file_only(tmp_path: Path) -> None:
+    image = tmp_path / "n.sif"
+    assert read_built(image) is None
+    image.write_bytes(b"x")
+    sidecar(image).write_text("{}")
+    assert read_built(image) is None
+    status = image.stat()
+    built = Built("k", "s", 1, status.st_mtime_ns, "c", 1.0, "cpu", "commit", True)
+    import dataclasses
+    import json
+
+    sidecar(image).write_text(json.dumps(dataclasses.asdict(built)))
+    assert read_built(image) == built
+    image.write_bytes(b"xy")
+    assert read_built(image) is None
+
+
+def test_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert image_build.main(["--base", "tree"]) == 2
+    assert "run `make sif` in a checkout" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        image_build.main(["--flavour", "rocm"])

@@ -1,0 +1,209 @@
+"""Definition, locks and what they are made of: that they agree, without building anything."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from nanogpt.cluster.image import Definition, read_definition
+from nanogpt.cluster.image_build import FLAVOURS, REGISTRY_BASES
+from nanogpt.cluster.image_sources import SOURCES, build_arguments, find_source, locked_versions
+from nanogpt.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+CONTAINERS = ROOT / "containers"
+PYTHONS = {"cuda": "3.13", "cpu": "3.11"}
+
+
+def requirements(flavour: str) -> list[str]:
+    """What the lock must fulfil: pyproject.toml with the extra `text`, and the flavour's own file."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    own = (CONTAINERS / f"{flavour}.in").read_text().splitlines()
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["text"]]
+    return wanted + [line for line in own if line and not line.startswith("#")]
+
+
+def disagreements(wanted: list[str], locked: dict[str, str], python: str) -> list[str]:
+    """Requirements that the locked versions do not fulfil."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    versions = {canonicalize_name(name): version for name, version in locked.items()}
+    found = []
+    for line in wanted:
+        requirement = Requirement(line)
+        if requirement.marker and not requirement.marker.evaluate({"python_version": python}):
+            continue
+        version = versions.get(canonicalize_name(requirement.name))
+        if version is None:
+            found.append(f"{line}: not in the lock; run `make lock`")
+        elif not requirement.specifier.contains(version, prereleases=True):
+            found.append(f"{line}: the lock has {version}; run `make lock`")
+    return found
+
+
+@pytest.fixture(scope="module")
+def definition() -> Definition:
+    return read_definition(CONTAINERS / "nanogpt.def")
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_the_lock_fulfils_pyproject(flavour: str) -> None:
+    locked = locked_versions((CONTAINERS / f"{flavour}.lock").read_text())
+    assert disagreements(requirements(flavour), locked, PYTHONS[flavour]) == []
+
+
+def test_a_disagreement_is_seen() -> None:
+    locked = {"torch": "2.11.0", "huggingface-hub": "1.5.0"}
+    assert disagreements(["torch>=2.11,<2.14", "huggingface_hub>=1.2"], locked, "3.13") == []
+    assert disagreements(["torch>=2.12", "numpy>=2.0"], locked, "3.13") == [
+        "torch>=2.12: the lock has 2.11.0; run `make lock`",
+        "numpy>=2.0: not in the lock; run `make lock`",
+    ]
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_every_locked_package_has_hashes_and_one_version(flavour: str) -> None:
+    text = (CONTAINERS / f"{flavour}.lock").read_text().replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line and not line.lstrip().startswith("#")]
+    names = [line.split("==")[0] for line in lines]
+    assert len(names) > 50
+    assert len(set(names)) == len(names)
+    assert [line for line in lines if not re.match(r"[\w.-]+==\S+ .*--hash=sha256:[0-9a-f]{64}", line)] == []
+
+
+def test_the_cuda_lock_is_the_record_s_set() -> None:
+    locked = locked_versions((CONTAINERS / "cuda.lock").read_text())
+    assert (locked["torch"], locked["triton"], locked["flash-attn-4"]) == ("2.11.0", "3.6.0", "4.0.0b36")
+    assert locked["nvidia-cublas"].startswith("13.")
+    assert "nvidia-cutlass-dsl-libs-cu13" in locked
+    for name in ("tiktoken", "huggingface-hub", "pydantic", "spython"):
+        assert name in locked
+
+
+def test_the_definition_takes_base_and_lock_as_arguments(definition: Definition) -> None:
+    assert (definition.bootstrap, definition.base) == ("docker", REGISTRY_BASES["cuda"])
+    assert definition.arguments["LOCK"] == "containers/cuda.lock"
+    local = read_definition(CONTAINERS / "nanogpt.def", {"BOOTSTRAP": "localimage", "BASE": "../tree"})
+    assert (local.bootstrap, local.base) == ("localimage", "../tree")
+    given = build_arguments("cuda", "debian:x", find_source(ROOT), "containers/cuda.lock", b"")
+    assert set(given) == set(definition.arguments)  # Apptainer refuses a build argument that is not used
+
+
+def test_the_definition_installs_by_hash_and_copies_what_is_there(definition: Definition) -> None:
+    post = "\n".join(definition.post)
+    assert "--require-hashes -r /opt/build/containers/cuda.lock" in post
+    assert "--no-deps" in post
+    assert sorted(source for source, _ in definition.files) == sorted(SOURCES)
+    for source, target in definition.files:
+        assert (ROOT / source).exists()
+        assert target == f"/opt/build/{source}"
+
+
+def test_the_definition_names_commit_versions_lock_and_date(definition: Definition) -> None:
+    values = {
+        "COMMIT": "c" * 40,
+        "CLEAN": "true",
+        "VERSIONS": "torch=2.11.0",
+        "LOCK_SHA256": "f" * 64,
+        "CREATED": "now",
+    }
+    labels = read_definition(CONTAINERS / "nanogpt.def", values).labels
+    assert labels["org.opencontainers.image.revision"] == "c" * 40
+    assert labels["nanogpt.clean"] == "true"
+    assert labels["nanogpt.versions"] == "torch=2.11.0"
+    assert labels["nanogpt.lock.sha256"] == "f" * 64
+    assert labels["org.opencontainers.image.created"] == labels["org.label-schema.build-date"] == "now"
+
+
+def test_the_build_touches_nothing_of_the_host(definition: Definition) -> None:
+    """While an image is built, Apptainer shows the host's /tmp and home in it."""
+    removing = [line for line in definition.post if re.search(r"\brm\b|-delete", line)]
+    assert removing
+    for line in removing:
+        assert not re.search(r"(^|[\s{,])(/tmp|/root|/home|/mnt|/var/tmp|\$HOME|~)", line), line
+    assert any(line.startswith("export HOME=/opt/build/home TMPDIR=/opt/build/tmp") for line in definition.post)
+
+
+def test_the_hosts_python_stays_out(definition: Definition) -> None:
+    text = (CONTAINERS / "nanogpt.def").read_text()
+    environment = text.partition("%environment")[2].partition("%runscript")[0]
+    assert re.search(r"unset .*PYTHONPATH.*PYTHONHOME", environment)
+    assert "PYTHONNOUSERSITE=1" in environment
+
+
+def test_errors_of_a_definition_say_what_is_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "x.def"
+    with pytest.raises(InputError, match="cannot be read"):
+        read_definition(path)
+    path.write_text("%post\n    true\n")
+    with pytest.raises(InputError, match="no Bootstrap"):
+        read_definition(path)
+    path.write_text("Bootstrap: docker\nFrom: {{ BASE }}\n")
+    with pytest.raises(InputError, match="no value for BASE"):
+        read_definition(path)
+
+
+def test_scripts_of_the_build_find_their_work(tmp_path: Path) -> None:
+    """What the image leaves out goes, what it keeps stays."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("slim", CONTAINERS / "slim.py")
+    assert spec and spec.loader
+    slim = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(slim)
+    gone = (
+        "sympy/core/tests/test_x.py",
+        "torch/lib/libx.a",
+        "torch/bin/protoc",
+        "nvidia/cu13/lib/libcusolverMg.so.12",
+        "nvidia/cu13/include/cuda.h",
+        "triton/backends/nvidia/bin/ptxas-blackwell",
+    )
+    kept = (
+        "torch/bin/torch_shm_manager",
+        "torch/include/ATen/ATen.h",
+        "numpy/_core/tests/_natype.py",
+        "nvidia/cu13/lib/libcublasLt.so.13",
+        "nvidia/cu13/lib/libnvrtc.so.13",
+        "triton/backends/nvidia/bin/ptxas",
+        "triton/backends/nvidia/include/cuda.h",
+    )
+    for name in (*gone, *kept):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x" * 10)
+    saved = sum(slim.remove(tmp_path, rule) for rule in slim.REMOVED)
+    assert saved == 10 * len(gone)
+    assert [name for name in gone if (tmp_path / name).exists()] == []
+    assert [name for name in kept if not (tmp_path / name).exists()] == []
+
+
+@pytest.mark.skipif(shutil.which("strip") is None, reason="needs binutils")
+def test_a_library_that_strip_would_break_stays(tmp_path: Path) -> None:
+    """Segments that are off by less than a page, as strip leaves them in a library that patchelf has rearranged."""
+    import importlib.util
+    import struct
+
+    spec = importlib.util.spec_from_file_location("slim", CONTAINERS / "slim.py")
+    assert spec and spec.loader
+    slim = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(slim)
+
+    def library(offset: int) -> bytes:
+        header = (
+            b"\x7fELF\x02\x01\x01" + bytes(9) + struct.pack("<HHIQQQIHHHHHH", 3, 62, 1, 0, 64, 0, 0, 64, 56, 1, 0, 0, 0)
+        )
+        return header + struct.pack("<IIQQQQQQ", 1, 5, offset, 0x2000, 0, 0, 0, 0x1000)
+
+    path = tmp_path / "lib.so"
+    path.write_bytes(library(0x1000))
+    assert slim.loadable(path)
+    path.write_bytes(library(0x1008))
+    assert not slim.loadable(path)
+    path.write_text("no library")
+    assert not slim.loadable(path)
