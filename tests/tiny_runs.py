@@ -130,12 +130,20 @@ def train(spec: RunSpec, data: Path, path: Path | None = None, *, resume: bool =
     return train_run(spec, run=run, data_directory=data, resume=resume)
 
 
-def python(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+def python(
+    *arguments: str, cwd: Path | None = None, timeout: float = 200, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run Python with these arguments on one thread, this folder's modules at hand."""
     here = str(Path(__file__).parent)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": here, **environment}
     return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=200, cwd=cwd, env=environment, check=False
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=cwd,
+        env=environment,
+        check=False,
     )
 
 

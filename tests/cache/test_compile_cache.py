@@ -208,6 +208,7 @@ def test_the_key_does_not_name_this_job(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_second_process_compiles_nothing_and_computes_the_same(tmp_path: Path):
     """Two runs in processes and node-local directories of their own: only the file is common."""
     data = make_data(tmp_path / "data")
@@ -218,7 +219,8 @@ def test_a_second_process_compiles_nothing_and_computes_the_same(tmp_path: Path)
         place = tmp_path / name
         place.mkdir()
         arguments = ("train", recipe, "--data", data, "--out", tmp_path / "runs" / name)
-        done = python("-m", "nanogpt", *map(str, arguments), TMPDIR=str(place), NANOGPT_CACHE=str(tmp_path / "kept"))
+        places = {"TMPDIR": str(place), "NANOGPT_CACHE": str(tmp_path / "kept")}
+        done = python("-m", "nanogpt", *map(str, arguments), timeout=400, **places)
         assert done.returncode == 0, done.stderr
         assert list(place.glob("nanogpt-compiled-*")) == []
         [path] = (tmp_path / "runs" / name).glob("tiny-gpt2-*")

@@ -1,0 +1,86 @@
+"""Graphs: how many there are, and that none is compiled once the clock runs."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import make_data, tiny_spec, train
+
+from nanogpt.runs.record import read_record
+from nanogpt.training.compilation import CompileCounts, compile_counts, compiled_functions, functions_table
+from nanogpt.training.schedule import Schedule
+
+pytestmark = pytest.mark.usefixtures("one_thread", "traced_only")
+SPEC = tiny_spec("runtime.compile=on", "training.warmup=true")
+
+
+@pytest.fixture
+def traced_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch.compile traces and guards as ever, and computes with the operations as they are: no compiler of code."""
+    import torch._dynamo
+    from torch._dynamo.utils import clear_compilation_metrics
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    clear_compilation_metrics()
+    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):  # which the trainer raises
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("tiny") / "data")
+
+
+def test_the_warm_up_compiles_everything_once(data: Path, tmp_path: Path):
+    """One graph for each size of micro-batch: windows, YaRN's scale and learning rates take none of their own."""
+    before = compile_counts()
+    result = train(SPEC, data, tmp_path / "run")
+    assert result.late_graphs == 0
+    functions = {entry.name: entry.graphs for entry in compiled_functions()}
+    assert functions.pop("adam_update") <= 10  # parameters
+    sizes = {stage.batch_tokens for stage in SPEC.training.all_stages}
+    assert functions == {"training_loss": len(sizes), "evaluation_loss": 1, "normuon_update": 2}
+
+    record = read_record(tmp_path / "run")
+    phases = {phase.name: phase for phase in record.starts[-1].start_up}
+    assert sum(phase.graphs for phase in phases.values()) == (compile_counts() - before).graphs
+    assert phases["warm-up, stage 1"].graphs > phases["warm-up, stage 2"].graphs > 0
+    assert phases["warm-up, stage 4"].graphs == 0  # the extension has another window and scale only
+    assert {"Python and imports", "data", "model", "everything else"} <= phases.keys()
+    assert all(phase.seconds >= 0 for phase in phases.values())
+    log = (tmp_path / "run/log.txt").read_text()
+    assert "| warm-up, stage 1 |" in log and "| start to first timed step |" in log
+    assert not re.search("^recompiled", log, re.MULTILINE)
+
+
+def test_a_graph_compiled_inside_the_clock_is_counted_and_explained(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Schedule, "warmup_steps", lambda self: [0, 1, 2])  # no stage but the first
+    assert train(SPEC, data, tmp_path / "run").late_graphs == 3  # two sizes, and Adam on the embedding once it is split
+    log = (tmp_path / "run/log.txt").read_text()
+    lines = [
+        line for line in log.splitlines() if line.startswith("recompiled after the clock had started: training_loss")
+    ]
+    assert len(lines) == 2 and all("size mismatch" in line for line in lines)
+    record = read_record(tmp_path / "run")
+    assert record.compilation is not None and record.compilation.late_graphs == 3
+
+
+def test_the_table_of_functions_sums_up(data: Path):
+    torch.compile(lambda x: x + 1)(torch.ones(3))
+    lines = functions_table(compiled_functions())
+    assert lines[-1].split("|")[1:4] == [" all ", " 1 ", " 1 "]
+
+
+def test_counts_add_and_subtract():
+    one, other = CompileCounts(5, 4, 3, 2, 1), CompileCounts(1, 1, 1, 1, 1)
+    assert one - other == CompileCounts(4, 3, 2, 1, 0)
+    assert one - other + other == one
