@@ -20,10 +20,11 @@ answer() {
     local code
     while mapfile -d '' -t command < "$relay/ask"; do
         code=0
+        : > "$relay/out"
         case ${command[0]:-} in
             squeue | sacct | scancel | scontrol | sbatch | sinfo | getent)
                 "${command[@]}" < /dev/null > "$relay/out" 2> "$relay/err" || code=$? ;;
-            *) code=127 ;;
+            *) code=127 && echo "${command[0]:-}: not a command of Slurm" > "$relay/err" ;;
         esac
         echo "$code" > "$relay/answer"
     done

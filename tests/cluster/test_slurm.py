@@ -20,6 +20,9 @@ STEPS = "--steps=12"
 LONG = "--steps=300"
 SECONDS_TO_REFUSE = 20
 
+# A busy machine is slow, and the first test may wait for an image to be built.
+pytestmark = pytest.mark.timeout(1800)
+
 
 @pytest.fixture(scope="module")
 def cluster(as_user: Run, user_checkout: Path, sif: Path) -> Cluster:

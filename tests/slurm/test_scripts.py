@@ -1,0 +1,224 @@
+"""The scripts in slurm/, with a stand-in for Apptainer and recorded answers of Slurm's commands."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from recorded import ONE_NODE, SQUEUE, program
+from tiny_runs import make_data
+
+HERE = Path(__file__).parent
+SCRIPTS = HERE.parents[1] / "slurm"
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A directory with an image, shards, Slurm's commands in bin/ and those of the image in inside/."""
+    (tmp_path / "nanogpt.sif").touch()
+    make_data(tmp_path / "data", val_tokens=20_000)
+    program(tmp_path / "bin", "sbatch", {"": "Submitted batch job 12\n"})
+    program(tmp_path / "bin", "squeue", {"": SQUEUE})
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    nanogpt = inside / "nanogpt"
+    nanogpt.write_text(f'#!/bin/sh\nexec {sys.executable} -m nanogpt "$@"\n')
+    nanogpt.chmod(0o755)
+    return tmp_path
+
+
+@pytest.fixture
+def run(place: Path) -> Run:
+    """Run a script in `place` with nothing of this process's environment."""
+
+    def started(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        variables = {
+            "PATH": f"{place / 'bin'}:/usr/bin:/bin",
+            "HOME": str(place),
+            "USER": "ada",
+            "APPTAINER": str(HERE / "fake_apptainer.sh"),
+            "FAKE_IMAGE_PATH": f"{place / 'inside'}:/usr/bin:/bin",
+            **environment,
+        }
+        return subprocess.run(
+            [SCRIPTS / script, *arguments],
+            cwd=place,
+            env={name: value for name, value in variables.items() if value},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+
+    return started
+
+
+def test_run_sh_validates_prints_and_submits(run: Run, place: Path) -> None:
+    done = run("run.sh", "demo", "--steps=20", "--data=data", "--runs=3", "--", "--partition=gpu")
+    assert done.returncode == 0, done.stderr
+    command, said = done.stdout.splitlines()
+    assert command.startswith("sbatch --job-name=demo --nodes=1") and "--array=0-2 --partition=gpu" in command
+    assert command.endswith(f"{SCRIPTS}/run.sh demo --steps=20 --data=data")
+    assert said == "Submitted batch job 12"
+    assert (place / "bin" / "calls").read_text().strip() == command
+    assert (place / "logs").is_dir()
+    assert "nanogpt.sh watch 12" in done.stderr
+
+
+def test_dry_run_submits_nothing(run: Run, place: Path) -> None:
+    done = run("run.sh", "--dry-run", "recipes/8xh200.yaml", GPU_TYPE="h100", NUM_GPUS="4", SBATCH_TIMELIMIT="60")
+    assert done.returncode == 0, done.stderr
+    assert "--gres=gpu:h100:4 --cpus-per-task=60" in done.stdout and "--time" not in done.stdout
+    assert done.stdout.strip().endswith("--set=hardware.gpu=h100 --set=hardware.gpus_per_node=4")
+    assert "no such directory" in done.stderr  # the shards are not there: said, not refused
+    assert not (place / "bin" / "calls").exists() and not (place / "logs").exists()
+
+
+def test_nothing_is_queued_that_cannot_run(run: Run, place: Path) -> None:
+    for arguments, message in (
+        (("8xh200", "--set", "training.slts=8"), "did you mean slots?"),
+        (("8xh20",), "Did you mean 8xh200?"),
+        (("demo", "--data", "nowhere"), "nowhere: no such directory"),
+    ):
+        done = run("run.sh", *arguments)
+        assert done.returncode == 2 and message in done.stderr
+    assert not (place / "bin" / "calls").exists()
+
+
+def test_a_refusal_of_sbatch_is_shown(run: Run, place: Path) -> None:
+    (place / "bin" / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition: x' >&2\nexit 1\n")
+    done = run("run.sh", "demo", "--data=data")
+    assert done.returncode == 1 and "invalid partition: x" in done.stderr
+
+
+def test_missing_image_and_missing_apptainer(run: Run, place: Path) -> None:
+    (place / "nanogpt.sif").unlink()
+    done = run("run.sh", "demo")
+    assert done.returncode == 2
+    assert "there is no image" in done.stderr and "make sif" in done.stderr and "NANOGPT_SIF" in done.stderr
+    if Path("/usr/bin/apptainer").exists() or Path("/usr/bin/singularity").exists():
+        return
+    done = run("run.sh", "demo", APPTAINER="")
+    assert done.returncode == 2 and "module load apptainer" in done.stderr
+
+
+def test_only_what_a_run_needs_of_the_environment_comes_in(run: Run, place: Path) -> None:
+    site = place / "site.sh"
+    site.write_text("export NCCL_DEBUG=INFO HTTPS_PROXY=http://proxy:1\n")
+    done = run(
+        "in_image.sh",
+        "env",
+        NANOGPT_SITE=str(site),
+        PYTHONPATH="/conda/lib",
+        CONDA_PREFIX="/conda",
+        LD_LIBRARY_PATH="/conda/lib",
+        SLURM_JOB_ID="7",
+        NCCL_IB_DISABLE="0",
+        OMP_NUM_THREADS="4",
+        FINEWEB_CHUNKS="2",
+        NANOGPT_CACHE="/scratch/a b",
+    )
+    inside = dict(line.split("=", 1) for line in done.stdout.splitlines())
+    for name, value in {
+        "NCCL_DEBUG": "INFO",
+        "HTTPS_PROXY": "http://proxy:1",
+        "SLURM_JOB_ID": "7",
+        "NCCL_IB_DISABLE": "0",
+        "OMP_NUM_THREADS": "4",
+        "FINEWEB_CHUNKS": "2",
+        "NANOGPT_CACHE": "/scratch/a b",
+        "NANOGPT_SIF": str(place / "nanogpt.sif"),
+    }.items():
+        assert inside[name] == value
+    assert not {"PYTHONPATH", "CONDA_PREFIX", "LD_LIBRARY_PATH", "APPTAINER"} & inside.keys()
+
+
+def test_directories_of_a_run_are_shown_inside(run: Run, place: Path) -> None:
+    shared = place / "shared"
+    (shared / "shards").mkdir(parents=True)
+    (place / "link").symlink_to(shared / "shards")
+    log = place / "arguments"
+    apptainer = place / "bin" / "apptainer"
+    apptainer.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {log}\n')
+    apptainer.chmod(0o755)
+    run("in_image.sh", "true", APPTAINER="", NANOGPT_DATA="link", NANOGPT_RUNS=str(shared / "new" / "runs"))
+    words = log.read_text().splitlines()
+    bound = {words[index + 1] for index, word in enumerate(words) if word == "--bind"}
+    assert {str(place), str(SCRIPTS.parent), str(place / "link"), str(shared / "shards"), str(shared)} <= bound
+    assert "--cleanenv" in words and words[-2:] == [str(place / "nanogpt.sif"), "true"]
+
+
+def test_status_asks_slurm_outside_of_the_image(run: Run, place: Path) -> None:
+    before = set(Path("/tmp").glob("nanogpt-relay.*"))
+    done = run("nanogpt.sh", "status", TMPDIR=str(place))
+    assert done.returncode == 0, done.stderr
+    assert "120_3" in done.stdout and "sacct is not configured here" in done.stderr
+    assert "squeue --noheader --states=all --user=ada" in (place / "bin" / "calls").read_text()
+    assert not list(place.glob("nanogpt-relay.*")) and set(Path("/tmp").glob("nanogpt-relay.*")) == before
+
+
+def test_the_relay_runs_slurm_s_commands_only(run: Run, place: Path) -> None:
+    (place / "inside" / "nanogpt").write_text(
+        f"#!/bin/sh\n{sys.executable} -c 'from nanogpt.cluster.outside import ask;"
+        ' print(ask("touch", "x").code, ask("squeue", "a b", "").out.count(chr(10)))\'\n'
+    )
+    done = run("nanogpt.sh", "x")
+    assert done.stdout == "127 4\n", done.stderr
+    assert (place / "bin" / "calls").read_text() == "squeue a b \n"
+
+
+def job_environment(place: Path) -> dict[str, str]:
+    program(place / "bin", "scontrol", {"show hostnames": "n1\n", "show job": ONE_NODE})
+    program(place / "bin", "srun", {"": "the step runs\n"}, code=0)
+    return {
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "n1",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_CPUS_PER_TASK": "2",
+    }
+
+
+def test_in_a_job_run_sh_starts_one_step(run: Run, place: Path) -> None:
+    done = run("run.sh", "demo", "--steps=20", "--data=data", **job_environment(place))
+    assert (done.returncode, done.stdout) == (0, "the step runs\n"), done.stderr
+    (srun,) = re.findall("^srun (.*)$", (place / "bin" / "calls").read_text(), re.MULTILINE)
+    assert srun.startswith("--nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task=2 --kill-on-bad-exit=0")
+    assert f"{SCRIPTS}/in_image.sh nanogpt job node --nodes=1 --ranks=1 --endpoint=127.0.0.1:10007" in srun
+    assert srun.endswith("demo --steps=20 --out runs --data data")
+
+
+def test_a_task_of_an_array_has_its_own_seed(run: Run, place: Path) -> None:
+    environment = {**job_environment(place), "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "4"}
+    run("run.sh", "demo", "--set=training.seed=10", "--data=data", **environment)
+    assert "--set=training.seed=10 --set=training.seed=14" in (place / "bin" / "calls").read_text()
+
+
+def test_staging_is_a_step_before_and_the_copies_are_used(run: Run, place: Path) -> None:
+    run("run.sh", "demo", "--data=data", NANOGPT_STAGE=str(place / "disk"), **job_environment(place))
+    stage, step = re.findall("^srun (.*)$", (place / "bin" / "calls").read_text(), re.MULTILINE)
+    assert stage.endswith("in_image.sh nanogpt job stage demo --data=data")
+    assert f"env NANOGPT_SIF={place}/disk/nanogpt-" in step and step.endswith("/shards")
+
+
+def test_exit_codes_and_requeue(run: Run, place: Path) -> None:
+    environment = job_environment(place)
+    program(place / "bin", "srun", {}, code=75)
+    done = run("run.sh", "demo", "--data=data", **environment)
+    assert done.returncode == 75 and "not requeued: no run of this job" in done.stderr
+    program(place / "bin", "srun", {}, code=3)
+    assert run("run.sh", "demo", "--data=data", **environment).returncode == 3
+    done = run("run.sh", "8xh200", **environment)
+    assert done.returncode == 2 and "8 GPUs a node needed, 2 allocated on n1" in done.stderr
+
+
+def test_scripts_name_no_site() -> None:
+    for script in SCRIPTS.glob("*.sh"):
+        assert os.access(script, os.X_OK)
+        assert "mit_" not in script.read_text()
