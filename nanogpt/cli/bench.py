@@ -65,17 +65,28 @@ def profile(
     overrides: SetOption = None,
     warmup: Annotated[int, typer.Option(help="Steps before the profiled ones, in each stage.", min=2)] = 4,
     rows: Annotated[int, typer.Option(help="Kernels listed for each stage.", min=1)] = 25,
+    traces: Annotated[Path | None, typer.Option(help="Keep every rank's Chrome traces in this directory.")] = None,
 ) -> None:
-    """Where a training step's time goes on the GPU, kernel by kernel, in each stage of RECIPE."""
+    """Where a training step's time goes on the GPU, kernel by kernel, in each stage of RECIPE.
+
+    On several GPUs, torchrun --standalone --nproc-per-node N -m nanogpt bench profile RECIPE also tells how much of
+    the communication is exposed.
+    """
     from nanogpt.errors import InputError
+    from nanogpt.training import exposed
     from nanogpt.training.profile import as_table, profile_stages
 
     with _trainer(recipe, overrides, None) as trainer:
         if trainer.world.device.type != "cuda":
             raise InputError(f"bench profile: {recipe} runs on a CPU; name a recipe for a GPU")
-        stages = list(profile_stages(trainer, warmup_steps=warmup))
+        if traces is not None:
+            traces.mkdir(parents=True, exist_ok=True)
+        stages = list(profile_stages(trainer, warmup_steps=warmup, traces=traces))
+        by_rank = trainer.world.gather([stage.exposure for stage in stages])
         if trainer.world.is_main:
             typer.echo(as_table(stages, rows))
+            if trainer.world.size > 1:
+                typer.echo(exposed.as_table(list(zip(*by_rank, strict=True))))
 
 
 @bench.command("kernels")
@@ -98,3 +109,29 @@ def kernels(
     typer.echo(TABLE_HEAD)
     for result in run_cases((case for case in all_bench_cases() if only in case.name), rates):
         typer.echo(as_row(result))
+
+
+@bench.command("communication")
+def communication(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    repeats: Annotated[int, typer.Option(help="Times that each is timed.", min=1)] = 20,
+) -> None:
+    """The bigram table's gradient over ranks, whole or by touched rows: milliseconds and bytes in each stage of RECIPE.
+
+    torchrun --standalone --nproc-per-node N -m nanogpt bench communication RECIPE
+    """
+    from nanogpt.errors import InputError
+    from nanogpt.recipe import load_recipe
+    from nanogpt.training.communication_benchmark import as_table, time_bigram_table
+    from nanogpt.training.world import join_world
+
+    spec = load_recipe(recipe, overrides or ())
+    if spec.model.kind != "speedrun":
+        raise InputError(f"bench communication: {recipe} has no bigram table; name a recipe of the speedrun")
+    if spec.world_size == 1:
+        raise InputError(f"bench communication: {recipe} runs on one process; name a recipe for several, by torchrun")
+    with join_world(spec) as world:
+        timings = list(time_bigram_table(spec, world, repeats=repeats))
+        if world.is_main:
+            typer.echo(as_table(timings))

@@ -41,7 +41,7 @@ class StageTiming:
     high_ms: float  # 80th percentile
     tokens_per_second: float
     utilization: float | None
-    data_wait_ms: float  # a step's mean wait for its batch
+    data_wait_ms: float  # a step's mean wait for its batch, on the rank that waited longest
     peak_memory_bytes: int
 
 
@@ -85,7 +85,7 @@ def time_stages(trainer: Trainer, *, steps: int, warmup_steps: int) -> Iterator[
             high_ms=float(np.quantile(groups, 0.8)),
             tokens_per_second=at[0].batch_tokens / median * 1000,
             utilization=_utilization(trainer.spec, at[0], median),
-            data_wait_ms=1000 * waited / len(times),
+            data_wait_ms=max(world.gather(1000 * waited / len(times))),
             peak_memory_bytes=torch.cuda.max_memory_allocated(world.device) if world.device.type == "cuda" else 0,
         )
 

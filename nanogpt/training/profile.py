@@ -1,14 +1,20 @@
-"""Where a step's time goes on the GPU, kernel by kernel: `nanogpt bench profile`."""
+"""Where a step's time goes on the GPU, kernel by kernel, and what of it is exposed communication.
+
+`nanogpt bench profile`; on several GPUs by torchrun, every rank profiling itself.
+"""
 
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from nanogpt.training.exposed import Exposure, exposure, read_trace
 from nanogpt.training.trainer import Trainer
 
 
@@ -28,6 +34,7 @@ class StageProfile:
     stage: int
     kernels: list[KernelTime]
     span_ms: float
+    exposure: Exposure
 
     @property
     def busy_ms(self) -> float:
@@ -35,8 +42,11 @@ class StageProfile:
         return sum(kernel.milliseconds for kernel in self.kernels)
 
 
-def profile_stages(trainer: Trainer, *, warmup_steps: int) -> Iterator[StageProfile]:
-    """Profile one pair of steps (one with Adam's step, one without) of every stage, warmed up."""
+def profile_stages(trainer: Trainer, *, warmup_steps: int, traces: Path | None = None) -> Iterator[StageProfile]:
+    """Profile one pair of steps (one with Adam's step, one without) of every stage, warmed up.
+
+    traces: where this rank's Chrome traces go (stage-1.rank-0.json, ...); None keeps none.
+    """
     schedule = trainer.schedule
     for index, first in enumerate(schedule.first_steps):
         length, steps = schedule.stages[index].steps, schedule.adam_every
@@ -49,10 +59,13 @@ def profile_stages(trainer: Trainer, *, warmup_steps: int) -> Iterator[StageProf
             for settings in at[warmup_steps:]:
                 trainer.train_step(settings)
             trainer.world.synchronize()
-        yield _summarize(index, profiler, steps)
+        with tempfile.TemporaryDirectory() as scratch:
+            trace = (traces or Path(scratch)) / f"stage-{index + 1}.rank-{trainer.world.rank}.json"
+            profiler.export_chrome_trace(str(trace))
+            yield _summarize(index, profiler, steps, exposure(read_trace(trace), steps))
 
 
-def _summarize(stage: int, profiler: profile, steps: int) -> StageProfile:
+def _summarize(stage: int, profiler: profile, steps: int, exposed: Exposure) -> StageProfile:
     events = [e for e in profiler.events() or () if e.device_type == torch.autograd.DeviceType.CUDA]
     kernels: dict[str, tuple[int, float]] = {}
     for event in events:
@@ -61,7 +74,7 @@ def _summarize(stage: int, profiler: profile, steps: int) -> StageProfile:
         kernels[name] = (calls + 1, microseconds + event.time_range.elapsed_us())
     rows = [KernelTime(name, calls / steps, us / steps / 1000) for name, (calls, us) in kernels.items()]
     span = max(e.time_range.end for e in events) - min(e.time_range.start for e in events) if events else 0
-    return StageProfile(stage, sorted(rows, key=lambda row: -row.milliseconds), span / steps / 1000)
+    return StageProfile(stage, sorted(rows, key=lambda row: -row.milliseconds), span / steps / 1000, exposed)
 
 
 def short_name(kernel: str) -> str:

@@ -1,0 +1,113 @@
+"""The bigram table's gradient, communicated whole or by the rows that were touched: `nanogpt bench communication`.
+
+Collectives of real sizes on real ranks, nothing else beside them; what a training step gains is told by
+`nanogpt bench step` with runtime.bigram_gradient=dense and =sparse. Tokens are made up, with a Zipf-like spread.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nanogpt.optim.communication import Pending
+from nanogpt.optim.sparse import RowExchange, TouchedRows, average_touched_shard, bigram_rows
+from nanogpt.spec import RunSpec, SpeedrunOptimizerSpec
+from nanogpt.spec_model import SpeedrunModelSpec
+from nanogpt.training.world import World
+
+
+@dataclass(frozen=True)
+class TableTiming:
+    """One stage; milliseconds of the slowest rank, an Adam step."""
+
+    stage: int
+    touched: float  # share of the table's rows that a rank's tokens touch between two Adam steps, mean of ranks
+    dense_ms: float
+    sparse_ms: float
+    host_ms: float  # of making the lists of rows, on the host
+    dense_bytes: int  # sent by a rank
+    sparse_bytes: int  # sent by the rank that sends most
+    error: float  # of the sparse result from the dense one, relative
+
+
+def time_bigram_table(spec: RunSpec, world: World, *, repeats: int) -> Iterator[TableTiming]:
+    """Every stage's table, dense and sparse. Every rank calls it; the world size is above 1."""
+    assert isinstance(spec.model, SpeedrunModelSpec) and isinstance(spec.optimizer, SpeedrunOptimizerSpec)
+    model = spec.model
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[spec.runtime.dtype]
+    for index, stage in enumerate(spec.training.stages):
+        slots = spec.training.slots * spec.optimizer.adam.every
+        rng = np.random.default_rng(index)
+        bos = spec.data.bos
+        rows = []
+        for _ in range(slots):
+            made_up = np.minimum(bos ** rng.random(stage.batch_tokens // spec.training.slots), bos - 1)
+            rows.append(bigram_rows(made_up.astype(np.uint16), model.bigram_rows, model.bigram_multipliers))
+        touched = TouchedRows(model.bigram_rows, world.rank, world.size, "sparse", world.device)
+        began = time.perf_counter()
+        touched.add(rows)
+        touched.prepare()
+        host_ms = 1000 * (time.perf_counter() - began)
+        exchange = touched.take()
+        assert exchange is not None
+        own = np.unique(np.concatenate(rows[world.rank :: world.size]))
+        gradient = torch.zeros(model.bigram_rows, model.width, dtype=dtype, device=world.device)
+        generator = torch.Generator(world.device).manual_seed(world.rank)
+        at = torch.from_numpy(own).to(world.device)
+        gradient[at] = torch.randn(own.size, model.width, generator=generator, device=world.device).to(dtype)
+
+        dense = world.communicator.average_shard(gradient.clone()).wait()
+        sparse = average_touched_shard(world.communicator, gradient.clone(), exchange).wait()
+        error = float((sparse.float() - dense.float()).norm() / dense.float().norm())
+
+        def start_sparse(full: torch.Tensor, exchange: RowExchange = exchange) -> Pending:
+            return average_touched_shard(world.communicator, full, exchange)
+
+        row_bytes = model.width * gradient.element_size()
+        times = [
+            _median_ms(world, gradient, start, repeats) for start in (world.communicator.average_shard, start_sparse)
+        ]
+        of_ranks = world.gather((*times, host_ms, sum(exchange.send_counts), own.size, error))
+        dense_ms, sparse_ms, host, sent, _, worst = (max(values) for values in zip(*of_ranks, strict=True))
+        yield TableTiming(
+            stage=index,
+            touched=sum(values[4] for values in of_ranks) / world.size / model.bigram_rows,
+            dense_ms=dense_ms,
+            sparse_ms=sparse_ms,
+            host_ms=host,
+            dense_bytes=gradient.shape[0] * (world.size - 1) // world.size * row_bytes,
+            sparse_bytes=int(sent) * row_bytes,
+            error=worst,
+        )
+
+
+def _median_ms(world: World, gradient: torch.Tensor, start: Callable[[torch.Tensor], Pending], repeats: int) -> float:
+    times = []
+    for _ in range(repeats + 2):
+        full = gradient.clone()
+        world.synchronize()
+        world.communicator.barrier()
+        began = time.perf_counter()
+        start(full).wait()
+        world.synchronize()
+        times.append(1000 * (time.perf_counter() - began))
+    return statistics.median(times[2:])
+
+
+def as_table(timings: list[TableTiming]) -> str:
+    """As Markdown."""
+    lines = [
+        "| stage | rows touched | dense, ms | sparse, ms | lists on the host, ms | dense, MB | sparse, MB | error |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for t in timings:
+        lines.append(
+            f"| {t.stage + 1} | {t.touched:.1%} | {t.dense_ms:.2f} | {t.sparse_ms:.2f} | {t.host_ms:.2f} |"
+            f" {t.dense_bytes / 1e6:.1f} | {t.sparse_bytes / 1e6:.1f} | {t.error:.1e} |"
+        )
+    return "\n".join(lines)

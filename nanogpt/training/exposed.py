@@ -1,0 +1,98 @@
+"""How much of the communication between GPUs is exposed: time in which nothing but NCCL's kernels runs on a GPU.
+
+Read from a Chrome trace, as torch.profiler exports it. An NCCL kernel runs from the moment that this rank is there to
+the moment that the data are: waiting for a rank that is late counts as communication.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of what runs on a GPU
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """Milliseconds of a step on one GPU. `span` = `computing` + `exposed` + `idle`."""
+
+    span: float  # from the first kernel's start to the last one's end
+    computing: float  # something other than NCCL ran, whether or not NCCL did too
+    communicating: float  # NCCL ran
+    exposed: float  # NCCL alone ran
+    idle: float  # nothing ran
+
+
+def read_trace(path: Path) -> list[dict[str, Any]]:
+    """The events of a Chrome trace."""
+    content = json.loads(path.read_bytes())
+    events: list[dict[str, Any]] = content["traceEvents"] if isinstance(content, dict) else content
+    return events
+
+
+def is_communication(name: str) -> bool:
+    """Whether a kernel of this name is NCCL's."""
+    return name.lower().startswith("nccl")
+
+
+def exposure(events: Iterable[Mapping[str, Any]], steps: int = 1) -> Exposure:
+    """What the events, of one GPU and `steps` steps, say a step; all zeros where nothing ran on a GPU.
+
+    Events are Chrome's: `ts` and `dur` in microseconds, `cat` one of ON_DEVICE.
+    """
+    computing: list[Interval] = []
+    communicating: list[Interval] = []
+    for event in events:
+        if event.get("ph") == "X" and event.get("cat") in ON_DEVICE:
+            start = float(event["ts"])
+            interval = (start, start + float(event.get("dur", 0)))
+            (communicating if is_communication(str(event["name"])) else computing).append(interval)
+    if not computing and not communicating:
+        return Exposure(0, 0, 0, 0, 0)
+    both = _union([*computing, *communicating])
+    work, talk = _union(computing), _union(communicating)
+    span, busy = both[-1][1] - both[0][0], _length(both)
+    each = 1 / (1000 * steps)
+    return Exposure(
+        span=span * each,
+        computing=_length(work) * each,
+        communicating=_length(talk) * each,
+        exposed=(busy - _length(work)) * each,
+        idle=(span - busy) * each,
+    )
+
+
+def _union(intervals: Sequence[Interval]) -> list[Interval]:
+    """Disjoint, sorted intervals that cover the same."""
+    merged: list[Interval] = []
+    for start, end in sorted(intervals):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def _length(intervals: Sequence[Interval]) -> float:
+    return sum(end - start for start, end in intervals)
+
+
+def as_table(stages: Sequence[Sequence[Exposure]]) -> str:
+    """Stages by ranks as Markdown: the rank with the most exposed communication, and the mean over ranks."""
+    lines = [
+        "| stage | ms a step | computing | communicating | exposed, mean of ranks | exposed, most | share | idle |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for stage, ranks in enumerate(stages):
+        worst = max(ranks, key=lambda rank: rank.exposed)
+        mean = sum(rank.exposed for rank in ranks) / len(ranks)
+        share = worst.exposed / worst.span if worst.span else 0.0
+        lines.append(
+            f"| {stage + 1} | {worst.span:.2f} | {worst.computing:.2f} | {worst.communicating:.2f} | {mean:.2f} |"
+            f" {worst.exposed:.2f} (rank {list(ranks).index(worst)}) | {share:.1%} | {worst.idle:.2f} |"
+        )
+    return "\n".join(lines)
