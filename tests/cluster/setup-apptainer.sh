@@ -27,6 +27,7 @@ fi
 # apptainer from unstable; the C library and the two libraries that it wants newer from Debian 13.
 fetch_packages() {
     local directory=$1 mirror
+    # shellcheck disable=SC2016 # apt fills that in
     mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' | grep -m 1 '/debian/*$') || {
         echo "setup-apptainer: no Debian mirror in this machine's apt sources" >&2
         exit 1
