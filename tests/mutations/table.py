@@ -92,7 +92,9 @@ _add(
     "sees one token ahead",
     ("(key > self.position[queries, None])", "(key > self.position[queries, None] + 1)"),
 )
-_add("attention backward", ATTENTION, "no scale in the gradient", (".mul_(weights).mul_(scale)", ".mul_(weights)"))
+_add(
+    "attention backward", ATTENTION, "no scale in the gradient", (".mul_(weights).mul_(blocks.scale)", ".mul_(weights)")
+)
 _add("windows by layer", SPEEDRUN, "short layers get the long window", ("else windows.short", "else windows.long"))
 _window = "windows.long if layer in spec.long_window_layers else windows.short,"
 _add("paired window", SPEEDRUN, "window doubles with the length", (_window, f"(1 + paired) * ({_window[:-1]}),"))
