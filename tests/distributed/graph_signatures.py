@@ -1,0 +1,58 @@
+"""A script: warms up the tiny run and writes what its compiled functions are called with, as torch would key a graph.
+
+python graph_signatures.py RECIPE DATA OUT [WORLD_SIZE]...   also as a warm-up for these world sizes
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanogpt.recipe import load_recipe
+from nanogpt.training.trainer import Trainer
+from nanogpt.training.world import join_world
+
+
+def describe(value: Any) -> Any:
+    """Of a tensor what a graph depends on; of anything else the value."""
+    if isinstance(value, torch.Tensor):
+        return [list(value.shape), list(value.stride()), str(value.dtype), value.requires_grad, str(value.device)]
+    if hasattr(value, "inputs"):  # a micro-batch
+        return [describe(value.inputs), describe(value.targets), describe(value.cu_seqlens), value.max_seqlen]
+    if hasattr(value, "long"):  # windows
+        return [describe(value.short), describe(value.long)]
+    return repr(value)
+
+
+def main(recipe: str, data: str, out: str, *world_sizes: str) -> None:
+    """See the module."""
+    spec = load_recipe(Path(recipe))
+    seen: set[str] = set()
+
+    def spy(owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+
+        def call(*arguments: Any) -> Any:
+            seen.add(json.dumps([name, *map(describe, arguments)]))
+            return function(*arguments)
+
+        setattr(owner, name, call)
+
+    with join_world(spec) as world, Trainer(spec, world, run=None, data_directory=Path(data)) as trainer:
+        for owner, name in (
+            (trainer, "_training_loss"),
+            (trainer, "_evaluation_loss"),
+            (trainer.optimizer, "_adam"),
+            (trainer.optimizer, "_normuon"),
+        ):
+            spy(owner, name)
+        trainer.warm_up()
+        Path(f"{out}.{world.rank}").write_text(json.dumps(sorted(seen)))
+        for size in world_sizes:
+            trainer.optimizer.warm_up(int(size))
+        Path(f"{out}.{world.rank}.more").write_text(json.dumps(sorted(seen)))
+
+
+main(*sys.argv[1:])

@@ -1,0 +1,34 @@
+"""A warm-up on one process compiles what the ranks of a larger run call."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tiny_runs import make_data, python, tiny_spec, write_recipe
+
+SCRIPT = Path(__file__).parent / "graph_signatures.py"
+
+
+def test_what_ranks_call_is_what_a_warm_up_on_one_process_has_called(tmp_path: Path):
+    data = make_data(tmp_path / "data")
+    alone, together = (
+        write_recipe(tmp_path / f"{ranks}.yaml", tiny_spec(f"hardware.gpus_per_node={ranks}")) for ranks in (1, 2)
+    )
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    for arguments in (
+        (SCRIPT, alone, data, tmp_path / "alone", 2),
+        (*launcher, SCRIPT, together, data, tmp_path / "rank"),
+    ):
+        done = python(*map(str, arguments))
+        assert done.returncode == 0, done.stderr
+
+    def signatures(name: str) -> set[str]:
+        return set(json.loads((tmp_path / name).read_text()))
+
+    for rank in range(2):
+        called = signatures(f"rank.{rank}")
+        assert len(called) > 10
+        assert called <= signatures("alone.0.more")
+        ranks_own = {signature.split(",")[0] for signature in called - signatures("alone.0")}
+        assert ranks_own == {'["_adam"', '["_normuon"'}  # without a warm-up for two; the model's are the same
