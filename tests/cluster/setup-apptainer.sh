@@ -24,7 +24,8 @@ if ((${#missing[@]})); then
         fakeroot mmdebstrap patchelf ca-certificates > /dev/null
 fi
 
-# apptainer from unstable; the C library and the two libraries that it wants newer from Debian 13.
+# apptainer from unstable; the C library and the two libraries that it wants newer from Debian 13. Debian 12's
+# squashfuse has one thread; Apptainer's own packages bring one with several, as unstable has it.
 fetch_packages() {
     local directory=$1 mirror
     # shellcheck disable=SC2016 # apt fills that in
@@ -42,28 +43,34 @@ fetch_packages() {
         -o Dir::State::Lists="$directory/lists" -o Dir::Cache="$directory/cache" -o APT::Sandbox::User=root)
     apt-get "${options[@]}" update
     cd "$directory/packages"
-    apt-get "${options[@]}" download apptainer/sid libc6/trixie libseccomp2/trixie libsqlite3-0/trixie
+    apt-get "${options[@]}" download apptainer/sid squashfuse/sid libfuse3-4/sid \
+        libc6/trixie libseccomp2/trixie libsqlite3-0/trixie
 }
 
-if ! apptainer --version > /dev/null 2>&1; then
+squashfuse=$multiarch/apptainer/bin/squashfuse_ll # where Apptainer looks first
+if ! apptainer --version > /dev/null 2>&1 || [[ ! -e $squashfuse ]]; then
     echo "setup-apptainer: installing Apptainer"
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
     (fetch_packages "$work/apt")
-    for package in libc6 libseccomp2 libsqlite3-0 apptainer; do
+    for package in libc6 libseccomp2 libsqlite3-0 libfuse3-4 squashfuse apptainer; do
         dpkg -x "$work/apt/packages/$package"_*.deb "$work/$package"
     done
+    # --force-rpath: a plain rpath holds for what the libraries need, too.
+    loader=(--set-interpreter "$libraries/ld-linux-x86-64.so.2" --force-rpath --set-rpath)
+    patchelf "${loader[@]}" "$libraries" "$work/apptainer/usr/bin/apptainer"
+    patchelf "${loader[@]}" "$libraries" "$work/apptainer$multiarch/apptainer/bin/starter"
+    patchelf "${loader[@]}" "$libraries:$multiarch" "$work/squashfuse/usr/bin/squashfuse_ll"
+
     mkdir -p "$libraries"
-    for package in libc6 libseccomp2 libsqlite3-0; do
-        cp -a "$work/$package$multiarch"/*.so* "$libraries/"
+    for package in libc6 libseccomp2 libsqlite3-0 libfuse3-4; do
+        cp -a --remove-destination "$work/$package$multiarch"/*.so* "$libraries/"
     done
     cp -a "$work/apptainer/etc/apptainer" /etc/
-    cp -a "$work/apptainer$multiarch/apptainer" "$multiarch/"
-    cp -a "$work/apptainer/usr/bin/apptainer" /usr/bin/ # it finds the rest relative to itself: not /usr/local/bin
-    # --force-rpath: a plain rpath holds for what the libraries need, too.
-    for binary in /usr/bin/apptainer "$multiarch/apptainer/bin/starter"; do
-        patchelf --set-interpreter "$libraries/ld-linux-x86-64.so.2" --force-rpath --set-rpath "$libraries" "$binary"
-    done
+    cp -a --remove-destination "$work/apptainer$multiarch/apptainer" "$multiarch/"
+    cp -a --remove-destination "$work/squashfuse/usr/bin/squashfuse_ll" "$squashfuse"
+    # Last, as a sign that all is there. It finds the rest relative to itself: not into /usr/local/bin.
+    cp -a --remove-destination "$work/apptainer/usr/bin/apptainer" /usr/bin/
 fi
 
 if [[ -e /dev/fuse && $(stat -c %a /dev/fuse) != 666 ]]; then chmod 666 /dev/fuse; fi
