@@ -22,8 +22,11 @@ SHORT = (
     "{steps: 6, batch_tokens: 393216, window_blocks: {short: 5, long: 11}, token_weights: [1], lr_factor: 1.7}]",
     "training.extension={steps: 4, batch_tokens: 393216, window_blocks: {short: 6, long: 13}, token_weights: [1],"
     " lr_factor: 1.7}",
-    "evaluation={every: 10, tokens: 2097152, target_loss: null}",
-    "optimizer.normuon.momentum={warmup_steps: 4, cooldown_steps: 2}",
+    "evaluation.every=10",
+    "evaluation.tokens=2097152",
+    "evaluation.target_loss=null",
+    "optimizer.normuon.momentum.warmup_steps=4",
+    "optimizer.normuon.momentum.cooldown_steps=2",
     "data.epochs=null",
     "reference=null",
     "checkpoint={at_end: false}",
