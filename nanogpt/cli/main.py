@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import typer
@@ -121,8 +123,16 @@ def app() -> typer.Typer:
     return root
 
 
+def _say_which_code() -> None:
+    """In an image, where NANOGPT_SRC names a checkout: that its code runs, and not the image's."""
+    source = os.environ.get("NANOGPT_SRC")
+    if source and os.environ.get("LOCAL_RANK", "0") == "0" and Path(__file__).is_relative_to(Path(source).absolute()):
+        print(f"nanogpt: the code of {source} runs (NANOGPT_SRC)", file=sys.stderr, flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line `argv` (None: that of the process) and exit; a user's error is a message, no traceback."""
+    _say_which_code()
     try:
         app()(args=None if argv is None else list(argv), prog_name="nanogpt")
     except NanogptError as error:

@@ -233,8 +233,10 @@ def check_shared_memory(place: Path = Path("/dev/shm"), needed: int = SHARED_MEM
 def check_cache(environ: Mapping[str, str]) -> Check:
     """Compiled kernels can be kept where NANOGPT_CACHE says."""
     value = environ.get("NANOGPT_CACHE")
-    if not value:
-        return Check("cache", "passed", "beside the runs (NANOGPT_CACHE is not set)")
+    if not value or value == "off":
+        return Check(
+            "cache", "passed", "none (NANOGPT_CACHE=off)" if value else "beside the runs (NANOGPT_CACHE is not set)"
+        )
     try:
         Path(value).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=value):
