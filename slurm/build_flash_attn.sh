@@ -12,6 +12,6 @@
 set -euo pipefail
 here=$(cd -P "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if [[ ! -e $here/in_image.sh ]]; then # Slurm runs a copy of a batch script: the others are beside the original
-    here=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\)/build_flash_attn\.sh\( .*\)\{0,1\}$|\1|p')
+    read -r here <<< "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\)/build_flash_attn\.sh\( .*\)\{0,1\}$|\1|p')"
 fi
 exec "$here/in_image.sh" build-flash-attn "$@"

@@ -37,6 +37,7 @@ if [[ ${APPTAINER##*/} == singularity* ]]; then prefix=SINGULARITYENV_; fi
 while IFS= read -r name; do
     if [[ $name =~ $PASS ]]; then export "$prefix$name=${!name}"; fi
 done < <(compgen -e)
+if [[ -n ${NANOGPT_SRC:-} ]]; then export "${prefix}PYTHONPATH=$NANOGPT_SRC"; fi
 
 options=(--cleanenv --pwd "$PWD")
 if [[ -e /dev/nvidiactl ]]; then options+=(--nv); fi

@@ -15,7 +15,7 @@
 set -euo pipefail
 here=$(cd -P "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if [[ ! -e $here/in_image.sh ]]; then # Slurm runs a copy of a batch script: the others are beside the original
-    here=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\)/prep\.sh\( .*\)\{0,1\}$|\1|p')
+    read -r here <<< "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\)/prep\.sh\( .*\)\{0,1\}$|\1|p')"
 fi
 program=prep-fineweb
 if [[ ${1:-} == text ]]; then

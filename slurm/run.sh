@@ -26,7 +26,7 @@ set -uo pipefail
 here=$(cd -P "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if [[ -z ${SLURM_JOB_ID:-} || " $* " == *" --dry-run "* ]]; then exec "$here/nanogpt.sh" submit "$@"; fi
 if [[ ! -e $here/nanogpt.sh ]]; then # Slurm runs a copy of a batch script: the others are beside the original
-    here=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\)/run\.sh\( .*\)\{0,1\}$|\1|p')
+    read -r here <<< "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\)/run\.sh\( .*\)\{0,1\}$|\1|p')"
     here=$(cd -P "${here:-slurm}" && pwd) || exit 2
 fi
 export NANOGPT_SCRIPTS=$here

@@ -112,8 +112,12 @@ def node(
             say("preflight: NANOGPT_PREFLIGHT=warn: going on, whatever failed")
         else:
             raise_for_failures(checks)
+        import torch.distributed.run  # noqa: F401, mapped and then read
+
+        from nanogpt.cluster.page_cache import keep_code_in_memory
         from nanogpt.cluster.torchrun import launch
 
+        keep_code_in_memory(os.environ)
         conf = {"is_host": str(index == 0).lower(), "read_timeout": READ_TIMEOUT_S, "join_timeout": JOIN_TIMEOUT_S}
         sys.exit(
             launch(

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from nanogpt.cluster.job_runs import job_name_for_slurm
 from nanogpt.cluster.outside import ask_or_fail
 from nanogpt.cluster.request import JobRequest
 
@@ -59,7 +60,7 @@ def read_allocation(environ: Mapping[str, str]) -> Allocation:
     Raises:
         RunError: Slurm does not answer.
     """
-    job = environ["SLURM_JOB_ID"]
+    job = job_name_for_slurm(environ)
     nodes = host_names(environ["SLURM_JOB_NODELIST"])
     return Allocation(job, nodes, parse_gpus(ask_or_fail("scontrol", "show", "job", "--details", job)))
 

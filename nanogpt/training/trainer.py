@@ -12,6 +12,7 @@ run ends without, and goes on from the checkpoint that it had, or from the begin
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from nanogpt.cache.compile_cache import CompileCache, cache_directory, compile_cache
+from nanogpt.cluster.page_cache import keep_code_in_memory
 from nanogpt.console import say
 from nanogpt.data import fineweb
 from nanogpt.data.batches import TrainBatches, ValBatches
@@ -39,7 +41,7 @@ from nanogpt.runs.reference import ReferenceWatch
 from nanogpt.runs.tracker import check_tracker
 from nanogpt.spec import RunSpec
 from nanogpt.spec_model import SpeedrunModelSpec
-from nanogpt.training.checkpoint import load_newest_checkpoint, save_checkpoint
+from nanogpt.training.checkpoint import load_newest_checkpoint, rehearse, save_checkpoint
 from nanogpt.training.clock import Clock
 from nanogpt.training.compilation import compiled_graphs, recompilation_reasons
 from nanogpt.training.devices import unlike_devices
@@ -272,6 +274,8 @@ class Trainer:
                 with self.startup.phase("compile cache, writing"):
                     self.cache.save()
         resumed = resume and self._load_checkpoint()
+        rehearse()
+        keep_code_in_memory(os.environ, wait=True)
         phases = self.startup.phases()
         table = phases_table(phases) if self.spec.training.warmup else []
         for line in (*self.path_lines, *self.cache.lines, *table):

@@ -1,0 +1,61 @@
+"""Code of the image, kept in memory for the end of a run.
+
+Without a set-uid Apptainer, a process beside the run (squashfuse) serves the image. When Slurm cancels or requeues a
+job it signals every process of it, that one as well, and from then on a page of a library that is not in the page
+cache is a bus error: in the middle of the checkpoint that the signal asks for. So what is mapped is read once, in
+order, which the other processes of the node profit from as well.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+BLOCK_BYTES = 4 << 20
+DATA_BYTES = 64 << 20  # of one mapping that is no code: larger ones are GPU code, which the driver has by then
+
+
+def keep_code_in_memory(environ: Mapping[str, str], *, wait: bool = False) -> None:
+    """In a container, read this process's mapped files in a thread. How the image is mounted cannot be seen inside."""
+    if environ.get("APPTAINER_CONTAINER") or environ.get("SINGULARITY_CONTAINER"):
+        thread = threading.Thread(target=read_mapped_files, name="page cache", daemon=True)
+        thread.start()
+        if wait:
+            thread.join()
+
+
+def read_mapped_files() -> tuple[int, float]:
+    """Read the files that this process has mapped, code whole and other parts up to DATA_BYTES.
+
+    Returns the bytes read and the seconds that took. What cannot be read is left out.
+    """
+    began, total = time.monotonic(), 0
+    for path, start, length in _mapped(Path("/proc/self/maps").read_text(errors="replace")):
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except OSError:
+            continue
+        try:
+            for first in range(start, start + length, BLOCK_BYTES):
+                total += len(os.pread(descriptor, min(BLOCK_BYTES, start + length - first), first))
+        except OSError:
+            continue
+        finally:
+            os.close(descriptor)
+    return total, time.monotonic() - began
+
+
+def _mapped(maps: str) -> Iterator[tuple[str, int, int]]:
+    """Path, first byte and length of what `maps` (/proc/PID/maps) shows of files, by file and in order."""
+    parts = set()
+    for line in maps.splitlines():
+        fields = line.split(maxsplit=5)
+        if len(fields) < 6 or not fields[5].startswith("/") or fields[5].endswith("(deleted)"):
+            continue
+        start, end = (int(address, 16) for address in fields[0].split("-"))
+        length = end - start if "x" in fields[1] else min(end - start, DATA_BYTES)
+        parts.add((fields[5], int(fields[2], 16), length))
+    yield from sorted(parts)
