@@ -87,11 +87,11 @@ class Launched:
 
     def ranks(self) -> dict[int, int]:
         """Process ids of the ranks that have been started, by rank."""
-        for pid in children(self.process.pid):
+        for pid in descendants(self.process.pid):
             environment = read(f"/proc/{pid}/environ").split("\0")
             rank = next((int(entry[5:]) for entry in environment if entry.startswith("RANK=")), None)
             if rank is not None:
-                self.seen[rank] = pid
+                self.seen.setdefault(rank, pid)  # not what the rank itself starts
         return self.seen
 
     def wait_for(self, what: str, condition: Callable[[], object]) -> None:
@@ -141,6 +141,10 @@ def read(path: str) -> str:
 
 def children(pid: int) -> list[int]:
     return [int(child) for task in Path(f"/proc/{pid}/task").glob("*") for child in read(f"{task}/children").split()]
+
+
+def descendants(pid: int) -> list[int]:
+    return [below for child in children(pid) for below in (child, *descendants(child))]
 
 
 def lives(pid: int) -> bool:

@@ -75,7 +75,7 @@ def launch(arguments: Sequence[str]) -> int:
             return 128 + error.sigval
         except (ValueError, AssertionError) as error:
             raise InputError(f"nanogpt launch: torchrun: {error}") from error
-        except RuntimeError as error:  # rendezvous: no connection, closed by another node
+        except (RuntimeError, OSError) as error:  # rendezvous: no connection, no such host, closed by another node
             say(f"nanogpt launch on {socket.gethostname()}: {type(error).__name__}: {error}")
             return 1
         finally:

@@ -357,6 +357,23 @@ def test_a_file_size_limit_in_the_middle_of_a_run(nanogpt: Any, data: Path, tmp_
     assert losses(path) == losses(tmp_path / "whole")
 
 
+def test_a_run_that_is_told_so_goes_on_without_a_checkpoint(data: Path, tmp_path: Path) -> None:
+    spec = tiny_spec("checkpoint={every: 3, keep: 1, at_end: true, on_failure: continue}")
+    recipe = write_recipe(tmp_path / "tiny.yaml", spec)
+    arguments = ["train", str(recipe), "--data", str(data), "--out", str(tmp_path / "runs")]
+    done = python("-c", textwrap.dedent(LIMITED), *arguments)
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "runs").iterdir()
+    words = "step:6/12 no checkpoint: "
+    for text in (done.stderr, (path / "log.txt").read_text()):
+        assert text.count(words) == 1
+        assert "could not be written: File too large. Earlier checkpoints are whole" in text.partition(words)[2]
+    (failure,) = (r for r in read_metrics(path / "metrics.jsonl") if r["kind"] == "checkpoint_failure")
+    assert failure["step"] == 6
+    assert read_run(path).state == "finished"
+    assert [file.name for file in (path / "checkpoints").iterdir()] == ["step-000012.pt"]
+
+
 # -- which are kept --------------------------------------------------------------------------------------------------
 
 
