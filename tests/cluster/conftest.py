@@ -109,7 +109,7 @@ def build_sif(as_user: Run, checkout: Path, flavour: str, *arguments: str) -> Pa
 
 @pytest.fixture(scope="session")
 def sif(as_user: Run, user_checkout: Path) -> Path:
-    """An image, built as the user: of the CPU flavour, or CLUSTER_TEST_FLAVOUR. CLUSTER_TEST_SIF names one that is there."""
+    """An image, built as the user, of CLUSTER_TEST_FLAVOUR (default cpu); CLUSTER_TEST_SIF names one that is there."""
     given = os.environ.get("CLUSTER_TEST_SIF")
     flavour = os.environ.get("CLUSTER_TEST_FLAVOUR", "cpu")
     return Path(given) if given else build_sif(as_user, user_checkout, flavour)
