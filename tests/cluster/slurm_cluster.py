@@ -60,7 +60,7 @@ class Cluster:
         self.scripts = checkout / "slurm"
         # One thread a process: side by side on few cores, more wait for one another.
         self.environment = {"NANOGPT_SIF": str(sif), "OMP_NUM_THREADS": "1"}
-        if os.environ.get("NANOGPT_TEST_SIF"):  # an image of another day runs this checkout's code
+        if os.environ.get("CLUSTER_TEST_SIF"):  # an image of another day runs this checkout's code
             self.environment["NANOGPT_SRC"] = str(checkout)
 
     def run(
