@@ -39,7 +39,7 @@ def test_nvidia_smi_tells_what_torch_sees() -> None:
 def test_preflight_passes_and_takes_seconds(tmp_path: Path) -> None:
     count = max(size for size in (1, 2, 4, 8) if size <= torch.cuda.device_count())
     shape = f"hardware={{gpu: {gpu_type()}, gpus_per_node: {count}}}"
-    small = ("data.epochs=null", "evaluation={tokens: 131072, micro_batch_tokens: 16384}", "checkpoint.keep=1")
+    small = ("data.epochs=null", "evaluation.tokens=131072", "evaluation.micro_batch_tokens=16384", "checkpoint.keep=1")
     spec = load_recipe("speedrun", [shape, *small])
     data = make_data(tmp_path / "data", val_tokens=140_000)
     began = time.monotonic()

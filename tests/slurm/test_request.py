@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from nanogpt.cluster.request import STOP_SIGNAL, environment_overrides, job_request, sbatch_command
 from nanogpt.errors import InputError
@@ -74,3 +75,22 @@ def test_variables_of_the_guide_change_the_recipe() -> None:
     for name, value in (("GPU_TYPE", "v100"), ("NUM_GPUS", "many")):
         with pytest.raises(InputError, match=name):
             environment_overrides({name: value})
+
+
+HARDWARE_RECIPES = sorted(shipped_recipes().glob("[0-9]*x*.yaml"))
+
+
+def test_there_is_a_recipe_for_each_machine() -> None:
+    names = {path.stem for path in HARDWARE_RECIPES}
+    assert names >= {f"{count}x{gpu}" for gpu in ("h100", "h200") for count in (1, 2, 4, 8)}
+    assert names >= {"1xa100", "8xa100", "2x4xh100"}
+
+
+@pytest.mark.parametrize("path", HARDWARE_RECIPES, ids=lambda path: path.stem)
+def test_a_hardware_recipe_says_its_hardware_and_repeats_nothing(path: Path) -> None:
+    written = yaml.safe_load(path.read_text())
+    assert written.keys() == {"base", "name", "hardware"}
+    assert written["base"] == "speedrun.yaml" and written["name"] == f"speedrun-{path.stem}"
+    *nodes, count, gpu = path.stem.split("x")
+    hardware = load_recipe(path).hardware
+    assert (hardware.nodes, hardware.gpus_per_node, hardware.gpu) == (int(nodes[0]) if nodes else 1, int(count), gpu)
