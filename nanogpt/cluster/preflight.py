@@ -54,11 +54,15 @@ class Check:
         return f"{self.state:<8}{self.name}: {self.found}" + (f". {self.advice}" if self.advice else "")
 
 
+def _node(environ: Mapping[str, str]) -> str:
+    return environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def raise_for_failures(checks: Iterable[Check]) -> None:
     """Raise `InputError` with every check that failed, if any did."""
     failed = [check for check in checks if check.state == "failed"]
     if failed:
-        raise InputError("\n".join(f"preflight on {socket.gethostname()}: {check}" for check in failed))
+        raise InputError("\n".join(f"preflight on {_node(os.environ)}: {check}" for check in failed))
 
 
 def preflight(spec: RunSpec, data: Path, out: Path, environ: Mapping[str, str]) -> list[Check]:
@@ -70,14 +74,14 @@ def preflight(spec: RunSpec, data: Path, out: Path, environ: Mapping[str, str]) 
         out: parent of run directories; made if missing.
         environ: CUDA_VISIBLE_DEVICES, APPTAINER_CONTAINER and NANOGPT_SIF_SHA256 count.
     """
-    began = time.monotonic()
+    began, node = time.monotonic(), _node(environ)
     hashing = _Hash(environ)
     checks: list[Check] = []
 
     def note(more: Iterable[Check]) -> None:
         for check in more:
             checks.append(check)
-            say(f"preflight: {check}")
+            say(f"preflight on {node}: {check}")
 
     if spec.hardware.gpu != "cpu":
         note(check_gpus(spec, environ))
@@ -87,7 +91,7 @@ def preflight(spec: RunSpec, data: Path, out: Path, environ: Mapping[str, str]) 
     note(hashing.check(HASH_PATIENCE_S))
     count = {state: sum(check.state == state for check in checks) for state in ("passed", "warning", "failed")}
     say(
-        f"preflight on {socket.gethostname()}: {count['passed']} passed, {count['warning']} warnings,"
+        f"preflight on {node}: {count['passed']} passed, {count['warning']} warnings,"
         f" {count['failed']} failed, {time.monotonic() - began:.1f} s"
     )
     return checks

@@ -185,4 +185,4 @@ def test_the_whole_of_it_is_quick_and_counts(tmp_path: Path, capsys: pytest.Capt
 def test_the_command_exits_with_2_for_a_failure(nanogpt: Callable, tmp_path: Path) -> None:
     outcome = nanogpt("preflight", "demo", "--data", tmp_path / "nowhere", "--out", tmp_path / "runs")
     assert outcome.code == 2
-    assert "preflight: failed" in outcome.err and "nowhere: no such directory" in outcome.err
+    assert ": failed  shards" in outcome.err and "nowhere: no such directory" in outcome.err
