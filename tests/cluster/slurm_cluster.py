@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "BOOT_FAIL")
-PATIENCE_S = 300.0  # for one job; busy machines are slow
+PATIENCE_S = 900.0  # for one job; busy machines are slow
 
 # The demo's recipe made tiny, in the same number of stages; some hundredths of a second a step.
 TINY = """\

@@ -17,7 +17,8 @@ from nanogpt.runs.metrics import read_run
 
 TOLERANCE = 1e-5  # relative, in fp32: sums in another order
 STEPS = "--steps=12"
-LONG = "--steps=300"
+LONG = "--steps=200"
+ENDLESS = "--steps=100000"
 SECONDS_TO_REFUSE = 20
 
 # A busy machine is slow, and the first test may wait for an image to be built.
@@ -192,9 +193,9 @@ def test_an_invalid_recipe_is_refused_before_anything_is_queued(cluster: Cluster
 # --- interruptions ----------------------------------------------------------------------------------------------
 
 
-def long_job(cluster: Cluster, *options: str) -> str:
-    """A job in the middle of a run that takes minutes."""
-    job = cluster.submit(cluster.scripts / "run.sh", "tiny.yaml", LONG, "--data=data", *options)
+def job_at_work(cluster: Cluster, steps: str) -> str:
+    """A job that has made some of its steps."""
+    job = cluster.submit(cluster.scripts / "run.sh", "tiny.yaml", steps, "--data=data")
     cluster.wait_until("steps", lambda: cluster.steps(job) >= 3)
     return job
 
@@ -207,7 +208,7 @@ def uninterrupted(cluster: Cluster, single: Path) -> Path:
 
 
 def test_a_requeued_job_goes_on(cluster: Cluster, uninterrupted: Path) -> None:
-    job = long_job(cluster)
+    job = job_at_work(cluster, LONG)
     cluster.run("scontrol", "requeue", job)
     cluster.wait_until("start", lambda: cluster.show(job)["Restarts"] == "1")
     ended = cluster.wait(job).succeeded()
@@ -222,7 +223,7 @@ def test_a_requeued_job_goes_on(cluster: Cluster, uninterrupted: Path) -> None:
 def test_before_the_time_limit_a_run_writes_its_checkpoint_and_is_requeued(
     cluster: Cluster, uninterrupted: Path
 ) -> None:
-    job = long_job(cluster)
+    job = job_at_work(cluster, LONG)
     cluster.run("scancel", "--batch", "--signal=USR1", job)  # as Slurm does by --signal=B:USR1@120
     cluster.wait_until("requeue", lambda: cluster.show(job)["Restarts"] == "1")
     ended = cluster.wait(job).succeeded()
@@ -234,15 +235,15 @@ def test_before_the_time_limit_a_run_writes_its_checkpoint_and_is_requeued(
     assert_same_losses(run, uninterrupted)
 
 
-def test_status_watch_and_cancel(cluster: Cluster, uninterrupted: Path) -> None:
-    job = long_job(cluster)
+def test_status_watch_and_cancel(cluster: Cluster, data: Path) -> None:
+    job = job_at_work(cluster, ENDLESS)
     script = cluster.scripts / "nanogpt.sh"
     cluster.wait_until("validation", lambda: read_run(cluster.only_run(job)).evaluations)
     (row,) = [row for row in json.loads(cluster.run(script, "status", "--json").stdout) if row["id"] == job]
-    assert row["state"] == "RUNNING" and row["run"]["steps"] >= 1 and row["run"]["total_steps"] == 300
+    assert row["state"] == "RUNNING" and row["run"]["steps"] >= 1 and row["run"]["total_steps"] == 100_000
     assert row["train_loss"] > 3 and row["run"]["val_loss"] > 3
     table = cluster.run(script, "status")
-    assert f" {job} " in table.stdout and "/300" in table.stdout
+    assert f" {job} " in table.stdout and "/100,000" in table.stdout
     assert "sacct is not configured here" in table.stderr
 
     began = time.monotonic()
