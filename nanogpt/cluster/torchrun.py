@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 LAUNCH_DIRECTORY = "NANOGPT_LAUNCH_DIR"  # a directory that this launcher and its ranks share
 STOP_NAME = "stop"  # in it: the signal's name, once a stop has been asked for
 GRACE_S = 600.0
-STOPPED_S = 20.0  # a rank in state T for so long is killed
+STOPPED_S = 25.0  # a rank in state T for so long is killed: later than other ranks find it silent, so that they say so
 _POLL_S = 0.5
 
 
@@ -76,6 +76,7 @@ def launch(arguments: Sequence[str]) -> int:
         except (ValueError, AssertionError) as error:
             raise InputError(f"nanogpt launch: torchrun: {error}") from error
         except (RuntimeError, OSError) as error:  # rendezvous: no connection, no such host, closed by another node
+            _print_messages(Path(name), failures)
             say(f"nanogpt launch on {socket.gethostname()}: {type(error).__name__}: {error}")
             return 1
         finally:

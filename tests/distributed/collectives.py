@@ -1,4 +1,10 @@
-"""Run by torchrun: every collective of a Communicator against what it must give, in the dtypes that it meets."""
+"""Run by torchrun: every collective of a Communicator against what it must give, in the dtypes that it meets.
+
+The argument is the backend, gloo on CPUs or nccl on GPUs.
+"""
+
+import os
+import sys
 
 import numpy as np
 import torch
@@ -8,7 +14,12 @@ from nanogpt.optim.communication import Communicator
 from nanogpt.optim.sparse import TouchedRows, average_touched_shard
 
 torch.set_num_threads(1)
-dist.init_process_group("gloo")
+BACKEND = sys.argv[1]
+DEVICE = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if BACKEND == "nccl" else torch.device("cpu")
+if DEVICE.type == "cuda":
+    torch.cuda.set_device(DEVICE)
+torch.set_default_device(DEVICE)
+dist.init_process_group(BACKEND, device_id=DEVICE if DEVICE.type == "cuda" else None)
 rank, size = dist.get_rank(), dist.get_world_size()
 communicator = Communicator(rank, size)
 
@@ -46,15 +57,14 @@ for dtype, allowed in ((torch.float32, 1e-6), (torch.bfloat16, 0.02)):
     rng = np.random.default_rng(0)
     slots = [np.unique(rng.integers(0, ROWS, 3 + slot)) for slot in range(2 * size)]
     slots[1] = np.zeros(0, dtype=np.int64) if size == 2 else slots[1]
-    touched = TouchedRows(ROWS, rank, size, "sparse", torch.device("cpu"))
+    touched = TouchedRows(ROWS, rank, size, "sparse", DEVICE)
     touched.add(slots)
     touched.prepare()
     gradient = torch.zeros(ROWS, WIDTH, dtype=dtype)
     for slot in range(rank, len(slots), size):
         for row in slots[slot]:
-            gradient[row] += torch.randn(WIDTH, generator=torch.Generator().manual_seed(int(1000 * slot + row))).to(
-                dtype
-            )
+            generator = torch.Generator("cpu").manual_seed(int(1000 * slot + row))
+            gradient[row] += torch.randn(WIDTH, generator=generator, device="cpu").to(DEVICE, dtype)
     exchange = touched.take()
     assert exchange is not None
     dense = communicator.average_shard(gradient.clone()).wait()

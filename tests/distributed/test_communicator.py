@@ -13,7 +13,7 @@ def test_collectives(processes: str) -> None:
     script = Path(__file__).with_name("collectives.py")
     done = python(
         *("-W", "error::FutureWarning", "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", processes, str(script)),
+        *("--nproc-per-node", processes, str(script), "gloo"),
         PYTHONWARNINGS="error::FutureWarning",
     )
     assert done.returncode == 0, done.stderr
