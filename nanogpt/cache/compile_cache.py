@@ -52,6 +52,7 @@ class CompileCache:
     def __init__(self, world: World | None = None, directory: Path | None = None):
         self.lines: list[str] = []  # for the log: what became of the file
         self.loaded: Header | None = None
+        self.found = False  # on any rank of this node: a file was read
         self.root: Path | None = None  # where compiled code is while the run lasts; None: where torch keeps it
         self._world = world
         self._directory = directory
@@ -165,7 +166,7 @@ def compile_cache(
         except OSError as error:
             cache._say(f"{error.filename or tempfile.gettempdir()}: {error.strerror}; no file is used")
             mine = None
-    cache.root = world.gather(mine)[world.rank - world.local_rank]
+    cache.root, cache.found = world.gather((mine, cache.loaded is not None))[world.rank - world.local_rank]
     try:
         with _compiled_code_in(cache.root):
             yield cache

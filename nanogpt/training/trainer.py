@@ -41,6 +41,7 @@ from nanogpt.runs.reference import ReferenceWatch
 from nanogpt.runs.tracker import check_tracker
 from nanogpt.spec import RunSpec
 from nanogpt.spec_model import SpeedrunModelSpec
+from nanogpt.training.ahead import compile_ahead
 from nanogpt.training.checkpoint import load_newest_checkpoint, rehearse, save_checkpoint
 from nanogpt.training.clock import Clock
 from nanogpt.training.compilation import compiled_graphs, recompilation_reasons
@@ -205,7 +206,7 @@ class Trainer:
             )
         with self.startup.phase("attention library"):
             paths, self.path_lines = choose_paths(spec, world.device)
-        self._run_time_windows = takes_tensors(paths.attention)
+        self.run_time_windows = takes_tensors(paths.attention)
         with self.startup.phase("model"):
             self.model = build_model(spec, device=world.device, paths=paths)
         with self.startup.phase("first broadcast"):
@@ -228,8 +229,8 @@ class Trainer:
             say(warning)
             self.path_lines.append(warning)
         self.recorder.built(ranks, paths, self.path_lines, compiled=self.compiled)
-        self._training_loss = self._compile(self.model.training_loss)
-        self._evaluation_loss = self._compile(self.model.evaluation_loss)
+        self.training_loss = self._compile(self.model.training_loss)
+        self.evaluation_loss = self._compile(self.model.evaluation_loss)
         self.reporter = Reporter(
             spec, self.schedule, world, run, ReferenceWatch(spec, data_directory) if world.is_main else None
         )
@@ -270,6 +271,8 @@ class Trainer:
         """Warm up, train, validate."""
         if self.spec.training.warmup:
             with self.watch.phase("warming up"):
+                with self.startup.phase("compiling, divided among ranks"):
+                    compile_ahead(self)
                 self.warm_up()
                 with self.startup.phase("compile cache, writing"):
                     self.cache.save()
@@ -349,20 +352,23 @@ class Trainer:
             self.touched.add(self.train_batches.summaries)
             if settings.rates.adam_step:
                 self.touched.prepare()
-        weights = self._to_device(settings.token_weights)
-        windows = self._as_numbers(settings.windows)
+        arguments = self.loss_arguments(settings)
         # The loss, then a place for each rank's wait: one average of small numbers brings all of it everywhere.
         report = [0.0] * (1 + self.world.size)
         report[1 + self.world.rank] = 1000 * waited * self.world.size
         told = self._to_device(tuple(report))
         for batch in batches:
-            loss = self._training_loss(batch, windows, weights)
+            loss = self.training_loss(batch, *arguments)
             (loss * self.grad_scale).backward()
             told[0] += loss.detach() * (self.grad_scale / self.model.training_loss_scale(batch))
         # Ahead of the gradients: when the optimizer is done, it has long arrived.
         average = self.world.communicator.average(told)
         self.optimizer.step(settings.rates)
         return average.wait()
+
+    def loss_arguments(self, settings: StepSettings) -> tuple[Windows | RunTimeWindows, Tensor]:
+        """What the model's training loss takes besides a batch."""
+        return self.as_numbers(settings.windows), self._to_device(settings.token_weights)
 
     def _touched_rows(self) -> TouchedRows | None:
         """For the sparse communication of the bigram table's gradient, where it is asked for."""
@@ -375,8 +381,9 @@ class Trainer:
         assert isinstance(self.spec.model, SpeedrunModelSpec)
         return bigram_rows(tokens, self.spec.model.bigram_rows, self.spec.model.bigram_multipliers)
 
-    def _as_numbers(self, windows: Windows) -> Windows | RunTimeWindows:
-        return windows.at_run_time() if self._run_time_windows else windows
+    def as_numbers(self, windows: Windows) -> Windows | RunTimeWindows:
+        """The windows as the attention backend takes them."""
+        return windows.at_run_time() if self.run_time_windows else windows
 
     def _to_device(self, values: tuple[float, ...]) -> Tensor:
         tensor = torch.tensor(values, dtype=torch.float32)
@@ -388,11 +395,11 @@ class Trainer:
 
     def evaluate(self, windows: Windows, micro_steps: int | None = None) -> float:
         """Validation loss in nats: mean over (the first) micro-steps, then over ranks."""
-        losses, numbers = [], self._as_numbers(windows)
+        losses, numbers = [], self.as_numbers(windows)
         for index, batch in enumerate(self.val_batches):
             if index == micro_steps:
                 break
-            losses.append(self._evaluation_loss(batch, numbers))
+            losses.append(self.evaluation_loss(batch, numbers))
         return float(self.world.communicator.average(torch.stack(losses).mean()).wait())
 
     def _validate(self, step: int, windows: Windows) -> float:

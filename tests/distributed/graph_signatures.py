@@ -42,8 +42,8 @@ def main(recipe: str, data: str, out: str, *world_sizes: str) -> None:
 
     with join_world(spec) as world, Trainer(spec, world, run=None, data_directory=Path(data)) as trainer:
         for owner, name in (
-            (trainer, "_training_loss"),
-            (trainer, "_evaluation_loss"),
+            (trainer, "training_loss"),
+            (trainer, "evaluation_loss"),
             (trainer.optimizer, "_adam"),
             (trainer.optimizer, "_normuon"),
         ):

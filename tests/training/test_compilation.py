@@ -12,8 +12,11 @@ import torch
 from tiny_runs import make_data, tiny_spec, train
 
 from nanogpt.runs.record import read_record
+from nanogpt.training.ahead import graph_jobs
 from nanogpt.training.compilation import CompileCounts, compile_counts, compiled_functions, functions_table
 from nanogpt.training.schedule import Schedule
+from nanogpt.training.trainer import Trainer
+from nanogpt.training.world import join_world
 
 pytestmark = pytest.mark.usefixtures("one_thread", "traced_only")
 SPEC = tiny_spec("runtime.compile=on", "training.warmup=true")
@@ -84,3 +87,20 @@ def test_counts_add_and_subtract():
     one, other = CompileCounts(5, 4, 3, 2, 1), CompileCounts(1, 1, 1, 1, 1)
     assert one - other == CompileCounts(4, 3, 2, 1, 0)
     assert one - other + other == one
+
+
+def test_the_graphs_are_divided_among_the_ranks_of_a_node(data: Path):
+    with join_world(SPEC) as world, Trainer(SPEC, world, run=None, data_directory=data) as trainer:
+        parameters = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+        position = trainer.train_batches.state_dict()
+        jobs = graph_jobs(trainer)
+        for rank, expected in ((0, {"training_loss": 2}), (1, {"training_loss": 3, "evaluation_loss": 1})):
+            for job in jobs[rank::2]:
+                job()
+            assert {entry.name: entry.graphs for entry in compiled_functions()} == expected
+        for parameter, before in zip(trainer.model.parameters(), parameters, strict=True):
+            assert torch.equal(parameter, before) and parameter.grad is None
+        assert trainer.train_batches.state_dict() == position
+        trainer.warm_up()
+        found = {entry.name: entry.graphs for entry in compiled_functions()}
+        assert (found["training_loss"], found["evaluation_loss"]) == (3, 1)  # nothing was left to the warm-up
