@@ -222,3 +222,35 @@ def test_scripts_name_no_site() -> None:
     for script in SCRIPTS.glob("*.sh"):
         assert os.access(script, os.X_OK)
         assert "mit_" not in script.read_text()
+
+
+def test_prep_and_build_flash_attn_run_here_and_now(run: Run, place: Path) -> None:
+    for name in ("prep-fineweb", "prep-text", "build-flash-attn"):
+        program(place / "inside", name, {"": ""})
+    run("prep.sh", "--chunks", "3")
+    run("prep.sh", "text", "--embedded", "--dir", "my data")
+    run("build_flash_attn.sh", "flash-attention.tar.gz", "--out", "fa")
+    assert (place / "inside" / "calls").read_text().splitlines() == [
+        "prep-fineweb --chunks 3",
+        "prep-text --embedded --dir my data",
+        "build-flash-attn flash-attention.tar.gz --out fa",
+    ]
+
+
+@pytest.mark.parametrize("script", ["run.sh", "prep.sh", "build_flash_attn.sh"])
+def test_a_copy_in_slurm_s_spool_finds_the_others(run: Run, place: Path, script: str) -> None:
+    """As in a job: the script runs as another file, and Slurm tells where it came from, for an array once a task."""
+    home = place / "a clone"
+    home.mkdir()
+    (home / "slurm").symlink_to(SCRIPTS)
+    spool = place / "slurm_script"
+    spool.write_text((SCRIPTS / script).read_text())
+    spool.chmod(0o755)
+    for name in ("prep-fineweb", "build-flash-attn"):
+        program(place / "inside", name, {"": f"{name}\n"})
+    environment = job_environment(place)
+    command = f"   Command={home}/slurm/{script} demo --data=data\n"
+    program(place / "bin", "scontrol", {"show hostnames": "n1\n", "--details": ONE_NODE, "show job 7": command * 2})
+    done = run(str(spool), "demo", "--data=data", **environment)
+    said = {"run.sh": "the step runs", "prep.sh": "prep-fineweb", "build_flash_attn.sh": "build-flash-attn"}
+    assert (done.returncode, done.stdout.strip()) == (0, said[script]), done.stderr
