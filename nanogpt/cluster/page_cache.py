@@ -39,8 +39,9 @@ def read_mapped_files() -> tuple[int, float]:
         except OSError:
             continue
         try:
-            for first in range(start, start + length, BLOCK_BYTES):
-                total += len(os.pread(descriptor, min(BLOCK_BYTES, start + length - first), first))
+            first = start
+            while count := len(os.pread(descriptor, min(BLOCK_BYTES, start + length - first), first)):
+                first, total = first + count, total + count
         except OSError:
             continue
         finally:
