@@ -13,6 +13,7 @@ PYTEST_ARGS ?=
 FLAVOUR ?= cuda
 BASE ?=
 WHEELS ?=
+KERNELS ?= all
 OUT ?= $(if $(filter cuda,$(FLAVOUR)),nanogpt.sif,nanogpt-$(FLAVOUR).sif)
 SIF ?= $(OUT)
 
@@ -52,7 +53,8 @@ schema: $(DEMO_READY) ## Write recipes/schema.json anew, after a change of nanog
 
 # Needs Python and Apptainer alone, no virtual environment: it is typed on login nodes.
 sif: need-python ## Build the image, nanogpt.sif (FLAVOUR=cpu, BASE=tree, OUT=FILE, WHEELS=DIR)
-	@$(PYTHON) -m nanogpt.cluster.image_build --flavour '$(FLAVOUR)' --base '$(BASE)' --wheels '$(WHEELS)' --out '$(OUT)'
+	@$(PYTHON) -m nanogpt.cluster.image_build --flavour '$(FLAVOUR)' --base '$(BASE)' --wheels '$(WHEELS)' \
+	  --kernels '$(KERNELS)' --out '$(OUT)'
 
 sif-diff: need-python ## What differs in two images or directories: make sif-diff A=old.sif B=new.sif
 	@$(PYTHON) -m nanogpt.cluster.image_tree '$(A)' '$(B)'

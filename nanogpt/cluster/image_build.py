@@ -52,7 +52,7 @@ SUITES = {"cuda": "trixie", "cpu": "bookworm"}
 REGISTRY_BASES = {"cuda": "debian:trixie-20250811-slim", "cpu": "debian:bookworm-20250811-slim"}
 PASSED_ON = ("PATH", "HOME", "USER", "LOGNAME", "TMPDIR", "XDG_RUNTIME_DIR", "TERM")
 # Chosen by measurement: docs/container.md has the table.
-COMPRESSION = "-comp zstd -Xcompression-level 6 -b 256K"
+COMPRESSION = "-comp zstd -Xcompression-level 6 -b 1M"
 
 # What a log of a failed build may hold, and what it means.
 MEANINGS = (
@@ -227,6 +227,7 @@ class Options:
     wheels: str | None = None
     work: Path = Path("build/sif")
     compression: str = COMPRESSION
+    kernels: str = "all"  # of which GPU architectures: all, or "80,90"
     test: bool = True
 
 
@@ -274,7 +275,9 @@ def build(root: Path, options: Options, environ: Mapping[str, str]) -> Built:
         lock = (work / "stage" / lock_path).read_bytes()
         base_name = options.base or REGISTRY_BASES[options.flavour]
         key = hashlib.sha256(
-            "\0".join([files, options.flavour, base_name, options.compression, str(source.clean)]).encode()
+            "\0".join(
+                [files, options.flavour, base_name, options.compression, options.kernels, str(source.clean)]
+            ).encode()
         ).hexdigest()
         built = read_built(out)
         if built is not None and built.key == key:
@@ -300,7 +303,7 @@ def build(root: Path, options: Options, environ: Mapping[str, str]) -> Built:
         if isinstance(base, Path):
             # Relative, so that the image does not tell where it was built.
             base = Path(os.path.relpath(base.resolve(), (work / "stage").resolve()))
-        arguments = build_arguments(options.flavour, base, source, lock_path, lock)
+        arguments = build_arguments(options.flavour, base, source, lock_path, lock, options.kernels)
 
         new = out.with_name(out.name + ".new")
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -374,8 +377,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--wheels", help="directory with wheels that pip may use too")
     parser.add_argument("--work", type=Path, default=Path("build/sif"))
     parser.add_argument("--compression", default=COMPRESSION, help="arguments for mksquashfs")
+    parser.add_argument("--kernels", default="all", help="of which GPU architectures: all, or 80,90")
     parser.add_argument("--check", action="store_true", help="look whether this machine can build, and no more")
     arguments = parser.parse_args(argv)
+    if not re.fullmatch(r"all|\d+(,\d+)*|", arguments.kernels):
+        parser.error(f"--kernels {arguments.kernels}: expected all, or architectures such as 80,90")
     options = Options(
         flavour=arguments.flavour,
         base=arguments.base or None,
@@ -383,6 +389,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         wheels=arguments.wheels or None,
         work=arguments.work,
         compression=arguments.compression,
+        kernels=arguments.kernels or "all",
     )
     try:
         if arguments.check:

@@ -105,7 +105,9 @@ def locked_versions(lock: str) -> dict[str, str]:
     return dict(re.findall(r"^([A-Za-z0-9_.-]+)==([^\s\\;]+)", lock, re.MULTILINE))
 
 
-def build_arguments(flavour: str, base: Path | str, source: Source, lock_path: str, lock: bytes) -> dict[str, str]:
+def build_arguments(
+    flavour: str, base: Path | str, source: Source, lock_path: str, lock: bytes, kernels: str = "all"
+) -> dict[str, str]:
     """Values for the definition's arguments."""
     versions = locked_versions(lock.decode())
     local = isinstance(base, Path)
@@ -115,6 +117,7 @@ def build_arguments(flavour: str, base: Path | str, source: Source, lock_path: s
         "BASE": str(base),
         "FLAVOUR": flavour,
         "LOCK": lock_path,
+        "KERNELS": kernels,
         "LOCK_SHA256": hashlib.sha256(lock).hexdigest(),
         "VERSION": __version__,
         "VERSIONS": " ".join(f"{name}={versions[name]}" for name in SHOWN_PACKAGES if name in versions),

@@ -207,3 +207,44 @@ def test_a_library_that_strip_would_break_stays(tmp_path: Path) -> None:
     assert not slim.loadable(path)
     path.write_text("no library")
     assert not slim.loadable(path)
+
+
+def test_kernels_of_other_architectures_are_blanked_and_nothing_else(tmp_path: Path) -> None:
+    import importlib.util
+    import struct
+
+    spec = importlib.util.spec_from_file_location("prune_kernels", CONTAINERS / "prune_kernels.py")
+    assert spec and spec.loader
+    prune_kernels = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(prune_kernels)
+
+    def entry(kind: int, architecture: int, payload: bytes) -> bytes:
+        header = struct.pack("<HHIQIIHHI", kind, 0x101, 64, len(payload), 0, 0, 0, 0, architecture)
+        return header + bytes(64 - len(header)) + payload
+
+    def fat(*entries: bytes) -> bytes:
+        body = b"".join(entries)
+        return struct.pack("<IHHQ", 0xBA55ED50, 1, 16, len(body)) + body
+
+    def library(blank: bytes | None = None) -> bytes:
+        code = {number: bytes([number]) * 24 for number in (75, 80, 86, 90, 100, 120)}
+        entries = [
+            entry(2, number, blank if blank and number in (75, 86, 100, 120) else text) for number, text in code.items()
+        ]
+        broken = fat(entry(2, 100, b"x" * 24), entry(7, 100, b"unknown!"))
+        return (
+            b"\x7fELF"
+            + bytes(60)
+            + fat(*entries, entry(1, 120, b"ptx ptx "))
+            + b"between"
+            + fat(entry(2, 80, b"8" * 8))
+            + broken
+        )
+
+    path = tmp_path / "lib.so"
+    path.write_bytes(library())
+    assert prune_kernels.prune(path, {80, 90}) == 4 * 24
+    assert path.read_bytes() == library(blank=bytes(24))
+    assert prune_kernels.serves(80, {86})  # sm_80 runs on sm_86
+    assert not prune_kernels.serves(86, {80})
+    assert not prune_kernels.serves(80, {90})
