@@ -31,7 +31,7 @@ training:
   extension:
     {steps: 6, batch_tokens: 256, window_blocks: {short: 6, long: 20}, token_weights: [1], lr_factor: 1.41}
 evaluation: {every: 40, tokens: 2048, micro_batch_tokens: 256}
-checkpoint: {every: 50}
+checkpoint: {every: 20}
 """
 
 
