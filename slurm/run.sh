@@ -5,6 +5,7 @@
 #   slurm/run.sh [--runs N] [--dry-run] RECIPE [--set KEY=VALUE]... [-- SBATCH OPTIONS]
 #       checks the recipe, works out the resources, prints the sbatch command and submits it; --dry-run only prints,
 #       --runs N makes an array of N runs with a seed of its own each
+#   either with --resume RUN in RECIPE's place: the run goes on from its newest checkpoint
 #
 # Partition and account: SBATCH_PARTITION, SBATCH_ACCOUNT, or sbatch's options. GPU_TYPE and NUM_GPUS (of a node) change
 # the recipe's. NCCL_*, OMP_NUM_THREADS and FINEWEB_CHUNKS go through; NCCL_IB_DISABLE is 1 by default on one node.

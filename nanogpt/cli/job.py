@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +13,8 @@ from typing import Annotated
 
 import typer
 
-from nanogpt.cli.submit import DataOption, OutOption
-from nanogpt.cli.validate import RecipeArgument, SetOption, StepsOption
+from nanogpt.cli.submit import DataOption, OutOption, RecipeOrResume, ResumeOption
+from nanogpt.cli.validate import SetOption, StepsOption
 
 job = typer.Typer(
     add_completion=False,
@@ -28,11 +29,12 @@ JOIN_TIMEOUT_S = 300  # for all nodes to come
 
 @job.command()
 def plan(
-    recipe: RecipeArgument,
+    recipe: RecipeOrResume = None,
     overrides: SetOption = None,
     steps: StepsOption = None,
     data: DataOption = None,
     out: OutOption = None,
+    resume: ResumeOption = None,
     runs: Annotated[int | None, typer.Option("--runs", hidden=True)] = None,
 ) -> None:
     """Check the job against RECIPE and print its srun command, each word ended by a NUL; nothing if it is done."""
@@ -41,23 +43,24 @@ def plan(
 
     if runs is not None:
         raise InputError("--runs: makes an array of jobs; start slurm/run.sh --runs N RECIPE without sbatch before it")
-    words = plan_step(RunArguments(recipe, overrides or (), steps, data, out), os.environ)
+    words = plan_step(RunArguments(recipe, overrides or (), steps, data, out, resume), os.environ)
     sys.stdout.write("".join(f"{word}\0" for word in words))
 
 
 @job.command()
 def stage(
-    recipe: RecipeArgument,
+    recipe: RecipeOrResume = None,
     overrides: SetOption = None,
     steps: StepsOption = None,
     data: DataOption = None,
     out: OutOption = None,
+    resume: ResumeOption = None,
 ) -> None:
     """Copy image and shards to this node's disk, NANOGPT_STAGE, unless they are there."""
     from nanogpt.cluster.plan import RunArguments
     from nanogpt.cluster.staging import stage as copy
 
-    arguments = RunArguments(recipe, overrides or (), steps, data, out).with_environment(os.environ)
+    arguments = RunArguments(recipe, overrides or (), steps, data, out, resume).with_environment(os.environ)
     spec = arguments.spec()
     directory = arguments.data_directory(spec)
     shards = sorted({*directory.glob(spec.data.train_files), *directory.glob(spec.data.val_files)})
@@ -75,30 +78,20 @@ def node(
     ranks: Annotated[int, typer.Option("--ranks")],
     endpoint: Annotated[str, typer.Option("--endpoint")],
     addresses: Annotated[str, typer.Option("--addresses")],
-    recipe: Annotated[str | None, typer.Argument()] = None,
+    recipe: RecipeOrResume = None,
     overrides: SetOption = None,
     steps: StepsOption = None,
     data: DataOption = None,
     out: OutOption = None,
-    resume: Annotated[Path | None, typer.Option("--resume")] = None,
+    resume: ResumeOption = None,
 ) -> None:
     """On each node: preflight, then torchrun."""
     from nanogpt.cluster.plan import RunArguments
     from nanogpt.cluster.preflight import preflight, raise_for_failures
     from nanogpt.console import say
-    from nanogpt.errors import InputError
-    from nanogpt.runs.directory import RunDirectory
 
-    if resume is not None:
-        spec, words = RunDirectory.open(resume).spec(), [f"--resume={resume}"]
-        arguments = RunArguments("", data=data, out=resume.parent)
-        words += [] if data is None else [f"--data={data}"]
-    elif recipe is not None:
-        arguments = RunArguments(recipe, overrides or (), steps, data, out)
-        spec, words = arguments.spec(), arguments.words()
-    else:
-        raise InputError("job node: expected a RECIPE or --resume")
-
+    arguments = RunArguments(recipe, overrides or (), steps, data, out, resume)
+    spec, words = arguments.spec(), arguments.words()
     on_cpu = spec.hardware.gpu == "cpu"
     if nodes == 1:
         os.environ.setdefault("NCCL_IB_DISABLE", "1")  # nothing to find, and seconds to look for it
@@ -106,6 +99,7 @@ def node(
     if on_cpu and cpus:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, int(cpus) // ranks)))
     index = int(os.environ.get("SLURM_NODEID", "0"))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # one that comes early waits for the launcher
     with _pid_file(index):
         checks = preflight(spec, arguments.data_directory(spec), arguments.output_directory(spec), os.environ)
         if os.environ.get("NANOGPT_PREFLIGHT") == "warn":
@@ -153,11 +147,12 @@ def _pid_file(index: int) -> Iterator[None]:
 
 @job.command()
 def requeue(
-    recipe: RecipeArgument,
+    recipe: RecipeOrResume = None,
     overrides: SetOption = None,
     steps: StepsOption = None,
     data: DataOption = None,
     out: OutOption = None,
+    resume: ResumeOption = None,
 ) -> None:
     """Put this job back into the queue, if its interrupted run would get further the next time."""
     from nanogpt.cluster.job_runs import job_name_for_slurm, requeue_refusal
@@ -166,7 +161,7 @@ def requeue(
     from nanogpt.console import say
     from nanogpt.errors import RunError
 
-    arguments = RunArguments(recipe, overrides or (), steps, data, out).with_environment(os.environ)
+    arguments = RunArguments(recipe, overrides or (), steps, data, out, resume).with_environment(os.environ)
     refusal = requeue_refusal(arguments.output_directory(arguments.spec()), os.environ)
     if refusal:
         raise RunError(f"not requeued: {refusal}")

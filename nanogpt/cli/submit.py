@@ -8,8 +8,15 @@ from typing import Annotated
 
 import typer
 
-from nanogpt.cli.validate import RecipeArgument, SetOption, StepsOption
+from nanogpt.cli.validate import SetOption, StepsOption
 
+RecipeOrResume = Annotated[
+    str | None,
+    typer.Argument(metavar="RECIPE", help="A file, or the name of a shipped recipe. May be left out with --resume."),
+]
+ResumeOption = Annotated[
+    Path | None, typer.Option("--resume", metavar="RUN_DIR", help="Go on from this run's newest checkpoint.")
+]
 DataOption = Annotated[
     Path | None,
     typer.Option("--data", metavar="DIR", help="Directory of the token shards.", show_default="as for nanogpt train"),
@@ -23,7 +30,7 @@ OutOption = Annotated[
 
 
 def submit(
-    recipe: RecipeArgument,
+    recipe: RecipeOrResume = None,
     sbatch_options: Annotated[
         list[str] | None,
         typer.Argument(metavar="[-- SBATCH OPTIONS]", help="Handed to sbatch, and stronger than what is worked out."),
@@ -32,6 +39,7 @@ def submit(
     steps: StepsOption = None,
     data: DataOption = None,
     out: OutOption = None,
+    resume: ResumeOption = None,
     runs: Annotated[
         int | None,
         typer.Option("--runs", min=1, max=1000, metavar="N", help="An array of N runs, each with a seed of its own."),
@@ -52,7 +60,7 @@ def submit(
     scripts = os.environ.get(SCRIPTS)
     if scripts is None:
         raise InputError("submit: start it by slurm/run.sh RECIPE, which has sbatch at hand outside of the image")
-    arguments = RunArguments(recipe, overrides or (), steps, data, out).with_environment(os.environ)
+    arguments = RunArguments(recipe, overrides or (), steps, data, out, resume).with_environment(os.environ)
     spec = arguments.spec()
     shards = check_shards(spec, arguments.data_directory(spec))
     if dry_run:

@@ -19,7 +19,9 @@ from nanogpt.console import say
 from nanogpt.data import fineweb
 from nanogpt.errors import InputError
 from nanogpt.recipe import load_recipe
+from nanogpt.runs.directory import RunDirectory
 from nanogpt.spec import RunSpec
+from nanogpt.training.resume import resumed_spec
 
 SCRIPTS = "NANOGPT_SCRIPTS"  # where slurm/run.sh is
 WAIT_S = 30  # for the other nodes, once the first one's process has ended
@@ -29,18 +31,23 @@ WAIT_S = 30  # for the other nodes, once the first one's process has ended
 class RunArguments:
     """What a user says of a run, on `slurm/run.sh`'s command line."""
 
-    recipe: str
+    recipe: str | None  # None: with `resume` only
     overrides: Sequence[str] = ()
     steps: int | None = None
     data: Path | None = None
     out: Path | None = None
+    resume: Path | None = None  # a run to go on with
 
     def with_environment(self, environ: Mapping[str, str]) -> RunArguments:
         """The same with GPU_TYPE and NUM_GPUS taken in; a `--set` of the user's wins."""
         return replace(self, overrides=[*environment_overrides(environ), *self.overrides])
 
     def spec(self) -> RunSpec:
-        """The resolved recipe. Raises `InputError` with every problem."""
+        """The resolved recipe, or the resumed run's. Raises `InputError` with every problem."""
+        if self.resume is not None:
+            return resumed_spec(RunDirectory.open(self.resume), self.recipe, self.overrides, self.steps)
+        if self.recipe is None:
+            raise InputError("name a RECIPE (`nanogpt recipes` lists them), or a run to go on with by --resume")
         return load_recipe(self.recipe, self.overrides, self.steps)
 
     def data_directory(self, spec: RunSpec) -> Path:
@@ -49,11 +56,15 @@ class RunArguments:
 
     def output_directory(self, spec: RunSpec) -> Path:
         """Where run directories are made."""
+        if self.resume is not None:
+            return self.resume.parent
         return self.out or Path(spec.output.directory or os.environ.get("NANOGPT_RUNS") or "runs")
 
     def words(self) -> list[str]:
         """As on a command line."""
-        words = [self.recipe, *(f"--set={override}" for override in self.overrides)]
+        words = [] if self.recipe is None else [self.recipe]
+        words += [] if self.resume is None else [f"--resume={self.resume}"]
+        words += [f"--set={override}" for override in self.overrides]
         words += [] if self.steps is None else [f"--steps={self.steps}"]
         words += [] if self.data is None else [f"--data={self.data}"]
         return words + ([] if self.out is None else [f"--out={self.out}"])
@@ -78,7 +89,7 @@ def plan_step(arguments: RunArguments, environ: Mapping[str, str]) -> list[str]:
         raise InputError(
             "\n".join(
                 [
-                    f"{arguments.recipe}: job {allocation.job_id} does not fit the recipe:",
+                    f"{arguments.recipe or arguments.resume}: job {allocation.job_id} does not fit the recipe:",
                     *(f"  {line}" for line in misfits),
                     f"  allocated: {allocation.described()}",
                     "Submit it so (with your partition and account), or let the script work it out, without sbatch:",
@@ -96,8 +107,10 @@ def plan_step(arguments: RunArguments, environ: Mapping[str, str]) -> list[str]:
         say(going_on.reason)
     if going_on.action == "nothing":
         return []
-    if going_on.run is not None:
-        train = ["--resume", str(going_on.run.path)]
+    if going_on.run is not None or arguments.resume is not None:
+        resume = going_on.run.path if going_on.run else arguments.resume
+        changes = () if arguments.resume is None else arguments.overrides  # the run's spec has those of its start
+        train = RunArguments(None, changes, resume=resume).words()
     else:
         overrides = list(arguments.overrides)
         if task is not None:

@@ -254,3 +254,20 @@ def test_a_copy_in_slurm_s_spool_finds_the_others(run: Run, place: Path, script:
     done = run(str(spool), "demo", "--data=data", **environment)
     said = {"run.sh": "the step runs", "prep.sh": "prep-fineweb", "build_flash_attn.sh": "build-flash-attn"}
     assert (done.returncode, done.stdout.strip()) == (0, said[script]), done.stderr
+
+
+def test_a_run_goes_on_in_a_new_job(run: Run, place: Path) -> None:
+    from tiny_runs import tiny_spec
+
+    from nanogpt.runs.directory import RunDirectory
+
+    path = RunDirectory.create(place / "runs", tiny_spec()).path.relative_to(place)
+    done = run("run.sh", "--dry-run", f"--resume={path}", "--set=hardware.gpus_per_node=4", "--data=data")
+    assert "--cpus-per-task=8" in done.stdout, done.stderr
+    assert done.stdout.strip().endswith(f"--resume={path} --set=hardware.gpus_per_node=4 --data=data")
+    done = run("run.sh", f"--resume={path}", "--set=checkpoint.every=5", "--data=data", **job_environment(place))
+    assert done.returncode == 0, done.stderr
+    assert f"--resume={path} --set=checkpoint.every=5 --data data" in (place / "bin" / "calls").read_text()
+    done = run("run.sh", "--dry-run", f"--resume={path}", "--set=training.seed=5")
+    assert done.returncode == 2 and "training.seed" in done.stderr
+    assert "name a RECIPE" in run("run.sh", "--dry-run").stderr
