@@ -19,6 +19,7 @@ from nanogpt.data.shards import read_count
 from nanogpt.errors import InputError, RunError
 from nanogpt.runs.data_files import describe_shards
 from nanogpt.runs.provenance import package_versions, source_sha256
+from nanogpt.runs.record import Process
 from nanogpt.spec import RunSpec
 from nanogpt.spec_differences import differences
 from nanogpt.training.watch import POLL_S, Watch, connect
@@ -32,6 +33,7 @@ class Start:
     """What one rank is about to run; plain values, as they travel as JSON."""
 
     host: str
+    process: dict[str, Any] = field(default_factory=dict)
     spec: dict[str, Any] = field(default_factory=dict)
     source_sha256: str = ""
     versions: dict[str, str | None] = field(default_factory=dict)
@@ -142,6 +144,7 @@ def agree(prepare: Callable[[], Start], watch: Watch) -> None:
         start = prepare()
     except InputError as error:
         start = Start(host, refusal=str(error))
+    start.process = watch.process.model_dump()
     try:
         store = connect(watch.limits.phase_seconds)
         store.set(f"start/{watch.rank}", json.dumps(asdict(start)))
@@ -153,6 +156,8 @@ def agree(prepare: Callable[[], Start], watch: Watch) -> None:
                 raise RunError(f"rank {watch.rank} on {host}: {', '.join(missing)}: no word; not all ranks came")
             time.sleep(POLL_S / 2)
         starts = [Start(**json.loads(store.get(key))) for key in keys]
+        for rank, found in enumerate(starts):
+            watch.expect(rank, Process(**found.process))
     except RuntimeError as error:
         raise RunError(f"rank {watch.rank} on {host}: cannot join the other processes: {error}") from error
     compare_starts(starts)

@@ -211,10 +211,22 @@ class Watch:
         self._noticed = True
         return self._lost or error
 
+    def expect(self, rank: int, process: Process) -> None:
+        """That rank has been there, as this process: from now on it is to be heard of."""
+        if rank != self.rank and rank not in self._peers:
+            self._heard_at[rank] = time.monotonic()
+            self._peers.setdefault(rank, Beat(0, process, "starting", 0, 0))
+
+    @property
+    def process(self) -> Process:
+        """This process, as others can find it."""
+        return self._own.process
+
     # --- the thread ---
 
     def _watch(self) -> None:
-        began = beat_at = time.monotonic()
+        began = time.monotonic()
+        beat_at = began - BEAT_S
         store: dist.Store | None = None
         answered = began
         while True:
@@ -256,7 +268,9 @@ class Watch:
             text = self._own.encode()
         store.set(_key(self.rank), text)
         others = [rank for rank in range(self.size) if rank != self.rank]
-        known = [rank for rank in others if rank in self._peers or store.check([_key(rank)])]
+        known = [
+            rank for rank in others if (rank in self._peers and self._peers[rank].count) or store.check([_key(rank)])
+        ]
         for rank, found in zip(known, store.multi_get([_key(rank) for rank in known]) if known else (), strict=True):
             beat = Beat.decode(found)
             if rank not in self._peers or beat.count != self._peers[rank].count:
@@ -307,10 +321,10 @@ class Watch:
 
     def _where(self, peer: Beat) -> str:
         """What a lost rank was doing: it cannot be far from where this one waits for it, and its beats may be old."""
-        return (self._own if self._own.step > peer.step or self._own.phase == "training" else peer).where
+        return (peer if self._own.phase == "starting" else self._own).where
 
     def _silence(self, peer: Beat | None = None) -> float:
-        starting = (peer or self._own).phase == "starting"
+        starting = self._own.phase == "starting" and (peer is None or peer.phase == "starting")
         return self.limits.silence_seconds * (START_FACTOR if starting else 1)
 
     def _look_at_progress(self, now: float) -> None:
