@@ -42,8 +42,10 @@ def step(
 @contextmanager
 def _trainer(recipe: str, overrides: list[str] | None, data: Path | None) -> Iterator[Trainer]:
     """The recipe's trainer, ready to step, on `data` or on made-up tokens."""
+    from nanogpt.cache.compile_cache import cache_directory, compile_cache
     from nanogpt.recipe import load_recipe
     from nanogpt.training.benchmark import write_made_up_shards
+    from nanogpt.training.paths import compiles
     from nanogpt.training.trainer import Trainer
     from nanogpt.training.world import join_world
 
@@ -55,7 +57,11 @@ def _trainer(recipe: str, overrides: list[str] | None, data: Path | None) -> Ite
             write_made_up_shards(
                 data, train_tokens=20 * largest, val_tokens=spec.evaluation.tokens + 1, bos=spec.data.bos
             )
-        with Trainer(spec, world, run=None, data_directory=data) as trainer:
+        kept_in = cache_directory(spec.output.directory) if compiles(spec, world.device) else None
+        with (
+            compile_cache(spec, world, kept_in) as cache,
+            Trainer(spec, world, run=None, data_directory=data, cache=cache) as trainer,
+        ):
             yield trainer
 
 
