@@ -24,10 +24,10 @@ PLAIN = "attention: plain, kernels: plain, head_precision: bf16, compile: off"
 STEPS = 200
 LONG = (
     "training.stages=["
-    "{steps: 100, batch_tokens: 512, window_blocks: {short: 2, long: 4}, token_weights: [1, 0.5, 0.25], lr_factor: 1},"
-    "{steps: 90, batch_tokens: 768, window_blocks: {short: 3, long: 6}, token_weights: [1, 0.5], lr_factor: 1.2},"
-    "{steps: 8, batch_tokens: 1024, window_blocks: {short: 4, long: 9}, token_weights: [1], lr_factor: 1.4}]",
-    "evaluation.every=50",
+    "{steps: 100, batch_tokens: 4096, window_blocks: {short: 2, long: 4}, token_weights: [1, 0.5, 0.25], lr_factor: 1},"
+    "{steps: 90, batch_tokens: 6144, window_blocks: {short: 3, long: 6}, token_weights: [1, 0.5], lr_factor: 1.2},"
+    "{steps: 8, batch_tokens: 8192, window_blocks: {short: 4, long: 9}, token_weights: [1], lr_factor: 1.4}]",
+    "evaluation={every: 50, tokens: 16384, micro_batch_tokens: 4096}",
 )
 
 
@@ -42,7 +42,7 @@ SEVERAL = pytest.mark.parametrize("count", [gpus(2), gpus(4)])
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("tiny") / "data", (400_000,))
+    return make_data(tmp_path_factory.mktemp("tiny") / "data", (1_300_000,), val_tokens=20_000)
 
 
 def machine(count: int) -> str:
