@@ -37,6 +37,15 @@ def test_a_killed_rank_ends_the_run(data: Path, tmp_path: Path) -> None:
         assert (read_run(launched.run).state, read_record(launched.run).state) == ("failed", "failed")
 
 
+def test_a_refusal_is_told_once(data: Path, tmp_path: Path) -> None:
+    recipe = endless_recipe(tmp_path / "endless.yaml", 4)  # for four, on two
+    with Launched(tmp_path / "refused", 2, recipe, "--data", data) as launched:
+        assert launched.end() == 2, launched.output
+        assert launched.output.count("the recipe wants 4 processes, found 2") == 1
+        assert "Traceback" not in launched.output
+        assert not launched.runs.exists()
+
+
 def test_a_stopped_rank_zero_ends_the_run(data: Path, tmp_path: Path) -> None:
     recipe = endless_recipe(tmp_path / "endless.yaml", 2, SILENCE)
     with Launched(tmp_path / "stopped", 2, recipe, "--data", data) as launched:
@@ -49,11 +58,11 @@ def test_a_stopped_rank_zero_ends_the_run(data: Path, tmp_path: Path) -> None:
 
 
 def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_run_goes_on(data: Path, tmp_path: Path) -> None:
-    settings = ("checkpoint.at_end=true", "training.stages.0.steps=150")
+    settings = ("checkpoint.at_end=true", "training.stages.0.steps=40")
     train(tiny_spec(*settings), data, tmp_path / "whole")
     recipe = write_recipe(tmp_path / "tiny.yaml", tiny_spec(*settings, "hardware.gpus_per_node=2"))
     with Launched(tmp_path / "first", 2, recipe, "--data", data) as launched:
-        launched.wait_for("the first step", lambda: "\nstep:1/" in launched.log)
+        launched.wait_for("the start", lambda: "Run directory: " in launched.output)
         os.kill(launched.ranks()[1], signal.SIGUSR1)
         assert launched.end() == REQUEUE_EXIT_CODE, launched.output
         run = launched.run
