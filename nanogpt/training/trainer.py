@@ -270,6 +270,7 @@ class Trainer:
     def run(self, *, resume: bool = False) -> Result:
         """Warm up, train, validate."""
         if self.spec.training.warmup:
+            self._say(self.cache.lines)
             with self.watch.phase("warming up"):
                 with self.startup.phase("compiling, divided among ranks"):
                     compile_ahead(self)
@@ -281,6 +282,7 @@ class Trainer:
         keep_code_in_memory(os.environ, wait=True)
         phases = self.startup.phases()
         table = phases_table(phases) if self.spec.training.warmup else []
+        self._say(table)
         for line in (*self.path_lines, *self.cache.lines, *table):
             self.reporter.note(line)
         self.reporter.start(self.next_step, resumed=resumed)
@@ -329,6 +331,12 @@ class Trainer:
             shards_read=position["shard"] + 1 if position["epoch"] == 0 else self.train_shards,
             memory=self.world.gather(memory),
         )
+
+    def _say(self, lines: Sequence[str]) -> None:
+        """To the terminal, or the job's output, where somebody waits."""
+        if self.run_directory is not None and self.world.is_main:
+            for line in lines:
+                say(line)
 
     # --- a step ---
 
