@@ -156,12 +156,11 @@ def test_directories_of_a_run_are_shown_inside(run: Run, place: Path) -> None:
 
 
 def test_status_asks_slurm_outside_of_the_image(run: Run, place: Path) -> None:
-    before = set(Path("/tmp").glob("nanogpt-relay.*"))
     done = run("nanogpt.sh", "status", TMPDIR=str(place))
     assert done.returncode == 0, done.stderr
     assert "120_3" in done.stdout and "sacct is not configured here" in done.stderr
     assert "squeue --noheader --states=all --user=ada" in (place / "bin" / "calls").read_text()
-    assert not list(place.glob("nanogpt-relay.*")) and set(Path("/tmp").glob("nanogpt-relay.*")) == before
+    assert not list(place.glob("nanogpt-relay.*"))
 
 
 def test_the_relay_runs_slurm_s_commands_only(run: Run, place: Path) -> None:
@@ -190,7 +189,8 @@ def test_in_a_job_run_sh_starts_one_step(run: Run, place: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "the step runs\n"), done.stderr
     (srun,) = re.findall("^srun (.*)$", (place / "bin" / "calls").read_text(), re.MULTILINE)
     assert srun.startswith("--nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task=2 --kill-on-bad-exit=0")
-    assert f"{SCRIPTS}/in_image.sh nanogpt job node --nodes=1 --ranks=1 --endpoint=127.0.0.1:10007" in srun
+    # The job's port, 10007, or a later one where another process has that.
+    assert re.search(rf"{SCRIPTS}/in_image.sh nanogpt job node --nodes=1 --ranks=1 --endpoint=127.0.0.1:100\d\d ", srun)
     assert srun.endswith("demo --steps=20 --out runs --data data")
 
 
