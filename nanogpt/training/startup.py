@@ -81,7 +81,7 @@ def process_age() -> float:
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError, AttributeError):
         return time.process_time()
-    return max(0.0, age)
+    return max(0.0, age) if ticks else time.process_time()  # gVisor may tell none
 
 
 def _queued_for(job_start: str | None, age: float) -> float | None:
