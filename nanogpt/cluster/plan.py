@@ -24,7 +24,7 @@ from nanogpt.spec import RunSpec
 from nanogpt.training.resume import resumed_spec
 
 SCRIPTS = "NANOGPT_SCRIPTS"  # where slurm/run.sh is
-WAIT_S = 30  # for the other nodes, once the first one's process has ended
+WAIT_S = 110  # for the other nodes, once one has ended: the first may still write the checkpoint of all
 
 
 @dataclass(frozen=True)
