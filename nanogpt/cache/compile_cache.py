@@ -52,7 +52,7 @@ class CompileCache:
     def __init__(self, world: World | None = None, directory: Path | None = None):
         self.lines: list[str] = []  # for the log: what became of the file
         self.loaded: Header | None = None
-        self.found = False  # on any rank of this node: a file was read
+        self.found = False  # a file was read on every node; alike on all ranks
         self.root: Path | None = None  # where compiled code is while the run lasts; None: where torch keeps it
         self._world = world
         self._directory = directory
@@ -147,12 +147,12 @@ def compile_cache(
         directory: where the files are; rank 0's counts. None: no file is used, and none written.
         fresh: take nothing from a file; it is replaced.
     """
-    directory = world.gather(directory)[0]
+    directory, chosen = world.gather((directory, _users_directory()))[0]
     cache = CompileCache(world, directory)
     if directory is None:
         yield cache
         return
-    if (chosen := _users_directory()) is not None:
+    if chosen is not None:
         cache._say(f"TORCHINDUCTOR_CACHE_DIR is set: compiled code is kept in {chosen}, and no file is used")
         yield cache
         return
@@ -166,7 +166,14 @@ def compile_cache(
         except OSError as error:
             cache._say(f"{error.filename or tempfile.gettempdir()}: {error.strerror}; no file is used")
             mine = None
-    cache.root, cache.found = world.gather((mine, cache.loaded is not None))[world.rank - world.local_rank]
+    # What follows has collectives in it, so all nodes do alike: where one has no room, none uses a file.
+    everywhere = world.gather((world.local_rank == 0, mine, cache.loaded is not None))
+    leaders = [(root, found) for leads, root, found in everywhere if leads]
+    if all(root is not None for root, _ in leaders):
+        cache.root = everywhere[world.rank - world.local_rank][1]
+        cache.found = all(found for _, found in leaders)
+    elif mine is not None:
+        cache._say("a node has no room for compiled code; no file is used")
     try:
         with _compiled_code_in(cache.root):
             yield cache

@@ -21,9 +21,9 @@ def compile_ahead(trainer: Trainer) -> None:
 
     Every rank calls it; they wait for one another. Parameters, gradients and data stay as they were.
     """
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if trainer.cache.root is None or trainer.cache.found or ranks == 1:
+    if trainer.cache.root is None or trainer.cache.found or trainer.world.size == 1:
         return
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", trainer.world.size))
     for job in graph_jobs(trainer)[trainer.world.local_rank :: ranks]:
         job()
     trainer.world.synchronize()
