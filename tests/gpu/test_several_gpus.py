@@ -27,7 +27,7 @@ LONG = (
     "{steps: 100, batch_tokens: 4096, window_blocks: {short: 2, long: 4}, token_weights: [1, 0.5, 0.25], lr_factor: 1},"
     "{steps: 90, batch_tokens: 6144, window_blocks: {short: 3, long: 6}, token_weights: [1, 0.5], lr_factor: 1.2},"
     "{steps: 8, batch_tokens: 8192, window_blocks: {short: 4, long: 9}, token_weights: [1], lr_factor: 1.4}]",
-    "evaluation={every: 50, tokens: 16384, micro_batch_tokens: 4096}",
+    "evaluation={every: 50, tokens: 16384, micro_batch_tokens: 4096, target_loss: null}",
 )
 
 
