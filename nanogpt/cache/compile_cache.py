@@ -58,6 +58,7 @@ class CompileCache:
         self._directory = directory
         self._key: dict[str, Any] = {}
         self._recipe = ""
+        self._fresh = False
         self._names: set[str] = set()  # what the file has
         self._lock: int | None = None
 
@@ -76,10 +77,11 @@ class CompileCache:
         if not world.is_main or set(kept_files(self.root)) <= self._names:
             return None
         started = time.perf_counter()
-        with contextlib.suppress(PackError, OSError):  # another job's
-            other = Pack(self.path)
-            if other.header.key_sha256 == key_sha256(self._key):
-                other.unpack(self.root)
+        if not self._fresh:
+            with contextlib.suppress(PackError, OSError):  # another job's
+                other = Pack(self.path)
+                if other.header.key_sha256 == key_sha256(self._key):
+                    other.unpack(self.root)
         try:
             header = write_pack(
                 self.path, self.root, key=self._key, key_sha256=key_sha256(self._key), recipe=self._recipe
@@ -156,7 +158,7 @@ def compile_cache(
         cache._say(f"TORCHINDUCTOR_CACHE_DIR is set: compiled code is kept in {chosen}, and no file is used")
         yield cache
         return
-    cache._key, cache._recipe = cache_key(spec, world.device), spec.name
+    cache._key, cache._recipe, cache._fresh = cache_key(spec, world.device), spec.name, fresh
     mine = None
     if world.local_rank == 0:
         try:

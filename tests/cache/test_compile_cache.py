@@ -86,6 +86,15 @@ def test_what_another_job_has_added_meanwhile_is_kept(tmp_path: Path):
     assert found(tmp_path / "kept") == {"a": "1", "b": "2", "c": "3"}
 
 
+def test_a_fresh_file_has_nothing_of_the_old_one(tmp_path: Path):
+    use(tmp_path, a="1")
+    with compile_cache(SPEC, WORLD, tmp_path, fresh=True) as cache:
+        assert cache.root is not None and not list(cache.root.glob("inductor/*"))
+        (cache.root / "inductor").mkdir()
+        (cache.root / "inductor/b").write_text("2")
+    assert found(tmp_path) == {"b": "2"}
+
+
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-3] ^= 4
