@@ -81,7 +81,6 @@ cat > "$conf" << END
 ClusterName=test
 SlurmctldHost=$host(127.0.0.1)
 SlurmUser=root
-AuthInfo=cred_expire=3
 StateSaveLocation=/var/spool/slurmctld
 SlurmctldPidFile=/run/slurm/slurmctld.pid
 SlurmctldLogFile=/var/log/slurm/slurmctld.log
