@@ -5,11 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 SPEEDRUN = "nanogpt/models/speedrun.py"
+RECORD89 = "nanogpt/models/record89.py"
+RECORD = "nanogpt/models/record.py"
 GPT2 = "nanogpt/models/gpt2.py"
 EMBEDDING = "nanogpt/layers/embedding.py"
 NORM = "nanogpt/layers/norm.py"
 ROTARY = "nanogpt/layers/rotary.py"
 ATTENTION = "nanogpt/kernels/attention_plain.py"
+HEADS = "nanogpt/layers/attention.py"
+CONNECTIONS = "nanogpt/layers/dense_connections.py"
+MIXING = "nanogpt/kernels/head_mixing.py"
+FP8_MLP = "nanogpt/kernels/fp8_mlp.py"
+FP8_SCALES = "nanogpt/layers/fp8_mlp.py"
+PREFIXES = "nanogpt/data/prefixes.py"
+RECIPE89 = "recipes/record89.yaml"
 HEAD = "nanogpt/kernels/cross_entropy.py"
 MLP = "nanogpt/kernels/relu_squared_mlp.py"
 ADAM = "nanogpt/optim/adam.py"
@@ -26,12 +35,28 @@ RECIPE = "recipes/speedrun.yaml"
 
 _TESTS: dict[str, tuple[str, ...]] = {
     SPEEDRUN: ("tests/models/test_speedrun.py",),
+    RECORD89: ("tests/models/test_record89.py",),
+    RECORD: ("tests/models/test_speedrun.py", "tests/models/test_record89.py"),
+    HEADS: ("tests/models/test_speedrun.py", "tests/models/test_record89.py"),
+    CONNECTIONS: ("tests/models/test_record89.py",),
+    MIXING: ("tests/kernels/test_head_mixing.py", "tests/models/test_record89.py"),
+    FP8_MLP: ("tests/layers/test_fp8_mlp.py",),
+    FP8_SCALES: ("tests/layers/test_fp8_mlp.py",),
+    PREFIXES: ("tests/data/test_prefixes.py",),
     GPT2: ("tests/models/test_gpt2.py",),
-    EMBEDDING: ("tests/layers/test_embedding.py", "tests/models/test_speedrun.py"),
+    EMBEDDING: (
+        "tests/layers/test_embedding.py",
+        "tests/models/test_speedrun.py",
+        "tests/models/test_record89.py",
+    ),
     NORM: ("tests/layers/test_norm.py",),
     ROTARY: ("tests/layers/test_rotary.py", "tests/models/test_speedrun.py"),
     ATTENTION: ("tests/kernels/test_attention.py", "tests/models/test_speedrun.py"),
-    HEAD: ("tests/kernels/test_cross_entropy.py", "tests/models/test_speedrun.py"),
+    HEAD: (
+        "tests/kernels/test_cross_entropy.py",
+        "tests/models/test_speedrun.py",
+        "tests/models/test_record89.py",
+    ),
     MLP: ("tests/models/test_speedrun.py",),
     ADAM: ("tests/optim/test_adam.py", "tests/optim/test_normuon_adam.py"),
     ADAMW: ("tests/optim/test_adamw.py",),
@@ -46,6 +71,7 @@ _TESTS: dict[str, tuple[str, ...]] = {
     ),
     BATCHES: ("tests/data/test_batches.py",),
     DOCUMENTS: ("tests/data/test_batches.py",),
+    RECIPE89: ("tests/models/test_record89.py", "tests/training/test_schedule_record89.py"),
     RECIPE: (
         "tests/models/test_speedrun.py",
         "tests/layers",
@@ -95,21 +121,26 @@ _add(
 _add(
     "attention backward", ATTENTION, "no scale in the gradient", (".mul_(weights).mul_(blocks.scale)", ".mul_(weights)")
 )
-_add("windows by layer", SPEEDRUN, "short layers get the long window", ("else windows.short", "else windows.long"))
-_window = "windows.long if layer in spec.long_window_layers else windows.short,"
-_add("paired window", SPEEDRUN, "window doubles with the length", (_window, f"(1 + paired) * ({_window[:-1]}),"))
+_add("windows by layer", RECORD, "short layers get the long window", ("else windows.short", "else windows.long"))
+_add(
+    "paired window",
+    HEADS,
+    "window doubles with the length",
+    ("max_seqlen=max_seqlen, window=window,", "max_seqlen=max_seqlen, window=(1 + paired) * window,"),
+)
 _doubled = "cu_seqlens, max_seqlen = 2 * cu_seqlens, 2 * max_seqlen"
-_add("paired documents", SPEEDRUN, "boundaries do not double", (_doubled, "max_seqlen = 2 * max_seqlen"))
-_add("paired documents", SPEEDRUN, "maximum length does not double", (_doubled, "cu_seqlens = 2 * cu_seqlens"))
-_add("key shift", SPEEDRUN, "none", ("elif layer in spec.long_window_layers:", "elif False:"))
-_add("key shift", SPEEDRUN, "in every unpaired layer", ("elif layer in spec.long_window_layers:", "else:"))
+_add("paired documents", HEADS, "boundaries do not double", (_doubled, "max_seqlen = 2 * max_seqlen"))
+_add("paired documents", HEADS, "maximum length does not double", (_doubled, "cu_seqlens = 2 * cu_seqlens"))
+_shifted = "shifted=layer in spec.long_window_layers"
+_add("key shift", SPEEDRUN, "none", (_shifted, "shifted=False"))
+_add("key shift", SPEEDRUN, "in every unpaired layer", (_shifted, "shifted=not paired"))
 _add("key shift", ROTARY, "from the token after", ("cat((still[:1], still[:-1]))", "cat((still[1:], still[-1:]))"))
 _add("key shift", ROTARY, "token 0 gets zeros", ("cat((still[:1],", "cat((0 * still[:1],"))
 _add("key shift", ROTARY, "all channels", ("cat((k[..., :rotated],", "cat((torch.cat((k[:1], k[:-1]))[..., :rotated],"))
 _joined = "x.reshape(2 * count, heads // 2, head_dim)"
 _add(
     "paired interleaving",
-    SPEEDRUN,
+    HEADS,
     "rows hold even and odd heads",
     (
         _joined,
@@ -124,9 +155,10 @@ _add(
     ("signed_sin[: 2 * tokens].view(tokens, 1, 2, rotated)", "signed_sin[: 2 * tokens].view(tokens, 2, 1, rotated)"),
     ("x.view(tokens, heads // 2, 2, head_dim)", "x.view(tokens, 2, heads // 2, head_dim)"),
 )
-_add("paired rotation", SPEEDRUN, "unpaired positions", ("self.rotary(q, paired=paired)", "self.rotary(q)"))
+_add("paired rotation", HEADS, "unpaired positions", ("rotary(norm(q), paired=paired)", "rotary(norm(q))"))
 _add("attention scale", SPEEDRUN, "1/sqrt(head)", ("scale=self.attention_scale(),", "scale=head_dim**-0.5,"))
-_add("QK norm", SPEEDRUN, "queries not normalised", ("q, k = norm(q), norm(k)", "q, k = q, norm(k)"))
+_add("QK norm", HEADS, "queries not normalised", ("rotary(norm(q), paired", "rotary(q, paired"))
+_add("QK norm", HEADS, "keys not normalised", ("rotary(norm(k), paired", "rotary(k, paired"))
 _add("attention gate", SPEEDRUN, "none", ("y = y * head_gate(", "y = y + 0 * head_gate("))
 _add(
     "attention gate",
@@ -198,7 +230,7 @@ _add(
     ("(multipliers[0] * wide[1:])", "(multipliers[1] * wide[1:])"),
     ("(multipliers[1] * wide[:-1])", "(multipliers[0] * wide[:-1])"),
 )
-_add("bigram hash", EMBEDDING, "sum for xor", (".bitwise_xor(", ".add("))
+_add("bigram hash", EMBEDDING, "sum for xor", ("wide[1:]).bitwise_xor(", "wide[1:]).add("))
 _add("bigram hash", EMBEDDING, "modulo all rows", ("% (rows - 1)", "% rows"))
 _add("bigram hash", EMBEDDING, "token 0 takes row 0", ("new_full((1,), rows - 1)", "new_full((1,), 0)"))
 _add("bigram scalars", SPEEDRUN, "layer 0's for all", ("bigram_scale[layer] * bigram", "bigram_scale[0] * bigram"))
@@ -224,7 +256,7 @@ _add(
     "one for all tables",
     ("self.ve_gate_bank[self.value_table[layer]]", "self.ve_gate_bank[0]"),
 )
-_add("value embeddings", SPEEDRUN, "tables in reverse order", ("offsets[:, None]", "offsets.flip(0)[:, None]"))
+_add("value embeddings", EMBEDDING, "tables in reverse order", ("offsets[:, None]", "offsets.flip(0)[:, None]"))
 _add("value embeddings", SPEEDRUN, "instead of v", ("v = v + gate * value", "v = gate * value"))
 _add("MLP", SPEEDRUN, "input not normalised", ("mlp_function(norm(x)", "mlp_function(x"))
 _add("MLP", MLP, "no square", ("torch.relu(u @ up.mT).square()", "torch.relu(u @ up.mT)"))
@@ -265,7 +297,7 @@ _add(
 )
 _add(
     "padding columns",
-    SPEEDRUN,
+    RECORD,
     "left out of the loss",
     (
         "            self.lm_head,\n            batch.targets,\n            token_weights,",
