@@ -1,4 +1,4 @@
-"""Triton kernels around the 8-bit products of the MLP: what is read once is rounded, squared and measured in that pass."""
+"""Triton kernels around the MLP's 8-bit products: numbers are rounded, squared and measured in one pass over them."""
 
 # mypy: allow-untyped-defs
 

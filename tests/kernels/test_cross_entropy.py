@@ -223,7 +223,7 @@ def test_prefixes_and_their_weight_come_together():
     x, lm_head, targets, weights = head_inputs()
     with pytest.raises(ValueError, match="both or neither"):
         head_loss(x, lm_head, targets, weights, prefixes=targets)
-    with pytest.raises(ValueError, match="torch.int32: expected"):
+    with pytest.raises(ValueError, match=r"torch\.int32: expected"):
         head_loss(x, lm_head, targets, weights, prefixes=targets.int(), prefix_weight=torch.tensor(0.1))
 
 

@@ -1,4 +1,4 @@
-"""The DC correction on a CPU: the plain path and its backward pass against the definition, roundings, reproducibility."""
+"""The DC correction on a CPU: plain path and backward pass against the definition, roundings, reproducibility."""
 
 from __future__ import annotations
 
@@ -93,9 +93,7 @@ def test_the_backward_pass_is_the_same_every_time_under_deterministic_algorithms
     grad = torch.randn(64, HEADS, HEAD_DIM).bfloat16()
     torch.use_deterministic_algorithms(True)
     try:
-        runs = [
-            torch.autograd.grad(mix_heads(*inputs, ends, window=7, scale=SCALE), inputs, grad) for _ in range(2)
-        ]
+        runs = [torch.autograd.grad(mix_heads(*inputs, ends, window=7, scale=SCALE), inputs, grad) for _ in range(2)]
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

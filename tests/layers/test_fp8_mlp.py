@@ -56,9 +56,7 @@ def test_output_and_gradients_are_those_of_the_definition(post_scale):
     s_h = torch.tensor(post_scale)
     inputs = [x.requires_grad_() for x in (u, up, down)]
     down8_t = down8.T.contiguous().float().to(torch.float8_e4m3fn)
-    out, peak = fp8_relu_squared_mlp(
-        *inputs, up8.float().to(torch.float8_e4m3fn), up_scale, down8_t, down_scale, s_h
-    )
+    out, peak = fp8_relu_squared_mlp(*inputs, up8.float().to(torch.float8_e4m3fn), up_scale, down8_t, down_scale, s_h)
     wide = [x.detach().double() for x in (u, up, down)]
     expected = definition(*wide, up8, up_scale.double(), down8, down_scale.double(), s_h.double())
     out.sum().backward()

@@ -87,7 +87,7 @@ def test_padding_without_gradients_stays_as_it_is_or_only_decays():
         optimizer.step(rates_of(step))
     assert not model.qk[60:].any() and not model.vo[20:].any() and not model.mlp[11, 1].any()
     shrunk = model.mlp[11, 0] / starts["mlp"][11, 0]
-    assert 0.9 < shrunk.min() and shrunk.max() < 1
+    assert shrunk.min() > 0.9 and shrunk.max() < 1
 
 
 SMALL = "mudd_b2 mudd_gate_b2 mudd_gate_scale"
