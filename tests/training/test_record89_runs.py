@@ -119,7 +119,13 @@ def test_the_prefixes_are_made_inside_the_clock_and_off_in_the_warm_up(
     order: list[str] = []
     table, start, loss = trainer_module.prefix_table, trainer_module.Clock.start, Record89.training_loss
     monkeypatch.setattr(trainer_module, "prefix_table", lambda *args: order.append("table") or table(*args))
-    monkeypatch.setattr(trainer_module.Clock, "start", lambda self: order.append("clock") or start(self))
+
+    def spy_start(self: Any) -> None:
+        if "clock" not in order:  # it starts again after each validation
+            order.append("clock")
+        start(self)
+
+    monkeypatch.setattr(trainer_module.Clock, "start", spy_start)
 
     def spy(self: Record89, *args: Any) -> torch.Tensor:
         state = "on" if bool((self.prefixes >= 0).any()) else "off"
