@@ -184,3 +184,25 @@ def test_a_state_of_the_other_precision_is_taken_too():
     active.reload(bank)  # measured afresh: nothing fits
     peaks = [float(bank[layer, 1].abs().max()) / 448 for layer in range(2)]
     assert floats(active.scales("down_scale")) == pytest.approx(peaks)
+
+
+def test_compiled_gradients_do_not_see_the_next_calls_scale():
+    """A compiler may compute again, in the backward pass, what depends on a scale that has been overwritten by then."""
+    module, bank = make(layers=1)
+    bank[:, 1] = randn(2, F, D, scale=0.05)
+    module.follow(bank, 0)
+    u = randn(T, D)
+
+    def loss(u: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return (0.3 * u + torch.sin(module(0, u, *weights))).square().sum()
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, dynamic=False)):
+        for scale in module.scales("post_scale"):
+            scale.fill_(1.0)
+        inputs = [x.clone().requires_grad_() for x in (u, bank[0])]
+        value = function(*inputs)
+        results.append((value.detach(), *torch.autograd.grad(value, inputs), module.scales("post_scale")[0].clone()))
+    for eager, compiled in zip(*results, strict=True):
+        assert relative_error(compiled, eager) < 1e-5
+    assert results[0][-1] < 0.1  # it has been overwritten
