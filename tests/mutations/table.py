@@ -915,15 +915,6 @@ _add(
 )
 _add("XSA", HEADS, "added", ("(wide_y - share", "(wide_y + share"))
 _add("XSA", HEADS, "floor of 1e-12", ("XSA_FLOOR = 1e-8", "XSA_FLOOR = 1e-12"))
-_xsa = 'y = remove_own_value(y, v, gates["xsa", layer])\n'
-_gated = '            y = y * gates["output", layer].unsqueeze(-1)\n'
-_add(
-    "XSA",
-    RECORD89,
-    "after the output gate",
-    (f"            {_xsa}", "            pass\n"),
-    (_gated, f"{_gated}        if layer in spec.xsa_layers:\n            {_xsa}"),
-)
 _add(
     "output gate",
     RECORD89,
