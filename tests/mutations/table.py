@@ -1036,7 +1036,6 @@ _add(
     "scale of the input for the square",
     ("to_e4m3(post.float() / post_scale)", "to_e4m3(post.float() / u_scale)"),
 )
-_add("8-bit activations", FP8_MLP, "not cut off", ("values.float().clamp(-E4M3_MAX, E4M3_MAX)", "values.float()"))
 _add("8-bit activations", FP8_MLP, "largest of 240", ("E4M3_MAX = 448.0", "E4M3_MAX = 240.0"))
 _add(
     "8-bit input",
