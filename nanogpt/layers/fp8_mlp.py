@@ -112,7 +112,8 @@ class Fp8Mlp(nn.Module):
         torch._foreach_copy_(self.scales("up_scale"), list(up_scale.float().unbind()))
 
         down_scale = torch.stack(self.scales("down_scale"))
-        self.down8.copy_(to_e4m3(down / down_scale[:, None, None]).mT)
+        # As bytes: not every device can copy 8-bit floats with strides.
+        self.down8.view(torch.uint8).copy_(to_e4m3(down / down_scale[:, None, None]).view(torch.uint8).mT)
         peaks = down.abs().amax((1, 2)).float()
         following = self.spec.weight_headroom * peaks.clamp(min=PEAK_FLOOR) / E4M3_MAX
         torch._foreach_copy_(self.scales("next_down_scale"), list(following.unbind()))
