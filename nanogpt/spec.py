@@ -23,6 +23,8 @@ from nanogpt.spec_model import (
     NonNegative,
     Polynomial,
     Positive,
+    Record89ModelSpec,
+    RecordModelSpec,
     SpeedrunModelSpec,
     Strict,
 )
@@ -30,20 +32,6 @@ from nanogpt.spec_model import (
 WORLD_SIZES = (1, 2, 4, 8)
 GpuType = Literal["h100", "h200", "a100", "cpu"]
 GPU_TYPES: tuple[str, ...] = get_args(GpuType)
-
-SPEEDRUN_ADAM_LABELS = (
-    "scalars",
-    "value_embed",
-    "bigram_embed",
-    "smear_gate",
-    "skip_gate",
-    "attn_gate_bank",
-    "ve_gate_bank",
-    "x0_lambdas",
-    "lm_head",
-    "embed",
-)
-SPEEDRUN_BANKS = ("attn", "mlp")
 
 
 class CrossCheckError(ValueError):
@@ -54,7 +42,7 @@ class CrossCheckError(ValueError):
         super().__init__("; ".join(f"{'.'.join(map(str, path))}: {text}" for path, text in problems))
 
 
-ModelSpec = Annotated[SpeedrunModelSpec | Gpt2ModelSpec, Field(discriminator="kind")]
+ModelSpec = Annotated[SpeedrunModelSpec | Record89ModelSpec | Gpt2ModelSpec, Field(discriminator="kind")]
 
 # --- optimizer --------------------------------------------------------------------------------------------------
 
@@ -174,6 +162,13 @@ class WindowBlocks(Strict):
     long: Count
 
 
+class PrefixWeight(Strict):
+    """Loss weight of the next token's prefix (its longest beginning that is a token), linear over a stage."""
+
+    first: NonNegative
+    last: NonNegative = Field(description="where it would arrive at the next stage's first step")
+
+
 class StageSpec(Strict):
     """A stretch of steps with one batch size, one pair of windows and one list of multi-token weights."""
 
@@ -186,6 +181,11 @@ class StageSpec(Strict):
         description="loss weights of the next tokens; the last of several falls to 0",
     )
     lr_factor: Positive
+    prefix_weight: PrefixWeight | None = Field(default=None, description="null: prefixes are not predicted")
+    max_document_tokens: Count | None = Field(default=None, description="null: training.max_document_tokens")
+    max_documents: Count | None = Field(
+        default=None, description="room for documents in a micro-batch (a tighter one is faster); null: by its tokens"
+    )
 
 
 class CooldownSchedule(Strict):
@@ -281,6 +281,9 @@ class RuntimeSpec(Strict):
     attention: Literal["auto", "fa4", "fa3", "fa2", "varlen", "plain"] = "auto"
     kernels: Literal["auto", "plain"] = Field(default="auto", description="plain: PyTorch in place of Triton kernels")
     head_precision: Literal["auto", "fp8", "bf16"] = "auto"
+    mlp_precision: Literal["auto", "fp8", "bf16"] = Field(
+        default="auto", description="of the MLP's products in training, for record89; fp8 is emulated on a CPU"
+    )
     deterministic: bool = Field(default=False, description="deterministic algorithms, at a cost in speed")
     bigram_gradient: Literal["dense", "sparse", "auto"] = Field(
         default="dense",
@@ -397,6 +400,8 @@ def _cross_checks(spec: RunSpec) -> Iterator[tuple[tuple[str | int, ...], str]]:
         )
 
     yield from _runtime_problems(spec.runtime, hardware.gpu)
+    if spec.runtime.mlp_precision == "fp8" and not isinstance(spec.model, Record89ModelSpec):
+        yield ("runtime", "mlp_precision"), f"fp8 is for the MLP of record89, the model is {spec.model.kind}"
 
     for path, stage in _stages_with_paths(training):
         if stage.batch_tokens % (16 * training.slots):
@@ -428,17 +433,17 @@ def _cross_checks(spec: RunSpec) -> Iterator[tuple[tuple[str | int, ...], str]]:
             f"is {schedule.warmup_steps}, the run has {training.total_steps} steps",
         )
 
-    if isinstance(spec.model, SpeedrunModelSpec) != isinstance(spec.optimizer, SpeedrunOptimizerSpec):
-        wanted = "normuon_adam" if isinstance(spec.model, SpeedrunModelSpec) else "adamw"
+    if isinstance(spec.model, RecordModelSpec) != isinstance(spec.optimizer, SpeedrunOptimizerSpec):
+        wanted = "normuon_adam" if isinstance(spec.model, RecordModelSpec) else "adamw"
         yield (
             ("optimizer", "kind"),
             f"is {spec.optimizer.kind}, a {spec.model.kind} model trains with {wanted}",
         )
         return
-    if isinstance(spec.optimizer, SpeedrunOptimizerSpec) and isinstance(spec.model, SpeedrunModelSpec):
+    if isinstance(spec.optimizer, SpeedrunOptimizerSpec) and isinstance(spec.model, RecordModelSpec):
         if spec.world_size in WORLD_SIZES:
             yield from _sharding_problems(spec.optimizer, spec.model, spec.world_size)
-        for path, text in spec.optimizer.problems(SPEEDRUN_ADAM_LABELS, SPEEDRUN_BANKS):
+        for path, text in spec.optimizer.problems(spec.model.adam_labels, spec.model.banks):
             yield ("optimizer", *path), text
         momentum = spec.optimizer.normuon.momentum
         if momentum.warmup_steps + momentum.cooldown_steps > training.total_steps:
@@ -460,6 +465,8 @@ def _cross_checks(spec: RunSpec) -> Iterator[tuple[tuple[str | int, ...], str]]:
                     (*path, "token_weights"),
                     f"is {stage.token_weights}, gpt2 predicts the next token only: [1.0]",
                 )
+            if stage.prefix_weight is not None:
+                yield (*path, "prefix_weight"), "is set, gpt2 predicts the next token only: null"
 
 
 def _runtime_problems(runtime: RuntimeSpec, gpu: str) -> Iterator[tuple[tuple[str | int, ...], str]]:
@@ -470,13 +477,14 @@ def _runtime_problems(runtime: RuntimeSpec, gpu: str) -> Iterator[tuple[tuple[st
         ("attention", "fa2", cuda),
         ("attention", "varlen", cuda),
         ("head_precision", "fp8", hopper),
+        ("mlp_precision", "fp8", (*hopper, "cpu")),  # emulated there
     ):
         if getattr(runtime, key) == value and gpu not in gpus:
             yield ("runtime", key), f"{value} needs hardware.gpu {' or '.join(gpus)}, found {gpu}"
 
 
 def _sharding_problems(
-    optimizer: SpeedrunOptimizerSpec, model: SpeedrunModelSpec, world_size: int
+    optimizer: SpeedrunOptimizerSpec, model: RecordModelSpec, world_size: int
 ) -> Iterator[tuple[tuple[str | int, ...], str]]:
     groups: dict[str, dict[str, AdamGroup] | dict[str, BankGroup]]
     groups = {"adam": optimizer.adam.groups, "normuon": optimizer.normuon.groups}
@@ -485,7 +493,8 @@ def _sharding_problems(
             rows = model.shardable_rows.get(label, 0)
             if group.communication == "sharded" and rows % world_size:
                 unit = "matrices" if part == "normuon" else "rows"
-                hint = "; model.mlp_bank_padding can fill up" if label == "mlp" else ""
+                padding = f"{label}_bank_padding"
+                hint = f"; model.{padding} can fill up" if hasattr(model, padding) else ""
                 yield (
                     ("optimizer", part, "groups", label, "communication"),
                     f"sharded needs {unit} that {world_size} ranks share evenly, {label} has {rows}{hint}",

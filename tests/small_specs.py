@@ -12,6 +12,15 @@ from nanogpt.spec import RunSpec
 
 VOCAB, BIGRAM_ROWS = 64, 98  # padded vocabulary; the hash is taken modulo 97
 
+SPREADS = {
+    **dict.fromkeys(("attn", "qk", "vo", "mlp"), 0.15),
+    "lm_head": 0.7,
+    "x0_lambdas": 0.5,
+    **dict.fromkeys(("scalars", "resid_lambdas", "post_lambdas"), 0.3),
+    **dict.fromkeys(("mudd_w1", "mudd_gate_w1"), 0.03),
+}
+CENTERED = ("scalars", "resid_lambdas", "post_lambdas", "mudd_gate_scale")  # around 0.7
+
 SMALL = (
     "model.vocab_size=61",
     f"model.padded_vocab_size={VOCAB}",
@@ -21,9 +30,18 @@ SMALL = (
 
 def small_speedrun(head_dim: int = 16, overrides: Iterable[str] = ()) -> RunSpec:
     """The speedrun's recipe on one CPU process, with 6 heads of `head_dim`, half of it rotated."""
+    return _small("speedrun", head_dim, overrides)
+
+
+def small_record89(head_dim: int = 16, overrides: Iterable[str] = ()) -> RunSpec:
+    """Record 89's recipe in the same manner, with a window of 5 for the mixing of heads and 13 sign vectors."""
+    return _small("record89", head_dim, ("model.dc_window=5", "model.bigram_signs=13", *overrides))
+
+
+def _small(recipe: str, head_dim: int, overrides: Iterable[str]) -> RunSpec:
     sizes = (f"model.head_dim={head_dim}", f"model.width={6 * head_dim}", f"model.rotary.frequencies={head_dim // 4}")
     machine = ("hardware.gpu=cpu", "hardware.gpus_per_node=1", "runtime.dtype=fp32")
-    return load_recipe("speedrun", [*SMALL, *sizes, *machine, *overrides])
+    return load_recipe(recipe, [*SMALL, *sizes, *machine, *overrides])
 
 
 @torch.no_grad()
@@ -31,9 +49,9 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
     """Random values of a size that makes every parameter count; nothing stays 0 or 1."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        spread = {"attn": 0.15, "mlp": 0.15, "lm_head": 0.7, "x0_lambdas": 0.5, "scalars": 0.3}.get(name, 0.8)
+        spread = SPREADS.get(name, 0.8)
         parameter.copy_(spread * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-        if name == "scalars":
+        if name in CENTERED:
             parameter.add_(0.7)
 
 

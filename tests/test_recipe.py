@@ -432,7 +432,10 @@ def test_an_error_in_a_base_names_the_base(recipe):
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("model: {kind: gpt}", "recipe.yaml:2: model.kind: found gpt, did you mean gpt2?; allowed: speedrun, gpt2"),
+        (
+            "model: {kind: gpt}",
+            "recipe.yaml:2: model.kind: found gpt, did you mean gpt2?; allowed: speedrun, record89, gpt2",
+        ),
         ("training: {lr_schedule: {kind: 3}}", "recipe.yaml:2: training.lr_schedule.kind: found 3; allowed:"),
         ("training: {stages: {a: 1}}", 'recipe.yaml:2: training.stages: must be a list, found {"a": 1}'),
         ("optimizer: {adam: {groups: [1]}}", "recipe.yaml:2: optimizer.adam.groups: must be a mapping, found [1]"),
@@ -461,7 +464,7 @@ def test_messages(text, problem, recipe):
 def test_a_part_that_is_missing_and_a_kind_that_is_missing(recipe):
     problems = problems_of(recipe("name: x\nmodel: {layers: 3}\nhardware: {gpu: cpu}\n"))
     assert problems == [
-        "recipe.yaml:2: model.kind: is missing; allowed: speedrun, gpt2",
+        "recipe.yaml:2: model.kind: is missing; allowed: speedrun, record89, gpt2",
         "recipe.yaml:1: optimizer: is missing; add it, or inherit it with `base: speedrun.yaml`",
         "recipe.yaml:1: training: is missing; add it, or inherit it with `base: speedrun.yaml`",
         "recipe.yaml:1: evaluation: is missing; add it, or inherit it with `base: speedrun.yaml`",

@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from nanogpt.recipe import load_recipe, shorten
+from nanogpt.recipe import load_recipe, shipped_recipes, shorten
 from nanogpt.spec import GPU_TYPES, WORLD_SIZES, CosineSchedule, CrossCheckError, RunSpec
 
 SPEEDRUN = load_recipe("speedrun")
+RECORD89 = load_recipe("record89")
 GPT2 = load_recipe("gpt2")
 
 
@@ -378,21 +379,73 @@ def test_one_rank_shards_anything():
     assert RunSpec.model_validate(data).model.shardable_rows["mlp"] == 22
 
 
-@pytest.mark.parametrize("name", ["speedrun", "demo"])
-def test_shardable_rows_are_the_models(name):
+@pytest.mark.parametrize("name", ["speedrun", "demo", "record89"])
+def test_shardable_rows_and_labels_are_the_models(name):
     import torch
 
     from nanogpt.models.interface import Paths
+    from nanogpt.models.record89 import Record89
     from nanogpt.models.speedrun import Speedrun
 
     spec = load_recipe(name).model
+    kind = Record89 if name == "record89" else Speedrun
     with torch.device("meta"):
-        model = Speedrun(spec, dtype=torch.bfloat16, max_tokens=16, paths=Paths())
+        model = kind(spec, dtype=torch.bfloat16, max_tokens=16, paths=Paths())
     shapes = {label: parameter.shape for label, parameter in model.named_parameters()}
-    rows = {label: shape[0] for label, shape in shapes.items()}
-    rows["attn"] = shapes["attn"].numel() // spec.width**2  # as matrices
+    rows = {label: shape[0] if shape else 1 for label, shape in shapes.items()}
+    if "attn" in rows:
+        rows["attn"] = shapes["attn"].numel() // spec.width**2  # as matrices
     rows["mlp"] = shapes["mlp"].numel() // (spec.mlp_expansion * spec.width**2)
     assert rows == spec.shardable_rows
+    assert sorted(shapes) == sorted([*spec.banks, *spec.adam_labels])
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "problem"),
+    [
+        ("model.attention_free_layers", [5], "must be the layer that the skip enters, [6]"),
+        ("model.attention_free_layers", [], "must be the layer that the skip enters, [6]"),
+        ("model.value_embed_layers", [1, 2, 8, 9], "must name the last layer, 10"),
+        ("model.output_gate_layers", [3], "must name the last layer, 10"),
+        ("model.paired_layers", [0, 10], "must not name the last layer, 10"),
+        ("model.xsa_layers", [1, 6], "is layer 6, which has no attention"),
+        ("model.xsa_layers", [1, 1], "names a layer twice"),
+        ("model.saved_layer", 10, "must lie between skip.to_layer 6 and the layer before the last, 9"),
+        ("model.saved_layer", 5, "must lie between skip.to_layer 6"),
+        ("model.gate_inputs", 11, "must be even"),
+        ("model.qk_bank_padding", 3, "model.qk_bank_padding can fill up"),
+        ("model.vo_bank_padding", 1, "model.vo_bank_padding can fill up"),
+    ],
+)
+def test_what_record89_refuses(path, value, problem):
+    assert any(problem in text for _, text in problems_of(changed(RECORD89, path, value)))
+
+
+def test_8_bit_mlps_are_for_record89_and_not_for_every_gpu():
+    assert problems_of(changed(SPEEDRUN, "runtime.mlp_precision", "fp8")) == [
+        ("runtime.mlp_precision", "fp8 is for the MLP of record89, the model is speedrun")
+    ]
+    data = changed(RECORD89, "runtime.mlp_precision", "fp8")
+    for gpu in ("h100", "h200", "cpu"):
+        data["hardware"]["gpu"] = gpu
+        assert RunSpec.model_validate(data).runtime.mlp_precision == "fp8"
+    data["hardware"]["gpu"] = "a100"
+    assert [path for path, _ in problems_of(data)] == ["runtime.mlp_precision"]
+
+
+def test_gpt2_predicts_no_prefixes():
+    data = changed(GPT2, "training.stages.0.prefix_weight", {"first": 0.1, "last": 0.0})
+    assert problems_of(data) == [("training.stages.0.prefix_weight", "is set, gpt2 predicts the next token only: null")]
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_hardware_recipes_take_record89_as_base(tmp_path, world_size):
+    (tmp_path / "record89.yaml").write_text((shipped_recipes() / "record89.yaml").read_text())
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"base: record89.yaml\nname: mine\nhardware: {{gpu: h200, gpus_per_node: {world_size}}}\n")
+    spec = load_recipe(recipe)
+    assert (spec.model.kind, spec.world_size, spec.training.total_steps) == ("record89", world_size, 1285)
+    assert load_recipe(recipe, steps=300).training.total_steps == 300
 
 
 def test_several_problems_come_together():

@@ -59,6 +59,53 @@ SPEEDRUN = (
 )
 SPEEDRUN_STEPS = 12
 
+# The same twelve steps of record 89's model. Its tokens start at 256: from there on GPT-2's have prefixes.
+FIRST_WITH_PREFIX = 256
+RECORD89 = (
+    "name=tiny-record89",
+    f"model.vocab_size={FIRST_WITH_PREFIX + VOCABULARY}",
+    f"model.padded_vocab_size={FIRST_WITH_PREFIX + VOCABULARY}",
+    "model.layers=5",
+    *(setting for setting in SPEEDRUN if setting.startswith(("model.width", "model.heads", "model.head_dim"))),
+    "model.qk_bank_padding=0",
+    "model.vo_bank_padding=0",
+    "model.mlp_bank_padding=1",
+    "model.attention_free_layers=[2]",
+    "model.long_window_layers=[1, 4]",
+    "model.paired_layers=[0]",
+    "model.value_embed_layers=[1, 4]",
+    "model.xsa_layers=[1, 3]",
+    "model.output_gate_layers=[1, 4]",
+    "model.skip={from_layer: 1, to_layer: 2}",
+    "model.saved_layer=2",
+    "model.dc_window=6",
+    "model.rotary.frequencies=2",
+    "model.mlp_expansion=2",
+    "model.bigram_rows=128",
+    "model.bigram_signs=16",
+    "model.mudd.hidden=8",
+    "model.mlp_fp8.bootstrap_steps=3",
+    "optimizer.normuon.momentum={low: 0.85, high: 0.95, warmup_steps: 4, cooldown_steps: 2}",
+    "training.slots=4",
+    "training.max_document_tokens=48",
+    "training.window_block=4",
+    "training.stages=["
+    "{steps: 4, batch_tokens: 256, window_blocks: {short: 2, long: 4}, token_weights: [1, 0.5, 0.25], lr_factor: 1,"
+    " prefix_weight: {first: 0.25, last: 0.25}, max_document_tokens: 20, max_documents: 63},"
+    "{steps: 3, batch_tokens: 320, window_blocks: {short: 3, long: 6}, token_weights: [1, 0.5], lr_factor: 1.52,"
+    " prefix_weight: {first: 0.25, last: 0}, max_documents: 95},"
+    "{steps: 3, batch_tokens: 512, window_blocks: {short: 4, long: 9}, token_weights: [1], lr_factor: 1.73}]",
+    "training.extension={steps: 2, batch_tokens: 512, window_blocks: {short: 4, long: 10}, token_weights: [1],"
+    " lr_factor: 1.73}",
+    "training.final_window_blocks={short: 4, long: 16}",
+    "training.warmup=false",
+    "evaluation={every: 5, tokens: 256, micro_batch_tokens: 64, target_loss: null}",
+    f"data={{bos: {FIRST_WITH_PREFIX + BOS}, epochs: null}}",
+    "hardware={gpu: cpu, gpus_per_node: 1}",
+    "runtime={dtype: fp32}",
+    "checkpoint={at_end: false}",
+)
+
 # Nine steps of one stage, with AdamW.
 GPT2 = (
     "name=tiny-gpt2",
@@ -86,8 +133,9 @@ GPT2 = (
 
 
 def tiny_spec(*overrides: str, model: str = "speedrun") -> RunSpec:
-    """A spec of the tiny run, `model` being speedrun or gpt2."""
-    recipe, settings = ("demo", SPEEDRUN) if model == "speedrun" else ("gpt2", GPT2)
+    """A spec of the tiny run, `model` being speedrun, record89 or gpt2."""
+    settings = {"speedrun": SPEEDRUN, "record89": RECORD89, "gpt2": GPT2}[model]
+    recipe = "demo" if model == "speedrun" else model
     return load_recipe(recipe, [*settings, *overrides])
 
 
@@ -111,12 +159,14 @@ def language(tokens: int, seed: int) -> np.ndarray:
     return np.array(stream[:tokens], dtype=np.uint16)
 
 
-def make_data(directory: Path, train_tokens: Sequence[int] = (20_000,), val_tokens: int = 600) -> Path:
-    """Shards of the language in `directory`, which is made."""
+def make_data(
+    directory: Path, train_tokens: Sequence[int] = (20_000,), val_tokens: int = 600, *, first_token: int = 0
+) -> Path:
+    """Shards of the language in `directory`, which is made; its tokens numbered from `first_token` on."""
     directory.mkdir(parents=True, exist_ok=True)
     for index, tokens in enumerate(train_tokens, start=1):
-        write_tokens(directory / train_name(index), language(tokens, index))
-    write_tokens(directory / val_name(), language(val_tokens, 1000))
+        write_tokens(directory / train_name(index), language(tokens, index) + np.uint16(first_token))
+    write_tokens(directory / val_name(), language(val_tokens, 1000) + np.uint16(first_token))
     return directory
 
 

@@ -27,7 +27,7 @@ def recipes() -> None:
     from nanogpt.recipe import load_recipe, shipped_recipes
 
     rows = [("recipe", "model", "gpu", "world size", "steps", "tokens")]
-    for path in sorted(shipped_recipes().glob("*.yaml")):
+    for path in sorted(shipped_recipes().glob("*.yaml"), key=lambda path: path.stem):
         spec = load_recipe(path)
         training, hardware = spec.training, spec.hardware
         steps, tokens = f"{training.total_steps:,}", f"{training.total_tokens:,}"

@@ -36,13 +36,16 @@ class MicroBatch:
 
     inputs: Tensor  # (T,) int32
     targets: Tensor  # (T,) int64: inputs moved on by one; a document's last target is the next one's BOS
-    cu_seqlens: Tensor  # (cu_seqlens_length(T),) int32: 0, the documents' running ends, then T repeated
+    cu_seqlens: Tensor  # (n,) int32: 0, the documents' running ends, then T repeated; see cu_seqlens_length
     max_seqlen: int  # no document in it is longer: the stage's maximum in training, T in validation
 
 
-def cu_seqlens_length(tokens: int) -> int:
-    """Entries of `cu_seqlens` for a micro-batch of `tokens`: floor(tokens / 300), up to a multiple of 128, >= 128."""
-    return max(128, -(-(tokens // 300) // 128) * 128)
+def cu_seqlens_length(tokens: int, max_documents: int | None = None) -> int:
+    """Entries of `cu_seqlens` for a micro-batch of `tokens`: one more than the documents that it has room for.
+
+    Without `max_documents`: floor(tokens / 300), up to a multiple of 128, at least 128.
+    """
+    return max(128, -(-(tokens // 300) // 128) * 128) if max_documents is None else max_documents + 1
 
 
 class TrainBatches:
@@ -110,11 +113,14 @@ class TrainBatches:
         self.summaries: list[Any] = []
         self.wait_seconds = 0.0  # spent inside `next_step` since the start or the last `restart`
 
-    def next_step(self, batch_tokens: int, max_document_tokens: int) -> list[MicroBatch]:
+    def next_step(
+        self, batch_tokens: int, max_document_tokens: int, max_documents: int | None = None
+    ) -> list[MicroBatch]:
         """This rank's `slots / world_size` micro-batches of the next step, each of `batch_tokens / slots` tokens.
 
-        Documents are cut at `max_document_tokens`. A call with the arguments of the last one finds its step built;
-        one with others builds it now, from the same document on.
+        Documents are cut at `max_document_tokens`; `max_documents` of them fit in a micro-batch (see
+        `cu_seqlens_length`). A call with the arguments of the last one finds its step built; one with others builds
+        it now, from the same document on.
 
         Raises:
             InputError: the data are used up, or a slot has more documents than `cu_seqlens` has room for, or the
@@ -128,18 +134,19 @@ class TrainBatches:
             raise InputError(f"batch_tokens: {batch_tokens}, must be a positive multiple of the {self._slots} slots")
         if max_document_tokens < 1:
             raise InputError(f"maximum document length: {max_document_tokens} tokens, must be at least 1")
-        request = _Request(batch_tokens // self._slots, max_document_tokens)
+        tokens = batch_tokens // self._slots
+        request = _Request(tokens, max_document_tokens, cu_seqlens_length(tokens, max_documents))
 
         step = self._take_pending(request)
         if step is None:
-            step = self._build(self._position, request, self._copier.host_step(len(self._own_slots), request.tokens))
+            step = self._build(self._position, request, self._host_step(request))
         self._position = step.after
         self.summaries = step.summaries
         batches = self._copier.hand_out(step.host, max_document_tokens)
         if self._builder is not None:
             # Pinned memory is asked for here: the background threads make no CUDA calls, so they can disturb neither
             # a graph capture nor the choice of device.
-            host = self._copier.host_step(len(self._own_slots), request.tokens)
+            host = self._host_step(request)
             self._pending = request, self._builder.submit(self._build, self._position, request, host)
         self.wait_seconds += time.perf_counter() - began
         return batches
@@ -188,6 +195,9 @@ class TrainBatches:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _host_step(self, request: _Request) -> _HostStep:
+        return self._copier.host_step(len(self._own_slots), request.tokens, request.bounds)
 
     # -- building a step: in the builder's thread, or in the caller's while the builder is idle ------------------
 
@@ -263,7 +273,7 @@ class TrainBatches:
         )
 
     def _check_documents(self, shard: ShardDocuments, position: _Position, plan: StepPlan, request: _Request) -> None:
-        room = cu_seqlens_length(request.tokens) - 1
+        room = request.bounds - 1
         for slot, (first, last) in enumerate(zip(plan.bounds, plan.bounds[1:], strict=False)):
             # A last document of one token is a target only.
             documents = last - first - int(plan.lengths[last - 1] == 1)
@@ -271,7 +281,8 @@ class TrainBatches:
                 raise InputError(
                     f"{shard.path}: from document {position.document + first:,} on, slot {slot} of a step takes "
                     f"{documents:,} documents for its {request.tokens:,} tokens; cu_seqlens has room for {room:,}. "
-                    "Join short texts into longer documents before prep-text, or lower batch_tokens"
+                    "Join short texts into longer documents before prep-text, or lower the stage's batch_tokens, or "
+                    "raise its max_documents"
                 )
 
     def _shard(self, index: int) -> ShardDocuments:
@@ -367,7 +378,7 @@ class ValBatches:
 
     def __iter__(self) -> Iterator[MicroBatch]:
         for piece, ends in self._pieces:
-            host = self._copier.host_step(1, self._tokens)
+            host = self._copier.host_step(1, self._tokens, cu_seqlens_length(self._tokens))
             host.fill(0, piece, ends)
             yield self._copier.hand_out(host, self._tokens)[0]
 
@@ -383,6 +394,7 @@ _MORE_DATA = "Get more shards (prep-fineweb --chunks N) or prepare more text (pr
 class _Request(NamedTuple):
     tokens: int  # of one slot: T
     max_document: int
+    bounds: int  # entries of cu_seqlens
 
 
 class _Position(NamedTuple):
@@ -397,15 +409,15 @@ _START = _Position(0, 0, 0, 0, 0)
 
 
 class _HostStep:
-    """Room for a rank's micro-batches in host memory: inputs (n, T), targets (n, T), cu_seqlens (n, length)."""
+    """Room for a rank's micro-batches in host memory: inputs (n, T), targets (n, T), cu_seqlens (n, bounds)."""
 
-    def __init__(self, micro_batches: int, tokens: int, *, pinned: bool):
+    def __init__(self, micro_batches: int, tokens: int, bounds: int, *, pinned: bool):
         def empty(columns: int, dtype: torch.dtype) -> Tensor:
             return torch.empty((micro_batches, columns), dtype=dtype, pin_memory=pinned)
 
         self.inputs = empty(tokens, torch.int32)
         self.targets = empty(tokens, torch.int64)
-        self.cu_seqlens = empty(cu_seqlens_length(tokens), torch.int32)
+        self.cu_seqlens = empty(bounds, torch.int32)
         # NumPy does the filling: torch's operators would start a thread pool in the builder's thread.
         self._arrays = self.inputs.numpy(), self.targets.numpy(), self.cu_seqlens.numpy()
 
@@ -435,9 +447,9 @@ class _Copier:
         self._cuda = device.type == "cuda"
         self._stream: torch.cuda.Stream | None = None
 
-    def host_step(self, micro_batches: int, tokens: int) -> _HostStep:
+    def host_step(self, micro_batches: int, tokens: int, bounds: int) -> _HostStep:
         """Fresh memory. Pinned memory returns to torch's pool when dropped, and is used again once copied."""
-        return _HostStep(micro_batches, tokens, pinned=self._cuda)
+        return _HostStep(micro_batches, tokens, bounds, pinned=self._cuda)
 
     def hand_out(self, host: _HostStep, max_seqlen: int) -> list[MicroBatch]:
         """The micro-batches on the device; on CUDA the copies may still be on their way, in stream order."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-MODULES = ("attention", "relu_squared_mlp", "cross_entropy", "symmetric_matmul", "transpose")
+MODULES = ("attention", "head_mixing", "relu_squared_mlp", "cross_entropy", "symmetric_matmul", "transpose")
 
 
 @dataclass(frozen=True)

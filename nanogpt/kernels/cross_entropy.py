@@ -7,9 +7,12 @@ For T tokens, width D and V vocabulary columns (padding included, all of them co
     loss   = sum_t sum_k weights[k] * (logsumexp(z[t]) - z[t, targets[t + k]])
 
 `targets` are the next-token targets, so `targets[t + k]` is the token k + 1 ahead; terms with t + k >= T are
-dropped, their softmax included. Logits never exist whole on the plain path: it works through chunks of tokens
-and takes the gradient in the forward pass, while a chunk's logits are at hand (the idea of Liger's fused
-linear cross-entropy). `head_loss_reference` is the same thing in ten lines of autograd, and what tests trust.
+dropped, their softmax included. One more term may be asked for, whose targets are given outright: the next token's
+prefix, `prefix_weight * (logsumexp(z[t]) - z[t, prefixes[t]])` wherever `prefixes[t]` is not -1.
+
+Logits never exist whole on the plain path: it works through chunks of tokens and takes the gradient in the forward
+pass, while a chunk's logits are at hand (the idea of Liger's fused linear cross-entropy). `head_loss_reference` is the
+same thing in a few lines of autograd, and what tests trust.
 
 Since 0 < z < cap, exp(z) cannot overflow in fp32 for any cap up to `MAX_CAP`, so no running maximum is kept.
 """
@@ -52,6 +55,8 @@ def head_loss_reference(
     targets: Tensor,  # (T,) int64
     weights: Tensor,  # (K,) fp32
     *,
+    prefixes: Tensor | None = None,  # (T,) int64
+    prefix_weight: Tensor | None = None,  # () fp32
     cap: float = 23.0,
     shift: float = 5.0,
     scale: float = 7.5,
@@ -63,6 +68,9 @@ def head_loss_reference(
     for k, weight in enumerate(weights.to(z.dtype).unbind()):
         n = max(x.shape[0] - k, 0)
         loss = loss + weight * (lse[:n] - z[:n].gather(1, targets[k:, None]).squeeze(1)).sum()
+    if prefixes is not None and prefix_weight is not None:
+        has = prefixes >= 0
+        loss = loss + prefix_weight * (lse[has] - z[has].gather(1, prefixes[has, None]).squeeze(1)).sum()
     return loss
 
 
@@ -72,6 +80,8 @@ def head_loss(
     targets: Tensor,  # (T,) int64, the next-token targets
     weights: Tensor,  # (K,) fp32, the multi-token weights, on x's device
     *,
+    prefixes: Tensor | None = None,  # (T,) int64, the next token's prefix, -1 where it has none
+    prefix_weight: Tensor | None = None,  # () fp32, on x's device; given if and only if `prefixes` are
     cap: float = 23.0,
     shift: float = 5.0,
     scale: float = 7.5,
@@ -92,8 +102,8 @@ def head_loss(
     bf16 tensors on a GPU take the Triton kernel; fp8 its products in 8 bits where the GPU is Hopper or newer and T, D
     and V are multiples of 16. Everything else goes the plain path, and with `plain` everything does.
 
-    The values of `weights` may change from call to call without recompilation; their number K is part of the
-    compiled code.
+    The values of `weights` and `prefix_weight` may change from call to call without recompilation; the number K and
+    whether there are prefixes are part of the compiled code.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together, or a cap outside (0, `MAX_CAP`].
@@ -101,15 +111,19 @@ def head_loss(
     _check(x, lm_head, targets, cap)
     if weights.ndim != 1 or weights.numel() == 0:
         raise ValueError(f"weights: shape {tuple(weights.shape)}, expected (K,) with K >= 1")
+    if (prefixes is None) != (prefix_weight is None):
+        raise ValueError("prefixes and prefix_weight: expected both or neither")
+    if prefixes is not None and (prefixes.shape != targets.shape or prefixes.dtype != torch.int64):
+        raise ValueError(f"prefixes {tuple(prefixes.shape)} {prefixes.dtype}: expected ({x.shape[0]},) torch.int64")
     need_grad = torch.is_grad_enabled() and (x.requires_grad or lm_head.requires_grad)
     constants = {"cap": cap, "shift": shift, "scale": scale, "need_grad": need_grad}
     fp8 = precision == "fp8"
     if plain or not _runs_kernel(x, lm_head, fp8):
-        return _plain_head_loss(x, lm_head, targets, weights, **constants, fp8=fp8)[0]
+        return _plain_head_loss(x, lm_head, targets, weights, prefixes, prefix_weight, **constants, fp8=fp8)[0]
     weights = weights.float()
     if fp8:
-        return fp8_head_loss(x, lm_head, targets, weights, **constants)[0]
-    return _bf16_head_loss(x, lm_head, targets, weights, **constants)[0]
+        return fp8_head_loss(x, lm_head, targets, weights, prefixes, prefix_weight, **constants)[0]
+    return _bf16_head_loss(x, lm_head, targets, weights, prefixes, prefix_weight, **constants)[0]
 
 
 @torch.no_grad()
@@ -135,9 +149,9 @@ def head_mean_loss(
     one = torch.ones(1, device=x.device)
     constants = {"cap": cap, "shift": shift, "scale": scale, "need_grad": False}
     if plain or not _runs_kernel(x, lm_head, fp8=False):
-        return _plain_head_loss(x, lm_head, targets, one, **constants, fp8=False)[0] / x.shape[0]
+        return _plain_head_loss(x, lm_head, targets, one, None, None, **constants, fp8=False)[0] / x.shape[0]
     parts = zip(x.split(_EVALUATION_TOKENS), targets.split(_EVALUATION_TOKENS), strict=True)
-    losses = [_bf16_head_loss(part, lm_head, target, one, **constants)[0] for part, target in parts]
+    losses = [_bf16_head_loss(part, lm_head, target, one, None, None, **constants)[0] for part, target in parts]
     return torch.stack(losses).sum() / x.shape[0]
 
 
@@ -172,6 +186,8 @@ def _bf16_head_loss(
     lm_head: Tensor,
     targets: Tensor,
     weights: Tensor,
+    prefixes: Tensor | None = None,
+    prefix_weight: Tensor | None = None,
     *,
     cap: float,
     shift: float,
@@ -183,7 +199,17 @@ def _bf16_head_loss(
 
     logits = torch.mm(x, lm_head)
     grad = logits if need_grad else None
-    losses = loss_and_gradient(logits, targets, weights, grad, cap=cap, shift=shift, scale=scale)
+    losses = loss_and_gradient(
+        logits,
+        targets,
+        weights,
+        grad,
+        prefixes=prefixes,
+        prefix_weight=prefix_weight,
+        cap=cap,
+        shift=shift,
+        scale=scale,
+    )
     return losses.sum(), logits if need_grad else logits.new_empty(0)
 
 
@@ -193,6 +219,8 @@ def _(
     lm_head: Tensor,
     targets: Tensor,
     weights: Tensor,
+    prefixes: Tensor | None = None,
+    prefix_weight: Tensor | None = None,
     *,
     cap: float,
     shift: float,
@@ -212,11 +240,11 @@ def _bf16_setup(
 
 def _bf16_backward(ctx: Any, incoming: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if incoming is None:
-        return None, None, None, None
+        return None, None, None, None, None, None
     x, lm_head, grad = ctx.saved_tensors
     # The (T, V) gradient stays as it is: the incoming one, an fp32 scalar, multiplies what is small.
     dx, dw = ((g.float() * incoming).to(g.dtype) for g in (grad @ lm_head.t(), x.t() @ grad))
-    return dx, dw, None, None
+    return dx, dw, None, None, None, None
 
 
 _bf16_head_loss.register_autograd(_bf16_backward, setup_context=_bf16_setup)
@@ -238,6 +266,8 @@ def _plain_head_loss(
     lm_head: Tensor,
     targets: Tensor,
     weights: Tensor,
+    prefixes: Tensor | None = None,
+    prefix_weight: Tensor | None = None,
     *,
     cap: float,
     shift: float,
@@ -257,6 +287,9 @@ def _plain_head_loss(
     ahead = torch.arange(tokens, device=x.device)[:, None] + torch.arange(len(weights), device=x.device)
     columns = targets[ahead.clamp(max=tokens - 1)]  # (T, K)
     column_weights = weights * (ahead < tokens)  # (T, K): 0 where the target lies beyond the end
+    if prefixes is not None and prefix_weight is not None:
+        columns = torch.cat((columns, prefixes.clamp(min=0)[:, None]), dim=1)
+        column_weights = torch.cat((column_weights, (prefix_weight.to(wide) * (prefixes >= 0))[:, None]), dim=1)
     row_weights = column_weights.sum(1)  # (T,)
 
     loss = torch.zeros((), dtype=torch.float64, device=x.device)
@@ -307,6 +340,8 @@ def _(
     lm_head: Tensor,
     targets: Tensor,
     weights: Tensor,
+    prefixes: Tensor | None = None,
+    prefix_weight: Tensor | None = None,
     *,
     cap: float,
     shift: float,
@@ -330,8 +365,8 @@ def _plain_setup(
 def _plain_backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     dx, dw = ctx.saved_tensors
     if grad is None:
-        return None, None, None, None
-    return (grad * dx).to(dx.dtype), (grad * dw).to(dw.dtype), None, None
+        return None, None, None, None, None, None
+    return (grad * dx).to(dx.dtype), (grad * dw).to(dw.dtype), None, None, None, None
 
 
 _plain_head_loss.register_autograd(_plain_backward, setup_context=_plain_setup)

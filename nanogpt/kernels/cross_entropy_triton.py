@@ -101,12 +101,15 @@ def _kernel(
     logits_ptr,  # (T, V / 2) int32, each two bf16
     targets_ptr,  # (T,) int64
     weights_ptr,  # (K,) fp32
+    prefixes_ptr,  # (T,) int64, -1 for none; read where PREFIXES
+    prefix_weight_ptr,  # () fp32, read where PREFIXES
     loss_ptr,  # (T,) fp32
     grad_ptr,  # (T, V / 2) int32 (two bf16) or int16 (two e5m2); not touched without WRITE_GRAD
     T,
     WORDS: tl.constexpr,  # V / 2
     K: tl.constexpr,
-    K_PADDED: tl.constexpr,
+    PREFIXES: tl.constexpr,  # one more target a row
+    K_PADDED: tl.constexpr,  # a power of two, at least K + PREFIXES
     CAP: tl.constexpr,
     SHIFT: tl.constexpr,
     SCALE: tl.constexpr,
@@ -127,6 +130,12 @@ def _kernel(
     inside = (k < K) & (row + k < T)
     target = tl.load(targets_ptr + row + k, mask=inside, other=0)
     weight = tl.load(weights_ptr + k, mask=inside, other=0.0)
+    if PREFIXES:
+        prefix = tl.load(prefixes_ptr + row)
+        is_prefix = (k == K) & (prefix >= 0)
+        target = tl.where(is_prefix, prefix, target)
+        weight = tl.where(is_prefix, tl.load(prefix_weight_ptr), weight)
+        inside = inside | is_prefix
 
     sums = tl.zeros([BLOCK], tl.float32)
     kept = ()
@@ -183,6 +192,8 @@ def loss_and_gradient(
     weights: Tensor,  # (K,) fp32
     grad: Tensor | None,  # (T, V) bf16 (may be `logits` itself) or e5m2, contiguous; None: the loss alone
     *,
+    prefixes: Tensor | None = None,  # (T,) int64
+    prefix_weight: Tensor | None = None,  # () fp32
     cap: float,
     shift: float,
     scale: float,
@@ -203,12 +214,15 @@ def loss_and_gradient(
         logit_words,
         targets.contiguous(),
         weights.contiguous(),
+        targets if prefixes is None else prefixes.contiguous(),
+        weights if prefix_weight is None else prefix_weight.float(),
         losses,
         grad_words,
         tokens,
         WORDS=words,
         K=weights.shape[0],
-        K_PADDED=triton.next_power_of_2(weights.shape[0]),
+        PREFIXES=prefixes is not None,
+        K_PADDED=triton.next_power_of_2(weights.shape[0] + (prefixes is not None)),
         CAP=cap,
         SHIFT=shift,
         SCALE=scale,

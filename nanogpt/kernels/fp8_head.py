@@ -28,6 +28,8 @@ def select_head_precision(
     requested: str,
     capability: tuple[int, int] | None,
     products_work: Callable[[], bool] | None = None,
+    *,
+    key: str = "head_precision",
 ) -> tuple[Precision, str]:
     """Which precision the training head runs in, and why: `("fp8", "compute capability 9.0")`.
 
@@ -36,6 +38,7 @@ def select_head_precision(
         capability: of the GPU, as `torch.cuda.get_device_capability()` gives it; None on a CPU, or where
             activations are not bf16.
         products_work: tries the FP8 products; `fp8_products_work` by default, which needs the GPU.
+        key: the setting that asks, for messages; the MLP's precision is chosen in the same way.
 
     "auto" takes fp8 on Hopper or newer where its products work, else bf16. "fp8" on a CPU is emulated, with the
     same roundings.
@@ -44,7 +47,7 @@ def select_head_precision(
         InputError: an unknown request, or fp8 asked for on a GPU that cannot do it.
     """
     if requested not in ("auto", "fp8", "bf16"):
-        raise InputError(f"head_precision: {requested!r} is unknown; expected auto, fp8 or bf16")
+        raise InputError(f"{key}: {requested!r} is unknown; expected auto, fp8 or bf16")
     if requested == "bf16":
         return "bf16", "requested"
     if capability is None:
@@ -59,7 +62,7 @@ def select_head_precision(
     else:
         return "fp8", shown
     if requested == "fp8":
-        raise InputError(f"head_precision: fp8 was requested, but this GPU has {obstacle}; use auto or bf16")
+        raise InputError(f"{key}: fp8 was requested, but this GPU has {obstacle}; use auto or bf16")
     return "bf16", obstacle
 
 
@@ -112,6 +115,8 @@ def fp8_head_loss(
     lm_head: Tensor,
     targets: Tensor,
     weights: Tensor,
+    prefixes: Tensor | None = None,
+    prefix_weight: Tensor | None = None,
     *,
     cap: float,
     shift: float,
@@ -134,6 +139,8 @@ def fp8_head_loss(
         targets,
         weights,
         grad,
+        prefixes=prefixes,
+        prefix_weight=prefix_weight,
         cap=cap,
         shift=shift,
         scale=scale,
@@ -151,6 +158,8 @@ def _(
     lm_head: Tensor,
     targets: Tensor,
     weights: Tensor,
+    prefixes: Tensor | None = None,
+    prefix_weight: Tensor | None = None,
     *,
     cap: float,
     shift: float,
@@ -195,8 +204,8 @@ def _setup(
 
 def _backward(ctx: Any, incoming: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if incoming is None:
-        return None, None, None, None
-    return (*_fp8_head_backward(incoming, *ctx.saved_tensors), None, None)
+        return None, None, None, None, None, None
+    return (*_fp8_head_backward(incoming, *ctx.saved_tensors), None, None, None, None)
 
 
 fp8_head_loss.register_autograd(_backward, setup_context=_setup)

@@ -27,9 +27,25 @@ def relu_squared_mlp(u: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
     bf16 on Hopper or newer, with D and F multiples of 8, takes the fused kernels; anything else the plain ones.
     """
-    if runs_kernel(u, up, down, capability=9) and u.shape[1] % 8 == 0 and up.shape[0] % 8 == 0:
+    if _runs_kernel(u, up, down):
         return _FusedMLP.apply(u, up, down)
     return relu_squared_mlp_plain(u, up, down)
+
+
+def relu_squared_backward(grad: Tensor, down: Tensor, post: Tensor, *, plain: bool = False) -> Tensor:
+    """The gradient before the activation, `2 sqrt(post) * (grad @ down.T)`, (T, F), from the kept square.
+
+    grad (T, D), down (F, D), post (T, F). Fused where `relu_squared_mlp` is, unless `plain`.
+    """
+    if not plain and _runs_kernel(grad, down, post):
+        return _relu_squared_backward(grad, down, post)
+    root = post.to(torch.promote_types(post.dtype, torch.float32)).sqrt()
+    return (2 * (grad @ down.mT) * root).to(post.dtype)
+
+
+def _runs_kernel(x: Tensor, weight: Tensor, *others: Tensor) -> bool:
+    sizes_fit = x.shape[1] % 8 == 0 and weight.shape[0] % 8 == 0
+    return runs_kernel(x, weight, *others, capability=9) and sizes_fit
 
 
 class _FusedMLP(torch.autograd.Function):

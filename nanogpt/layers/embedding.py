@@ -1,4 +1,4 @@
-"""Token-level mixing before the first layer: smear, hashed bigrams, value-embedding gates.
+"""Token-level mixing before the first layer: smear, hashed bigrams, value embeddings and their gates.
 
 All of it runs over the flat stream of a micro-batch, across document boundaries.
 """
@@ -6,6 +6,7 @@ All of it runs over the flat stream of a micro-batch, across document boundaries
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -33,9 +34,41 @@ def bigram_hash(
     return torch.cat((wide.new_full((1,), rows - 1), mixed))
 
 
+def bigram_sign(
+    tokens: Tensor,  # (T,) integers
+    signs: Tensor,  # (n, D), +1 and -1
+) -> Tensor:
+    """The sign vector of each token and the one before it, row `(tok[t-1] xor tok[t]) mod n`: (T, D).
+
+    Two bigrams that share a row of the hashed table can still be told apart. Token 0 takes row 0.
+    """
+    row = tokens[1:].bitwise_xor(tokens[:-1]) % signs.shape[0]
+    return F.embedding(torch.cat((row.new_zeros(1), row)), signs)
+
+
 def head_gate(
     u: Tensor,  # (T, D)
     weight: Tensor,  # (heads, gate inputs)
 ) -> Tensor:
     """One gate in (0, 1) for each token and head, read from the leading channels of `u`: (T, heads, 1)."""
     return torch.sigmoid(u[:, : weight.shape[1]] @ weight.mT).unsqueeze(-1)
+
+
+def value_gate(
+    u: Tensor,  # (T, D)
+    value_embedding: Tensor,  # (T, D)
+    weight: Tensor,  # (heads, gate inputs), an even number of them
+) -> Tensor:
+    """`head_gate` that reads the leading channels of both, half of its inputs each: (T, heads, 1)."""
+    half = weight.shape[1] // 2
+    return head_gate(torch.cat((u[:, :half], value_embedding[:, :half]), dim=1), weight)
+
+
+def look_up_tables(
+    tokens: Tensor,  # (T,) integers
+    tables: Tensor,  # (n * rows, D): n tables one after another
+    rows: int,
+) -> tuple[Tensor, ...]:
+    """Each table's (T, D), from one lookup so that there is one gradient to make."""
+    offsets = torch.arange(tables.shape[0] // rows, device=tokens.device, dtype=torch.int64) * rows
+    return F.embedding(offsets[:, None] + tokens, tables).unbind()

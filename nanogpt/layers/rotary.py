@@ -35,7 +35,7 @@ class Rotary(nn.Module):
         # The same number as compiled code reads it: () fp64 on the CPU, changed in place. No buffer: it stays there.
         self.run_time_scale = torch.tensor(attention_scale, dtype=torch.float64, device="cpu")
         self.dtype = dtype
-        rotated = 2 * spec.frequencies
+        self.rotated = rotated = 2 * spec.frequencies
         self.register_buffer("frequency", torch.empty(spec.frequencies), persistent=False)
         self.register_buffer("cos", torch.empty(self.rows, rotated, dtype=dtype), persistent=False)
         self.register_buffer("signed_sin", torch.empty(self.rows, rotated, dtype=dtype), persistent=False)

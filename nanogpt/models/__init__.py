@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nanogpt.spec import Gpt2ModelSpec, RunSpec
+from nanogpt.spec import Gpt2ModelSpec, Record89ModelSpec, RunSpec
 
 if TYPE_CHECKING:
     from nanogpt.models.interface import LanguageModel, Paths
@@ -19,6 +19,7 @@ def build_model(spec: RunSpec, *, device: torch.device | str, paths: Paths | Non
     """
     from nanogpt.models.gpt2 import Gpt2
     from nanogpt.models.interface import Paths
+    from nanogpt.models.record89 import Record89
     from nanogpt.models.speedrun import Speedrun
 
     paths = paths or Paths()
@@ -28,6 +29,8 @@ def build_model(spec: RunSpec, *, device: torch.device | str, paths: Paths | Non
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[spec.runtime.dtype]
     if isinstance(spec.model, Gpt2ModelSpec):
         model: LanguageModel = Gpt2(spec.model, dtype=dtype, paths=paths)
+    elif isinstance(spec.model, Record89ModelSpec):
+        model = Record89(spec.model, dtype=dtype, max_tokens=max_tokens, paths=paths)
     else:
         model = Speedrun(spec.model, dtype=dtype, max_tokens=max_tokens, paths=paths)
     model.draw_parameters(torch.Generator().manual_seed(spec.training.seed))

@@ -96,8 +96,14 @@ class Gpt2(LanguageModel):
         losses = [checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]
         return torch.stack(losses).sum() / targets.shape[0]
 
-    def training_loss(self, batch: TokenBatch, windows: Windows | RunTimeWindows, token_weights: Tensor) -> Tensor:
-        """Mean cross-entropy of the next token; `token_weights` is [1] for this model."""
+    def training_loss(
+        self,
+        batch: TokenBatch,
+        windows: Windows | RunTimeWindows,
+        token_weights: Tensor,
+        prefix_weight: Tensor | None = None,
+    ) -> Tensor:
+        """Mean cross-entropy of the next token; `token_weights` is [1] and there are no prefixes for this model."""
         return token_weights[0] * self._mean_loss(self(batch.inputs, batch.cu_seqlens, windows), batch.targets)
 
     def training_loss_scale(self, batch: TokenBatch) -> float:

@@ -37,6 +37,7 @@ class Paths:
 
     attention: str = "plain"
     head_precision: Literal["bf16", "fp8"] = "bf16"
+    mlp_precision: Literal["bf16", "fp8"] = "bf16"
     plain_kernels: bool = False  # plain PyTorch also where a Triton kernel could run
 
 
@@ -67,10 +68,17 @@ class LanguageModel(nn.Module):
         """Fill every parameter from `generator` (on the CPU)."""
         raise NotImplementedError
 
-    def training_loss(self, batch: TokenBatch, windows: Windows | RunTimeWindows, token_weights: Tensor) -> Tensor:
+    def training_loss(
+        self,
+        batch: TokenBatch,
+        windows: Windows | RunTimeWindows,
+        token_weights: Tensor,
+        prefix_weight: Tensor | None = None,
+    ) -> Tensor:
         """The micro-batch's training loss, a scalar in fp32; the trainer multiplies it by 1 / accumulation steps.
 
-        token_weights: (K,) fp32, the loss weight of the k-th next token.
+        token_weights: (K,) fp32, the loss weight of the k-th next token. prefix_weight: () fp32, that of the next
+        token's prefix (see `set_prefixes`); None where the step has no such term.
         """
         raise NotImplementedError
 
@@ -89,5 +97,11 @@ class LanguageModel(nn.Module):
     def extend_window(self, old: int, new: int) -> None:
         """The long window goes from `old` to `new` tokens at a stage change."""
 
-    def reset_windows(self) -> None:
-        """Undo every `extend_window`."""
+    def set_prefixes(self, prefixes: Tensor) -> None:
+        """The prefix of each token, (rows of the embedding,) int64, -1 for none. Until then no token has one."""
+
+    def weights_changed(self, step: int) -> None:
+        """The optimizer has made `step`: time to derive from the parameters whatever the next forward pass needs."""
+
+    def restart(self) -> None:
+        """All but the parameters back to the start of a run; the parameters are there already."""

@@ -18,23 +18,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanogpt.kernels.attention import attention, takes_tensors
-from nanogpt.kernels.cross_entropy import head_loss, head_mean_loss, softcap
-from nanogpt.kernels.relu_squared_mlp import relu_squared_mlp, relu_squared_mlp_plain
-from nanogpt.layers.embedding import bigram_hash, head_gate, smear
+from nanogpt.layers.attention import head_attention, turned_queries_keys
+from nanogpt.layers.embedding import bigram_hash, head_gate, look_up_tables, smear
 from nanogpt.layers.norm import norm
-from nanogpt.layers.rotary import Rotary, shift_still_keys
-from nanogpt.models.interface import LanguageModel, Paths, RunTimeWindows, TokenBatch, Windows
+from nanogpt.models.interface import Paths, RunTimeWindows, Windows
+from nanogpt.models.record import RecordModel
 from nanogpt.spec_model import SpeedrunModelSpec
 
 
-class Speedrun(LanguageModel):
+class Speedrun(RecordModel[SpeedrunModelSpec]):
     """See the module. Shapes below are the speedrun's: L = 11 layers, D = 768, H = 6 heads of 128, V = 50,304."""
 
     def __init__(self, spec: SpeedrunModelSpec, *, dtype: torch.dtype, max_tokens: int, paths: Paths):
-        super().__init__()
-        self.spec = spec
-        self.paths = paths
+        super().__init__(spec, dtype=dtype, max_tokens=max_tokens, paths=paths)
         d, v, layers = spec.width, spec.padded_vocab_size, spec.layers
         gates, tables = spec.gate_inputs, len(spec.value_embed_layers)
         attention_layers = spec.attention_layers
@@ -55,11 +51,6 @@ class Speedrun(LanguageModel):
         self.skip_gate = matrix(1, gates)
         self.x0_lambdas = nn.Parameter(torch.empty(layers))
         self.scalars = nn.Parameter(torch.empty(4 * layers + 3))
-
-        self.rotary = Rotary(spec.rotary, max_tokens=max_tokens, attention_scale=spec.attention_scale, dtype=dtype)
-        self.mlp_function = relu_squared_mlp_plain if paths.plain_kernels else relu_squared_mlp
-        self.attention_row = {layer: row for row, layer in enumerate(attention_layers)}
-        self.value_table = {layer: table for table, layer in enumerate(spec.value_embed_layers)}
 
     @torch.no_grad()
     def draw_parameters(self, generator: torch.Generator) -> None:
@@ -100,7 +91,8 @@ class Speedrun(LanguageModel):
 
         x = x0 = norm(smear(F.embedding(tokens, self.embed), self.smear_gate, smear_scale))
         bigram = F.embedding(bigram_hash(tokens, spec.bigram_rows, spec.bigram_multipliers), self.bigram_embed)
-        values = self._value_embeddings(tokens)
+        tables = look_up_tables(tokens, self.value_embed, spec.padded_vocab_size)
+        values = dict(zip(spec.value_embed_layers, tables, strict=True))
         skipped = middle = x  # both are set before they are read
 
         for layer in range(layers):
@@ -124,15 +116,6 @@ class Speedrun(LanguageModel):
                 middle = x
         return norm(x - backout_scale * middle)
 
-    def _value_embeddings(self, tokens: Tensor) -> dict[int, Tensor]:
-        """(T, D) for each layer that has a value embedding, from one lookup so that there is one gradient to make."""
-        tables = len(self.spec.value_embed_layers)
-        if not tables:
-            return {}
-        offsets = torch.arange(tables, device=tokens.device, dtype=torch.int64) * self.spec.padded_vocab_size
-        looked_up = F.embedding(offsets[:, None] + tokens, self.value_embed)
-        return dict(zip(self.spec.value_embed_layers, looked_up.unbind(), strict=True))
-
     def _attention(
         self,
         layer: int,
@@ -147,85 +130,22 @@ class Speedrun(LanguageModel):
         spec = self.spec
         count, heads, head_dim = u.shape[0], spec.heads, spec.head_dim
         q, k, v = (u @ qkv_weight.mT).view(count, 3, heads, head_dim).unbind(1)
-        q, k = norm(q), norm(k)
-
         if value_embedding is not None:
             gate = 2 * head_gate(u, self.ve_gate_bank[self.value_table[layer]])
             v = v + gate * value_embedding.view(count, heads, head_dim)
 
         paired = layer in spec.paired_layers
-        q, k = self.rotary(q, paired=paired), self.rotary(k, paired=paired)
-        if paired:
-            # Row 2t holds the first half of token t's heads, row 2t + 1 the second half: a sequence twice as long.
-            # The window keeps its number and so reaches half as many tokens.
-            q, k, v = (x.reshape(2 * count, heads // 2, head_dim) for x in (q, k, v))
-            cu_seqlens, max_seqlen = 2 * cu_seqlens, 2 * max_seqlen
-        elif layer in spec.long_window_layers:
-            k = shift_still_keys(k, spec.rotated_channels)
-
-        y = attention(
+        q, k = turned_queries_keys(q, k, self.rotary, paired=paired, shifted=layer in spec.long_window_layers)
+        y = head_attention(
             q,
             k,
             v,
             cu_seqlens,
-            max_seqlen=max_seqlen,
-            window=windows.long if layer in spec.long_window_layers else windows.short,
+            max_seqlen,
+            window=self.window(layer, windows),
             scale=self.attention_scale(),
+            paired=paired,
             backend=self.paths.attention,
-        ).view(count, heads, head_dim)
+        )
         y = y * head_gate(u, self.attn_gate_bank[self.attention_row[layer]])
         return y.reshape(count, spec.width)
-
-    def attention_scale(self) -> float | Tensor:
-        """YaRN's, as a tensor where the backend takes one, so that a step of YaRN needs no graph of its own."""
-        return self.rotary.run_time_scale if takes_tensors(self.paths.attention) else self.rotary.attention_scale
-
-    def training_loss(self, batch: TokenBatch, windows: Windows | RunTimeWindows, token_weights: Tensor) -> Tensor:
-        """Weighted multi-token cross-entropy, summed over the micro-batch's tokens."""
-        x = self(batch.inputs, batch.cu_seqlens, batch.max_seqlen, windows)
-        cap = self.spec.softcap
-        return head_loss(
-            x,
-            self.lm_head,
-            batch.targets,
-            token_weights,
-            cap=cap.cap,
-            shift=cap.shift,
-            scale=cap.scale,
-            precision=self.paths.head_precision,
-            plain=self.paths.plain_kernels,
-        )
-
-    def training_loss_scale(self, batch: TokenBatch) -> float:
-        """The training loss is a sum over tokens."""
-        return float(batch.inputs.shape[0])
-
-    @torch.no_grad()
-    def evaluation_loss(self, batch: TokenBatch, windows: Windows | RunTimeWindows) -> Tensor:
-        """Mean cross-entropy of the next token, with the head in the model's dtype."""
-        x = self(batch.inputs, batch.cu_seqlens, batch.max_seqlen, windows)
-        cap = self.spec.softcap
-        return head_mean_loss(
-            x,
-            self.lm_head,
-            batch.targets,
-            cap=cap.cap,
-            shift=cap.shift,
-            scale=cap.scale,
-            plain=self.paths.plain_kernels,
-        )
-
-    @torch.no_grad()
-    def next_token_logits(self, batch: TokenBatch, windows: Windows) -> Tensor:
-        """(vocab_size,) fp32 softcapped logits after the last token."""
-        x = self(batch.inputs, batch.cu_seqlens, batch.max_seqlen, windows)[-1]
-        cap = self.spec.softcap
-        return softcap(x @ self.lm_head, cap.cap, cap.shift, cap.scale)[: self.spec.vocab_size]
-
-    def extend_window(self, old: int, new: int) -> None:
-        """YaRN."""
-        self.rotary.extend_window(old, new)
-
-    def reset_windows(self) -> None:
-        """Rotary tables and attention scale of the start."""
-        self.rotary.reset()

@@ -34,7 +34,9 @@ def graph_jobs(trainer: Trainer) -> list[Callable[[], None]]:
     """A call for each graph of the model, alike in number and order on all ranks, the dearest first."""
 
     def training(settings: StepSettings) -> None:
-        batches = trainer.train_batches.next_step(settings.batch_tokens, trainer.spec.training.max_document_tokens)
+        batches = trainer.train_batches.next_step(
+            settings.batch_tokens, settings.max_document_tokens, settings.max_documents
+        )
         trainer.training_loss(batches[0], *trainer.loss_arguments(settings)).backward()
         for parameter in trainer.model.parameters():
             parameter.grad = None
@@ -47,7 +49,9 @@ def graph_jobs(trainer: Trainer) -> list[Callable[[], None]]:
     for first in trainer.schedule.first_steps:
         settings = trainer.schedule.at(first)
         constants = None if trainer.run_time_windows else settings.windows
-        by_graph[settings.batch_tokens, len(settings.token_weights), constants] = settings
+        limits = settings.max_document_tokens, settings.max_documents
+        terms = len(settings.token_weights), settings.prefix_weight is not None
+        by_graph[settings.batch_tokens, limits, terms, constants] = settings
     largest_first = sorted(by_graph.values(), key=lambda settings: -settings.batch_tokens)
     jobs: list[Callable[[], None]] = [lambda settings=settings: training(settings) for settings in largest_first]  # type: ignore[misc]
     return [*jobs, evaluation]

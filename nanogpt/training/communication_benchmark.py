@@ -17,7 +17,7 @@ import torch
 from nanogpt.optim.communication import Pending
 from nanogpt.optim.sparse import RowExchange, TouchedRows, average_touched_shard, bigram_rows
 from nanogpt.spec import RunSpec, SpeedrunOptimizerSpec
-from nanogpt.spec_model import SpeedrunModelSpec
+from nanogpt.spec_model import RecordModelSpec
 from nanogpt.training.world import World
 
 
@@ -37,7 +37,7 @@ class TableTiming:
 
 def time_bigram_table(spec: RunSpec, world: World, *, repeats: int) -> Iterator[TableTiming]:
     """Every stage's table, dense and sparse. Every rank calls it; the world size is above 1."""
-    assert isinstance(spec.model, SpeedrunModelSpec) and isinstance(spec.optimizer, SpeedrunOptimizerSpec)
+    assert isinstance(spec.model, RecordModelSpec) and isinstance(spec.optimizer, SpeedrunOptimizerSpec)
     model = spec.model
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[spec.runtime.dtype]
     for index, stage in enumerate(spec.training.stages):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from nanogpt.kernels.attention import select_attention_backend
 from nanogpt.kernels.fp8_head import select_head_precision
 from nanogpt.models.interface import Paths
-from nanogpt.spec import Gpt2ModelSpec, RunSpec
+from nanogpt.spec import Gpt2ModelSpec, Record89ModelSpec, RunSpec
 
 
 def choose_paths(spec: RunSpec, device: torch.device) -> tuple[Paths, list[str]]:
@@ -26,7 +28,13 @@ def choose_paths(spec: RunSpec, device: torch.device) -> tuple[Paths, list[str]]
     precision, reason = select_head_precision(runtime.head_precision, capability if runtime.dtype == "bf16" else None)
     lines.append(f"head precision: {precision}: {reason}")
     lines.append(f"kernels: {runtime.kernels}")
-    return Paths(attention=attention.backend, head_precision=precision, plain_kernels=runtime.kernels == "plain"), lines
+    paths = Paths(attention=attention.backend, head_precision=precision, plain_kernels=runtime.kernels == "plain")
+    if isinstance(model, Record89ModelSpec):
+        bf16_capability = capability if runtime.dtype == "bf16" else None
+        mlp_precision, reason = select_head_precision(runtime.mlp_precision, bf16_capability, key="mlp_precision")
+        lines.append(f"MLP precision: {mlp_precision}: {reason}")
+        paths = replace(paths, mlp_precision=mlp_precision)
+    return paths, lines
 
 
 def compiles(spec: RunSpec, device: torch.device) -> bool:

@@ -223,7 +223,8 @@ class RunRecorder:
         record.hardware.ranks = list(ranks)
         record.computation = Computation(
             attention=paths.attention,
-            head_precision=paths.head_precision if self.spec.model.kind == "speedrun" else None,
+            head_precision=None if self.spec.model.kind == "gpt2" else paths.head_precision,
+            mlp_precision=paths.mlp_precision if self.spec.model.kind == "record89" else None,
             kernels="plain" if paths.plain_kernels else runtime.kernels,
             dtype=runtime.dtype,
             deterministic=runtime.deterministic,

@@ -24,6 +24,9 @@ class StepSettings:
     batch_tokens: int
     windows: Windows
     token_weights: tuple[float, ...]
+    prefix_weight: float | None  # of the next token's prefix; None where it is not predicted
+    max_document_tokens: int
+    max_documents: int | None  # room in a micro-batch; None: by its tokens
     rates: StepRates
 
 
@@ -55,6 +58,9 @@ class Schedule:
             batch_tokens=stage.batch_tokens,
             windows=self._tokens(stage.window_blocks),
             token_weights=self.token_weights(step),
+            prefix_weight=self.prefix_weight(step),
+            max_document_tokens=stage.max_document_tokens or self.training.max_document_tokens,
+            max_documents=stage.max_documents,
             rates=StepRates(
                 lr_factor=self.lr_factor(step),
                 momentum=self.momentum(step),
@@ -91,6 +97,15 @@ class Schedule:
             return tuple(stage.token_weights)
         progress = (step - self.first_steps[index]) / stage.steps
         return (*stage.token_weights[:-1], stage.token_weights[-1] * (1 - progress))
+
+    def prefix_weight(self, step: int) -> float | None:
+        """Loss weight of the next token's prefix, linear within a stage."""
+        index = self.stage_of(step)
+        weight = self.stages[index].prefix_weight
+        if weight is None:
+            return None
+        progress = (step - self.first_steps[index]) / self.stages[index].steps
+        return weight.first + (weight.last - weight.first) * progress
 
     def lr_factor(self, step: int) -> float:
         """What every base learning rate is multiplied by."""

@@ -28,6 +28,7 @@ from nanogpt.cluster.page_cache import keep_code_in_memory
 from nanogpt.console import say
 from nanogpt.data import fineweb
 from nanogpt.data.batches import TrainBatches, ValBatches
+from nanogpt.data.prefixes import gpt2_tokens, prefix_table
 from nanogpt.data.shards import Tokens
 from nanogpt.errors import InputError, Interrupted, NanogptError, RunError
 from nanogpt.kernels.attention import takes_tensors
@@ -40,7 +41,7 @@ from nanogpt.runs.record import State
 from nanogpt.runs.reference import ReferenceWatch
 from nanogpt.runs.tracker import check_tracker
 from nanogpt.spec import RunSpec
-from nanogpt.spec_model import SpeedrunModelSpec
+from nanogpt.spec_model import RecordModelSpec
 from nanogpt.training.ahead import compile_ahead
 from nanogpt.training.checkpoint import load_newest_checkpoint, rehearse, save_checkpoint
 from nanogpt.training.clock import Clock
@@ -210,8 +211,9 @@ class Trainer:
         with self.startup.phase("model"):
             self.model = build_model(spec, device=world.device, paths=paths)
         with self.startup.phase("first broadcast"):
-            for parameter in self.model.parameters():
-                world.communicator.broadcast(parameter.data)
+            for value in self.model.state_dict().values():
+                if isinstance(value, Tensor):
+                    world.communicator.broadcast(value)
             world.synchronize()
         self.compiled = compiles(spec, world.device)
         if self.compiled:  # Adam's update alone is compiled for ten parameters; torch gives up at eight
@@ -229,6 +231,9 @@ class Trainer:
             say(warning)
             self.path_lines.append(warning)
         self.recorder.built(ranks, paths, self.path_lines, compiled=self.compiled)
+        self._vocabulary: list[bytes] | None = None
+        if any(stage.prefix_weight for stage in spec.training.all_stages):
+            self._vocabulary = gpt2_tokens()[: spec.model.vocab_size]
         self.training_loss = self._compile(self.model.training_loss)
         self.evaluation_loss = self._compile(self.model.evaluation_loss)
         self.reporter = Reporter(
@@ -291,6 +296,7 @@ class Trainer:
         self.recorder.clock_starts(*self._progress(), resumed=resumed, graphs=graphs)
         self.watch.training(self.next_step, compiling=self.compiled and not self.spec.training.warmup)
         self.clock.start()
+        self._set_prefixes()
         for step in range(self.next_step, self.schedule.total_steps):
             settings = self.schedule.at(step)
             self.enter(settings)
@@ -354,7 +360,9 @@ class Trainer:
         step has waited for its batch on each rank.
         """
         waited = self.train_batches.wait_seconds
-        batches = self.train_batches.next_step(settings.batch_tokens, self.spec.training.max_document_tokens)
+        batches = self.train_batches.next_step(
+            settings.batch_tokens, settings.max_document_tokens, settings.max_documents
+        )
         waited = self.train_batches.wait_seconds - waited
         if self.touched:
             self.touched.add(self.train_batches.summaries)
@@ -372,28 +380,37 @@ class Trainer:
         # Ahead of the gradients: when the optimizer is done, it has long arrived.
         average = self.world.communicator.average(told)
         self.optimizer.step(settings.rates)
+        self.model.weights_changed(settings.step)
         return average.wait()
 
-    def loss_arguments(self, settings: StepSettings) -> tuple[Windows | RunTimeWindows, Tensor]:
-        """What the model's training loss takes besides a batch."""
-        return self.as_numbers(settings.windows), self._to_device(settings.token_weights)
+    def loss_arguments(self, settings: StepSettings) -> tuple[Any, ...]:
+        """What the model's training loss takes besides a batch: windows, and one weight or several (on the device)."""
+        arguments = (self.as_numbers(settings.windows), self._to_device(settings.token_weights))
+        prefix_weight = settings.prefix_weight
+        return arguments if prefix_weight is None else (*arguments, self._to_device(prefix_weight))
 
     def _touched_rows(self) -> TouchedRows | None:
         """For the sparse communication of the bigram table's gradient, where it is asked for."""
         model, world, choice = self.spec.model, self.world, self.spec.runtime.bigram_gradient
-        if world.size == 1 or choice == "dense" or not isinstance(model, SpeedrunModelSpec):
+        if world.size == 1 or choice == "dense" or not isinstance(model, RecordModelSpec):
             return None
         return TouchedRows(model.bigram_rows, world.rank, world.size, choice, world.device)
 
     def _bigram_rows(self, tokens: Tokens) -> Rows:
-        assert isinstance(self.spec.model, SpeedrunModelSpec)
+        assert isinstance(self.spec.model, RecordModelSpec)
         return bigram_rows(tokens, self.spec.model.bigram_rows, self.spec.model.bigram_multipliers)
 
     def as_numbers(self, windows: Windows) -> Windows | RunTimeWindows:
         """The windows as the attention backend takes them."""
         return windows.at_run_time() if self.run_time_windows else windows
 
-    def _to_device(self, values: tuple[float, ...]) -> Tensor:
+    def _set_prefixes(self) -> None:
+        """Inside the clock, by the rules of the public record: the prefixes come out of the vocabulary's bytes."""
+        if self._vocabulary is not None:
+            prefixes = prefix_table(self._vocabulary, self.spec.model.padded_vocab_size)
+            self.model.set_prefixes(torch.from_numpy(prefixes))
+
+    def _to_device(self, values: float | tuple[float, ...]) -> Tensor:
         tensor = torch.tensor(values, dtype=torch.float32)
         if self.world.device.type != "cuda":
             return tensor
@@ -448,7 +465,7 @@ class Trainer:
                     parameter.copy_(start)
                     parameter.grad = None
             self.optimizer.load_state_dict(optimizer_state)
-            self.model.reset_windows()
+            self.model.restart()
             self._windows_of = 0
             self.train_batches.restart()
 

@@ -85,4 +85,5 @@ def test_recipes_lists_all(nanogpt):
     header, *rows = nanogpt("recipes").out.splitlines()
     assert header.split() == ["recipe", "model", "gpu", "world", "size", "steps", "tokens"]
     assert [row.split()[0] for row in rows] == SHIPPED
-    assert "4xh200    speedrun  h200           4  1,555  412,876,800" in rows
+    assert ["4xh200", "speedrun", "h200", "4", "1,555", "412,876,800"] in [row.split() for row in rows]
+    assert ["record89-4xh200", "record89", "h200", "4", "1,285", "338,821,120"] in [row.split() for row in rows]

@@ -374,6 +374,19 @@ def test_too_many_documents_for_cu_seqlens(prefetch: bool, world_size: int) -> N
 
 
 @pytest.mark.parametrize("prefetch", [True, False])
+def test_a_stage_may_set_the_room_for_documents(prefetch: bool) -> None:
+    with on_disk([[B, 1, 2, 3] * 300]) as files, ranks(files, 1, prefetch=prefetch) as (loader,):
+        for room in (5, 9, None):
+            batches = loader.next_step(8 * 16, 30, room)
+            length = 128 if room is None else room + 1
+            assert [len(batch.cu_seqlens) for batch in batches] == [length] * 8
+            assert all(batch.cu_seqlens[:5].tolist() == [0, 4, 8, 12, 16] for batch in batches)
+            assert all((batch.cu_seqlens[5:] == 16).all() for batch in batches)
+        with pytest.raises(InputError, match=r"takes 4 documents for its 16 tokens; cu_seqlens has room for 3.*raise"):
+            loader.next_step(8 * 16, 30, 3)
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
 def test_a_shard_cut_short_during_the_run_is_named_when_its_turn_comes(prefetch: bool) -> None:
     shards = [SHARD, SHARD]
     with on_disk(shards) as files, ranks(files, 1, prefetch=prefetch) as (loader,):

@@ -175,14 +175,68 @@ def test_compiled_whole_without_recompilation():
     assert compiled(x, lm_head, targets, weights[:2]).isfinite()
 
 
+def some_prefixes(targets, vocab=96):
+    """A prefix for two tokens of three; among them the target itself, and the next one's."""
+    prefixes = (7 * targets + 3) % vocab
+    prefixes[1::3] = -1
+    prefixes[0], prefixes[2] = targets[0], targets[3]
+    return prefixes
+
+
+def test_prefixes_by_hand():
+    """Two tokens, of which one has a prefix: one more cross-entropy in that row."""
+    logits = torch.tensor([[1.0, -2.0, 0.5], [0.5, 3.0, -1.0]], dtype=torch.float64)
+    z = 23 / (1 + (-(logits + 5) / 7.5).exp())
+    p = z.exp() / z.exp().sum(1, keepdim=True)
+    by_hand = -(p[0, 1].log() + p[1, 0].log()) - 0.5 * p[0, 0].log() - 0.3 * p[1, 2].log()
+    targets, prefixes = torch.tensor([1, 0]), torch.tensor([-1, 2])
+    for function in (head_loss, head_loss_reference):
+        loss = function(
+            logits,
+            torch.eye(3, dtype=torch.float64),
+            targets,
+            torch.tensor([1.0, 0.5]),
+            prefixes=prefixes,
+            prefix_weight=torch.tensor(0.3),
+        )
+        assert loss.item() == pytest.approx(by_hand.item())
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3])
+def test_prefixes_enter_loss_and_gradients(terms):
+    x, lm_head, targets, weights = head_inputs(terms=terms)
+    options = {"prefixes": some_prefixes(targets), "prefix_weight": torch.tensor(0.25)}
+    out = loss_and_gradients(head_loss, x, lm_head, targets, weights, **options)
+    expected = loss_and_gradients(head_loss_reference, x, lm_head, targets, weights, **options)
+    assert all(relative_error(a, b) < 1e-9 for a, b in zip(out, expected, strict=True))
+    # Nothing but -1, or no weight: as if there were no prefixes.
+    plain = loss_and_gradients(head_loss, x, lm_head, targets, weights)
+    none = {"prefixes": torch.full_like(targets, -1), "prefix_weight": torch.tensor(0.25)}
+    unweighted = {"prefixes": some_prefixes(targets), "prefix_weight": torch.tensor(0.0)}
+    for off in (none, unweighted):
+        out = loss_and_gradients(head_loss, x, lm_head, targets, weights, **off)
+        assert all(relative_error(a, b) < 1e-12 for a, b in zip(out, plain, strict=True))
+    assert relative_error(plain[0], expected[0]) > 0.01
+
+
+def test_prefixes_and_their_weight_come_together():
+    x, lm_head, targets, weights = head_inputs()
+    with pytest.raises(ValueError, match="both or neither"):
+        head_loss(x, lm_head, targets, weights, prefixes=targets)
+    with pytest.raises(ValueError, match=r"torch\.int32: expected"):
+        head_loss(x, lm_head, targets, weights, prefixes=targets.int(), prefix_weight=torch.tensor(0.1))
+
+
+@pytest.mark.parametrize("with_prefixes", [True, False])
 @pytest.mark.parametrize("need_grad", [True, False])
 @pytest.mark.parametrize("fp8", [True, False])
-def test_custom_operation_is_well_formed(fp8, need_grad):
+def test_custom_operation_is_well_formed(fp8, need_grad, with_prefixes):
     x, lm_head, targets, weights = head_inputs(24, dtype=torch.bfloat16)
+    prefixes = (some_prefixes(targets), torch.tensor(0.25)) if with_prefixes else ()
     options = {"cap": 23.0, "shift": 5.0, "scale": 7.5, "fp8": fp8, "need_grad": need_grad}
     if not need_grad:
         x, lm_head = x.detach(), lm_head.detach()
-    torch.library.opcheck(cross_entropy._plain_head_loss, (x, lm_head, targets, weights), options)
+    torch.library.opcheck(cross_entropy._plain_head_loss, (x, lm_head, targets, weights, *prefixes), options)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from nanogpt.layers.embedding import bigram_hash, head_gate, smear
+from nanogpt.layers.embedding import bigram_hash, bigram_sign, head_gate, look_up_tables, smear, value_gate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,3 +58,30 @@ def test_head_gate_reads_the_leading_channels():
         for h in range(6):
             score = sum(a * b for a, b in zip(u[t, :12].tolist(), weight[h].tolist(), strict=True))
             assert gate[t, h, 0].item() == pytest.approx(sigma(score))
+
+
+def test_signs_go_by_the_two_tokens():
+    signs = torch.randint(0, 2, (8192, 3), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    tokens = torch.tensor([50256, 0, 1, 50256, 50255], dtype=torch.int32)
+    rows = [0, 50256 % 8192, 1, 50257 % 8192, (50255 ^ 50256) % 8192]
+    assert torch.equal(bigram_sign(tokens, signs), signs[rows])
+
+
+def test_a_value_gate_reads_six_channels_of_each():
+    generator = torch.Generator().manual_seed(0)
+    u, ve = (torch.randn(3, 20, generator=generator, dtype=torch.float64) for _ in range(2))
+    weight = torch.randn(2, 12, generator=generator, dtype=torch.float64)
+    gate = value_gate(u, ve, weight)
+    assert gate.shape == (3, 2, 1)
+    for t, head in ((0, 0), (2, 1)):
+        read = [*u[t, :6].tolist(), *ve[t, :6].tolist()]
+        assert gate[t, head, 0].item() == pytest.approx(
+            sigma(sum(a * b for a, b in zip(weight[head].tolist(), read, strict=True)))
+        )
+
+
+def test_tables_are_looked_up_in_order():
+    tables = torch.arange(12.0).view(6, 2)  # three tables of two rows
+    tokens = torch.tensor([1, 0, 1], dtype=torch.int32)
+    looked_up = look_up_tables(tokens, tables, 2)
+    assert [table[:, 0].tolist() for table in looked_up] == [[2, 0, 2], [6, 4, 6], [10, 8, 10]]

@@ -87,13 +87,13 @@ def test_losses_and_every_gradient_are_those_of_the_definition(case, growths):
     assert relative_error(model.next_token_logits(batch, windows), logits[:61]) < 1e-5
 
 
-def test_windows_are_reset_to_the_start():
+def test_a_restart_undoes_the_growth_of_windows():
     ends, short, long = CASES["windows inside documents"]
     model, (batch, _) = make_model(), make_batch(ends)
     before = model.evaluation_loss(batch, Windows(short, long))
     model.extend_window(48, 80)
     grown = model.evaluation_loss(batch, Windows(short, long))
-    model.reset_windows()
+    model.restart()
     assert model.evaluation_loss(batch, Windows(short, long)) == before != grown
 
 

@@ -10,6 +10,7 @@ import torch
 from small_specs import randomize, small_speedrun
 from test_adam import slow_adam
 from test_normuon import slow_step
+from torch import nn
 
 from nanogpt.models.interface import Paths
 from nanogpt.models.speedrun import Speedrun
@@ -37,6 +38,10 @@ ADAM: dict[str, tuple[float, float, float, float]] = {
 }
 
 
+# rows of a matrix, update multipliers in turn
+BANKS: dict[str, tuple[int, tuple[float, ...]]] = {"attn": (24, (1.0,)), "mlp": (96, (2.0, 4.0))}
+
+
 def make_model(dtype: torch.dtype = torch.float64) -> Speedrun:
     model = Speedrun(SPEC.model, dtype=dtype, max_tokens=16, paths=Paths())
     randomize(model)
@@ -54,7 +59,7 @@ def rates_of(step: int, split_step: int = 5) -> StepRates:
     )
 
 
-def gradients_of(model: Speedrun, step: int) -> dict[str, torch.Tensor]:
+def gradients_of(model: nn.Module, step: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(100 + step)
     # Adam's update hardly depends on the gradients' size, unless they are as small as eps: skip_gate's are.
     return {
@@ -63,7 +68,7 @@ def gradients_of(model: Speedrun, step: int) -> dict[str, torch.Tensor]:
     }
 
 
-def accumulate(model: Speedrun, gradients: dict[str, torch.Tensor]) -> None:
+def accumulate(model: nn.Module, gradients: dict[str, torch.Tensor]) -> None:
     """As backward passes do: two micro-steps, added to what is there."""
     for label, p in model.named_parameters():
         for share in (0.25, 0.75):
@@ -74,20 +79,27 @@ def accumulate(model: Speedrun, gradients: dict[str, torch.Tensor]) -> None:
 class SlowOptimizer:
     """The whole history of gradients is kept and Adam is run anew from the start each time."""
 
-    def __init__(self, model: Speedrun):
+    def __init__(
+        self,
+        model: nn.Module,
+        adam: dict[str, tuple[float, float, float, float]] = ADAM,
+        banks: dict[str, tuple[int, tuple[float, ...]]] = BANKS,
+        beta2: float = 0.95,
+    ):
+        self.labels, self.beta2 = adam, beta2
         self.start = {label: p.detach().double().clone() for label, p in model.named_parameters()}
         self.now = {label: p.clone() for label, p in self.start.items()}
-        self.sums: dict[str, list[torch.Tensor]] = {label: [] for label in ADAM}
+        self.sums: dict[str, list[torch.Tensor]] = {label: [] for label in adam}
         self.factors: list[float] = []
         self.waiting: list[dict[str, torch.Tensor]] = []
         self.banks: dict[str, Any] = {}
-        for label, rows in (("attn", 24), ("mlp", 96)):
+        for label, (rows, mults) in banks.items():
             count = self.now[label].numel() // (rows * 24)
             self.banks[label] = {
                 "p": self.now[label].numpy().reshape(count, rows, 24),  # shares memory
                 "momentum": np.zeros((count, rows, 24)),
-                "s": np.zeros((count, rows)),
-                "mult": [1.0] * count if label == "attn" else [2.0, 4.0] * (count // 2),
+                "s": np.zeros((count, max(rows, 24))),
+                "mult": mults * (count // len(mults)),
             }
         self.split_after: int | None = None  # Adam steps made when the head was split
 
@@ -103,18 +115,19 @@ class SlowOptimizer:
                     mu=rates.momentum,
                     lr=0.023 * rates.lr_factor,
                     mult=mult,
+                    beta2=self.beta2,
                 )
         self.waiting.append({label: g.double() for label, g in gradients.items()})
         if not rates.adam_step:
             return
-        total = {label: sum(g[label] for g in self.waiting) for label in ADAM}
+        total = {label: sum(g[label] for g in self.waiting) for label in self.labels}
         self.waiting = []
         self.factors.append(rates.lr_factor)
         tied = self.split_after is None
         if tied:
             total["lm_head"] = total["lm_head"] + total["embed"].T
             total["embed"] = total["lm_head"].T
-        for label in ADAM:
+        for label in self.labels:
             self.sums[label].append(total[label])
             self.now[label] = self.adam(label)
         if tied:
@@ -124,7 +137,7 @@ class SlowOptimizer:
 
     def adam(self, label: str) -> torch.Tensor:
         # With embed's history being lm_head's transposed while tied, its moments and count come out as handed over.
-        b1, b2, lr_mul, wd_mul = ADAM[label]
+        b1, b2, lr_mul, wd_mul = self.labels[label]
         p, _, _ = slow_adam(
             self.start[label].flatten().tolist(),
             [g.flatten().tolist() for g in self.sums[label]],

@@ -1,0 +1,120 @@
+"""The squared-ReLU MLP with both products in 8-bit floats (e4m3), forward only; the backward pass is that of bf16.
+
+    up:    x8 = e4m3(u / s_x), s_x = max|u| / 448 of this very input;  pre = s_x s_u (x8 U8^T), rounded to u's dtype
+    post = relu(pre)^2
+    down:  h8 = e4m3(min(post / s_h, 448));  out = s_h s_w (h8 W8), with the tensor cores' fast accumulation
+
+s_u is of the current weights. s_h and s_w are delayed: they come from what was measured one micro-batch, or one step,
+earlier (`nanogpt.layers.fp8_mlp` keeps them), so that nothing has to be read twice. On a CPU the same roundings are
+made around ordinary products.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanogpt.kernels.dispatch import runs_kernel
+from nanogpt.kernels.fp8_head import scaled_product
+from nanogpt.kernels.relu_squared_mlp import relu_squared_backward
+
+E4M3_MAX = 448.0
+PEAK_FLOOR = 1e-12
+
+
+def current_scale(values: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
+    """What to divide `values` by so that the largest becomes e4m3's largest, over `dims` (all); in their dtype."""
+    peak = values.abs().amax() if dims is None else values.abs().amax(dims)
+    return peak.clamp(min=PEAK_FLOOR) / E4M3_MAX
+
+
+def to_e4m3(values: Tensor) -> Tensor:
+    """Rounded to e4m3; what is too large becomes the largest number that it has."""
+    return values.float().clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def fp8_relu_squared_mlp(
+    u: Tensor,  # (T, D)
+    up: Tensor,  # (F, D)
+    down: Tensor,  # (F, D)
+    up8: Tensor,  # (F, D) e4m3
+    up_scale: Tensor,  # () fp32, like the other scales, each in storage of its own
+    down8: Tensor,  # (D, F) e4m3: transposed
+    down_scale: Tensor,
+    post_scale: Tensor,
+    *,
+    plain: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`relu(u @ up.T)**2 @ down` from the 8-bit weights, (T, D), and the largest of relu(u @ up.T)**2, () fp32.
+
+    Differentiable in u, up and down, with the gradients of the products in u's dtype. T, D and F are multiples of 16
+    on a GPU. `plain`: no Triton kernels.
+    """
+    out, peak = _Fp8MLP.apply(u, up, down, up8, up_scale, down8, down_scale, post_scale, plain)
+    return out, peak
+
+
+class _Fp8MLP(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        u: Tensor,
+        up: Tensor,
+        down: Tensor,
+        up8: Tensor,
+        up_scale: Tensor,
+        down8: Tensor,
+        down_scale: Tensor,
+        post_scale: Tensor,
+        plain: bool,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.plain = plain
+        out, post, peak = _forward(u, up8, up_scale, down8, down_scale, post_scale, plain)
+        ctx.mark_non_differentiable(peak)
+        ctx.save_for_backward(u, up, down, post)
+        return out, peak
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        u, up, down, post = ctx.saved_tensors
+        grad_pre = relu_squared_backward(grad, down, post, plain=ctx.plain)
+        return grad_pre @ up, grad_pre.mT @ u, post.mT @ grad, None, None, None, None, None, None
+
+
+# One opaque operation: whatever a compiler sees of it, it may compute again in the backward pass, when `post_scale` has
+# long been overwritten by the next call's.
+@torch.library.custom_op("nanogpt::fp8_mlp_forward", mutates_args=())
+def _forward(
+    u: Tensor, up8: Tensor, up_scale: Tensor, down8: Tensor, down_scale: Tensor, post_scale: Tensor, plain: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(the output (T, D), relu(pre)^2 (T, F), its largest, () fp32)."""
+    if not plain and runs_kernel(u, capability=9):
+        from nanogpt.kernels.fp8_mlp_triton import quantize, square_and_quantize
+
+        u_scale = torch.linalg.vector_norm(u, torch.inf, dtype=torch.float32).clamp(min=PEAK_FLOOR) / E4M3_MAX
+        pre = _product(quantize(u.contiguous(), u_scale), u_scale, up8, up_scale, u.dtype, fast=False)
+        post, post8, peak = square_and_quantize(pre, post_scale)
+    else:
+        u_scale = current_scale(u.float())
+        pre = _product(to_e4m3(u.float() / u_scale), u_scale, up8, up_scale, u.dtype, fast=False)
+        post = pre.relu().square()
+        post8, peak = to_e4m3(post.float() / post_scale), post.amax().float()
+    return _product(post8, post_scale, down8, down_scale, u.dtype, fast=True), post, peak
+
+
+@_forward.register_fake
+def _(
+    u: Tensor, up8: Tensor, up_scale: Tensor, down8: Tensor, down_scale: Tensor, post_scale: Tensor, plain: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    post = u.new_empty((u.shape[0], up8.shape[0]))
+    return torch.empty_like(u, memory_format=torch.contiguous_format), post, u.new_empty((), dtype=torch.float32)
+
+
+def _product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype, *, fast: bool) -> Tensor:
+    """`(a_scale a) (b_scale b)^T` of a (M, K) and b (N, K), 8-bit: (M, N) in `dtype`."""
+    if a.is_cuda and dtype == torch.bfloat16:
+        return scaled_product(a, a_scale, b, b_scale, out_dtype=dtype, fast=fast)
+    wide = torch.promote_types(dtype, torch.float32)
+    return ((a.to(wide) @ b.to(wide).mT) * (a_scale * b_scale)).to(dtype)

@@ -1,0 +1,29 @@
+"""MUDD: small nets that make, for each token, the weights of connections between layers and the gates of heads.
+
+After "MUDDFormer" (Xiao et al., 2025): what a layer reads is a weighted sum of earlier activations, with weights that
+depend on the token. Numbers come out in columns; whoever asks knows what each is for.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def token_numbers(
+    x: Tensor,  # (T, D)
+    w1: Tensor,  # (hidden, D)
+    w2: Tensor,  # (columns, hidden)
+    bias: Tensor,  # (columns,)
+    scale: Tensor | float,  # () or a constant
+) -> Tensor:
+    """`scale * (w2 gelu(w1 x) + bias)`, with the exact gelu: (T, columns) in x's dtype."""
+    return scale * (F.gelu(x @ w1.mT) @ w2.mT + bias)
+
+
+def weighted_sum(weights: tuple[Tensor, ...], parts: tuple[Tensor, ...]) -> Tensor:
+    """The sum of (T, D) parts, each with its weight (T, 1)."""
+    total = weights[0] * parts[0]
+    for weight, part in zip(weights[1:], parts[1:], strict=True):
+        total = total + weight * part
+    return total

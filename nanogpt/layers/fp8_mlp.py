@@ -1,0 +1,130 @@
+"""The 8-bit copies of the MLP bank, and the scales that are measured at one time and used at the next.
+
+- Up weights: divided by a scale of their own, measured when they are rounded.
+- Down weights: rounded after each optimizer step with the scale that was measured at the one before, times a headroom.
+  Over the first steps, in which they leave zero, the scale is measured first.
+- Activations: each training forward pass measures the largest of a layer; the next one, of whatever micro-batch on the
+  same rank, divides by it, times a headroom. Never communicated: ranks may differ.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nanogpt.kernels.fp8_mlp import E4M3_MAX, PEAK_FLOOR, current_scale, fp8_relu_squared_mlp, to_e4m3
+from nanogpt.spec_model import MlpFp8Spec
+
+
+class Fp8Mlp(nn.Module):
+    """The MLPs of a model, by layer, over a bank (entries, 2, F, D) that the model keeps: [:, 0] up, [:, 1] down.
+
+    Each scale is a tensor of its own: slices of one vector are not aligned as 8-bit products want them. Made with
+    `active` False it holds nothing and computes nothing, so that a checkpoint does not depend on the precision.
+    """
+
+    up8: Tensor  # (layers, F, D) e4m3
+    down8: Tensor  # (layers, D, F) e4m3
+
+    def __init__(self, spec: MlpFp8Spec, *, layers: int, hidden: int, width: int, active: bool, plain: bool):
+        super().__init__()
+        self.spec = spec
+        self.layers = layers if active else 0
+        self.active = active
+        self.plain = plain
+        self._loaded = False  # scales that fit the weights to come
+        kinds = ("post_scale", "up_scale", "down_scale", "next_down_scale")
+        for layer in range(self.layers):
+            for kind in kinds:
+                self.register_buffer(f"{kind}_{layer}", torch.ones(()), persistent=False)
+        if active:
+            e4m3 = torch.float8_e4m3fn
+            self.register_buffer("up8", torch.zeros(layers, hidden, width, dtype=e4m3), persistent=False)
+            self.register_buffer("down8", torch.zeros(layers, width, hidden, dtype=e4m3), persistent=False)
+
+    def scales(self, kind: str) -> list[Tensor]:
+        """`post_scale`, `up_scale`, `down_scale` or `next_down_scale` of each layer, each () fp32."""
+        return [getattr(self, f"{kind}_{layer}") for layer in range(self.layers)]
+
+    def forward(
+        self,
+        layer: int,
+        u: Tensor,  # (T, D)
+        up: Tensor,  # (F, D)
+        down: Tensor,  # (F, D)
+    ) -> Tensor:
+        """One layer's `relu(u up^T)^2 down`, (T, D); measures the activation for the next call."""
+        post_scale: Tensor = getattr(self, f"post_scale_{layer}")
+        out, peak = fp8_relu_squared_mlp(
+            u,
+            up,
+            down,
+            self.up8[layer],
+            getattr(self, f"up_scale_{layer}"),
+            self.down8[layer],
+            getattr(self, f"down_scale_{layer}"),
+            post_scale,
+            plain=self.plain,
+        )
+        with torch.no_grad():
+            post_scale.copy_(self.spec.activation_headroom * peak.clamp(min=PEAK_FLOOR) / E4M3_MAX)
+        return out
+
+    @torch.no_grad()
+    def follow(self, bank: Tensor, step: int) -> None:
+        """Round the weights that optimizer step `step` has left."""
+        if not self.active:
+            return
+        if step < self.spec.bootstrap_steps:
+            self._measure_down(bank)
+        else:
+            torch._foreach_copy_(self.scales("down_scale"), self.scales("next_down_scale"))
+        self._round(bank)
+
+    @torch.no_grad()
+    def restart(self, bank: Tensor) -> None:
+        """Every scale as at the start of a run."""
+        if not self.active:
+            return
+        for scale in self.scales("post_scale"):
+            scale.fill_(1.0)
+        self._measure_down(bank)
+        self._round(bank)
+
+    @torch.no_grad()
+    def reload(self, bank: Tensor) -> None:
+        """Round anew with the scales that `set_extra_state` has brought; measure them where it brought none."""
+        if self.active and self._loaded:
+            self._round(bank)
+        else:
+            self.restart(bank)
+
+    def _measure_down(self, bank: Tensor) -> None:
+        measured = current_scale(bank[: self.layers, 1], (1, 2)).float()
+        torch._foreach_copy_(self.scales("down_scale"), list(measured.unbind()))
+
+    def _round(self, bank: Tensor) -> None:
+        up, down = bank[: self.layers].unbind(1)
+        up_scale = current_scale(up, (1, 2))
+        self.up8.copy_(to_e4m3(up / up_scale[:, None, None]))
+        torch._foreach_copy_(self.scales("up_scale"), list(up_scale.float().unbind()))
+
+        down_scale = torch.stack(self.scales("down_scale"))
+        # As bytes: not every device can copy 8-bit floats with strides.
+        self.down8.view(torch.uint8).copy_(to_e4m3(down / down_scale[:, None, None]).view(torch.uint8).mT)
+        peaks = down.abs().amax((1, 2)).float()
+        following = self.spec.weight_headroom * peaks.clamp(min=PEAK_FLOOR) / E4M3_MAX
+        torch._foreach_copy_(self.scales("next_down_scale"), list(following.unbind()))
+
+    def get_extra_state(self) -> dict[str, list[float]]:
+        """The scales in use; what else there is follows from them and the weights."""
+        return {kind: [float(scale) for scale in self.scales(kind)] for kind in ("post_scale", "down_scale")}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take over `get_extra_state`, of a run of either precision; `reload` follows once the weights are there."""
+        self._loaded = len(state["down_scale"]) == self.layers
+        for kind in ("post_scale", "down_scale"):
+            for scale, value in zip(self.scales(kind), state[kind], strict=False):
+                scale.fill_(value)

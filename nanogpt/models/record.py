@@ -1,0 +1,115 @@
+"""What the models of the public record history share: their head with its losses, rotary tables, layer sets."""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from nanogpt.kernels.attention import takes_tensors
+from nanogpt.kernels.cross_entropy import head_loss, head_mean_loss, softcap
+from nanogpt.kernels.relu_squared_mlp import relu_squared_mlp, relu_squared_mlp_plain
+from nanogpt.layers.rotary import Rotary
+from nanogpt.models.interface import LanguageModel, Paths, RunTimeWindows, TokenBatch, Windows
+from nanogpt.spec_model import RecordModelSpec
+
+Spec = TypeVar("Spec", bound=RecordModelSpec)
+
+
+class RecordModel(LanguageModel, Generic[Spec]):
+    """Base of the record models; `forward` gives the head's input."""
+
+    lm_head: nn.Parameter  # (D, V), made by the model itself
+    prefixes: Tensor  # (V,) int64
+
+    def __init__(self, spec: Spec, *, dtype: torch.dtype, max_tokens: int, paths: Paths):
+        super().__init__()
+        self.spec = spec
+        self.paths = paths
+        self.rotary = Rotary(spec.rotary, max_tokens=max_tokens, attention_scale=spec.attention_scale, dtype=dtype)
+        self.register_buffer("prefixes", torch.full((spec.padded_vocab_size,), -1, dtype=torch.int64), persistent=False)
+        self.mlp_function = relu_squared_mlp_plain if paths.plain_kernels else relu_squared_mlp
+        self.attention_row = {layer: row for row, layer in enumerate(spec.attention_layers)}
+        self.value_table = {layer: table for table, layer in enumerate(spec.value_embed_layers)}
+
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor, max_seqlen: int, windows: Windows | RunTimeWindows) -> Tensor:
+        """tokens (T,) int32, cu_seqlens (n,) int32; the last layer's normalised activations, (T, D)."""
+        raise NotImplementedError
+
+    def training_forward(
+        self, tokens: Tensor, cu_seqlens: Tensor, max_seqlen: int, windows: Windows | RunTimeWindows
+    ) -> Tensor:
+        """`forward`, unless a model computes otherwise in training."""
+        return self(tokens, cu_seqlens, max_seqlen, windows)
+
+    def window(self, layer: int, windows: Windows | RunTimeWindows) -> int | Tensor:
+        """The layer's window in tokens."""
+        return windows.long if layer in self.spec.long_window_layers else windows.short
+
+    def attention_scale(self) -> float | Tensor:
+        """YaRN's, as a tensor where the backend takes one, so that a step of YaRN needs no graph of its own."""
+        return self.rotary.run_time_scale if takes_tensors(self.paths.attention) else self.rotary.attention_scale
+
+    def training_loss(
+        self,
+        batch: TokenBatch,
+        windows: Windows | RunTimeWindows,
+        token_weights: Tensor,
+        prefix_weight: Tensor | None = None,
+    ) -> Tensor:
+        """Weighted multi-token cross-entropy, summed over the micro-batch's tokens."""
+        x = self.training_forward(batch.inputs, batch.cu_seqlens, batch.max_seqlen, windows)
+        cap = self.spec.softcap
+        return head_loss(
+            x,
+            self.lm_head,
+            batch.targets,
+            token_weights,
+            prefixes=None if prefix_weight is None else self.prefixes[batch.targets],
+            prefix_weight=prefix_weight,
+            cap=cap.cap,
+            shift=cap.shift,
+            scale=cap.scale,
+            precision=self.paths.head_precision,
+            plain=self.paths.plain_kernels,
+        )
+
+    def training_loss_scale(self, batch: TokenBatch) -> float:
+        """The training loss is a sum over tokens."""
+        return float(batch.inputs.shape[0])
+
+    @torch.no_grad()
+    def evaluation_loss(self, batch: TokenBatch, windows: Windows | RunTimeWindows) -> Tensor:
+        """Mean cross-entropy of the next token, with the head in the model's dtype."""
+        x = self(batch.inputs, batch.cu_seqlens, batch.max_seqlen, windows)
+        cap = self.spec.softcap
+        return head_mean_loss(
+            x,
+            self.lm_head,
+            batch.targets,
+            cap=cap.cap,
+            shift=cap.shift,
+            scale=cap.scale,
+            plain=self.paths.plain_kernels,
+        )
+
+    @torch.no_grad()
+    def next_token_logits(self, batch: TokenBatch, windows: Windows) -> Tensor:
+        """(vocab_size,) fp32 softcapped logits after the last token."""
+        x = self(batch.inputs, batch.cu_seqlens, batch.max_seqlen, windows)[-1]
+        cap = self.spec.softcap
+        return softcap(x @ self.lm_head, cap.cap, cap.shift, cap.scale)[: self.spec.vocab_size]
+
+    def set_prefixes(self, prefixes: Tensor) -> None:
+        """Take over the table of prefixes."""
+        self.prefixes.copy_(prefixes)
+
+    def extend_window(self, old: int, new: int) -> None:
+        """YaRN."""
+        self.rotary.extend_window(old, new)
+
+    def restart(self) -> None:
+        """Rotary tables and attention scale of the start, and no prefixes."""
+        self.rotary.reset()
+        self.prefixes.fill_(-1)

@@ -1,0 +1,173 @@
+"""Record 89 on a GPU: the DC kernels, the 8-bit MLP and the prefix term against plain PyTorch, and the whole model."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from nanogpt.data.batches import MicroBatch
+from nanogpt.kernels.benchmark import document_ends
+from nanogpt.kernels.cross_entropy import head_loss
+from nanogpt.kernels.fp8_mlp import current_scale, fp8_relu_squared_mlp, to_e4m3
+from nanogpt.kernels.head_mixing import mix_heads
+from nanogpt.models.interface import Paths, Windows
+from nanogpt.models.record89 import Record89
+from nanogpt.recipe import load_recipe
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 9, reason="needs sm_90"
+    ),
+]
+
+
+def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
+    return ((out.double() - reference.double()).norm() / reference.double().norm()).item()
+
+
+def randn(*shape: int, scale: float = 1.0) -> torch.Tensor:
+    return (scale * torch.randn(*shape, device="cuda")).bfloat16()
+
+
+# --- DC correction ---
+
+
+def mixing_inputs(tokens: int, ends: list[int]) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    torch.manual_seed(tokens)
+    y, q, k, v, grad = (randn(tokens, 6, 128) for _ in range(5))
+    q, k = (torch.nn.functional.rms_norm(x, (128,)) for x in (q, k))
+    inputs = [x.requires_grad_() for x in (y, q, k, v, randn(tokens, 6), randn(tokens, 6))]
+    return inputs, grad, torch.tensor([0, *ends], dtype=torch.int32, device="cuda")
+
+
+MIXING_CASES = {
+    "one document": (1_040, [1_040]),
+    "documents of all lengths": (4_112, [1, 2, 17, 112, 113, 500, 4_112]),
+    "not a multiple of a block": (333, [100, 333]),
+    "the record's stage 1": (16_384, document_ends(16_384, 896, 63)),
+}
+
+
+@pytest.mark.parametrize("case", MIXING_CASES)
+def test_dc_kernels_against_fp64(case):
+    inputs, grad, ends = mixing_inputs(*MIXING_CASES[case])
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    reference = mix_heads(*exact, ends, window=112, scale=0.1)
+    references = (reference, *torch.autograd.grad(reference, exact, grad.double()))
+    for name, plain in (("fast", False), ("plain", True)):
+        out = mix_heads(*inputs, ends, window=112, scale=0.1, plain=plain)
+        found = (out, *torch.autograd.grad(out, inputs, grad))
+        errors = [relative_error(a, b) for a, b in zip(found, references, strict=True)]
+        print(f"{case}, {name}: out, dy, dq, dk, dv, dw1, dw2 = {', '.join(f'{e:.1e}' for e in errors)}")
+        assert all(e < 8e-3 for e in errors), name
+
+
+def test_dc_gradients_are_the_same_every_time():
+    inputs, grad, ends = mixing_inputs(*MIXING_CASES["the record's stage 1"])
+    runs = [torch.autograd.grad(mix_heads(*inputs, ends, window=112, scale=0.1), inputs, grad) for _ in range(3)]
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+# --- 8-bit MLP ---
+
+
+@pytest.mark.parametrize("tokens", [16_384, 49_152])
+def test_8_bit_mlp_against_its_emulation(tokens):
+    torch.manual_seed(0)
+    u, up, down = randn(tokens, 768), randn(3_072, 768, scale=0.02), randn(3_072, 768, scale=0.02)
+    up_scale, down_scale = current_scale(up).float(), current_scale(down).float()
+    up8, down8 = to_e4m3(up / current_scale(up)), to_e4m3(down.float() / down_scale).mT.contiguous()
+    peak = torch.relu(u.float() @ up.float().mT).square().amax()
+    weights = (up8, up_scale, down8, down_scale, 1.8 * peak / 448)
+    grad = randn(tokens, 768)
+    u[0, 0] = 8  # the largest is among those that are compared
+    results = []
+    for device in ("cuda", "cpu"):
+        rows = slice(None) if device == "cuda" else slice(0, 2_048)
+        inputs = [x.detach().to(device).requires_grad_() for x in (u[rows], up, down)]
+        out, found = fp8_relu_squared_mlp(*inputs, *(x.to(device) for x in weights))
+        results.append((out, found, *torch.autograd.grad(out, inputs[:1], grad[rows].to(device))))
+    (out, found, du), (emulated_out, emulated_peak, emulated_du) = results
+    errors = [relative_error(a[:2_048].cpu(), b) for a, b in ((out, emulated_out), (du, emulated_du))]
+    print(f"8-bit MLP, {tokens} tokens: out, du = {errors[0]:.1e}, {errors[1]:.1e}")
+    assert max(errors) < 2e-2
+    assert 0.8 * peak < found < 1.2 * peak and emulated_peak.item() <= found.item()
+
+
+def test_the_model_takes_its_scales_to_the_products():
+    """PyTorch refuses scales that are not aligned: every layer's goes in as it is kept."""
+    spec = load_recipe("record89", ["model.vocab_size=500", "model.padded_vocab_size=512", "model.bigram_rows=1024"])
+    model = Record89(spec.model, dtype=torch.bfloat16, max_tokens=1_024, paths=Paths(mlp_precision="fp8")).cuda()
+    model.draw_parameters(torch.Generator().manual_seed(0))
+    u = randn(64, 768)
+    for layer in range(11):
+        assert model.fp8_mlp(layer, u, *model.mlp[layer]).isfinite().all(), layer
+
+
+# --- prefixes ---
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("terms", [1, 2, 3])
+def test_prefixes_in_the_kernel(precision, terms):
+    torch.manual_seed(terms)
+    tokens, width, vocab = 512, 768, 50_304
+    x, lm_head = randn(tokens, width), randn(width, vocab, scale=0.1)
+    targets = torch.randint(0, vocab, (tokens,), device="cuda")
+    prefixes = torch.randint(0, vocab, (tokens,), device="cuda")
+    prefixes[::3], prefixes[1], prefixes[2] = -1, targets[1], targets[min(4, tokens - 1)]
+    weights = torch.tensor([1.0, 0.5, 0.25][:terms], device="cuda")
+    options = {"prefixes": prefixes, "prefix_weight": torch.tensor(0.25, device="cuda"), "precision": precision}
+    inputs = [t.requires_grad_() for t in (x, lm_head)]
+    results = []
+    for plain in (False, True):
+        loss = head_loss(*inputs, targets, weights, **options, plain=plain)
+        results.append((loss, *torch.autograd.grad(loss, inputs)))
+    for name, a, b in zip(("loss", "dx", "dW"), *results, strict=True):
+        assert relative_error(a, b) < (1e-4 if name == "loss" else 1e-2), name
+    without = head_loss(*inputs, targets, weights, precision=precision)
+    assert relative_error(without, results[0][0]) > 1e-2
+
+
+# --- the model ---
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_fast_and_plain_paths_agree_and_the_graph_is_one(precision):
+    spec = load_recipe("record89", ["model.vocab_size=4000", "model.padded_vocab_size=4096", "model.bigram_rows=8192"])
+    tokens, windows = 4_096, Windows(128, 384)
+    torch.manual_seed(0)
+    stream = torch.randint(0, 4_000, (tokens + 1,), device="cuda")
+    ends = torch.tensor([0, *document_ends(tokens, 896, 63)], dtype=torch.int32, device="cuda")
+    batch = MicroBatch(stream[:-1].int(), stream[1:], ends, 896)
+    weights = torch.tensor([1.0, 0.5, 0.25], device="cuda"), torch.tensor(0.25, device="cuda")
+
+    def make(plain: bool) -> Record89:
+        paths = Paths(mlp_precision=precision, plain_kernels=plain)
+        model = Record89(spec.model, dtype=torch.bfloat16, max_tokens=tokens, paths=paths)
+        model.draw_parameters(torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            model.mlp[:, 1].copy_(0.5 * model.mlp[:, 0])
+            model.mudd_w2.normal_(std=0.02)
+            model.mudd_gate_w2.normal_(std=0.02)
+            model.bigram_embed.normal_(std=0.02)
+        return model.cuda()
+
+    plain = make(True)
+    fast = make(False)
+    fast.load_state_dict(plain.state_dict())
+    prefixes = torch.randint(-4_000, 4_000, (4_096,), device="cuda").clamp(min=-1)
+    for model in (plain, fast):
+        model.restart()
+        model.set_prefixes(prefixes)
+    compiled = torch.compile(copy.deepcopy(fast).training_loss, fullgraph=True, dynamic=False)
+    losses = [
+        (function(batch, windows.at_run_time(), *weights) / tokens).item()
+        for function in (plain.training_loss, fast.training_loss, compiled)
+    ]
+    print(f"record 89, {precision}: plain, fast, compiled = {losses}")
+    assert max(losses) - min(losses) < 5e-3

@@ -1,0 +1,208 @@
+"""The MLP in 8-bit floats on a CPU: its formulas with an e4m3 of its own, and how its scales go from step to step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nanogpt.kernels.fp8_mlp import current_scale, fp8_relu_squared_mlp, to_e4m3
+from nanogpt.layers.fp8_mlp import Fp8Mlp
+from nanogpt.spec_model import MlpFp8Spec
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+T, D, F = 24, 16, 40
+SPEC = MlpFp8Spec(activation_headroom=1.8, weight_headroom=1.12, bootstrap_steps=3)
+
+
+def e4m3(x: torch.Tensor) -> torch.Tensor:
+    """Rounded to 4 significant bits with exponents from -6 on, ties to even, at most 448; fp64."""
+    x = x.double().clamp(-448, 448)
+    exponent = torch.frexp(x).exponent.double() - 1
+    step = 2.0 ** (exponent.clamp(min=-6) - 3)
+    return torch.round(x / step) * step
+
+
+def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
+    return ((out.double() - reference.double()).norm() / reference.double().norm()).item()
+
+
+def randn(*shape: int, scale: float = 1.0, seed: int = 0) -> torch.Tensor:
+    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_reference_e4m3_is_pytorchs():
+    x = torch.cat((randn(2000), randn(2000, scale=100), randn(500, scale=1e-3), torch.tensor([0.0, 448, -460, 1e9])))
+    assert torch.equal(to_e4m3(x).double(), e4m3(x))
+
+
+def definition(u, up, down, up8, s_u, down8, s_w, s_h):
+    """Output and gradients for an incoming gradient of ones, in fp64; 8-bit weights as fp64 numbers."""
+    s_x = u.abs().max() / 448
+    pre = s_x * s_u * (e4m3(u / s_x) @ up8.T)
+    post = pre.clamp(min=0) ** 2
+    h8 = e4m3(torch.clamp(post / s_h, max=448.0))
+    out = s_h * s_w * (h8 @ down8)
+    grad = torch.ones_like(out)
+    d_pre = 2 * torch.sqrt(post) * (grad @ down.T)
+    return out, post.max(), d_pre @ up, d_pre.T @ u, post.T @ grad
+
+
+@pytest.mark.parametrize("post_scale", [1.0, 0.003, 0.0005])  # coarse; about right; so small that much is cut off
+def test_output_and_gradients_are_those_of_the_definition(post_scale):
+    u, up, down = randn(T, D), randn(F, D, scale=0.1, seed=1), randn(F, D, scale=0.1, seed=2)
+    up_scale, down_scale = (x.abs().max() / 448 for x in (up, down))
+    up8, down8 = e4m3(up / up_scale), e4m3(down / down_scale)
+    s_h = torch.tensor(post_scale)
+    inputs = [x.requires_grad_() for x in (u, up, down)]
+    down8_t = down8.T.contiguous().float().to(torch.float8_e4m3fn)
+    out, peak = fp8_relu_squared_mlp(*inputs, up8.float().to(torch.float8_e4m3fn), up_scale, down8_t, down_scale, s_h)
+    wide = [x.detach().double() for x in (u, up, down)]
+    expected = definition(*wide, up8, up_scale.double(), down8, down_scale.double(), s_h.double())
+    out.sum().backward()
+    for name, a, b in zip(
+        ("out", "peak", "du", "dup", "ddown"), (out, peak, *(x.grad for x in inputs)), expected, strict=True
+    ):
+        assert relative_error(a.detach(), b) < 1e-5, name
+
+
+def test_bf16_rounds_before_the_square():
+    u, up, down = (x.bfloat16() for x in (randn(T, D), randn(F, D, scale=0.1, seed=1), randn(F, D, seed=2)))
+    up_scale, down_scale = current_scale(up).float(), current_scale(down).float()
+    up8, down8 = to_e4m3(up / current_scale(up)), to_e4m3(down.float() / down_scale)
+    s_x = u.abs().max().double() / 448
+    pre = (s_x * up_scale.double() * (e4m3(u / s_x) @ up8.double().T)).bfloat16()
+    post = (pre.double().clamp(min=0) ** 2).bfloat16()
+    s_h = post.double().max() / 448
+    expected = (s_h * down_scale.double() * (e4m3(post.double() / s_h) @ down8.double())).bfloat16()
+    down8 = down8.mT.contiguous()
+    out, peak = fp8_relu_squared_mlp(u, up, down, up8, up_scale, down8, down_scale, s_h.float())
+    assert peak == post.max().float()
+    assert relative_error(out, expected) < 1e-3
+
+
+# --- scales from step to step ---
+
+
+def make(layers: int = 2, *, active: bool = True) -> tuple[Fp8Mlp, torch.Tensor]:
+    """The module, and a bank with one entry of padding whose down weights are zero."""
+    bank = randn(layers + 1, 2, F, D, scale=0.05)
+    bank[:, 1] = 0
+    module = Fp8Mlp(SPEC, layers=layers, hidden=F, width=D, active=active, plain=True)
+    module.restart(bank)
+    return module, bank
+
+
+def floats(scales: list[torch.Tensor]) -> list[float]:
+    return [float(scale) for scale in scales]
+
+
+def test_activation_scales_come_from_the_call_before():
+    module, bank = make()
+    bank[:, 1] = randn(3, F, D, seed=5)
+    module.follow(bank, 0)
+    u = randn(T, D, seed=7)
+    assert floats(module.scales("post_scale")) == [1.0, 1.0]
+    peaks = []
+    for call in range(3):
+        used = floats(module.scales("post_scale"))
+        out = module(1, (call + 1) * u, bank[1, 0], bank[1, 1])
+        expected, peak = fp8_relu_squared_mlp(
+            (call + 1) * u,
+            *bank[1],
+            module.up8[1],
+            module.scales("up_scale")[1],
+            module.down8[1],
+            module.scales("down_scale")[1],
+            torch.tensor(used[1]),
+        )
+        peaks.append(float(peak))
+        assert torch.equal(out, expected), call
+        assert floats(module.scales("post_scale")) == pytest.approx([1.0, 1.8 * peaks[-1] / 448], rel=1e-6)
+    assert peaks[2] > 4 * peaks[0]  # so that the one before is not this one's
+
+
+def test_down_weights_take_the_scale_measured_a_step_earlier_after_the_bootstrap():
+    module, bank = make()
+    before = None
+    for step in range(6):
+        bank[:, 1] = randn(3, F, D, scale=0.01 * (step + 1) ** 2, seed=step)
+        bank[:, 0] *= 1.1
+        module.follow(bank, step)
+        peaks = [float(bank[layer, 1].abs().max()) for layer in range(2)]
+        fresh = [peak / 448 for peak in peaks]
+        expected = fresh if step < 3 else [1.12 * peak / 448 for peak in before]
+        assert floats(module.scales("down_scale")) == pytest.approx(expected, rel=1e-6), step
+        for layer, scale in enumerate(module.scales("down_scale")):
+            rounded = e4m3(bank[layer, 1] / scale).T
+            assert torch.equal(module.down8[layer].double(), rounded), (step, layer)
+            ups = bank[layer, 0]
+            assert float(module.scales("up_scale")[layer]) == pytest.approx(float(ups.abs().max()) / 448)
+            assert relative_error(module.up8[layer].double(), e4m3(ups / (ups.abs().max() / 448))) < 1e-3
+        before = peaks
+    assert (module.down8[0].double().abs() == 448).sum() > 5  # the weights have outgrown their scale: cut off
+
+
+def test_a_start_with_zero_weights_gives_zero_and_nothing_else():
+    module, bank = make()
+    out = module(0, randn(T, D), *bank[0])
+    assert not out.any() and module.down8.float().isfinite().all()
+
+
+def test_each_scale_has_storage_of_its_own():
+    module, _ = make(layers=11)
+    scales = [scale for kind in ("post_scale", "up_scale", "down_scale") for scale in module.scales(kind)]
+    assert len({scale.untyped_storage().data_ptr() for scale in scales}) == 33
+    assert all(scale.untyped_storage().nbytes() == 4 and scale.data_ptr() % 16 == 0 for scale in scales)
+
+
+def test_the_state_goes_on_where_it_was_saved():
+    module, bank = make()
+    for step in range(5):
+        bank[:, 1] = randn(3, F, D, scale=0.01 * (step + 1), seed=step)
+        module.follow(bank, step)
+        module(0, randn(T, D, seed=step), *bank[0])
+    other, _ = make()
+    other.load_state_dict(module.state_dict())
+    other.reload(bank)
+    for kind in ("post_scale", "up_scale", "down_scale", "next_down_scale"):
+        assert floats(other.scales(kind)) == floats(module.scales(kind)), kind
+    for name in ("up8", "down8"):
+        assert torch.equal(*(getattr(m, name).view(torch.uint8) for m in (module, other)))
+    module.restart(bank)
+    assert floats(module.scales("post_scale")) == [1.0, 1.0]
+
+
+def test_a_state_of_the_other_precision_is_taken_too():
+    active, bank = make()
+    inactive, _ = make(active=False)
+    bank[:, 1] = randn(3, F, D)
+    inactive.load_state_dict(active.state_dict())
+    inactive.reload(bank)
+    assert not list(inactive.buffers())
+    active.load_state_dict(inactive.state_dict())
+    active.reload(bank)  # measured afresh: nothing fits
+    peaks = [float(bank[layer, 1].abs().max()) / 448 for layer in range(2)]
+    assert floats(active.scales("down_scale")) == pytest.approx(peaks)
+
+
+def test_compiled_gradients_do_not_see_the_next_calls_scale():
+    """A compiler may compute again, in the backward pass, what depends on a scale that has been overwritten by then."""
+    module, bank = make(layers=1)
+    bank[:, 1] = randn(2, F, D, scale=0.05)
+    module.follow(bank, 0)
+    u = randn(T, D)
+
+    def loss(u: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return (0.3 * u + torch.sin(module(0, u, *weights))).square().sum()
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, dynamic=False)):
+        for scale in module.scales("post_scale"):
+            scale.fill_(1.0)
+        inputs = [x.clone().requires_grad_() for x in (u, bank[0])]
+        value = function(*inputs)
+        results.append((value.detach(), *torch.autograd.grad(value, inputs), module.scales("post_scale")[0].clone()))
+    for eager, compiled in zip(*results, strict=True):
+        assert relative_error(compiled, eager) < 1e-5
+    assert results[0][-1] < 0.1  # it has been overwritten

@@ -1,0 +1,66 @@
+"""Record 89's schedule: its numbers typed in by hand, step by step."""
+
+from __future__ import annotations
+
+import pytest
+
+from nanogpt.models.interface import Windows
+from nanogpt.recipe import load_recipe
+from nanogpt.training.schedule import Schedule
+
+SPEC = load_recipe("record89")
+SCHEDULE = Schedule(SPEC)
+
+# first step, last step, batch, short and long window in tokens, longest document, room for documents
+STAGES = [
+    (0, 422, 131_072, 128, 384, 896, 63),
+    (423, 846, 262_144, 384, 896, 2048, 95),
+    (847, 1269, 393_216, 640, 1408, 2048, 127),
+    (1270, 1284, 393_216, 768, 1664, 2048, 127),
+]
+
+
+def test_length():
+    assert (SCHEDULE.total_steps, SCHEDULE.training.scheduled_steps) == (1285, 1270)
+    assert round(SCHEDULE.training.total_tokens / 1e6) == 339
+
+
+@pytest.mark.parametrize(("stage", "values"), list(enumerate(STAGES)))
+def test_stages(stage, values):
+    first, last, batch, short, long, longest, room = values
+    for step in (first, first + 1, last):
+        settings = SCHEDULE.at(step)
+        assert (settings.stage, settings.batch_tokens, settings.windows) == (stage, batch, Windows(short, long))
+        assert (settings.max_document_tokens, settings.max_documents) == (longest, room)
+
+
+def test_multi_token_and_prefix_weights():
+    assert SCHEDULE.token_weights(0) == (1, 0.5, 0.25)
+    assert SCHEDULE.token_weights(100) == (1, 0.5, pytest.approx(0.25 * (1 - 100 / 423)))
+    assert SCHEDULE.token_weights(423) == (1, 0.5)
+    assert SCHEDULE.token_weights(500) == (1, pytest.approx(0.5 * (1 - 77 / 424)))
+    assert SCHEDULE.token_weights(847) == SCHEDULE.token_weights(1284) == (1,)
+    assert [SCHEDULE.prefix_weight(step) for step in (0, 211, 422, 423)] == [0.25] * 4
+    assert SCHEDULE.prefix_weight(500) == pytest.approx(0.25 * (1 - 77 / 424))
+    assert SCHEDULE.prefix_weight(846) == pytest.approx(0.25 / 424)
+    assert SCHEDULE.prefix_weight(847) is SCHEDULE.prefix_weight(1284) is None
+    assert SCHEDULE.at(500).prefix_weight == SCHEDULE.prefix_weight(500)
+
+
+def test_learning_rate_and_momentum():
+    assert [SCHEDULE.lr_factor(step) for step in (0, 422, 423, 508)] == [1.0, 1.0, 1.52, 1.52]
+    t = (700 - 508) / 762
+    assert SCHEDULE.lr_factor(700) == pytest.approx(1.52 * (1 - t) + 0.15 * t)
+    assert SCHEDULE.lr_factor(1269) == pytest.approx(0.1521, abs=5e-5)
+    assert SCHEDULE.lr_factor(1270) == SCHEDULE.lr_factor(1284) == 0.15
+    assert [SCHEDULE.momentum(step) for step in (0, 300, 1235)] == [0.85, 0.95, 0.95]
+    assert SCHEDULE.momentum(150) == pytest.approx(0.90)
+    assert SCHEDULE.momentum(1284) == pytest.approx(0.852)
+
+
+def test_adam_steps_and_the_split():
+    assert SCHEDULE.split_step == 847
+    assert not SCHEDULE.is_adam_step(1284)
+    assert sum(SCHEDULE.is_adam_step(step) for step in range(1285)) == 642
+    assert SCHEDULE.final_windows == Windows(768, 2560)
+    assert SCHEDULE.window_changes(1284) == [(384, 896), (896, 1408), (1408, 1664)]
