@@ -1,7 +1,7 @@
 """Write containers/*.lock anew: `make lock`. Needs uv, which resolves for another Python than the one that runs.
 
 Each lock names every package with the hashes of its files, for Linux on x86-64 and the Python of its flavour's Debian.
-PyTorch's CPU builds are on an index of its own; a directory with that wheel serves as well (PIP_FIND_LINKS).
+PyTorch's CPU builds are on an index of their own, which PIP_EXTRA_INDEX_URL names, or in a directory of PIP_FIND_LINKS.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 PYTHONS = {"cuda": "3.13", "cpu": "3.11"}
-CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 
 
 def main() -> int:
@@ -33,8 +32,8 @@ def main() -> int:
             links = [link for link in os.environ.get("PIP_FIND_LINKS", "").split() if Path(link).is_dir()]
             for link in links:
                 command += ["--find-links", link]
-            if not links:
-                command += ["--extra-index-url", CPU_WHEELS, "--index-strategy", "unsafe-best-match"]
+            for index in os.environ.get("PIP_EXTRA_INDEX_URL", "").split():
+                command += ["--extra-index-url", index, "--index-strategy", "unsafe-best-match"]
         done = subprocess.run([*command, "pyproject.toml", f"{folder}/{flavour}.in"], check=False, cwd=folder.parent)
         if done.returncode != 0:
             return done.returncode

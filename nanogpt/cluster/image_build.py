@@ -72,7 +72,8 @@ MEANINGS = (
     ),
     (
         "No matching distribution found for torch",
-        "The index has no such build of PyTorch; give a directory with its wheel: make sif WHEELS=/path/to/wheels.",
+        "The index has no such build of PyTorch. PyTorch's CPU builds are on an index of their own, which its page on"
+        " installing names: export PIP_EXTRA_INDEX_URL=that, or give a directory with the wheel: make sif WHEELS=DIR.",
     ),
     (
         "requirements have to have their versions pinned",
@@ -299,7 +300,7 @@ def build(root: Path, options: Options, environ: Mapping[str, str]) -> Built:
         authority = image_checks.certificate_authority(environ, pip_setting("cert"))
         wheels = wheel_directory(options.wheels, options.flavour, pip_setting("find-links"))
         host = (work / "host").absolute()
-        binds = host_part(host, environ, authority[0] if authority else None, wheels, options.flavour)
+        binds = host_part(host, environ, authority[0] if authority else None, wheels)
         if isinstance(base, Path):
             # Relative, so that the image does not tell where it was built.
             base = Path(os.path.relpath(base.resolve(), (work / "stage").resolve()))

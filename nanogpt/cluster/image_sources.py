@@ -23,7 +23,6 @@ from nanogpt.cluster import image_checks
 from nanogpt.errors import InputError, RunError
 
 SOURCES = ("containers", "nanogpt", "recipes", "pyproject.toml", "README.md", "LICENSE")
-CPU_WHEELS = "https://download.pytorch.org/whl/cpu"  # where PyTorch publishes its CPU builds
 SHOWN_PACKAGES = ("torch", "triton", "flash-attn-4", "nvidia-cutlass-dsl", "nvidia-nccl-cu13", "nvidia-cudnn-cu13")
 LAST_LINES = 15
 PIP_SETTINGS = ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_TRUSTED_HOST", "PIP_DEFAULT_TIMEOUT", "PIP_PROXY")
@@ -156,9 +155,7 @@ def wheel_directory(given: str | None, flavour: str, find_links: str | None) -> 
     return next((Path(name).resolve() for name in names if Path(name).is_dir()), None)
 
 
-def host_part(
-    to: Path, environ: Mapping[str, str], certificates: Path | None, wheels: Path | None, flavour: str
-) -> list[str]:
+def host_part(to: Path, environ: Mapping[str, str], certificates: Path | None, wheels: Path | None) -> list[str]:
     """Fill the directory `to`, which the build sees as /mnt; Apptainer's options for it."""
     if to.exists():
         shutil.rmtree(to)
@@ -172,8 +169,6 @@ def host_part(
         for wheel in sorted(wheels.glob("*.whl")):
             _link_or_copy(wheel, to / "wheels" / wheel.name)
         settings["PIP_FIND_LINKS"] = "/mnt/wheels"
-    if flavour == "cpu" and not any((to / "wheels").glob("torch-*+cpu-*.whl")):
-        settings["PIP_EXTRA_INDEX_URL"] = f"{settings.get('PIP_EXTRA_INDEX_URL', '')} {CPU_WHEELS}".strip()
     lines = [f"export {name}={shlex.quote(value)}\n" for name, value in settings.items()]
     (to / "build-env.sh").write_text("".join(lines))
     return options

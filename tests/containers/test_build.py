@@ -197,8 +197,9 @@ def test_what_the_host_lends_is_not_copied_into_the_image(tmp_path: Path) -> Non
     (wheels / "torch-2.13.0+cpu-cp311-cp311-linux_x86_64.whl").write_bytes(b"wheel")
     authority = tmp_path / "ca.crt"
     authority.write_text("BEGIN CERTIFICATE")
-    environ = {"https_proxy": "http://proxy:3128/a b", "PIP_INDEX_URL": "https://mirror/simple", "OTHER": "1"}
-    options = host_part(tmp_path / "host", environ, authority, wheels, "cpu")
+    environ = {"https_proxy": "http://proxy:3128/a b", "PIP_INDEX_URL": "https://mirror/simple"}
+    environ |= {"PIP_EXTRA_INDEX_URL": "https://cpu-builds/whl", "OTHER": "1"}
+    options = host_part(tmp_path / "host", environ, authority, wheels)
     assert options == ["--bind", f"{tmp_path / 'host'}:/mnt:ro"]
     names = ("https_proxy", "PIP_INDEX_URL", "PIP_CERT", "PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "OTHER")
     show = "; ".join(f'echo "${name}"' for name in names)
@@ -209,12 +210,10 @@ def test_what_the_host_lends_is_not_copied_into_the_image(tmp_path: Path) -> Non
         "https://mirror/simple",
         "/mnt/certificates.crt",
         "/mnt/wheels",
-        "",  # the wheel is there, PyTorch's own index is not asked
+        "https://cpu-builds/whl",
         "",
     ]
-    host_part(tmp_path / "host", {}, None, None, "cpu")
-    assert "download.pytorch.org/whl/cpu" in (tmp_path / "host" / "build-env.sh").read_text()
-    host_part(tmp_path / "host", {}, None, None, "cuda")
+    host_part(tmp_path / "host", {}, None, None)
     assert (tmp_path / "host" / "build-env.sh").read_text() == ""
 
 
