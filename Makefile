@@ -41,7 +41,7 @@ lint: $(TEST_READY) ## Check style, types and shell scripts
 	$(BIN)/mypy
 	@scripts=$$(git -c safe.directory='*' ls-files '*.sh' .ci/run) && set -x && $(BIN)/shellcheck $$scripts
 
-mutations: $(TEST_READY) ## Break each mechanism on purpose and see that a test notices; 7 CPU minutes
+mutations: $(TEST_READY) ## Break each mechanism on purpose and see that a test notices; some 10 CPU minutes
 	$(BIN)/python tests/mutations/run.py
 
 format: $(TEST_READY) ## Format the code and fix what can be fixed
