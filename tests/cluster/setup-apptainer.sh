@@ -40,7 +40,8 @@ fetch_packages() {
     done > "$directory/sources.list"
     local options=(-qq -o Dir::Etc::SourceList="$directory/sources.list" -o Dir::Etc::SourceParts=/dev/null
         -o Dir::Etc::Preferences=/dev/null -o Dir::Etc::PreferencesParts=/dev/null
-        -o Dir::State::Lists="$directory/lists" -o Dir::Cache="$directory/cache" -o APT::Sandbox::User=root)
+        -o Dir::State::Lists="$directory/lists" -o Dir::Cache="$directory/cache" -o APT::Sandbox::User=root
+        -o Acquire::Check-Valid-Until=false) # the mirror may be a snapshot, as those of continuous integration are
     apt-get "${options[@]}" update
     cd "$directory/packages"
     apt-get "${options[@]}" download apptainer/sid squashfuse/sid libfuse3-4/sid \
