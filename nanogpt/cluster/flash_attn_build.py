@@ -76,7 +76,7 @@ def unpack_source(source: Path, scratch: Path) -> Path:
                     archive.extractall(scratch)
             else:
                 with tarfile.open(source) as archive:
-                    archive.extractall(scratch, filter="data")
+                    _extract(archive, scratch)
         except (tarfile.TarError, zipfile.BadZipFile, OSError) as error:
             raise InputError(f"{source}: cannot be unpacked: {error}; expected .tar.gz, .tar.xz or .zip") from error
         below = [path for path in scratch.iterdir() if path.is_dir()]
@@ -86,6 +86,21 @@ def unpack_source(source: Path, scratch: Path) -> Path:
             f"{source}: has no hopper/setup.py; expected the flash-attention repository, where FlashAttention 3 is"
         )
     return root
+
+
+def _extract(archive: tarfile.TarFile, to: Path) -> None:
+    """Unpack, but nothing outside of `to`. Raises `tarfile.TarError` for an archive that would."""
+    if hasattr(tarfile, "data_filter"):
+        archive.extractall(to, filter="data")
+        return
+    # Python 3.11.2, which Debian 12 has, knows no filters yet.
+    top = to.resolve()
+    for member in archive.getmembers():
+        path = top / member.name
+        places = [path, path.parent / member.linkname if member.issym() else top / member.linkname]
+        if member.isdev() or not all(place.resolve().is_relative_to(top) for place in places):
+            raise tarfile.TarError(f"{member.name!r} would be written outside of the destination")
+    archive.extractall(to)
 
 
 def find_cutlass(root: Path, given: Path | None) -> Path:

@@ -84,11 +84,23 @@ def test_sources_are_checkouts_and_archives(source: Path, tmp_path: Path) -> Non
         unpack_source(broken, tmp_path / "c")
 
 
-def test_an_archive_cannot_write_elsewhere(tmp_path: Path) -> None:
+@pytest.mark.parametrize("filters", [True, False])
+@pytest.mark.parametrize("kind", ["name", "symlink", "hardlink"])
+def test_an_archive_cannot_write_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, filters: bool
+) -> None:
+    if not filters:  # as Python was before 3.11.4
+        monkeypatch.delattr(tarfile, "data_filter", raising=False)
+    elif not hasattr(tarfile, "data_filter"):
+        pytest.skip("this Python has no filters")
     packed = tmp_path / "evil.tar"
     with tarfile.open(packed, "w") as archive:
-        info = tarfile.TarInfo("../outside")
-        info.size = 1
+        info = tarfile.TarInfo("../outside" if kind == "name" else "link")
+        if kind == "name":
+            info.size = 1
+        else:
+            info.type = tarfile.SYMTYPE if kind == "symlink" else tarfile.LNKTYPE
+            info.linkname = "../outside"
         archive.addfile(info, io.BytesIO(b"x"))
     with pytest.raises(InputError, match="cannot be unpacked"):
         unpack_source(packed, tmp_path / "inside")
