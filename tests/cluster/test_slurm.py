@@ -18,7 +18,7 @@ from nanogpt.runs.metrics import read_run
 
 TOLERANCE = 1e-5  # relative, in fp32: sums in another order
 STEPS = "--steps=12"
-LONG = "--steps=360"  # seconds after it is seen at work
+LONG = "--steps=200"  # seconds after it is seen at work
 ENDLESS = "--steps=100000"
 SECONDS_TO_REFUSE = 20
 
