@@ -17,10 +17,9 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from nanogpt.cluster.gpus import OLDEST_DRIVER
 from nanogpt.cluster.image_checks import Check, Status
 
-# Oldest driver for each major version of CUDA; minor versions are compatible within one.
-DRIVERS = {11: "450", 12: "525", 13: "580"}
 CAPABILITIES = {(8, 0): "A100", (9, 0): "H100, H200"}
 SHARED_MEMORY_NEEDED = 1 << 30  # NCCL and the batches' workers
 # Heads of 128, as the kernels like them, and next to nothing else.
@@ -113,7 +112,7 @@ def judge_driver(built_for: str, driver_cuda: tuple[int, int], driver: str | Non
     major = int(built_for.partition(".")[0])
     shown = f"driver {driver or 'of unknown version'} for CUDA {driver_cuda[0]}.{driver_cuda[1]}"
     if driver_cuda[0] < major:
-        needed = DRIVERS.get(major, "a newer one")
+        needed = OLDEST_DRIVER[major][0] if major in OLDEST_DRIVER else "a newer one"
         return Check(
             "driver",
             "failed",
