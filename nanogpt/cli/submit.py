@@ -65,7 +65,7 @@ def submit(
     shards = check_shards(spec, arguments.data_directory(spec))
     if dry_run:
         for check in shards:
-            if check.state != "passed":
+            if check.status != "passed":
                 say(f"{check}")
     else:
         raise_for_failures(shards)

@@ -42,7 +42,7 @@ from nanogpt.cluster.image_sources import (
     stage,
     wheel_directory,
 )
-from nanogpt.cluster.image_tree import content_sha256
+from nanogpt.cluster.image_tree import content_sha256, file_sha256
 from nanogpt.console import human_bytes, say
 from nanogpt.errors import InputError, NanogptError, RunError
 
@@ -196,14 +196,6 @@ def explain(log: Path) -> str:
     return f"{meaning}\nThe end of {log}:\n{last_lines(log)}"
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """One build at a time in a checkout."""
@@ -328,7 +320,7 @@ def build(root: Path, options: Options, environ: Mapping[str, str]) -> Built:
             status = new.stat()
             facts = Built(
                 key=key,
-                sha256=_sha256(new),
+                sha256=file_sha256(new),
                 bytes=status.st_size,
                 modified_ns=status.st_mtime_ns,
                 content_sha256=content_sha256(new),

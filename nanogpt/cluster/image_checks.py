@@ -34,8 +34,12 @@ class Check(NamedTuple):
     found: str
     advice: str = ""  # what to do, of what has not passed
 
+    def __str__(self) -> str:
+        """On one line, for a job's log."""
+        return f"{self.status:<8}{self.name}: {self.found}" + (f". {self.advice}" if self.advice else "")
+
     def line(self) -> str:
-        """As the user sees it."""
+        """As the user sees it, the advice on a line of its own."""
         first = f"{self.status:<8} {self.name}: {self.found}"
         return f"{first}\n         {self.advice}" if self.advice and self.status != "passed" else first
 

@@ -57,7 +57,7 @@ def tree_entries(root: Path, owners: Mapping[str, str] | None = None) -> dict[st
         kind = KINDS.get(stat.S_IFMT(status.st_mode), "special file")
         content = ""
         if kind == "file":
-            content = _sha256(path)
+            content = file_sha256(path)
         elif kind == "link":
             content = str(path.readlink())
         size = status.st_size if kind == "file" else 0
@@ -73,7 +73,8 @@ def _walk(directory: Path) -> Iterator[Path]:
             yield from _walk(path)
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """sha256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(1 << 20):

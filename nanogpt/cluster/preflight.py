@@ -16,20 +16,18 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
 from nanogpt.cluster import bandwidth
 from nanogpt.cluster.allocation import same_type
 from nanogpt.cluster.gpus import Gpu, GpuProcess, gpu_processes, oldest_driver, version_numbers, visible_gpus
+from nanogpt.cluster.image_checks import Check, Status
 from nanogpt.console import human_bytes, say
 from nanogpt.data.manifest import file_sha256, verify_directory
 from nanogpt.errors import InputError, RunError
 from nanogpt.spec import RunSpec
 from nanogpt.spec_model import Gpt2ModelSpec
-
-State = Literal["passed", "warning", "failed"]
 
 USED_MIB_WARNING, USED_MIB_FAILED = 1024, 8192  # a GPU that nobody uses has some hundred MiB in use
 MIB = 1 << 20
@@ -41,26 +39,13 @@ PCIE_GB_S = {"h100": 20, "h200": 20, "a100": 10}
 WEIGHT_BYTES = 12  # of a parameter in a checkpoint: weight and two moments in fp32
 
 
-@dataclass(frozen=True)
-class Check:
-    """What one check found."""
-
-    name: str
-    state: State
-    found: str
-    advice: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.state:<8}{self.name}: {self.found}" + (f". {self.advice}" if self.advice else "")
-
-
 def _node(environ: Mapping[str, str]) -> str:
     return environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def raise_for_failures(checks: Iterable[Check]) -> None:
     """Raise `InputError` with every check that failed, if any did."""
-    failed = [check for check in checks if check.state == "failed"]
+    failed = [check for check in checks if check.status == "failed"]
     if failed:
         raise InputError("\n".join(f"preflight on {_node(os.environ)}: {check}" for check in failed))
 
@@ -89,7 +74,7 @@ def preflight(spec: RunSpec, data: Path, out: Path, environ: Mapping[str, str]) 
     if spec.hardware.gpu != "cpu" and spec.hardware.gpus_per_node > 1 and not _failed(checks, "GPUs"):
         note([check_links(spec, environ)])
     note(hashing.check(HASH_PATIENCE_S))
-    count = {state: sum(check.state == state for check in checks) for state in ("passed", "warning", "failed")}
+    count = {status: sum(check.status == status for check in checks) for status in get_args(Status)}
     say(
         f"preflight on {node}: {count['passed']} passed, {count['warning']} warnings,"
         f" {count['failed']} failed, {time.monotonic() - began:.1f} s"
@@ -98,7 +83,7 @@ def preflight(spec: RunSpec, data: Path, out: Path, environ: Mapping[str, str]) 
 
 
 def _failed(checks: Sequence[Check], name: str) -> bool:
-    return any(check.name == name and check.state == "failed" for check in checks)
+    return any(check.name == name and check.status == "failed" for check in checks)
 
 
 # --- GPUs -------------------------------------------------------------------------------------------------------

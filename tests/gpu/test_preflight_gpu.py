@@ -47,7 +47,7 @@ def test_preflight_passes_and_takes_seconds(tmp_path: Path) -> None:
     seconds = time.monotonic() - began
     print(f"{seconds:.1f} s")
     assert seconds < 20
-    assert not [check for check in checks if check.state == "failed"]
+    assert not [check for check in checks if check.status == "failed"]
     assert {check.name for check in checks} >= {"GPUs", "driver", "GPU memory"}
 
 

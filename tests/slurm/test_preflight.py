@@ -13,7 +13,8 @@ from tiny_runs import make_data, tiny_spec
 
 from nanogpt.cluster import preflight as module
 from nanogpt.cluster.gpus import oldest_driver, visible_gpus
-from nanogpt.cluster.preflight import Check, check_files, check_gpus, check_links, checkpoint_bytes, preflight
+from nanogpt.cluster.image_checks import Check
+from nanogpt.cluster.preflight import check_files, check_gpus, check_links, checkpoint_bytes, preflight
 from nanogpt.data.manifest import file_sha256
 from nanogpt.errors import RunError
 from nanogpt.recipe import load_recipe
@@ -35,7 +36,7 @@ def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Smi:
 
 
 def states(checks: list[Check]) -> dict[str, str]:
-    return {check.name: check.state for check in checks}
+    return {check.name: check.status for check in checks}
 
 
 def test_eight_good_gpus_pass(smi: Smi) -> None:
@@ -54,7 +55,7 @@ def test_number_and_type_are_compared_with_the_recipe(smi: Smi) -> None:
     assert states(check_gpus(load_recipe("4xh100"), {}))["GPUs"] == "failed"
     smi(gpus("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe"))
     (check,) = [check for check in check_gpus(load_recipe("2xh100"), {}) if check.name == "GPUs"]
-    assert check.state == "warning" and "several kinds" in check.found
+    assert check.status == "warning" and "several kinds" in check.found
 
 
 def test_the_job_s_gpus_are_those_that_slurm_shows(smi: Smi) -> None:
@@ -69,7 +70,7 @@ def test_the_job_s_gpus_are_those_that_slurm_shows(smi: Smi) -> None:
 def test_an_old_driver_fails_with_the_one_that_is_needed(smi: Smi) -> None:
     smi(gpus(H200, driver="535.104.12"))
     (check,) = [check for check in check_gpus(load_recipe("1xh200"), {}) if check.name == "driver"]
-    assert check.state == "failed"
+    assert check.status == "failed"
     assert "535.104.12 is too old for CUDA 13.0, which needs 580.65" in check.found
     assert oldest_driver("12.8") == (525, 60) and oldest_driver("14.1") == oldest_driver("13.0")
 
@@ -80,7 +81,7 @@ def test_memory_in_use_and_foreign_processes_are_named(smi: Smi) -> None:
     checks = check_gpus(load_recipe("2xh200"), {})
     assert states(checks)["GPU memory"] == "failed"
     (foreign,) = [check for check in checks if check.name == "foreign process"]
-    assert foreign.state == "warning" and "python3 (pid 4711) with 60000 MiB" in foreign.found
+    assert foreign.status == "warning" and "python3 (pid 4711) with 60000 MiB" in foreign.found
     smi(gpus(H200, used={0: "2000"}))
     assert states(check_gpus(load_recipe("1xh200"), {}))["GPU memory"] == "warning"
     smi(gpus(H200, used={0: "[N/A]"}))
@@ -90,25 +91,25 @@ def test_memory_in_use_and_foreign_processes_are_named(smi: Smi) -> None:
 def test_no_nvidia_smi_or_one_that_fails(smi: Smi, monkeypatch: pytest.MonkeyPatch) -> None:
     smi("NVIDIA-SMI has failed because it could not communicate with the NVIDIA driver.", code=9)
     (check,) = check_gpus(load_recipe("1xh200"), {})
-    assert check.state == "failed" and "could not communicate" in check.found
+    assert check.status == "failed" and "could not communicate" in check.found
     monkeypatch.setenv("PATH", "/nowhere")
     (check,) = check_gpus(load_recipe("1xh200"), {})
-    assert check.state == "failed" and "--nv" in check.found
+    assert check.status == "failed" and "--nv" in check.found
 
 
 def test_links_are_held_against_the_kind_of_gpu(smi: Smi) -> None:
     spec = load_recipe("4xh100")
     smi(gpus(*["NVIDIA H100 80GB HBM3"] * 4))
-    assert check_links(spec, {}, lambda: [390.0, 385.0, 391.0, 388.0]).state == "passed"
+    assert check_links(spec, {}, lambda: [390.0, 385.0, 391.0, 388.0]).status == "passed"
     slow = check_links(spec, {}, lambda: [390.0, 41.0, 391.0, 388.0])
-    assert slow.state == "warning" and "41 GB/s from GPU 1" in slow.found and "nvlink" in slow.advice
+    assert slow.status == "warning" and "41 GB/s from GPU 1" in slow.found and "nvlink" in slow.advice
     smi(gpus(*["NVIDIA H100 PCIe"] * 4))
-    assert check_links(spec, {}, lambda: [41.0] * 4).state == "passed"
+    assert check_links(spec, {}, lambda: [41.0] * 4).status == "passed"
 
     def fails() -> list[float]:
         raise RunError("CUDA error: peer access is not supported")
 
-    assert check_links(spec, {}, fails).state == "failed"
+    assert check_links(spec, {}, fails).status == "failed"
 
 
 # --- files ------------------------------------------------------------------------------------------------------
@@ -124,7 +125,7 @@ def test_whole_shards_and_room_pass(tmp_path: Path) -> None:
 
 def failures(data: Path, tmp_path: Path, *overrides: str) -> str:
     checks = check_files(tiny_spec(*overrides), data, tmp_path / "runs")
-    return "\n".join(str(check) for check in checks if check.state == "failed")
+    return "\n".join(str(check) for check in checks if check.status == "failed")
 
 
 def test_what_is_wrong_with_shards_is_named(tmp_path: Path) -> None:
