@@ -185,7 +185,8 @@ def python(
 ) -> subprocess.CompletedProcess[str]:
     """Run Python with these arguments on one thread, this folder's modules at hand."""
     here = str(Path(__file__).parent)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": here, **environment}
+    path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment}
     return subprocess.run(
         [sys.executable, *arguments],
         capture_output=True,

@@ -97,7 +97,7 @@ def _sigmoids_of_four(words, more_words, SHIFT: tl.constexpr, SCALE: tl.constexp
 
 
 @triton.jit
-def _kernel(
+def _cross_entropy_kernel(
     logits_ptr,  # (T, V / 2) int32, each two bf16
     targets_ptr,  # (T,) int64
     weights_ptr,  # (K,) fp32
@@ -210,7 +210,7 @@ def loss_and_gradient(
     logit_words = logits.view(torch.int32)
     grad_words = logit_words if grad is None else grad.view(torch.int16 if e5m2 else torch.int32)
     rest = words % (2 * config.words)
-    _kernel[(tokens,)](
+    _cross_entropy_kernel[(tokens,)](
         logit_words,
         targets.contiguous(),
         weights.contiguous(),

@@ -25,7 +25,7 @@ class Config(NamedTuple):
 
 
 @triton.jit
-def _quantize_kernel(
+def _quantize_head_kernel(
     src_ptr,  # (M, N) bf16
     same_ptr,  # (M, N) e4m3
     turned_ptr,  # (N, M) e4m3
@@ -56,7 +56,7 @@ def _permute(a, b, SELECT: tl.constexpr):
 
 
 @triton.jit
-def _transpose_kernel(
+def _transpose_gradient_kernel(
     src_ptr,  # (M, N / 4) int32, four bytes each
     dst_ptr,  # (N, M / 4) int32
     M_WORDS,  # M / 4
@@ -90,7 +90,7 @@ def quantize_both_ways(src: Tensor, scale: float, config: Config | None = None) 
     turned = torch.empty((n, m), dtype=torch.float8_e4m3fn, device=src.device)
     config = config or QUANTIZE
     grid = (triton.cdiv(m, config.block_m), triton.cdiv(n, config.block_n))
-    _quantize_kernel[grid](
+    _quantize_head_kernel[grid](
         src,
         same,
         turned,
@@ -110,7 +110,7 @@ def transpose_bytes(src: Tensor, config: Config | None = None) -> Tensor:
     out = torch.empty((n, m), dtype=src.dtype, device=src.device)
     config = config or TRANSPOSE
     grid = (triton.cdiv(m // 4, config.block_m), triton.cdiv(n // 4, config.block_n))
-    _transpose_kernel[grid](
+    _transpose_gradient_kernel[grid](
         src.view(torch.int32),
         out.view(torch.int32),
         m // 4,

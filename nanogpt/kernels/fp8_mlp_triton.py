@@ -14,7 +14,7 @@ BLOCK = 8192  # numbers of a program
 
 
 @triton.jit
-def _quantize_kernel(x_ptr, scale_ptr, out_ptr, count, BLOCK: tl.constexpr):
+def _quantize_mlp_kernel(x_ptr, scale_ptr, out_ptr, count, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + place, mask=place < count, other=0.0).to(tl.float32) / tl.load(scale_ptr)
     x = tl.minimum(tl.maximum(x, -E4M3_MAX), E4M3_MAX)
@@ -22,7 +22,7 @@ def _quantize_kernel(x_ptr, scale_ptr, out_ptr, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _square_kernel(pre_ptr, scale_ptr, post_ptr, post8_ptr, peak_ptr, count, BLOCK: tl.constexpr):
+def _relu_square_quantize_kernel(pre_ptr, scale_ptr, post_ptr, post8_ptr, peak_ptr, count, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     root = tl.maximum(tl.load(pre_ptr + place, mask=place < count, other=0.0).to(tl.float32), 0.0)
     post = (root * root).to(post_ptr.dtype.element_ty)
@@ -36,7 +36,7 @@ def _square_kernel(pre_ptr, scale_ptr, post_ptr, post8_ptr, peak_ptr, count, BLO
 def quantize(x: Tensor, scale: Tensor) -> Tensor:
     """e4m3 of `x / scale`, cut off at 448. x contiguous, scale () fp32."""
     out = torch.empty_like(x, dtype=torch.float8_e4m3fn)
-    _quantize_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, scale, out, x.numel(), BLOCK=BLOCK, num_warps=8)
+    _quantize_mlp_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, scale, out, x.numel(), BLOCK=BLOCK, num_warps=8)
     return out
 
 
@@ -45,5 +45,5 @@ def square_and_quantize(pre: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Ten
     programs = triton.cdiv(pre.numel(), BLOCK)
     post, post8 = torch.empty_like(pre), torch.empty_like(pre, dtype=torch.float8_e4m3fn)
     peaks = torch.empty(programs, dtype=torch.float32, device=pre.device)
-    _square_kernel[(programs,)](pre, scale, post, post8, peaks, pre.numel(), BLOCK=BLOCK, num_warps=8)
+    _relu_square_quantize_kernel[(programs,)](pre, scale, post, post8, peaks, pre.numel(), BLOCK=BLOCK, num_warps=8)
     return post, post8, peaks.amax()

@@ -39,7 +39,7 @@ def _scores(q, k, visible, scale):
 
 
 @triton.jit
-def _forward_kernel(
+def _mix_heads_kernel(
     q_ptr,  # (T, H, D), like k, v and out
     k_ptr,
     v_ptr,
@@ -77,7 +77,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _query_gradients_kernel(
+def _mix_heads_query_gradients_kernel(
     grad_ptr,  # (T, H, D) fp32
     q_ptr,
     k_ptr,
@@ -129,7 +129,7 @@ def _query_gradients_kernel(
 
 
 @triton.jit
-def _key_gradients_kernel(
+def _mix_heads_key_gradients_kernel(
     grad_ptr,  # (T, H, D) fp32
     q_ptr,
     k_ptr,
@@ -191,7 +191,7 @@ def forward(
     lse = torch.empty((tokens, heads), dtype=torch.float32, device=q.device)
     sizes = {"H": heads, "D": head_dim, "BLOCK": BLOCK, "REACH": REACH}
     grid = (triton.cdiv(tokens, BLOCK),)
-    _forward_kernel[grid](q, k, v, w1, w2, first, out, lse, tokens, scale, **sizes, num_warps=4)
+    _mix_heads_kernel[grid](q, k, v, w1, w2, first, out, lse, tokens, scale, **sizes, num_warps=4)
     return out, lse
 
 
@@ -213,6 +213,7 @@ def backward(
     sizes = {"H": heads, "D": head_dim, "BLOCK": BLOCK, "REACH": REACH}
     grid = (triton.cdiv(tokens, BLOCK),)
     inputs = (grad, q, k, v, w1, w2, first, lse)
-    _query_gradients_kernel[grid](*inputs, dq, dw1, dw2, tokens, scale, **sizes, num_warps=4)
-    _key_gradients_kernel[grid](*inputs, dw1, dk, dv, tokens, scale, **sizes, num_warps=8)
+    # Three stages of loads would need 254 KB of shared memory for the keys' kernel; a multiprocessor of sm_90 has 227.
+    _mix_heads_query_gradients_kernel[grid](*inputs, dq, dw1, dw2, tokens, scale, **sizes, num_warps=8, num_stages=2)
+    _mix_heads_key_gradients_kernel[grid](*inputs, dw1, dk, dv, tokens, scale, **sizes, num_warps=8, num_stages=2)
     return dq, dk, dv, dw1.to(w1.dtype), dw2.to(w2.dtype)

@@ -42,7 +42,7 @@ def _epilogue(acc, post_desc, out_desc, row, column, BACKWARD: tl.constexpr):
 
 
 @triton.jit
-def _kernel(
+def _relu_squared_kernel(
     a_desc,  # (M, K)
     b_desc,  # (N, K)
     post_desc,  # (M, N), read where BACKWARD
@@ -91,7 +91,7 @@ def matmul_with_epilogue(a: Tensor, b: Tensor, post: Tensor | None, config: Conf
     if config.persistent:
         programs = min(tiles, torch.cuda.get_device_properties(a.device).multi_processor_count)
     out_desc = TensorDescriptor.from_tensor(out, piece)
-    _kernel[(programs,)](
+    _relu_squared_kernel[(programs,)](
         TensorDescriptor.from_tensor(a, [config.block_m, config.block_k]),
         TensorDescriptor.from_tensor(b, [config.block_n, config.block_k]),
         out_desc if post is None else TensorDescriptor.from_tensor(post, piece),

@@ -23,7 +23,7 @@ class Config(NamedTuple):
 
 
 @triton.jit
-def _kernel(
+def _symmetric_product_kernel(
     x_desc,  # (batch, M, K), or (batch, K, M) where TRANSPOSED
     a_ptr,  # (batch, M, M), symmetric; read where ADD
     out_ptr,  # (batch, M, M)
@@ -81,7 +81,7 @@ def symmetric_product(x: Tensor, a: Tensor | None, b: float, c: float, d: float,
     transposed = x.stride(-1) != 1
     block = [1, config.block_k, config.block] if transposed else [1, config.block, config.block_k]
     side = triton.cdiv(m, config.block)
-    _kernel[(side * (side + 1) // 2, batch)](
+    _symmetric_product_kernel[(side * (side + 1) // 2, batch)](
         TensorDescriptor.from_tensor(x.mT if transposed else x, block),
         out if a is None else a,
         out,

@@ -20,7 +20,7 @@ class Config(NamedTuple):
 
 
 @triton.jit
-def _kernel(
+def _transposed_add_kernel(
     src_ptr,  # (M, N)
     dst_ptr,  # (N, M)
     M,
@@ -46,7 +46,7 @@ def transpose_into(src: Tensor, dst: Tensor, add: bool, config: Config | None = 
     config = config or Config()
     m, n = src.shape
     grid = (triton.cdiv(m, config.block_m), triton.cdiv(n, config.block_n))
-    _kernel[grid](
+    _transposed_add_kernel[grid](
         src,
         dst,
         m,
