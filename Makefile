@@ -23,6 +23,7 @@ READY := $(VENV)/.ready
 # Stamps: newer than pyproject.toml when what it asks for is installed.
 DEMO_READY := $(READY)/demo
 TEST_READY := $(READY)/test
+TRITON := $(READY)/triton
 
 .PHONY: help demo test lint mutations format schema clean sif sif-diff lock sign verify shell test-cluster need-python
 
@@ -32,7 +33,7 @@ help: ## This list
 demo: $(DEMO_READY) ## Train a small model on the embedded prose, in minutes, without a GPU
 	@$(BIN)/nanogpt demo
 
-test: $(TEST_READY) ## Run the tests (PYTEST_ARGS="-k adam" to pass arguments on)
+test: $(TEST_READY) $(TRITON)/.ready ## Run the tests (PYTEST_ARGS="-k adam" to pass arguments on)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(TEST_READY) ## Check style, types and shell scripts
@@ -104,4 +105,11 @@ $(DEMO_READY): pyproject.toml $(READY)/venv
 $(TEST_READY): pyproject.toml $(DEMO_READY)
 	@echo "Installing the tools for tests into $(VENV)"
 	@$(PIP) install --quiet --editable '.[cpu,text,dev,trackers]'
+	@touch $@
+
+# The image's Triton, which the test that compiles the kernels puts before whatever Triton the environment's torch brings.
+$(TRITON)/.ready: containers/cuda.lock $(READY)/venv | $(TEST_READY)
+	@rm -rf $(TRITON) && mkdir -p $(TRITON)
+	@test $$(uname) != Linux || \
+	  $(PIP) install --quiet --no-deps --target $(TRITON) $$(sed -n 's/^\(triton==[^ ]*\).*/\1/p' containers/cuda.lock)
 	@touch $@

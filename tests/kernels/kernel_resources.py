@@ -1,0 +1,321 @@
+"""What every Triton kernel needs of a GPU, found without one: the record models' kernels compiled ahead of time.
+
+    python tests/kernels/kernel_resources.py sm_90
+
+A training micro-batch of each stage, a validation micro-batch and an optimizer step of both record models run on
+tensors without memory (PyTorch's `meta` device), with the kernels dispatched as on that GPU. Every launch is compiled
+as Triton would compile it there, with the dtypes, sizes and options of that launch, and not made. Prints the kernels'
+resources as a table, with `--json` as a `Report`; and ends with 1 where a kernel cannot run or spills.
+
+To be run in a process of its own: it takes the place of Triton's driver and of some of PyTorch's functions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import inspect
+import io
+import itertools
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+import nanogpt.kernels
+from nanogpt.data.batches import MicroBatch, cu_seqlens_length
+from nanogpt.models.interface import Paths, Windows
+from nanogpt.models.record import RecordModel
+from nanogpt.models.record89 import Record89
+from nanogpt.models.speedrun import Speedrun
+from nanogpt.optim.communication import Communicator
+from nanogpt.optim.interface import StepRates
+from nanogpt.optim.normuon_adam import NorMuonAdam
+from nanogpt.recipe import load_recipe
+from nanogpt.spec import RunSpec
+from nanogpt.spec_model import Record89ModelSpec
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A kind of GPU. Per-multiprocessor numbers are NVIDIA's for its compute capability."""
+
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_a_block: int  # bytes that one block can have
+    shared: int  # bytes of a multiprocessor
+    registers: int = 65_536  # of a multiprocessor
+    warps: int = 64  # of a multiprocessor
+
+
+RECIPES = ("speedrun", "record89")
+COLUMNS = ("warps", "stages", "shared", "registers", "spilled", "blocks", "launch")  # of the table
+
+GPUS = {
+    "sm_90": Gpu((9, 0), 132, 232_448, 233_472),  # H100, H200
+    "sm_80": Gpu((8, 0), 108, 166_912, 167_936),  # A100
+}
+RESERVED_SHARED = 1_024  # bytes that CUDA adds to each block's
+
+# Bytes a thread that may be spilled, stored and loaded. The cross-entropy keeps a row's gradient in registers and is
+# held to 128 of them a thread, so that a multiprocessor takes two rows: options chosen by measurement.
+SPILLS = {"_cross_entropy_kernel": 256}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """A compiled kernel, as it was launched."""
+
+    kernel: str
+    launch: str  # dtypes and constants
+    warps: int
+    stages: int
+    shared: int  # bytes a block
+    registers: int  # a thread
+    spilled: int  # bytes a thread, stored and loaded
+    blocks: int  # that a multiprocessor holds at a time
+    remarks: tuple[str, ...]  # the assembler's, on what it could not do well
+
+    def problems(self, gpu: Gpu) -> list[str]:
+        """Why this cannot run on `gpu`, or not well."""
+        found = list(self.remarks)
+        if self.shared > gpu.shared_a_block:
+            found.append(f"needs {self.shared:,} bytes of shared memory, a block has at most {gpu.shared_a_block:,}")
+        elif self.blocks == 0:
+            found.append(f"needs {self.registers} registers in each of {self.warps} warps")
+        if self.spilled > SPILLS.get(self.kernel, 0):
+            found.append(f"spills {self.spilled} bytes a thread, allowed are {SPILLS.get(self.kernel, 0)}")
+        return [f"{self.kernel} ({self.launch}): {problem}" for problem in found]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found on one kind of GPU."""
+
+    kernels: list[Resources]
+    problems: list[str]
+    unused: list[str]  # kernels of the project that were not launched
+
+
+# ---------------------------------------------------------------- Triton without a GPU
+
+
+class _Driver:
+    """What Triton's launcher asks of a driver before it compiles."""
+
+    devices = itertools.count()
+
+    def __init__(self, capability: tuple[int, int]):
+        self.target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+        self.device = next(self.devices)  # Triton keeps what it has compiled by device
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def compiled_launches(gpu: Gpu, only: str | None, options: dict[str, int]) -> Iterator[dict[str, Resources]]:
+    """Inside, launches of Triton kernels are compiled for `gpu` and not made: what each needs, by hash.
+
+    `only`: the one kernel to compile. `options` replace those of every launch.
+    """
+    found: dict[str, Resources] = {}
+    run = JITFunction.run
+
+    def compile_only(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
+        if only is not None and kernel.__name__ != only:
+            return
+        log = io.StringIO()
+        with contextlib.redirect_stdout(log):
+            compiled = run(kernel, *args, grid=grid, warmup=True, **keywords | options)
+        if compiled.hash not in found:
+            found[compiled.hash] = _resources(kernel, compiled, log.getvalue(), gpu)
+
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        mock.patch.dict(os.environ, TRITON_CACHE_DIR=cache, TRITON_DUMP_PTXAS_LOG="1"),
+        mock.patch.object(triton.runtime.driver, "_active", _Driver(gpu.capability)),
+        mock.patch.object(JITFunction, "run", compile_only),
+    ):
+        yield found
+
+
+def _resources(kernel: JITFunction, compiled: Any, log: str, gpu: Gpu) -> Resources:
+    metadata = compiled.metadata
+    # Functions that a kernel calls and that are not inlined have lines of their own.
+    registers = max(int(number) for number in re.findall(r"Used (\d+) registers", log))
+    spilled = sum(int(number) for number in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
+    # A warp's registers are given out 256 at a time.
+    blocks = min(
+        gpu.registers // (-(-registers * 32 // 256) * 256 * metadata.num_warps),
+        gpu.shared // (metadata.shared + RESERVED_SHARED),
+        gpu.warps // metadata.num_warps,
+    )
+    signature, constants = compiled.src.signature, compiled.src.constants
+    launch = [type_ for type_ in signature.values() if type_ != "constexpr"]
+    launch += [f"{kernel.arg_names[place[0]]}={value}" for place, value in constants.items()]
+    return Resources(
+        kernel=kernel.__name__,
+        launch=" ".join(launch),
+        warps=metadata.num_warps,
+        stages=metadata.num_stages,
+        shared=metadata.shared,
+        registers=registers,
+        spilled=spilled,
+        blocks=blocks,
+        remarks=tuple(re.findall(r"Potential Performance Loss: .*", log)),
+    )
+
+
+# ---------------------------------------------------------------- the project without a GPU
+
+
+class _RunLaunches(TorchDispatchMode):
+    """Runs the project's operations on tensors without memory, where PyTorch would only make tensors of their shapes.
+
+    All but plain attention, which has no kernel here to launch and stands for the libraries that have.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        if name.startswith("nanogpt::") and "attention" not in name:
+            return torch._library.custom_ops.OPDEFS[name]._init_fn(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def dispatched_as_on(gpu: Gpu) -> Iterator[None]:
+    """Inside, operations on `meta` tensors choose their kernels as on `gpu`."""
+
+    def runs_kernel(*tensors: Tensor, capability: int) -> bool:
+        return all(x.dtype == torch.bfloat16 for x in tensors) and gpu.capability[0] >= capability
+
+    modules = [importlib.import_module(f"nanogpt.kernels.{path.stem}") for path in kernel_files("*.py")]
+    properties = SimpleNamespace(multi_processor_count=gpu.multiprocessors)
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            if hasattr(module, "runs_kernel"):
+                stack.enter_context(mock.patch.object(module, "runs_kernel", runs_kernel))
+        stack.enter_context(mock.patch.object(torch.cuda, "get_device_properties", lambda device: properties))
+        stack.enter_context(_RunLaunches())
+        yield
+
+
+def kernel_files(pattern: str) -> list[Path]:
+    """The files of nanogpt.kernels of that name."""
+    return sorted(path for path in Path(nanogpt.kernels.__path__[0]).glob(pattern) if path.stem != "__init__")
+
+
+def kernel_names() -> set[str]:
+    """All kernels that the project has: the Triton functions whose names end so."""
+    names = set()
+    for path in kernel_files("*_triton.py"):
+        module = importlib.import_module(f"nanogpt.kernels.{path.stem}")
+        names |= {name for name, _ in inspect.getmembers(module, lambda x: isinstance(x, JITFunction))}
+    return {name for name in names if name.endswith("_kernel")}
+
+
+def _micro_batch(tokens: int, max_seqlen: int, max_documents: int | None) -> MicroBatch:
+    return MicroBatch(
+        inputs=torch.zeros(tokens, dtype=torch.int32, device="meta"),
+        targets=torch.zeros(tokens, dtype=torch.int64, device="meta"),
+        cu_seqlens=torch.zeros(cu_seqlens_length(tokens, max_documents), dtype=torch.int32, device="meta"),
+        max_seqlen=max_seqlen,
+    )
+
+
+def make_steps(spec: RunSpec, paths: Paths) -> None:
+    """All that a run of `spec` launches: training by stage, validation, optimizer steps on 1, 2, 4 and 8 ranks."""
+    training, tokens = spec.training, spec.evaluation.micro_batch_tokens
+    dtype = torch.bfloat16
+    with torch.device("meta"):
+        model: RecordModel[Any]
+        if isinstance(spec.model, Record89ModelSpec):
+            model = Record89(spec.model, dtype=dtype, max_tokens=tokens, paths=paths)
+        else:
+            model = Speedrun(spec.model, dtype=dtype, max_tokens=tokens, paths=paths)
+    optimizer = NorMuonAdam(model, spec.optimizer, Communicator())
+    windows = Windows(short=training.window_block, long=3 * training.window_block).at_run_time()
+    for stage in training.all_stages:
+        longest = stage.max_document_tokens or training.max_document_tokens
+        batch = _micro_batch(stage.batch_tokens // training.slots, longest, stage.max_documents)
+        weights = torch.ones(len(stage.token_weights), device="meta")
+        prefix_weight = torch.ones((), device="meta") if stage.prefix_weight else None
+        model.training_loss(batch, windows, weights, prefix_weight).backward()
+    optimizer.step(StepRates(lr_factor=1.0, momentum=0.9))
+    model.weights_changed(0)
+    for ranks in (2, 4, 8):
+        optimizer.warm_up(ranks)
+    model.evaluation_loss(_micro_batch(tokens, tokens, None), windows)
+
+
+def paths_on(gpu: Gpu) -> list[Paths]:
+    """What a run can take on `gpu`, but for attention's libraries."""
+    bf16 = Paths(attention="plain")
+    return [bf16, replace(bf16, head_precision="fp8", mlp_precision="fp8")] if gpu.capability >= (9, 0) else [bf16]
+
+
+def all_launches(
+    gpu: Gpu, recipes: Sequence[str] = RECIPES, only: str | None = None, options: dict[str, int] | None = None
+) -> Report:
+    """What the kernels need that the recipes' runs launch on `gpu`; `only` and `options` as in `compiled_launches`."""
+    with compiled_launches(gpu, only, options or {}) as found, dispatched_as_on(gpu):
+        for recipe in recipes:
+            for paths in paths_on(gpu):
+                make_steps(load_recipe(recipe), paths)
+    kernels = sorted(found.values(), key=lambda entry: (entry.kernel, entry.launch))
+    return Report(
+        kernels=kernels,
+        problems=[problem for entry in kernels for problem in entry.problems(gpu)],
+        unused=sorted(kernel_names() - {entry.kernel for entry in kernels}),
+    )
+
+
+def main() -> int:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("gpu", choices=GPUS)
+    parser.add_argument("--json", action="store_true", help="print a Report")
+    parser.add_argument("--recipe", choices=RECIPES, help="its launches alone")
+    parser.add_argument("--kernel", help="the only one to compile")
+    parser.add_argument("--stages", type=int, help="in place of what the launches ask for")
+    chosen = parser.parse_args()
+    report = all_launches(
+        GPUS[chosen.gpu],
+        [chosen.recipe] if chosen.recipe else RECIPES,
+        chosen.kernel,
+        {"num_stages": chosen.stages} if chosen.stages else {},
+    )
+    if chosen.json:
+        json.dump(asdict(report), sys.stdout)
+    else:
+        print(f"| kernel | {' | '.join(COLUMNS)} |\n|{' --- |' * (1 + len(COLUMNS))}")
+        for entry in report.kernels:
+            print(f"| {entry.kernel} | {' | '.join(str(getattr(entry, name)) for name in COLUMNS)} |")
+    print(*report.problems, sep="\n", end="\n" if report.problems else "", file=sys.stderr)
+    return 1 if report.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

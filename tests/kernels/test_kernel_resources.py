@@ -1,0 +1,62 @@
+"""Every Triton kernel compiles for the GPUs that it is dispatched on, fits them and does not spill: without a GPU.
+
+Needs Triton, which PyTorch for CPUs does not bring. `make test` puts the image's release beside the virtual
+environment's packages, since the environment's torch may want another.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("kernel_resources.py")
+pytestmark = pytest.mark.slow
+TRITON = Path(sys.prefix) / ".ready" / "triton"  # see the Makefile
+
+
+@pytest.fixture(scope="module", autouse=True)
+def triton() -> None:
+    if sys.platform != "linux":
+        pytest.skip("there is no Triton for this system")
+    if not (TRITON / "triton").is_dir() and find_spec("triton") is None:
+        (pytest.fail if "CI" in os.environ else pytest.skip)("there is no Triton; `make test` installs it")
+
+
+def compiled(*arguments: str) -> dict[str, Any]:
+    """What `kernel_resources.py` reports."""
+    environment = os.environ | {"PYTHONPATH": str(TRITON), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPT), *arguments, "--json"]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert process.stdout, process.stderr
+    report = json.loads(process.stdout)
+    assert process.returncode == (1 if report["problems"] else 0), process.stderr
+    return report
+
+
+def test_all_kernels_fit_hopper() -> None:
+    report = compiled("sm_90")
+    assert report["problems"] == []
+    assert report["unused"] == []  # neither does a kernel exist that this test does not see
+
+
+def test_the_kernels_for_ampere_fit_it() -> None:
+    report = compiled("sm_80")
+    assert report["problems"] == []
+    assert {entry["kernel"] for entry in report["kernels"]} == {"_cross_entropy_kernel", "_transposed_add_kernel"}
+
+
+def test_what_does_not_fit_is_seen() -> None:
+    """The keys' gradients once shipped with three stages of loads, which no GPU has the shared memory for."""
+    kernel = "_mix_heads_key_gradients_kernel"
+    report = compiled("sm_90", "--recipe", "record89", "--kernel", kernel, "--stages", "3")
+    assert [entry["kernel"] for entry in report["kernels"]] == [kernel]
+    assert report["kernels"][0]["shared"] > 232_448
+    assert len(report["problems"]) == 1
+    assert "bytes of shared memory, a block has at most 232,448" in report["problems"][0]
