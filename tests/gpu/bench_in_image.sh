@@ -3,45 +3,78 @@
 #
 #   tests/gpu/bench_in_image.sh IMAGE [PYTHON]
 #
-# IMAGE is an image of `make sif`, or of another Python environment that is bound in (see below); PYTHON is the bare
-# environment's, with the same PyTorch (default: .venv/bin/python). Runs the benchmark three times each way, in turn,
-# and fails where the median step inside takes more than 1.02 of the bare one, in any stage. 10 minutes on an H200.
+# IMAGE is an image of `make sif`, or of another Python environment that is bound in (docs/container.md); PYTHON is the
+# bare environment's, with the same PyTorch (default: .venv/bin/python). Runs the benchmark each way in turns, prints
+# the ratios after each, and fails where the median step inside takes more than 1.02 of the bare one, in any stage.
 #
-# RECIPE, STAGES and APPTAINER_OPTIONS change what runs: a thin image that has no PyTorch of its own takes the machine's,
-#   APPTAINER_OPTIONS="--bind /opt/torch,/usr/bin/python3.12,/usr/lib/python3.12" INSIDE=/opt/torch/.venv/bin/python ...
-# How to carry Apptainer to a machine without it: docs/container.md.
+# RECIPE             1xh200
+# BENCH_OPTIONS      --steps 20 --warmup 6; for example --set runtime.attention=varlen
+# TURNS              3, of one run each way
+# LIMIT_S            none; seconds: no further turn is started that would not end by then
+# INSIDE             python; the image's
+# APPTAINER_OPTIONS  none; for example --userns --bind /opt/torch
+# NANOGPT_CACHE      a directory of this call; its compiled code serves both ways where C library and Python are alike
 set -euo pipefail
 image=${1:?usage: bench_in_image.sh IMAGE [PYTHON]}
 bare=${2:-.venv/bin/python}
 inside=${INSIDE:-python}
-recipe=${RECIPE:-1xh200}
+turns=${TURNS:-3}
+limit=${LIMIT_S:-0}
 read -r -a options <<< "${APPTAINER_OPTIONS:-}"
+read -r -a bench <<< "-m nanogpt bench step ${RECIPE:-1xh200} ${BENCH_OPTIONS:---steps 20 --warmup 6}"
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
+export NANOGPT_CACHE=${NANOGPT_CACHE:-$out/cache}
+binds="$here,$out"
+if [[ $NANOGPT_CACHE != off ]]; then
+    mkdir -p "$NANOGPT_CACHE"
+    binds+=",$NANOGPT_CACHE"
+fi
 cd "$here"
 
-bench=(-m nanogpt bench step "$recipe" --steps 20 --warmup 6)
-for turn in 1 2 3; do
-    echo "turn $turn of 3: bare" >&2
-    "$bare" "${bench[@]}" --out "$out/bare-$turn.json"
-    echo "turn $turn of 3: inside" >&2
-    NANOGPT_SRC=$here apptainer exec --nv --bind "$here,$out" "${options[@]}" "$image" \
-        "$inside" "${bench[@]}" --out "$out/inside-$turn.json"
-done
-
-"$bare" - "$out" << 'PYTHON'
+ratios() {
+    "$bare" - "$out" << 'PYTHON'
 import json, statistics, sys
 from pathlib import Path
 
 def times(which):
     runs = [json.loads(path.read_text()) for path in sorted(Path(sys.argv[1]).glob(f"{which}-*.json"))]
-    return [statistics.median(values) for values in zip(*[[stage["median_ms"] for stage in run["stages"]] for run in runs])]
+    return [[stage["median_ms"] for stage in run["stages"]] for run in runs]
 
 worst = 0.0
-for index, (bare, inside) in enumerate(zip(times("bare"), times("inside")), start=1):
+for index, stage in enumerate(zip(zip(*times("bare")), zip(*times("inside"))), start=1):
+    bare, inside = map(statistics.median, stage)
     worst = max(worst, inside / bare)
-    print(f"stage {index}: bare {bare:.1f} ms, inside {inside:.1f} ms, ratio {inside / bare:.4f}")
+    each = "; ".join(" ".join(f"{time:.2f}" for time in side) for side in stage)
+    print(f"stage {index}: bare {bare:.2f} ms, inside {inside:.2f} ms, ratio {inside / bare:.4f} (each run: {each})")
 print("passed" if worst <= 1.02 else "failed", f"worst ratio {worst:.4f}, allowed 1.02")
 sys.exit(worst > 1.02)
 PYTHON
+}
+
+run() { # what it is, then the command; sets `took`, in seconds
+    local name="turn $turn of $turns: $1" started=$SECONDS
+    shift
+    echo "$name" >&2
+    "$@"
+    took=$((SECONDS - started))
+    echo "$name: took $took s" >&2
+}
+
+failed=0
+for ((turn = 1; turn <= turns; turn++)); do
+    if ((turn > 1 && limit > 0 && SECONDS + turn_took > limit)); then
+        echo "ends after $((turn - 1)) turns of $turns: another would not end within $limit s" >&2
+        break
+    fi
+    run bare "$bare" "${bench[@]}" --out "$out/bare-$turn.json"
+    turn_took=$took
+    NANOGPT_SRC=$here run inside apptainer exec --nv --bind "$binds" "${options[@]}" "$image" \
+        "$inside" "${bench[@]}" --out "$out/inside-$turn.json"
+    # The first bare run compiles; the next one takes as long as the one inside.
+    turn_took=$((took + (turn == 1 ? took : turn_took)))
+    failed=0
+    ratios || failed=$?
+done
+exit "$failed"
