@@ -165,7 +165,9 @@ def _resources(kernel: JITFunction, compiled: Any, log: str, gpu: Gpu) -> Resour
     metadata = compiled.metadata
     # Functions that a kernel calls and that are not inlined have lines of their own.
     registers = max(int(number) for number in re.findall(r"Used (\d+) registers", log))
-    spilled = sum(int(number) for number in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    if not spills:
+        raise RuntimeError(f"{kernel.__name__}: the assembler has not told what it spills: {log!r}")
     # A warp's registers are given out 256 at a time.
     blocks = min(
         gpu.registers // (-(-registers * 32 // 256) * 256 * metadata.num_warps),
@@ -182,7 +184,7 @@ def _resources(kernel: JITFunction, compiled: Any, log: str, gpu: Gpu) -> Resour
         stages=metadata.num_stages,
         shared=metadata.shared,
         registers=registers,
-        spilled=spilled,
+        spilled=sum(int(stores) + int(loads) for stores, loads in spills),
         blocks=blocks,
         remarks=tuple(re.findall(r"Potential Performance Loss: .*", log)),
     )
