@@ -75,8 +75,9 @@ shell: ## A shell in the image that runs this checkout's code
 	@echo "In the image, running the code of $(CURDIR); leave with exit" >&2
 	@NANOGPT_SRC='$(CURDIR)' apptainer shell $$(test -e /dev/nvidiactl && echo --nv) --bind '$(CURDIR)' '$(SIF)'
 
+# Three at a time, even on two cores: much of it is waiting. Each file's tests stay in their order.
 test-cluster: $(TEST_READY) ## Run the tests with real Apptainer and Slurm (tests/cluster/setup-*.sh install those)
-	@$(BIN)/python -m pytest tests/cluster $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest tests/cluster -n 3 --dist loadfile --durations=12 $(PYTEST_ARGS)
 
 clean: ## Remove the virtual environment and the tools' caches
 	@test ! -e $(VENV) -o -e $(VENV)/pyvenv.cfg || { echo "make: $(VENV) is no virtual environment, not removed" >&2; exit 1; }

@@ -1,11 +1,13 @@
 """Fixtures of the tests with a real Apptainer: an ordinary user, and an image built as that user.
 
+Files of tests run side by side (pytest-xdist); what all of them use is made by the first process that asks for it.
 As root, as CI is, commands run as the user CLUSTER_TEST_USER (default nanogpt, whom setup-apptainer.sh makes) in a copy
 of the checkout in that user's home; otherwise as whoever runs the tests, in the checkout itself.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pwd
 import shutil
@@ -69,11 +71,24 @@ def as_user() -> Run:
 
 
 @pytest.fixture(scope="session")
-def user_checkout() -> Path:
+def user_checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout that the user may read and write: this one, or as root a copy of it in the user's home."""
     if os.geteuid() != 0:
         return CHECKOUT
     copy = home_of_user() / "nanogpt-checkout"
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own  # of this run of pytest alone
+    made = shared / "user-checkout-made"
+    with (shared / "user-checkout-lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            copy_checkout(copy)
+            made.touch()
+    return copy
+
+
+def copy_checkout(copy: Path) -> None:
+    """Copy what git knows of the checkout, or would, to the directory `copy`, which then is the user's."""
     copy.mkdir(exist_ok=True)
     git = ["git", "-c", "safe.directory=*", "-C", CHECKOUT]
     listed = subprocess.run(
@@ -91,7 +106,6 @@ def user_checkout() -> Path:
     ).stdout.strip()
     shutil.copytree(git_directory, copy / ".git", symlinks=True)
     subprocess.run(["chown", "-R", f"{USER}:", copy], check=True)
-    return copy
 
 
 def build_sif(as_user: Run, checkout: Path, flavour: str, *arguments: str) -> Path:

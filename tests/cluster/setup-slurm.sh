@@ -100,6 +100,7 @@ JobAcctGatherType=jobacct_gather/none
 ReturnToService=2
 JobRequeue=1
 KillWait=30
+MessageTimeout=60
 MinJobAge=7200
 NodeName=n[1-2] NodeHostname=$host NodeAddr=127.0.0.1 Port=[17001-17002] CPUs=128 Boards=1 SocketsPerBoard=1 CoresPerSocket=128 ThreadsPerCore=1 RealMemory=400000 Gres=gpu:h200:8
 PartitionName=gpu Nodes=n[1-2] Default=YES MaxTime=1-00:00:00 DefaultTime=10 State=UP

@@ -31,7 +31,7 @@ training:
   extension:
     {steps: 6, batch_tokens: 256, window_blocks: {short: 6, long: 20}, token_weights: [1], lr_factor: 1.41}
 evaluation: {every: 40, tokens: 2048, micro_batch_tokens: 256}
-checkpoint: {every: 20}
+checkpoint: {every: 10}
 """
 
 
@@ -88,7 +88,7 @@ class Cluster:
         until = time.monotonic() + patience_s
         while not (found := condition()):
             assert time.monotonic() < until, f"{what}: not in {patience_s:.0f} s\n{self.picture()}"
-            time.sleep(0.5)
+            time.sleep(0.2)
         return found
 
     def wait(self, job: str, patience_s: float = PATIENCE_S) -> Ended:

@@ -18,7 +18,7 @@ from nanogpt.runs.metrics import read_run
 
 TOLERANCE = 1e-5  # relative, in fp32: sums in another order
 STEPS = "--steps=12"
-LONG = "--steps=200"  # seconds after it is seen at work
+LONG = "--steps=80"  # goes on for seconds, on a fast machine too, after it is seen at work
 ENDLESS = "--steps=100000"
 SECONDS_TO_REFUSE = 20
 
@@ -196,16 +196,19 @@ def test_an_invalid_recipe_is_refused_before_anything_is_queued(cluster: Cluster
 
 
 def job_at_work(cluster: Cluster, steps: str) -> str:
-    """A job that has written a checkpoint on its way, after 20 steps."""
+    """A job that has written a checkpoint on its way, after 10 steps."""
     job = cluster.submit(cluster.scripts / "run.sh", "tiny.yaml", steps, "--data=data")
-    cluster.wait_until("steps", lambda: cluster.steps(job) > 20)
+    cluster.wait_until("steps", lambda: cluster.steps(job) > 10)
     return job
 
 
 def start_again(cluster: Cluster, job: str) -> None:
-    """Wait until the job is back in the queue, and spare it the two minutes that Slurm makes it wait."""
+    """Wait until the job is back in the queue, and spare it most of the two minutes that Slurm makes it wait.
+
+    Not all: a node that gets the job again in the second in which it ended takes it for the one that is over.
+    """
     cluster.wait_until("requeue", lambda: cluster.show(job)["JobState"] == "PENDING")
-    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now+3")
     cluster.wait_until("start", lambda: cluster.show(job)["JobState"] != "PENDING")
     assert cluster.show(job)["Restarts"] == "1"
 
@@ -227,7 +230,7 @@ def test_a_requeued_job_goes_on(cluster: Cluster, uninterrupted: Path) -> None:
     # Slurm signals the image's squashfuse too: the checkpoint of this moment is not sure, an earlier one is.
     first, second = record["starts"]
     assert first["state"] in ("interrupted", "killed", "failed") and second["state"] == "finished"
-    assert second["resumed_at"] >= 20
+    assert second["resumed_at"] >= 10
     assert "restart 1 of the job: going on with" in ended.log
     assert_same_losses(run, uninterrupted)
 

@@ -95,8 +95,9 @@ def nodes() -> Iterator[tuple[Node, Node]]:
             shutil.rmtree(Path("/etc/netns") / node.name, ignore_errors=True)
 
 
-# Eight ranks need eight slots.
-SHORT_DEMO = ("training.slots=8", "evaluation.micro_batch_tokens=2048", "evaluation.every=4", "data.epochs=null")
+# Eight ranks need eight slots. Three short validations: before, after four steps, at the end.
+EVALUATION = "evaluation={tokens: 2048, micro_batch_tokens: 256, every: 60, target_loss: null}"
+SHORT_DEMO = ("training.slots=8", EVALUATION, "data.epochs=null")
 
 
 def test_two_nodes_of_four_processes_give_the_losses_of_one(nodes: tuple[Node, Node], tmp_path: Path) -> None:
