@@ -4,6 +4,7 @@ Notable features:
 - The first rank of a node reads the file and unpacks it into a directory that it has made for this job alone; torch,
   Triton and FlashAttention of all ranks there look for compiled code in it, and leave theirs in it.
 - After the warm-up, rank 0 writes the file anew if anything has been compiled, with what another job may have added.
+  A few small kernels that the file lacked are no reason to keep the run waiting: they are added at its end.
 - Nothing here fails a run: a file that cannot be used or written is a line of the log.
 """
 
@@ -15,13 +16,14 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanogpt.cache.key import cache_key, key_sha256
-from nanogpt.cache.pack import SUFFIX, Header, Pack, PackError, kept_files, peek, write_pack
+from nanogpt.cache.pack import SUFFIX, Header, Pack, PackError, count_contents, kept_files, peek, write_pack
+from nanogpt.cache.tuning import FOLDER, kept_tuning
 from nanogpt.console import human_bytes
 from nanogpt.spec import RunSpec
 
@@ -34,6 +36,7 @@ IMAGE_DIRECTORY = Path("/opt/nanogpt/cache")  # files that a container's image b
 PRIVATE_PREFIX = "nanogpt-compiled-"
 LOCK_NAME = ".lock"
 ABANDONED_S = 24 * 3600.0
+FEW_KERNELS = 8  # of Triton: compiling so many takes about as long as writing the file
 
 
 def cache_directory(runs: Path | str | None = None) -> Path | None:
@@ -68,13 +71,19 @@ class CompileCache:
         assert self._directory is not None
         return self._directory / file_name(self._key)
 
-    def save(self) -> str | None:
-        """Leave what has been compiled so far to later runs. Every rank calls it; returns rank 0's line for the log."""
+    def save(self, *, trifles: bool = True) -> str | None:
+        """Leave what has been compiled so far to later runs. Every rank calls it; returns rank 0's line for the log.
+
+        Without `trifles`, a file that was used is not written again for a few small kernels that it lacked.
+        """
         world = self._world
         if world is None or self.root is None:
             return None
         world.communicator.barrier()  # the others' code, too
-        if not world.is_main or set(kept_files(self.root)) <= self._names:
+        if not world.is_main:
+            return None
+        new = set(kept_files(self.root)) - self._names
+        if not new or (not trifles and self.loaded is not None and _is_trifle(new)):
             return None
         started = time.perf_counter()
         if not self._fresh:
@@ -177,7 +186,7 @@ def compile_cache(
     elif mine is not None:
         cache._say("a node has no room for compiled code; no file is used")
     try:
-        with _compiled_code_in(cache.root):
+        with _compiled_code_in(cache.root), _tuning_in(cache.root, world):
             yield cache
             cache.save()  # what a run without warm-up has compiled
     finally:
@@ -239,6 +248,16 @@ def _compiled_code_in(root: Path | None) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _tuning_in(root: Path | None, world: World) -> AbstractContextManager[None]:
+    return kept_tuning(root / FOLDER) if root is not None and world.device.type == "cuda" else nullcontext()
+
+
+def _is_trifle(names: Collection[str]) -> bool:
+    """Whether a run that finds all but these files kept loses no time to speak of."""
+    counts = count_contents(names)
+    return counts.pop("Triton kernels") <= FEW_KERNELS and not any(counts.values())
 
 
 def _users_directory() -> str | None:

@@ -78,7 +78,7 @@ def count_contents(names: Collection[str]) -> dict[str, int]:
         "Triton kernels": sum(path.suffix == ".cubin" for path in below("triton")),
         "CuTe kernels": sum(path.suffix == ".o" for path in below("cute")),
         "C++ kernels": sum(path.suffix == ".so" for path in below("inductor")),
-        "autotuned": sum(path.suffix == ".best_config" for path in paths),
+        "tuned kernels": len(below("tuning")),
     }
 
 

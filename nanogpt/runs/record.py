@@ -198,6 +198,7 @@ class StartUpPhase(Part):
     from_cache: int = Field(default=0, description="of them taken whole from the compile cache")
     bypassed: int = Field(default=0, description="of them not kept by torch's cache, ever")
     parts_compiled: int = Field(default=0, description="forward and backward passes compiled anew")
+    kernels_tuned: int = Field(default=0, description="kernels of which variants were timed on the GPU")
 
 
 class Start(Part):

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+from nanogpt.cache.tuning import COUNTER
+
 
 @dataclass(frozen=True)
 class CompileCounts:
@@ -16,6 +18,7 @@ class CompileCounts:
     bypassed: int = 0  # graphs that torch's cache does not take: something in them cannot be kept
     parts_compiled: int = 0  # parts that were compiled anew
     parts_from_cache: int = 0  # parts taken from the cache although their graph as a whole was not
+    kernels_tuned: int = 0  # kernels whose variants were timed; counted where a cache file is in use
 
     def __sub__(self, other: CompileCounts) -> CompileCounts:
         return CompileCounts(*(getattr(self, field.name) - getattr(other, field.name) for field in fields(self)))
@@ -36,6 +39,7 @@ def compile_counts() -> CompileCounts:
         bypassed=int(counters["aot_autograd"]["autograd_cache_bypass"]),
         parts_compiled=int(counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_bypass"]),
         parts_from_cache=int(counters["inductor"]["fxgraph_cache_hit"]),
+        kernels_tuned=int(counters[COUNTER[0]][COUNTER[1]]),
     )
 
 

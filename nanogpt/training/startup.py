@@ -51,6 +51,7 @@ class StartUp:
                     from_cache=counts.from_cache,
                     bypassed=counts.bypassed,
                     parts_compiled=counts.parts_compiled,
+                    kernels_tuned=counts.kernels_tuned,
                 )
             )
         return found
@@ -59,15 +60,15 @@ class StartUp:
 def phases_table(phases: Sequence[StartUpPhase]) -> list[str]:
     """The phases as lines of a Markdown table, their sum last."""
     lines = [
-        "| phase | s | graphs | from the cache | not cacheable | parts compiled |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| phase | s | graphs | from the cache | not cacheable | parts compiled | kernels tuned |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     total = StartUpPhase(name="start to first timed step", seconds=0.0)
     for phase in phases:
-        for key in ("seconds", "graphs", "from_cache", "bypassed", "parts_compiled"):
+        for key in ("seconds", "graphs", "from_cache", "bypassed", "parts_compiled", "kernels_tuned"):
             setattr(total, key, getattr(total, key) + getattr(phase, key))
     for phase in (*phases, total):
-        numbers = (phase.graphs, phase.from_cache, phase.bypassed, phase.parts_compiled)
+        numbers = (phase.graphs, phase.from_cache, phase.bypassed, phase.parts_compiled, phase.kernels_tuned)
         cells = " | ".join(str(number or "") for number in numbers)
         lines.append(f"| {phase.name} | {phase.seconds:.1f} | {cells} |")
     return lines

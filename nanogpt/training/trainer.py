@@ -281,7 +281,7 @@ class Trainer:
                     compile_ahead(self)
                 self.warm_up()
                 with self.startup.phase("compile cache, writing"):
-                    self.cache.save()
+                    self.cache.save(trifles=False)
         resumed = resume and self._load_checkpoint()
         rehearse()
         keep_code_in_memory(os.environ, wait=True)

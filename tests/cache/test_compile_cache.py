@@ -86,6 +86,35 @@ def test_what_another_job_has_added_meanwhile_is_kept(tmp_path: Path):
     assert found(tmp_path / "kept") == {"a": "1", "b": "2", "c": "3"}
 
 
+def test_a_few_small_kernels_do_not_keep_a_run_waiting(tmp_path: Path):
+    """They are added at its end. Whatever takes seconds to compile is kept at once, against a run that is killed."""
+
+    def run(*names: str) -> tuple[str | None, int]:
+        with compile_cache(SPEC, WORLD, tmp_path) as cache:
+            assert cache.root is not None
+            for name in names:
+                (cache.root / name).parent.mkdir(parents=True, exist_ok=True)
+                (cache.root / name).write_text("code")
+            line, before = cache.save(trifles=False), len(cache.lines)
+        return line, len(cache.lines) - before
+
+    kernels = [f"triton/{number}/kernel.cubin" for number in range(30)]
+    first, later = run(kernels[0])
+    assert first is not None and not later  # there was no file
+    assert run(kernels[1], "triton/1/kernel.json") == (None, 1)
+    assert run(kernels[0], kernels[1], "triton/1/kernel.json") == (None, 0)
+    for names in (
+        kernels[2:20],
+        ["inductor/aotautograd/key/entry"],
+        ["inductor/fxgraph/ab/key/entry"],
+        ["inductor/ab/kernel.so"],
+        ["cute/kernel.o"],
+        ["tuning/kernel.json"],
+    ):
+        line, later = run(*names)
+        assert line is not None and "written" in line and not later, names
+
+
 def test_a_fresh_file_has_nothing_of_the_old_one(tmp_path: Path):
     use(tmp_path, a="1")
     with compile_cache(SPEC, WORLD, tmp_path, fresh=True) as cache:

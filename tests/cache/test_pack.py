@@ -66,7 +66,7 @@ def test_what_goes_in_comes_out(tmp_path: Path):
         "Triton kernels": 1,
         "CuTe kernels": 1,
         "C++ kernels": 0,
-        "autotuned": 0,
+        "tuned kernels": 0,
     }
     target = tmp_path / "target"
     (target / "inductor/xy").mkdir(parents=True)

@@ -67,14 +67,14 @@ def test_a_warm_start_compiles_nothing_and_computes_the_same(tmp_path: Path):
     assert "written" in command("warm", "--world-size", "1", "--world-size", "8")
     [kept] = (tmp_path / "kept").iterdir()
     warm, warm_path = train("train-warm")
-    assert total(warm, "parts_compiled") == 0
+    assert total(warm, "parts_compiled") == total(warm, "kernels_tuned") == 0
     assert total(warm, "bypassed") == 0
     assert total(warm, "from_cache") == total(warm, "graphs") > 10
     assert warm.compilation is not None and warm.compilation.late_graphs == 0
     assert [line.split(": ")[2].split(",")[0] for line in warm.compilation.cache] == ["used"], warm.compilation.cache
     kept.unlink()
     cold, cold_path = train("train-cold")
-    assert total(cold, "parts_compiled") > 0
+    assert total(cold, "parts_compiled") > 0 and total(cold, "kernels_tuned") > 0
     # Equal to what noise of atomic additions leaves; with deterministic algorithms, exactly.
     assert losses(warm_path)[1][0] == losses(cold_path)[1][0]
     assert losses(warm_path)[0] == pytest.approx(losses(cold_path)[0], abs=0.02)

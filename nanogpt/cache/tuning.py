@@ -1,0 +1,114 @@
+"""What inductor has tuned, kept so that later processes do not tune again, and choose the same.
+
+inductor times the variants of a reduction kernel at its first launch, some 30 ms each, and notes the fastest in a file
+beside the kernel's source. A graph that comes out of torch's cache brings its kernels ready for launch, with the path
+that their source had in the process that compiled them. That directory is gone when another job has unpacked the cache
+into one of its own, so the note is not found, and all is timed again: seconds a graph at every start, and sums in
+another order where the clock decides otherwise. Variants that inductor derives from others at load (smaller blocks of a
+reduction) are not found again even with the same path (torch 2.11).
+
+So choices are files of our own, named by the hash of the kernel's source. The first process of a node that has timed a
+kernel decides for all of them, and for every later run that unpacks the directory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+FOLDER = "tuning"
+COUNTER = ("nanogpt", "kernels_tuned")  # in torch._dynamo.utils.counters
+
+
+@contextmanager
+def kept_tuning(directory: Path) -> Iterator[None]:
+    """Choices among variants of inductor's kernels are taken from `directory` and left there, while the context lasts.
+
+    Loads inductor. Where torch's classes are not as they are known here, nothing is changed: inductor tunes as it does.
+    """
+    from torch._dynamo.utils import counters
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+    tune = getattr(CachingAutotuner, "autotune_to_one_config", None)
+    precompile = getattr(CachingAutotuner, "precompile", None)
+    if tune is None or precompile is None:
+        yield
+        return
+
+    def autotune_to_one_config(self: Any, *args: Any, **kwargs: Any) -> None:
+        path = _file_of(self, directory)
+        if path is not None and (known := _matching(self.launchers, _read(path))):
+            self.launchers = known
+            return
+        variants = list(self.launchers)
+        tune(self, *args, **kwargs)
+        counters[COUNTER[0]][COUNTER[1]] += 1
+        if path is not None and (chosen := _matching(variants, _keep(path, _description(self.launchers[0].config)))):
+            self.launchers = chosen
+
+    def precompile_chosen(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load the chosen variant alone, and derive no others, where it is among those that came from the cache."""
+        path = _file_of(self, directory)
+        if path is not None and self.compile_results and (known := _matching(self.compile_results, _read(path))):
+            self.compile_results = known
+            self.inductor_meta["dynamic_scale_rblock"] = False
+        return precompile(self, *args, **kwargs)
+
+    CachingAutotuner.autotune_to_one_config = autotune_to_one_config
+    CachingAutotuner.precompile = precompile_chosen
+    try:
+        yield
+    finally:
+        CachingAutotuner.autotune_to_one_config = tune
+        CachingAutotuner.precompile = precompile
+
+
+def _file_of(kernel: Any, directory: Path) -> Path | None:
+    """inductor names the source of a kernel by its hash; None for a kernel that has none."""
+    source = getattr(kernel, "filename", None)
+    return directory / f"{Path(source).stem}.json" if source else None
+
+
+def _description(config: Any) -> dict[str, Any]:
+    described: dict[str, Any] = json.loads(
+        json.dumps({**config.kwargs, "num_warps": config.num_warps, "num_stages": config.num_stages}, default=str)
+    )
+    return described
+
+
+def _matching(variants: Sequence[Any], wanted: dict[str, Any] | None) -> list[Any]:
+    """The one of the variants, which have a `config`, that is wanted; empty: it is not among them."""
+    if wanted is None:
+        return []
+    return [variant for variant in variants if _description(variant.config) == wanted][:1]
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _keep(path: Path, choice: dict[str, Any]) -> dict[str, Any]:
+    """Write the choice, unless another process has been first; returns what is kept."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(choice, file)
+        try:
+            os.link(name, path)  # fails where there is one, whoever is faster
+        except FileExistsError:
+            return _read(path) or choice
+        finally:
+            Path(name).unlink()
+    except OSError:  # full or without links: this process keeps to its own
+        pass
+    return choice

@@ -1,0 +1,130 @@
+"""Choices among the variants of a kernel, on torch's own class; only its calls of the GPU are played."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+from nanogpt.cache.tuning import kept_tuning
+from nanogpt.training.compilation import compile_counts
+
+
+def variant(block: int) -> Any:
+    return SimpleNamespace(config=SimpleNamespace(kwargs={"XBLOCK": 1, "R0_BLOCK": block}, num_warps=4, num_stages=1))
+
+
+class Launcher(SimpleNamespace):
+    __hash__ = object.__hash__
+
+
+class Kernel(CachingAutotuner):
+    """A kernel that has been loaded in the variants `blocks`, as a graph from the cache brings it."""
+
+    def __init__(self, directory: str, blocks: Sequence[int], fastest: int | None):
+        self.fn: Any = SimpleNamespace(__name__="sum")
+        self.filename = f"{directory}/inductor/ab/cabcdef.py"
+        self.inductor_meta: dict[str, Any] = {}
+        self.triton_meta: dict[str, Any] = {}
+        self.compile_results: list[Any] = [variant(block) for block in blocks]
+        self.launchers: list[Any] = []
+        self.fastest = fastest
+        self.precompile_time_taken_ns = 0
+        self.save_cache_hook = None
+        self.lock = threading.Lock()
+        self._plugins: list[Any] = []
+
+    def _precompile_worker(self) -> None: ...
+
+    def _make_launchers(self) -> None:
+        self.launchers = [
+            Launcher(config=result.config, n_regs=0, n_spills=0, shared=0, cache_hash="")
+            for result in self.compile_results
+        ]
+
+    def _dynamic_scale_rblock(self) -> None:
+        if self.inductor_meta.get("dynamic_scale_rblock", True):
+            self.compile_results.append(variant(self.compile_results[-1].config.kwargs["R0_BLOCK"] // 2))
+            self._make_launchers()
+
+    def benchmark_all_configs(self, *args: object, **kwargs: object) -> dict[Any, float]:
+        assert self.fastest is not None, "timed although the choice is known"
+        return {launcher: float(block(launcher) != self.fastest) for launcher in self.launchers}
+
+
+def block(launcher: Any) -> int:
+    return int(launcher.config.kwargs["R0_BLOCK"])
+
+
+def chosen(directory: Path, job: str, fastest: int | None, blocks: Sequence[int] = (64, 256, 1024)) -> int:
+    """What a job launches; `fastest` by its own clock, None: it must not ask the clock."""
+    with kept_tuning(directory):
+        kernel = Kernel(job, blocks, fastest)
+        kernel.precompile(static_triton_bundle_key=None)
+        if len(kernel.launchers) > 1:
+            kernel.autotune_to_one_config()
+    [launcher] = kernel.launchers
+    return block(launcher)
+
+
+@pytest.mark.parametrize("fastest", [256, 512])  # one of those that are kept, and one that inductor derives at load
+def test_a_job_in_another_directory_chooses_the_same_without_the_clock(tmp_path: Path, fastest: int):
+    before = compile_counts().kernels_tuned
+    assert chosen(tmp_path, "/tmp/job-1", fastest) == fastest
+    assert compile_counts().kernels_tuned == before + 1
+    assert chosen(tmp_path, "/tmp/job-2", None) == fastest
+    assert compile_counts().kernels_tuned == before + 1
+
+
+def test_a_known_variant_is_loaded_alone(tmp_path: Path):
+    chosen(tmp_path, "/tmp/job-1", 64)
+    with kept_tuning(tmp_path):
+        kernel = Kernel("/tmp/job-2", (64, 256, 1024), None)
+        kernel.precompile(static_triton_bundle_key=None)
+    assert [block(launcher) for launcher in kernel.launchers] == [64]
+
+
+def test_the_first_of_several_ranks_decides_for_all(tmp_path: Path):
+    with kept_tuning(tmp_path):
+        ranks = [Kernel("/tmp/job", (64, 256), fastest) for fastest in (64, 256)]
+        for kernel in ranks:
+            kernel._make_launchers()
+        slow, fast = ranks
+        fast_clock = slow.benchmark_all_configs
+
+        def overtaken(*args: object, **kwargs: object) -> dict[Any, float]:
+            fast.autotune_to_one_config()
+            return fast_clock()
+
+        slow.benchmark_all_configs = overtaken  # type: ignore[method-assign]
+        slow.autotune_to_one_config()
+    assert [[block(launcher) for launcher in kernel.launchers] for kernel in ranks] == [[256], [256]]
+
+
+@pytest.mark.parametrize("content", ["", "null", "[]", '{"R0_BLOCK": 7}'])
+def test_a_choice_that_is_none_of_the_variants_is_not_taken(tmp_path: Path, content: str):
+    (tmp_path / "cabcdef.json").write_text(content)
+    assert chosen(tmp_path, "/tmp/job", 256) == 256
+
+
+def test_a_kernel_without_a_source_is_tuned_as_ever(tmp_path: Path):
+    with kept_tuning(tmp_path):
+        kernel = Kernel("/tmp/job", (64, 256), 256)
+        kernel.filename = None  # type: ignore[assignment]
+        kernel._make_launchers()
+        kernel.autotune_to_one_config()
+    assert [block(launcher) for launcher in kernel.launchers] == [256]
+    assert not list(tmp_path.iterdir())
+
+
+def test_torch_is_as_before_afterwards(tmp_path: Path):
+    before = CachingAutotuner.autotune_to_one_config, CachingAutotuner.precompile
+    with pytest.raises(RuntimeError), kept_tuning(tmp_path):
+        assert CachingAutotuner.autotune_to_one_config is not before[0]
+        raise RuntimeError
+    assert (CachingAutotuner.autotune_to_one_config, CachingAutotuner.precompile) == before
