@@ -32,10 +32,11 @@ def kept_tuning(directory: Path) -> Iterator[None]:
     Loads inductor. Where torch's classes are not as they are known here, nothing is changed: inductor tunes as it does.
     """
     from torch._dynamo.utils import counters
-    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+    from torch._inductor.runtime import triton_heuristics
 
-    tune = getattr(CachingAutotuner, "autotune_to_one_config", None)
-    precompile = getattr(CachingAutotuner, "precompile", None)
+    kernels: Any = triton_heuristics.CachingAutotuner
+    tune = getattr(kernels, "autotune_to_one_config", None)
+    precompile = getattr(kernels, "precompile", None)
     if tune is None or precompile is None:
         yield
         return
@@ -59,13 +60,13 @@ def kept_tuning(directory: Path) -> Iterator[None]:
             self.inductor_meta["dynamic_scale_rblock"] = False
         return precompile(self, *args, **kwargs)
 
-    CachingAutotuner.autotune_to_one_config = autotune_to_one_config
-    CachingAutotuner.precompile = precompile_chosen
+    kernels.autotune_to_one_config = autotune_to_one_config
+    kernels.precompile = precompile_chosen
     try:
         yield
     finally:
-        CachingAutotuner.autotune_to_one_config = tune
-        CachingAutotuner.precompile = precompile
+        kernels.autotune_to_one_config = tune
+        kernels.precompile = precompile
 
 
 def _file_of(kernel: Any, directory: Path) -> Path | None:
