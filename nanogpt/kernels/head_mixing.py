@@ -75,7 +75,7 @@ def _mix_heads(
     if fast:
         from nanogpt.kernels.head_mixing_triton import forward
 
-        return forward(q, k, v, w1, w2, first, float(scale))
+        return forward(q, k, v, w1, w2, first, window, float(scale))
     return _plain_forward(q, k, v, w1, w2, first, window, float(scale))
 
 
@@ -105,7 +105,7 @@ def _mix_heads_backward(
     if fast:
         from nanogpt.kernels.head_mixing_triton import backward
 
-        return backward(grad, q, k, v, w1, w2, first, lse, float(scale))
+        return backward(grad, q, k, v, w1, w2, first, lse, window, float(scale))
     return _plain_backward(grad, q, k, v, w1, w2, first, lse, window, float(scale))
 
 
