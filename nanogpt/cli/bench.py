@@ -80,7 +80,7 @@ def profile(
     """
     from nanogpt.errors import InputError
     from nanogpt.training import exposed
-    from nanogpt.training.profile import as_table, profile_stages
+    from nanogpt.training.profile import as_table, parts_table, profile_stages
 
     with _trainer(recipe, overrides, None) as trainer:
         if trainer.world.device.type != "cuda":
@@ -91,6 +91,7 @@ def profile(
         by_rank = trainer.world.gather([stage.exposure for stage in stages])
         if trainer.world.is_main:
             typer.echo(as_table(stages, rows))
+            typer.echo(parts_table(stages))
             if trainer.world.size > 1:
                 typer.echo(exposed.as_table(list(zip(*by_rank, strict=True))))
 

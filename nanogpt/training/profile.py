@@ -18,6 +18,25 @@ from nanogpt.training.exposed import Exposure, exposure, read_trace
 from nanogpt.training.trainer import Trainer
 
 
+# Parts of a step by the names of their kernels, the first that matches. cuBLAS names operand types: q and r are 8 bits.
+PARTS = {
+    "communication": r"^nccl",
+    "attention": r"^(?!triton_).*(flash|fmha)",
+    "MLP: up-projection with its activation, and its backward product": r"_relu_squared_kernel",
+    "FP8 matrix products": r"nvjet_sm\d+_[qr]{2}|e4m3|e5m2",
+    "bf16 matrix products": r"nvjet|cutlass|gemm|gemv|splitK",
+    "head: cross-entropy": r"_cross_entropy_kernel",
+    "FP8: quantizing, transposing": r"quantize|_transpose_gradient_kernel",
+    "Polar Express: symmetric products": r"_symmetric_product_kernel",
+    "DC correction": r"_mix_heads",
+    "tied head: transposes": r"_transposed_add_kernel",
+    "embeddings' gradients": r"embedding_dense_backward|indexing_backward|index_add",
+    "compiled elementwise work and reductions": r"^triton_",
+    "copies and fills": r"^Mem(cpy|set)|elementwise_kernel|copy_kernel|fill",
+}
+OTHER_PART = "other"
+
+
 @dataclass(frozen=True)
 class KernelTime:
     """One kernel's share of a step; `calls` and `milliseconds` are a step's."""
@@ -82,6 +101,25 @@ def short_name(kernel: str) -> str:
     name = re.sub(r"^void ", "", kernel)
     name = re.sub(r"<.*", "", name) if not name.startswith(("triton_", "kernel_cutlass")) else name
     return name if len(name) <= 90 else name[:87] + "..."
+
+
+def part_of(kernel: str) -> str:
+    """The part of a step, a key of PARTS or OTHER_PART, that a kernel of this name belongs to."""
+    return next((part for part, pattern in PARTS.items() if re.search(pattern, kernel)), OTHER_PART)
+
+
+def parts_table(stages: list[StageProfile]) -> str:
+    """Milliseconds a step of each part of PARTS in each stage, as Markdown."""
+    lines = [
+        f"| part, ms a step | {' | '.join(f'stage {stage.stage + 1}' for stage in stages)} |",
+        f"| --- | {' | '.join('---' for _ in stages)} |",
+    ]
+    for part in (*PARTS, OTHER_PART):
+        times = [sum(k.milliseconds for k in stage.kernels if part_of(k.name) == part) for stage in stages]
+        if any(times):
+            lines.append(f"| {part} | {' | '.join(f'{time:.1f}' for time in times)} |")
+    lines.append(f"| all kernels | {' | '.join(f'{stage.busy_ms:.1f}' for stage in stages)} |")
+    return "\n".join((*lines, ""))
 
 
 def as_table(stages: list[StageProfile], rows: int) -> str:

@@ -1,0 +1,51 @@
+"""Kernels' names as profiles on a GPU have shown them, and the parts of a step that they are counted to."""
+
+from __future__ import annotations
+
+import pytest
+
+from nanogpt.training.exposed import Exposure
+from nanogpt.training.profile import OTHER_PART, PARTS, KernelTime, StageProfile, part_of, parts_table
+
+NAMES = {
+    "ncclDevKernel_AllGather_RING_LL": "communication",
+    "kernel_cutlass_kernel_flash_attncuteflash_bwd_sm90FlashAttentionBackwardSm90_object_at_": "attention",
+    "_relu_squared_kernel": "MLP: up-projection with its activation, and its backward product",
+    "nvjet_sm90_qqtst_192x192_128x4_2x1_v_bz_coopB_TNN": "FP8 matrix products",
+    "nvjet_sm90_rqsss_144x128_128x6_1x2_h_bz_coopA_algo2_TNN": "FP8 matrix products",
+    "nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_NNT": "bf16 matrix products",
+    "cublasLt::splitKreduce_kernel": "bf16 matrix products",
+    "cutlass::Kernel2": "bf16 matrix products",
+    "std::enable_if": OTHER_PART,
+    "_cross_entropy_kernel": "head: cross-entropy",
+    "_transpose_gradient_kernel": "FP8: quantizing, transposing",
+    "_relu_square_quantize_kernel": "FP8: quantizing, transposing",
+    "_symmetric_product_kernel": "Polar Express: symmetric products",
+    "_mix_heads_key_gradients_kernel": "DC correction",
+    "_transposed_add_kernel": "tied head: transposes",
+    "triton_poi_fused_embedding_dense_backward_38": "embeddings' gradients",
+    "triton_per_fused_flash_attention_backward_mul_sigmoid_13": "compiled elementwise work and reductions",
+    "triton_red_fused__fused_rms_norm__to_copy_add_cat_flip_mul_slice_unbind_view_19": (
+        "compiled elementwise work and reductions"
+    ),
+    "Memcpy DtoD (Device -> Device)": "copies and fills",
+    "at::native::vectorized_elementwise_kernel": "copies and fills",
+}
+
+
+@pytest.mark.parametrize(("name", "part"), NAMES.items())
+def test_part_of_a_kernel(name: str, part: str) -> None:
+    assert part_of(name) == part
+
+
+def test_every_part_has_a_kernel_here() -> None:
+    assert set(NAMES.values()) == {*PARTS, OTHER_PART}
+
+
+def test_the_parts_of_a_stage_add_up_to_its_kernels() -> None:
+    kernels = [KernelTime(name, 1, 0.5) for name in NAMES]
+    stage = StageProfile(0, kernels, 12.0, Exposure(0, 0, 0, 0))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in parts_table([stage, stage]).splitlines()]
+    table = {part: times for part, *times in rows}
+    assert table["bf16 matrix products"] == ["1.5", "1.5"]
+    assert table["all kernels"] == [f"{len(NAMES) / 2:.1f}"] * 2
