@@ -101,6 +101,7 @@ REACHES: Mapping[str, Callable[[Any], Any]] = {
             "optimizer.adam.eps",
             "optimizer.adam.groups.*.betas",
             "optimizer.adam.groups.*.communication",
+            "optimizer.update_order",  # neighbours in it are updated by one function
             "optimizer.normuon.beta2",
             "optimizer.normuon.norm_margin",
             "optimizer.normuon.polar_express",
@@ -179,7 +180,6 @@ STAYS_OUTSIDE = frozenset(
         "optimizer.normuon.groups.*.lr_muls",
         "optimizer.tied_head.split_stage",
         "optimizer.reduce_order",
-        "optimizer.update_order",
         # AdamW is not compiled.
         "optimizer.lr",
         "optimizer.betas",

@@ -1,8 +1,9 @@
-"""Adam with cautious weight decay, one parameter (or one rank's shard of it) at a time."""
+"""Adam with cautious weight decay, on parameters or on one rank's shards of them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -35,3 +36,19 @@ def adam_update(
     update = exp_avg / (exp_avg_sq.sqrt() + eps) * step_size
     update = torch.where(update * weight > 0, update + weight * decay, update)
     parameter.copy_(weight - update)
+
+
+def adam_updates(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    step_sizes: Sequence[Tensor],
+    decays: Sequence[Tensor],
+    betas: Sequence[tuple[float, float]],
+    eps: float,
+) -> None:
+    """`adam_update` of each parameter: under torch.compile one graph, and one call from Python, for all of them."""
+    each = zip(parameters, gradients, exp_avgs, exp_avg_sqs, step_sizes, decays, betas, strict=True)
+    for p, g, exp_avg, exp_avg_sq, step_size, decay, own_betas in each:
+        adam_update(p, g, exp_avg, exp_avg_sq, step_size, decay, own_betas, eps)

@@ -8,18 +8,18 @@ done, so that communication hides behind the orthogonalization of the banks, whi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nanogpt.kernels.transpose import transpose_add, transpose_copy
-from nanogpt.optim.adam import adam_step_size, adam_update
+from nanogpt.optim.adam import adam_step_size, adam_updates
 from nanogpt.optim.communication import Communicator, Pending, RankOf
 from nanogpt.optim.interface import StepRates
 from nanogpt.optim.normuon import normuon_update, second_moment_dim
-from nanogpt.optim.plan import HEAD, TIED, ParameterPlan, parameter_plans, step_plan
+from nanogpt.optim.plan import HEAD, TIED, ParameterPlan, parameter_plans, step_plan, updated_together
 from nanogpt.optim.sparse import TouchedRows, average_touched_shard
 from nanogpt.spec import SpeedrunOptimizerSpec
 
@@ -61,10 +61,10 @@ class NorMuonAdam:
             for label, plan in self.plans.items()
             if plan.bank
         }
-        self._adam: Callable[..., None] = adam_update
+        self._adam: Callable[..., None] = adam_updates
         self._normuon: Callable[..., None] = normuon_update
         if compiled:
-            self._adam = torch.compile(adam_update, fullgraph=True, dynamic=False)
+            self._adam = torch.compile(adam_updates, fullgraph=True, dynamic=False)
             self._normuon = torch.compile(normuon_update, fullgraph=True, dynamic=False)
 
     # --- views and state ---
@@ -109,16 +109,18 @@ class NorMuonAdam:
 
         reductions = {p.label: self._start_reduction(p) for p in plan.reduce}
         gathers: dict[str, Pending] = {}
-        for p in plan.update:
-            gradient = reductions.pop(p.label).wait()
-            own = self._own(p, self.parameters[p.label].data)
-            if p.bank:
-                self._update_bank(p.label, own, gradient, rates)
+        for together in updated_together(plan.update):
+            labels = [p.label for p in together]
+            gradients = [reductions.pop(label).wait() for label in labels]
+            own = [self._own(p, self.parameters[p.label].data) for p in together]
+            if together[0].bank:
+                self._update_bank(labels[0], own[0], gradients[0], rates)
             else:
-                self._update_adam(p.label, own, gradient, rates)
-            self.parameters[p.label].grad = None
-            if p.sharded:
-                gathers[p.label] = self.communicator.gather(self._view(p, self.parameters[p.label].data))
+                self._update_adam(labels, own, gradients, rates)
+            for p in together:
+                self.parameters[p.label].grad = None
+                if p.sharded:
+                    gathers[p.label] = self.communicator.gather(self._view(p, self.parameters[p.label].data))
 
         if rates.adam_step and self.tied:
             if HEAD in gathers:
@@ -145,18 +147,24 @@ class NorMuonAdam:
                 return average_touched_shard(self.communicator, gradient, exchange)
         return self.communicator.average_shard(gradient) if plan.sharded else self.communicator.average(gradient)
 
-    def _update_adam(self, label: str, own: Tensor, gradient: Tensor, rates: StepRates) -> None:
-        adam, group, state = self.spec.adam, self.spec.adam.groups[label], self.state[label]
-        self.adam_counts[label] += 1
-        lr = adam.lr * group.lr_mul * rates.lr_factor
+    def _update_adam(
+        self, labels: Sequence[str], own: Sequence[Tensor], gradients: Sequence[Tensor], rates: StepRates
+    ) -> None:
+        adam, step_sizes, decays = self.spec.adam, [], []
+        for label in labels:
+            group = adam.groups[label]
+            self.adam_counts[label] += 1
+            lr = adam.lr * group.lr_mul * rates.lr_factor
+            step_sizes.append(torch.tensor(adam_step_size(lr, group.betas, self.adam_counts[label])))
+            decays.append(torch.tensor(lr * lr * adam.weight_decay * group.wd_mul))
         self._adam(
             own,
-            gradient,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            torch.tensor(adam_step_size(lr, group.betas, self.adam_counts[label])),
-            torch.tensor(lr * lr * adam.weight_decay * group.wd_mul),
-            group.betas,
+            gradients,
+            [self.state[label]["exp_avg"] for label in labels],
+            [self.state[label]["exp_avg_sq"] for label in labels],
+            step_sizes,
+            decays,
+            [adam.groups[label].betas for label in labels],
             adam.eps,
         )
 
@@ -189,8 +197,11 @@ class NorMuonAdam:
         for label, plan in self.plans.items():
             if plan.sharded:  # the others are the same on any number of ranks
                 own = twin._own(plan, twin.parameters[label].data)
-                update = twin._update_bank if plan.bank else twin._update_adam
-                update(label, own, torch.zeros_like(own), StepRates(lr_factor=1.0, momentum=0.9))
+                rates = StepRates(lr_factor=1.0, momentum=0.9)
+                if plan.bank:
+                    twin._update_bank(label, own, torch.zeros_like(own), rates)
+                else:
+                    twin._update_adam([label], [own], [torch.zeros_like(own)], rates)
 
     def _multipliers(self, label: str, own: Tensor) -> Tensor:
         """(n, 1, 1) fp32, for this rank's matrices: sqrt(max(1, rows / columns)) times the group's multipliers."""

@@ -5,6 +5,8 @@ Data only. The update formulas know nothing of it.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nanogpt.spec import SpeedrunOptimizerSpec
@@ -27,6 +29,18 @@ class StepPlan:
 
     reduce: tuple[ParameterPlan, ...]
     update: tuple[ParameterPlan, ...]
+
+
+def updated_together(plans: Sequence[ParameterPlan]) -> list[tuple[ParameterPlan, ...]]:
+    """The updates in their order, those of Adam's unsharded parameters that follow one another as one.
+
+    These are small, and have nothing to send after their update that would be worth starting early.
+    """
+    found: list[tuple[ParameterPlan, ...]] = []
+    for small, group in itertools.groupby(plans, key=lambda plan: not plan.bank and not plan.sharded):
+        run = tuple(group)
+        found += [run] if small else [(plan,) for plan in run]
+    return found
 
 
 def parameter_plans(spec: SpeedrunOptimizerSpec) -> dict[str, ParameterPlan]:

@@ -216,7 +216,7 @@ class Trainer:
                     world.communicator.broadcast(value)
             world.synchronize()
         self.compiled = compiles(spec, world.device)
-        if self.compiled:  # Adam's update alone is compiled for ten parameters; torch gives up at eight
+        if self.compiled:  # Adam's update is compiled for each shape of a shard; torch gives up at eight
             torch._dynamo.config.recompile_limit = 64
         self.optimizer = build_optimizer(
             spec,

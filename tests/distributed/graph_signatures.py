@@ -19,6 +19,8 @@ def describe(value: Any) -> Any:
     """Of a tensor what a graph depends on; of anything else the value."""
     if isinstance(value, torch.Tensor):
         return [list(value.shape), list(value.stride()), str(value.dtype), value.requires_grad, str(value.device)]
+    if isinstance(value, list):
+        return [describe(item) for item in value]
     if hasattr(value, "inputs"):  # a micro-batch
         return [describe(value.inputs), describe(value.targets), describe(value.cu_seqlens), value.max_seqlen]
     if hasattr(value, "long"):  # windows

@@ -28,7 +28,7 @@ def test_what_ranks_call_is_what_a_warm_up_on_one_process_has_called(tmp_path: P
 
     for rank in range(2):
         called = signatures(f"rank.{rank}")
-        assert len(called) > 10
+        assert len(called) >= 10
         assert called <= signatures("alone.0.more")
         ranks_own = {signature.split(",")[0] for signature in called - signatures("alone.0")}
         assert ranks_own == {'["_adam"', '["_normuon"'}  # without a warm-up for two; the model's are the same

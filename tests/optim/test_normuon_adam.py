@@ -17,7 +17,7 @@ from nanogpt.models.speedrun import Speedrun
 from nanogpt.optim.communication import Communicator
 from nanogpt.optim.interface import StepRates
 from nanogpt.optim.normuon_adam import NorMuonAdam
-from nanogpt.optim.plan import parameter_plans, step_plan
+from nanogpt.optim.plan import parameter_plans, step_plan, updated_together
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -260,6 +260,17 @@ def test_orders_of_reduction_and_update():
     assert len(plan.reduce) == len(plan.update) == 11
     plan = step_plan(SPEC.optimizer, adam_step=False, tied=False)
     assert labels(plan.reduce) == labels(plan.update) == ["attn", "mlp"]
+
+
+def test_small_neighbours_are_updated_by_one_call():
+    plan = step_plan(SPEC.optimizer, adam_step=True, tied=False)
+    together = [" ".join(p.label for p in batch) for batch in updated_together(plan.update)]
+    small = "scalars smear_gate skip_gate attn_gate_bank ve_gate_bank x0_lambdas"
+    assert together == [small, "value_embed", "bigram_embed", "lm_head", "embed", "attn", "mlp"]
+    plans = parameter_plans(SPEC.optimizer)
+    apart = [plans[label] for label in ("scalars", "mlp", "smear_gate", "skip_gate", "lm_head", "x0_lambdas")]
+    assert [len(batch) for batch in updated_together(apart)] == [1, 1, 2, 1, 1]
+    assert [p for batch in updated_together(apart) for p in batch] == apart
 
 
 def test_what_is_sharded():
