@@ -17,7 +17,6 @@ from torch.profiler import ProfilerActivity, profile
 from nanogpt.training.exposed import Exposure, exposure, read_trace
 from nanogpt.training.trainer import Trainer
 
-
 # Parts of a step by the names of their kernels, the first that matches. cuBLAS names operand types: q and r are 8 bits.
 PARTS = {
     "communication": r"^nccl",

@@ -44,7 +44,7 @@ def test_every_part_has_a_kernel_here() -> None:
 
 def test_the_parts_of_a_stage_add_up_to_its_kernels() -> None:
     kernels = [KernelTime(name, 1, 0.5) for name in NAMES]
-    stage = StageProfile(0, kernels, 12.0, Exposure(0, 0, 0, 0))
+    stage = StageProfile(0, kernels, 12.0, Exposure(0, 0, 0, 0, 0))
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in parts_table([stage, stage]).splitlines()]
     table = {part: times for part, *times in rows}
     assert table["bf16 matrix products"] == ["1.5", "1.5"]
