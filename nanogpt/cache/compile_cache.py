@@ -2,7 +2,8 @@
 
 Notable features:
 - The first rank of a node reads the file and unpacks it into a directory that it has made for this job alone; torch,
-  Triton and FlashAttention of all ranks there look for compiled code in it, and leave theirs in it.
+  Triton and FlashAttention of all ranks there look for compiled code in it, and leave theirs in it. On a GPU a thread
+  does so while the compiler is imported.
 - After the warm-up, rank 0 writes the file anew if anything has been compiled, with what another job may have added.
   A few small kernels that the file lacked are no reason to keep the run waiting: they are added at its end.
 - Nothing here fails a run: a file that cannot be used or written is a line of the log.
@@ -17,7 +18,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,9 +111,9 @@ class CompileCache:
         self.lines.append(line)
         return line
 
-    def _load(self, root: Path) -> None:
+    def _load(self, root: Path | None) -> None:
         """Unpack the run's file into `root`, where there is one that can be used."""
-        assert self._directory is not None
+        assert self._directory is not None and root is not None
         places = [self.path, IMAGE_DIRECTORY / self.path.name]
         for path in places:
             if not path.exists():
@@ -172,21 +174,23 @@ def compile_cache(
     if world.local_rank == 0:
         try:
             mine, cache._lock = _make_private()
-            if not fresh:
-                cache._load(mine)
         except OSError as error:
             cache._say(f"{error.filename or tempfile.gettempdir()}: {error.strerror}; no file is used")
-            mine = None
     # What follows has collectives in it, so all nodes do alike: where one has no room, none uses a file.
-    everywhere = world.gather((world.local_rank == 0, mine, cache.loaded is not None))
-    leaders = [(root, found) for leads, root, found in everywhere if leads]
-    if all(root is not None for root, _ in leaders):
+    everywhere = world.gather((world.local_rank == 0, mine))
+    if all(root is not None for leads, root in everywhere if leads):
         cache.root = everywhere[world.rank - world.local_rank][1]
-        cache.found = all(found for _, found in leaders)
     elif mine is not None:
         cache._say("a node has no room for compiled code; no file is used")
     try:
-        with _compiled_code_in(cache.root), _tuning_in(cache.root, world):
+        with _compiled_code_in(cache.root), ExitStack() as stack:
+            with ThreadPoolExecutor(1) as reader:
+                reads = cache.root is not None and mine is not None and not fresh
+                reading = reader.submit(cache._load, cache.root) if reads else None
+                stack.enter_context(_tuning_in(cache.root, world))  # imports the compiler meanwhile
+                if reading is not None:
+                    reading.result()
+            cache.found = all(world.gather(cache.loaded is not None or mine is None)) and cache.root is not None
             yield cache
             cache.save()  # what a run without warm-up has compiled
     finally:
