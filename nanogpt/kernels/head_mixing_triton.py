@@ -198,7 +198,7 @@ class Config(NamedTuple):
     stages: int
 
 
-FORWARD = Config(64, 256, 8, 1)
+FORWARD = Config(16, 128, 4, 3)
 QUERY_GRADIENTS = Config(16, 128, 4, 2)
 KEY_GRADIENTS = Config(16, 128, 8, 2)
 
