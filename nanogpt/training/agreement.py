@@ -7,13 +7,14 @@ shard say, tells the others, and all refuse with the same words.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanogpt.data.shards import read_count
 from nanogpt.errors import InputError, RunError
@@ -24,7 +25,12 @@ from nanogpt.spec import RunSpec
 from nanogpt.spec_differences import differences
 from nanogpt.training.watch import POLL_S, Watch, connect
 
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
 SAMPLE_BYTES = 1 << 16  # compared at the start, the middle and the end of a shard that no manifest vouches for
+LEAVING_S = 30.0  # at most, for all to read of a refusal
+LAST_S = 4.0  # for other nodes' ranks to end
 SHOWN = 8  # differences listed for a rank
 
 
@@ -160,4 +166,23 @@ def agree(prepare: Callable[[], Start], watch: Watch) -> None:
             watch.expect(rank, Process(**found.process))
     except RuntimeError as error:
         raise RunError(f"rank {watch.rank} on {host}: cannot join the other processes: {error}") from error
-    compare_starts(starts)
+    try:
+        compare_starts(starts)
+    except InputError:
+        _leave_together(store, watch, several_nodes=len({start.host for start in starts}) > 1)
+        raise
+
+
+def _leave_together(store: Store, watch: Watch, *, several_nodes: bool) -> None:
+    """Wait until all ranks know that they refuse; of several nodes, rank 0's leaves last.
+
+    The store ends with the launcher of rank 0's node. Ranks that have not read it by then could not say why the run
+    ended, and a launcher that still has ranks takes the loss for a failure of its own.
+    """
+    with contextlib.suppress(RuntimeError):  # somebody left early after all
+        store.set(f"start/read/{watch.rank}", "")
+        until = time.monotonic() + LEAVING_S
+        while time.monotonic() < until and not store.check([f"start/read/{rank}" for rank in range(watch.size)]):
+            time.sleep(POLL_S / 2)
+        if several_nodes and watch.rank == 0:
+            time.sleep(LAST_S)
