@@ -163,7 +163,8 @@ def test_a_reader_that_stops_early_gives_no_traceback():
 
 def test_an_interrupt_ends_with_130():
     code = (
-        "import time, nanogpt.cli.main as cli\n"
+        "import signal, time, nanogpt.cli.main as cli\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         "def wait() -> None:\n print('ready', flush=True)\n time.sleep(60)\n"
         "cli.COMMANDS = (cli.Command('wait', '__main__:wait', 'Help', 'Wait.'),)\n"
         "cli.main(['wait'])\n"
