@@ -111,9 +111,9 @@ class CompileCache:
         self.lines.append(line)
         return line
 
-    def _load(self, root: Path | None) -> None:
+    def _load(self) -> None:
         """Unpack the run's file into `root`, where there is one that can be used."""
-        assert self._directory is not None and root is not None
+        assert self._directory is not None and self.root is not None
         places = [self.path, IMAGE_DIRECTORY / self.path.name]
         for path in places:
             if not path.exists():
@@ -122,11 +122,11 @@ class CompileCache:
                 pack = Pack(path, in_image=path is places[1] and _in_container())
                 if pack.header.key_sha256 != key_sha256(self._key):
                     raise PackError(f"made for other code: differs in {differences(pack.header.key, self._key)}")
-                self._names = set(pack.unpack(root))
+                self._names = set(pack.unpack(self.root))
             except (PackError, OSError) as error:
                 reason = error.strerror if isinstance(error, OSError) else error
                 self._say(f"{path}: not used: {reason}; compiling")
-                _empty(root)
+                _empty(self.root)
                 continue
             self.loaded = pack.header
             self._say(f"{path}: used, {_describe(pack.header, pack.size)}")
@@ -186,7 +186,7 @@ def compile_cache(
         with _compiled_code_in(cache.root), ExitStack() as stack:
             with ThreadPoolExecutor(1) as reader:
                 reads = cache.root is not None and mine is not None and not fresh
-                reading = reader.submit(cache._load, cache.root) if reads else None
+                reading = reader.submit(cache._load) if reads else None
                 stack.enter_context(_tuning_in(cache.root, world))  # imports the compiler meanwhile
                 if reading is not None:
                     reading.result()

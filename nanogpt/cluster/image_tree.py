@@ -75,11 +75,8 @@ def _walk(directory: Path) -> Iterator[Path]:
 
 def file_sha256(path: Path) -> str:
     """sha256 of a file."""
-    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def differences(a: Mapping[str, Entry], b: Mapping[str, Entry]) -> list[Difference]:
