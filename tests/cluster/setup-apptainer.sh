@@ -68,6 +68,7 @@ if ! apptainer --version > /dev/null 2>&1 || [[ ! -e $squashfuse ]]; then
         cp -a --remove-destination "$work/$package$multiarch"/*.so* "$libraries/"
     done
     cp -a "$work/apptainer/etc/apptainer" /etc/
+    cp -a "$work/apptainer/var/lib/apptainer" /var/lib/ # where it mounts images; without it no container starts
     cp -a --remove-destination "$work/apptainer$multiarch/apptainer" "$multiarch/"
     cp -a --remove-destination "$work/squashfuse/usr/bin/squashfuse_ll" "$squashfuse"
     # Last, as a sign that all is there. It finds the rest relative to itself: not into /usr/local/bin.
