@@ -51,9 +51,10 @@ class Communicator:
         """This rank's shard of the mean over ranks, in the tensor's dtype. `full` is used up."""
         if self.size == 1:
             return Pending(lambda: full)
-        shard = torch.empty_like(self.shard(full))
+        full = full.contiguous()
+        shard = torch.empty_like(self.shard(full))  # contiguous too: NCCL writes rows, whatever the strides say
         op = dist.ReduceOp.AVG if self.nccl else dist.ReduceOp.SUM
-        work = _collective("reduce_scatter")(shard, full.contiguous(), op=op, group=self.group, async_op=True)
+        work = _collective("reduce_scatter")(shard, full, op=op, group=self.group, async_op=True)
         return self._pending(work, shard)
 
     def _pending(self, work: dist.Work, result: Tensor) -> Pending:

@@ -69,7 +69,7 @@ def test_a_warm_start_compiles_nothing_and_computes_the_same(tmp_path: Path):
     warm, warm_path = train("train-warm")
     assert total(warm, "parts_compiled") == total(warm, "kernels_tuned") == 0
     assert total(warm, "bypassed") == 0
-    assert total(warm, "from_cache") == total(warm, "graphs") > 10
+    assert total(warm, "from_cache") == total(warm, "graphs") >= 10
     assert warm.compilation is not None and warm.compilation.late_graphs == 0
     assert [line.split(": ")[2].split(",")[0] for line in warm.compilation.cache] == ["used"], warm.compilation.cache
     kept.unlink()

@@ -27,7 +27,7 @@ LONG = (
     "{steps: 100, batch_tokens: 4096, window_blocks: {short: 2, long: 4}, token_weights: [1, 0.5, 0.25], lr_factor: 1},"
     "{steps: 90, batch_tokens: 6144, window_blocks: {short: 3, long: 6}, token_weights: [1, 0.5], lr_factor: 1.2},"
     "{steps: 8, batch_tokens: 8192, window_blocks: {short: 4, long: 9}, token_weights: [1], lr_factor: 1.4}]",
-    "evaluation={every: 50, tokens: 16384, micro_batch_tokens: 4096, target_loss: null}",
+    "evaluation={every: 50, tokens: 16384, micro_batch_tokens: 2048, target_loss: null}",
 )
 
 
@@ -74,7 +74,9 @@ def test_in_fp32_parameters_are_those_of_one_gpu(count: int, bigram_gradient: st
     for found, expected in zip(losses(path), losses(tmp_path / "one"), strict=True):
         assert found == pytest.approx(expected, rel=1e-4)
     one, several = newest_state(tmp_path / "one")["model"], newest_state(path)["model"]
-    for name, expected_tensor in one.items():
+    tensors = {name: value for name, value in one.items() if isinstance(value, torch.Tensor)}
+    assert tensors.keys() >= {"attn", "mlp", "lm_head", "bigram_embed"}
+    for name, expected_tensor in tensors.items():
         difference = (several[name] - expected_tensor).norm()
         assert difference <= 1e-3 * expected_tensor.norm() + 1e-6 * expected_tensor.numel() ** 0.5, name
     assert len({rank.device_uuid for rank in read_record(path).hardware.ranks}) == count
