@@ -284,6 +284,9 @@ class RuntimeSpec(Strict):
     mlp_precision: Literal["auto", "fp8", "bf16"] = Field(
         default="auto", description="of the MLP's products in training, for record89; fp8 is emulated on a CPU"
     )
+    cuda_graphs: Literal["auto", "off"] = Field(
+        default="auto", description="auto: compiled micro-steps of the record models are recorded and replayed on a GPU"
+    )
     deterministic: bool = Field(default=False, description="deterministic algorithms, at a cost in speed")
     bigram_gradient: Literal["dense", "sparse", "auto"] = Field(
         default="dense",

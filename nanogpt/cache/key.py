@@ -30,7 +30,7 @@ FORMAT = 1
 
 # What a graph is traced from and what it calls. Formulas of backward passes, which are in no graph that torch makes its
 # keys from, are in kernels/.
-SOURCES = ("kernels", "layers", "models", "optim", "training/paths.py", "training/trainer.py")
+SOURCES = ("kernels", "layers", "models", "optim", "training/paths.py", "training/trainer.py", "training/micro_step.py")
 
 PACKAGES = (
     "torch",
@@ -225,6 +225,7 @@ STAYS_OUTSIDE = frozenset(
         "hardware.gpu",
         "hardware.gpus_per_node",
         "hardware.nodes",
+        "runtime.cuda_graphs",  # the same code, launched otherwise
         "checkpoint.every",
         "checkpoint.at_end",
         "checkpoint.keep",

@@ -13,7 +13,15 @@ from dataclasses import dataclass
 
 import torch
 
-MODULES = ("attention", "head_mixing", "relu_squared_mlp", "cross_entropy", "symmetric_matmul", "transpose")
+MODULES = (
+    "attention",
+    "head_mixing",
+    "relu_squared_mlp",
+    "cross_entropy",
+    "row_gradients",
+    "symmetric_matmul",
+    "transpose",
+)
 
 
 @dataclass(frozen=True)

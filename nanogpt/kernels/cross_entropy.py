@@ -69,8 +69,8 @@ def head_loss_reference(
         n = max(x.shape[0] - k, 0)
         loss = loss + weight * (lse[:n] - z[:n].gather(1, targets[k:, None]).squeeze(1)).sum()
     if prefixes is not None and prefix_weight is not None:
-        has = prefixes >= 0
-        loss = loss + prefix_weight * (lse[has] - z[has].gather(1, prefixes[has, None]).squeeze(1)).sum()
+        nats = lse - z.gather(1, prefixes.clamp(min=0)[:, None]).squeeze(1)
+        loss = loss + prefix_weight * torch.where(prefixes >= 0, nats, 0).sum()
     return loss
 
 
@@ -100,7 +100,8 @@ def head_loss(
     is emulated: the same roundings around fp32 products.
 
     bf16 tensors on a GPU take the Triton kernel; fp8 its products in 8 bits where the GPU is Hopper or newer and T, D
-    and V are multiples of 16. Everything else goes the plain path, and with `plain` everything does.
+    and V are multiples of 16. Everything else goes the plain path, and with `plain` everything does; which on a GPU, in
+    bf16 or wider, is `head_loss_reference`, for a compiler to make what it can of it.
 
     The values of `weights` and `prefix_weight` may change from call to call without recompilation; the number K and
     whether there are prefixes are part of the compiled code.
@@ -118,6 +119,9 @@ def head_loss(
     need_grad = torch.is_grad_enabled() and (x.requires_grad or lm_head.requires_grad)
     constants = {"cap": cap, "shift": shift, "scale": scale, "need_grad": need_grad}
     fp8 = precision == "fp8"
+    if plain and x.is_cuda and not fp8:
+        terms = {"prefixes": prefixes, "prefix_weight": prefix_weight}
+        return head_loss_reference(x, lm_head, targets, weights, **terms, cap=cap, shift=shift, scale=scale)
     if plain or not _runs_kernel(x, lm_head, fp8):
         return _plain_head_loss(x, lm_head, targets, weights, prefixes, prefix_weight, **constants, fp8=fp8)[0]
     weights = weights.float()

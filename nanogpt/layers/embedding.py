@@ -62,13 +62,3 @@ def value_gate(
     """`head_gate` that reads the leading channels of both, half of its inputs each: (T, heads, 1)."""
     half = weight.shape[1] // 2
     return head_gate(torch.cat((u[:, :half], value_embedding[:, :half]), dim=1), weight)
-
-
-def look_up_tables(
-    tokens: Tensor,  # (T,) integers
-    tables: Tensor,  # (n * rows, D): n tables one after another
-    rows: int,
-) -> tuple[Tensor, ...]:
-    """Each table's (T, D), from one lookup so that there is one gradient to make."""
-    offsets = torch.arange(tables.shape[0] // rows, device=tokens.device, dtype=torch.int64) * rows
-    return F.embedding(offsets[:, None] + tokens, tables).unbind()

@@ -102,6 +102,7 @@ class Gpt2(LanguageModel):
         windows: Windows | RunTimeWindows,
         token_weights: Tensor,
         prefix_weight: Tensor | None = None,
+        embedded: tuple[Tensor, ...] | None = None,
     ) -> Tensor:
         """Mean cross-entropy of the next token; `token_weights` is [1] and there are no prefixes for this model."""
         return token_weights[0] * self._mean_loss(self(batch.inputs, batch.cu_seqlens, windows), batch.targets)

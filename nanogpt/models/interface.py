@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogpt.kernels.dispatch import run_time_number
@@ -61,6 +62,24 @@ class TokenBatch(Protocol):
         """An upper bound of a document's length."""
 
 
+@dataclass(frozen=True)
+class LookUp:
+    """The rows of a table that a micro-batch's tokens read."""
+
+    parameter: nn.Parameter  # (n, D)
+    rows: Tensor  # (T,) integers; look-ups with the same rows share the tensor
+    first: int = 0  # row of the parameter from which `rows` count
+    count: int | None = None  # of rows that may be read; None: all
+
+    def part(self, full: Tensor) -> Tensor:
+        """What `rows` count in, of the parameter or its gradient (n, D): a view."""
+        return full if self.count is None else full[self.first : self.first + self.count]
+
+    def read(self) -> Tensor:
+        """The rows, (T, D), as a leaf: their gradient stays with it, to be added to the table's."""
+        return F.embedding(self.rows, self.part(self.parameter.detach())).requires_grad_()
+
+
 class LanguageModel(nn.Module):
     """Base of the models. A parameter's name is its label in the optimizer's tables."""
 
@@ -74,13 +93,19 @@ class LanguageModel(nn.Module):
         windows: Windows | RunTimeWindows,
         token_weights: Tensor,
         prefix_weight: Tensor | None = None,
+        embedded: tuple[Tensor, ...] | None = None,
     ) -> Tensor:
         """The micro-batch's training loss, a scalar in fp32; the trainer multiplies it by 1 / accumulation steps.
 
         token_weights: (K,) fp32, the loss weight of the k-th next token. prefix_weight: () fp32, that of the next
-        token's prefix (see `set_prefixes`); None where the step has no such term.
+        token's prefix (see `set_prefixes`); None where the step has no such term. embedded: what `look_ups` reads, in
+        its order, where the caller sees to the tables' gradients; None: the model reads, and autograd sees to them.
         """
         raise NotImplementedError
+
+    def look_ups(self, tokens: Tensor) -> tuple[LookUp, ...]:
+        """What `training_loss` reads of large tables for these tokens (T,), and may be handed as `embedded`."""
+        return ()
 
     def training_loss_scale(self, batch: TokenBatch) -> float:
         """What `training_loss` is divided by to be a loss per token, for the log."""

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogpt.kernels.attention import takes_tensors
 from nanogpt.kernels.cross_entropy import head_loss, head_mean_loss, softcap
 from nanogpt.kernels.relu_squared_mlp import relu_squared_mlp, relu_squared_mlp_plain
+from nanogpt.layers.embedding import bigram_hash
 from nanogpt.layers.rotary import Rotary
-from nanogpt.models.interface import LanguageModel, Paths, RunTimeWindows, TokenBatch, Windows
+from nanogpt.models.interface import LanguageModel, LookUp, Paths, RunTimeWindows, TokenBatch, Windows
 from nanogpt.spec_model import RecordModelSpec
 
 Spec = TypeVar("Spec", bound=RecordModelSpec)
 
 
-class RecordModel(LanguageModel, Generic[Spec]):
-    """Base of the record models; `forward` gives the head's input."""
+class Embedded(NamedTuple):
+    """What a micro-batch's tokens read of the tables, each (T, D)."""
 
-    lm_head: nn.Parameter  # (D, V), made by the model itself
+    tokens: Tensor
+    bigrams: Tensor
+    values: tuple[Tensor, ...]  # by value table
+
+
+class RecordModel(LanguageModel, Generic[Spec]):
+    """Base of the record models; `hidden` gives the head's input. The parameters are made by the models themselves."""
+
+    lm_head: nn.Parameter  # (D, V)
+    embed: nn.Parameter  # (V, D)
+    bigram_embed: nn.Parameter  # (bigram rows, D)
+    value_embed: nn.Parameter  # (tables V, D): tables one after another
     prefixes: Tensor  # (V,) int64
 
     def __init__(self, spec: Spec, *, dtype: torch.dtype, max_tokens: int, paths: Paths):
@@ -35,13 +48,42 @@ class RecordModel(LanguageModel, Generic[Spec]):
 
     def forward(self, tokens: Tensor, cu_seqlens: Tensor, max_seqlen: int, windows: Windows | RunTimeWindows) -> Tensor:
         """tokens (T,) int32, cu_seqlens (n,) int32; the last layer's normalised activations, (T, D)."""
+        return self.hidden(tokens, self.embedded(tokens), cu_seqlens, max_seqlen, windows)
+
+    def hidden(
+        self,
+        tokens: Tensor,  # (T,) int32
+        embedded: Embedded,
+        cu_seqlens: Tensor,  # (n,) int32
+        max_seqlen: int,
+        windows: Windows | RunTimeWindows,
+        *,
+        training: bool = False,
+    ) -> Tensor:
+        """The last layer's normalised activations, (T, D). `training`: as the training loss is computed."""
         raise NotImplementedError
 
-    def training_forward(
-        self, tokens: Tensor, cu_seqlens: Tensor, max_seqlen: int, windows: Windows | RunTimeWindows
-    ) -> Tensor:
-        """`forward`, unless a model computes otherwise in training."""
-        return self(tokens, cu_seqlens, max_seqlen, windows)
+    def embedded(self, tokens: Tensor) -> Embedded:
+        """The tables' rows of tokens (T,)."""
+        tables = self.value_embed.unflatten(0, (-1, self.spec.padded_vocab_size))
+        return Embedded(
+            F.embedding(tokens, self.embed),
+            F.embedding(self._bigram_rows(tokens), self.bigram_embed),
+            tuple(F.embedding(tokens, table) for table in tables.unbind()),
+        )
+
+    def look_ups(self, tokens: Tensor) -> tuple[LookUp, ...]:
+        """As `embedded`: token, bigram, then the value tables."""
+        rows = self.spec.padded_vocab_size
+        tables = range(0, self.value_embed.shape[0], rows)
+        return (
+            LookUp(self.embed, tokens),
+            LookUp(self.bigram_embed, self._bigram_rows(tokens)),
+            *(LookUp(self.value_embed, tokens, first, rows) for first in tables),
+        )
+
+    def _bigram_rows(self, tokens: Tensor) -> Tensor:
+        return bigram_hash(tokens, self.spec.bigram_rows, self.spec.bigram_multipliers)
 
     def window(self, layer: int, windows: Windows | RunTimeWindows) -> int | Tensor:
         """The layer's window in tokens."""
@@ -57,9 +99,14 @@ class RecordModel(LanguageModel, Generic[Spec]):
         windows: Windows | RunTimeWindows,
         token_weights: Tensor,
         prefix_weight: Tensor | None = None,
+        embedded: tuple[Tensor, ...] | None = None,
     ) -> Tensor:
         """Weighted multi-token cross-entropy, summed over the micro-batch's tokens."""
-        x = self.training_forward(batch.inputs, batch.cu_seqlens, batch.max_seqlen, windows)
+        if embedded is None:
+            read = self.embedded(batch.inputs)
+        else:
+            read = Embedded(embedded[0], embedded[1], embedded[2:])
+        x = self.hidden(batch.inputs, read, batch.cu_seqlens, batch.max_seqlen, windows, training=True)
         cap = self.spec.softcap
         return head_loss(
             x,

@@ -20,17 +20,16 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogpt.kernels.head_mixing import mix_heads, normalized_weights
 from nanogpt.layers.attention import head_attention, remove_own_value, turned_queries_keys
 from nanogpt.layers.dense_connections import token_numbers, weighted_sum
-from nanogpt.layers.embedding import bigram_hash, bigram_sign, look_up_tables, smear, value_gate
+from nanogpt.layers.embedding import bigram_sign, smear, value_gate
 from nanogpt.layers.fp8_mlp import Fp8Mlp
 from nanogpt.layers.norm import norm
 from nanogpt.models.interface import Paths, RunTimeWindows, Windows
-from nanogpt.models.record import RecordModel
+from nanogpt.models.record import Embedded, RecordModel
 from nanogpt.spec_model import Record89ModelSpec
 
 CONNECTIONS_INTO_LAST, CONNECTIONS_AFTER_LAST = 14, 5  # numbers a token that the two MUDD nets make
@@ -163,20 +162,19 @@ class Record89(RecordModel[Record89ModelSpec]):
         w2, bias = self.mudd_w2[net], self.mudd_b2[net]
         return token_numbers(x, self.mudd_w1[net], w2[:count], bias[:count], self.spec.mudd.scale).split(1, dim=1)
 
-    def forward(self, tokens: Tensor, cu_seqlens: Tensor, max_seqlen: int, windows: Windows | RunTimeWindows) -> Tensor:
-        """tokens (T,) int32, cu_seqlens (n,) int32; the last layer's normalised activations, (T, D)."""
-        return self._hidden(tokens, cu_seqlens, max_seqlen, windows, fp8=False)
-
-    def training_forward(
-        self, tokens: Tensor, cu_seqlens: Tensor, max_seqlen: int, windows: Windows | RunTimeWindows
+    def hidden(
+        self,
+        tokens: Tensor,  # (T,) int32
+        embedded: Embedded,
+        cu_seqlens: Tensor,  # (n,) int32
+        max_seqlen: int,
+        windows: Windows | RunTimeWindows,
+        *,
+        training: bool = False,
     ) -> Tensor:
-        """`forward` with the MLPs in the precision of `paths`."""
-        return self._hidden(tokens, cu_seqlens, max_seqlen, windows, fp8=self.fp8_mlp.active)
-
-    def _hidden(
-        self, tokens: Tensor, cu_seqlens: Tensor, max_seqlen: int, windows: Windows | RunTimeWindows, *, fp8: bool
-    ) -> Tensor:
+        """The last layer's normalised activations, (T, D). In training the MLPs have the precision of `paths`."""
         spec, last = self.spec, self.last
+        fp8 = training and self.fp8_mlp.active
         smear_scale, skip_scale = self.scalars[2 * spec.layers :].unbind()
         resid, post = (lambdas.to(self.embed.dtype) for lambdas in (self.resid_lambdas, self.post_lambdas))
         # Banks are taken apart once: one concatenation puts their gradients together again.
@@ -204,10 +202,9 @@ class Record89(RecordModel[Record89ModelSpec]):
             up, down = up_weights[layer], down_weights[layer]
             return self.fp8_mlp(layer, u, up, down) if fp8 else self.mlp_function(u, up, down)
 
-        x0 = norm(smear(F.embedding(tokens, self.embed), self.smear_gate, smear_scale))
-        bigram = F.embedding(bigram_hash(tokens, spec.bigram_rows, spec.bigram_multipliers), self.bigram_embed)
-        bigram = bigram * bigram_sign(tokens, self.bigram_signs)
-        tables = look_up_tables(tokens, self.value_embed, spec.padded_vocab_size)
+        x0 = norm(smear(embedded.tokens, self.smear_gate, smear_scale))
+        bigram = embedded.bigrams * bigram_sign(tokens, self.bigram_signs)
+        tables = embedded.values
         values = dict(zip(spec.value_embed_layers, tables, strict=True))
 
         gates = self._gates(x0, late=False)

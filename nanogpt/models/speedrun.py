@@ -15,14 +15,14 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogpt.layers.attention import head_attention, turned_queries_keys
-from nanogpt.layers.embedding import bigram_hash, head_gate, look_up_tables, smear
+from nanogpt.layers.embedding import head_gate, smear
 from nanogpt.layers.norm import norm
+from nanogpt.layers.residual import add
 from nanogpt.models.interface import Paths, RunTimeWindows, Windows
-from nanogpt.models.record import RecordModel
+from nanogpt.models.record import Embedded, RecordModel
 from nanogpt.spec_model import SpeedrunModelSpec
 
 
@@ -73,14 +73,17 @@ class Speedrun(RecordModel[SpeedrunModelSpec]):
             )
         )
 
-    def forward(
+    def hidden(
         self,
         tokens: Tensor,  # (T,) int32
+        embedded: Embedded,
         cu_seqlens: Tensor,  # (n,) int32
         max_seqlen: int,
         windows: Windows | RunTimeWindows,
+        *,
+        training: bool = False,
     ) -> Tensor:
-        """The last layer's normalised activations, (T, D), which the head reads."""
+        """The last layer's normalised activations, (T, D), which the head reads; the same in training."""
         spec, layers, d = self.spec, self.spec.layers, self.spec.width
         residual_scale, rest = self.scalars[:layers], self.scalars[layers:]
         attention_scales, rest = rest[: 2 * layers].view(layers, 2), rest[2 * layers :]
@@ -89,10 +92,9 @@ class Speedrun(RecordModel[SpeedrunModelSpec]):
         qkv_weights, out_weights = (part.unbind() for part in self.attn.split((3 * d, d), dim=1))
         up_weights, down_weights = (part.unbind() for part in self.mlp.unbind(1))
 
-        x = x0 = norm(smear(F.embedding(tokens, self.embed), self.smear_gate, smear_scale))
-        bigram = F.embedding(bigram_hash(tokens, spec.bigram_rows, spec.bigram_multipliers), self.bigram_embed)
-        tables = look_up_tables(tokens, self.value_embed, spec.padded_vocab_size)
-        values = dict(zip(spec.value_embed_layers, tables, strict=True))
+        x = x0 = norm(smear(embedded.tokens, self.smear_gate, smear_scale))
+        bigram = embedded.bigrams
+        values = dict(zip(spec.value_embed_layers, embedded.values, strict=True))
         skipped = middle = x  # both are set before they are read
 
         for layer in range(layers):
@@ -108,8 +110,8 @@ class Speedrun(RecordModel[SpeedrunModelSpec]):
                 qkv_weight = attention_scales[layer, 0] * qkv_weights[row]
                 out_weight = attention_scales[layer, 1] * out_weights[row]
                 y = self._attention(layer, norm(x), qkv_weight, values.get(layer), cu_seqlens, max_seqlen, windows)
-                x = x + y @ out_weight.mT
-            x = x + self.mlp_function(norm(x), up_weights[layer], down_weights[layer])
+                x = add(x, y @ out_weight.mT)
+            x = add(x, self.mlp_function(norm(x), up_weights[layer], down_weights[layer]))
             if layer == spec.skip.from_layer:
                 skipped = x
             if layer == spec.backout_layer:

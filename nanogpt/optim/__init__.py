@@ -21,10 +21,12 @@ def build_optimizer(
     compiled: bool = False,
     plain_kernels: bool = False,
     touched: TouchedRows | None = None,
+    keep_gradients: bool = False,
 ) -> Optimizer:
     """The spec's optimizer for `model`. `compiled`: the update formulas go through torch.compile.
 
     `plain_kernels`: plain PyTorch also where a Triton kernel could run. `touched`: of the bigram table.
+    `keep_gradients`: clear them in place; for the record models.
     """
     from nanogpt.optim.adamw import AdamW
     from nanogpt.optim.normuon_adam import NorMuonAdam
@@ -32,5 +34,11 @@ def build_optimizer(
     if isinstance(spec.optimizer, AdamWSpec):
         return AdamW(model, spec.optimizer, communicator)
     return NorMuonAdam(
-        model, spec.optimizer, communicator, compiled=compiled, plain_kernels=plain_kernels, touched=touched
+        model,
+        spec.optimizer,
+        communicator,
+        compiled=compiled,
+        plain_kernels=plain_kernels,
+        touched=touched,
+        keep_gradients=keep_gradients,
     )

@@ -32,6 +32,7 @@ class NorMuonAdam:
     """See the module. Parameters are looked up by label among the model's named parameters.
 
     `touched`: the rows of `bigram_embed` that the gradients have, for sparse communication; the trainer adds to it.
+    `keep_gradients`: their memory stays and is cleared in place, for those who have recorded where it is.
     """
 
     def __init__(
@@ -43,8 +44,11 @@ class NorMuonAdam:
         compiled: bool = False,
         plain_kernels: bool = False,
         touched: TouchedRows | None = None,
+        keep_gradients: bool = False,
     ):
         self.touched = touched
+        self.keep_gradients = keep_gradients
+        self.gathering = False  # Adam's gradients are on their way from one of its steps to the next
         self.spec = spec
         self.communicator = communicator
         self.parameters = dict(model.named_parameters())
@@ -118,7 +122,7 @@ class NorMuonAdam:
             else:
                 self._update_adam(labels, own, gradients, rates)
             for p in together:
-                self.parameters[p.label].grad = None
+                self._clear(p.label)
                 if p.sharded:
                     gathers[p.label] = self.communicator.gather(self._view(p, self.parameters[p.label].data))
 
@@ -126,11 +130,19 @@ class NorMuonAdam:
             if HEAD in gathers:
                 gathers.pop(HEAD).wait()
             transpose_copy(self.parameters[HEAD].data, self.parameters[TIED].data)
-            self.parameters[TIED].grad = None
+            self._clear(TIED)
             if rates.split:
                 self._split()
         for gather in gathers.values():
             gather.wait()
+        self.gathering = not rates.adam_step
+
+    def _clear(self, label: str) -> None:
+        gradient = self.parameters[label].grad
+        if self.keep_gradients and gradient is not None:
+            gradient.zero_()
+        else:
+            self.parameters[label].grad = None
 
     def _gradient(self, label: str) -> Tensor:
         gradient = self.parameters[label].grad
@@ -235,7 +247,7 @@ class NorMuonAdam:
             for label, state in self.state.items()
         }
         pending = {}
-        for label in self.spec.adam.groups:
+        for label in self.spec.adam.groups if self.gathering else ():
             gradient = self.parameters[label].grad
             if gradient is not None:
                 pending[label] = self.communicator.average(gradient.clone()).wait()
@@ -248,7 +260,7 @@ class NorMuonAdam:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a `state_dict` of any world size; tensors are copied."""
+        """Take over a `state_dict` of any world size; tensors are copied. Other gradients are cleared."""
         self.tied = state["tied"]
         self.adam_counts = dict(state["adam_counts"])
         if self.tied:
@@ -264,6 +276,11 @@ class NorMuonAdam:
                 self.touched.forget()
             else:
                 self.touched.clear()
+        self.gathering = bool(state["pending_gradients"])
         for label, parameter in self.parameters.items():
-            gradient = state["pending_gradients"].get(label)
-            parameter.grad = None if gradient is None else gradient.to(parameter.device, parameter.dtype, copy=True)
+            self._clear(label)
+            if (gradient := state["pending_gradients"].get(label)) is None:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter)
+            parameter.grad.copy_(gradient)

@@ -37,7 +37,7 @@ def graph_jobs(trainer: Trainer) -> list[Callable[[], None]]:
         batches = trainer.train_batches.next_step(
             settings.batch_tokens, settings.max_document_tokens, settings.max_documents
         )
-        trainer.training_loss(batches[0], *trainer.loss_arguments(settings)).backward()
+        trainer.micro_step.compute(batches[0], trainer.loss_arguments(settings))
         for parameter in trainer.model.parameters():
             parameter.grad = None
         trainer.train_batches.restart()

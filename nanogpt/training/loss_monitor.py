@@ -11,6 +11,8 @@ from torch import Tensor
 
 from nanogpt.errors import RunError
 
+MOST_AHEAD = 2  # steps that the host may have launched and the device not finished
+
 
 class SeenLoss(NamedTuple):
     """A step's training loss, per token, and how long it waited for data on the rank that waited longest."""
@@ -21,7 +23,11 @@ class SeenLoss(NamedTuple):
 
 
 class LossMonitor:
-    """Takes each step's loss on the device and hands it out once it has arrived on the host."""
+    """Takes each step's loss on the device and hands it out once it has arrived on the host.
+
+    It also keeps the host from running away: with steps that are launched as graphs it would soon be minutes ahead,
+    deaf to signals and blind to a loss that is not finite.
+    """
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
@@ -47,7 +53,7 @@ class LossMonitor:
         while self._waiting:
             step, loss, event = self._waiting[0]
             if event is not None and not event.query():
-                if not wait:
+                if not wait and len(self._waiting) <= MOST_AHEAD:
                     break
                 event.synchronize()
             self._waiting.popleft()

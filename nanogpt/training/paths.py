@@ -9,7 +9,7 @@ import torch
 from nanogpt.kernels.attention import select_attention_backend
 from nanogpt.kernels.fp8_head import select_head_precision
 from nanogpt.models.interface import Paths
-from nanogpt.spec import Gpt2ModelSpec, Record89ModelSpec, RunSpec
+from nanogpt.spec import Gpt2ModelSpec, Record89ModelSpec, RecordModelSpec, RunSpec
 
 
 def choose_paths(spec: RunSpec, device: torch.device) -> tuple[Paths, list[str]]:
@@ -35,6 +35,13 @@ def choose_paths(spec: RunSpec, device: torch.device) -> tuple[Paths, list[str]]
         lines.append(f"MLP precision: {mlp_precision}: {reason}")
         paths = replace(paths, mlp_precision=mlp_precision)
     return paths, lines
+
+
+def records_graphs(spec: RunSpec, device: torch.device) -> bool:
+    """Whether micro-steps are recorded as CUDA graphs (`nanogpt.training.micro_step`)."""
+    runtime = spec.runtime
+    fast = device.type == "cuda" and compiles(spec, device) and runtime.kernels == "auto"
+    return fast and runtime.cuda_graphs == "auto" and isinstance(spec.model, RecordModelSpec)
 
 
 def compiles(spec: RunSpec, device: torch.device) -> bool:

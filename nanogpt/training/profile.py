@@ -29,7 +29,7 @@ PARTS = {
     "Polar Express: symmetric products": r"_symmetric_product_kernel",
     "DC correction": r"_mix_heads",
     "tied head: transposes": r"_transposed_add_kernel",
-    "embeddings' gradients": r"embedding_dense_backward|indexing_backward|index_add",
+    "embeddings' gradients": r"embedding_dense_backward|_add_(within|across)_blocks_kernel|[Rr]adix_?[Ss]ort",
     "compiled elementwise work and reductions": r"^triton_",
     "copies and fills": r"^Mem(cpy|set)|elementwise_kernel|copy_kernel|fill",
 }

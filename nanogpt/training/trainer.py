@@ -47,7 +47,8 @@ from nanogpt.training.checkpoint import load_newest_checkpoint, rehearse, save_c
 from nanogpt.training.clock import Clock
 from nanogpt.training.compilation import compiled_graphs, recompilation_reasons
 from nanogpt.training.devices import unlike_devices
-from nanogpt.training.paths import choose_paths, compiles
+from nanogpt.training.micro_step import MicroStep
+from nanogpt.training.paths import choose_paths, compiles, records_graphs
 from nanogpt.training.recorder import RunRecorder, describe_rank, end_state
 from nanogpt.training.report import Reporter
 from nanogpt.training.schedule import Schedule, StepSettings
@@ -177,7 +178,6 @@ class Trainer:
         self.cache = cache or CompileCache()
         self.startup = startup or StartUp()
         self.schedule = Schedule(spec)
-        self.grad_scale = 1 / spec.accumulation_steps
         self.clock = Clock(world)
         self.next_step = 0
         self._windows_of = 0  # the step whose windows the model has
@@ -225,6 +225,7 @@ class Trainer:
             compiled=self.compiled,
             plain_kernels=paths.plain_kernels,
             touched=self.touched,
+            keep_gradients=records_graphs(spec, world.device),
         )
         ranks = world.gather(describe_rank(world))
         if world.is_main and (warning := unlike_devices(ranks)):
@@ -234,7 +235,13 @@ class Trainer:
         self._vocabulary: list[bytes] | None = None
         if any(stage.prefix_weight for stage in spec.training.all_stages):
             self._vocabulary = gpt2_tokens()[: spec.model.vocab_size]
-        self.training_loss = self._compile(self.model.training_loss)
+        self.micro_step = MicroStep(
+            self.model,
+            self._compile(self.model.training_loss),
+            grad_scale=1 / spec.accumulation_steps,
+            plain_kernels=paths.plain_kernels,
+            record=records_graphs(spec, world.device),
+        )
         self.evaluation_loss = self._compile(self.model.evaluation_loss)
         self.reporter = Reporter(
             spec, self.schedule, world, run, ReferenceWatch(spec, data_directory) if world.is_main else None
@@ -288,7 +295,7 @@ class Trainer:
         phases = self.startup.phases()
         table = phases_table(phases) if self.spec.training.warmup else []
         self._say(table)
-        for line in (*self.path_lines, *self.cache.lines, *table):
+        for line in (*self.path_lines, *self.micro_step.lines(), *self.cache.lines, *table):
             self.reporter.note(line)
         self.reporter.start(self.next_step, resumed=resumed)
         graphs, recompiled = compiled_graphs(), len(recompilation_reasons())
@@ -374,9 +381,8 @@ class Trainer:
         report[1 + self.world.rank] = 1000 * waited * self.world.size
         told = self._to_device(tuple(report))
         for batch in batches:
-            loss = self.training_loss(batch, *arguments)
-            (loss * self.grad_scale).backward()
-            told[0] += loss.detach() * (self.grad_scale / self.model.training_loss_scale(batch))
+            loss = self.micro_step(batch, arguments, stage=settings.stage)
+            told[0] += loss * (self.micro_step.grad_scale / self.model.training_loss_scale(batch))
         # Ahead of the gradients: when the optimizer is done, it has long arrived.
         average = self.world.communicator.average(told)
         self.optimizer.step(settings.rates)
@@ -463,7 +469,6 @@ class Trainer:
             with torch.no_grad():
                 for parameter, start in zip(self.model.parameters(), parameters, strict=True):
                     parameter.copy_(start)
-                    parameter.grad = None
             self.optimizer.load_state_dict(optimizer_state)
             self.model.restart()
             self._windows_of = 0

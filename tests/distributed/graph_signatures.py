@@ -19,7 +19,7 @@ def describe(value: Any) -> Any:
     """Of a tensor what a graph depends on; of anything else the value."""
     if isinstance(value, torch.Tensor):
         return [list(value.shape), list(value.stride()), str(value.dtype), value.requires_grad, str(value.device)]
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [describe(item) for item in value]
     if hasattr(value, "inputs"):  # a micro-batch
         return [describe(value.inputs), describe(value.targets), describe(value.cu_seqlens), value.max_seqlen]
@@ -36,15 +36,15 @@ def main(recipe: str, data: str, out: str, *world_sizes: str) -> None:
     def spy(owner: Any, name: str) -> None:
         function = getattr(owner, name)
 
-        def call(*arguments: Any) -> Any:
-            seen.add(json.dumps([name, *map(describe, arguments)]))
-            return function(*arguments)
+        def call(*arguments: Any, **named: Any) -> Any:
+            seen.add(json.dumps([name, *map(describe, arguments), {key: describe(x) for key, x in named.items()}]))
+            return function(*arguments, **named)
 
         setattr(owner, name, call)
 
     with join_world(spec) as world, Trainer(spec, world, run=None, data_directory=Path(data)) as trainer:
         for owner, name in (
-            (trainer, "training_loss"),
+            (trainer.micro_step, "training_loss"),
             (trainer, "evaluation_loss"),
             (trainer.optimizer, "_adam"),
             (trainer.optimizer, "_normuon"),

@@ -49,6 +49,7 @@ from nanogpt.optim.normuon_adam import NorMuonAdam
 from nanogpt.recipe import load_recipe
 from nanogpt.spec import RunSpec
 from nanogpt.spec_model import Record89ModelSpec
+from nanogpt.training.micro_step import MicroStep
 
 
 @dataclass(frozen=True)
@@ -259,13 +260,15 @@ def make_steps(spec: RunSpec, paths: Paths) -> None:
         else:
             model = Speedrun(spec.model, dtype=dtype, max_tokens=tokens, paths=paths)
     optimizer = NorMuonAdam(model, spec.optimizer, Communicator())
+    micro_step = MicroStep(model, model.training_loss, grad_scale=1.0)
     windows = Windows(short=training.window_block, long=3 * training.window_block).at_run_time()
     for stage in training.all_stages:
         longest = stage.max_document_tokens or training.max_document_tokens
         batch = _micro_batch(stage.batch_tokens // training.slots, longest, stage.max_documents)
         weights = torch.ones(len(stage.token_weights), device="meta")
         prefix_weight = torch.ones((), device="meta") if stage.prefix_weight else None
-        model.training_loss(batch, windows, weights, prefix_weight).backward()
+        arguments = (windows, weights) if prefix_weight is None else (windows, weights, prefix_weight)
+        micro_step.compute(batch, arguments)
     optimizer.step(StepRates(lr_factor=1.0, momentum=0.9))
     model.weights_changed(0)
     for ranks in (2, 4, 8):

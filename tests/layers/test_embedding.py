@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from nanogpt.layers.embedding import bigram_hash, bigram_sign, head_gate, look_up_tables, smear, value_gate
+from nanogpt.layers.embedding import bigram_hash, bigram_sign, head_gate, smear, value_gate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -78,10 +78,3 @@ def test_a_value_gate_reads_six_channels_of_each():
         assert gate[t, head, 0].item() == pytest.approx(
             sigma(sum(a * b for a, b in zip(weight[head].tolist(), read, strict=True)))
         )
-
-
-def test_tables_are_looked_up_in_order():
-    tables = torch.arange(12.0).view(6, 2)  # three tables of two rows
-    tokens = torch.tensor([1, 0, 1], dtype=torch.int32)
-    looked_up = look_up_tables(tokens, tables, 2)
-    assert [table[:, 0].tolist() for table in looked_up] == [[2, 0, 2], [6, 4, 6], [10, 8, 10]]

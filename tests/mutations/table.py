@@ -29,6 +29,8 @@ OPTIMIZER = "nanogpt/optim/normuon_adam.py"
 PLAN = "nanogpt/optim/plan.py"
 SCHEDULE = "nanogpt/training/schedule.py"
 TRAINER = "nanogpt/training/trainer.py"
+MICRO_STEP = "nanogpt/training/micro_step.py"
+ROWS = "nanogpt/kernels/row_gradients.py"
 BATCHES = "nanogpt/data/batches.py"
 DOCUMENTS = "nanogpt/data/documents_index.py"
 RECIPE = "recipes/speedrun.yaml"
@@ -36,7 +38,11 @@ RECIPE = "recipes/speedrun.yaml"
 _TESTS: dict[str, tuple[str, ...]] = {
     SPEEDRUN: ("tests/models/test_speedrun.py",),
     RECORD89: ("tests/models/test_record89.py", "tests/optim/test_record89_steps.py"),
-    RECORD: ("tests/models/test_speedrun.py", "tests/models/test_record89.py"),
+    RECORD: (
+        "tests/models/test_speedrun.py",
+        "tests/models/test_record89.py",
+        "tests/training/test_micro_step.py",
+    ),
     HEADS: (
         "tests/layers/test_attention_layer.py",
         "tests/models/test_speedrun.py",
@@ -73,6 +79,8 @@ _TESTS: dict[str, tuple[str, ...]] = {
         "tests/optim/test_micro_steps.py",
         "tests/training/test_trainer.py::test_each_stage_brings_its_batch_windows_weights_and_yarn",
     ),
+    MICRO_STEP: ("tests/training/test_micro_step.py", "tests/optim/test_micro_steps.py"),
+    ROWS: ("tests/kernels/test_row_gradients.py", "tests/training/test_micro_step.py"),
     BATCHES: ("tests/data/test_batches.py",),
     DOCUMENTS: ("tests/data/test_batches.py",),
     RECIPE89: (
@@ -264,7 +272,7 @@ _add(
     "one for all tables",
     ("self.ve_gate_bank[self.value_table[layer]]", "self.ve_gate_bank[0]"),
 )
-_add("value embeddings", EMBEDDING, "tables in reverse order", ("offsets[:, None]", "offsets.flip(0)[:, None]"))
+_add("value embeddings", RECORD, "tables in reverse order", ("in tables.unbind())", "in tables.flip(0).unbind())"))
 _add("value embeddings", SPEEDRUN, "instead of v", ("v = v + gate * value", "v = gate * value"))
 _add("MLP", SPEEDRUN, "input not normalised", ("mlp_function(norm(x)", "mlp_function(x"))
 _add("MLP", MLP, "no square", ("torch.relu(u @ up.mT).square()", "torch.relu(u @ up.mT)"))
@@ -445,7 +453,7 @@ _add(
     "embed not refreshed",
     ("transpose_copy(self.parameters[HEAD].data, self.parameters[TIED].data)", "pass"),
 )
-_add("tied head", OPTIMIZER, "embed's gradient not cleared", ("            self.parameters[TIED].grad = None\n", ""))
+_add("tied head", OPTIMIZER, "embed's gradient not cleared", ("            self._clear(TIED)\n", ""))
 _add("split", OPTIMIZER, "never", ("if rates.split:", "if False:"))
 _add(
     "split",
@@ -487,8 +495,8 @@ _add(
     OPTIMIZER,
     "averaged over two steps",
     (
-        "            gradient = reductions.pop(p.label).wait()",
-        "            gradient = reductions.pop(p.label).wait() / (1 if p.bank else 2)",
+        "[reductions.pop(label).wait() for",
+        "[reductions.pop(label).wait() / (1 if self.plans[label].bank else 2) for",
     ),
 )
 _add(
@@ -496,16 +504,32 @@ _add(
     OPTIMIZER,
     "banks' kept",
     (
-        "            self.parameters[p.label].grad = None\n",
-        "            if not p.bank:\n                self.parameters[p.label].grad = None\n",
+        "                self._clear(p.label)\n",
+        "                if not p.bank:\n                    self._clear(p.label)\n",
     ),
 )
-_add("gradient scale", TRAINER, "none", ("(loss * self.grad_scale).backward()", "loss.backward()"))
+_add("gradient scale", MICRO_STEP, "none", ("(loss * self.grad_scale).backward()", "loss.backward()"))
 _add(
     "gradient scale",
     TRAINER,
     "1/accumulation twice",
-    ("self.grad_scale = 1 / spec.accumulation_steps", "self.grad_scale = 1 / spec.accumulation_steps**2"),
+    ("grad_scale=1 / spec.accumulation_steps", "grad_scale=1 / spec.accumulation_steps**2"),
+)
+_add(
+    "tables' gradients",
+    MICRO_STEP,
+    "of the first rows",
+    ("look_up.part(look_up.parameter.grad)", "look_up.parameter.grad"),
+)
+_add(
+    "tables' gradients",
+    MICRO_STEP,
+    "one order for all",
+    ("orders.get(id(look_up.rows))", "next(iter(orders.values()), None)"),
+)
+_add("tables' gradients", ROWS, "not added to what is there", ("total.add_(table)", "total"))
+_add(
+    "tables' gradients", RECORD, "first table for all", ("tokens, first, rows) for first", "tokens, 0, rows) for first")
 )
 
 # --- schedule ---
@@ -761,7 +785,7 @@ _add(
 )
 _add("saved start", RECORD89, "x0 for it", ("(start, saved, x))", "(x0, saved, x))"))
 _add("bigrams", RECORD89, "in layer 0 twice", ("if layer > 0:  # it is", "if layer >= 0:  # it is"))
-_add("bigrams", RECORD89, "no signs", ("bigram = bigram * bigram_sign(", "bigram = bigram + 0 * bigram_sign("))
+_add("bigrams", RECORD89, "no signs", ("embedded.bigrams * bigram_sign(", "embedded.bigrams + 0 * bigram_sign("))
 _add("bigram signs", EMBEDDING, "from the sum", ("tokens[1:].bitwise_xor(tokens[:-1])", "(tokens[1:] + tokens[:-1])"))
 _add(
     "bigram signs",
@@ -1080,7 +1104,7 @@ _add(
 _add("delayed scales", FP8_SCALES, "not restored", ("scale.fill_(value)", "pass"))
 _buffer = 'self.register_buffer(f"{kind}_{layer}", torch.ones(()), persistent=False)'
 _add("scales apart", FP8_SCALES, "slices of one tensor", (_buffer, _buffer.replace("ones(())", "ones(12)[layer]")))
-_add("8-bit evaluation", RECORD89, "too", ("windows, fp8=False)", "windows, fp8=self.fp8_mlp.active)"))
+_add("8-bit evaluation", RECORD89, "too", ("fp8 = training and self.fp8_mlp.active", "fp8 = self.fp8_mlp.active"))
 _add("8-bit weights", RECORD89, "do not follow", ("self.fp8_mlp.follow(self.mlp, step)", "pass"))
 _add(
     "8-bit weights",

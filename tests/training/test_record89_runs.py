@@ -95,7 +95,9 @@ def test_each_stage_brings_its_prefixes_and_its_limits(data: Path, monkeypatch: 
     calls: list[tuple[Any, ...]] = []
     original = Record89.training_loss
 
-    def spy(self: Record89, batch: Any, windows: Any, weights: torch.Tensor, prefix_weight: Any = None) -> torch.Tensor:
+    def spy(
+        self: Record89, batch: Any, windows: Any, weights: torch.Tensor, prefix_weight: Any = None, **embedded: Any
+    ) -> torch.Tensor:
         lengths = batch.cu_seqlens.diff()
         assert lengths.max() <= batch.max_seqlen
         weight = None if prefix_weight is None else round(float(prefix_weight), 6)
@@ -103,7 +105,7 @@ def test_each_stage_brings_its_prefixes_and_its_limits(data: Path, monkeypatch: 
         table = prefix_table(gpt2_tokens()[: FIRST_WITH_PREFIX + VOCABULARY], FIRST_WITH_PREFIX + VOCABULARY)
         assert self.prefixes.tolist() == table.tolist()
         assert (self.prefixes[batch.targets] >= 0).float().mean() > 0.8
-        return original(self, batch, windows, weights, prefix_weight)
+        return original(self, batch, windows, weights, prefix_weight, **embedded)
 
     monkeypatch.setattr(Record89, "training_loss", spy)
     train(tiny_spec(model="record89"), data)
@@ -127,11 +129,11 @@ def test_the_prefixes_are_made_inside_the_clock_and_off_in_the_warm_up(
 
     monkeypatch.setattr(trainer_module.Clock, "start", spy_start)
 
-    def spy(self: Record89, *args: Any) -> torch.Tensor:
+    def spy(self: Record89, *args: Any, **embedded: Any) -> torch.Tensor:
         state = "on" if bool((self.prefixes >= 0).any()) else "off"
         if order[-1:] != [state]:
             order.append(state)
-        return loss(self, *args)
+        return loss(self, *args, **embedded)
 
     monkeypatch.setattr(Record89, "training_loss", spy)
     train(tiny_spec("training.warmup=true", model="record89"), data)

@@ -268,9 +268,9 @@ def test_each_stage_brings_its_batch_windows_weights_and_yarn(
         assert float(self.attention_scale()) == scale
         calls.append((kind, batch.inputs.numel(), windows.short, windows.long, weights, scale))
 
-    def spy_training(self: Speedrun, batch: Any, windows: Any, weights: torch.Tensor) -> torch.Tensor:
+    def spy_training(self: Speedrun, batch: Any, windows: Any, weights: torch.Tensor, embedded: Any) -> torch.Tensor:
         note("train", self, batch, windows, tuple(round(w, 6) for w in weights.tolist()))
-        return training(self, batch, windows, weights)
+        return training(self, batch, windows, weights, embedded=embedded)
 
     def spy_evaluation(self: Speedrun, batch: Any, windows: Any) -> torch.Tensor:
         note("eval", self, batch, windows)
@@ -311,8 +311,8 @@ def poison(monkeypatch: pytest.MonkeyPatch, value: float, call: int) -> None:
     """The training loss's call number `call` (from 0) gives `value`."""
     original, calls = Speedrun.training_loss, itertools.count()
 
-    def poisoned(*args: Any) -> torch.Tensor:
-        return original(*args) * (value if next(calls) == call else 1.0)
+    def poisoned(*args: Any, **embedded: Any) -> torch.Tensor:
+        return original(*args, **embedded) * (value if next(calls) == call else 1.0)
 
     monkeypatch.setattr(Speedrun, "training_loss", poisoned)
 

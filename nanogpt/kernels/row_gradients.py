@@ -1,0 +1,88 @@
+"""Gradients of an embedding, added to the table's row by row: what a micro-batch has not read is not touched.
+
+Autograd makes the gradient of a lookup as large as the table, fills it with zeros, adds the tokens' rows to it and then
+adds all of it to `.grad`. The speedrun's tables have 463 M numbers, of which a micro-batch reads a few per cent.
+
+The kernel takes rows in the order of a sort, so that a row's tokens are neighbours: each sum is made in one order, in
+fp32, added to the table's row and rounded once. Nothing is added atomically, and the result is the same every time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanogpt.kernels.benchmark import BenchCase
+from nanogpt.kernels.dispatch import runs_kernel
+
+
+class RowOrder(NamedTuple):
+    """The rows that tokens have read: in the tokens' order, sorted, and the token of each in the sorted order."""
+
+    rows: Tensor  # (T,) integers
+    sorted: Tensor  # (T,) integers
+    tokens: Tensor  # (T,) int64
+
+
+def row_order(rows: Tensor) -> RowOrder:
+    """Sort `rows` (T,). Equal rows stay in the order of their tokens."""
+    ordered, tokens = torch.sort(rows, stable=True)
+    return RowOrder(rows, ordered, tokens)
+
+
+def add_rows(
+    table: Tensor,  # (n, D), changed in place
+    order: RowOrder,
+    grads: Tensor,  # (T, D), of the table's dtype
+    *,
+    plain: bool = False,
+) -> None:
+    """`table[row] += sum of the grads of its tokens`, for each row that `order` has; other rows stay as they are.
+
+    bf16 on a GPU takes the Triton kernels, where D is a multiple of 16.
+    """
+    if not plain and runs_kernel(table, grads, capability=8) and table.shape[1] % 16 == 0:
+        from nanogpt.kernels.row_gradients_triton import add_sorted_rows
+
+        add_sorted_rows(table, order.sorted, order.tokens, grads.contiguous())
+    else:
+        add_rows_plain(table, order, grads)
+
+
+def add_rows_plain(table: Tensor, order: RowOrder, grads: Tensor) -> None:
+    """`add_rows` in plain PyTorch; the sum in at least fp32, rounded once."""
+    wide = torch.promote_types(table.dtype, torch.float32)
+    total = torch.ops.aten.embedding_dense_backward(grads.to(wide), order.rows, table.shape[0], -1, False)
+    table.copy_(total.add_(table))
+
+
+def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
+    """A value table and the bigram table at the record's micro-batches, rows as frequent as text has them."""
+    width = 768
+    for tokens in (16_384, 32_768, 49_152):
+        for name, size, skew in (("tokens", 50_304, 1.0), ("bigrams", 251_520, 0.5)):
+            uniform = torch.rand(tokens, device=device)
+            order = row_order((size ** (uniform**skew)).long().clamp(max=size - 1))
+            table, grads = (torch.randn(n, width, device=device, dtype=torch.bfloat16) for n in (size, tokens))
+            touched = int(order.sorted.unique().numel())
+
+            def run(
+                function: Callable[[Tensor, RowOrder, Tensor], None],
+                table: Tensor = table,
+                order: RowOrder = order,
+                grads: Tensor = grads,
+            ) -> None:
+                function(table, order, grads)
+
+            yield BenchCase(
+                f"rows of {name} added",
+                f"{tokens:,} x {width} into {size:,}, {touched:,} touched",
+                functools.partial(run, add_rows),
+                functools.partial(run, add_rows_plain),
+                flops=0,
+                bytes=2 * width * (tokens + 2 * touched),
+            )

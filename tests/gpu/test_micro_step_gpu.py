@@ -1,0 +1,108 @@
+"""On a GPU: rows added to tables by the Triton kernels, and micro-steps that are recorded as CUDA graphs."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from small_specs import relative_error
+from tiny_runs import losses, make_data, newest_state, tiny_spec, train
+
+from nanogpt.kernels.row_gradients import RowOrder, add_rows, row_order
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
+
+VOCAB, WIDTH = 50_304, 768
+ROWS = {
+    "as in text": lambda: (VOCAB ** torch.rand(49_152)).long().clamp(max=VOCAB - 1),
+    "one row": lambda: torch.full((16_384,), 7),
+    "each row once": lambda: torch.randperm(VOCAB)[:16_384],
+    "few, odd number": lambda: torch.randint(3, (333,)),
+    "one token": lambda: torch.tensor([VOCAB - 1]),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_rows_against_fp64(case):
+    torch.manual_seed(0)
+    rows = ROWS[case]().cuda()
+    table, grads = (torch.randn(n, WIDTH, device="cuda").bfloat16() for n in (VOCAB, len(rows)))
+    expected = table.double().index_add(0, rows, grads.double())
+    found = []
+    for _ in range(2):
+        whole = torch.full((3 * VOCAB, WIDTH), 9.0, device="cuda", dtype=torch.bfloat16)  # poison around it
+        part = whole[VOCAB : 2 * VOCAB]
+        part.copy_(table)
+        add_rows(part, row_order(rows.int()), grads)
+        assert (whole[:VOCAB] == 9).all() and (whole[2 * VOCAB :] == 9).all()
+        found.append(part.clone())
+    assert torch.equal(*found), "the same every time"
+    touched = torch.zeros(VOCAB, dtype=torch.bool, device="cuda").index_fill_(0, rows, True)
+    assert torch.equal(found[0][~touched], table[~touched])
+    error, rounding = relative_error(found[0], expected), relative_error(expected.bfloat16(), expected)
+    print(f"{case}: error {error:.2e}, of rounding alone {rounding:.2e}")
+    assert error < 1.01 * rounding + 1e-5
+
+
+def test_rows_in_a_recorded_graph():
+    table = torch.zeros(100, 64, device="cuda", dtype=torch.bfloat16)
+    rows, grads = torch.zeros(500, dtype=torch.int32, device="cuda"), torch.ones_like(table[:1]).repeat(500, 1)
+    add_rows(table, row_order(rows), grads)
+    table.zero_()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        order: RowOrder = row_order(rows)
+        add_rows(table, order, grads)
+    rows.copy_(torch.arange(500) % 100)
+    graph.replay()
+    assert (table == 5).all()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("tiny") / "data", (200_000,), val_tokens=20_000)
+
+
+SIZES = (
+    "model.width=128",
+    "model.heads=4",
+    "model.head_dim=32",
+    "model.rotary.frequencies=8",
+    "training.stages=["
+    "{steps: 4, batch_tokens: 4096, window_blocks: {short: 2, long: 4}, token_weights: [1, 0.5, 0.25], lr_factor: 1},"
+    "{steps: 3, batch_tokens: 6144, window_blocks: {short: 3, long: 6}, token_weights: [1, 0.5], lr_factor: 1.52},"
+    "{steps: 3, batch_tokens: 8192, window_blocks: {short: 4, long: 9}, token_weights: [1], lr_factor: 1.73}]",
+    "training.extension={steps: 2, batch_tokens: 8192, window_blocks: {short: 4, long: 10}, token_weights: [1],"
+    " lr_factor: 1.73}",
+    "training.max_document_tokens=512",
+    "training.warmup=true",
+    "evaluation={every: 3, tokens: 16384, micro_batch_tokens: 2048, target_loss: null}",
+    "hardware={gpu: h100, gpus_per_node: 1}",
+    "checkpoint={every: 5, at_end: true}",
+)
+
+
+def test_recorded_micro_steps_compute_what_others_do(data: Path, tmp_path: Path) -> None:
+    """A whole run, with warm-up, stages, YaRN, the head's split; and one that is resumed in the middle of a stage."""
+    runtime = "runtime={{dtype: bf16, compile: 'on', attention: varlen, cuda_graphs: {}}}"
+    for name in ("off", "auto"):
+        train(tiny_spec(*SIZES, runtime.format(name)), data, tmp_path / name)
+    log = (tmp_path / "auto/log.txt").read_text()
+    assert "CUDA graphs: 4 micro-steps recorded" in log, log
+    assert "CUDA graphs" not in (tmp_path / "off/log.txt").read_text()
+    off, auto = losses(tmp_path / "off"), losses(tmp_path / "auto")
+    assert auto[0] == pytest.approx(off[0], abs=5e-3)
+    assert auto[1] == pytest.approx(off[1], abs=5e-3)
+
+    (tmp_path / "resumed").mkdir()
+    spec = tiny_spec(*SIZES, runtime.format("auto"))
+    last = copy.deepcopy(newest_state(tmp_path / "auto"))
+    whole = tmp_path / "auto"
+    for checkpoint in sorted((whole / "checkpoints").iterdir())[1:]:
+        checkpoint.unlink()
+    train(spec, data, whole, resume=True)
+    for name, value in newest_state(whole)["model"].items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            assert relative_error(value, last["model"][name]) < 0.05, name
