@@ -1,4 +1,4 @@
-"""What every Python of the image does first: another checkout's code, another FlashAttention, caches outside of home.
+"""What every Python of the image does first: other code, caches outside of home, reading ahead of an import of PyTorch.
 
 The build puts this into site-packages, with a .pth line that imports it. Variables of the host cannot be read
 in the definition's %environment: Apptainer clears them before and brings them back after.
@@ -6,6 +6,9 @@ in the definition's %environment: Apptainer clears them before and brings them b
 
 import os
 import sys
+
+PIECES = "/opt/nanogpt/read-ahead.txt"  # by import_pieces.py
+READ_AHEAD = os.path.join(os.path.dirname(__file__), "nanogpt_read_ahead.py")  # noqa: PTH118, PTH120
 
 
 def start() -> None:
@@ -33,6 +36,41 @@ def start() -> None:
         os.environ.setdefault("HF_HOME", os.path.join(cache, "huggingface"))  # noqa: PTH118
     name = f"nanogpt-matplotlib-{os.getuid()}"
     os.environ.setdefault("MPLCONFIGDIR", os.path.join(os.environ.get("TMPDIR") or "/tmp", name))  # noqa: PTH118
+    sys.meta_path.insert(0, Torch)
+
+
+class Torch:
+    """Stands first among the finders of modules, to hear of an import of PyTorch; finds nothing itself."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> None:
+        """Begin to read ahead where the module is PyTorch."""
+        if name == "torch":
+            read_ahead()
+
+
+def read_ahead() -> None:
+    """Start a process that reads what an import of PyTorch will, unless one does so already or the files are unpacked.
+
+    The lock on the list holds for all processes of a container, and the kernel drops it with the process. Files of a
+    squashfs have one time, the commit's; unpacked ones also that of their unpacking, also where an overlay hides what
+    is below. The shell leaves at once, so that no child stays behind.
+    """
+    import fcntl
+
+    try:
+        with open(PIECES) as pieces:  # noqa: PTH123
+            status = os.fstat(pieces.fileno())
+            if status.st_ctime_ns != status.st_mtime_ns:
+                return
+            fcntl.flock(pieces, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            reader = [sys.executable or "python3", "-I", "-S", READ_AHEAD, "3", str(os.getpid())]
+            quiet = [(os.POSIX_SPAWN_OPEN, stream, "/dev/null", os.O_RDWR, 0) for stream in (0, 1, 2)]
+            kept = (os.POSIX_SPAWN_DUP2, pieces.fileno(), 3)
+            shell = os.posix_spawn("/bin/sh", ["sh", "-c", '"$@" &', "sh", *reader], {}, file_actions=[kept, *quiet])
+            os.waitpid(shell, 0)
+    except OSError:
+        pass  # slower, and nothing else
 
 
 def fail(message: str) -> None:

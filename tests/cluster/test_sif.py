@@ -116,6 +116,17 @@ def test_nothing_of_the_build_stays_inside(sif: Path, as_user: Run) -> None:
     assert written.returncode != 0
 
 
+def test_what_an_import_of_torch_reads_is_asked_for_by_one_process(sif: Path, as_user: Run) -> None:
+    lists = "import fcntl, os, sys; pieces = open('/opt/nanogpt/read-ahead.txt'); lines = pieces.readlines()"
+    whole = "assert all(int(a) + int(b) <= os.path.getsize(c) for a, b, c in (line.split() for line in lines))"
+    libraries = inside(as_user, sif, "python", "-c", f"{lists}\n{whole}\nprint(*lines)")
+    assert "/torch/lib/libtorch_cpu.so" in libraries
+    assert "/torch/nn/__pycache__/functional." in libraries
+    second = "sys.meta_path[0].find_spec('torch'); fcntl.flock(pieces, fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    refused = as_user(["apptainer", "exec", sif, "python", "-c", f"{lists}; {second}"])
+    assert "BlockingIOError" in refused.stderr  # a reader is at work
+
+
 def test_home_and_the_hosts_python_do_not_leak_in(sif: Path, as_user: Run, scratch: Path) -> None:
     version = inside(as_user, sif, "python", "-c", "import sys; print('%d.%d' % sys.version_info[:2])").strip()
     user_site = scratch / "home" / ".local" / "lib" / f"python{version}" / "site-packages"
