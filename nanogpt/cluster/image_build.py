@@ -52,7 +52,7 @@ SUITES = {"cuda": "trixie", "cpu": "bookworm"}
 REGISTRY_BASES = {"cuda": "debian:trixie-20250811-slim", "cpu": "debian:bookworm-20250811-slim"}
 PASSED_ON = ("PATH", "HOME", "USER", "LOGNAME", "TMPDIR", "XDG_RUNTIME_DIR", "TERM")
 # Chosen by measurement: docs/container.md has the table.
-COMPRESSION = "-comp zstd -Xcompression-level 6 -b 1M"
+COMPRESSION = "-comp zstd -Xcompression-level 6 -b 256K"
 
 # What a log of a failed build may hold, and what it means.
 MEANINGS = (
