@@ -200,6 +200,13 @@ def compile_cache(
             os.close(cache._lock)
 
 
+@contextmanager
+def compiled_code_of(root: Path, world: World) -> Iterator[None]:
+    """For a process that helps another: compiled code is taken from, and left in, the `root` of the other's cache."""
+    with _compiled_code_in(root), _tuning_in(root, world):
+        yield
+
+
 def file_name(key: Mapping[str, Any]) -> str:
     """The name of the file of a key; for people it has the device and torch's version in it."""
     device = "".join(c if c.isalnum() else "-" for c in str(key["device"][0]).removeprefix("NVIDIA ").lower())

@@ -13,6 +13,7 @@ kernel decides for all of them, and for every later run that unpacks the directo
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import tempfile
@@ -47,10 +48,16 @@ def kept_tuning(directory: Path) -> Iterator[None]:
             self.launchers = known
             return
         variants = list(self.launchers)
-        tune(self, *args, **kwargs)
-        counters[COUNTER[0]][COUNTER[1]] += 1
-        if path is not None and (chosen := _matching(variants, _keep(path, _description(self.launchers[0].config)))):
-            self.launchers = chosen
+        with _alone(directory):  # on the GPU as well
+            if path is not None and (known := _matching(variants, _read(path))):
+                self.launchers = known
+                return
+            tune(self, *args, **kwargs)
+            counters[COUNTER[0]][COUNTER[1]] += 1
+            if path is not None and (
+                chosen := _matching(variants, _keep(path, _description(self.launchers[0].config)))
+            ):
+                self.launchers = chosen
 
     def precompile_chosen(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Load the chosen variant alone, and derive no others, where it is among those that came from the cache."""
@@ -67,6 +74,22 @@ def kept_tuning(directory: Path) -> Iterator[None]:
     finally:
         kernels.autotune_to_one_config = tune
         kernels.precompile = precompile
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """One process of the node at a time: two that time kernels on one GPU would see each other's."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError:
+        yield
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def _file_of(kernel: Any, directory: Path) -> Path | None:

@@ -1,57 +1,193 @@
-"""Compiling the model's graphs by all ranks of a node at once, each graph by one of them, where nothing is kept yet.
+"""Compiling the model's graphs by several processes at once, each graph by one of them, where nothing is kept yet.
 
-The ranks of a node look for compiled code in one directory (`nanogpt.cache`). So before the warm-up each takes its
-share of the graphs, calls them once without any communication, and finds the others' in the directory when the warm-up
-comes to them. It would be the same work for every rank otherwise.
+All processes of a node look for compiled code in one directory (`nanogpt.cache`). So before the warm-up each takes its
+share of the graphs, calls them once on made-up tokens without any communication, and finds the others' in the directory
+when the warm-up comes to them. The processes are the ranks of a node; a run on one GPU starts helpers, as many as
+processor cores and the GPU's memory allow, which make the model, compile one graph and end.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from nanogpt.cache.compile_cache import compiled_code_of
+from nanogpt.console import say
+from nanogpt.data.batches import MicroBatch, cu_seqlens_length
+from nanogpt.kernels.attention import takes_tensors
+from nanogpt.models import build_model
+from nanogpt.spec import RunSpec
+from nanogpt.training.micro_step import MicroStep, loss_arguments, numbers
+from nanogpt.training.paths import choose_paths, compile_whole
+from nanogpt.training.schedule import Schedule, StepSettings
+from nanogpt.training.watch import die_with_parent
+from nanogpt.training.world import join_world
 
 if TYPE_CHECKING:
-    from nanogpt.training.schedule import StepSettings
     from nanogpt.training.trainer import Trainer
+
+CORES_A_HELPER = 4
+# Of GPU memory, from above: a run has 28 GB for 49,152 tokens, 6 of them the optimizer's, which helpers do not make;
+# evaluation keeps nothing for a gradient.
+BYTES_A_HELPER = 4_000_000_000  # context, libraries, parameters and their gradients
+BYTES_A_TOKEN, BYTES_A_TOKEN_EVALUATED = 450_000, 50_000
+PATIENCE_S = 600.0  # with a helper
+
+
+class GraphJob(NamedTuple):
+    """A graph of the model: of training steps like `settings`, or of evaluation where there are none."""
+
+    settings: StepSettings | None
+    tokens: int  # of a micro-batch
+    max_seqlen: int
+    max_documents: int | None
+
+    @property
+    def memory(self) -> int:
+        """Bytes of GPU memory that a process with a model needs to call it."""
+        return self.tokens * (BYTES_A_TOKEN if self.settings else BYTES_A_TOKEN_EVALUATED)
+
+
+def graph_jobs(spec: RunSpec, backend: str) -> list[GraphJob]:
+    """The graphs of a run with this attention backend, the dearest first."""
+    schedule, by_graph = Schedule(spec), {}
+    for first in schedule.first_steps:
+        settings = schedule.at(first)
+        tokens = settings.batch_tokens // spec.training.slots
+        job = GraphJob(settings, tokens, settings.max_document_tokens, settings.max_documents)
+        constants = None if takes_tensors(backend) else settings.windows
+        terms = len(settings.token_weights), settings.prefix_weight is not None
+        by_graph[job[1:], terms, constants] = job
+    evaluated = spec.evaluation.micro_batch_tokens
+    largest_first = sorted(by_graph.values(), key=lambda job: -job.tokens)
+    return [*largest_first, GraphJob(None, evaluated, evaluated, None)]
+
+
+def call_graph(
+    job: GraphJob, spec: RunSpec, micro_step: MicroStep, evaluation_loss: Callable[..., torch.Tensor], backend: str
+) -> None:
+    """Call the graph once, on made-up tokens. No gradient is left."""
+    device = next(micro_step.model.parameters()).device
+    inputs = torch.arange(job.tokens, device=device) % spec.model.vocab_size
+    ends = torch.arange(cu_seqlens_length(job.tokens, job.max_documents), device=device) * job.max_seqlen
+    batch = MicroBatch(inputs.int(), inputs.roll(-1), ends.clamp(max=job.tokens).int(), job.max_seqlen)
+    if job.settings is None:
+        evaluation_loss(batch, numbers(Schedule(spec).final_windows, backend))
+    else:
+        micro_step.compute(batch, loss_arguments(job.settings, device, backend))
+    for parameter in micro_step.model.parameters():
+        parameter.grad = None
+
+
+def helpers_that_fit(jobs: Sequence[GraphJob], cores: int, memory: int | None) -> int:
+    """How many helpers, each with one of `jobs` from the first on; the last job at least is left to the run itself.
+
+    memory: bytes of the GPU that are free beside the run's model and optimizer; None: without a GPU.
+    """
+    count, needed = 0, jobs[-1].memory
+    for job in jobs[: min(len(jobs) - 1, cores // CORES_A_HELPER)]:
+        needed += BYTES_A_HELPER + job.memory
+        if memory is not None and needed > memory:
+            break
+        count += 1
+    return count
 
 
 def compile_ahead(trainer: Trainer) -> None:
-    """Divide the graphs among this node's ranks, where there are several and no file of compiled code was found.
+    """Compile each graph once on this node, where no file of compiled code was found and several processes can.
 
     Every rank calls it; they wait for one another. Parameters, gradients and data stay as they were.
     """
-    if trainer.cache.root is None or trainer.cache.found or trainer.world.size == 1:
+    spec, world, cache = trainer.spec, trainer.world, trainer.cache
+    if cache.root is None or cache.found:
         return
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", trainer.world.size))
-    for job in graph_jobs(trainer)[trainer.world.local_rank :: ranks]:
-        job()
-    trainer.world.synchronize()
-    trainer.world.communicator.barrier()
+    backend = trainer.paths.attention
+    jobs = graph_jobs(spec, backend)
+    with ExitStack() as stack:
+        helpers = []
+        if world.size == 1:
+            memory = torch.cuda.mem_get_info(world.device)[0] if world.device.type == "cuda" else None
+            count = helpers_that_fit(jobs, len(os.sched_getaffinity(0)), memory)
+            if count == 0:
+                return
+            helpers = [stack.enter_context(Helper(spec, cache.root, index, count)) for index in range(count)]
+            share = jobs[count:]
+        else:
+            ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+            share = jobs[world.local_rank :: ranks]
+        for job in share:
+            call_graph(job, spec, trainer.micro_step, trainer.evaluation_loss, backend)
+        if helpers:
+            trainer.optimizer.warm_up(1)
+        for helper in helpers:
+            helper.wait(lambda: bool(trainer.watch.asked))
+    world.synchronize()
+    world.communicator.barrier()
 
 
-def graph_jobs(trainer: Trainer) -> list[Callable[[], None]]:
-    """A call for each graph of the model, alike in number and order on all ranks, the dearest first."""
+class Helper:
+    """A process that compiles graph number `index` into `root`. A context manager: leaving it ends the process."""
 
-    def training(settings: StepSettings) -> None:
-        batches = trainer.train_batches.next_step(
-            settings.batch_tokens, settings.max_document_tokens, settings.max_documents
+    def __init__(self, spec: RunSpec, root: Path, index: int, count: int):
+        self.name = f"helper {index + 1} of {count} that compiles ahead"
+        self._output = root / f".helper-{index}.txt"
+        threads = max(1, len(os.sched_getaffinity(0)) // (count + 1))
+        with self._output.open("w") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "nanogpt.training.ahead", str(root), str(index)],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(threads)},
+                text=True,
+            )
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:
+            pipe.write(spec.model_dump_json())
+
+    def wait(self, given_up: Callable[[], bool]) -> None:
+        """Until it is done, or it is `given_up`. Where it fails, the run compiles by itself: that is said, no more."""
+        deadline = time.monotonic() + PATIENCE_S
+        while self._process.poll() is None and time.monotonic() < deadline and not given_up():
+            time.sleep(0.1)
+        code = self._process.poll()
+        if code is None and not given_up():
+            say(f"{self.name}: not done after {PATIENCE_S:.0f} s; the run goes on without it")
+        elif code:
+            last = self._output.read_text(errors="replace").strip().splitlines()[-1:]
+            say(f"{self.name}: ended with exit code {code}{f': {last[0]}' if last else ''}; the run compiles by itself")
+
+    def __enter__(self) -> Helper:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def main(root: str, index: str) -> None:
+    """A helper: the spec, as JSON, comes on standard input."""
+    die_with_parent()
+    spec = RunSpec.model_validate_json(sys.stdin.read())
+    with join_world(spec) as world, compiled_code_of(Path(root), world):
+        paths, _ = choose_paths(spec, world.device)
+        model = build_model(spec, device=world.device, paths=paths)
+        micro_step = MicroStep(
+            model, compile_whole(model.training_loss), grad_scale=1.0, plain_kernels=paths.plain_kernels
         )
-        trainer.micro_step.compute(batches[0], trainer.loss_arguments(settings))
-        for parameter in trainer.model.parameters():
-            parameter.grad = None
-        trainer.train_batches.restart()
+        job = graph_jobs(spec, paths.attention)[int(index)]
+        call_graph(job, spec, micro_step, compile_whole(model.evaluation_loss), paths.attention)
+        world.synchronize()
 
-    def evaluation() -> None:
-        trainer.evaluation_loss(next(iter(trainer.val_batches)), trainer.as_numbers(trainer.schedule.final_windows))
 
-    by_graph = {}
-    for first in trainer.schedule.first_steps:
-        settings = trainer.schedule.at(first)
-        constants = None if trainer.run_time_windows else settings.windows
-        limits = settings.max_document_tokens, settings.max_documents
-        terms = len(settings.token_weights), settings.prefix_weight is not None
-        by_graph[settings.batch_tokens, limits, terms, constants] = settings
-    largest_first = sorted(by_graph.values(), key=lambda settings: -settings.batch_tokens)
-    jobs: list[Callable[[], None]] = [lambda settings=settings: training(settings) for settings in largest_first]  # type: ignore[misc]
-    return [*jobs, evaluation]
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -18,8 +18,28 @@ import torch
 from torch import Tensor
 
 from nanogpt.data.batches import MicroBatch
+from nanogpt.kernels.attention import takes_tensors
 from nanogpt.kernels.row_gradients import RowOrder, add_rows, row_order
-from nanogpt.models.interface import LanguageModel
+from nanogpt.models.interface import LanguageModel, RunTimeWindows, Windows
+from nanogpt.training.schedule import StepSettings
+
+
+def numbers(windows: Windows, backend: str) -> Windows | RunTimeWindows:
+    """The windows as this attention backend takes them."""
+    return windows.at_run_time() if takes_tensors(backend) else windows
+
+
+def to_device(values: float | tuple[float, ...], device: torch.device) -> Tensor:
+    """() or (n,) fp32, without a wait."""
+    tensor = torch.tensor(values, dtype=torch.float32)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def loss_arguments(settings: StepSettings, device: torch.device, backend: str) -> tuple[Any, ...]:
+    """What a model's training loss takes besides a batch: windows, and one weight or several (on the device)."""
+    arguments = (numbers(settings.windows, backend), to_device(settings.token_weights, device))
+    prefix_weight = settings.prefix_weight
+    return arguments if prefix_weight is None else (*arguments, to_device(prefix_weight, device))
 
 
 class MicroStep:
@@ -55,7 +75,7 @@ class MicroStep:
     def __call__(self, batch: MicroBatch, arguments: tuple[Any, ...], *, stage: int) -> Tensor:
         """The loss, a scalar in fp32 without gradient, good until the next call.
 
-        arguments: of `training_loss`, after the batch. stage: whatever is not a tensor on the GPU is the same for all
+        arguments: see `loss_arguments`. stage: whatever is not a tensor on the GPU is the same for all
         calls of a stage.
         """
         if not self.record:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from nanogpt.kernels.attention import select_attention_backend
 from nanogpt.kernels.fp8_head import select_head_precision
@@ -42,6 +44,14 @@ def records_graphs(spec: RunSpec, device: torch.device) -> bool:
     runtime = spec.runtime
     fast = device.type == "cuda" and compiles(spec, device) and runtime.kernels == "auto"
     return fast and runtime.cuda_graphs == "auto" and isinstance(spec.model, RecordModelSpec)
+
+
+def compile_whole(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compiled: one graph for each size of micro-batch, which is a constant of the code; windows and scales are not."""
+    torch._dynamo.config.recompile_limit = (
+        64  # Adam's update has one for each shape of a shard; torch gives up at eight
+    )
+    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def compiles(spec: RunSpec, device: torch.device) -> bool:

@@ -31,9 +31,8 @@ from nanogpt.data.batches import TrainBatches, ValBatches
 from nanogpt.data.prefixes import gpt2_tokens, prefix_table
 from nanogpt.data.shards import Tokens
 from nanogpt.errors import InputError, Interrupted, NanogptError, RunError
-from nanogpt.kernels.attention import takes_tensors
 from nanogpt.models import build_model
-from nanogpt.models.interface import RunTimeWindows, Windows
+from nanogpt.models.interface import Windows
 from nanogpt.optim import build_optimizer
 from nanogpt.optim.sparse import Rows, TouchedRows, bigram_rows
 from nanogpt.runs.directory import RunDirectory
@@ -47,8 +46,8 @@ from nanogpt.training.checkpoint import load_newest_checkpoint, rehearse, save_c
 from nanogpt.training.clock import Clock
 from nanogpt.training.compilation import compiled_graphs, recompilation_reasons
 from nanogpt.training.devices import unlike_devices
-from nanogpt.training.micro_step import MicroStep
-from nanogpt.training.paths import choose_paths, compiles, records_graphs
+from nanogpt.training.micro_step import MicroStep, loss_arguments, numbers, to_device
+from nanogpt.training.paths import choose_paths, compile_whole, compiles, records_graphs
 from nanogpt.training.recorder import RunRecorder, describe_rank, end_state
 from nanogpt.training.report import Reporter
 from nanogpt.training.schedule import Schedule, StepSettings
@@ -206,8 +205,8 @@ class Trainer:
                 **place,
             )
         with self.startup.phase("attention library"):
-            paths, self.path_lines = choose_paths(spec, world.device)
-        self.run_time_windows = takes_tensors(paths.attention)
+            self.paths, self.path_lines = choose_paths(spec, world.device)
+        paths = self.paths
         with self.startup.phase("model"):
             self.model = build_model(spec, device=world.device, paths=paths)
         with self.startup.phase("first broadcast"):
@@ -216,8 +215,6 @@ class Trainer:
                     world.communicator.broadcast(value)
             world.synchronize()
         self.compiled = compiles(spec, world.device)
-        if self.compiled:  # Adam's update is compiled for each shape of a shard; torch gives up at eight
-            torch._dynamo.config.recompile_limit = 64
         self.optimizer = build_optimizer(
             spec,
             self.model,
@@ -249,8 +246,7 @@ class Trainer:
         self.watch.on_lost = self._last_words
 
     def _compile(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """One graph for each size of micro-batch, which is a constant of the code; windows and scales are not."""
-        return torch.compile(function, fullgraph=True, dynamic=False) if self.compiled else function
+        return compile_whole(function) if self.compiled else function
 
     def __enter__(self) -> Trainer:
         return self
@@ -284,7 +280,7 @@ class Trainer:
         if self.spec.training.warmup:
             self._say(self.cache.lines)
             with self.watch.phase("warming up"):
-                with self.startup.phase("compiling, divided among ranks"):
+                with self.startup.phase("compiling, by several processes"):
                     compile_ahead(self)
                 self.warm_up()
                 with self.startup.phase("compile cache, writing"):
@@ -375,11 +371,11 @@ class Trainer:
             self.touched.add(self.train_batches.summaries)
             if settings.rates.adam_step:
                 self.touched.prepare()
-        arguments = self.loss_arguments(settings)
+        arguments = loss_arguments(settings, self.world.device, self.paths.attention)
         # The loss, then a place for each rank's wait: one average of small numbers brings all of it everywhere.
         report = [0.0] * (1 + self.world.size)
         report[1 + self.world.rank] = 1000 * waited * self.world.size
-        told = self._to_device(tuple(report))
+        told = to_device(tuple(report), self.world.device)
         for batch in batches:
             loss = self.micro_step(batch, arguments, stage=settings.stage)
             told[0] += loss * (self.micro_step.grad_scale / self.model.training_loss_scale(batch))
@@ -388,12 +384,6 @@ class Trainer:
         self.optimizer.step(settings.rates)
         self.model.weights_changed(settings.step)
         return average.wait()
-
-    def loss_arguments(self, settings: StepSettings) -> tuple[Any, ...]:
-        """What the model's training loss takes besides a batch: windows, and one weight or several (on the device)."""
-        arguments = (self.as_numbers(settings.windows), self._to_device(settings.token_weights))
-        prefix_weight = settings.prefix_weight
-        return arguments if prefix_weight is None else (*arguments, self._to_device(prefix_weight))
 
     def _touched_rows(self) -> TouchedRows | None:
         """For the sparse communication of the bigram table's gradient, where it is asked for."""
@@ -406,31 +396,21 @@ class Trainer:
         assert isinstance(self.spec.model, RecordModelSpec)
         return bigram_rows(tokens, self.spec.model.bigram_rows, self.spec.model.bigram_multipliers)
 
-    def as_numbers(self, windows: Windows) -> Windows | RunTimeWindows:
-        """The windows as the attention backend takes them."""
-        return windows.at_run_time() if self.run_time_windows else windows
-
     def _set_prefixes(self) -> None:
         """Inside the clock, by the rules of the public record: the prefixes come out of the vocabulary's bytes."""
         if self._vocabulary is not None:
             prefixes = prefix_table(self._vocabulary, self.spec.model.padded_vocab_size)
             self.model.set_prefixes(torch.from_numpy(prefixes))
 
-    def _to_device(self, values: float | tuple[float, ...]) -> Tensor:
-        tensor = torch.tensor(values, dtype=torch.float32)
-        if self.world.device.type != "cuda":
-            return tensor
-        return tensor.pin_memory().to(self.world.device, non_blocking=True)
-
     # --- validation ---
 
     def evaluate(self, windows: Windows, micro_steps: int | None = None) -> float:
         """Validation loss in nats: mean over (the first) micro-steps, then over ranks."""
-        losses, numbers = [], self.as_numbers(windows)
+        losses, limits = [], numbers(windows, self.paths.attention)
         for index, batch in enumerate(self.val_batches):
             if index == micro_steps:
                 break
-            losses.append(self.evaluation_loss(batch, numbers))
+            losses.append(self.evaluation_loss(batch, limits))
         return float(self.world.communicator.average(torch.stack(losses).mean()).wait())
 
     def _validate(self, step: int, windows: Windows) -> float:

@@ -6,13 +6,14 @@ import fcntl
 import os
 import re
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import losses, make_data, python, tiny_spec, write_recipe
+from tiny_runs import losses, make_data, python, tiny_spec, train, write_recipe
 
 from nanogpt.cache import compile_cache as module
 from nanogpt.cache.compile_cache import CompileCache, cache_directory, compile_cache
@@ -20,6 +21,7 @@ from nanogpt.cache.key import cache_key
 from nanogpt.cache.pack import SUFFIX
 from nanogpt.optim.communication import Communicator
 from nanogpt.runs.record import Record, read_record
+from nanogpt.training import ahead
 from nanogpt.training.world import World
 
 SPEC = tiny_spec()
@@ -303,3 +305,37 @@ def test_a_second_process_compiles_nothing_and_computes_the_same(tmp_path: Path)
     assert cold.compilation.late_graphs == warm.compilation.late_graphs == 0
     assert warm_losses == cold_losses
     assert len(warm_losses[0]) == 9
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_helper_compiles_for_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The run finds the training graph there, and compiles evaluation alone; the losses are those of a run alone."""
+    data = make_data(tmp_path / "data")
+    spec = tiny_spec("model.layers=1", "runtime.compile=on", "training.warmup=true", "evaluation.every=9", model="gpt2")
+    found = {}
+    for helpers in (1, 0):
+        torch._dynamo.reset()
+        monkeypatch.setattr("nanogpt.training.ahead.helpers_that_fit", lambda *_, count=helpers, **__: count)
+        monkeypatch.setenv("NANOGPT_CACHE", str(tmp_path / f"kept-{helpers}"))
+        path = tmp_path / f"run-{helpers}"
+        train(spec, data, path)
+        phases = {phase.name: phase for phase in read_record(path).starts[-1].start_up}
+        found[helpers] = phases, losses(path)
+    helped, alone = (found[helpers][0] for helpers in (1, 0))
+    assert helped["compiling, by several processes"].parts_compiled == 1  # evaluation's, meanwhile
+    rest = helped["warm-up, stage 1"]
+    assert (rest.parts_compiled, rest.from_cache) == (0, 1)
+    assert alone["warm-up, stage 1"].parts_compiled == 3
+    assert found[1][1] == found[0][1]
+
+
+def test_a_helper_that_fails_is_a_line_and_no_more(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    broken = SPEC.model_copy(update={"name": "not a name"})  # which the helper refuses to read
+    with ahead.Helper(broken, tmp_path, 0, 1) as helper:
+        helper.wait(lambda: False)
+    assert "helper 1 of 1 that compiles ahead: ended with exit code 1: " in capfd.readouterr().err
+    with ahead.Helper(SPEC, tmp_path, 0, 1) as helper:
+        helper.wait(lambda: True)  # a signal has asked the run to stop
+    assert helper._process.returncode == -signal.SIGKILL
+    assert capfd.readouterr().err == ""

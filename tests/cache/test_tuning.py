@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import pytest
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
+from nanogpt.cache import tuning
 from nanogpt.cache.tuning import kept_tuning
 from nanogpt.training.compilation import compile_counts
 
@@ -89,7 +93,9 @@ def test_a_known_variant_is_loaded_alone(tmp_path: Path):
     assert [block(launcher) for launcher in kernel.launchers] == [64]
 
 
-def test_the_first_of_several_ranks_decides_for_all(tmp_path: Path):
+def test_the_first_of_several_ranks_decides_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also where the file system has no locks."""
+    monkeypatch.setattr(tuning, "_alone", lambda directory: contextlib.nullcontext())
     with kept_tuning(tmp_path):
         ranks = [Kernel("/tmp/job", (64, 256), fastest) for fastest in (64, 256)]
         for kernel in ranks:
@@ -106,6 +112,22 @@ def test_the_first_of_several_ranks_decides_for_all(tmp_path: Path):
     assert [[block(launcher) for launcher in kernel.launchers] for kernel in ranks] == [[256], [256]]
 
 
+def test_processes_of_a_node_tune_one_after_another(tmp_path: Path):
+    """Two that time kernels on one GPU would see each other's; and what one has timed the other need not."""
+    with kept_tuning(tmp_path):
+        kernel = Kernel("/tmp/job", (64, 256), None)  # which must not ask the clock
+        kernel._make_launchers()
+        with ThreadPoolExecutor(1) as other:
+            with tuning._alone(tmp_path):
+                waiting = other.submit(kernel.autotune_to_one_config)
+                with pytest.raises(TimeoutError):
+                    waiting.result(timeout=0.3)
+                choice = tuning._description(variant(256).config)
+                (tmp_path / "cabcdef.json").write_text(json.dumps(choice))
+            waiting.result(timeout=60)
+    assert [block(launcher) for launcher in kernel.launchers] == [256]
+
+
 @pytest.mark.parametrize("content", ["", "null", "[]", '{"R0_BLOCK": 7}'])
 def test_a_choice_that_is_none_of_the_variants_is_not_taken(tmp_path: Path, content: str):
     (tmp_path / "cabcdef.json").write_text(content)
@@ -119,7 +141,7 @@ def test_a_kernel_without_a_source_is_tuned_as_ever(tmp_path: Path):
         kernel._make_launchers()
         kernel.autotune_to_one_config()
     assert [block(launcher) for launcher in kernel.launchers] == [256]
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("*.json"))
 
 
 def test_torch_is_as_before_afterwards(tmp_path: Path):

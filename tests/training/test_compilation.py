@@ -11,8 +11,9 @@ import pytest
 import torch
 from tiny_runs import make_data, tiny_spec, train
 
+from nanogpt.recipe import load_recipe
 from nanogpt.runs.record import read_record
-from nanogpt.training.ahead import graph_jobs
+from nanogpt.training.ahead import GraphJob, call_graph, graph_jobs, helpers_that_fit
 from nanogpt.training.compilation import CompileCounts, compile_counts, compiled_functions, functions_table
 from nanogpt.training.schedule import Schedule
 from nanogpt.training.trainer import Trainer
@@ -89,14 +90,15 @@ def test_counts_add_and_subtract():
     assert one - other + other == one
 
 
-def test_the_graphs_are_divided_among_the_ranks_of_a_node(data: Path):
+def test_the_graphs_are_divided_among_processes(data: Path):
     with join_world(SPEC) as world, Trainer(SPEC, world, run=None, data_directory=data) as trainer:
         parameters = [parameter.detach().clone() for parameter in trainer.model.parameters()]
         position = trainer.train_batches.state_dict()
-        jobs = graph_jobs(trainer)
-        for rank, expected in ((0, {"training_loss": 2}), (1, {"training_loss": 3, "evaluation_loss": 1})):
-            for job in jobs[rank::2]:
-                job()
+        jobs = graph_jobs(SPEC, "plain")
+        assert [job.tokens for job in jobs] == [128, 80, 64, 64] and jobs[-1].settings is None
+        for process, expected in ((0, {"training_loss": 2}), (1, {"training_loss": 3, "evaluation_loss": 1})):
+            for job in jobs[process::2]:
+                call_graph(job, SPEC, trainer.micro_step, trainer.evaluation_loss, "plain")
             assert {entry.name: entry.graphs for entry in compiled_functions()} == expected
         for parameter, before in zip(trainer.model.parameters(), parameters, strict=True):
             assert torch.equal(parameter, before) and parameter.grad is None
@@ -104,3 +106,20 @@ def test_the_graphs_are_divided_among_the_ranks_of_a_node(data: Path):
         trainer.warm_up()
         found = {entry.name: entry.graphs for entry in compiled_functions()}
         assert (found["training_loss"], found["evaluation_loss"]) == (3, 1)  # nothing was left to the warm-up
+
+
+def test_a_graph_for_each_window_where_windows_are_constants():
+    """The extension has the last stage's sizes: with `varlen` it is a graph all the same."""
+    assert len(graph_jobs(SPEC, "varlen")) == len(graph_jobs(SPEC, "fa4")) + 1
+
+
+def test_helpers_leave_cores_and_memory():
+    jobs = graph_jobs(load_recipe("1xh100"), "fa4")
+    assert [job.tokens for job in jobs] == [49_152, 32_768, 16_384, 262_144]
+    assert isinstance(jobs[0], GraphJob) and jobs[0].memory == 22_118_400_000
+    assert helpers_that_fit(jobs, cores=2, memory=None) == 0
+    assert helpers_that_fit(jobs, cores=11, memory=None) == 2
+    assert helpers_that_fit(jobs, cores=64, memory=None) == 3  # evaluation is left
+    assert helpers_that_fit(jobs, cores=64, memory=84_000_000_000) == 3
+    assert helpers_that_fit(jobs, cores=64, memory=50_000_000_000) == 1
+    assert helpers_that_fit(jobs, cores=64, memory=30_000_000_000) == 0
