@@ -64,10 +64,11 @@ def head_loss_reference(
     """The definition of `head_loss` by plain autograd. Holds several (T, V) tensors: for tests and small inputs."""
     z = softcap(x @ lm_head, cap, shift, scale)
     lse = z.logsumexp(dim=-1)
+    position = torch.arange(x.shape[0], device=x.device)
     loss = z.new_zeros(())
     for k, weight in enumerate(weights.to(z.dtype).unbind()):
-        n = max(x.shape[0] - k, 0)
-        loss = loss + weight * (lse[:n] - z[:n].gather(1, targets[k:, None]).squeeze(1)).sum()
+        nats = lse - z.gather(1, targets.roll(-k)[:, None]).squeeze(1)
+        loss = loss + weight * torch.where(position + k < x.shape[0], nats, 0).sum()
     if prefixes is not None and prefix_weight is not None:
         nats = lse - z.gather(1, prefixes.clamp(min=0)[:, None]).squeeze(1)
         loss = loss + prefix_weight * torch.where(prefixes >= 0, nats, 0).sum()
