@@ -89,12 +89,8 @@ def test_recorded_micro_steps_compute_what_others_do(data: Path, tmp_path: Path)
     runtime = "runtime={{dtype: bf16, compile: 'on', attention: varlen, cuda_graphs: {}}}"
     for name in ("off", "auto"):
         train(tiny_spec(*SIZES, runtime.format(name)), data, tmp_path / name)
-    said = {
-        name: [
-            line for line in (tmp_path / name / "log.txt").read_text().splitlines() if line.startswith("CUDA graphs:")
-        ]
-        for name in ("off", "auto")
-    }
+    logs = {name: (tmp_path / name / "log.txt").read_text().splitlines() for name in ("off", "auto")}
+    said = {name: [line for line in lines if line.startswith("CUDA graphs:")] for name, lines in logs.items()}
     assert said == {"off": [], "auto": ["CUDA graphs: 4 micro-steps recorded"]}
     off, auto = losses(tmp_path / "off"), losses(tmp_path / "auto")
     assert auto[0] == pytest.approx(off[0], abs=5e-3)
