@@ -106,6 +106,24 @@ RECORD89 = (
     "checkpoint={at_end: false}",
 )
 
+# The speedrun in sizes that the GPU's kernels take, every stage, with warm-up.
+GPU_SIZES = (
+    "model.width=128",
+    "model.heads=4",
+    "model.head_dim=32",
+    "model.rotary.frequencies=8",
+    "training.stages=["
+    "{steps: 4, batch_tokens: 4096, window_blocks: {short: 2, long: 4}, token_weights: [1, 0.5, 0.25], lr_factor: 1},"
+    "{steps: 3, batch_tokens: 6144, window_blocks: {short: 3, long: 6}, token_weights: [1, 0.5], lr_factor: 1.52},"
+    "{steps: 3, batch_tokens: 8192, window_blocks: {short: 4, long: 9}, token_weights: [1], lr_factor: 1.73}]",
+    "training.extension={steps: 2, batch_tokens: 8192, window_blocks: {short: 4, long: 10}, token_weights: [1],"
+    " lr_factor: 1.73}",
+    "training.max_document_tokens=512",
+    "training.warmup=true",
+    "evaluation={every: 3, tokens: 16384, micro_batch_tokens: 2048, target_loss: null}",
+    "checkpoint={every: 5, at_end: true}",
+)
+
 # Nine steps of one stage, with AdamW.
 GPT2 = (
     "name=tiny-gpt2",

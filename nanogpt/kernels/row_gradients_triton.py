@@ -18,6 +18,7 @@ from torch import Tensor
 BLOCK = 32  # sorted rows of a program
 COLUMNS = 128
 WARPS = 4
+AT_ONCE = 16  # blocks whose parts of one row are added at a time
 NO_ROW = tl.constexpr(-1)
 
 
@@ -69,6 +70,7 @@ def _add_across_blocks_kernel(
     D,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
+    AT_ONCE: tl.constexpr,  # blocks
 ):
     block = tl.program_id(0)
     start = block * BLOCK
@@ -80,12 +82,15 @@ def _add_across_blocks_kernel(
     after = tl.load(rows_ptr + end, mask=end < T, other=NO_ROW)
     if (row == after) & (row != before) & (end < T):  # begins here, and goes on
         total = tl.load(parts_ptr + (2 * block + 1) * D + column, mask=in_row, other=0.0)
+        following = block + 1 + tl.arange(0, AT_ONCE)
         going = True
         while going:
-            block += 1
-            total += tl.load(parts_ptr + 2 * block * D + column, mask=in_row, other=0.0)
-            next_start = (block + 1) * BLOCK
-            going = (tl.load(rows_ptr + next_start, mask=next_start < T, other=NO_ROW) == row) & (next_start < T)
+            first = tl.load(rows_ptr + following * BLOCK, mask=following * BLOCK < T, other=NO_ROW)
+            belongs = first == row
+            part = parts_ptr + 2 * following[:, None] * D + column[None, :]
+            total += tl.sum(tl.load(part, mask=belongs[:, None] & in_row[None, :], other=0.0), axis=0)
+            going = tl.sum(belongs.to(tl.int32)) == AT_ONCE
+            following += AT_ONCE
         target = table_ptr + row.to(tl.int64) * D + column
         total += tl.load(target, mask=in_row, other=0.0).to(tl.float32)
         tl.store(target, total.to(table_ptr.dtype.element_ty), mask=in_row)
@@ -99,4 +104,4 @@ def add_sorted_rows(table: Tensor, rows: Tensor, tokens: Tensor, grads: Tensor) 
     parts = torch.empty((blocks, 2, width), dtype=torch.float32, device=table.device)
     sizes = {"BLOCK": BLOCK, "COLUMNS": COLUMNS, "num_warps": WARPS}
     _add_within_blocks_kernel[grid](table, rows, tokens, grads, parts, count, width, **sizes)
-    _add_across_blocks_kernel[grid](table, rows, parts, count, width, **sizes)
+    _add_across_blocks_kernel[grid](table, rows, parts, count, width, AT_ONCE=AT_ONCE, **sizes)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_specs import relative_error
-from tiny_runs import losses, make_data, newest_state, tiny_spec, train
+from tiny_runs import GPU_SIZES, losses, make_data, newest_state, tiny_spec, train
 
 from nanogpt.kernels.row_gradients import RowOrder, add_rows, row_order
 
@@ -65,30 +65,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("tiny") / "data", (200_000,), val_tokens=20_000)
 
 
-SIZES = (
-    "model.width=128",
-    "model.heads=4",
-    "model.head_dim=32",
-    "model.rotary.frequencies=8",
-    "training.stages=["
-    "{steps: 4, batch_tokens: 4096, window_blocks: {short: 2, long: 4}, token_weights: [1, 0.5, 0.25], lr_factor: 1},"
-    "{steps: 3, batch_tokens: 6144, window_blocks: {short: 3, long: 6}, token_weights: [1, 0.5], lr_factor: 1.52},"
-    "{steps: 3, batch_tokens: 8192, window_blocks: {short: 4, long: 9}, token_weights: [1], lr_factor: 1.73}]",
-    "training.extension={steps: 2, batch_tokens: 8192, window_blocks: {short: 4, long: 10}, token_weights: [1],"
-    " lr_factor: 1.73}",
-    "training.max_document_tokens=512",
-    "training.warmup=true",
-    "evaluation={every: 3, tokens: 16384, micro_batch_tokens: 2048, target_loss: null}",
-    "hardware={gpu: h100, gpus_per_node: 1}",
-    "checkpoint={every: 5, at_end: true}",
-)
+ONE = "hardware={gpu: h100, gpus_per_node: 1}"
 
 
 def test_recorded_micro_steps_compute_what_others_do(data: Path, tmp_path: Path) -> None:
     """A whole run, with warm-up, stages, YaRN, the head's split; and one that is resumed in the middle of a stage."""
     runtime = "runtime={{dtype: bf16, compile: 'on', attention: varlen, cuda_graphs: {}}}"
     for name in ("off", "auto"):
-        train(tiny_spec(*SIZES, runtime.format(name)), data, tmp_path / name)
+        train(tiny_spec(*GPU_SIZES, ONE, runtime.format(name)), data, tmp_path / name)
     logs = {name: (tmp_path / name / "log.txt").read_text().splitlines() for name in ("off", "auto")}
     said = {name: [line for line in lines if line.startswith("CUDA graphs:")] for name, lines in logs.items()}
     assert said == {"off": [], "auto": ["CUDA graphs: 4 micro-steps recorded"]}
@@ -96,8 +80,7 @@ def test_recorded_micro_steps_compute_what_others_do(data: Path, tmp_path: Path)
     assert auto[0] == pytest.approx(off[0], abs=5e-3)
     assert auto[1] == pytest.approx(off[1], abs=5e-3)
 
-    (tmp_path / "resumed").mkdir()
-    spec = tiny_spec(*SIZES, runtime.format("auto"))
+    spec = tiny_spec(*GPU_SIZES, ONE, runtime.format("auto"))
     last = copy.deepcopy(newest_state(tmp_path / "auto"))
     whole = tmp_path / "auto"
     for checkpoint in sorted((whole / "checkpoints").iterdir())[1:]:

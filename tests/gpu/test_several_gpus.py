@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from launched import Launched, endless_recipe
-from tiny_runs import losses, make_data, newest_state, python, tiny_spec, train, write_recipe
+from tiny_runs import GPU_SIZES, losses, make_data, newest_state, python, tiny_spec, train, write_recipe
 
 from nanogpt.errors import REQUEUE_EXIT_CODE
 from nanogpt.runs.metrics import read_run
@@ -90,6 +90,17 @@ def test_in_bf16_losses_over_200_steps_are_those_of_one_gpu(count: int, data: Pa
     (_, found), (_, expected) = losses(path), losses(tmp_path / "one")
     assert max(found) == STEPS
     assert found == pytest.approx(expected, abs=0.01)
+
+
+@SEVERAL
+def test_recorded_micro_steps_are_those_of_one_gpu(count: int, data: Path, tmp_path: Path) -> None:
+    """Compiled, with Triton's kernels, as a real run is; graphs are recorded beside NCCL's work."""
+    runtime = "runtime={dtype: bf16, compile: 'on', attention: varlen}"
+    train(tiny_spec(*GPU_SIZES, runtime, machine(1)), data, tmp_path / "one")
+    path = on(count, data, tmp_path, *GPU_SIZES, runtime)
+    assert "CUDA graphs: 4 micro-steps recorded" in (path / "log.txt").read_text().splitlines()
+    for found, expected in zip(losses(path), losses(tmp_path / "one"), strict=True):
+        assert found == pytest.approx(expected, abs=0.01)
 
 
 @pytest.mark.parametrize("count", [gpus(2)])

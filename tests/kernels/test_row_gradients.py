@@ -47,7 +47,7 @@ def test_a_part_of_a_table_is_changed_in_place():
 
 def interpreted() -> None:
     """In a process of its own: the kernels on a CPU, on rows that end within a block, at its end, and blocks later."""
-    from nanogpt.kernels.row_gradients_triton import BLOCK, add_sorted_rows
+    from nanogpt.kernels.row_gradients_triton import AT_ONCE, BLOCK, add_sorted_rows
 
     runs = [BLOCK, BLOCK - 1, 1, 3 * BLOCK, 5, 2 * BLOCK - 5, 1, BLOCK + 1]
     by_length = torch.arange(len(runs)).repeat_interleave(torch.tensor(runs))
@@ -56,6 +56,8 @@ def interpreted() -> None:
         "the same, tokens in any order": by_length[torch.randperm(len(by_length))],
         "one token": torch.tensor([4]),
         "one row": torch.zeros(3 * BLOCK + 7, dtype=torch.int64),
+        "one row of many blocks": torch.arange(2).repeat_interleave((2 * AT_ONCE + 1) * BLOCK),
+        "one row of as many as are added at once": torch.arange(3).repeat_interleave((AT_ONCE + 1) * BLOCK),
         "each row once": torch.randperm(2 * BLOCK + 3),
     }
     for name, read in cases.items():
