@@ -149,6 +149,11 @@ def prepare_text(
     ):
         if value is not None and value < least:
             raise InputError(f"{name} {value}: expected a number from {least} on")
+    if min_tokens is not None and document_tokens is not None and min_tokens > document_tokens:
+        raise InputError(
+            f"--min-tokens {min_tokens}: nothing is left, since --document-tokens {document_tokens} cuts all documents"
+            " shorter; give a smaller number"
+        )
     if not paths:
         raise InputError("no input: give files or folders, or --embedded for the prose that ships with the package")
     check_free(directory, force)

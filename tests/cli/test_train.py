@@ -122,9 +122,12 @@ def test_a_loss_that_is_not_finite_exits_with_1(
     nanogpt: Any, recipe: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = Speedrun.training_loss
-    monkeypatch.setattr(
-        Speedrun, "training_loss", lambda self, batch, windows, w: original(self, batch, windows, w) / len(w[1:])
-    )  # a division by zero in the third stage, which has one weight
+
+    def divided(self: Speedrun, batch: Any, windows: Any, weights: Any, **embedded: Any) -> Any:
+        """By zero in the third stage, which has one weight."""
+        return original(self, batch, windows, weights, **embedded) / len(weights[1:])
+
+    monkeypatch.setattr(Speedrun, "training_loss", divided)
     outcome = nanogpt("train", recipe, "--data", data)
     assert outcome.code == 1
     assert re.search(

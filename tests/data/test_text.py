@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -161,6 +161,7 @@ def test_copies_and_short_documents_are_left_out_and_the_order_is_a_hash_of_the_
     unique: bool,
     shuffle: bool,
 ) -> None:
+    assume(longest is None or least is None or least <= longest)
     folder = tmp_path_factory.mktemp("set")
     texts = [*texts, texts[0], "one more of some length", "and another of some length"]
     options = {"document_tokens": longest, "min_tokens": least, "unique": unique, "shuffle": shuffle}
@@ -191,6 +192,11 @@ def test_copies_and_short_documents_are_left_out_and_the_order_is_a_hash_of_the_
     if longest is None:  # parts of different texts may be equal, whole texts not
         assert not [one for one in sets[0][1] if one in sets[0][0]]
         assert sum(summary.skipped.values()) == len(texts) - len(cut)
+
+
+def test_a_least_length_beyond_the_longest_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--min-tokens 9: nothing is left, since --document-tokens 8 cuts"):
+        prepare_text([tmp_path / "not there"], tmp_path / "out", document_tokens=8, min_tokens=9, quiet=True)
 
 
 def test_a_shuffled_set_mixes_folders_and_the_parts_of_long_documents(tmp_path: Path) -> None:
