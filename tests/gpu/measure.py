@@ -1,0 +1,167 @@
+"""The figures of docs/performance.md in one go, on a machine with one GPU or several: measurements side by side.
+
+    python tests/gpu/measure.py OUT --data DIR --on 0 fast step profile --on 1 plain record89-step
+    python tests/gpu/measure.py OUT --data DIR --agree          # only the last table, of what is in OUT
+
+`--on GPU NAME...`: these measurements one after another on that GPU; several `--on` run at the same time, so give those
+that need a quiet host a GPU whose neighbours only train. Each has a log in OUT, and its compile cache and runs there;
+what fails is a line of the table, and the next one goes on. At `--limit` seconds what still runs is ended, so that a
+machine that is lent for a time gives its results back.
+
+DIR holds own text: prep-text PATH... --dir DIR --unique --shuffle --document-tokens 2048 --val-tokens 31457281.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nanogpt.runs.metrics import read_run
+
+EVALUATION = ("--set", "evaluation.tokens=2097152", "--set", "data.epochs=null")
+PLAIN = ("runtime.attention=varlen", "runtime.kernels=plain", "runtime.head_precision=bf16")
+
+
+def measurements(gpu: str, steps: int) -> dict[str, tuple[str, ...]]:
+    """Arguments of `nanogpt` by name. Those that train come with `--data` and `--out` of their own."""
+    speedrun, record89 = f"1x{gpu}", f"record89-1x{gpu}"
+    plain = [argument for setting in PLAIN for argument in ("--set", setting)]
+    found: dict[str, tuple[str, ...]] = {}
+    for name, recipe in (("", speedrun), ("record89-", record89)):
+        found |= {
+            f"{name}fast": ("train", recipe, "--steps", str(steps), *EVALUATION),  # cold where it is the first
+            f"{name}again": ("train", recipe, "--steps", str(steps), *EVALUATION),
+            f"{name}plain": ("train", recipe, "--steps", str(steps), *EVALUATION, *plain),
+            f"{name}warm": ("train", recipe, "--steps", "40", *EVALUATION),
+            f"{name}step": ("bench", "step", recipe, "--steps", "12", "--warmup", "4"),
+            f"{name}profile": ("bench", "profile", recipe, "--rows", "60"),
+        }
+    return found | {"kernels": ("bench", "kernels")}
+
+
+@dataclass
+class Queue:
+    """Measurements of one GPU, in order, and the process of the one that runs."""
+
+    gpu: str
+    names: Sequence[str]
+    out: Path
+    data: Path
+    commands: dict[str, tuple[str, ...]]
+    rows: list[tuple[str, str, float, int | None]] = field(default_factory=list)  # name, GPU, seconds, exit code
+    process: subprocess.Popen[bytes] | None = None
+    ended: bool = False
+
+    def run(self) -> None:
+        """All of them, until `end`."""
+        for name in self.names:
+            if self.ended:
+                return
+            began = time.monotonic()
+            with (self.out / f"{name}.txt").open("wb") as log:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-m", "nanogpt", *self._arguments(name)],
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=os.environ | self._environment(),
+                    start_new_session=True,  # its compilers end with it
+                )
+                code = self.process.wait()
+            self.rows.append((name, self.gpu, time.monotonic() - began, None if self.ended else code))
+
+    def end(self) -> None:
+        """Nothing more, and not what runs."""
+        self.ended = True
+        if self.process is not None and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def _arguments(self, name: str) -> list[str]:
+        arguments = [*self.commands[name]]
+        if arguments[0] == "train":
+            arguments += ["--data", str(self.data), "--out", str(self.out / "runs" / name)]
+        return arguments
+
+    def _environment(self) -> dict[str, str]:
+        scratch = self.out / f"gpu-{self.gpu}"
+        scratch.mkdir(exist_ok=True)
+        return {
+            "CUDA_VISIBLE_DEVICES": self.gpu,
+            "TMPDIR": str(scratch),
+            "NANOGPT_CACHE": str(self.out / "cache"),
+            "PYTHONUNBUFFERED": "1",
+        }
+
+
+def agreement(out: Path, fast: str, others: Sequence[str]) -> list[str]:
+    """Validation losses of the run `fast`, and by how much those of the others are higher; empty without two runs."""
+    curves = {}
+    for name in (fast, *others):
+        for path in sorted((out / "runs" / name).glob("*/metrics.jsonl"))[-1:]:
+            curves[name] = {record["step"]: record["val_loss"] for record in read_run(path.parent).evaluations}
+    there = [name for name in others if name in curves]
+    if fast not in curves or not there:
+        return []
+    lines = [
+        f"| step | {fast} | {' | '.join(f'{name} - {fast}' for name in there)} |",
+        "| --- " * (2 + len(there)) + "|",
+    ]
+    for step, loss in curves[fast].items():
+        differences = [f"{curves[name][step] - loss:+.4f}" if step in curves[name] else "" for name in there]
+        lines.append(f"| {step} | {loss:.4f} | {' | '.join(differences)} |")
+    return lines
+
+
+def main() -> int:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--on", nargs="+", action="append", default=[], metavar=("GPU", "NAME"))
+    parser.add_argument("--recipe-gpu", default="h100", help="h100, h200 or a100: of the recipes")
+    parser.add_argument("--steps", type=int, default=300, help="of the runs that are compared")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds")
+    parser.add_argument("--agree", action="store_true", help="measure nothing")
+    chosen = parser.parse_args()
+    commands = measurements(chosen.recipe_gpu, chosen.steps)
+    unknown = [name for _, *names in chosen.on for name in names if name not in commands]
+    if unknown or not (chosen.agree or (chosen.on and chosen.data)):
+        parser.error(
+            f"no measurement {', '.join(unknown)}; there are {', '.join(commands)}" if unknown else "--on, --data"
+        )
+
+    rows: list[tuple[str, str, float, int | None]] = []
+    if not chosen.agree:
+        chosen.out.mkdir(parents=True, exist_ok=True)
+        out = chosen.out.resolve()
+        queues = [Queue(gpu, names, out, chosen.data.resolve(), commands) for gpu, *names in chosen.on]
+        threads = [threading.Thread(target=queue.run) for queue in queues]
+        deadline = time.monotonic() + chosen.limit
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(max(0.0, min(deadline - time.monotonic(), threading.TIMEOUT_MAX)))
+        for queue in queues:
+            queue.end()
+        for thread in threads:
+            thread.join()
+        rows = [row for queue in queues for row in queue.rows]
+        print("| measurement | GPU | s | |\n| --- | --- | --- | --- |")
+        for name, gpu, seconds, code in rows:
+            how = "ended at the limit" if code is None else f"exit code {code}" if code else ""
+            print(f"| {name} | {gpu} | {seconds:.0f} | {how} |")
+    for prefix in ("", "record89-"):
+        for line in agreement(chosen.out, f"{prefix}fast", [f"{prefix}again", f"{prefix}plain"]):
+            print(line)
+    return 1 if any(code != 0 for *_, code in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""The measuring script itself, without a GPU: queues, logs, the limit, the table of differences."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import measure
+import pytest
+from made_runs import RECORD_67, made_run
+
+
+def script(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, measure.__file__, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_queues_go_on_after_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Recipes for a GPU that is not there end with 2 at once."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = script(tmp_path, "--data", tmp_path, "--on", "7", "step", "profile", "--on", "8", "kernels")
+    assert done.returncode == 1
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[2:]]
+    assert [(name, gpu, how) for name, gpu, _, how in rows] == [
+        ("step", "7", "exit code 2"),
+        ("profile", "7", "exit code 2"),
+        ("kernels", "8", "exit code 2"),
+    ]
+    assert all((tmp_path / f"{name}.txt").read_text().strip() for name in ("step", "profile", "kernels"))
+
+
+def test_what_runs_at_the_limit_is_ended_and_nothing_begins_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    slow = tmp_path / "python"
+    slow.write_text("#!/bin/sh\nsleep 600\n")
+    slow.chmod(0o755)
+    monkeypatch.setattr(measure, "sys", SimpleNamespace(executable=str(slow)))
+    queue = measure.Queue("0", ["first", "second"], tmp_path, tmp_path, dict.fromkeys(("first", "second"), ("runs",)))
+    thread = threading.Thread(target=queue.run)
+    thread.start()
+    while queue.process is None:
+        time.sleep(0.01)
+    queue.end()
+    thread.join(timeout=30)
+    assert [(name, code) for name, _, _, code in queue.rows] == [("first", None)]
+
+
+def test_the_table_of_differences(tmp_path: Path):
+    higher = [(step, loss + 0.0015) for step, loss in RECORD_67[:3]]
+    made_run(tmp_path / "runs/fast/a-run", curve=RECORD_67)
+    made_run(tmp_path / "runs/plain/a-run", 3.2766, curve=higher)
+    lines = measure.agreement(tmp_path, "fast", ["again", "plain"])
+    assert lines[0] == "| step | fast | plain - fast |"
+    assert lines[2:4] == ["| 0 | 10.8310 | +0.0015 |", "| 250 | 4.5680 | +0.0015 |"]
+    assert lines[5] == "| 750 | 3.8770 |  |"  # which plain has not come to
+    assert lines[-1] == "| 1555 | 3.2776 | -0.0010 |"
+    assert measure.agreement(tmp_path, "record89-fast", ["record89-plain"]) == []
+    assert script(tmp_path, "--agree").stdout.splitlines() == lines
+
+
+def test_an_unknown_name_is_refused(tmp_path: Path):
+    done = script(tmp_path, "--data", tmp_path, "--on", "0", "fats")
+    assert done.returncode == 2 and "no measurement fats; there are fast, again, plain" in done.stderr
