@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nanogpt.console import markdown_table
 from nanogpt.errors import InputError, RunError
 from nanogpt.runs.check import TARGET_RULE, Check, check_run, recipe_changes
 from nanogpt.runs.directory import LOG_NAME, METRICS_NAME, RECORD_NAME, SPEC_NAME
@@ -206,17 +207,15 @@ def submission_text(submission: Submission) -> str:
         lines += ["**Unofficial: not a record by the public rules.**", ""]
         lines += [*(f"- {objection}" for objection in submission.objections), ""] if submission.objections else []
     lines += [
-        "| record time | description | date | log | contributors |",
-        "| --- | --- | --- | --- | --- |",
+        *markdown_table(("record time", "description", "date", "log", "contributors"), ()),
         markdown_row(submission),
         "",
         "![validation and training loss](loss.png)",
         "",
         "## Runs",
         "",
-        "| run | seed | validation loss | time | job | ended (UTC) | commit |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
+    rows = []
     for run in runs:
         record = _record(run)
         cells = (
@@ -228,7 +227,8 @@ def submission_text(submission: Submission) -> str:
             f"{record.ended:%Y-%m-%d %H:%M:%S}" if record.ended else "-",
             _commit(record),
         )
-        lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
+        rows.append([_cell(cell) for cell in cells])
+    lines += markdown_table(("run", "seed", "validation loss", "time", "job", "ended (UTC)", "commit"), rows)
     spread = "" if result.sd is None else f", standard deviation {result.sd:.5f}"
     lines += ["", f"n = {result.n}, mean validation loss {result.mean:.5f}{spread}: {result.verdict()}.", ""]
     lines += ["## Local notes", "", f"- Hardware: {_hardware(runs[0])}"]

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanogpt.console import human_bytes
+from nanogpt.console import human_bytes, markdown_table
 from nanogpt.data.shards import train_name, val_name, write_tokens
 from nanogpt.models.flops import training_flops
 from nanogpt.spec import RunSpec
@@ -144,8 +144,7 @@ def as_table(timings: list[StageTiming], trainer: Trainer) -> str:
         )
         for t in timings
     ]
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join([*trainer.path_lines, "", *(f"| {' | '.join(line)} |" for line in lines)])
+    return "\n".join([*trainer.path_lines, "", *markdown_table(columns, rows)])
 
 
 def as_json(timings: list[StageTiming], trainer: Trainer) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from nanogpt.console import markdown_table
 from nanogpt.optim.communication import Pending
 from nanogpt.optim.sparse import RowExchange, TouchedRows, average_touched_shard, bigram_rows
 from nanogpt.spec import RunSpec, SpeedrunOptimizerSpec
@@ -101,13 +102,24 @@ def _median_ms(world: World, gradient: torch.Tensor, start: Callable[[torch.Tens
 
 def as_table(timings: list[TableTiming]) -> str:
     """As Markdown."""
-    lines = [
-        "| stage | rows touched | dense, ms | sparse, ms | lists on the host, ms | dense, MB | sparse, MB | error |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for t in timings:
-        lines.append(
-            f"| {t.stage + 1} | {t.touched:.1%} | {t.dense_ms:.2f} | {t.sparse_ms:.2f} | {t.host_ms:.2f} |"
-            f" {t.dense_bytes / 1e6:.1f} | {t.sparse_bytes / 1e6:.1f} | {t.error:.1e} |"
+    head = (
+        "stage",
+        "rows touched",
+        "dense, ms",
+        "sparse, ms",
+        "lists on the host, ms",
+        "dense, MB",
+        "sparse, MB",
+        "error",
+    )
+    rows = [
+        (
+            t.stage + 1,
+            f"{t.touched:.1%}",
+            *(f"{ms:.2f}" for ms in (t.dense_ms, t.sparse_ms, t.host_ms)),
+            *(f"{count / 1e6:.1f}" for count in (t.dense_bytes, t.sparse_bytes)),
+            f"{t.error:.1e}",
         )
-    return "\n".join(lines)
+        for t in timings
+    ]
+    return "\n".join(markdown_table(head, rows))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from nanogpt.cache.tuning import COUNTER
+from nanogpt.console import markdown_table
 
 
 @dataclass(frozen=True)
@@ -104,20 +105,18 @@ def compiled_functions() -> list[CompiledFunction]:
 
 def functions_table(functions: Sequence[CompiledFunction]) -> list[str]:
     """The functions as lines of a Markdown table."""
-    lines = [
-        "| function | graphs | operations | tracing, s | forward, s | backward, s | of it Triton, s |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
     total = CompiledFunction("all")
     for entry in functions:
         for field in fields(entry):
             if field.name != "name":
                 setattr(total, field.name, getattr(total, field.name) + getattr(entry, field.name))
+    rows = []
     for entry in (*functions, total):
         times = (entry.tracing_s, entry.forward_s, entry.backward_s, entry.kernels_s)
-        numbers = " | ".join(f"{value:.1f}" for value in times)
-        lines.append(f"| {entry.name} | {entry.graphs} | {entry.operations} | {numbers} |")
-    return lines
+        rows.append((entry.name, entry.graphs, entry.operations, *(f"{value:.1f}" for value in times)))
+    return markdown_table(
+        ("function", "graphs", "operations", "tracing, s", "forward, s", "backward, s", "of it Triton, s"), rows
+    )
 
 
 def _function_name(name: str, filename: str | None) -> str:

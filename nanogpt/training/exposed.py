@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nanogpt.console import markdown_table
+
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of what runs on a GPU
 Interval = tuple[float, float]
 
@@ -83,16 +85,28 @@ def _length(intervals: Sequence[Interval]) -> float:
 
 def as_table(stages: Sequence[Sequence[Exposure]]) -> str:
     """Stages by ranks as Markdown: the rank with the most exposed communication, and the mean over ranks."""
-    lines = [
-        "| stage | ms a step | computing | communicating | exposed, mean of ranks | exposed, most | share | idle |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    head = (
+        "stage",
+        "ms a step",
+        "computing",
+        "communicating",
+        "exposed, mean of ranks",
+        "exposed, most",
+        "share",
+        "idle",
+    )
+    rows = []
     for stage, ranks in enumerate(stages):
         worst = max(ranks, key=lambda rank: rank.exposed)
         mean = sum(rank.exposed for rank in ranks) / len(ranks)
         share = worst.exposed / worst.span if worst.span else 0.0
-        lines.append(
-            f"| {stage + 1} | {worst.span:.2f} | {worst.computing:.2f} | {worst.communicating:.2f} | {mean:.2f} |"
-            f" {worst.exposed:.2f} (rank {list(ranks).index(worst)}) | {share:.1%} | {worst.idle:.2f} |"
+        rows.append(
+            (
+                stage + 1,
+                *(f"{ms:.2f}" for ms in (worst.span, worst.computing, worst.communicating, mean)),
+                f"{worst.exposed:.2f} (rank {list(ranks).index(worst)})",
+                f"{share:.1%}",
+                f"{worst.idle:.2f}",
+            )
         )
-    return "\n".join(lines)
+    return "\n".join(markdown_table(head, rows))

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from nanogpt.console import markdown_table
 from nanogpt.training.exposed import Exposure, exposure, read_trace
 from nanogpt.training.trainer import Trainer
 
@@ -109,35 +110,30 @@ def part_of(kernel: str) -> str:
 
 def parts_table(stages: list[StageProfile]) -> str:
     """Milliseconds a step of each part of PARTS in each stage, as Markdown."""
-    lines = [
-        f"| part, ms a step | {' | '.join(f'stage {stage.stage + 1}' for stage in stages)} |",
-        f"| --- | {' | '.join('---' for _ in stages)} |",
-    ]
+    head = ("part, ms a step", *(f"stage {stage.stage + 1}" for stage in stages))
+    rows = []
     for part in (*PARTS, OTHER_PART):
         times = [sum(k.milliseconds for k in stage.kernels if part_of(k.name) == part) for stage in stages]
         if any(times):
-            lines.append(f"| {part} | {' | '.join(f'{time:.1f}' for time in times)} |")
-    lines.append(f"| all kernels | {' | '.join(f'{stage.busy_ms:.1f}' for stage in stages)} |")
-    return "\n".join((*lines, ""))
+            rows.append((part, *(f"{time:.1f}" for time in times)))
+    rows.append(("all kernels", *(f"{stage.busy_ms:.1f}" for stage in stages)))
+    return "\n".join((*markdown_table(head, rows), ""))
 
 
 def as_table(stages: list[StageProfile], rows: int) -> str:
     """The longest `rows` kernels of each stage as Markdown."""
     lines = []
     for stage in stages:
+        rest = stage.kernels[rows:]
+        others = KernelTime(f"{len(rest)} others", sum(k.calls for k in rest), sum(k.milliseconds for k in rest))
+        cells = [
+            (k.name, f"{k.calls:g}", f"{k.milliseconds:.2f}", f"{k.milliseconds / stage.span_ms:.1%}")
+            for k in (*stage.kernels[:rows], others)
+        ]
         lines += [
             f"Stage {stage.stage + 1}: {stage.span_ms:.1f} ms a step, kernels {stage.busy_ms:.1f} ms",
             "",
-            "| kernel | calls a step | ms a step | share |",
-            "| --- | --- | --- | --- |",
-        ]
-        for k in stage.kernels[:rows]:
-            share = k.milliseconds / stage.span_ms
-            lines.append(f"| {k.name} | {k.calls:g} | {k.milliseconds:.2f} | {share:.1%} |")
-        rest = stage.kernels[rows:]
-        rest_ms = sum(k.milliseconds for k in rest)
-        lines += [
-            f"| {len(rest)} others | {sum(k.calls for k in rest):g} | {rest_ms:.2f} | {rest_ms / stage.span_ms:.1%} |",
+            *markdown_table(("kernel", "calls a step", "ms a step", "share"), cells),
             "",
         ]
     return "\n".join(lines)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from nanogpt.console import markdown_table
 from nanogpt.runs.record import StartUpPhase
 from nanogpt.training.compilation import CompileCounts, compile_counts
 
@@ -59,19 +60,17 @@ class StartUp:
 
 def phases_table(phases: Sequence[StartUpPhase]) -> list[str]:
     """The phases as lines of a Markdown table, their sum last."""
-    lines = [
-        "| phase | s | graphs | from the cache | not cacheable | parts compiled | kernels tuned |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
     total = StartUpPhase(name="start to first timed step", seconds=0.0)
     for phase in phases:
         for key in ("seconds", "graphs", "from_cache", "bypassed", "parts_compiled", "kernels_tuned"):
             setattr(total, key, getattr(total, key) + getattr(phase, key))
+    rows = []
     for phase in (*phases, total):
         numbers = (phase.graphs, phase.from_cache, phase.bypassed, phase.parts_compiled, phase.kernels_tuned)
-        cells = " | ".join(str(number or "") for number in numbers)
-        lines.append(f"| {phase.name} | {phase.seconds:.1f} | {cells} |")
-    return lines
+        rows.append((phase.name, f"{phase.seconds:.1f}", *(number or "" for number in numbers)))
+    return markdown_table(
+        ("phase", "s", "graphs", "from the cache", "not cacheable", "parts compiled", "kernels tuned"), rows
+    )
 
 
 def process_age() -> float:
