@@ -48,9 +48,8 @@ def records_graphs(spec: RunSpec, device: torch.device) -> bool:
 
 def compile_whole(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Compiled: one graph for each size of micro-batch, which is a constant of the code; windows and scales are not."""
-    torch._dynamo.config.recompile_limit = (
-        64  # Adam's update has one for each shape of a shard; torch gives up at eight
-    )
+    # Adam's update has a graph for each shape of a shard; torch gives up at eight.
+    torch._dynamo.config.recompile_limit = 64
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
