@@ -33,7 +33,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402
 import torch.utils.checkpoint  # noqa: E402, F401
-from table import MUTATIONS, Mutation  # noqa: E402
+from mutation import Mutation  # noqa: E402
+from table import MUTATIONS  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 COPIED = ("nanogpt", "recipes", "tests", "pyproject.toml")

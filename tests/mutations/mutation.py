@@ -1,0 +1,121 @@
+"""What a mutation is, the files that mutations change, and the tests that must notice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SPEEDRUN = "nanogpt/models/speedrun.py"
+RECORD89 = "nanogpt/models/record89.py"
+RECORD = "nanogpt/models/record.py"
+GPT2 = "nanogpt/models/gpt2.py"
+EMBEDDING = "nanogpt/layers/embedding.py"
+NORM = "nanogpt/layers/norm.py"
+ROTARY = "nanogpt/layers/rotary.py"
+ATTENTION = "nanogpt/kernels/attention_plain.py"
+HEADS = "nanogpt/layers/attention.py"
+CONNECTIONS = "nanogpt/layers/dense_connections.py"
+MIXING = "nanogpt/kernels/head_mixing.py"
+FP8_MLP = "nanogpt/kernels/fp8_mlp.py"
+FP8_SCALES = "nanogpt/layers/fp8_mlp.py"
+PREFIXES = "nanogpt/data/prefixes.py"
+RECIPE89 = "recipes/record89.yaml"
+HEAD = "nanogpt/kernels/cross_entropy.py"
+MLP = "nanogpt/kernels/relu_squared_mlp.py"
+ADAM = "nanogpt/optim/adam.py"
+ADAMW = "nanogpt/optim/adamw.py"
+NORMUON = "nanogpt/optim/normuon.py"
+POLAR = "nanogpt/optim/polar_express.py"
+OPTIMIZER = "nanogpt/optim/normuon_adam.py"
+PLAN = "nanogpt/optim/plan.py"
+SCHEDULE = "nanogpt/training/schedule.py"
+TRAINER = "nanogpt/training/trainer.py"
+MICRO_STEP = "nanogpt/training/micro_step.py"
+ROWS = "nanogpt/kernels/row_gradients.py"
+BATCHES = "nanogpt/data/batches.py"
+DOCUMENTS = "nanogpt/data/documents_index.py"
+RECIPE = "recipes/speedrun.yaml"
+
+_TESTS: dict[str, tuple[str, ...]] = {
+    SPEEDRUN: ("tests/models/test_speedrun.py",),
+    RECORD89: ("tests/models/test_record89.py", "tests/optim/test_record89_steps.py"),
+    RECORD: (
+        "tests/models/test_speedrun.py",
+        "tests/models/test_record89.py",
+        "tests/training/test_micro_step.py",
+    ),
+    HEADS: (
+        "tests/layers/test_attention_layer.py",
+        "tests/models/test_speedrun.py",
+        "tests/models/test_record89.py",
+    ),
+    CONNECTIONS: ("tests/models/test_record89.py",),
+    MIXING: ("tests/kernels/test_head_mixing.py", "tests/models/test_record89.py"),
+    FP8_MLP: ("tests/layers/test_fp8_mlp.py",),
+    FP8_SCALES: ("tests/layers/test_fp8_mlp.py",),
+    PREFIXES: ("tests/data/test_prefixes.py",),
+    GPT2: ("tests/models/test_gpt2.py",),
+    EMBEDDING: (
+        "tests/layers/test_embedding.py",
+        "tests/models/test_speedrun.py",
+        "tests/models/test_record89.py",
+    ),
+    NORM: ("tests/layers/test_norm.py",),
+    ROTARY: ("tests/layers/test_rotary.py", "tests/models/test_speedrun.py"),
+    ATTENTION: ("tests/kernels/test_attention.py", "tests/models/test_speedrun.py"),
+    HEAD: (
+        "tests/kernels/test_cross_entropy.py",
+        "tests/models/test_speedrun.py",
+        "tests/models/test_record89.py",
+    ),
+    MLP: ("tests/models/test_speedrun.py", "tests/layers/test_fp8_mlp.py"),
+    ADAM: ("tests/optim/test_adam.py", "tests/optim/test_normuon_adam.py"),
+    ADAMW: ("tests/optim/test_adamw.py",),
+    NORMUON: ("tests/optim/test_normuon.py", "tests/optim/test_normuon_adam.py"),
+    POLAR: ("tests/optim/test_polar_express.py", "tests/optim/test_normuon.py"),
+    OPTIMIZER: ("tests/optim/test_normuon_adam.py",),
+    PLAN: ("tests/optim/test_normuon_adam.py",),
+    SCHEDULE: ("tests/training/test_schedule.py", "tests/training/test_schedule_record89.py"),
+    TRAINER: (
+        "tests/optim/test_micro_steps.py",
+        "tests/training/test_trainer.py::test_each_stage_brings_its_batch_windows_weights_and_yarn",
+    ),
+    MICRO_STEP: ("tests/training/test_micro_step.py", "tests/optim/test_micro_steps.py"),
+    ROWS: ("tests/kernels/test_row_gradients.py", "tests/training/test_micro_step.py"),
+    BATCHES: ("tests/data/test_batches.py",),
+    DOCUMENTS: ("tests/data/test_batches.py",),
+    RECIPE89: (
+        "tests/models/test_record89.py",
+        "tests/training/test_schedule_record89.py",
+        "tests/optim/test_record89_steps.py",
+    ),
+    RECIPE: (
+        "tests/models/test_speedrun.py",
+        "tests/layers",
+        "tests/training/test_schedule.py",
+        "tests/optim/test_normuon_adam.py",
+        "tests/optim/test_polar_express.py",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One formula changed: texts of a file that each occur once, and what they become."""
+
+    mechanism: str
+    what: str
+    file: str
+    changes: tuple[tuple[str, str], ...]
+
+    @property
+    def tests(self) -> tuple[str, ...]:
+        """The test files that must notice."""
+        return _TESTS[self.file]
+
+
+class Mutations(list[Mutation]):
+    """Those of one subject, in the order in which they run."""
+
+    def add(self, mechanism: str, file: str, what: str, *changes: tuple[str, str]) -> None:
+        """One line of the table: mechanism, where, and what is changed."""
+        self.append(Mutation(mechanism, what, file, changes))
