@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nanogpt.console import markdown_table
 from nanogpt.runs.metrics import read_run
 
 EVALUATION = ("--set", "evaluation.tokens=2097152", "--set", "data.epochs=null")
@@ -109,14 +110,11 @@ def agreement(out: Path, fast: str, others: Sequence[str]) -> list[str]:
     there = [name for name in others if name in curves]
     if fast not in curves or not there:
         return []
-    lines = [
-        f"| step | {fast} | {' | '.join(f'{name} - {fast}' for name in there)} |",
-        "| --- " * (2 + len(there)) + "|",
-    ]
+    rows = []
     for step, loss in curves[fast].items():
         differences = [f"{curves[name][step] - loss:+.4f}" if step in curves[name] else "" for name in there]
-        lines.append(f"| {step} | {loss:.4f} | {' | '.join(differences)} |")
-    return lines
+        rows.append([step, f"{loss:.4f}", *differences])
+    return markdown_table(["step", fast, *(f"{name} - {fast}" for name in there)], rows)
 
 
 def main() -> int:
@@ -132,10 +130,10 @@ def main() -> int:
     chosen = parser.parse_args()
     commands = measurements(chosen.recipe_gpu, chosen.steps)
     unknown = [name for _, *names in chosen.on for name in names if name not in commands]
-    if unknown or not (chosen.agree or (chosen.on and chosen.data)):
-        parser.error(
-            f"no measurement {', '.join(unknown)}; there are {', '.join(commands)}" if unknown else "--on, --data"
-        )
+    if unknown:
+        parser.error(f"no measurement {', '.join(unknown)}; there are {', '.join(commands)}")
+    if not chosen.agree and not (chosen.on and chosen.data):
+        parser.error("give --data and at least one --on, or --agree")
 
     rows: list[tuple[str, str, float, int | None]] = []
     if not chosen.agree:
@@ -153,10 +151,9 @@ def main() -> int:
         for thread in threads:
             thread.join()
         rows = [row for queue in queues for row in queue.rows]
-        print("| measurement | GPU | s | |\n| --- | --- | --- | --- |")
-        for name, gpu, seconds, code in rows:
-            how = "ended at the limit" if code is None else f"exit code {code}" if code else ""
-            print(f"| {name} | {gpu} | {seconds:.0f} | {how} |")
+        outcome = {None: "ended at the limit", 0: ""}
+        table = [(name, gpu, f"{s:.0f}", outcome.get(code, f"exit code {code}")) for name, gpu, s, code in rows]
+        print("\n".join(markdown_table(("measurement", "GPU", "s", "outcome"), table)))
     for prefix in ("", "record89-"):
         for line in agreement(chosen.out, f"{prefix}fast", [f"{prefix}again", f"{prefix}plain"]):
             print(line)
