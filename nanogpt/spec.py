@@ -285,7 +285,8 @@ class RuntimeSpec(Strict):
         default="auto", description="of the MLP's products in training, for record89; fp8 is emulated on a CPU"
     )
     cuda_graphs: Literal["auto", "off"] = Field(
-        default="auto", description="auto: compiled micro-steps of the record models are recorded and replayed on a GPU"
+        default="auto",
+        description="auto: the record models' compiled micro-steps are recorded and replayed, on GPUs of 60 GB or more",
     )
     deterministic: bool = Field(default=False, description="deterministic algorithms, at a cost in speed")
     bigram_gradient: Literal["dense", "sparse", "auto"] = Field(

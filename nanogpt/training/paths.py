@@ -13,6 +13,9 @@ from nanogpt.kernels.fp8_head import select_head_precision
 from nanogpt.models.interface import Paths
 from nanogpt.spec import Gpt2ModelSpec, Record89ModelSpec, RecordModelSpec, RunSpec
 
+# A recording keeps its activations' memory, and the next stage's first call is not recorded: 15 GB and 28 side by side.
+GRAPHS_MEMORY = 60_000_000_000
+
 
 def choose_paths(spec: RunSpec, device: torch.device) -> tuple[Paths, list[str]]:
     """The paths for `spec.runtime` on `device`, and a line of the log for each choice.
@@ -42,8 +45,10 @@ def choose_paths(spec: RunSpec, device: torch.device) -> tuple[Paths, list[str]]
 def records_graphs(spec: RunSpec, device: torch.device) -> bool:
     """Whether micro-steps are recorded as CUDA graphs (`nanogpt.training.micro_step`)."""
     runtime = spec.runtime
-    fast = device.type == "cuda" and compiles(spec, device) and runtime.kernels == "auto"
-    return fast and runtime.cuda_graphs == "auto" and isinstance(spec.model, RecordModelSpec)
+    if device.type != "cuda" or not isinstance(spec.model, RecordModelSpec) or not compiles(spec, device):
+        return False
+    roomy = torch.cuda.get_device_properties(device).total_memory >= GRAPHS_MEMORY
+    return roomy and runtime.kernels == "auto" and runtime.cuda_graphs == "auto"
 
 
 def compile_whole(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from small_specs import VOCAB, randomize, relative_error, small_record89, small_speedrun
@@ -9,7 +11,9 @@ from small_specs import VOCAB, randomize, relative_error, small_record89, small_
 from nanogpt.data.batches import MicroBatch
 from nanogpt.models import build_model
 from nanogpt.models.interface import Windows
+from nanogpt.recipe import load_recipe
 from nanogpt.training.micro_step import MicroStep
+from nanogpt.training.paths import records_graphs
 
 SPECS = {"speedrun": small_speedrun(), "record89": small_record89()}
 WINDOWS, WEIGHTS = Windows(short=4, long=9), torch.tensor([1.0, 0.5, 0.25])
@@ -64,3 +68,23 @@ def test_tables_get_no_other_gradient(monkeypatch):
     for name in ("embed", "bigram_embed", "value_embed"):
         assert not model.get_parameter(name).grad.any(), name
     assert model.mlp.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "gigabytes", "expected"),
+    [
+        ("1xh100", "", 85, True),
+        ("record89-1xh200", "", 150, True),
+        ("1xa100", "", 42, False),
+        ("1xh100", "runtime.cuda_graphs=off", 85, False),
+        ("1xh100", "runtime.compile=off", 85, False),
+        ("1xh100", "runtime.kernels=plain", 85, False),
+        ("gpt2", "", 85, False),
+    ],
+)
+def test_what_is_recorded(recipe, override, gigabytes, expected, monkeypatch):
+    properties = SimpleNamespace(total_memory=gigabytes * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    spec = load_recipe(recipe, [override] if override else [])
+    assert records_graphs(spec, torch.device("cuda", 0)) == expected
+    assert not records_graphs(spec, torch.device("cpu"))
