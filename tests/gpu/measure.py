@@ -1,12 +1,11 @@
 """The figures of docs/performance.md in one go, on a machine with one GPU or several: measurements side by side.
 
     python tests/gpu/measure.py OUT --data DIR --on 0 fast step profile --on 1 plain record89-step
-    python tests/gpu/measure.py OUT --data DIR --agree          # only the last table, of what is in OUT
 
 `--on GPU NAME...`: these measurements one after another on that GPU; several `--on` run at the same time, so give those
 that need a quiet host a GPU whose neighbours only train. Each has a log in OUT, and its compile cache and runs there;
 what fails is a line of the table, and the next one goes on. At `--limit` seconds what still runs is ended, so that a
-machine that is lent for a time gives its results back.
+machine that is lent for a time gives its results back. In the end the runs are compared.
 
 DIR holds own text: prep-text PATH... --dir DIR --unique --shuffle --document-tokens 2048 --val-tokens 31457281.
 """
@@ -25,7 +24,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanogpt.console import markdown_table
-from nanogpt.runs.metrics import read_run
 
 EVALUATION = ("--set", "evaluation.tokens=2097152", "--set", "data.epochs=null")
 PLAIN = ("runtime.attention=varlen", "runtime.kernels=plain", "runtime.head_precision=bf16")
@@ -101,62 +99,47 @@ class Queue:
         }
 
 
-def agreement(out: Path, fast: str, others: Sequence[str]) -> list[str]:
-    """Validation losses of the run `fast`, and by how much those of the others are higher; empty without two runs."""
-    curves = {}
-    for name in (fast, *others):
-        for path in sorted((out / "runs" / name).glob("*/metrics.jsonl"))[-1:]:
-            curves[name] = {record["step"]: record["val_loss"] for record in read_run(path.parent).evaluations}
-    there = [name for name in others if name in curves]
-    if fast not in curves or not there:
-        return []
-    rows = []
-    for step, loss in curves[fast].items():
-        differences = [f"{curves[name][step] - loss:+.4f}" if step in curves[name] else "" for name in there]
-        rows.append([step, f"{loss:.4f}", *differences])
-    return markdown_table(["step", fast, *(f"{name} - {fast}" for name in there)], rows)
+def compare(out: Path, prefix: str) -> None:
+    """`nanogpt compare` of the runs that there are of a model, the fast one first."""
+    found = [sorted((out / "runs" / f"{prefix}{name}").glob("*/"))[-1:] for name in ("fast", "again", "plain")]
+    runs = [str(path) for paths in found for path in paths]
+    if len(runs) > 1:
+        subprocess.run([sys.executable, "-m", "nanogpt", "compare", *runs], check=False)
 
 
 def main() -> int:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--on", nargs="+", action="append", default=[], metavar=("GPU", "NAME"))
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--on", nargs="+", action="append", required=True, metavar=("GPU", "NAME"))
     parser.add_argument("--recipe-gpu", default="h100", help="h100, h200 or a100: of the recipes")
     parser.add_argument("--steps", type=int, default=300, help="of the runs that are compared")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds")
-    parser.add_argument("--agree", action="store_true", help="measure nothing")
     chosen = parser.parse_args()
     commands = measurements(chosen.recipe_gpu, chosen.steps)
     unknown = [name for _, *names in chosen.on for name in names if name not in commands]
     if unknown:
         parser.error(f"no measurement {', '.join(unknown)}; there are {', '.join(commands)}")
-    if not chosen.agree and not (chosen.on and chosen.data):
-        parser.error("give --data and at least one --on, or --agree")
-
-    rows: list[tuple[str, str, float, int | None]] = []
-    if not chosen.agree:
-        chosen.out.mkdir(parents=True, exist_ok=True)
-        out = chosen.out.resolve()
-        queues = [Queue(gpu, names, out, chosen.data.resolve(), commands) for gpu, *names in chosen.on]
-        threads = [threading.Thread(target=queue.run) for queue in queues]
-        deadline = time.monotonic() + chosen.limit
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(max(0.0, min(deadline - time.monotonic(), threading.TIMEOUT_MAX)))
-        for queue in queues:
-            queue.end()
-        for thread in threads:
-            thread.join()
-        rows = [row for queue in queues for row in queue.rows]
-        outcome = {None: "ended at the limit", 0: ""}
-        table = [(name, gpu, f"{s:.0f}", outcome.get(code, f"exit code {code}")) for name, gpu, s, code in rows]
-        print("\n".join(markdown_table(("measurement", "GPU", "s", "outcome"), table)))
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    out = chosen.out.resolve()
+    queues = [Queue(gpu, names, out, chosen.data.resolve(), commands) for gpu, *names in chosen.on]
+    threads = [threading.Thread(target=queue.run) for queue in queues]
+    deadline = time.monotonic() + chosen.limit
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, min(deadline - time.monotonic(), threading.TIMEOUT_MAX)))
+    for queue in queues:
+        queue.end()
+    for thread in threads:
+        thread.join()
+    rows = [row for queue in queues for row in queue.rows]
+    outcome = {None: "ended at the limit", 0: ""}
+    table = [(name, gpu, f"{s:.0f}", outcome.get(code, f"exit code {code}")) for name, gpu, s, code in rows]
+    print("\n".join(markdown_table(("measurement", "GPU", "s", "outcome"), table)), flush=True)
     for prefix in ("", "record89-"):
-        for line in agreement(chosen.out, f"{prefix}fast", [f"{prefix}again", f"{prefix}plain"]):
-            print(line)
+        compare(out, prefix)
     return 1 if any(code != 0 for *_, code in rows) else 0
 
 
