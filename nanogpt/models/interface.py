@@ -68,12 +68,12 @@ class LookUp:
 
     parameter: nn.Parameter  # (n, D)
     rows: Tensor  # (T,) integers; look-ups with the same rows share the tensor
-    first: int = 0  # row of the parameter from which `rows` count
-    count: int | None = None  # of rows that may be read; None: all
+    first: int  # row of the parameter from which `rows` count
+    count: int  # of rows that may be read
 
     def part(self, full: Tensor) -> Tensor:
         """What `rows` count in, of the parameter or its gradient (n, D): a view."""
-        return full if self.count is None else full[self.first : self.first + self.count]
+        return full[self.first : self.first + self.count]
 
     def read(self) -> Tensor:
         """The rows, (T, D), as a leaf: their gradient stays with it, to be added to the table's."""

@@ -27,6 +27,11 @@ class Embedded(NamedTuple):
     values: tuple[Tensor, ...]  # by value table
 
 
+def _named(embedded: tuple[Tensor, ...]) -> Embedded:
+    """What is read, in the order of `look_ups`."""
+    return Embedded(embedded[0], embedded[1], embedded[2:])
+
+
 class RecordModel(LanguageModel, Generic[Spec]):
     """Base of the record models; `hidden` gives the head's input. The parameters are made by the models themselves."""
 
@@ -65,25 +70,22 @@ class RecordModel(LanguageModel, Generic[Spec]):
 
     def embedded(self, tokens: Tensor) -> Embedded:
         """The tables' rows of tokens (T,)."""
-        tables = self.value_embed.unflatten(0, (-1, self.spec.padded_vocab_size))
-        return Embedded(
-            F.embedding(tokens, self.embed),
-            F.embedding(self._bigram_rows(tokens), self.bigram_embed),
-            tuple(F.embedding(tokens, table) for table in tables.unbind()),
-        )
+        reads = self._reads(tokens)
+        return _named(tuple(F.embedding(rows, full[first : first + count]) for full, rows, first, count in reads))
 
     def look_ups(self, tokens: Tensor) -> tuple[LookUp, ...]:
-        """As `embedded`: token, bigram, then the value tables."""
-        rows = self.spec.padded_vocab_size
-        tables = range(0, self.value_embed.shape[0], rows)
-        return (
-            LookUp(self.embed, tokens),
-            LookUp(self.bigram_embed, self._bigram_rows(tokens)),
-            *(LookUp(self.value_embed, tokens, first, rows) for first in tables),
-        )
+        """Token, bigram, then the value tables."""
+        return tuple(LookUp(*read) for read in self._reads(tokens))
 
-    def _bigram_rows(self, tokens: Tensor) -> Tensor:
-        return bigram_hash(tokens, self.spec.bigram_rows, self.spec.bigram_multipliers)
+    def _reads(self, tokens: Tensor) -> tuple[tuple[nn.Parameter, Tensor, int, int], ...]:
+        """A `LookUp` for each table, as a plain tuple, which compiled code can make."""
+        spec, vocab = self.spec, self.spec.padded_vocab_size
+        bigrams = bigram_hash(tokens, spec.bigram_rows, spec.bigram_multipliers)
+        return (
+            (self.embed, tokens, 0, vocab),
+            (self.bigram_embed, bigrams, 0, spec.bigram_rows),
+            *((self.value_embed, tokens, first, vocab) for first in range(0, self.value_embed.shape[0], vocab)),
+        )
 
     def window(self, layer: int, windows: Windows | RunTimeWindows) -> int | Tensor:
         """The layer's window in tokens."""
@@ -102,10 +104,7 @@ class RecordModel(LanguageModel, Generic[Spec]):
         embedded: tuple[Tensor, ...] | None = None,
     ) -> Tensor:
         """Weighted multi-token cross-entropy, summed over the micro-batch's tokens."""
-        if embedded is None:
-            read = self.embedded(batch.inputs)
-        else:
-            read = Embedded(embedded[0], embedded[1], embedded[2:])
+        read = self.embedded(batch.inputs) if embedded is None else _named(embedded)
         x = self.hidden(batch.inputs, read, batch.cu_seqlens, batch.max_seqlen, windows, training=True)
         cap = self.spec.softcap
         return head_loss(

@@ -75,13 +75,11 @@ class MicroStep:
     def __call__(self, batch: MicroBatch, arguments: tuple[Any, ...], *, stage: int) -> Tensor:
         """The loss, a scalar in fp32 without gradient, good until the next call.
 
-        arguments: see `loss_arguments`. stage: whatever is not a tensor on the GPU is the same for all
-        calls of a stage.
+        arguments: see `loss_arguments`. stage: whatever is not a tensor on the GPU is the same for all its calls.
         """
-        if not self.record:
-            return self.compute(batch, arguments)
-        if stage not in self._called:  # what is compiled, tuned or loaded at a first call cannot be recorded
-            self._called.add(stage)
+        first = stage not in self._called  # what is compiled, tuned or loaded at a first call cannot be recorded
+        self._called.add(stage)
+        if first or not self.record:
             return self.compute(batch, arguments)
         if stage not in self._recordings:
             try:
@@ -135,7 +133,6 @@ class _Recording:
         self.graph = graph
         self.inputs = _tensors(batch, arguments)
         self.loss = loss
-        self._keep = batch, arguments
 
     def replay(self, batch: MicroBatch, arguments: tuple[Any, ...]) -> Tensor:
         """The loss of other inputs."""

@@ -215,6 +215,7 @@ class Trainer:
                     world.communicator.broadcast(value)
             world.synchronize()
         self.compiled = compiles(spec, world.device)
+        record = records_graphs(spec, world.device)
         self.optimizer = build_optimizer(
             spec,
             self.model,
@@ -222,7 +223,7 @@ class Trainer:
             compiled=self.compiled,
             plain_kernels=paths.plain_kernels,
             touched=self.touched,
-            keep_gradients=records_graphs(spec, world.device),
+            keep_gradients=record,
         )
         ranks = world.gather(describe_rank(world))
         if world.is_main and (warning := unlike_devices(ranks)):
@@ -237,7 +238,7 @@ class Trainer:
             self._compile(self.model.training_loss),
             grad_scale=1 / spec.accumulation_steps,
             plain_kernels=paths.plain_kernels,
-            record=records_graphs(spec, world.device),
+            record=record,
         )
         self.evaluation_loss = self._compile(self.model.evaluation_loss)
         self.reporter = Reporter(

@@ -159,7 +159,12 @@ _add(
     "one for all tables",
     ("self.ve_gate_bank[self.value_table[layer]]", "self.ve_gate_bank[0]"),
 )
-_add("value embeddings", RECORD, "tables in reverse order", ("in tables.unbind())", "in tables.flip(0).unbind())"))
+_add(
+    "value embeddings",
+    RECORD,
+    "tables in reverse order",
+    ("embedded[1], embedded[2:])", "embedded[1], embedded[2:][::-1])"),
+)
 _add("value embeddings", SPEEDRUN, "instead of v", ("v = v + gate * value", "v = gate * value"))
 _add("MLP", SPEEDRUN, "input not normalised", ("mlp_function(norm(x)", "mlp_function(x"))
 _add("MLP", MLP, "no square", ("torch.relu(u @ up.mT).square()", "torch.relu(u @ up.mT)"))

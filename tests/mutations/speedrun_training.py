@@ -208,9 +208,12 @@ _add(
     "one order for all",
     ("orders.get(id(look_up.rows))", "next(iter(orders.values()), None)"),
 )
-_add("tables' gradients", ROWS, "not added to what is there", ("total.add_(table)", "total"))
+_add("tables' gradients", ROWS, "not added to what is there", ("table.add_(total)", "table.copy_(total)"))
 _add(
-    "tables' gradients", RECORD, "first table for all", ("tokens, first, rows) for first", "tokens, 0, rows) for first")
+    "tables' gradients",
+    RECORD,
+    "first table for all",
+    ("tokens, first, vocab) for first", "tokens, 0, vocab) for first"),
 )
 
 # --- schedule ---
