@@ -17,6 +17,7 @@ MODULES = (
     "attention",
     "head_mixing",
     "relu_squared_mlp",
+    "fp8_mlp",
     "cross_entropy",
     "row_gradients",
     "symmetric_matmul",

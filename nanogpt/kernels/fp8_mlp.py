@@ -1,21 +1,25 @@
 """The squared-ReLU MLP with both products in 8-bit floats (e4m3), forward only; the backward pass is that of bf16.
 
-    up:    x8 = e4m3(u / s_x), s_x = max|u| / 448 of this very input;  pre = s_x s_u (x8 U8^T), rounded to u's dtype
-    post = relu(pre)^2
-    down:  h8 = e4m3(min(post / s_h, 448));  out = s_h s_w (h8 W8), with the tensor cores' fast accumulation
+    up:    x8 = e4m3(u / s_x), s_x = max|u| / 448 of this very input;  pre = s_x s_u (x8 U8^T)
+    post = relu(pre)^2, rounded to u's dtype
+    down:  h8 = e4m3(min(post / s_h, 448));  out = s_h s_w (h8 W8)
 
 s_u is of the current weights. s_h and s_w are delayed: they come from what was measured one micro-batch, or one step,
-earlier (`nanogpt.layers.fp8_mlp` keeps them), so that nothing has to be read twice. On a CPU the same roundings are
-made around ordinary products.
+earlier (`nanogpt.layers.fp8_mlp` keeps them), so that nothing has to be read twice. On Hopper the square and its
+rounding are the epilogue of the first product, both products accumulate fast, and h8 comes from the square before that
+is rounded. On a CPU the same roundings are made around ordinary products, which round pre as well.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nanogpt.kernels.benchmark import BenchCase
 from nanogpt.kernels.dispatch import runs_kernel
 from nanogpt.kernels.fp8_head import scaled_product
 from nanogpt.kernels.relu_squared_mlp import relu_squared_backward
@@ -52,7 +56,9 @@ def fp8_relu_squared_mlp(
     Differentiable in u, up and down, with the gradients of the products in u's dtype. T, D and F are multiples of 16
     on a GPU. `plain`: no Triton kernels.
     """
-    out, peak = _Fp8MLP.apply(u, up, down, up8, up_scale, down8, down_scale, post_scale, plain)
+    with torch.no_grad():  # by rows first: a compiler finds those where it makes the rows
+        u_scale = u.abs().amax(1).amax().float().clamp(min=PEAK_FLOOR) / E4M3_MAX
+    out, peak = _Fp8MLP.apply(u, up, down, u_scale, up8, up_scale, down8, down_scale, post_scale, plain)
     return out, peak
 
 
@@ -63,6 +69,7 @@ class _Fp8MLP(torch.autograd.Function):
         u: Tensor,
         up: Tensor,
         down: Tensor,
+        u_scale: Tensor,
         up8: Tensor,
         up_scale: Tensor,
         down8: Tensor,
@@ -71,7 +78,7 @@ class _Fp8MLP(torch.autograd.Function):
         plain: bool,
     ) -> tuple[Tensor, Tensor]:
         ctx.plain = plain
-        out, post, peak = _forward(u, up8, up_scale, down8, down_scale, post_scale, plain)
+        out, post, peak = _forward(u, u_scale, up8, up_scale, down8, down_scale, post_scale, plain)
         ctx.mark_non_differentiable(peak)
         ctx.save_for_backward(u, up, down, post)
         return out, peak
@@ -80,24 +87,29 @@ class _Fp8MLP(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         u, up, down, post = ctx.saved_tensors
         grad_pre = relu_squared_backward(grad, down, post, plain=ctx.plain)
-        return grad_pre @ up, grad_pre.mT @ u, post.mT @ grad, None, None, None, None, None, None
+        return grad_pre @ up, grad_pre.mT @ u, post.mT @ grad, None, None, None, None, None, None, None
 
 
 # One opaque operation: whatever a compiler sees of it, it may compute again in the backward pass, when `post_scale` has
 # long been overwritten by the next call's.
 @torch.library.custom_op("nanogpt::fp8_mlp_forward", mutates_args=())
 def _forward(
-    u: Tensor, up8: Tensor, up_scale: Tensor, down8: Tensor, down_scale: Tensor, post_scale: Tensor, plain: bool
+    u: Tensor,
+    u_scale: Tensor,
+    up8: Tensor,
+    up_scale: Tensor,
+    down8: Tensor,
+    down_scale: Tensor,
+    post_scale: Tensor,
+    plain: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(the output (T, D), relu(pre)^2 (T, F), its largest, () fp32)."""
     if not plain and runs_kernel(u, capability=9):
-        from nanogpt.kernels.fp8_mlp_triton import quantize, square_and_quantize
+        from nanogpt.kernels.fp8_mlp_triton import quantize, up_squared_and_quantized
 
-        u_scale = torch.linalg.vector_norm(u, torch.inf, dtype=torch.float32).clamp(min=PEAK_FLOOR) / E4M3_MAX
-        pre = _product(quantize(u.contiguous(), u_scale), u_scale, up8, up_scale, u.dtype, fast=False)
-        post, post8, peak = square_and_quantize(pre, post_scale)
+        u8 = quantize(u.contiguous(), u_scale)
+        post, post8, peak = up_squared_and_quantized(u8, u_scale, up8, up_scale, post_scale, u.dtype)
     else:
-        u_scale = current_scale(u.float())
         pre = _product(to_e4m3(u.float() / u_scale), u_scale, up8, up_scale, u.dtype, fast=False)
         post = pre.relu().square()
         post8, peak = to_e4m3(post.float() / post_scale), post.amax().float()
@@ -105,9 +117,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
-    u: Tensor, up8: Tensor, up_scale: Tensor, down8: Tensor, down_scale: Tensor, post_scale: Tensor, plain: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(u: Tensor, u_scale: Tensor, up8: Tensor, *others: Tensor | bool) -> tuple[Tensor, Tensor, Tensor]:
     post = u.new_empty((u.shape[0], up8.shape[0]))
     return torch.empty_like(u, memory_format=torch.contiguous_format), post, u.new_empty((), dtype=torch.float32)
 
@@ -118,3 +128,39 @@ def _product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torc
         return scaled_product(a, a_scale, b, b_scale, out_dtype=dtype, fast=fast)
     wide = torch.promote_types(dtype, torch.float32)
     return ((a.to(wide) @ b.to(wide).mT) * (a_scale * b_scale)).to(dtype)
+
+
+def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
+    """The forward pass, and its first product, for D = 768 and F = 3,072 at the record's micro-batches.
+
+    FP8 products count half their operations, since the machine's rate is that of bf16.
+    """
+    from nanogpt.kernels.fp8_mlp_triton import quantize, up_squared_and_quantized
+
+    width, hidden = 768, 3_072
+    up, down = ((0.03 * torch.randn(hidden, width, device=device)).bfloat16() for _ in range(2))
+    up_scale, down_scale = current_scale(up).float(), current_scale(down).float()
+    up8, down8 = to_e4m3(up / up_scale), to_e4m3(down / down_scale).mT.contiguous()
+    post_scale = torch.full((), 0.01, device=device)
+    for tokens in (16_384, 32_768, 49_152):
+        u = torch.randn(tokens, width, device=device).bfloat16()
+        u_scale = current_scale(u).float()
+        u8 = quantize(u, u_scale)
+        inputs = (u, u_scale, up8, up_scale, down8, down_scale, post_scale)
+        product = 2 * tokens * width * hidden / 2
+        yield BenchCase(
+            "8-bit relu^2 MLP, forward",
+            f"{tokens:,} x {width} x {hidden:,}",
+            functools.partial(_forward, *inputs, False),
+            functools.partial(_forward, *inputs, True),
+            flops=2 * product,
+            bytes=2 * 2 * tokens * width + 2 * tokens * hidden + 2 * hidden * width,
+        )
+        yield BenchCase(
+            "8-bit up-projection and its square",
+            f"{tokens:,} x {width} x {hidden:,}",
+            functools.partial(up_squared_and_quantized, u8, u_scale, up8, up_scale, post_scale, u.dtype),
+            None,
+            flops=product,
+            bytes=tokens * width + 3 * tokens * hidden + hidden * width,
+        )

@@ -31,6 +31,21 @@ class Config(NamedTuple):
 
 
 @triton.jit
+def tile_corner(tile, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """First row and column of a tile, in an order in which what runs together shares operands in the L2 cache."""
+    group = tile // (GROUP * columns)  # of GROUP tile rows by all columns
+    height = tl.minimum(rows - group * GROUP, GROUP)
+    within = tile % (GROUP * columns)
+    return (group * GROUP + within % height) * BLOCK_M, (within // height) * BLOCK_N
+
+
+@triton.jit
+def halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The left and the right half of a tile's columns: stored one after another they need half the shared memory."""
+    return tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def _epilogue(acc, post_desc, out_desc, row, column, BACKWARD: tl.constexpr):
     if BACKWARD:
         post = post_desc.load([row, column]).to(tl.float32)
@@ -61,22 +76,15 @@ def _relu_squared_kernel(
     rows = tl.cdiv(M, BLOCK_M)
     columns = tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), rows * columns, tl.num_programs(0), flatten=FLATTEN):
-        # Groups of GROUP tile rows by all columns, so that what runs together shares operands in the L2 cache.
-        group = tile // (GROUP * columns)
-        height = tl.minimum(rows - group * GROUP, GROUP)
-        within = tile % (GROUP * columns)
-        row = (group * GROUP + within % height) * BLOCK_M
-        column = (within // height) * BLOCK_N
-
+        row, column = tile_corner(tile, rows, columns, BLOCK_M, BLOCK_N, GROUP)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for k in range(0, K, BLOCK_K):
             acc = tl.dot(a_desc.load([row, k]), b_desc.load([column, k]).T, acc)
 
         if PIECES == 1:
             _epilogue(acc, post_desc, out_desc, row, column, BACKWARD)
-        else:  # in halves: half the shared memory, which buys a stage
-            halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
-            left, right = tl.split(halves)
+        else:  # which buys a stage
+            left, right = halves(acc, BLOCK_M, BLOCK_N)
             _epilogue(left, post_desc, out_desc, row, column, BACKWARD)
             _epilogue(right, post_desc, out_desc, row, column + BLOCK_N // 2, BACKWARD)
 

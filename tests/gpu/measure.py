@@ -26,13 +26,13 @@ from pathlib import Path
 from nanogpt.console import markdown_table
 
 EVALUATION = ("--set", "evaluation.tokens=2097152", "--set", "data.epochs=null")
-PLAIN = ("runtime.attention=varlen", "runtime.kernels=plain", "runtime.head_precision=bf16")
+PLAIN = ("attention=varlen", "kernels=plain", "head_precision=bf16", "mlp_precision=bf16")  # of runtime
 
 
 def measurements(gpu: str, steps: int) -> dict[str, tuple[str, ...]]:
     """Arguments of `nanogpt` by name. Those that train come with `--data` and `--out` of their own."""
     speedrun, record89 = f"1x{gpu}", f"record89-1x{gpu}"
-    plain = [argument for setting in PLAIN for argument in ("--set", setting)]
+    plain = [argument for setting in PLAIN for argument in ("--set", f"runtime.{setting}")]
     found: dict[str, tuple[str, ...]] = {}
     for name, recipe in (("", speedrun), ("record89-", record89)):
         found |= {

@@ -98,6 +98,29 @@ def test_8_bit_mlp_against_its_emulation(tokens):
     assert 0.8 * peak < found < 1.2 * peak and emulated_peak.item() <= found.item()
 
 
+@pytest.mark.parametrize("tokens", [16, 208, 4_112, 49_152])
+def test_the_up_projection_with_its_square_against_fp64(tokens):
+    from nanogpt.kernels.fp8_mlp_triton import quantize, up_squared_and_quantized
+
+    torch.manual_seed(tokens)
+    u, up = randn(tokens, 768), randn(3_072, 768, scale=0.02)
+    u_scale, up_scale = current_scale(u).float(), current_scale(up).float()
+    u8, up8 = quantize(u, u_scale), to_e4m3(up / up_scale)
+    assert torch.equal(u8.float(), to_e4m3(u.float() / u_scale).float())
+    rows = slice(max(0, tokens - 4_112), None)
+    pre = (u8[rows].double() @ up8.double().mT) * (u_scale.double() * up_scale.double())
+    exact = pre.clamp(min=0).square()
+    post_scale = (0.5 * exact.max() / 448).float()  # the largest are cut off
+    post, post8, peak = up_squared_and_quantized(u8, u_scale, up8, up_scale, post_scale, u.dtype)
+    rounded = to_e4m3((exact / post_scale.double()).float())
+    errors = [relative_error(post[rows], exact), relative_error(post8[rows].float(), rounded.float())]
+    differ = (post8[rows].float() != rounded.float()).double().mean().item()
+    print(f"up-projection, {tokens} tokens: post {errors[0]:.1e}, post8 {errors[1]:.1e}, {differ:.2%} differ")
+    assert errors[0] < 2.5e-3
+    assert errors[1] < 1e-2 and differ < 0.02
+    assert peak == post.max() and (post8.float() == 448).any()
+
+
 def test_the_model_takes_its_scales_to_the_products():
     """PyTorch refuses scales that are not aligned: every layer's goes in as it is kept."""
     spec = load_recipe("record89", ["model.vocab_size=500", "model.padded_vocab_size=512", "model.bigram_rows=1024"])
