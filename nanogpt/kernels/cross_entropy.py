@@ -101,8 +101,7 @@ def head_loss(
     is emulated: the same roundings around fp32 products.
 
     bf16 tensors on a GPU take the Triton kernel; fp8 its products in 8 bits where the GPU is Hopper or newer and T, D
-    and V are multiples of 16. Everything else goes the plain path, and with `plain` everything does; which on a GPU, in
-    bf16 or wider, is `head_loss_reference`, for a compiler to make what it can of it.
+    and V are multiples of 16. Everything else goes the plain path, and with `plain` everything does.
 
     The values of `weights` and `prefix_weight` may change from call to call without recompilation; the number K and
     whether there are prefixes are part of the compiled code.
@@ -120,9 +119,6 @@ def head_loss(
     need_grad = torch.is_grad_enabled() and (x.requires_grad or lm_head.requires_grad)
     constants = {"cap": cap, "shift": shift, "scale": scale, "need_grad": need_grad}
     fp8 = precision == "fp8"
-    if plain and x.is_cuda and not fp8:
-        terms = {"prefixes": prefixes, "prefix_weight": prefix_weight}
-        return head_loss_reference(x, lm_head, targets, weights, **terms, cap=cap, shift=shift, scale=scale)
     if plain or not _runs_kernel(x, lm_head, fp8):
         return _plain_head_loss(x, lm_head, targets, weights, prefixes, prefix_weight, **constants, fp8=fp8)[0]
     weights = weights.float()
@@ -325,11 +321,19 @@ def _plain_head_loss(
         if need_grad:
             grad = buffer[: stop - start].to(in_x.dtype)
             dx[start:stop] = _mm(grad, in_w.t())
-            x_t, grad = in_x[start:stop].t().to(wide), grad.to(wide)
-            piece = max(_PIECE_BYTES // (vocab * grad.element_size()), 1)
-            for d in range(0, len(x_t), piece):
-                dw[d : d + piece] += _mm(x_t[d : d + piece], grad)
+            _add_product(dw, in_x[start:stop].t(), grad)
     return loss.to(wide), dx, dw.to(lm_head.dtype)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """`total += a @ b`, summed in total's dtype."""
+    if a.is_cuda and a.dtype == torch.bfloat16:
+        total += torch.mm(a, b, out_dtype=total.dtype)
+        return
+    a, b = a.to(total.dtype), b.to(total.dtype)
+    piece = max(_PIECE_BYTES // (b.shape[1] * b.element_size()), 1)
+    for row in range(0, len(a), piece):
+        total[row : row + piece] += _mm(a[row : row + piece], b)
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
