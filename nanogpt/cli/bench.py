@@ -32,7 +32,11 @@ def step(
     from nanogpt.training.benchmark import as_json, as_table, time_stages
 
     with _trainer(recipe, overrides, data) as trainer:
-        timings = list(time_stages(trainer, steps=steps, warmup_steps=warmup))
+        timings = []
+        for timing in time_stages(trainer, steps=steps, warmup_steps=warmup):
+            timings.append(timing)
+            if trainer.world.is_main:  # the table comes when all are there
+                typer.echo(f"stage {timing.stage + 1}: {timing.median_ms:.1f} ms a step", err=True)
         if trainer.world.is_main:
             typer.echo(as_table(timings, trainer))
             if out is not None:
@@ -87,13 +91,29 @@ def profile(
             raise InputError(f"bench profile: {recipe} runs on a CPU; name a recipe for a GPU")
         if traces is not None:
             traces.mkdir(parents=True, exist_ok=True)
-        stages = list(profile_stages(trainer, warmup_steps=warmup, traces=traces))
+        stages = []
+        for stage in profile_stages(trainer, warmup_steps=warmup, traces=traces):
+            stages.append(stage)
+            if trainer.world.is_main:
+                typer.echo(as_table(stage, rows))
         by_rank = trainer.world.gather([stage.exposure for stage in stages])
         if trainer.world.is_main:
-            typer.echo(as_table(stages, rows))
             typer.echo(parts_table(stages))
             if trainer.world.size > 1:
                 typer.echo(exposed.as_table(list(zip(*by_rank, strict=True))))
+
+
+@bench.command("timeline")
+def timeline(
+    traces: Annotated[Path, typer.Argument(help="Of `bench profile --traces`.", exists=True, file_okay=False)],
+    out: Annotated[Path, typer.Option(help="The picture, .png or .svg.")] = Path("timeline.png"),
+    rank: Annotated[int, typer.Option(help="Whose GPU.", min=0)] = 0,
+) -> None:
+    """A picture of the communication in a step of each stage: what is hidden by computing, and what is exposed."""
+    from nanogpt.training.timeline import plot_timeline, read_stages
+
+    plot_timeline(read_stages(traces, rank), out)
+    typer.echo(f"written: {out}")
 
 
 @bench.command("kernels")
@@ -130,12 +150,13 @@ def communication(
     """
     from nanogpt.errors import InputError
     from nanogpt.recipe import load_recipe
+    from nanogpt.spec_model import RecordModelSpec
     from nanogpt.training.communication_benchmark import as_table, time_bigram_table
     from nanogpt.training.world import join_world
 
     spec = load_recipe(recipe, overrides or ())
-    if spec.model.kind != "speedrun":
-        raise InputError(f"bench communication: {recipe} has no bigram table; name a recipe of the speedrun")
+    if not isinstance(spec.model, RecordModelSpec):
+        raise InputError(f"bench communication: {recipe} has no bigram table; name a recipe of a record")
     if spec.world_size == 1:
         raise InputError(f"bench communication: {recipe} runs on one process; name a recipe for several, by torchrun")
     with join_world(spec) as world:

@@ -6,7 +6,7 @@ Drawn without a display and without pyplot's global state. matplotlib is importe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from nanogpt.runs.metrics import Record, RunMetrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".svg")
 
@@ -51,20 +52,13 @@ def plot_loss(
         InputError: another suffix, or nothing recorded to draw.
         RunError: the file cannot be written.
     """
-    if path.suffix.lower() not in SUFFIXES:
-        raise InputError(f"{path}: a plot is written as {' or '.join(SUFFIXES)}, found suffix {path.suffix!r}")
+    check_suffix(path)
     if not any(_points(run.evaluations, "step", "val_loss") for run in runs.values()) and not any(
         _points(run.steps, "step", "train_loss") for run in runs.values()
     ):
         raise InputError(f"{path}: nothing to plot: no loss is recorded yet in {', '.join(runs)}")
 
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(11, 5), dpi=150, layout="constrained")
-        FigureCanvasAgg(figure)
+    with new_figure(11, 5) as figure:
         by_step, by_time = figure.subplots(1, 2, sharey=True)
         scale, unit = _time_unit(runs)
         _draw(by_step, runs, "step", 1.0)
@@ -100,7 +94,26 @@ def plot_loss(
             loc="outside upper center",
             ncols=2 if len(handles) in (2, 4) else 3,
         )
-        _save(figure, path)
+        save(figure, path)
+
+
+def check_suffix(path: Path) -> None:
+    """Raises InputError where `path` is not the name of a picture that can be written."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise InputError(f"{path}: a plot is written as {' or '.join(SUFFIXES)}, found suffix {path.suffix!r}")
+
+
+@contextlib.contextmanager
+def new_figure(width: float, height: float) -> Iterator[Figure]:
+    """An empty figure of `width` by `height` inches in the style of all plots; to be drawn and saved inside."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure
 
 
 _STYLE: Any = {
@@ -217,7 +230,8 @@ def _title(label: str, run: RunMetrics) -> str:
     return f"{label}: validation loss {final[0][1]:.4f} after {final[0][0]:,.0f} steps" if final else label
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write the picture, whole or not at all. Raises RunError where it cannot be written."""
     partial = path.with_name(f".{path.name}.partial")
     suffix = path.suffix.lower().removeprefix(".")
     try:

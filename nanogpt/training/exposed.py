@@ -10,12 +10,25 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nanogpt.console import markdown_table
 
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of what runs on a GPU
 Interval = tuple[float, float]
+
+
+class Activity(NamedTuple):
+    """What ran on a GPU, from and until when, in microseconds."""
+
+    start: float
+    end: float
+    name: str
+
+    @property
+    def is_communication(self) -> bool:
+        """Whether it is a kernel of NCCL's."""
+        return self.name.lower().startswith("nccl")
 
 
 @dataclass(frozen=True)
@@ -36,27 +49,27 @@ def read_trace(path: Path) -> list[dict[str, Any]]:
     return events
 
 
-def is_communication(name: str) -> bool:
-    """Whether a kernel of this name is NCCL's."""
-    return name.lower().startswith("nccl")
-
-
-def exposure(events: Iterable[Mapping[str, Any]], steps: int = 1) -> Exposure:
-    """What the events, of one GPU and `steps` steps, say a step; all zeros where nothing ran on a GPU.
+def activities(events: Iterable[Mapping[str, Any]]) -> list[Activity]:
+    """What ran on the GPU, in the order in which it began.
 
     Events are Chrome's: `ts` and `dur` in microseconds, `cat` one of ON_DEVICE.
     """
-    computing: list[Interval] = []
-    communicating: list[Interval] = []
+    found = []
     for event in events:
         if event.get("ph") == "X" and event.get("cat") in ON_DEVICE:
             start = float(event["ts"])
-            interval = (start, start + float(event.get("dur", 0)))
-            (communicating if is_communication(str(event["name"])) else computing).append(interval)
-    if not computing and not communicating:
+            found.append(Activity(start, start + float(event.get("dur", 0)), str(event["name"])))
+    return sorted(found)
+
+
+def exposure(events: Iterable[Mapping[str, Any]], steps: int = 1) -> Exposure:
+    """What the events, of one GPU and `steps` steps, say a step; all zeros where nothing ran on a GPU."""
+    found = activities(events)
+    if not found:
         return Exposure(0, 0, 0, 0, 0)
-    both = _union([*computing, *communicating])
-    work, talk = _union(computing), _union(communicating)
+    both = union((run.start, run.end) for run in found)
+    work = union((run.start, run.end) for run in found if not run.is_communication)
+    talk = union((run.start, run.end) for run in found if run.is_communication)
     span, busy = both[-1][1] - both[0][0], _length(both)
     each = 1 / (1000 * steps)
     return Exposure(
@@ -68,7 +81,7 @@ def exposure(events: Iterable[Mapping[str, Any]], steps: int = 1) -> Exposure:
     )
 
 
-def _union(intervals: Sequence[Interval]) -> list[Interval]:
+def union(intervals: Iterable[Interval]) -> list[Interval]:
     """Disjoint, sorted intervals that cover the same."""
     merged: list[Interval] = []
     for start, end in sorted(intervals):

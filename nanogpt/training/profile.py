@@ -120,20 +120,15 @@ def parts_table(stages: list[StageProfile]) -> str:
     return "\n".join((*markdown_table(head, rows), ""))
 
 
-def as_table(stages: list[StageProfile], rows: int) -> str:
-    """The longest `rows` kernels of each stage as Markdown."""
-    lines = []
-    for stage in stages:
-        rest = stage.kernels[rows:]
-        others = KernelTime(f"{len(rest)} others", sum(k.calls for k in rest), sum(k.milliseconds for k in rest))
-        cells = [
-            (k.name, f"{k.calls:g}", f"{k.milliseconds:.2f}", f"{k.milliseconds / stage.span_ms:.1%}")
-            for k in (*stage.kernels[:rows], others)
-        ]
-        lines += [
-            f"Stage {stage.stage + 1}: {stage.span_ms:.1f} ms a step, kernels {stage.busy_ms:.1f} ms",
-            "",
-            *markdown_table(("kernel", "calls a step", "ms a step", "share"), cells),
-            "",
-        ]
-    return "\n".join(lines)
+def as_table(stage: StageProfile, rows: int) -> str:
+    """The longest `rows` kernels of a stage as Markdown, under its milliseconds a step."""
+    head = f"Stage {stage.stage + 1}: {stage.span_ms:.1f} ms a step, kernels {stage.busy_ms:.1f} ms"
+    if stage.exposure.communicating:
+        head += f", communication {stage.exposure.communicating:.2f} ms, of which {stage.exposure.exposed:.2f} exposed"
+    rest = stage.kernels[rows:]
+    others = KernelTime(f"{len(rest)} others", sum(k.calls for k in rest), sum(k.milliseconds for k in rest))
+    cells = [
+        (k.name, f"{k.calls:g}", f"{k.milliseconds:.2f}", f"{k.milliseconds / stage.span_ms:.1%}")
+        for k in (*stage.kernels[:rows], others)
+    ]
+    return "\n".join([head, "", *markdown_table(("kernel", "calls a step", "ms a step", "share"), cells), ""])

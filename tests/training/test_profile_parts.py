@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nanogpt.training.exposed import Exposure
-from nanogpt.training.profile import OTHER_PART, PARTS, KernelTime, StageProfile, part_of, parts_table
+from nanogpt.training.profile import OTHER_PART, PARTS, KernelTime, StageProfile, as_table, part_of, parts_table
 
 NAMES = {
     "ncclDevKernel_AllGather_RING_LL": "communication",
@@ -19,7 +19,8 @@ NAMES = {
     "std::enable_if": OTHER_PART,
     "_cross_entropy_kernel": "head: cross-entropy",
     "_transpose_gradient_kernel": "FP8: quantizing, transposing",
-    "_relu_square_quantize_kernel": "FP8: quantizing, transposing",
+    "_fp8_relu_squared_kernel": "MLP: up-projection with its activation, and its backward product",
+    "_quantize_mlp_kernel": "FP8: quantizing, transposing",
     "_symmetric_product_kernel": "Polar Express: symmetric products",
     "_mix_heads_key_gradients_kernel": "DC correction",
     "_transposed_add_kernel": "tied head: transposes",
@@ -31,6 +32,8 @@ NAMES = {
     "Memcpy DtoD (Device -> Device)": "copies and fills",
     "at::native::vectorized_elementwise_kernel": "copies and fills",
 }
+
+GPU = Exposure(span=10, computing=8, communicating=2, exposed=1.5, idle=0.5)
 
 
 @pytest.mark.parametrize(("name", "part"), NAMES.items())
@@ -49,3 +52,10 @@ def test_the_parts_of_a_stage_add_up_to_its_kernels() -> None:
     table = {part: times for part, *times in rows}
     assert table["bf16 matrix products"] == ["1.5", "1.5"]
     assert table["all kernels"] == [f"{len(NAMES) / 2:.1f}"] * 2
+
+
+def test_the_longest_kernels_of_a_stage_and_its_communication() -> None:
+    stage = StageProfile(1, [KernelTime(name, 2, ms) for name, ms in zip("abc", (4, 3, 1), strict=True)], 10.0, GPU)
+    lines = as_table(stage, 1).splitlines()
+    assert lines[0] == "Stage 2: 10.0 ms a step, kernels 8.0 ms, communication 2.00 ms, of which 1.50 exposed"
+    assert lines[-2:] == ["| a | 2 | 4.00 | 40.0% |", "| 2 others | 4 | 4.00 | 40.0% |"]
