@@ -7,6 +7,9 @@ that need a quiet host a GPU whose neighbours only train. Each has a log in OUT,
 what fails is a line of the table, and the next one goes on. At `--limit` seconds what still runs is ended, so that a
 machine that is lent for a time gives its results back. In the end the runs are compared.
 
+`fast:1` is `fast` with seed 1. One pair of runs says little: on the steep parts of the curve two runs of one seed and
+path differ by 0.02, as the order of atomic additions does. Of several seeds' pairs the mean and its error are told.
+
 DIR holds own text: prep-text PATH... --dir DIR --unique --shuffle --document-tokens 2048 --val-tokens 31457281.
 """
 
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -24,8 +28,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanogpt.console import markdown_table
+from nanogpt.runs.metrics import read_run
 
 EVALUATION = ("--set", "evaluation.tokens=2097152", "--set", "data.epochs=null")
+DETERMINISTIC = ("--set", "runtime.deterministic=true")
 PLAIN = ("attention=varlen", "kernels=plain", "head_precision=bf16", "mlp_precision=bf16")  # of runtime
 
 
@@ -40,6 +46,8 @@ def measurements(gpu: str, steps: int) -> dict[str, tuple[str, ...]]:
             f"{name}again": ("train", recipe, "--steps", str(steps), *EVALUATION),
             f"{name}plain": ("train", recipe, "--steps", str(steps), *EVALUATION, *plain),
             f"{name}warm": ("train", recipe, "--steps", "40", *EVALUATION),
+            f"{name}deterministic": ("train", recipe, "--steps", "40", *EVALUATION, *DETERMINISTIC),  # cold, if first
+            f"{name}deterministic-again": ("train", recipe, "--steps", "40", *EVALUATION, *DETERMINISTIC),
             f"{name}step": ("bench", "step", recipe, "--steps", "12", "--warmup", "4"),
             f"{name}profile": ("bench", "profile", recipe, "--rows", "60"),
         }
@@ -65,7 +73,7 @@ class Queue:
             if self.ended:
                 return
             began = time.monotonic()
-            with (self.out / f"{name}.txt").open("wb") as log:
+            with (self.out / f"{file_name(name)}.txt").open("wb") as log:
                 self.process = subprocess.Popen(
                     [sys.executable, "-m", "nanogpt", *self._arguments(name)],
                     stdout=log,
@@ -83,10 +91,11 @@ class Queue:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def _arguments(self, name: str) -> list[str]:
+        name, _, seed = name.partition(":")
         arguments = [*self.commands[name]]
         if arguments[0] == "train":
-            arguments += ["--data", str(self.data), "--out", str(self.out / "runs" / name)]
-        return arguments
+            arguments += ["--data", str(self.data), "--out", str(self.out / "runs" / file_name(name, seed))]
+        return arguments + (["--set", f"training.seed={seed}"] if seed else [])
 
     def _environment(self) -> dict[str, str]:
         scratch = self.out / f"gpu-{self.gpu}"
@@ -99,12 +108,52 @@ class Queue:
         }
 
 
+def file_name(name: str, seed: str = "") -> str:
+    """Of a measurement: fast-1 of `fast:1`."""
+    return f"{name}-{seed}" if seed else name.replace(":", "-")
+
+
+def newest_run(directory: Path) -> Path | None:
+    """The newest run directory in `directory`."""
+    return max(directory.glob("*/"), default=None)
+
+
 def compare(out: Path, prefix: str) -> None:
     """`nanogpt compare` of the runs that there are of a model, the fast one first."""
-    found = [sorted((out / "runs" / f"{prefix}{name}").glob("*/"))[-1:] for name in ("fast", "again", "plain")]
-    runs = [str(path) for paths in found for path in paths]
+    found = [newest_run(out / "runs" / f"{prefix}{name}") for name in ("fast", "again", "plain")]
+    runs = [str(path) for path in found if path is not None]
     if len(runs) > 1:
         subprocess.run([sys.executable, "-m", "nanogpt", "compare", *runs], check=False)
+
+
+def differences(out: Path, prefix: str) -> list[str]:
+    """Fast minus plain at each evaluation, pair by pair of one seed, with the pairs' mean and its standard error."""
+    pairs: list[dict[int, float]] = []
+    for directory in sorted((out / "runs").glob(f"{prefix}plain*")):
+        runs = [newest_run(path) for path in (directory.with_name(directory.name.replace("plain", "fast")), directory)]
+        if None in runs:
+            continue
+        fast, plain = ({e["step"]: e["val_loss"] for e in read_run(path).evaluations} for path in runs if path)
+        pairs.append({step: fast[step] - plain[step] for step in fast.keys() & plain.keys()})
+    rows = []
+    for step in sorted({step for pair in pairs for step in pair}):
+        found = [pair[step] for pair in pairs if step in pair]
+        error = f"{statistics.stdev(found) / len(found) ** 0.5:.4f}" if len(found) > 1 else ""
+        rows.append((step, ", ".join(f"{d:+.4f}" for d in found), f"{statistics.mean(found):+.4f}", error))
+    return markdown_table(("step", f"{prefix}fast - {prefix}plain", "mean", "standard error"), rows) if rows else []
+
+
+def same_bits(out: Path, prefix: str) -> list[str]:
+    """Whether both deterministic runs of a model, where there are two, have the same losses to the last bit."""
+    runs = [newest_run(out / "runs" / f"{prefix}{name}") for name in ("deterministic", "deterministic-again")]
+    if None in runs:
+        return []
+    a, b = (read_run(path) for path in runs if path)
+    losses = [
+        ([e["val_loss"] for e in run.evaluations], [s["train_loss"] for s in run.steps if s["train_loss"] is not None])
+        for run in (a, b)
+    ]
+    return [f"{prefix}deterministic, twice: losses {'equal bit by bit' if losses[0] == losses[1] else 'DIFFER'}"]
 
 
 def main() -> int:
@@ -118,7 +167,7 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds")
     chosen = parser.parse_args()
     commands = measurements(chosen.recipe_gpu, chosen.steps)
-    unknown = [name for _, *names in chosen.on for name in names if name not in commands]
+    unknown = [name for _, *names in chosen.on for name in names if name.partition(":")[0] not in commands]
     if unknown:
         parser.error(f"no measurement {', '.join(unknown)}; there are {', '.join(commands)}")
     chosen.out.mkdir(parents=True, exist_ok=True)
@@ -140,6 +189,8 @@ def main() -> int:
     print("\n".join(markdown_table(("measurement", "GPU", "s", "outcome"), table)), flush=True)
     for prefix in ("", "record89-"):
         compare(out, prefix)
+        for line in (*differences(out, prefix), *same_bits(out, prefix)):
+            print(line, flush=True)
     return 1 if any(code != 0 for *_, code in rows) else 0
 
 

@@ -62,6 +62,38 @@ def test_in_the_end_runs_are_compared(tmp_path: Path, monkeypatch: pytest.Monkey
     assert final == ["3.2776", "3.2766", "(-0.0010)"]
 
 
+def test_pairs_of_seeds_have_a_mean_and_its_error(tmp_path: Path):
+    for seed, more in ((1, 0.001), (2, 0.003)):
+        made_run(tmp_path / f"runs/fast-{seed}/a-run", curve=RECORD_67)
+        higher = [(step, loss + more) for step, loss in RECORD_67[:2]]
+        made_run(tmp_path / f"runs/plain-{seed}/a-run", 3.2776 + more, curve=higher)
+    made_run(tmp_path / "runs/plain-3/a-run", curve=RECORD_67)  # whose fast one has not come
+    lines = measure.differences(tmp_path, "")
+    assert lines[2:] == [
+        "| 0 | -0.0010, -0.0030 | -0.0020 | 0.0010 |",
+        "| 250 | -0.0010, -0.0030 | -0.0020 | 0.0010 |",
+        "| 1555 | -0.0010, -0.0030 | -0.0020 | 0.0010 |",
+    ]
+    assert measure.differences(tmp_path, "record89-") == []
+
+
+def test_the_same_bits_or_not(tmp_path: Path):
+    made_run(tmp_path / "runs/deterministic/a-run", curve=RECORD_67)
+    assert measure.same_bits(tmp_path, "") == []
+    made_run(tmp_path / "runs/deterministic-again/a-run", curve=RECORD_67)
+    assert measure.same_bits(tmp_path, "") == ["deterministic, twice: losses equal bit by bit"]
+    made_run(tmp_path / "runs/deterministic-again/b-run", curve=[*RECORD_67[:-1], (RECORD_67[-1][0], 3.27760001)])
+    assert measure.same_bits(tmp_path, "") == ["deterministic, twice: losses DIFFER"]
+
+
+def test_a_seed_is_part_of_the_command(tmp_path: Path):
+    queue = measure.Queue("0", [], tmp_path, tmp_path / "data", measure.measurements("h100", 300))
+    assert queue._arguments("fast:2")[-5:] == [
+        str(tmp_path / "data"), "--out", str(tmp_path / "runs/fast-2"), "--set", "training.seed=2"
+    ]  # fmt: skip
+    assert "training.seed=2" in queue._arguments("step:2") and "--out" not in queue._arguments("step:2")
+
+
 def test_an_unknown_name_is_refused(tmp_path: Path):
     done = script(tmp_path, "--data", tmp_path, "--on", "0", "fats")
     assert done.returncode == 2 and "no measurement fats; there are fast, again, plain" in done.stderr
