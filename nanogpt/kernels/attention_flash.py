@@ -3,7 +3,7 @@
 Each library is an adapter of two functions. All of them count a window as `attention` does: a query sees itself and
 `window` tokens before it. FlashAttention 4 compiles its kernels at their first use in a process (tens of seconds;
 `FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1` keeps them on disk); neither window, scale, head count nor token count is
-part of its cache key.
+part of its cache key. Where PyTorch's deterministic algorithms are on, the gradients of the queries have one order.
 """
 
 from __future__ import annotations
@@ -89,6 +89,7 @@ def _load_fa4() -> FlashLibrary:
             cu_seqlens_k=cu_seqlens,
             max_seqlen_q=max_seqlen,
             max_seqlen_k=max_seqlen,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
             dq=grads[0],
             dk=grads[1],
             dv=grads[2],
@@ -145,7 +146,8 @@ def _load_fa3() -> FlashLibrary:
     ) -> None:
         sides: tuple[object, ...] = (window, 0) if two_numbers else ((window, 0),)
         ends = (cu_seqlens, cu_seqlens, None, None, max_seqlen, max_seqlen)
-        library_backward(grad, q, k, v, out, lse, *ends, *grads, scale, True, *sides)
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        library_backward(grad, q, k, v, out, lse, *ends, *grads, scale, True, *sides, deterministic=deterministic)
 
     return FlashLibrary(forward, backward)
 
@@ -204,7 +206,7 @@ def _load_fa2() -> FlashLibrary:
             window_size_right=0,
             softcap=0.0,
             alibi_slopes=None,
-            deterministic=False,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
         )
 
     return FlashLibrary(forward, backward)

@@ -167,8 +167,6 @@ class Trainer:
         cache: CompileCache | None = None,
         startup: StartUp | None = None,
     ):
-        if spec.runtime.deterministic != torch.are_deterministic_algorithms_enabled():  # the call loads the compiler
-            torch.use_deterministic_algorithms(spec.runtime.deterministic)
         self.spec = spec
         self.world = world
         self.run_directory = run

@@ -84,6 +84,7 @@ def join_world(spec: RunSpec) -> Iterator[World]:
     """
     rank, size, local_rank = started_as()
     device = check_world(spec)
+    _choose_algorithms(deterministic=spec.runtime.deterministic)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if size == 1:
@@ -99,6 +100,13 @@ def join_world(spec: RunSpec) -> Iterator[World]:
         yield World(rank, size, local_rank, device, Communicator(rank, size))
     finally:
         dist.destroy_process_group()
+
+
+def _choose_algorithms(*, deterministic: bool) -> None:
+    if deterministic:  # read at cuBLAS' first call in the process
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # the call loads the compiler
+        torch.use_deterministic_algorithms(deterministic)
 
 
 def _device(spec: RunSpec, local_rank: int) -> torch.device:

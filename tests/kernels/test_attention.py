@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -207,6 +209,45 @@ def test_library_backends_are_differentiable_and_compile_whole(backend):
     compiled, graphs = compiled_once(loss)
     torch.testing.assert_close(torch.autograd.grad(compiled(qkv, cu), qkv), expected)
     assert len(graphs) == 1
+
+
+class _Received(dict[str, object]):
+    """Keyword arguments of the last call of any function of a module that stands in for a library's."""
+
+    def module(self, name: str, *functions: str) -> ModuleType:
+        module = ModuleType(name)
+        for function in functions:
+            setattr(module, function, self._take)
+        return module
+
+    def _take(self, *_: object, **keywords: object) -> tuple[None, None]:
+        self.clear()
+        self.update(keywords)
+        return None, None
+
+
+@pytest.mark.parametrize(
+    ("backend", "name", "functions"),
+    [
+        ("fa4", "flash_attn.cute.interface", ("_flash_attn_fwd", "_flash_attn_bwd")),
+        ("fa3", "flash_attn_interface", ("_flash_attn_forward", "_flash_attn_backward")),
+        ("fa2", "flash_attn.flash_attn_interface", ("_flash_attn_varlen_forward", "_flash_attn_varlen_backward")),
+    ],
+)
+def test_deterministic_algorithms_are_asked_of_the_libraries(backend, name, functions, monkeypatch):
+    received = _Received()
+    for parent in ("flash_attn", "flash_attn.cute"):
+        monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
+    monkeypatch.setitem(sys.modules, name, received.module(name, *functions))
+    library = attention_flash.LOADERS[backend]()
+    x, cu = torch.zeros(4, 1, 8), cumulative([4])
+    try:
+        for deterministic in (True, False):
+            torch.use_deterministic_algorithms(deterministic)
+            library.backward(x, x, x, x, x, x[..., 0].T, cu, 4, 2, 0.1, (x, x, x))
+            assert received["deterministic"] is deterministic
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.usefixtures("stand_in_library")

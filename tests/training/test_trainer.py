@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import re
 import types
 from collections.abc import Iterator
@@ -437,10 +438,13 @@ def test_the_model_learns_a_small_language(tmp_path: Path) -> None:
     assert result.final_val_loss < unigram - 1.3
 
 
-def test_the_deterministic_setting_reaches_torch(data: Path) -> None:
+def test_the_deterministic_setting_reaches_torch(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # restored in the end
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     try:
         with a_trainer(tiny_spec("runtime.deterministic=true"), data):
             assert torch.are_deterministic_algorithms_enabled()
+            assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"  # cuBLAS refuses to be deterministic without
         with a_trainer(tiny_spec(), data):
             assert not torch.are_deterministic_algorithms_enabled()
     finally:
