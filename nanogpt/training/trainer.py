@@ -137,7 +137,7 @@ def train_run(
             recorder = stack.enter_context(RunRecorder(spec, run, resume=resume))
             with startup.phase("device and process group"):
                 world = stack.enter_context(join_world(spec))
-            with startup.phase("compile cache, reading"):
+            with startup.phase("compiler, compile cache"):
                 kept_in = cache_directory(run.path.parent) if run is not None and compiles(spec, world.device) else None
                 cache = stack.enter_context(compile_cache(spec, world, kept_in))
             place: dict[str, Any] = {"run": run, "data_directory": data_directory}

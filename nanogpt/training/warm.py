@@ -50,7 +50,7 @@ def warm_cache(spec: RunSpec, *, world_sizes: Sequence[int], directory: Path | N
             largest = max(stage.batch_tokens for stage in spec.training.all_stages)
             sizes = {"train_tokens": 20 * largest, "val_tokens": spec.evaluation.tokens + 1}
             write_made_up_shards(scratch, **sizes, bos=spec.data.bos)
-        with startup.phase("compile cache, reading"):
+        with startup.phase("compiler, compile cache"):
             cache = stack.enter_context(compile_cache(spec, world, place, fresh=fresh))
         trainer = stack.enter_context(
             Trainer(spec, world, run=None, data_directory=scratch, cache=cache, startup=startup)
