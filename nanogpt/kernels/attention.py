@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,11 +20,6 @@ from nanogpt.kernels.attention_plain import attention_plain
 from nanogpt.kernels.benchmark import BenchCase, document_ends
 
 BACKENDS = ("fa4", "fa3", "fa2", "varlen", "plain")
-
-
-def takes_tensors(backend: str) -> bool:
-    """Whether `attention` takes window and scale as tensors with this backend."""
-    return backend != "varlen"
 
 
 def attention(
@@ -46,20 +41,13 @@ def attention(
     multiplies the scores before the softmax (it is not 1 / sqrt(D)). Returns (T, H, D) in the dtype of q.
     Differentiable in q, k and v. All but `plain` need a GPU and bf16 or fp16.
 
-    `window` and `scale` may be CPU tensors () of int64 and float64, but for `varlen` (see `takes_tensors`): a graph
-    compiled with tensors serves all windows and scales.
+    `window` and `scale` may be CPU tensors () of int64 and float64: a graph compiled with tensors serves all windows
+    and scales.
 
     Raises InputError for a backend that does not exist.
     """
     if backend == "plain":
         return attention_plain(q, k, v, cu_seqlens, max_seqlen=max_seqlen, window=window, scale=scale)
-    if backend == "varlen":
-        from torch.nn.attention.varlen import varlen_attn
-
-        if isinstance(window, Tensor) or isinstance(scale, Tensor):
-            window, scale = int(window), float(scale)
-        out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=(window, 0))
-        return cast(Tensor, out)
     if backend in LOADERS:
         return attention_flash(q, k, v, cu_seqlens, max_seqlen=max_seqlen, window=window, scale=scale, library=backend)
     raise InputError(f"attention backend {backend!r} does not exist; use one of {', '.join(BACKENDS)}")
@@ -77,8 +65,6 @@ def import_failure(backend: str) -> str | None:
     try:
         if backend in LOADERS:
             flash_library(backend)
-        elif backend == "varlen":
-            from torch.nn.attention.varlen import varlen_attn  # noqa: F401
     except Exception as error:  # a library built for another torch fails with whatever its loader raises
         return f"{type(error).__name__}: {error}"
     return None

@@ -20,18 +20,16 @@ from torch import Tensor
 from nanogpt.kernels.dispatch import run_time_number
 
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor, int, int, float], tuple[Tensor, Tensor]]
-Backward = Callable[
-    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float, tuple[Tensor, Tensor, Tensor]],
-    None,
-]
+Gradients = tuple[Tensor, Tensor, Tensor]
+Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float], Gradients]
 
 
 class FlashLibrary(NamedTuple):
     """A library's two entry points.
 
     `forward(q, k, v, cu_seqlens, max_seqlen, window, scale)` returns the output (T, H, D) and the logsumexp
-    (H, T) in fp32; `backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, window, scale, (dq, dk, dv))` writes
-    the gradients, which are contiguous, as `grad` is.
+    (H, T) in fp32; `backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, window, scale)` returns the gradients of
+    q, k and v, contiguous, as `grad` is.
     """
 
     forward: Forward
@@ -73,8 +71,8 @@ def _load_fa4() -> FlashLibrary:
         max_seqlen: int,
         window: int,
         scale: float,
-        grads: tuple[Tensor, Tensor, Tensor],
-    ) -> None:
+    ) -> Gradients:
+        grads = _empty_gradients(q, k, v)
         _flash_attn_bwd(
             q,
             k,
@@ -94,6 +92,7 @@ def _load_fa4() -> FlashLibrary:
             dk=grads[1],
             dv=grads[2],
         )
+        return grads
 
     return FlashLibrary(forward, backward)
 
@@ -142,12 +141,13 @@ def _load_fa3() -> FlashLibrary:
         max_seqlen: int,
         window: int,
         scale: float,
-        grads: tuple[Tensor, Tensor, Tensor],
-    ) -> None:
+    ) -> Gradients:
+        grads = _empty_gradients(q, k, v)
         sides: tuple[object, ...] = (window, 0) if two_numbers else ((window, 0),)
         ends = (cu_seqlens, cu_seqlens, None, None, max_seqlen, max_seqlen)
         deterministic = torch.are_deterministic_algorithms_enabled()
         library_backward(grad, q, k, v, out, lse, *ends, *grads, scale, True, *sides, deterministic=deterministic)
+        return grads
 
     return FlashLibrary(forward, backward)
 
@@ -185,8 +185,8 @@ def _load_fa2() -> FlashLibrary:
         max_seqlen: int,
         window: int,
         scale: float,
-        grads: tuple[Tensor, Tensor, Tensor],
-    ) -> None:
+    ) -> Gradients:
+        grads = _empty_gradients(q, k, v)
         _flash_attn_varlen_backward(
             grad,
             q,
@@ -208,16 +208,62 @@ def _load_fa2() -> FlashLibrary:
             alibi_slopes=None,
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
+        return grads
 
     return FlashLibrary(forward, backward)
 
 
-LOADERS: dict[str, Callable[[], FlashLibrary]] = {"fa4": _load_fa4, "fa3": _load_fa3, "fa2": _load_fa2}
+def _load_varlen() -> FlashLibrary:
+    """PyTorch's own, as `torch.nn.attention.varlen` calls it: in a graph, that would take windows as constants."""
+    flash_forward, flash_backward = torch.ops.aten._flash_attention_forward, torch.ops.aten._flash_attention_backward
+
+    def sides(window: int, scale: float) -> dict[str, int | float]:
+        return {"scale": scale, "window_size_left": window, "window_size_right": 0}
+
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        ends = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+        # No dropout, and not causal: the window's right side is.
+        result = flash_forward(q, k, v, *ends, 0.0, False, False, **sides(window, scale))
+        return result[0], result[1]
+
+    def backward(
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        window: int,
+        scale: float,
+    ) -> Gradients:
+        ends = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+        dropout = (0.0, False, torch.zeros(2, dtype=torch.uint64, device=q.device), q.new_empty(0))
+        dq, dk, dv = flash_backward(grad, q, k, v, out, lse, *ends, *dropout, **sides(window, scale))
+        return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+    return FlashLibrary(forward, backward)
+
+
+def _empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> Gradients:
+    """Contiguous, whatever the strides of q, k and v are."""
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+LOADERS: dict[str, Callable[[], FlashLibrary]] = {
+    "fa4": _load_fa4,
+    "fa3": _load_fa3,
+    "fa2": _load_fa2,
+    "varlen": _load_varlen,
+}
 
 
 @functools.cache
 def flash_library(name: str) -> FlashLibrary:
-    """The adapter of `fa4`, `fa3` or `fa2`, importing the library. Raises what its import raises."""
+    """The adapter of a name in LOADERS, importing the library. Raises what its import raises."""
     return LOADERS[name]()
 
 
@@ -232,7 +278,7 @@ def attention_flash(
     scale: float | Tensor,
     library: str,
 ) -> Tensor:
-    """Attention by a FlashAttention library (`fa4`, `fa3`, `fa2`), bf16 or fp16, on a GPU.
+    """Attention by a FlashAttention library, a name in LOADERS, bf16 or fp16, on a GPU.
 
     Arguments as `nanogpt.kernels.attention.attention`. `max_seqlen` bounds the launch, so it must be true and should
     be tight.
@@ -284,11 +330,8 @@ def _flash_backward(
     scale: Tensor,
     library: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # Allocated here so that they are contiguous, as the fake implementation promises, whatever q's strides are.
-    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     numbers = int(window), float(scale)
-    flash_library(library).backward(grad.contiguous(), q, k, v, out, lse, cu_seqlens, max_seqlen, *numbers, grads)
-    return grads
+    return flash_library(library).backward(grad.contiguous(), q, k, v, out, lse, cu_seqlens, max_seqlen, *numbers)
 
 
 @_flash_backward.register_fake
@@ -305,7 +348,7 @@ def _(
     scale: Tensor,
     library: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return _empty_gradients(q, k, v)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanogpt.kernels.attention import takes_tensors
 from nanogpt.kernels.cross_entropy import head_loss, head_mean_loss, softcap
 from nanogpt.kernels.relu_squared_mlp import relu_squared_mlp, relu_squared_mlp_plain
 from nanogpt.layers.embedding import bigram_hash
@@ -90,10 +89,6 @@ class RecordModel(LanguageModel, Generic[Spec]):
     def window(self, layer: int, windows: Windows | RunTimeWindows) -> int | Tensor:
         """The layer's window in tokens."""
         return windows.long if layer in self.spec.long_window_layers else windows.short
-
-    def attention_scale(self) -> float | Tensor:
-        """YaRN's, as a tensor where the backend takes one, so that a step of YaRN needs no graph of its own."""
-        return self.rotary.run_time_scale if takes_tensors(self.paths.attention) else self.rotary.attention_scale
 
     def training_loss(
         self,

@@ -273,7 +273,7 @@ class Record89(RecordModel[Record89ModelSpec]):
         if value_add is not None:
             v = v + value_add.view(count, heads, head_dim)
 
-        paired, scale = layer in spec.paired_layers, self.attention_scale()
+        paired, scale = layer in spec.paired_layers, self.rotary.run_time_scale
         q, k = turned_queries_keys(q, k, self.rotary, paired=paired, shifted=layer in spec.long_window_layers)
         y = head_attention(
             q,

@@ -145,7 +145,7 @@ class Speedrun(RecordModel[SpeedrunModelSpec]):
             cu_seqlens,
             max_seqlen,
             window=self.window(layer, windows),
-            scale=self.attention_scale(),
+            scale=self.rotary.run_time_scale,
             paired=paired,
             backend=self.paths.attention,
         )

@@ -23,10 +23,9 @@ import torch
 from nanogpt.cache.compile_cache import compiled_code_of
 from nanogpt.console import say
 from nanogpt.data.batches import MicroBatch, cu_seqlens_length
-from nanogpt.kernels.attention import takes_tensors
 from nanogpt.models import build_model
 from nanogpt.spec import RunSpec
-from nanogpt.training.micro_step import MicroStep, loss_arguments, numbers
+from nanogpt.training.micro_step import MicroStep, loss_arguments
 from nanogpt.training.paths import choose_paths, compile_whole
 from nanogpt.training.schedule import Schedule, StepSettings
 from nanogpt.training.watch import die_with_parent
@@ -57,23 +56,22 @@ class GraphJob(NamedTuple):
         return self.tokens * (BYTES_A_TOKEN if self.settings else BYTES_A_TOKEN_EVALUATED)
 
 
-def graph_jobs(spec: RunSpec, backend: str) -> list[GraphJob]:
-    """The graphs of a run with this attention backend, the dearest first."""
+def graph_jobs(spec: RunSpec) -> list[GraphJob]:
+    """The graphs of a run, the dearest first."""
     schedule, by_graph = Schedule(spec), {}
     for first in schedule.first_steps:
         settings = schedule.at(first)
         tokens = settings.batch_tokens // spec.training.slots
         job = GraphJob(settings, tokens, settings.max_document_tokens, settings.max_documents)
-        constants = None if takes_tensors(backend) else settings.windows
         terms = len(settings.token_weights), settings.prefix_weight is not None
-        by_graph[job[1:], terms, constants] = job
+        by_graph[job[1:], terms] = job
     evaluated = spec.evaluation.micro_batch_tokens
     largest_first = sorted(by_graph.values(), key=lambda job: -job.tokens)
     return [*largest_first, GraphJob(None, evaluated, evaluated, None)]
 
 
 def call_graph(
-    job: GraphJob, spec: RunSpec, micro_step: MicroStep, evaluation_loss: Callable[..., torch.Tensor], backend: str
+    job: GraphJob, spec: RunSpec, micro_step: MicroStep, evaluation_loss: Callable[..., torch.Tensor]
 ) -> None:
     """Call the graph once, on made-up tokens. No gradient is left."""
     device = next(micro_step.model.parameters()).device
@@ -81,9 +79,9 @@ def call_graph(
     ends = torch.arange(cu_seqlens_length(job.tokens, job.max_documents), device=device) * job.max_seqlen
     batch = MicroBatch(inputs.int(), inputs.roll(-1), ends.clamp(max=job.tokens).int(), job.max_seqlen)
     if job.settings is None:
-        evaluation_loss(batch, numbers(Schedule(spec).final_windows, backend))
+        evaluation_loss(batch, Schedule(spec).final_windows.at_run_time())
     else:
-        micro_step.compute(batch, loss_arguments(job.settings, device, backend))
+        micro_step.compute(batch, loss_arguments(job.settings, device))
     for parameter in micro_step.model.parameters():
         parameter.grad = None
 
@@ -110,8 +108,7 @@ def compile_ahead(trainer: Trainer) -> None:
     spec, world, cache = trainer.spec, trainer.world, trainer.cache
     if cache.root is None or cache.found:
         return
-    backend = trainer.paths.attention
-    jobs = graph_jobs(spec, backend)
+    jobs = graph_jobs(spec)
     with ExitStack() as stack:
         helpers = []
         if world.size == 1:
@@ -125,7 +122,7 @@ def compile_ahead(trainer: Trainer) -> None:
             ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
             share = jobs[world.local_rank :: ranks]
         for job in share:
-            call_graph(job, spec, trainer.micro_step, trainer.evaluation_loss, backend)
+            call_graph(job, spec, trainer.micro_step, trainer.evaluation_loss)
         if helpers:
             trainer.optimizer.warm_up(1)
         for helper in helpers:
@@ -184,8 +181,8 @@ def main(root: str, index: str) -> None:
         micro_step = MicroStep(
             model, compile_whole(model.training_loss), grad_scale=1.0, plain_kernels=paths.plain_kernels
         )
-        job = graph_jobs(spec, paths.attention)[int(index)]
-        call_graph(job, spec, micro_step, compile_whole(model.evaluation_loss), paths.attention)
+        job = graph_jobs(spec)[int(index)]
+        call_graph(job, spec, micro_step, compile_whole(model.evaluation_loss))
         world.synchronize()
 
 

@@ -18,15 +18,9 @@ import torch
 from torch import Tensor
 
 from nanogpt.data.batches import MicroBatch
-from nanogpt.kernels.attention import takes_tensors
 from nanogpt.kernels.row_gradients import RowOrder, add_rows, row_order
-from nanogpt.models.interface import LanguageModel, RunTimeWindows, Windows
+from nanogpt.models.interface import LanguageModel
 from nanogpt.training.schedule import StepSettings
-
-
-def numbers(windows: Windows, backend: str) -> Windows | RunTimeWindows:
-    """The windows as this attention backend takes them."""
-    return windows.at_run_time() if takes_tensors(backend) else windows
 
 
 def to_device(values: float | tuple[float, ...], device: torch.device) -> Tensor:
@@ -35,9 +29,9 @@ def to_device(values: float | tuple[float, ...], device: torch.device) -> Tensor
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def loss_arguments(settings: StepSettings, device: torch.device, backend: str) -> tuple[Any, ...]:
+def loss_arguments(settings: StepSettings, device: torch.device) -> tuple[Any, ...]:
     """What a model's training loss takes besides a batch: windows, and one weight or several (on the device)."""
-    arguments = (numbers(settings.windows, backend), to_device(settings.token_weights, device))
+    arguments = (settings.windows.at_run_time(), to_device(settings.token_weights, device))
     prefix_weight = settings.prefix_weight
     return arguments if prefix_weight is None else (*arguments, to_device(prefix_weight, device))
 

@@ -46,7 +46,7 @@ from nanogpt.training.checkpoint import load_newest_checkpoint, rehearse, save_c
 from nanogpt.training.clock import Clock
 from nanogpt.training.compilation import compiled_graphs, recompilation_reasons
 from nanogpt.training.devices import unlike_devices
-from nanogpt.training.micro_step import MicroStep, loss_arguments, numbers, to_device
+from nanogpt.training.micro_step import MicroStep, loss_arguments, to_device
 from nanogpt.training.paths import choose_paths, compile_whole, compiles, records_graphs
 from nanogpt.training.recorder import RunRecorder, describe_rank, end_state
 from nanogpt.training.report import Reporter
@@ -370,7 +370,7 @@ class Trainer:
             self.touched.add(self.train_batches.summaries)
             if settings.rates.adam_step:
                 self.touched.prepare()
-        arguments = loss_arguments(settings, self.world.device, self.paths.attention)
+        arguments = loss_arguments(settings, self.world.device)
         # The loss, then a place for each rank's wait: one average of small numbers brings all of it everywhere.
         report = [0.0] * (1 + self.world.size)
         report[1 + self.world.rank] = 1000 * waited * self.world.size
@@ -405,7 +405,7 @@ class Trainer:
 
     def evaluate(self, windows: Windows, micro_steps: int | None = None) -> float:
         """Validation loss in nats: mean over (the first) micro-steps, then over ranks."""
-        losses, limits = [], numbers(windows, self.paths.attention)
+        losses, limits = [], windows.at_run_time()
         for index, batch in enumerate(self.val_batches):
             if index == micro_steps:
                 break

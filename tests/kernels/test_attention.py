@@ -172,12 +172,11 @@ def test_windows_and_scales_given_as_tensors_share_a_graph():
 
 
 def library_of_plain_operations() -> attention_flash.FlashLibrary:
-    def backward(grad, q, k, v, out, lse, cu, max_seqlen, window, scale, grads):
+    def backward(grad, q, k, v, out, lse, cu, max_seqlen, window, scale):
         assert grad.is_contiguous()
         numbers = torch.tensor(window), torch.tensor(scale, dtype=torch.float64)
-        results = _attention_backward(grad, q, k, v, out, lse, cu, max_seqlen, *numbers)
-        for target, result in zip(grads, results, strict=True):
-            target.copy_(result)
+        dq, dk, dv = _attention_backward(grad, q, k, v, out, lse, cu, max_seqlen, *numbers)
+        return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
     def forward(q, k, v, cu, max_seqlen, window, scale):
         return _attention(q, k, v, cu, max_seqlen, torch.tensor(window), torch.tensor(scale, dtype=torch.float64))
@@ -187,14 +186,14 @@ def library_of_plain_operations() -> attention_flash.FlashLibrary:
 
 @pytest.fixture
 def stand_in_library(monkeypatch):
-    for name in ("fa4", "fa3", "fa2"):
+    for name in attention_flash.LOADERS:
         monkeypatch.setitem(attention_flash.LOADERS, name, library_of_plain_operations)
     attention_flash.flash_library.cache_clear()
     yield
     attention_flash.flash_library.cache_clear()
 
 
-@pytest.mark.parametrize("backend", ["fa4", "fa3", "fa2"])
+@pytest.mark.parametrize("backend", attention_flash.LOADERS)
 @pytest.mark.usefixtures("stand_in_library")
 def test_library_backends_are_differentiable_and_compile_whole(backend):
     cu = cumulative([10, 50, 64])
@@ -244,10 +243,22 @@ def test_deterministic_algorithms_are_asked_of_the_libraries(backend, name, func
     try:
         for deterministic in (True, False):
             torch.use_deterministic_algorithms(deterministic)
-            library.backward(x, x, x, x, x, x[..., 0].T, cu, 4, 2, 0.1, (x, x, x))
+            library.backward(x, x, x, x, x, x[..., 0].T, cu, 4, 2, 0.1)
             assert received["deterministic"] is deterministic
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_pytorchs_own_takes_its_arguments():
+    """By its operations' schemas and shapes; a GPU is needed for numbers."""
+    library = attention_flash.LOADERS["varlen"]()
+    with torch.device("meta"):
+        q, k, v = torch.empty(3, 64, 2, 16, dtype=torch.bfloat16)
+        cu = torch.empty(4, dtype=torch.int32)
+        out, lse = library.forward(q, k, v, cu, 40, 9, 0.2)
+        assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, (2, 64), torch.float32)
+        grads = library.backward(out, q, k, v, out, lse, cu, 40, 9, 0.2)
+    assert [(grad.shape, grad.is_contiguous()) for grad in grads] == [(q.shape, True)] * 3
 
 
 @pytest.mark.usefixtures("stand_in_library")

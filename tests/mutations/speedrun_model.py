@@ -59,7 +59,7 @@ _add(
     ("x.view(tokens, heads // 2, 2, head_dim)", "x.view(tokens, 2, heads // 2, head_dim)"),
 )
 _add("paired rotation", HEADS, "unpaired positions", ("rotary(norm(q), paired=paired)", "rotary(norm(q))"))
-_add("attention scale", SPEEDRUN, "1/sqrt(head)", ("scale=self.attention_scale(),", "scale=head_dim**-0.5,"))
+_add("attention scale", SPEEDRUN, "1/sqrt(head)", ("scale=self.rotary.run_time_scale,", "scale=head_dim**-0.5,"))
 _add("QK norm", HEADS, "queries not normalised", ("rotary(norm(q), paired", "rotary(q, paired"))
 _add("QK norm", HEADS, "keys not normalised", ("rotary(norm(k), paired", "rotary(k, paired"))
 _add("attention gate", SPEEDRUN, "none", ("y = y * head_gate(", "y = y + 0 * head_gate("))

@@ -94,11 +94,11 @@ def test_the_graphs_are_divided_among_processes(data: Path):
     with join_world(SPEC) as world, Trainer(SPEC, world, run=None, data_directory=data) as trainer:
         parameters = [parameter.detach().clone() for parameter in trainer.model.parameters()]
         position = trainer.train_batches.state_dict()
-        jobs = graph_jobs(SPEC, "plain")
+        jobs = graph_jobs(SPEC)
         assert [job.tokens for job in jobs] == [128, 80, 64, 64] and jobs[-1].settings is None
         for process, expected in ((0, {"training_loss": 2}), (1, {"training_loss": 3, "evaluation_loss": 1})):
             for job in jobs[process::2]:
-                call_graph(job, SPEC, trainer.micro_step, trainer.evaluation_loss, "plain")
+                call_graph(job, SPEC, trainer.micro_step, trainer.evaluation_loss)
             assert {entry.name: entry.graphs for entry in compiled_functions()} == expected
         for parameter, before in zip(trainer.model.parameters(), parameters, strict=True):
             assert torch.equal(parameter, before) and parameter.grad is None
@@ -108,13 +108,8 @@ def test_the_graphs_are_divided_among_processes(data: Path):
         assert (found["training_loss"], found["evaluation_loss"]) == (3, 1)  # nothing was left to the warm-up
 
 
-def test_a_graph_for_each_window_where_windows_are_constants():
-    """The extension has the last stage's sizes: with `varlen` it is a graph all the same."""
-    assert len(graph_jobs(SPEC, "varlen")) == len(graph_jobs(SPEC, "fa4")) + 1
-
-
 def test_helpers_leave_cores_and_memory():
-    jobs = graph_jobs(load_recipe("1xh100"), "fa4")
+    jobs = graph_jobs(load_recipe("1xh100"))
     assert [job.tokens for job in jobs] == [49_152, 32_768, 16_384, 262_144]
     assert isinstance(jobs[0], GraphJob) and jobs[0].memory == 22_118_400_000
     assert helpers_that_fit(jobs, cores=2, memory=None) == 0

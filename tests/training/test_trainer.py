@@ -266,7 +266,7 @@ def test_each_stage_brings_its_batch_windows_weights_and_yarn(
 
     def note(kind: str, self: Speedrun, batch: Any, windows: Any, weights: tuple[float, ...] = ()) -> None:
         scale = self.rotary.attention_scale
-        assert float(self.attention_scale()) == scale
+        assert float(self.rotary.run_time_scale) == scale
         calls.append((kind, batch.inputs.numel(), windows.short, windows.long, weights, scale))
 
     def spy_training(self: Speedrun, batch: Any, windows: Any, weights: torch.Tensor, embedded: Any) -> torch.Tensor:
