@@ -19,21 +19,34 @@ from torch import Tensor
 
 from nanogpt.kernels.dispatch import run_time_number
 
-Forward = Callable[[Tensor, Tensor, Tensor, Tensor, int, int, float], tuple[Tensor, Tensor]]
 Gradients = tuple[Tensor, Tensor, Tensor]
-Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float], Gradients]
+
+
+class Call(NamedTuple):
+    """What attention is of, with numbers in place of tensors for window and scale."""
+
+    q: Tensor  # (T, H, D), like k and v
+    k: Tensor
+    v: Tensor
+    cu_seqlens: Tensor  # (n,) int32
+    max_seqlen: int
+    window: int
+    scale: float
+
+    def empty_gradients(self) -> Gradients:
+        """For q, k and v: contiguous, whatever their strides are."""
+        return self.q.new_empty(self.q.shape), self.k.new_empty(self.k.shape), self.v.new_empty(self.v.shape)
 
 
 class FlashLibrary(NamedTuple):
     """A library's two entry points.
 
-    `forward(q, k, v, cu_seqlens, max_seqlen, window, scale)` returns the output (T, H, D) and the logsumexp
-    (H, T) in fp32; `backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, window, scale)` returns the gradients of
-    q, k and v, contiguous, as `grad` is.
+    `forward(call)` returns the output (T, H, D) and the logsumexp (H, T) in fp32; `backward(grad, out, lse, call)` the
+    gradients of q, k and v, contiguous, as `grad` is.
     """
 
-    forward: Forward
-    backward: Backward
+    forward: Callable[[Call], tuple[Tensor, Tensor]]
+    backward: Callable[[Tensor, Tensor, Tensor, Call], Gradients]
 
 
 def _load_fa4() -> FlashLibrary:
@@ -42,51 +55,38 @@ def _load_fa4() -> FlashLibrary:
     # Said at every compilation, of an argument that its own code passes.
     warnings.filterwarnings("ignore", message=r"Argument aux_data \(position")
 
-    def forward(
-        q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(call: Call) -> tuple[Tensor, Tensor]:
         result = _flash_attn_fwd(
-            q,
-            k,
-            v,
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_k=cu_seqlens,
-            max_seqlen_q=max_seqlen,
-            max_seqlen_k=max_seqlen,
-            softmax_scale=scale,
+            call.q,
+            call.k,
+            call.v,
+            cu_seqlens_q=call.cu_seqlens,
+            cu_seqlens_k=call.cu_seqlens,
+            max_seqlen_q=call.max_seqlen,
+            max_seqlen_k=call.max_seqlen,
+            softmax_scale=call.scale,
             causal=True,
-            window_size_left=window,
+            window_size_left=call.window,
             return_lse=True,
         )
         return result[0], result[1]
 
-    def backward(
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        window: int,
-        scale: float,
-    ) -> Gradients:
-        grads = _empty_gradients(q, k, v)
+    def backward(grad: Tensor, out: Tensor, lse: Tensor, call: Call) -> Gradients:
+        grads = call.empty_gradients()
         _flash_attn_bwd(
-            q,
-            k,
-            v,
+            call.q,
+            call.k,
+            call.v,
             out,
             grad,
             lse,
-            softmax_scale=scale,
+            softmax_scale=call.scale,
             causal=True,
-            window_size_left=window,
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_k=cu_seqlens,
-            max_seqlen_q=max_seqlen,
-            max_seqlen_k=max_seqlen,
+            window_size_left=call.window,
+            cu_seqlens_q=call.cu_seqlens,
+            cu_seqlens_k=call.cu_seqlens,
+            max_seqlen_q=call.max_seqlen,
+            max_seqlen_k=call.max_seqlen,
             deterministic=torch.are_deterministic_algorithms_enabled(),
             dq=grads[0],
             dk=grads[1],
@@ -110,39 +110,28 @@ def _load_fa3() -> FlashLibrary:
     required = {p.name: None for p in parameters.values() if p.default is inspect.Parameter.empty}
     two_numbers = "window_size_left" in parameters
 
-    def forward(
-        q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        sides = {"window_size_left": window, "window_size_right": 0} if two_numbers else {"window_size": (window, 0)}
+    def forward(call: Call) -> tuple[Tensor, Tensor]:
+        left = call.window
+        sides = {"window_size_left": left, "window_size_right": 0} if two_numbers else {"window_size": (left, 0)}
         arguments = {
             **required,
-            "q": q,
-            "k": k,
-            "v": v,
-            "cu_seqlens_q": cu_seqlens,
-            "cu_seqlens_k": cu_seqlens,
-            "max_seqlen_q": max_seqlen,
-            "max_seqlen_k": max_seqlen,
-            "softmax_scale": scale,
+            "q": call.q,
+            "k": call.k,
+            "v": call.v,
+            "cu_seqlens_q": call.cu_seqlens,
+            "cu_seqlens_k": call.cu_seqlens,
+            "max_seqlen_q": call.max_seqlen,
+            "max_seqlen_k": call.max_seqlen,
+            "softmax_scale": call.scale,
             "causal": True,
             **sides,
         }
         result = library_forward(**arguments)
         return result[0], result[1]
 
-    def backward(
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        window: int,
-        scale: float,
-    ) -> Gradients:
-        grads = _empty_gradients(q, k, v)
+    def backward(grad: Tensor, out: Tensor, lse: Tensor, call: Call) -> Gradients:
+        grads = call.empty_gradients()
+        q, k, v, cu_seqlens, max_seqlen, window, scale = call
         sides: tuple[object, ...] = (window, 0) if two_numbers else ((window, 0),)
         ends = (cu_seqlens, cu_seqlens, None, None, max_seqlen, max_seqlen)
         deterministic = torch.are_deterministic_algorithms_enabled()
@@ -155,54 +144,41 @@ def _load_fa3() -> FlashLibrary:
 def _load_fa2() -> FlashLibrary:
     from flash_attn.flash_attn_interface import _flash_attn_varlen_backward, _flash_attn_varlen_forward
 
-    def forward(
-        q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(call: Call) -> tuple[Tensor, Tensor]:
         result = _flash_attn_varlen_forward(
-            q,
-            k,
-            v,
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_k=cu_seqlens,
-            max_seqlen_q=max_seqlen,
-            max_seqlen_k=max_seqlen,
+            call.q,
+            call.k,
+            call.v,
+            cu_seqlens_q=call.cu_seqlens,
+            cu_seqlens_k=call.cu_seqlens,
+            max_seqlen_q=call.max_seqlen,
+            max_seqlen_k=call.max_seqlen,
             dropout_p=0.0,
-            softmax_scale=scale,
+            softmax_scale=call.scale,
             causal=True,
-            window_size_left=window,
+            window_size_left=call.window,
             window_size_right=0,
         )
         return result[0], result[1]
 
-    def backward(
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        window: int,
-        scale: float,
-    ) -> Gradients:
-        grads = _empty_gradients(q, k, v)
+    def backward(grad: Tensor, out: Tensor, lse: Tensor, call: Call) -> Gradients:
+        grads = call.empty_gradients()
         _flash_attn_varlen_backward(
             grad,
-            q,
-            k,
-            v,
+            call.q,
+            call.k,
+            call.v,
             out,
             lse,
             *grads,
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_k=cu_seqlens,
-            max_seqlen_q=max_seqlen,
-            max_seqlen_k=max_seqlen,
+            cu_seqlens_q=call.cu_seqlens,
+            cu_seqlens_k=call.cu_seqlens,
+            max_seqlen_q=call.max_seqlen,
+            max_seqlen_k=call.max_seqlen,
             dropout_p=0.0,
-            softmax_scale=scale,
+            softmax_scale=call.scale,
             causal=True,
-            window_size_left=window,
+            window_size_left=call.window,
             window_size_right=0,
             softcap=0.0,
             alibi_slopes=None,
@@ -217,40 +193,24 @@ def _load_varlen() -> FlashLibrary:
     """PyTorch's own, as `torch.nn.attention.varlen` calls it: in a graph, that would take windows as constants."""
     flash_forward, flash_backward = torch.ops.aten._flash_attention_forward, torch.ops.aten._flash_attention_backward
 
-    def sides(window: int, scale: float) -> dict[str, int | float]:
-        return {"scale": scale, "window_size_left": window, "window_size_right": 0}
+    def numbers(call: Call) -> dict[str, int | float]:
+        return {"scale": call.scale, "window_size_left": call.window, "window_size_right": 0}
 
-    def forward(
-        q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(call: Call) -> tuple[Tensor, Tensor]:
+        q, k, v, cu_seqlens, max_seqlen, *_ = call
         ends = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
         # No dropout, and not causal: the window's right side is.
-        result = flash_forward(q, k, v, *ends, 0.0, False, False, **sides(window, scale))
+        result = flash_forward(q, k, v, *ends, 0.0, False, False, **numbers(call))
         return result[0], result[1]
 
-    def backward(
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        window: int,
-        scale: float,
-    ) -> Gradients:
+    def backward(grad: Tensor, out: Tensor, lse: Tensor, call: Call) -> Gradients:
+        q, k, v, cu_seqlens, max_seqlen, *_ = call
         ends = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
         dropout = (0.0, False, torch.zeros(2, dtype=torch.uint64, device=q.device), q.new_empty(0))
-        dq, dk, dv = flash_backward(grad, q, k, v, out, lse, *ends, *dropout, **sides(window, scale))
+        dq, dk, dv = flash_backward(grad, q, k, v, out, lse, *ends, *dropout, **numbers(call))
         return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
     return FlashLibrary(forward, backward)
-
-
-def _empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> Gradients:
-    """Contiguous, whatever the strides of q, k and v are."""
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 LOADERS: dict[str, Callable[[], FlashLibrary]] = {
@@ -299,7 +259,7 @@ def _flash(
     library: str,
 ) -> tuple[Tensor, Tensor]:
     """Returns the output (T, H, D) and the logsumexp of each row's scores (H, T), fp32."""
-    return flash_library(library).forward(q, k, v, cu_seqlens, max_seqlen, int(window), float(scale))
+    return flash_library(library).forward(Call(q, k, v, cu_seqlens, max_seqlen, int(window), float(scale)))
 
 
 @_flash.register_fake
@@ -330,8 +290,8 @@ def _flash_backward(
     scale: Tensor,
     library: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    numbers = int(window), float(scale)
-    return flash_library(library).backward(grad.contiguous(), q, k, v, out, lse, cu_seqlens, max_seqlen, *numbers)
+    call = Call(q, k, v, cu_seqlens, max_seqlen, int(window), float(scale))
+    return flash_library(library).backward(grad.contiguous(), out, lse, call)
 
 
 @_flash_backward.register_fake
@@ -348,7 +308,7 @@ def _(
     scale: Tensor,
     library: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_gradients(q, k, v)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

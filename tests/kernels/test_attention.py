@@ -172,14 +172,17 @@ def test_windows_and_scales_given_as_tensors_share_a_graph():
 
 
 def library_of_plain_operations() -> attention_flash.FlashLibrary:
-    def backward(grad, q, k, v, out, lse, cu, max_seqlen, window, scale):
+    def tensors(call):
+        return *call[:5], torch.tensor(call.window), torch.tensor(call.scale, dtype=torch.float64)
+
+    def backward(grad, out, lse, call):
         assert grad.is_contiguous()
-        numbers = torch.tensor(window), torch.tensor(scale, dtype=torch.float64)
-        dq, dk, dv = _attention_backward(grad, q, k, v, out, lse, cu, max_seqlen, *numbers)
+        q, k, v, *rest = tensors(call)
+        dq, dk, dv = _attention_backward(grad, q, k, v, out, lse, *rest)
         return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
-    def forward(q, k, v, cu, max_seqlen, window, scale):
-        return _attention(q, k, v, cu, max_seqlen, torch.tensor(window), torch.tensor(scale, dtype=torch.float64))
+    def forward(call):
+        return _attention(*tensors(call))
 
     return attention_flash.FlashLibrary(forward, backward)
 
@@ -233,17 +236,21 @@ class _Received(dict[str, object]):
         ("fa2", "flash_attn.flash_attn_interface", ("_flash_attn_varlen_forward", "_flash_attn_varlen_backward")),
     ],
 )
-def test_deterministic_algorithms_are_asked_of_the_libraries(backend, name, functions, monkeypatch):
+def test_libraries_get_the_numbers_and_whether_to_be_deterministic(backend, name, functions, monkeypatch):
     received = _Received()
     for parent in ("flash_attn", "flash_attn.cute"):
         monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
     monkeypatch.setitem(sys.modules, name, received.module(name, *functions))
     library = attention_flash.LOADERS[backend]()
-    x, cu = torch.zeros(4, 1, 8), cumulative([4])
+    x = torch.zeros(4, 1, 8)
+    call = attention_flash.Call(x, x, x, cumulative([4]), 4, 2, 0.1)
+    library.forward(call)
+    assert (received["max_seqlen_q"], received["softmax_scale"]) == (4, 0.1)
+    assert received.get("window_size_left") == 2 or received["window_size"] == (2, 0)
     try:
         for deterministic in (True, False):
             torch.use_deterministic_algorithms(deterministic)
-            library.backward(x, x, x, x, x, x[..., 0].T, cu, 4, 2, 0.1)
+            library.backward(x, x, x[..., 0].T, call)
             assert received["deterministic"] is deterministic
     finally:
         torch.use_deterministic_algorithms(False)
@@ -255,9 +262,10 @@ def test_pytorchs_own_takes_its_arguments():
     with torch.device("meta"):
         q, k, v = torch.empty(3, 64, 2, 16, dtype=torch.bfloat16)
         cu = torch.empty(4, dtype=torch.int32)
-        out, lse = library.forward(q, k, v, cu, 40, 9, 0.2)
+        call = attention_flash.Call(q, k, v, cu, 40, 9, 0.2)
+        out, lse = library.forward(call)
         assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, (2, 64), torch.float32)
-        grads = library.backward(out, q, k, v, out, lse, cu, 40, 9, 0.2)
+        grads = library.backward(out, out, lse, call)
     assert [(grad.shape, grad.is_contiguous()) for grad in grads] == [(q.shape, True)] * 3
 
 
