@@ -57,7 +57,7 @@ def fp8_relu_squared_mlp(
     on a GPU. `plain`: no Triton kernels.
     """
     with torch.no_grad():  # by rows first: a compiler finds those where it makes the rows
-        u_scale = u.abs().amax(1).amax().float().clamp(min=PEAK_FLOOR) / E4M3_MAX
+        u_scale = current_scale(u.abs().amax(1).float())
     out, peak = _Fp8MLP.apply(u, up, down, u_scale, up8, up_scale, down8, down_scale, post_scale, plain)
     return out, peak
 

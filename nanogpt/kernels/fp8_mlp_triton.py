@@ -12,13 +12,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanogpt.kernels.relu_squared_mlp_triton import Config, halves, tile_corner
 
 E4M3_MAX = tl.constexpr(448.0)
 BLOCK = 8192  # numbers of a program that rounds
-UP = Config(block_k=128, stages=3, pieces=2)
+UP = Config(block_k=128, stages=3)
 
 
 @triton.jit
@@ -96,27 +95,20 @@ def up_squared_and_quantized(
     (m, k), n = x8.shape, up8.shape[0]
     post = torch.empty((m, n), dtype=dtype, device=x8.device)
     post8 = torch.empty((m, n), dtype=torch.float8_e4m3fn, device=x8.device)
-    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
-    programs = min(tiles, torch.cuda.get_device_properties(x8.device).multi_processor_count)
+    programs = config.programs(post)
     peaks = torch.empty(programs, dtype=torch.float32, device=x8.device)
-    piece = [config.block_m, config.block_n // 2]
     _fp8_relu_squared_kernel[(programs,)](
-        TensorDescriptor.from_tensor(x8, [config.block_m, config.block_k]),
-        TensorDescriptor.from_tensor(up8, [config.block_n, config.block_k]),
+        config.left(x8),
+        config.right(up8),
         x_scale,
         up_scale,
         post_scale,
-        TensorDescriptor.from_tensor(post, piece),
-        TensorDescriptor.from_tensor(post8, piece),
+        config.half_tiles(post),
+        config.half_tiles(post8),
         peaks,
         m,
         n,
         k,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        GROUP=config.group,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **config.options(),
     )
     return post, post8, peaks.amax()

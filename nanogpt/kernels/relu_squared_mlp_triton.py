@@ -18,16 +18,42 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class Config(NamedTuple):
-    """A tiling: output tile, depth of a step, launch shape, and how many pieces the epilogue stores a tile in."""
+    """A tiling of products a b^T: output tile, depth of a step, launch shape, and tile rows that run together."""
 
     block_m: int = 128
     block_n: int = 256
     block_k: int = 64
     warps: int = 8
     stages: int = 4
-    pieces: int = 2
-    persistent: bool = True
     group: int = 8
+
+    def programs(self, out: Tensor) -> int:
+        """One for each multiprocessor of out's GPU, or each tile of out (M, N), whichever are fewer."""
+        tiles = triton.cdiv(out.shape[0], self.block_m) * triton.cdiv(out.shape[1], self.block_n)
+        return min(tiles, torch.cuda.get_device_properties(out.device).multi_processor_count)
+
+    def left(self, a: Tensor) -> TensorDescriptor:
+        """Loads of a (M, K)."""
+        return TensorDescriptor.from_tensor(a, [self.block_m, self.block_k])
+
+    def right(self, b: Tensor) -> TensorDescriptor:
+        """Loads of b (N, K)."""
+        return TensorDescriptor.from_tensor(b, [self.block_n, self.block_k])
+
+    def half_tiles(self, out: Tensor) -> TensorDescriptor:
+        """What the epilogue stores, or loads, at a time of out (M, N); see `halves`."""
+        return TensorDescriptor.from_tensor(out, [self.block_m, self.block_n // 2])
+
+    def options(self) -> dict[str, int]:
+        """The kernel's constants, and Triton's own."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "GROUP": self.group,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
 
 
 @triton.jit
@@ -41,7 +67,9 @@ def tile_corner(tile, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexp
 
 @triton.jit
 def halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The left and the right half of a tile's columns: stored one after another they need half the shared memory."""
+    """The left and the right half of a tile's columns: one after another they need half the shared memory, which buys
+    a stage.
+    """
     return tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
 
 
@@ -69,56 +97,38 @@ def _relu_squared_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
-    PIECES: tl.constexpr,
-    FLATTEN: tl.constexpr,
     BACKWARD: tl.constexpr,
 ):
     rows = tl.cdiv(M, BLOCK_M)
     columns = tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), rows * columns, tl.num_programs(0), flatten=FLATTEN):
+    for tile in tl.range(tl.program_id(0), rows * columns, tl.num_programs(0), flatten=True):
         row, column = tile_corner(tile, rows, columns, BLOCK_M, BLOCK_N, GROUP)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for k in range(0, K, BLOCK_K):
             acc = tl.dot(a_desc.load([row, k]), b_desc.load([column, k]).T, acc)
-
-        if PIECES == 1:
-            _epilogue(acc, post_desc, out_desc, row, column, BACKWARD)
-        else:  # which buys a stage
-            left, right = halves(acc, BLOCK_M, BLOCK_N)
-            _epilogue(left, post_desc, out_desc, row, column, BACKWARD)
-            _epilogue(right, post_desc, out_desc, row, column + BLOCK_N // 2, BACKWARD)
+        left, right = halves(acc, BLOCK_M, BLOCK_N)
+        _epilogue(left, post_desc, out_desc, row, column, BACKWARD)
+        _epilogue(right, post_desc, out_desc, row, column + BLOCK_N // 2, BACKWARD)
 
 
 def matmul_with_epilogue(a: Tensor, b: Tensor, post: Tensor | None, config: Config) -> Tensor:
     """`relu(a b^T)^2`, or `2 sqrt(post) (a b^T)` where `post` is given. a (M, K), b (N, K), post (M, N); bf16."""
     (m, k), n = a.shape, b.shape[0]
     out = torch.empty((m, n), dtype=a.dtype, device=a.device)
-    piece = [config.block_m, config.block_n // config.pieces]
-    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
-    programs = tiles
-    if config.persistent:
-        programs = min(tiles, torch.cuda.get_device_properties(a.device).multi_processor_count)
-    out_desc = TensorDescriptor.from_tensor(out, piece)
-    _relu_squared_kernel[(programs,)](
-        TensorDescriptor.from_tensor(a, [config.block_m, config.block_k]),
-        TensorDescriptor.from_tensor(b, [config.block_n, config.block_k]),
-        out_desc if post is None else TensorDescriptor.from_tensor(post, piece),
+    out_desc = config.half_tiles(out)
+    _relu_squared_kernel[(config.programs(out),)](
+        config.left(a),
+        config.right(b),
+        out_desc if post is None else config.half_tiles(post),
         out_desc,
         m,
         n,
         k,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        GROUP=config.group,
-        PIECES=config.pieces,
-        FLATTEN=config.persistent,
         BACKWARD=post is not None,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **config.options(),
     )
     return out
 
 
-FORWARD = Config(stages=4, pieces=2)
-BACKWARD = Config(stages=3, pieces=2)
+FORWARD = Config(stages=4)
+BACKWARD = Config(stages=3)

@@ -341,7 +341,7 @@ _add(
     "8-bit input",
     FP8_MLP,
     "fixed scale",
-    ("u_scale = u.abs().amax(1).amax().float().clamp(min=PEAK_FLOOR) / E4M3_MAX", "u_scale = torch.tensor(0.01)"),
+    ("u_scale = current_scale(u.abs().amax(1).float())", "u_scale = torch.tensor(0.01)"),
 )
 _add(
     "8-bit backward",
