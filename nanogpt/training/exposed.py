@@ -67,21 +67,50 @@ def exposure(events: Iterable[Mapping[str, Any]], steps: int = 1) -> Exposure:
     found = activities(events)
     if not found:
         return Exposure(0, 0, 0, 0, 0)
-    both = union((run.start, run.end) for run in found)
-    work = union((run.start, run.end) for run in found if not run.is_communication)
-    talk = union((run.start, run.end) for run in found if run.is_communication)
-    span, busy = both[-1][1] - both[0][0], _length(both)
+    span = max(run.end for run in found) - found[0].start
+    computes, exposed = length(computing(found)), length(alone(found))
     each = 1 / (1000 * steps)
     return Exposure(
         span=span * each,
-        computing=_length(work) * each,
-        communicating=_length(talk) * each,
-        exposed=(busy - _length(work)) * each,
-        idle=(span - busy) * each,
+        computing=computes * each,
+        communicating=length(communicating(found)) * each,
+        exposed=exposed * each,
+        idle=(span - computes - exposed) * each,
     )
 
 
-def union(intervals: Iterable[Interval]) -> list[Interval]:
+def computing(ran: Iterable[Activity]) -> list[Interval]:
+    """When something other than NCCL ran: disjoint and sorted, like what follows."""
+    return _union((run.start, run.end) for run in ran if not run.is_communication)
+
+
+def communicating(ran: Iterable[Activity]) -> list[Interval]:
+    """When NCCL ran."""
+    return _union((run.start, run.end) for run in ran if run.is_communication)
+
+
+def alone(ran: Sequence[Activity]) -> list[Interval]:
+    """When nothing but NCCL ran."""
+    exposed = []
+    work = computing(ran)
+    for start, end in communicating(ran):
+        at = start
+        for busy_from, busy_to in work:
+            if busy_to > at and busy_from < end:
+                if busy_from > at:
+                    exposed.append((at, busy_from))
+                at = busy_to
+        if at < end:
+            exposed.append((at, end))
+    return exposed
+
+
+def length(intervals: Iterable[Interval]) -> float:
+    """Of disjoint intervals together."""
+    return sum(end - start for start, end in intervals)
+
+
+def _union(intervals: Iterable[Interval]) -> list[Interval]:
     """Disjoint, sorted intervals that cover the same."""
     merged: list[Interval] = []
     for start, end in sorted(intervals):
@@ -90,10 +119,6 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
         else:
             merged.append((start, end))
     return merged
-
-
-def _length(intervals: Sequence[Interval]) -> float:
-    return sum(end - start for start, end in intervals)
 
 
 def as_table(stages: Sequence[Sequence[Exposure]]) -> str:

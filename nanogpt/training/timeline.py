@@ -6,10 +6,14 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nanogpt.errors import InputError
 from nanogpt.runs.plot import COLOURS, check_suffix, new_figure, save
-from nanogpt.training.exposed import Activity, Interval, activities, read_trace, union
+from nanogpt.training.exposed import Activity, Interval, activities, alone, computing, length, read_trace
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 KINDS = {"AllReduce": "all-reduce", "ReduceScatter": "reduce-scatter", "AllGather": "all-gather"}
 OTHER_KIND = "other collectives"
@@ -43,22 +47,6 @@ def busiest_step(ran: Sequence[Activity]) -> list[Activity]:
     return [run for run in ran if run.end > first and run.start < last]
 
 
-def alone(ran: Sequence[Activity]) -> list[Interval]:
-    """When nothing but NCCL ran."""
-    exposed = []
-    work = union((run.start, run.end) for run in ran if not run.is_communication)
-    for start, end in union((run.start, run.end) for run in ran if run.is_communication):
-        at = start
-        for busy_from, busy_to in work:
-            if busy_to > at and busy_from < end:
-                if busy_from > at:
-                    exposed.append((at, busy_from))
-                at = busy_to
-        if at < end:
-            exposed.append((at, end))
-    return exposed
-
-
 def plot_timeline(stages: Mapping[int, Sequence[Activity]], path: Path) -> None:
     """Draw the communication of one step of each of `stages` into `path`, .png or .svg.
 
@@ -72,28 +60,36 @@ def plot_timeline(stages: Mapping[int, Sequence[Activity]], path: Path) -> None:
         raise InputError(f"{path}: nothing to draw: these traces have no communication, they are of one GPU")
     colours = dict(zip((*KINDS.values(), OTHER_KIND), COLOURS[1:], strict=False))
     with new_figure(11, 1.2 + 1.7 * len(steps)) as figure:
-        drawn = set()
+        shown: set[str] = set()
         for axes, (stage, ran) in zip(figure.subplots(len(steps), 1, squeeze=False)[:, 0], steps.items(), strict=True):
             began = min(run.start for run in ran if run.is_communication)
             exposed = alone(ran)
-            lanes: dict[str, list[Interval]] = {"computing": [], **{kind: [] for kind in colours}}
-            for run in ran:
-                kind = next((kind for name, kind in KINDS.items() if name in run.name), OTHER_KIND)
-                lanes[kind if run.is_communication else "computing"].append((run.start, run.end))
-            lanes["computing"] = union(lanes["computing"])
-            for name, intervals in (*lanes.items(), ("exposed", exposed)):
-                row = {"computing": 2, "exposed": 0}.get(name, 1)
-                colour = {"computing": COLOURS[0], "exposed": COLOURS[-1]}.get(name) or colours[name]
-                bars = [((start - began) / 1000, (end - start) / 1000) for start, end in intervals]
-                label = name if row == 1 and bars and name not in drawn else None
-                axes.broken_barh(bars, (row - 0.35, 0.7), color=colour, linewidth=0, label=label)
-                drawn |= {name} if label else set()
+            _draw(axes, 2, computing(ran), began, COLOURS[0])
+            for kind, colour in colours.items():
+                if intervals := [(run.start, run.end) for run in ran if _kind(run) == kind]:
+                    _draw(axes, 1, intervals, began, colour, None if kind in shown else kind)
+                    shown.add(kind)
+            _draw(axes, 0, exposed, began, COLOURS[-1])
             axes.set_yticks((2, 1, 0), ("computing", "NCCL", "NCCL alone"))
             axes.set_ylim(-0.5, 2.5)
             axes.set_xlim(-MARGIN_US / 1000, (max(run.end for run in ran) - began) / 1000)
-            total = sum(end - start for start, end in exposed) / 1000
-            axes.set_title(f"stage {stage}: {total:.2f} ms in which NCCL runs alone", loc="left", fontsize=11)
+            alone_ms = length(exposed) / 1000
+            axes.set_title(f"stage {stage}: {alone_ms:.2f} ms in which NCCL runs alone", loc="left", fontsize=11)
             axes.grid(visible=False, axis="y")
         axes.set_xlabel("milliseconds since the step's first collective began")
-        figure.legend(loc="outside upper right", ncols=len(drawn))
+        figure.legend(loc="outside upper right", ncols=len(shown))
         save(figure, path)
+
+
+def _kind(run: Activity) -> str | None:
+    """Of a collective; None of what is none."""
+    if not run.is_communication:
+        return None
+    return next((kind for name, kind in KINDS.items() if name in run.name), OTHER_KIND)
+
+
+def _draw(
+    axes: Axes, row: int, intervals: Sequence[Interval], began: float, colour: str, label: str | None = None
+) -> None:
+    bars = [((start - began) / 1000, (end - start) / 1000) for start, end in intervals]
+    axes.broken_barh(bars, (row - 0.35, 0.7), color=colour, linewidth=0, label=label)

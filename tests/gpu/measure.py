@@ -91,10 +91,10 @@ class Queue:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def _arguments(self, name: str) -> list[str]:
-        name, _, seed = name.partition(":")
-        arguments = [*self.commands[name]]
+        base, _, seed = name.partition(":")
+        arguments = [*self.commands[base]]
         if arguments[0] == "train":
-            arguments += ["--data", str(self.data), "--out", str(self.out / "runs" / file_name(name, seed))]
+            arguments += ["--data", str(self.data), "--out", str(self.out / "runs" / file_name(name))]
         return arguments + (["--set", f"training.seed={seed}"] if seed else [])
 
     def _environment(self) -> dict[str, str]:
@@ -108,9 +108,9 @@ class Queue:
         }
 
 
-def file_name(name: str, seed: str = "") -> str:
+def file_name(name: str) -> str:
     """Of a measurement: fast-1 of `fast:1`."""
-    return f"{name}-{seed}" if seed else name.replace(":", "-")
+    return name.replace(":", "-")
 
 
 def newest_run(directory: Path) -> Path | None:
