@@ -9,6 +9,13 @@ machine that is lent for a time gives its results back. In the end the runs are 
 
 `fast:1` is `fast` with seed 1. One pair of runs says little: on the steep parts of the curve two runs of one seed and
 path differ by 0.02, as the order of atomic additions does. Of several seeds' pairs the mean and its error are told.
+`fast:1@100` ends with the first evaluation at or after step 100: more seeds for the early ones, at a fraction of a run.
+
+`--idea NAME KEY=VALUE...` adds NAME, NAME-step and NAME-profile: the fast run, and the benchmarks, with these settings.
+They are of record 89 where NAME begins with record89-. In the end NAME is compared with fast, seed by seed:
+
+    python tests/gpu/measure.py OUT --data DIR --idea record89-lr26 optimizer.normuon.lr=0.026 \
+        --on 0 record89-fast:1 record89-lr26:1 --on 1 record89-fast:2 record89-lr26:2
 
 DIR holds own text: prep-text PATH... --dir DIR --unique --shuffle --document-tokens 2048 --val-tokens 31457281.
 """
@@ -17,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -28,30 +36,45 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanogpt.console import markdown_table
+from nanogpt.errors import InputError
 from nanogpt.runs.metrics import read_run
 
 EVALUATION = ("--set", "evaluation.tokens=2097152", "--set", "data.epochs=null")
 DETERMINISTIC = ("--set", "runtime.deterministic=true")
+MODELS = ("", "record89-")  # of which a name begins with the longest that fits
 PLAIN = ("attention=varlen", "kernels=plain", "head_precision=bf16", "mlp_precision=bf16")  # of runtime
 
 
-def measurements(gpu: str, steps: int) -> dict[str, tuple[str, ...]]:
-    """Arguments of `nanogpt` by name. Those that train come with `--data` and `--out` of their own."""
-    speedrun, record89 = f"1x{gpu}", f"record89-1x{gpu}"
+def measurements(gpu: str, steps: int, ideas: dict[str, Sequence[str]] | None = None) -> dict[str, tuple[str, ...]]:
+    """Arguments of `nanogpt` by name. Those that train come with `--data` and `--out` of their own.
+
+    `ideas`: settings, KEY=VALUE, by name.
+    """
     plain = [argument for setting in PLAIN for argument in ("--set", f"runtime.{setting}")]
     found: dict[str, tuple[str, ...]] = {}
-    for name, recipe in (("", speedrun), ("record89-", record89)):
+    for name in MODELS:
+        recipe = f"{name}1x{gpu}"
         found |= {
             f"{name}fast": ("train", recipe, "--steps", str(steps), *EVALUATION),  # cold where it is the first
             f"{name}again": ("train", recipe, "--steps", str(steps), *EVALUATION),
             f"{name}plain": ("train", recipe, "--steps", str(steps), *EVALUATION, *plain),
+            f"{name}full": ("train", recipe, *EVALUATION),
             f"{name}warm": ("train", recipe, "--steps", "40", *EVALUATION),
             f"{name}deterministic": ("train", recipe, "--steps", "40", *EVALUATION, *DETERMINISTIC),  # cold, if first
             f"{name}deterministic-again": ("train", recipe, "--steps", "40", *EVALUATION, *DETERMINISTIC),
             f"{name}step": ("bench", "step", recipe, "--steps", "12", "--warmup", "4"),
             f"{name}profile": ("bench", "profile", recipe, "--rows", "60"),
         }
+    for idea, settings in (ideas or {}).items():
+        arguments = [argument for setting in settings for argument in ("--set", setting)]
+        for end, like in (("", "fast"), ("-step", "step"), ("-profile", "profile")):
+            found[f"{idea}{end}"] = (*found[f"{model_of(idea)}{like}"], *arguments)
     return found | {"kernels": ("bench", "kernels")}
+
+
+def model_of(name: str) -> str:
+    """The one of MODELS that a measurement or idea of this name is of."""
+    return max((model for model in MODELS if name.startswith(model)), key=len)
 
 
 @dataclass
@@ -81,8 +104,20 @@ class Queue:
                     env=os.environ | self._environment(),
                     start_new_session=True,  # its compilers end with it
                 )
-                code = self.process.wait()
+                code = self._wait(self.process, name)
             self.rows.append((name, self.gpu, time.monotonic() - began, None if self.ended else code))
+
+    def _wait(self, process: subprocess.Popen[bytes], name: str) -> int:
+        """The exit code; 0 where it has come to the step at which it is to end, and was ended."""
+        until = name.partition("@")[2]
+        if until:
+            while process.poll() is None:
+                if evaluated(self.out / "runs" / file_name(name), int(until)):
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+                    return 0
+                time.sleep(0.5)
+        return process.wait()
 
     def end(self) -> None:
         """Nothing more, and not what runs."""
@@ -91,7 +126,7 @@ class Queue:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def _arguments(self, name: str) -> list[str]:
-        base, _, seed = name.partition(":")
+        base, _, seed = name.partition("@")[0].partition(":")
         arguments = [*self.commands[base]]
         if arguments[0] == "train":
             arguments += ["--data", str(self.data), "--out", str(self.out / "runs" / file_name(name))]
@@ -109,8 +144,17 @@ class Queue:
 
 
 def file_name(name: str) -> str:
-    """Of a measurement: fast-1 of `fast:1`."""
-    return name.replace(":", "-")
+    """Of a measurement: fast-1 of `fast:1` and of `fast:1@100`."""
+    return name.partition("@")[0].replace(":", "-")
+
+
+def evaluated(directory: Path, step: int) -> bool:
+    """Whether the newest run in `directory` has been evaluated at `step` or later."""
+    run = newest_run(directory)
+    try:
+        return run is not None and any(e["step"] >= step for e in read_run(run).evaluations)
+    except InputError:  # it has written nothing yet
+        return False
 
 
 def newest_run(directory: Path) -> Path | None:
@@ -126,21 +170,24 @@ def compare(out: Path, prefix: str) -> None:
         subprocess.run([sys.executable, "-m", "nanogpt", "compare", *runs], check=False)
 
 
-def differences(out: Path, prefix: str) -> list[str]:
-    """Fast minus plain at each evaluation, pair by pair of one seed, with the pairs' mean and its standard error."""
+def differences(out: Path, name: str, other: str) -> list[str]:
+    """`name` minus `other` at each evaluation, by pairs of one seed, with the pairs' mean and its standard error."""
     pairs: list[dict[int, float]] = []
-    for directory in sorted((out / "runs").glob(f"{prefix}plain*")):
-        runs = [newest_run(path) for path in (directory.with_name(directory.name.replace("plain", "fast")), directory)]
+    for directory in sorted((out / "runs").glob(f"{other}*")):
+        seed = directory.name.removeprefix(other)
+        if seed and not re.fullmatch(r"-\d+", seed):
+            continue
+        runs = [newest_run(path) for path in (directory.with_name(f"{name}{seed}"), directory)]
         if None in runs:
             continue
-        fast, plain = ({e["step"]: e["val_loss"] for e in read_run(path).evaluations} for path in runs if path)
-        pairs.append({step: fast[step] - plain[step] for step in fast.keys() & plain.keys()})
+        ours, theirs = ({e["step"]: e["val_loss"] for e in read_run(path).evaluations} for path in runs if path)
+        pairs.append({step: ours[step] - theirs[step] for step in ours.keys() & theirs.keys()})
     rows = []
     for step in sorted({step for pair in pairs for step in pair}):
         found = [pair[step] for pair in pairs if step in pair]
         error = f"{statistics.stdev(found) / len(found) ** 0.5:.4f}" if len(found) > 1 else ""
         rows.append((step, ", ".join(f"{d:+.4f}" for d in found), f"{statistics.mean(found):+.4f}", error))
-    return markdown_table(("step", f"{prefix}fast - {prefix}plain", "mean", "standard error"), rows) if rows else []
+    return markdown_table(("step", f"{name} - {other}", "mean", "standard error"), rows) if rows else []
 
 
 def same_bits(out: Path, prefix: str) -> list[str]:
@@ -162,12 +209,14 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--on", nargs="+", action="append", required=True, metavar=("GPU", "NAME"))
+    parser.add_argument("--idea", nargs="+", action="append", default=[], metavar=("NAME", "KEY=VALUE"))
     parser.add_argument("--recipe-gpu", default="h100", help="h100, h200 or a100: of the recipes")
     parser.add_argument("--steps", type=int, default=300, help="of the runs that are compared")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds")
     chosen = parser.parse_args()
-    commands = measurements(chosen.recipe_gpu, chosen.steps)
-    unknown = [name for _, *names in chosen.on for name in names if name.partition(":")[0] not in commands]
+    ideas = {name: settings for name, *settings in chosen.idea}
+    commands = measurements(chosen.recipe_gpu, chosen.steps, ideas)
+    unknown = [name for _, *names in chosen.on for name in names if re.split("[:@]", name)[0] not in commands]
     if unknown:
         parser.error(f"no measurement {', '.join(unknown)}; there are {', '.join(commands)}")
     chosen.out.mkdir(parents=True, exist_ok=True)
@@ -187,10 +236,12 @@ def main() -> int:
     outcome = {None: "ended at the limit", 0: ""}
     table = [(name, gpu, f"{s:.0f}", outcome.get(code, f"exit code {code}")) for name, gpu, s, code in rows]
     print("\n".join(markdown_table(("measurement", "GPU", "s", "outcome"), table)), flush=True)
-    for prefix in ("", "record89-"):
+    for prefix in MODELS:
         compare(out, prefix)
-        for line in (*differences(out, prefix), *same_bits(out, prefix)):
+        for line in (*differences(out, f"{prefix}fast", f"{prefix}plain"), *same_bits(out, prefix)):
             print(line, flush=True)
+    for idea in ideas:
+        print("\n".join(differences(out, idea, f"{model_of(idea)}fast")), flush=True)
     return 1 if any(code != 0 for *_, code in rows) else 0
 
 

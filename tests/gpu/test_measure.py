@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -68,13 +69,15 @@ def test_pairs_of_seeds_have_a_mean_and_its_error(tmp_path: Path):
         higher = [(step, loss + more) for step, loss in RECORD_67[:2]]
         made_run(tmp_path / f"runs/plain-{seed}/a-run", 3.2776 + more, curve=higher)
     made_run(tmp_path / "runs/plain-3/a-run", curve=RECORD_67)  # whose fast one has not come
-    lines = measure.differences(tmp_path, "")
+    made_run(tmp_path / "runs/plain-wide/a-run", curve=RECORD_67)  # something else, no seed
+    made_run(tmp_path / "runs/fast-wide/a-run", curve=RECORD_67)
+    lines = measure.differences(tmp_path, "fast", "plain")
     assert lines[2:] == [
         "| 0 | -0.0010, -0.0030 | -0.0020 | 0.0010 |",
         "| 250 | -0.0010, -0.0030 | -0.0020 | 0.0010 |",
         "| 1555 | -0.0010, -0.0030 | -0.0020 | 0.0010 |",
     ]
-    assert measure.differences(tmp_path, "record89-") == []
+    assert measure.differences(tmp_path, "record89-fast", "record89-plain") == []
 
 
 def test_the_same_bits_or_not(tmp_path: Path):
@@ -92,6 +95,37 @@ def test_a_seed_is_part_of_the_command(tmp_path: Path):
         str(tmp_path / "data"), "--out", str(tmp_path / "runs/fast-2"), "--set", "training.seed=2"
     ]  # fmt: skip
     assert "training.seed=2" in queue._arguments("step:2") and "--out" not in queue._arguments("step:2")
+
+
+def test_an_idea_is_the_fast_run_and_the_benchmarks_with_its_settings():
+    settings = ("optimizer.normuon.lr=0.02", "training.warmup=false")
+    commands = measure.measurements("h200", 300, {"lower": settings, "record89-lower": settings})
+    ends = ("--set", settings[0], "--set", settings[1])
+    for name, model in (("lower", ""), ("record89-lower", "record89-")):
+        assert commands[name] == commands[f"{model}fast"] + ends
+        assert commands[f"{name}-step"] == commands[f"{model}step"] + ends
+        assert commands[f"{name}-profile"] == commands[f"{model}profile"] + ends
+        assert f"{model}1xh200" in commands[name]
+
+
+def test_a_run_ends_with_an_evaluation_at_or_after_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    slow = tmp_path / "python"
+    slow.write_text("#!/bin/sh\nsleep 600\n")
+    slow.chmod(0o755)
+    monkeypatch.setattr(measure, "sys", SimpleNamespace(executable=str(slow)))
+    run = made_run(tmp_path / "runs/fast-1/a-run", curve=RECORD_67[:2])
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    begun = [line for line in lines if json.loads(line).get("step", 0) <= 250]
+    (run / "metrics.jsonl").write_text("".join(begun))
+    queue = measure.Queue("0", ["fast:1@260"], tmp_path, tmp_path, measure.measurements("h100", 300))
+    thread = threading.Thread(target=queue.run, daemon=True)
+    thread.start()
+    time.sleep(1.5)
+    assert thread.is_alive()
+    (run / "metrics.jsonl").write_text("".join(lines))
+    thread.join(timeout=30)
+    assert [(name, code) for name, _, _, code in queue.rows] == [("fast:1@260", 0)]
+    assert queue._arguments("fast:1@260")[-1] == "training.seed=1"
 
 
 def test_an_unknown_name_is_refused(tmp_path: Path):
