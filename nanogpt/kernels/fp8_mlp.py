@@ -14,9 +14,9 @@ With 8-bit gradients of the activations, g the gradient of out:
     g8 = e5m2(g / s_g), s_g = max|g| / 16 of this very gradient;  d = 2 sqrt(post) * s_g s_w (g8 W8^T)
     d8 = e5m2(d / s_g);  u's gradient = s_g s_u (d8 U8)
 
-One scale serves g and d, so that d need not be measured: e5m2 has 30 binades, and a largest g of 2^4 leaves d room to be
-2^11 times as large, or 2^18 times smaller. The gradients of U and W, d^T u and post^T g, stay products in u's dtype, of
-d and g that have not been rounded to 8 bits.
+One scale serves g and d, so that d need not be measured: e5m2 has 30 binades, and a largest g of 2^4 leaves d room to
+be 2^11 times as large, or 2^18 times smaller. The gradients of U and W, d^T u and post^T g, stay products in u's dtype,
+of d and g that have not been rounded to 8 bits.
 """
 
 from __future__ import annotations
