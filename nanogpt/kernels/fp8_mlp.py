@@ -33,7 +33,8 @@ from nanogpt.kernels.dispatch import runs_kernel
 from nanogpt.kernels.fp8_head import scaled_product
 from nanogpt.kernels.relu_squared_mlp import relu_squared_backward
 
-E4M3_MAX, E5M2_MAX = 448.0, 57344.0
+E4M3_MAX = 448.0
+E5M2_MAX = 57344.0
 PEAK_FLOOR = 1e-12
 GRADIENT_PEAK = 16.0  # of e5m2's 57,344: the rest is for gradients that grow on their way through an activation
 GRADIENT_FLOOR = 1e-30  # of a gradient's largest; products with a weight's scale are still normal fp32 numbers
