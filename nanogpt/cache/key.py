@@ -97,6 +97,7 @@ REACHES: Mapping[str, Callable[[Any], Any]] = {
             "model.mudd.hidden",
             "model.mudd.scale",
             "model.mlp_fp8.activation_headroom",
+            "model.mlp_fp8.gradients",
             "optimizer.kind",
             "optimizer.adam.eps",
             "optimizer.adam.groups.*.betas",

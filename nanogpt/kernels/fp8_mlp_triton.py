@@ -1,7 +1,8 @@
-"""Triton kernels of the MLP's 8-bit products: the rounding of their input, and the first with squares in its epilogue.
+"""Triton kernels of the MLP's 8-bit products: the rounding of their inputs, and those with more in their epilogues.
 
 The square leaves the up-projection as bf16 for the backward pass and as e4m3 for the product that follows, with its
-largest value. Persistent as in relu_squared_mlp_triton.py, with the tensor cores' fast accumulation.
+largest value. The gradient before the activation leaves its product as bf16 for the weights' gradient and as e5m2 for
+the product that follows. Persistent as in relu_squared_mlp_triton.py, with the tensor cores' fast accumulation.
 """
 
 # mypy: allow-untyped-defs
@@ -16,15 +17,17 @@ from torch import Tensor
 from nanogpt.kernels.relu_squared_mlp_triton import Config, halves, tile_corner
 
 E4M3_MAX = tl.constexpr(448.0)
+E5M2_MAX = tl.constexpr(57344.0)
 BLOCK = 8192  # numbers of a program that rounds
 UP = Config(block_k=128, stages=3)
+GRADIENT = Config(block_k=128, stages=3)
 
 
 @triton.jit
-def _quantize_mlp_kernel(x_ptr, scale_ptr, out_ptr, count, BLOCK: tl.constexpr):
+def _quantize_mlp_kernel(x_ptr, scale_ptr, out_ptr, count, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + place, mask=place < count, other=0.0).to(tl.float32) / tl.load(scale_ptr)
-    x = tl.minimum(tl.maximum(x, -E4M3_MAX), E4M3_MAX)
+    x = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
     tl.store(out_ptr + place, x.to(out_ptr.dtype.element_ty), mask=place < count)
 
 
@@ -75,10 +78,51 @@ def _fp8_relu_squared_kernel(
     tl.store(peaks_ptr + tl.program_id(0), peak)
 
 
-def quantize(x: Tensor, scale: Tensor) -> Tensor:
-    """e4m3 of `x / scale`, cut off at 448. x contiguous, scale () fp32."""
-    out = torch.empty_like(x, dtype=torch.float8_e4m3fn)
-    _quantize_mlp_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, scale, out, x.numel(), BLOCK=BLOCK, num_warps=8)
+@triton.jit
+def _store_gradient(acc, scale, scale8, post_desc, out_desc, out8_desc, row, column):
+    post = post_desc.load([row, column]).to(tl.float32)
+    gradient8 = 2 * tl.sqrt(post) * acc * scale8
+    out_desc.store([row, column], (gradient8 * scale).to(out_desc.dtype))
+    gradient8 = tl.minimum(tl.maximum(gradient8, -E5M2_MAX), E5M2_MAX)
+    out8_desc.store([row, column], gradient8.to(out8_desc.dtype))
+
+
+@triton.jit
+def _fp8_relu_squared_gradient_kernel(
+    a_desc,  # (M, K) e5m2
+    b_desc,  # (N, K) e4m3
+    a_scale_ptr,
+    b_scale_ptr,
+    post_desc,  # (M, N)
+    out_desc,  # (M, N)
+    out8_desc,  # (M, N) e5m2
+    M,
+    N,
+    K,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    rows = tl.cdiv(M, BLOCK_M)
+    columns = tl.cdiv(N, BLOCK_N)
+    scale = tl.load(a_scale_ptr)
+    scale8 = tl.load(b_scale_ptr)  # out8 keeps a's scale
+    for tile in tl.range(tl.program_id(0), rows * columns, tl.num_programs(0), flatten=True):
+        row, column = tile_corner(tile, rows, columns, BLOCK_M, BLOCK_N, GROUP)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for k in range(0, K, BLOCK_K):
+            acc = tl.dot(a_desc.load([row, k]), b_desc.load([column, k]).T, acc)
+        left, right = halves(acc, BLOCK_M, BLOCK_N)
+        _store_gradient(left, scale, scale8, post_desc, out_desc, out8_desc, row, column)
+        _store_gradient(right, scale, scale8, post_desc, out_desc, out8_desc, row, column + BLOCK_N // 2)
+
+
+def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
+    """`x / scale` in the 8-bit float `dtype`, cut off at the largest that it has. x contiguous, scale () fp32."""
+    out, count = torch.empty_like(x, dtype=dtype), x.numel()
+    programs = triton.cdiv(count, BLOCK)
+    _quantize_mlp_kernel[(programs,)](x, scale, out, count, LARGEST=torch.finfo(dtype).max, BLOCK=BLOCK, num_warps=8)
     return out
 
 
@@ -112,3 +156,30 @@ def up_squared_and_quantized(
         **config.options(),
     )
     return post, post8, peaks.amax()
+
+
+def gradient_and_quantized(
+    grad8: Tensor,  # (T, D) e5m2
+    grad_scale: Tensor,  # () fp32, like the other scale
+    down8: Tensor,  # (F, D) e4m3
+    down_scale: Tensor,
+    post: Tensor,  # (T, F)
+    config: Config = GRADIENT,
+) -> tuple[Tensor, Tensor]:
+    """`d = 2 sqrt(post) * ((grad_scale grad8) (down_scale down8)^T)` in post's dtype, (T, F); e5m2(d / grad_scale)."""
+    (m, k), n = grad8.shape, down8.shape[0]
+    out, out8 = torch.empty_like(post), torch.empty_like(post, dtype=torch.float8_e5m2)
+    _fp8_relu_squared_gradient_kernel[(config.programs(out),)](
+        config.left(grad8),
+        config.right(down8),
+        grad_scale,
+        down_scale,
+        config.half_tiles(post),
+        config.half_tiles(out),
+        config.half_tiles(out8),
+        m,
+        n,
+        k,
+        **config.options(),
+    )
+    return out, out8

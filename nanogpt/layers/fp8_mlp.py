@@ -5,6 +5,8 @@
   Over the first steps, in which they leave zero, the scale is measured first.
 - Activations: each training forward pass measures the largest of a layer; the next one, of whatever micro-batch on the
   same rank, divides by it, times a headroom. Never communicated: ranks may differ.
+
+With 8-bit gradients of the activations, the backward pass reads the same weights in the other layout.
 """
 
 from __future__ import annotations
@@ -27,12 +29,15 @@ class Fp8Mlp(nn.Module):
 
     up8: Tensor  # (layers, F, D) e4m3
     down8: Tensor  # (layers, D, F) e4m3
+    up8_t: Tensor  # (layers, D, F) e4m3, with 8-bit gradients only, like the next
+    down8_t: Tensor  # (layers, F, D) e4m3
 
     def __init__(self, spec: MlpFp8Spec, *, layers: int, hidden: int, width: int, active: bool, plain: bool):
         super().__init__()
         self.spec = spec
         self.layers = layers if active else 0
         self.active = active
+        self.gradients = active and spec.gradients
         self.plain = plain
         self._loaded = False  # scales that fit the weights to come
         kinds = ("post_scale", "up_scale", "down_scale", "next_down_scale")
@@ -43,6 +48,9 @@ class Fp8Mlp(nn.Module):
             e4m3 = torch.float8_e4m3fn
             self.register_buffer("up8", torch.zeros(layers, hidden, width, dtype=e4m3), persistent=False)
             self.register_buffer("down8", torch.zeros(layers, width, hidden, dtype=e4m3), persistent=False)
+        if self.gradients:
+            self.register_buffer("up8_t", torch.zeros(layers, width, hidden, dtype=e4m3), persistent=False)
+            self.register_buffer("down8_t", torch.zeros(layers, hidden, width, dtype=e4m3), persistent=False)
 
     def scales(self, kind: str) -> list[Tensor]:
         """`post_scale`, `up_scale`, `down_scale` or `next_down_scale` of each layer, each () fp32."""
@@ -66,6 +74,7 @@ class Fp8Mlp(nn.Module):
             self.down8[layer],
             getattr(self, f"down_scale_{layer}"),
             post_scale,
+            transposed8=(self.up8_t[layer], self.down8_t[layer]) if self.gradients else None,
             plain=self.plain,
         )
         with torch.no_grad():
@@ -112,8 +121,12 @@ class Fp8Mlp(nn.Module):
         torch._foreach_copy_(self.scales("up_scale"), list(up_scale.float().unbind()))
 
         down_scale = torch.stack(self.scales("down_scale"))
+        down8 = to_e4m3(down / down_scale[:, None, None])
         # As bytes: not every device can copy 8-bit floats with strides.
-        self.down8.view(torch.uint8).copy_(to_e4m3(down / down_scale[:, None, None]).view(torch.uint8).mT)
+        self.down8.view(torch.uint8).copy_(down8.view(torch.uint8).mT)
+        if self.gradients:
+            self.up8_t.view(torch.uint8).copy_(self.up8.view(torch.uint8).mT)
+            self.down8_t.copy_(down8)
         peaks = down.abs().amax((1, 2)).float()
         following = self.spec.weight_headroom * peaks.clamp(min=PEAK_FLOOR) / E4M3_MAX
         torch._foreach_copy_(self.scales("next_down_scale"), list(following.unbind()))

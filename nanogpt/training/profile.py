@@ -22,7 +22,7 @@ from nanogpt.training.trainer import Trainer
 PARTS = {
     "communication": r"^nccl",
     "attention": r"^(?!triton_).*(flash|fmha)",
-    "MLP: up-projection with its activation, and its backward product": r"_relu_squared_kernel",
+    "MLP: up-projection with its activation, and its backward product": r"_relu_squared(_gradient)?_kernel",
     "FP8 matrix products": r"nvjet_sm\d+_[qr]{2}|e4m3|e5m2",
     "bf16 matrix products": r"nvjet|cutlass|gemm|gemv|splitK",
     "head: cross-entropy": r"_cross_entropy_kernel",

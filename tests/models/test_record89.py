@@ -16,6 +16,7 @@ from nanogpt.models import build_model
 from nanogpt.models.interface import Paths, Windows
 from nanogpt.models.record89 import Record89
 from nanogpt.recipe import load_recipe
+from nanogpt.spec import RunSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -44,8 +45,10 @@ UNREAD = {
 }
 
 
-def make_model(dtype: torch.dtype = torch.float64, seed: int = 0, paths: Paths | None = None) -> Record89:
-    model = Record89(SPEC.model, dtype=dtype, max_tokens=64, paths=paths or Paths())
+def make_model(
+    dtype: torch.dtype = torch.float64, seed: int = 0, paths: Paths | None = None, spec: RunSpec = SPEC
+) -> Record89:
+    model = Record89(spec.model, dtype=dtype, max_tokens=64, paths=paths or Paths())
     model.draw_parameters(torch.Generator().manual_seed(seed))  # the signs
     randomize(model, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -191,6 +194,25 @@ def test_training_takes_the_8_bit_mlps_and_evaluation_does_not():
     scales = [float(scale) for scale in narrow.fp8_mlp.scales("post_scale")]
     assert len(set(scales)) == 11 and 1.0 not in scales
     assert narrow.training_loss(batch, windows, weights) != loss
+
+
+def test_8_bit_gradients_change_gradients_alone():
+    ends, short, long = CASES["windows inside documents"]
+    batch, _ = make_batch(ends)
+    found = []
+    for overrides in ([], ["model.mlp_fp8.gradients=true"]):
+        model = make_model(torch.float32, paths=FP8, spec=small_record89(overrides=overrides))
+        model.restart()  # randomize has changed the weights
+        loss = model.training_loss(batch, Windows(short, long), torch.tensor(WEIGHTS))
+        loss.backward()
+        found.append((loss, model.mlp.grad, model.lm_head.grad, model.qk.grad))
+    (loss, mlp, head, qk), (loss8, mlp8, head8, qk8) = found
+    assert torch.equal(loss, loss8) and torch.equal(head, head8)
+    last = SPEC.model.layers - 1
+    assert torch.equal(mlp[last, 1], mlp8[last, 1])
+    for layer in range(last + 1):
+        assert 1e-3 < relative_error(mlp8[layer, 0], mlp[layer, 0]) < 0.3, layer
+    assert 1e-3 < relative_error(qk8, qk) < 0.3
 
 
 def test_the_8_bit_weights_follow_the_optimizer_and_a_checkpoint():

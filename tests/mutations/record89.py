@@ -348,8 +348,8 @@ _add(
     FP8_MLP,
     "the factor 2 forgotten",
     (
-        "grad_pre = relu_squared_backward(grad, down, post, plain=ctx.plain)",
-        "grad_pre = relu_squared_backward(grad, down, post, plain=ctx.plain) / 2",
+        "grad_pre = relu_squared_backward(grad, down, post, plain=plain)",
+        "grad_pre = relu_squared_backward(grad, down, post, plain=plain) / 2",
     ),
 )
 _add(
@@ -361,6 +361,21 @@ _add(
         ".to(torch.promote_types(post.dtype, torch.float32))",
     ),
 )
+_add("8-bit gradients", FP8_MLP, "largest of e4m3", ("GRADIENT_PEAK = 16.0", "GRADIENT_PEAK = 448.0"))
+_add(
+    "8-bit gradients",
+    FP8_MLP,
+    "before the activation by the weights' scale",
+    ("to_e5m2(exact.float() / grad_scale)", "to_e5m2(exact.float() / down_scale)"),
+)
+_add(
+    "8-bit gradients",
+    FP8_MLP,
+    "the floor of activations",
+    ("peak.clamp(min=GRADIENT_FLOOR)", "peak.clamp(min=PEAK_FLOOR)"),
+)
+_add("8-bit gradients", FP8_SCALES, "up weights not transposed anew", ("self.up8_t.view(torch.uint8).copy_(", "id("))
+_add("8-bit gradients", FP8_SCALES, "always", ("self.gradients = active and spec.gradients", "self.gradients = active"))
 _add("delayed scales", FP8_SCALES, "activation without headroom", ("self.spec.activation_headroom * peak", "peak"))
 _add("delayed scales", FP8_SCALES, "weights without headroom", ("self.spec.weight_headroom * peaks", "peaks"))
 _add("delayed scales", FP8_SCALES, "measured every time", ("if step < self.spec.bootstrap_steps:", "if True:"))

@@ -20,6 +20,7 @@ NAMES = {
     "_cross_entropy_kernel": "head: cross-entropy",
     "_transpose_gradient_kernel": "FP8: quantizing, transposing",
     "_fp8_relu_squared_kernel": "MLP: up-projection with its activation, and its backward product",
+    "_fp8_relu_squared_gradient_kernel": "MLP: up-projection with its activation, and its backward product",
     "_quantize_mlp_kernel": "FP8: quantizing, transposing",
     "_symmetric_product_kernel": "Polar Express: symmetric products",
     "_mix_heads_key_gradients_kernel": "DC correction",

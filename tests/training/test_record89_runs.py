@@ -86,6 +86,12 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(
     assert_same(newest_state(path), newest_state(whole[precision]))
 
 
+def test_it_learns_with_8_bit_gradients_too(whole: dict[tuple[str, ...], Path], data: Path, tmp_path: Path) -> None:
+    train(spec_of(FP8, "model.mlp_fp8.gradients=true"), data, tmp_path / "run")
+    (_, narrow), (_, narrower) = losses(whole[FP8,]), losses(tmp_path / "run")
+    assert narrower[0] == narrow[0] and 0 < abs(narrower[12] - narrow[12]) < 0.01
+
+
 def test_samples_are_drawn_from_either_precision(whole: dict[tuple[str, ...], Path]) -> None:
     for path in whole.values():
         assert sample_text(path, "A1B2", tokens=5, temperature=0).startswith("A1B2")
