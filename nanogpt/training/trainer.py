@@ -111,7 +111,13 @@ def check_start(spec: RunSpec, data_directory: Path) -> list[Path]:
 
 
 def train_run(
-    spec: RunSpec, *, run: RunDirectory | None, data_directory: Path, resume: bool = False, watch: Watch | None = None
+    spec: RunSpec,
+    *,
+    run: RunDirectory | None,
+    data_directory: Path,
+    resume: bool = False,
+    watch: Watch | None = None,
+    make_trainer: Callable[..., Trainer] | None = None,
 ) -> Result:
     """Run the spec on this process (every process of a distributed run calls it).
 
@@ -121,6 +127,7 @@ def train_run(
         data_directory: the shards.
         resume: go on from the run directory's newest checkpoint, or from the start where there is none.
         watch: over the other ranks and for signals, already entered; None makes one.
+        make_trainer: called in place of `Trainer`, for an experiment with one of its own.
 
     Raises:
         InputError: no shards, too few tokens, a world size or a device other than the spec's.
@@ -129,7 +136,9 @@ def train_run(
     """
     if watch is None:
         with Watch(*started_as()[:2], spec.watchdog) as own:
-            return train_run(spec, run=run, data_directory=data_directory, resume=resume, watch=own)
+            return train_run(
+                spec, run=run, data_directory=data_directory, resume=resume, watch=own, make_trainer=make_trainer
+            )
     watch.run_path = None if run is None else run.path
     startup = StartUp()
     try:
@@ -141,8 +150,9 @@ def train_run(
                 kept_in = cache_directory(run.path.parent) if run is not None and compiles(spec, world.device) else None
                 cache = stack.enter_context(compile_cache(spec, world, kept_in))
             place: dict[str, Any] = {"run": run, "data_directory": data_directory}
+            make = make_trainer or Trainer
             trainer = stack.enter_context(
-                Trainer(spec, world, **place, recorder=recorder, watch=watch, cache=cache, startup=startup)
+                make(spec, world, **place, recorder=recorder, watch=watch, cache=cache, startup=startup)
             )
             return trainer.run(resume=resume)
     except Exception as error:

@@ -1,0 +1,66 @@
+"""Other ends of a run, on a CPU: averages of weights, and windows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import end_of_run
+import pytest
+import torch
+from tiny_runs import make_data, tiny_spec, write_recipe
+
+from nanogpt.models.interface import Windows
+from nanogpt.runs.metrics import read_run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Remembering(end_of_run.EndOfRun):
+    """Keeps the weights of every step, and evaluates what was asked for by hand."""
+
+    expected: tuple[tuple[str, float], ...] = ()
+
+    def train_step(self, settings):
+        told = super().train_step(settings)
+        if settings.step == 0:
+            self.weights = []
+        self.weights.append([parameter.detach().clone() for parameter in self.model.parameters()])
+        return told
+
+    def run(self, *, resume=False):
+        result = super().run(resume=resume)
+        last = self.weights[-1]
+        assert all(torch.equal(a, b) for a, b in zip(self.model.parameters(), last, strict=True))  # put back
+        expected = []
+        for count in (1, 3):
+            means = [torch.stack(steps).mean(0) for steps in zip(*self.weights[-count:], strict=True)]
+            self._put(means)
+            expected.append((f"mean of the last {count}", self.evaluate(self.schedule.final_windows)))
+        self._put(last)
+        expected.append(("windows of 2 and 5 blocks", self.evaluate(Windows(8, 20))))
+        Remembering.expected = tuple(expected)
+        return result
+
+
+def test_ends_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(end_of_run, "EndOfRun", Remembering)
+    data = make_data(tmp_path / "data")
+    recipe = write_recipe(tmp_path / "tiny.yaml", tiny_spec("training.warmup=false"))
+    end_of_run.main(
+        [str(recipe), "--data", str(data), "--out", str(tmp_path / "runs"), "--average", "1", "3", "--windows", "2:5"]
+    )
+    [path] = (tmp_path / "runs").iterdir()
+    ends = dict(json.loads((path / "ends.json").read_text()))
+    final = read_run(path).evaluations[-1]["val_loss"]
+    assert ends.pop("the last weights") == ends["mean of the last 1"] == pytest.approx(final, abs=1e-6)
+    assert ends == pytest.approx(dict(Remembering.expected), abs=1e-6)
+    assert len(set(ends.values())) == 3
+    assert f"| mean of the last 1 | {final:.4f} | +0.0000 |" in capsys.readouterr().out
+
+
+def test_averages_over_more_steps_than_there_are_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    recipe = write_recipe(tmp_path / "tiny.yaml", tiny_spec())
+    with pytest.raises(SystemExit):
+        end_of_run.main([str(recipe), "--data", str(tmp_path), "--out", str(tmp_path), "--average", "13"])
+    assert "from 1 to the 12 steps" in capsys.readouterr().err
