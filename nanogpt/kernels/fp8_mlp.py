@@ -41,9 +41,9 @@ GRADIENT_FLOOR = 1e-30  # of a gradient's largest; products with a weight's scal
 
 
 def current_scale(values: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
-    """What to divide `values` by so that the largest becomes e4m3's largest, over `dims` (all); in their dtype."""
+    """What to divide `values` by so that the largest becomes e4m3's largest, over `dims` (all); fp32."""
     peak = values.abs().amax() if dims is None else values.abs().amax(dims)
-    return peak.clamp(min=PEAK_FLOOR) / E4M3_MAX
+    return peak.float().clamp(min=PEAK_FLOOR) / E4M3_MAX
 
 
 def gradient_scale(grad: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def fp8_relu_squared_mlp(
     kernels.
     """
     with torch.no_grad():  # by rows first: a compiler finds those where it makes the rows
-        u_scale = current_scale(u.abs().amax(1).float())
+        u_scale = current_scale(u.abs().amax(1))
     weights8 = (up8, up_scale, down8, down_scale)
     out, peak = _Fp8MLP.apply(u, up, down, u_scale, *weights8, post_scale, *(transposed8 or (None, None)), plain)
     return out, peak
@@ -230,13 +230,13 @@ def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
         return
     from nanogpt.kernels.fp8_mlp_triton import quantize, up_squared_and_quantized
 
-    up_scale, down_scale = current_scale(up).float(), current_scale(down).float()
+    up_scale, down_scale = current_scale(up), current_scale(down)
     up8, down8_t = to_e4m3(up / up_scale), to_e4m3(down / down_scale)
     up8_t, down8 = up8.mT.contiguous(), down8_t.mT.contiguous()
     post_scale = torch.full((), 0.01, device=device)
     for tokens in (16_384, 32_768, 49_152):
         u = torch.randn(tokens, width, device=device).bfloat16()
-        u_scale = current_scale(u).float()
+        u_scale = current_scale(u)
         u8 = quantize(u, u_scale)
         inputs = (u, u_scale, up8, up_scale, down8, down_scale, post_scale)
         product = 2 * tokens * width * hidden / 2

@@ -79,7 +79,7 @@ def test_dc_gradients_are_the_same_every_time():
 def test_8_bit_mlp_against_its_emulation(tokens):
     torch.manual_seed(0)
     u, up, down = randn(tokens, 768), randn(3_072, 768, scale=0.02), randn(3_072, 768, scale=0.02)
-    up_scale, down_scale = current_scale(up).float(), current_scale(down).float()
+    up_scale, down_scale = current_scale(up), current_scale(down)
     up8, down8 = to_e4m3(up / current_scale(up)), to_e4m3(down.float() / down_scale).mT.contiguous()
     peak = torch.relu(u.float() @ up.float().mT).square().amax()
     weights = (up8, up_scale, down8, down_scale, 1.8 * peak / 448)
@@ -104,7 +104,7 @@ def test_the_up_projection_with_its_square_against_fp64(tokens):
 
     torch.manual_seed(tokens)
     u, up = randn(tokens, 768), randn(3_072, 768, scale=0.02)
-    u_scale, up_scale = current_scale(u).float(), current_scale(up).float()
+    u_scale, up_scale = current_scale(u), current_scale(up)
     u8, up8 = quantize(u, u_scale), to_e4m3(up / up_scale)
     assert torch.equal(u8.float(), to_e4m3(u.float() / u_scale).float())
     rows = slice(max(0, tokens - 4_112), None)
@@ -130,7 +130,7 @@ def test_the_gradient_before_the_activation_against_fp64(tokens, size):
     grad, down = randn(tokens, 768, scale=size), randn(3_072, 768, scale=0.02)
     post = randn(tokens, 3_072).clamp(min=0).square()
     post[0] *= 1e10  # its gradients are cut off
-    grad_scale, down_scale = gradient_scale(grad), current_scale(down).float()
+    grad_scale, down_scale = gradient_scale(grad), current_scale(down)
     grad8, down8 = quantize(grad, grad_scale, torch.float8_e5m2), to_e4m3(down / down_scale)
     # Many bf16 numbers lie halfway between two of e5m2's, where the last bit of a fast division decides.
     nearest = to_e5m2(grad.float() / grad_scale).float()
@@ -155,7 +155,7 @@ def test_8_bit_gradients_against_their_emulation_and_fp64(tokens, size):
     torch.manual_seed(tokens)
     u, up, down = randn(tokens, 768), randn(3_072, 768, scale=0.02), randn(3_072, 768, scale=0.02)
     grad = randn(tokens, 768, scale=size)
-    up_scale, down_scale = current_scale(up).float(), current_scale(down).float()
+    up_scale, down_scale = current_scale(up), current_scale(down)
     up8, down8_t = to_e4m3(up / up_scale), to_e4m3(down / down_scale)
     transposed8 = up8.mT.contiguous(), down8_t
     post_scale = 1.8 * torch.relu(u.float() @ up.float().mT).square().amax() / 448

@@ -84,7 +84,7 @@ def test_output_and_gradients_are_those_of_the_definition(post_scale):
 
 def test_bf16_rounds_before_the_square():
     u, up, down = (x.bfloat16() for x in (randn(T, D), randn(F, D, scale=0.1, seed=1), randn(F, D, seed=2)))
-    up_scale, down_scale = current_scale(up).float(), current_scale(down).float()
+    up_scale, down_scale = current_scale(up), current_scale(down)
     up8, down8 = to_e4m3(up / current_scale(up)), to_e4m3(down.float() / down_scale)
     s_x = u.abs().max().double() / 448
     pre = (s_x * up_scale.double() * (e4m3(u / s_x) @ up8.double().T)).bfloat16()
@@ -104,7 +104,7 @@ def quantized(
     up: torch.Tensor, down: torch.Tensor
 ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, torch.Tensor]]:
     """The 8-bit weights and their scales as the forward pass takes them, and the weights as the backward pass does."""
-    up_scale, down_scale = current_scale(up).float(), current_scale(down).float()
+    up_scale, down_scale = current_scale(up), current_scale(down)
     up8, down8 = to_e4m3(up.float() / up_scale), to_e4m3(down.float() / down_scale)
     return (up8, up_scale, down8.mT.contiguous(), down_scale), (up8.mT.contiguous(), down8)
 
@@ -298,6 +298,26 @@ def test_the_backward_pass_reads_the_weights_of_the_forward_pass():
     transposed8 = module.up8[1].mT.contiguous(), module.down8[1].mT.contiguous()
     out, _ = fp8_relu_squared_mlp(u, *bank[1], *weights8, torch.ones(()), transposed8=transposed8)
     assert torch.equal(found, torch.autograd.grad(out, u, grad)[0])
+
+
+@pytest.mark.parametrize("spec", [SPEC, GRADIENTS], ids=["", "8-bit gradients"])
+def test_compiled_rounding_is_the_same_and_one_graph(spec):
+    torch._dynamo.reset()
+    bank = randn(3, 2, F, D, scale=0.05).bfloat16()
+    modules = [
+        Fp8Mlp(spec, layers=2, hidden=F, width=D, active=True, plain=True, compiled=compiled)
+        for compiled in (False, True)
+    ]
+    for module in modules:
+        module.restart(bank)
+    counted = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for step in (0, 1, 20):
+        bank = randn(3, 2, F, D, scale=0.05 * (step + 1), seed=step + 1).bfloat16()
+        for module in modules:
+            module.follow(bank, step)
+        for (name, expected), (_, found) in zip(*(module.named_buffers() for module in modules), strict=True):
+            assert torch.equal(expected.float(), found.float()), (step, name)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == counted + 1
 
 
 def test_a_state_of_the_other_precision_is_taken_too():

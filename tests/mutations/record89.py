@@ -341,7 +341,7 @@ _add(
     "8-bit input",
     FP8_MLP,
     "fixed scale",
-    ("u_scale = current_scale(u.abs().amax(1).float())", "u_scale = torch.tensor(0.01)"),
+    ("u_scale = current_scale(u.abs().amax(1))", "u_scale = torch.tensor(0.01)"),
 )
 _add(
     "8-bit backward",
@@ -374,10 +374,10 @@ _add(
     "the floor of activations",
     ("peak.clamp(min=GRADIENT_FLOOR)", "peak.clamp(min=PEAK_FLOOR)"),
 )
-_add("8-bit gradients", FP8_SCALES, "up weights not transposed anew", ("self.up8_t.view(torch.uint8).copy_(", "id("))
+_add("8-bit gradients", FP8_SCALES, "up weights not transposed anew", ("_copy_transposed(up8_t, rounded_up)", "pass"))
 _add("8-bit gradients", FP8_SCALES, "always", ("self.gradients = active and spec.gradients", "self.gradients = active"))
 _add("delayed scales", FP8_SCALES, "activation without headroom", ("self.spec.activation_headroom * peak", "peak"))
-_add("delayed scales", FP8_SCALES, "weights without headroom", ("self.spec.weight_headroom * peaks", "peaks"))
+_add("delayed scales", FP8_SCALES, "weights without headroom", ("self.spec.weight_headroom * down_peak", "down_peak"))
 _add("delayed scales", FP8_SCALES, "measured every time", ("if step < self.spec.bootstrap_steps:", "if True:"))
 _add("delayed scales", FP8_SCALES, "no bootstrap", ("if step < self.spec.bootstrap_steps:", "if False:"))
 _add(
@@ -390,13 +390,14 @@ _add(
     "delayed scales",
     FP8_SCALES,
     "up weights keep theirs",
-    ('torch._foreach_copy_(self.scales("up_scale"), list(up_scale.float().unbind()))', "pass"),
+    ('torch._foreach_copy_(self.scales("up_scale"), list(up_scale.unbind()))', "pass"),
 )
 _add("delayed scales", FP8_SCALES, "not restored", ("scale.fill_(value)", "pass"))
 _buffer = 'self.register_buffer(f"{kind}_{layer}", torch.ones(()), persistent=False)'
 _add("scales apart", FP8_SCALES, "slices of one tensor", (_buffer, _buffer.replace("ones(())", "ones(12)[layer]")))
 _add("8-bit evaluation", RECORD89, "too", ("fp8 = training and self.fp8_mlp.active", "fp8 = self.fp8_mlp.active"))
 _add("8-bit weights", RECORD89, "do not follow", ("self.fp8_mlp.follow(self.mlp, step)", "pass"))
+_add("8-bit weights", RECORD89, "never compiled", ("compiled=paths.compiled", "compiled=False"))
 _add(
     "8-bit weights",
     RECORD89,
