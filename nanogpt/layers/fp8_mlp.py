@@ -6,7 +6,8 @@
 - Activations: each training forward pass measures the largest of a layer; the next one, of whatever micro-batch on the
   same rank, divides by it, times a headroom. Never communicated: ranks may differ.
 
-With 8-bit gradients of the activations, the backward pass reads the same weights in the other layout.
+With gradients in 8 bits, of the activations alone or of the weights too, the backward pass reads the same weights in
+the other layout.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Fp8Mlp(nn.Module):
         self.spec = spec
         self.layers = layers if active else 0
         self.active = active
-        self.gradients = active and spec.gradients
+        self.gradients = spec.gradients if active else "bf16"
         self.plain = plain
         self._loaded = False  # scales that fit the weights to come
         kinds = ("post_scale", "up_scale", "down_scale", "next_down_scale")
@@ -48,7 +49,7 @@ class Fp8Mlp(nn.Module):
             e4m3 = torch.float8_e4m3fn
             self.register_buffer("up8", torch.zeros(layers, hidden, width, dtype=e4m3), persistent=False)
             self.register_buffer("down8", torch.zeros(layers, width, hidden, dtype=e4m3), persistent=False)
-        if self.gradients:
+        if self.gradients != "bf16":
             self.register_buffer("up8_t", torch.zeros(layers, width, hidden, dtype=e4m3), persistent=False)
             self.register_buffer("down8_t", torch.zeros(layers, hidden, width, dtype=e4m3), persistent=False)
 
@@ -74,7 +75,8 @@ class Fp8Mlp(nn.Module):
             self.down8[layer],
             getattr(self, f"down_scale_{layer}"),
             post_scale,
-            transposed8=(self.up8_t[layer], self.down8_t[layer]) if self.gradients else None,
+            transposed8=None if self.gradients == "bf16" else (self.up8_t[layer], self.down8_t[layer]),
+            weight_gradients8=self.gradients == "all",
             plain=self.plain,
         )
         with torch.no_grad():
@@ -124,7 +126,7 @@ class Fp8Mlp(nn.Module):
         down8 = to_e4m3(down / down_scale[:, None, None])
         # As bytes: not every device can copy 8-bit floats with strides.
         self.down8.view(torch.uint8).copy_(down8.view(torch.uint8).mT)
-        if self.gradients:
+        if self.gradients != "bf16":
             self.up8_t.view(torch.uint8).copy_(self.up8.view(torch.uint8).mT)
             self.down8_t.copy_(down8)
         peaks = down.abs().amax((1, 2)).float()
