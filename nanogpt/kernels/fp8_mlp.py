@@ -181,27 +181,26 @@ def _forward(
 
     The kernels leave the tokens of these copies, and of those that `_backward_all` makes, in an order of their own.
     """
-    u8_t, post8_t = _kept(u, up8, keep8)
     if not plain and runs_kernel(u, capability=9):
         from nanogpt.kernels.fp8_head_triton import quantize_both_ways
         from nanogpt.kernels.fp8_mlp_triton import quantize, up_squared_and_quantized
 
         if keep8:
             u8, u8_t = quantize_both_ways(u.contiguous(), u_scale, paired=True)
+            post8_t = up8.new_empty((up8.shape[0], u.shape[0]))
         else:
-            u8 = quantize(u.contiguous(), u_scale)
-        post, post8, peak = up_squared_and_quantized(
-            u8, u_scale, up8, up_scale, post_scale, u.dtype, turned=post8_t if keep8 else None
-        )
+            u8, u8_t, post8_t = quantize(u.contiguous(), u_scale), None, None
+        post, post8, peak = up_squared_and_quantized(u8, u_scale, up8, up_scale, post_scale, u.dtype, turned=post8_t)
     else:
         u8 = to_e4m3(u.float() / u_scale)
         pre = _product(u8, u_scale, up8, up_scale, u.dtype, fast=False)
         post = pre.relu().square()
         post8, peak = to_e4m3(post.float() / post_scale), post.amax().float()
-        if keep8:
-            u8_t, post8_t = u8.mT.contiguous(), post8.mT.contiguous()
-    used_scale = post_scale.clone() if keep8 else post_scale.new_empty(0)
-    return _product(post8, post_scale, down8, down_scale, u.dtype, fast=True), post, peak, u8_t, post8_t, used_scale
+        u8_t, post8_t = (u8.mT.contiguous(), post8.mT.contiguous()) if keep8 else (None, None)
+    out = _product(post8, post_scale, down8, down_scale, u.dtype, fast=True)
+    if u8_t is None or post8_t is None:
+        return out, post, peak, up8.new_empty(0), up8.new_empty(0), post_scale.new_empty(0)
+    return out, post, peak, u8_t, post8_t, post_scale.clone()
 
 
 @_forward.register_fake
@@ -217,15 +216,10 @@ def _(
     plain: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     out = torch.empty_like(u, memory_format=torch.contiguous_format)
-    post, peak = u.new_empty((u.shape[0], up8.shape[0])), u.new_empty((), dtype=torch.float32)
-    return out, post, peak, *_kept(u, up8, keep8), post_scale.new_empty(() if keep8 else 0)
-
-
-def _kept(u: Tensor, up8: Tensor, keep8: bool) -> tuple[Tensor, Tensor]:
-    """Room for u (D, T) and relu(pre)^2 (F, T), e4m3; none unless `keep8`."""
-    shapes = ((u.shape[1], u.shape[0]), (up8.shape[0], u.shape[0])) if keep8 else ((0,), (0,))
-    u8_t, post8_t = (up8.new_empty(shape) for shape in shapes)
-    return u8_t, post8_t
+    (tokens, width), hidden = u.shape, up8.shape[0]
+    post, peak = u.new_empty((tokens, hidden)), u.new_empty((), dtype=torch.float32)
+    u8_t, post8_t = (up8.new_empty((size, tokens) if keep8 else (0,)) for size in (width, hidden))
+    return out, post, peak, u8_t, post8_t, post_scale.new_empty(() if keep8 else (0,))
 
 
 @torch.library.custom_op("nanogpt::fp8_mlp_backward", mutates_args=())
