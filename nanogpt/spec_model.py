@@ -224,7 +224,9 @@ class MlpFp8Spec(Strict):
     activation_headroom: Positive = Field(description="the next micro-batch may be so many times as large as this one")
     weight_headroom: Positive = Field(description="the next step's weights may be so many times as large as these")
     bootstrap_steps: Index = Field(description="steps after which the down weights' scale is still measured afresh")
-    gradients: bool = Field(default=False, description="gradients of activations in 8 bits too, those of weights not")
+    gradients: Literal["bf16", "activations", "all"] = Field(
+        default="bf16", description="which gradients are 8-bit products too: none, those of activations, of weights too"
+    )
 
 
 class Record89Starts(Strict):

@@ -25,26 +25,38 @@ class Config(NamedTuple):
 
 
 @triton.jit
-def _quantize_head_kernel(
+def _quantize_both_ways_kernel(
     src_ptr,  # (M, N) bf16
-    same_ptr,  # (M, N) e4m3
-    turned_ptr,  # (N, M) e4m3
+    scale_ptr,  # to divide by, or None, and then FACTOR is what to multiply by
+    same_ptr,  # (M, N), 8-bit
+    turned_ptr,  # (N, M), 8-bit
     M,
     N,
     FACTOR: tl.constexpr,
+    PAIRED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    start = tl.program_id(0).to(tl.int64) * BLOCK_M
+    turned_row = tl.arange(0, BLOCK_M)
+    row = turned_row
+    if PAIRED:
+        row = turned_row // 16 * 16 + turned_row % 2 * 8 + turned_row % 16 // 2
+    turned_row += start
+    row += start
     column = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (row < M)[:, None] & (column < N)[None, :]
     place = row[:, None] * N + column[None, :]
-    scaled = tl.load(src_ptr + place, mask=inside, other=0.0).to(tl.float32) * FACTOR
-    # The conversion saturates at 448; NaN stays NaN.
-    tile = scaled.to(tl.float8e4nv)
+    scaled = tl.load(src_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    if scale_ptr is None:
+        scaled *= FACTOR
+    else:
+        scaled /= tl.load(scale_ptr)
+    # The conversion saturates at the largest number; NaN stays NaN.
+    tile = scaled.to(same_ptr.dtype.element_ty)
     tl.store(same_ptr + place, tile, mask=inside)
-    turned_place = column[:, None] * M + row[None, :]
-    tl.store(turned_ptr + turned_place, tile.T, mask=(column < N)[:, None] & (row < M)[None, :])
+    turned_place = column[:, None] * M + turned_row[None, :]
+    tl.store(turned_ptr + turned_place, tile.T, mask=(column < N)[:, None] & (turned_row < M)[None, :])
 
 
 @triton.jit
@@ -83,20 +95,33 @@ def _transpose_gradient_kernel(
     tl.store(dst + 3 * M_WORDS, _permute(b, d, "0x7632").T, mask=turned_inside)
 
 
-def quantize_both_ways(src: Tensor, scale: float, config: Config | None = None) -> tuple[Tensor, Tensor]:
-    """e4m3 of `src / scale`, saturating, and its transpose. src (M, N) bf16, contiguous; returns (M, N) and (N, M)."""
+def quantize_both_ways(
+    src: Tensor,  # (M, N) bf16, contiguous
+    scale: float | Tensor,  # or () fp32
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    *,
+    paired: bool = False,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`src / scale` in the 8-bit float `dtype`, saturating, (M, N), and its transpose, (N, M).
+
+    `paired`: the transpose has the rows of every 16 in the order 0, 8, 1, 9, ..., 7, 15; M is a multiple of 16.
+    """
     m, n = src.shape
-    same = torch.empty((m, n), dtype=torch.float8_e4m3fn, device=src.device)
-    turned = torch.empty((n, m), dtype=torch.float8_e4m3fn, device=src.device)
+    same = torch.empty((m, n), dtype=dtype, device=src.device)
+    turned = torch.empty((n, m), dtype=dtype, device=src.device)
     config = config or QUANTIZE
     grid = (triton.cdiv(m, config.block_m), triton.cdiv(n, config.block_n))
-    _quantize_head_kernel[grid](
+    given = isinstance(scale, Tensor)
+    _quantize_both_ways_kernel[grid](
         src,
+        scale if given else None,
         same,
         turned,
         m,
         n,
-        FACTOR=1 / scale,
+        FACTOR=None if given else 1 / scale,
+        PAIRED=paired,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         num_warps=config.warps,

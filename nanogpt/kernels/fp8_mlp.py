@@ -1,4 +1,4 @@
-"""The squared-ReLU MLP with both products in 8-bit floats (e4m3); the backward pass is that of bf16, or half in 8 bits.
+"""The squared-ReLU MLP with both products in 8-bit floats (e4m3), and the backward pass in bf16, half or all in 8 bits.
 
     up:    x8 = e4m3(u / s_x), s_x = max|u| / 448 of this very input;  pre = s_x s_u (x8 U8^T)
     post = relu(pre)^2, rounded to u's dtype
@@ -16,7 +16,12 @@ With 8-bit gradients of the activations, g the gradient of out:
 
 One scale serves g and d, so that d need not be measured: e5m2 has 30 binades, and a largest g of 2^4 leaves d room to
 be 2^11 times as large, or 2^18 times smaller. The gradients of U and W, d^T u and post^T g, stay products in u's dtype,
-of d and g that have not been rounded to 8 bits.
+of d and g that have not been rounded to 8 bits; or they are 8-bit products too, of what has been rounded already:
+
+    U's gradient = s_g s_x (d8^T u8);  W's gradient = s_h s_g (h8^T g8)
+
+Both sum over tokens, and 8-bit products want operands that are contiguous along what is summed. So whatever makes d8,
+u8, h8 and g8 on Hopper writes them transposed as well.
 """
 
 from __future__ import annotations
@@ -73,18 +78,20 @@ def fp8_relu_squared_mlp(
     post_scale: Tensor,
     *,
     transposed8: tuple[Tensor, Tensor] | None = None,  # (D, F), (F, D) e4m3: up8 and down8, transposed
+    weight_gradients8: bool = False,
     plain: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`relu(u @ up.T)**2 @ down` from the 8-bit weights, (T, D), and the largest of relu(u @ up.T)**2, () fp32.
 
     Differentiable in u, up and down, with the gradients of the products in u's dtype; with `transposed8`, the gradients
-    of u and of what is squared come from 8-bit products. T, D and F are multiples of 16 on a GPU. `plain`: no Triton
-    kernels.
+    of u and of what is squared come from 8-bit products; with `weight_gradients8` as well, those of up and down do. T,
+    D and F are multiples of 16 on a GPU. `plain`: no Triton kernels.
     """
     with torch.no_grad():  # by rows first: a compiler finds those where it makes the rows
         u_scale = current_scale(u.abs().amax(1))
     weights8 = (up8, up_scale, down8, down_scale)
-    out, peak = _Fp8MLP.apply(u, up, down, u_scale, *weights8, post_scale, *(transposed8 or (None, None)), plain)
+    transposed = transposed8 or (None, None)
+    out, peak = _Fp8MLP.apply(u, up, down, u_scale, *weights8, post_scale, *transposed, weight_gradients8, plain)
     return out, peak
 
 
@@ -103,23 +110,31 @@ class _Fp8MLP(torch.autograd.Function):
         post_scale: Tensor,
         up8_t: Tensor | None,
         down8_t: Tensor | None,
+        weight_gradients8: bool,
         plain: bool,
     ) -> tuple[Tensor, Tensor]:
         ctx.plain = plain
-        ctx.gradients8 = up8_t is not None
-        out, post, peak = _forward(u, u_scale, up8, up_scale, down8, down_scale, post_scale, plain)
+        ctx.gradients8, ctx.weight_gradients8 = up8_t is not None, weight_gradients8
+        weights8 = (up8, up_scale, down8, down_scale)
+        out, post, peak, *kept = _forward(u, u_scale, *weights8, post_scale, weight_gradients8, plain)
         ctx.mark_non_differentiable(peak)
         weights = (up, down) if up8_t is None else (up8_t, up_scale, down8_t, down_scale)
-        ctx.save_for_backward(u, post, *weights)
+        if weight_gradients8:
+            ctx.save_for_backward(post, *weights, u_scale, *kept)
+        else:
+            ctx.save_for_backward(u, post, *weights)
         return out, peak
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.gradients8:
+        gradients: tuple[Tensor, Tensor, Tensor]
+        if ctx.weight_gradients8:
+            gradients = _backward_all(grad, gradient_scale(grad), *ctx.saved_tensors, ctx.plain)
+        elif ctx.gradients8:
             gradients = _gradients8(grad, gradient_scale(grad), *ctx.saved_tensors, plain=ctx.plain)
         else:
             gradients = _gradients(grad, *ctx.saved_tensors, plain=ctx.plain)
-        return *gradients, None, None, None, None, None, None, None, None, None
+        return *gradients, *[None] * 10
 
 
 def _gradients(
@@ -158,25 +173,53 @@ def _forward(
     down8: Tensor,
     down_scale: Tensor,
     post_scale: Tensor,
+    keep8: bool,
     plain: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(the output (T, D), relu(pre)^2 (T, F), its largest, () fp32)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(the output (T, D), relu(pre)^2 (T, F), its largest, () fp32), and for weight gradients in 8 bits (e4m3 of u
+    (D, T), e4m3 of relu(pre)^2 (F, T), a copy of `post_scale`), which are empty unless `keep8`.
+
+    The kernels leave the tokens of these copies, and of those that `_backward_all` makes, in an order of their own.
+    """
     if not plain and runs_kernel(u, capability=9):
+        from nanogpt.kernels.fp8_head_triton import quantize_both_ways
         from nanogpt.kernels.fp8_mlp_triton import quantize, up_squared_and_quantized
 
-        u8 = quantize(u.contiguous(), u_scale)
-        post, post8, peak = up_squared_and_quantized(u8, u_scale, up8, up_scale, post_scale, u.dtype)
+        if keep8:
+            u8, u8_t = quantize_both_ways(u.contiguous(), u_scale, paired=True)
+            post8_t = up8.new_empty((up8.shape[0], u.shape[0]))
+        else:
+            u8, u8_t, post8_t = quantize(u.contiguous(), u_scale), None, None
+        post, post8, peak = up_squared_and_quantized(u8, u_scale, up8, up_scale, post_scale, u.dtype, turned=post8_t)
     else:
-        pre = _product(to_e4m3(u.float() / u_scale), u_scale, up8, up_scale, u.dtype, fast=False)
+        u8 = to_e4m3(u.float() / u_scale)
+        pre = _product(u8, u_scale, up8, up_scale, u.dtype, fast=False)
         post = pre.relu().square()
         post8, peak = to_e4m3(post.float() / post_scale), post.amax().float()
-    return _product(post8, post_scale, down8, down_scale, u.dtype, fast=True), post, peak
+        u8_t, post8_t = (u8.mT.contiguous(), post8.mT.contiguous()) if keep8 else (None, None)
+    out = _product(post8, post_scale, down8, down_scale, u.dtype, fast=True)
+    if u8_t is None or post8_t is None:
+        return out, post, peak, up8.new_empty(0), up8.new_empty(0), post_scale.new_empty(0)
+    return out, post, peak, u8_t, post8_t, post_scale.clone()
 
 
 @_forward.register_fake
-def _(u: Tensor, u_scale: Tensor, up8: Tensor, *others: Tensor | bool) -> tuple[Tensor, Tensor, Tensor]:
-    post = u.new_empty((u.shape[0], up8.shape[0]))
-    return torch.empty_like(u, memory_format=torch.contiguous_format), post, u.new_empty((), dtype=torch.float32)
+def _(
+    u: Tensor,
+    u_scale: Tensor,
+    up8: Tensor,
+    up_scale: Tensor,
+    down8: Tensor,
+    down_scale: Tensor,
+    post_scale: Tensor,
+    keep8: bool,
+    plain: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    out = torch.empty_like(u, memory_format=torch.contiguous_format)
+    (tokens, width), hidden = u.shape, up8.shape[0]
+    post, peak = u.new_empty((tokens, hidden)), u.new_empty((), dtype=torch.float32)
+    u8_t, post8_t = (up8.new_empty((size, tokens) if keep8 else (0,)) for size in (width, hidden))
+    return out, post, peak, u8_t, post8_t, post_scale.new_empty(() if keep8 else (0,))
 
 
 @torch.library.custom_op("nanogpt::fp8_mlp_backward", mutates_args=())
@@ -197,16 +240,62 @@ def _backward(
         grad8 = quantize(grad.contiguous(), grad_scale, torch.float8_e5m2)
         grad_pre, grad_pre8 = gradient_and_quantized(grad8, grad_scale, down8, down_scale, post.contiguous())
     else:
-        grad8 = to_e5m2(grad.float() / grad_scale)
-        root = post.to(torch.promote_types(post.dtype, torch.float32)).sqrt()
-        exact = 2 * root * _product(grad8, grad_scale, down8, down_scale, grad.dtype, fast=False)
-        grad_pre, grad_pre8 = exact.to(post.dtype), to_e5m2(exact.float() / grad_scale)
+        _, exact, grad_pre8 = _gradients8_plain(grad, grad_scale, post, down8, down_scale)
+        grad_pre = exact.to(post.dtype)
     return _product(grad_pre8, grad_scale, up8, up_scale, grad.dtype, fast=False), grad_pre
 
 
 @_backward.register_fake
 def _(grad: Tensor, grad_scale: Tensor, post: Tensor, *others: Tensor | bool) -> tuple[Tensor, Tensor]:
     return grad.new_empty(grad.shape), post.new_empty(post.shape)
+
+
+@torch.library.custom_op("nanogpt::fp8_mlp_backward_all", mutates_args=())
+def _backward_all(
+    grad: Tensor,  # (T, D)
+    grad_scale: Tensor,
+    post: Tensor,  # (T, F)
+    up8: Tensor,  # (D, F)
+    up_scale: Tensor,
+    down8: Tensor,  # (F, D)
+    down_scale: Tensor,
+    u_scale: Tensor,
+    u8_t: Tensor,  # (D, T), like the next two as `_forward` has kept it
+    post8_t: Tensor,  # (F, T)
+    post_scale: Tensor,
+    plain: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of u (T, D), up and down (F, D), all of 8-bit products."""
+    if not plain and runs_kernel(grad, post, capability=9):
+        from nanogpt.kernels.fp8_head_triton import quantize_both_ways
+        from nanogpt.kernels.fp8_mlp_triton import gradient_both_ways
+
+        grad8, grad8_t = quantize_both_ways(grad.contiguous(), grad_scale, torch.float8_e5m2, paired=True)
+        grad_pre8, grad_pre8_t = gradient_both_ways(grad8, grad_scale, down8, down_scale, post.contiguous())
+    else:
+        grad8, _, grad_pre8 = _gradients8_plain(grad, grad_scale, post, down8, down_scale)
+        grad8_t, grad_pre8_t = grad8.mT.contiguous(), grad_pre8.mT.contiguous()
+    grad_u = _product(grad_pre8, grad_scale, up8, up_scale, grad.dtype, fast=False)
+    grad_up = _product(grad_pre8_t, grad_scale, u8_t, u_scale, grad.dtype, fast=False)
+    return grad_u, grad_up, _product(post8_t, post_scale, grad8_t, grad_scale, grad.dtype, fast=False)
+
+
+@_backward_all.register_fake
+def _(
+    grad: Tensor, grad_scale: Tensor, post: Tensor, up8: Tensor, *others: Tensor | bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_up, grad_down = (grad.new_empty((up8.shape[1], up8.shape[0])) for _ in range(2))
+    return grad.new_empty(grad.shape), grad_up, grad_down
+
+
+def _gradients8_plain(
+    grad: Tensor, grad_scale: Tensor, post: Tensor, down8: Tensor, down_scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """e5m2 of `grad` (T, D), the gradient before the activation (T, F), not rounded, and its e5m2."""
+    grad8 = to_e5m2(grad.float() / grad_scale)
+    root = post.to(torch.promote_types(post.dtype, torch.float32)).sqrt()
+    exact = 2 * root * _product(grad8, grad_scale, down8, down_scale, grad.dtype, fast=False)
+    return grad8, exact, to_e5m2(exact.float() / grad_scale)
 
 
 def _product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype, *, fast: bool) -> Tensor:
@@ -218,8 +307,8 @@ def _product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torc
 
 
 def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
-    """The forward pass, its first product, and the backward pass with 8-bit gradients of the activations against that
-    of bf16, for D = 768 and F = 3,072 at the record's micro-batches, on Hopper.
+    """The forward pass, its first product and the backward pass for D = 768 and F = 3,072 at the record's
+    micro-batches, on Hopper, each also as weight gradients in 8 bits have it; the backward passes against that of bf16.
 
     FP8 products count half their operations, since the machine's rate is that of bf16. The gradient's scale is given:
     compiled code measures it where it makes the gradient.
@@ -228,6 +317,7 @@ def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
     up, down = ((0.03 * torch.randn(hidden, width, device=device)).bfloat16() for _ in range(2))
     if not runs_kernel(up, capability=9):
         return
+    from nanogpt.kernels.fp8_head_triton import quantize_both_ways
     from nanogpt.kernels.fp8_mlp_triton import quantize, up_squared_and_quantized
 
     up_scale, down_scale = current_scale(up), current_scale(down)
@@ -239,31 +329,55 @@ def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
         u_scale = current_scale(u)
         u8 = quantize(u, u_scale)
         inputs = (u, u_scale, up8, up_scale, down8, down_scale, post_scale)
+        shape = f"{tokens:,} x {width} x {hidden:,}"
         product = 2 * tokens * width * hidden / 2
+        narrow, broad, weights = tokens * width, tokens * hidden, hidden * width  # numbers, also bytes of 8-bit ones
+        for suffix, keep8 in (("", False), (", transposed copies", True)):
+            turned = torch.empty(hidden, tokens, dtype=up8.dtype, device=device) if keep8 else None
+            yield BenchCase(
+                f"8-bit relu^2 MLP, forward{suffix}",
+                shape,
+                functools.partial(_forward, *inputs, keep8, False),
+                functools.partial(_forward, *inputs, keep8, True),
+                flops=2 * product,
+                bytes=2 * 2 * narrow + 2 * broad + 2 * weights + keep8 * (narrow + broad),
+            )
+            yield BenchCase(
+                f"8-bit up-projection and its square{suffix}",
+                shape,
+                functools.partial(
+                    up_squared_and_quantized, u8, u_scale, up8, up_scale, post_scale, u.dtype, turned=turned
+                ),
+                None,
+                flops=product,
+                bytes=narrow + 3 * broad + weights + keep8 * broad,
+            )
         yield BenchCase(
-            "8-bit relu^2 MLP, forward",
-            f"{tokens:,} x {width} x {hidden:,}",
-            functools.partial(_forward, *inputs, False),
-            functools.partial(_forward, *inputs, True),
-            flops=2 * product,
-            bytes=2 * 2 * tokens * width + 2 * tokens * hidden + 2 * hidden * width,
-        )
-        yield BenchCase(
-            "8-bit up-projection and its square",
-            f"{tokens:,} x {width} x {hidden:,}",
-            functools.partial(up_squared_and_quantized, u8, u_scale, up8, up_scale, post_scale, u.dtype),
+            "rounding to 8 bits, both layouts",
+            f"{tokens:,} x {width}",
+            functools.partial(quantize_both_ways, u, u_scale, paired=True),
             None,
-            flops=product,
-            bytes=tokens * width + 3 * tokens * hidden + hidden * width,
+            flops=0,
+            bytes=(2 + 1 + 1) * narrow,
         )
         grad = (1e-4 * torch.randn(tokens, width, device=device)).bfloat16()
-        post = _forward(*inputs, False)[1]
+        grad_scale = gradient_scale(grad)
+        _, post, _, *kept = _forward(*inputs, True, False)
         weights8 = (up8_t, up_scale, down8_t, down_scale)
+        in_bf16 = functools.partial(_gradients, grad, u, post, up, down, plain=False)
         yield BenchCase(
             "8-bit relu^2 MLP, backward",
-            f"{tokens:,} x {width} x {hidden:,}",
-            functools.partial(_gradients8, grad, gradient_scale(grad), u, post, *weights8, plain=False),
-            functools.partial(_gradients, grad, u, post, up, down, plain=False),
+            shape,
+            functools.partial(_gradients8, grad, grad_scale, u, post, *weights8, plain=False),
+            in_bf16,
             flops=2 * product + 2 * 2 * product,
-            bytes=2 * 3 * tokens * width + 2 * tokens * hidden + (2 + 2 * 2) * hidden * width,
+            bytes=2 * 3 * narrow + 2 * broad + (2 + 2 * 2) * weights,
+        )
+        yield BenchCase(
+            "8-bit relu^2 MLP, backward, weights too",
+            shape,
+            functools.partial(_backward_all, grad, grad_scale, post, *weights8, u_scale, *kept, False),
+            in_bf16,
+            flops=4 * product,
+            bytes=(2 * 2 + 1) * narrow + (2 + 1) * broad + (2 + 2 * 2) * weights,
         )

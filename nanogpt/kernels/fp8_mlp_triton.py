@@ -3,6 +3,12 @@
 The square leaves the up-projection as bf16 for the backward pass and as e4m3 for the product that follows, with its
 largest value. The gradient before the activation leaves its product as bf16 for the weights' gradient and as e5m2 for
 the product that follows. Persistent as in relu_squared_mlp_triton.py, with the tensor cores' fast accumulation.
+
+For weight gradients in 8 bits both leave their products transposed as well: Hopper's products of 8 bits want operands
+that are contiguous along the summed dimension, there the tokens. They are stored as words of two tokens that one thread
+holds, since words of 16 bits can be transposed on their way to shared memory and bytes cannot. A thread holds rows 8
+apart, so the tokens of every 16 lie in the order 0, 8, 1, 9, ..., 7, 15, which a sum over tokens does not see;
+`quantize_both_ways` makes copies in that order too, which it calls paired.
 """
 
 # mypy: allow-untyped-defs
@@ -13,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanogpt.kernels.relu_squared_mlp_triton import Config, halves, tile_corner
 
@@ -21,6 +28,8 @@ E5M2_MAX = tl.constexpr(57344.0)
 BLOCK = 8192  # numbers of a program that rounds
 UP = Config(block_k=128, stages=3)
 GRADIENT = Config(block_k=128, stages=3)
+UP_TURNED = Config(block_k=128, stages=3)
+GRADIENT_TURNED = Config(block_k=128, stages=3)
 
 
 @triton.jit
@@ -32,11 +41,28 @@ def _quantize_mlp_kernel(x_ptr, scale_ptr, out_ptr, count, LARGEST: tl.constexpr
 
 
 @triton.jit
-def _store_square(acc, scale, scale8, post_desc, post8_desc, row, column):
+def _paired(x, KIND: tl.constexpr):
+    """x (M, N) fp32 rounded to 8 bits, "e4m3" or "e5m2", and transposed: (N, M / 2) int16, rows c and c + 8 of every 16
+    in one word.
+    """
+    M: tl.constexpr = x.shape[0]
+    N: tl.constexpr = x.shape[1]
+    low, high = tl.split(tl.permute(tl.reshape(x, (M // 16, 2, 8, N)), (0, 2, 3, 1)))
+    words = tl.inline_asm_elementwise(
+        "cvt.rn.satfinite." + KIND + "x2.f32 $0, $2, $1;", "=h,r,r", [low, high], dtype=tl.int16, is_pure=True, pack=1
+    )
+    return tl.reshape(words, (M // 2, N)).T
+
+
+@triton.jit
+def _store_square(acc, scale, scale8, post_desc, post8_desc, turned_desc, row, column, TURNED: tl.constexpr):
     root = tl.maximum(acc, 0.0)
     square = root * root
     post_desc.store([row, column], (square * scale).to(post_desc.dtype))
-    post8_desc.store([row, column], tl.minimum(square * scale8, E4M3_MAX).to(post8_desc.dtype))
+    square8 = tl.minimum(square * scale8, E4M3_MAX)
+    post8_desc.store([row, column], square8.to(post8_desc.dtype))
+    if TURNED:
+        turned_desc.store([column, row // 2], _paired(square8, "e4m3"))
 
 
 @triton.jit
@@ -48,6 +74,7 @@ def _fp8_relu_squared_kernel(
     post_scale_ptr,
     post_desc,  # (M, N)
     post8_desc,  # (M, N) e4m3
+    turned_desc,  # (N, M / 2) int16, written where TURNED: words of two e4m3
     peaks_ptr,  # (programs,)
     M,
     N,
@@ -56,6 +83,7 @@ def _fp8_relu_squared_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    TURNED: tl.constexpr,
 ):
     rows = tl.cdiv(M, BLOCK_M)
     columns = tl.cdiv(N, BLOCK_N)
@@ -71,20 +99,23 @@ def _fp8_relu_squared_kernel(
             acc = tl.dot(a_desc.load([row, k]), b_desc.load([column, k]).T, acc)
         peaks = tl.maximum(peaks, tl.max(acc, axis=1))
         left, right = halves(acc, BLOCK_M, BLOCK_N)
-        _store_square(left, scale, scale8, post_desc, post8_desc, row, column)
-        _store_square(right, scale, scale8, post_desc, post8_desc, row, column + BLOCK_N // 2)
+        _store_square(left, scale, scale8, post_desc, post8_desc, turned_desc, row, column, TURNED)
+        _store_square(right, scale, scale8, post_desc, post8_desc, turned_desc, row, column + BLOCK_N // 2, TURNED)
     peak = tl.max(peaks)
     peak = (peak * peak * scale).to(post_desc.dtype).to(tl.float32)
     tl.store(peaks_ptr + tl.program_id(0), peak)
 
 
 @triton.jit
-def _store_gradient(acc, scale, scale8, post_desc, out_desc, out8_desc, row, column):
+def _store_gradient(acc, scale, scale8, post_desc, out_desc, out8_desc, row, column, TURNED: tl.constexpr):
     post = post_desc.load([row, column]).to(tl.float32)
     gradient8 = 2 * tl.sqrt(post) * acc * scale8
-    out_desc.store([row, column], (gradient8 * scale).to(out_desc.dtype))
+    if not TURNED:
+        out_desc.store([row, column], (gradient8 * scale).to(out_desc.dtype))
     gradient8 = tl.minimum(tl.maximum(gradient8, -E5M2_MAX), E5M2_MAX)
     out8_desc.store([row, column], gradient8.to(out8_desc.dtype))
+    if TURNED:
+        out_desc.store([column, row // 2], _paired(gradient8, "e5m2"))
 
 
 @triton.jit
@@ -94,7 +125,7 @@ def _fp8_relu_squared_gradient_kernel(
     a_scale_ptr,
     b_scale_ptr,
     post_desc,  # (M, N)
-    out_desc,  # (M, N)
+    out_desc,  # (M, N); where TURNED (N, M / 2) int16, words of two e5m2
     out8_desc,  # (M, N) e5m2
     M,
     N,
@@ -103,6 +134,7 @@ def _fp8_relu_squared_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    TURNED: tl.constexpr,
 ):
     rows = tl.cdiv(M, BLOCK_M)
     columns = tl.cdiv(N, BLOCK_N)
@@ -114,8 +146,8 @@ def _fp8_relu_squared_gradient_kernel(
         for k in range(0, K, BLOCK_K):
             acc = tl.dot(a_desc.load([row, k]), b_desc.load([column, k]).T, acc)
         left, right = halves(acc, BLOCK_M, BLOCK_N)
-        _store_gradient(left, scale, scale8, post_desc, out_desc, out8_desc, row, column)
-        _store_gradient(right, scale, scale8, post_desc, out_desc, out8_desc, row, column + BLOCK_N // 2)
+        _store_gradient(left, scale, scale8, post_desc, out_desc, out8_desc, row, column, TURNED)
+        _store_gradient(right, scale, scale8, post_desc, out_desc, out8_desc, row, column + BLOCK_N // 2, TURNED)
 
 
 def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
@@ -133,14 +165,20 @@ def up_squared_and_quantized(
     up_scale: Tensor,
     post_scale: Tensor,
     dtype: torch.dtype,
-    config: Config = UP,
+    turned: Tensor | None = None,  # (F, T) e4m3, T a multiple of 16
+    config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`post = relu((x_scale x8) (up_scale up8)^T)^2` in `dtype`, (T, F); e4m3(post / post_scale); the largest."""
+    """`post = relu((x_scale x8) (up_scale up8)^T)^2` in `dtype`, (T, F); e4m3(post / post_scale); the largest.
+
+    Writes the second to `turned` too, transposed, its tokens paired.
+    """
     (m, k), n = x8.shape, up8.shape[0]
+    config = config or (UP if turned is None else UP_TURNED)
     post = torch.empty((m, n), dtype=dtype, device=x8.device)
     post8 = torch.empty((m, n), dtype=torch.float8_e4m3fn, device=x8.device)
     programs = config.programs(post)
     peaks = torch.empty(programs, dtype=torch.float32, device=x8.device)
+    post8_desc = config.half_tiles(post8)
     _fp8_relu_squared_kernel[(programs,)](
         config.left(x8),
         config.right(up8),
@@ -148,11 +186,13 @@ def up_squared_and_quantized(
         up_scale,
         post_scale,
         config.half_tiles(post),
-        config.half_tiles(post8),
+        post8_desc,
+        post8_desc if turned is None else _half_tiles_of_words(turned, config),
         peaks,
         m,
         n,
         k,
+        TURNED=turned is not None,
         **config.options(),
     )
     return post, post8, peaks.amax()
@@ -167,19 +207,55 @@ def gradient_and_quantized(
     config: Config = GRADIENT,
 ) -> tuple[Tensor, Tensor]:
     """`d = 2 sqrt(post) * ((grad_scale grad8) (down_scale down8)^T)` in post's dtype, (T, F); e5m2(d / grad_scale)."""
+    out = torch.empty_like(post)
+    out8 = _gradient(grad8, grad_scale, down8, down_scale, post, config.half_tiles(out), config, turned=False)
+    return out, out8
+
+
+def gradient_both_ways(
+    grad8: Tensor,  # (T, D) e5m2, T a multiple of 16
+    grad_scale: Tensor,  # () fp32, like the other scale
+    down8: Tensor,  # (F, D) e4m3
+    down_scale: Tensor,
+    post: Tensor,  # (T, F)
+    config: Config = GRADIENT_TURNED,
+) -> tuple[Tensor, Tensor]:
+    """The e5m2 of `gradient_and_quantized`, (T, F), and its transpose, (F, T), tokens paired."""
+    turned = torch.empty(post.mT.shape, dtype=torch.float8_e5m2, device=post.device)
+    words = _half_tiles_of_words(turned, config)
+    return _gradient(grad8, grad_scale, down8, down_scale, post, words, config, turned=True), turned
+
+
+def _gradient(
+    grad8: Tensor,
+    grad_scale: Tensor,
+    down8: Tensor,
+    down_scale: Tensor,
+    post: Tensor,
+    out_desc: TensorDescriptor,
+    config: Config,
+    *,
+    turned: bool,
+) -> Tensor:
     (m, k), n = grad8.shape, down8.shape[0]
-    out, out8 = torch.empty_like(post), torch.empty_like(post, dtype=torch.float8_e5m2)
-    _fp8_relu_squared_gradient_kernel[(config.programs(out),)](
+    out8 = torch.empty_like(post, dtype=torch.float8_e5m2)
+    _fp8_relu_squared_gradient_kernel[(config.programs(out8),)](
         config.left(grad8),
         config.right(down8),
         grad_scale,
         down_scale,
         config.half_tiles(post),
-        config.half_tiles(out),
+        out_desc,
         config.half_tiles(out8),
         m,
         n,
         k,
+        TURNED=turned,
         **config.options(),
     )
-    return out, out8
+    return out8
+
+
+def _half_tiles_of_words(turned: Tensor, config: Config) -> TensorDescriptor:
+    """What the epilogue stores at a time of an 8-bit matrix (N, M) as words of two."""
+    return TensorDescriptor.from_tensor(turned.view(torch.int16), [config.block_n // 2, config.block_m // 2])

@@ -7,7 +7,8 @@
 - Activations: each training forward pass measures the largest of a layer; the next one, of whatever micro-batch on the
   same rank, divides by it, times a headroom. Never communicated: ranks may differ.
 
-With 8-bit gradients of the activations, the backward pass reads the same weights in the other layout.
+With gradients in 8 bits, of the activations alone or of the weights too, the backward pass reads the same weights in
+the other layout.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class Fp8Mlp(nn.Module):
         self.spec = spec
         self.layers = layers if active else 0
         self.active = active
-        self.gradients = active and spec.gradients
+        self.gradients = spec.gradients if active else "bf16"
         self.plain = plain
         self._loaded = False  # scales that fit the weights to come
         kinds = ("post_scale", "up_scale", "down_scale", "next_down_scale")
@@ -93,7 +94,7 @@ class Fp8Mlp(nn.Module):
             e4m3 = torch.float8_e4m3fn
             self.register_buffer("up8", torch.zeros(layers, hidden, width, dtype=e4m3), persistent=False)
             self.register_buffer("down8", torch.zeros(layers, width, hidden, dtype=e4m3), persistent=False)
-        if self.gradients:
+        if self.gradients != "bf16":
             self.register_buffer("up8_t", torch.zeros(layers, width, hidden, dtype=e4m3), persistent=False)
             self.register_buffer("down8_t", torch.zeros(layers, hidden, width, dtype=e4m3), persistent=False)
 
@@ -119,7 +120,8 @@ class Fp8Mlp(nn.Module):
             self.down8[layer],
             getattr(self, f"down_scale_{layer}"),
             post_scale,
-            transposed8=(self.up8_t[layer], self.down8_t[layer]) if self.gradients else None,
+            transposed8=None if self.gradients == "bf16" else (self.up8_t[layer], self.down8_t[layer]),
+            weight_gradients8=self.gradients == "all",
             plain=self.plain,
         )
         with torch.no_grad():
@@ -160,7 +162,7 @@ class Fp8Mlp(nn.Module):
         torch._foreach_copy_(self.scales("down_scale"), list(measured.unbind()))
 
     def _round(self, bank: Tensor, function: Callable[..., tuple[Tensor, Tensor]] = round_weights) -> None:
-        transposed8 = (self.up8_t, self.down8_t) if self.gradients else None
+        transposed8 = None if self.gradients == "bf16" else (self.up8_t, self.down8_t)
         down_scale = torch.stack(self.scales("down_scale"))
         up_scale, down_peak = function(bank[: self.layers], down_scale, self.up8, self.down8, transposed8)
         torch._foreach_copy_(self.scales("up_scale"), list(up_scale.unbind()))

@@ -149,9 +149,56 @@ def test_the_gradient_before_the_activation_against_fp64(tokens, size):
     assert d8.float().isfinite().all() and (d8[0].float().abs() == 57_344).double().mean() > 0.2
 
 
+def paired(x: torch.Tensor) -> torch.Tensor:
+    """x (T, N), 8-bit, transposed with its rows in the kernels' order: 0, 8, 1, 9, ..., 7, 15 of every 16; as bytes."""
+    order = torch.arange(len(x), device=x.device).view(-1, 2, 8).mT.reshape(-1)
+    return x.view(torch.uint8)[order].mT
+
+
+@pytest.mark.parametrize("tokens", [16, 272, 4_112, 16_384])
+def test_transposed_copies_are_the_kernels_results(tokens):
+    from nanogpt.kernels.fp8_head_triton import quantize_both_ways
+    from nanogpt.kernels.fp8_mlp_triton import (
+        gradient_and_quantized,
+        gradient_both_ways,
+        quantize,
+        up_squared_and_quantized,
+    )
+
+    torch.manual_seed(tokens)
+    u, grad = randn(tokens, 768), randn(tokens, 768, scale=1e-6)
+    up, down = (randn(3_072, 768, scale=0.02) for _ in range(2))
+    scales = current_scale(u), gradient_scale(grad), current_scale(up), current_scale(down)
+    u_scale, grad_scale, up_scale, down_scale = scales
+    up8, down8 = to_e4m3(up / up_scale), to_e4m3(down / down_scale)
+    quantized = []
+    for x, scale, dtype in ((u, 0.9 * u_scale, torch.float8_e4m3fn), (grad, grad_scale, torch.float8_e5m2)):
+        same, turned = quantize_both_ways(x, scale, dtype, paired=True)
+        assert torch.equal(same.view(torch.uint8), quantize(x, scale, dtype).view(torch.uint8))
+        assert torch.equal(turned.view(torch.uint8), paired(same))
+        quantized.append(same)
+    u8, grad8 = quantized
+
+    inputs = (u8, u_scale, up8, up_scale, torch.tensor(1e-2, device="cuda"), u.dtype)
+    turned = torch.empty(3_072, tokens, dtype=up8.dtype, device="cuda")
+    one_way, both_ways = up_squared_and_quantized(*inputs), up_squared_and_quantized(*inputs, turned=turned)
+    for a, b in zip(one_way, both_ways, strict=True):
+        assert torch.equal(a.float(), b.float())
+    assert torch.equal(turned.view(torch.uint8), paired(both_ways[1]))
+    assert both_ways[1].float().max() == 448
+
+    inputs = (grad8, grad_scale, down8, down_scale, both_ways[0])
+    _, one_way = gradient_and_quantized(*inputs)
+    same, turned = gradient_both_ways(*inputs)
+    assert torch.equal(same.view(torch.uint8), one_way.view(torch.uint8))
+    assert torch.equal(turned.view(torch.uint8), paired(same))
+    assert turned.float().isfinite().all() and turned.float().std() > 0
+
+
 @pytest.mark.parametrize("size", [1.0, 1e-6])
 @pytest.mark.parametrize("tokens", [272, 16_384])
-def test_8_bit_gradients_against_their_emulation_and_fp64(tokens, size):
+@pytest.mark.parametrize("which", ["activations", "all"])
+def test_8_bit_gradients_against_their_emulation_and_fp64(tokens, size, which):
     torch.manual_seed(tokens)
     u, up, down = randn(tokens, 768), randn(3_072, 768, scale=0.02), randn(3_072, 768, scale=0.02)
     grad = randn(tokens, 768, scale=size)
@@ -161,9 +208,10 @@ def test_8_bit_gradients_against_their_emulation_and_fp64(tokens, size):
     post_scale = 1.8 * torch.relu(u.float() @ up.float().mT).square().amax() / 448
     weights = (up8, up_scale, down8_t.mT.contiguous(), down_scale, post_scale)
     inputs = [x.requires_grad_() for x in (u, up, down)]
+    in8 = {"transposed8": transposed8, "weight_gradients8": which == "all"}
     results = []
-    for transposed, plain in ((transposed8, False), (transposed8, True), (None, False)):
-        out, _ = fp8_relu_squared_mlp(*inputs, *weights, transposed8=transposed, plain=plain)
+    for options in (in8, in8 | {"plain": True}, {}):
+        out, _ = fp8_relu_squared_mlp(*inputs, *weights, **options)
         results.append(torch.autograd.grad(out, inputs, grad))
     fast, plain, bf16 = results
     exact = [x.detach().double().requires_grad_() for x in inputs]
@@ -172,24 +220,27 @@ def test_8_bit_gradients_against_their_emulation_and_fp64(tokens, size):
     between = [relative_error(a, b) for a, b in zip(fast, plain, strict=True)]
     errors = [relative_error(a, b) for a, b in zip(fast, expected, strict=True)]
     errors16 = [relative_error(a, b) for a, b in zip(bf16, expected, strict=True)]
-    print(f"8-bit gradients, {tokens} tokens of {size}: du, dup, ddown")
+    print(f"8-bit gradients, {which}, {tokens} tokens of {size}: du, dup, ddown")
     for name, found in (("to fp64", errors), ("plain", between), ("bf16 to fp64", errors16)):
         print(f"  {name}: {', '.join(f'{e:.1e}' for e in found)}")
     assert max(between) < 4e-2  # the plain product is rounded to bf16, which moves some gradients by a step of e5m2
-    assert max(errors) < 0.12 and torch.equal(fast[2], bf16[2])
+    assert max(errors) < 0.12 and torch.equal(fast[2], bf16[2]) == (which == "activations")
+    for a, b in zip(fast, bf16, strict=True):
+        assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
 
 
-def test_the_model_takes_its_scales_to_the_products():
+@pytest.mark.parametrize("which", ["activations", "all"])
+def test_the_model_takes_its_scales_to_the_products(which):
     """PyTorch refuses scales that are not aligned: every layer's goes in as it is kept."""
     sizes = ["model.vocab_size=500", "model.padded_vocab_size=512", "model.bigram_rows=1024"]
-    spec = load_recipe("record89", [*sizes, "model.mlp_fp8.gradients=true"])
+    spec = load_recipe("record89", [*sizes, f"model.mlp_fp8.gradients={which}"])
     model = Record89(spec.model, dtype=torch.bfloat16, max_tokens=1_024, paths=Paths(mlp_precision="fp8")).cuda()
     model.draw_parameters(torch.Generator().manual_seed(0))
     u = randn(64, 768).requires_grad_()
     for layer in range(11):
         out = model.fp8_mlp(layer, u, *model.mlp[layer])
-        grad_u, *_ = torch.autograd.grad(out, u, randn(64, 768))
-        assert out.isfinite().all() and grad_u.isfinite().all(), layer
+        grads = torch.autograd.grad(out, (u, model.mlp), randn(64, 768))
+        assert all(x.isfinite().all() for x in (out, *grads)), layer
 
 
 # --- prefixes ---
@@ -220,10 +271,12 @@ def test_prefixes_in_the_kernel(precision, terms):
 # --- the model ---
 
 
-@pytest.mark.parametrize(("precision", "gradients"), [("bf16", False), ("fp8", False), ("fp8", True)])
+@pytest.mark.parametrize(
+    ("precision", "gradients"), [("bf16", "bf16"), ("fp8", "bf16"), ("fp8", "activations"), ("fp8", "all")]
+)
 def test_fast_and_plain_paths_agree_and_the_graph_is_one(precision, gradients):
     sizes = ["model.vocab_size=4000", "model.padded_vocab_size=4096", "model.bigram_rows=8192"]
-    spec = load_recipe("record89", [*sizes, f"model.mlp_fp8.gradients={str(gradients).lower()}"])
+    spec = load_recipe("record89", [*sizes, f"model.mlp_fp8.gradients={gradients}"])
     tokens, windows = 4_096, Windows(128, 384)
     torch.manual_seed(0)
     stream = torch.randint(0, 4_000, (tokens + 1,), device="cuda")

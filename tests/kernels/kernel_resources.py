@@ -64,7 +64,9 @@ class Gpu:
     warps: int = 64  # of a multiprocessor
 
 
-RECIPES = {"speedrun": (), "record89": ("model.mlp_fp8.gradients=true",)}  # with settings that launch more
+GRADIENTS = "model.mlp_fp8.gradients"
+# With each of these settings a recipe launches kernels of its own.
+RECIPES = {"speedrun": ((),), "record89": ((f"{GRADIENTS}=activations",), (f"{GRADIENTS}=all",))}
 COLUMNS = ("warps", "stages", "shared", "registers", "spilled", "blocks", "launch")  # of the table
 
 GPUS = {
@@ -288,8 +290,8 @@ def all_launches(
     """What the kernels need that the recipes' runs launch on `gpu`; `only` and `options` as in `compiled_launches`."""
     with compiled_launches(gpu, only, options or {}) as found, dispatched_as_on(gpu):
         for recipe in recipes:
-            for paths in paths_on(gpu):
-                make_steps(load_recipe(recipe, RECIPES[recipe]), paths)
+            for settings, paths in itertools.product(RECIPES[recipe], paths_on(gpu)):
+                make_steps(load_recipe(recipe, settings), paths)
     kernels = sorted(found.values(), key=lambda entry: (entry.kernel, entry.launch))
     return Report(
         kernels=kernels,

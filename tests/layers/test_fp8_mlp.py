@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 T, D, F = 24, 16, 40
 SPEC = MlpFp8Spec(activation_headroom=1.8, weight_headroom=1.12, bootstrap_steps=3)
-GRADIENTS = SPEC.model_copy(update={"gradients": True})
+ACTIVATIONS, ALL = (SPEC.model_copy(update={"gradients": which}) for which in ("activations", "all"))
 
 
 def e4m3(x: torch.Tensor) -> torch.Tensor:
@@ -97,7 +97,7 @@ def test_bf16_rounds_before_the_square():
     assert relative_error(out, expected) < 1e-3
 
 
-# --- gradients of the activations in 8 bits ---
+# --- gradients in 8 bits, of the activations alone or of the weights too ---
 
 
 def quantized(
@@ -110,35 +110,41 @@ def quantized(
 
 
 def gradients(
-    inputs: list[torch.Tensor], grad: torch.Tensor, *, transposed: bool
+    inputs: list[torch.Tensor], grad: torch.Tensor, which: str, post_scale: float = 0.01
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The output, and the gradients of u, up and down."""
+    """The output, and the gradients of u, up and down. `which` are of 8-bit products, as a recipe says it."""
     weights8, transposed8 = quantized(*(x.detach() for x in inputs[1:]))
-    post_scale = torch.tensor(0.01)
-    out, _ = fp8_relu_squared_mlp(*inputs, *weights8, post_scale, transposed8=transposed8 if transposed else None)
+    options = {} if which == "bf16" else {"transposed8": transposed8, "weight_gradients8": which == "all"}
+    out, _ = fp8_relu_squared_mlp(*inputs, *weights8, torch.tensor(post_scale), **options)
     return (out, *torch.autograd.grad(out, inputs, grad))
 
 
+@pytest.mark.parametrize("which", ["activations", "all"])
 @pytest.mark.parametrize(
     ("u_size", "grad_size"),
     [(1.0, 1.0), (1.0, 1e-6), (1.0, 1e-20), (1e-3, 1.0), (1e5, 1.0)],
     ids=["", "small gradients", "tiny gradients", "small activations", "activations that cut gradients off"],
 )
-def test_8_bit_gradients_are_those_of_the_definition(u_size, grad_size):
+def test_8_bit_gradients_are_those_of_the_definition(u_size, grad_size, which):
     u, grad = randn(T, D, scale=u_size), randn(T, D, scale=grad_size, seed=3)
     up, down = randn(F, D, scale=0.1, seed=1), randn(F, D, scale=0.1, seed=2)
     (up8, s_u, down8_t, s_w), _ = quantized(up, down)
     up8, down8, s_u, s_w = up8.double(), down8_t.mT.double(), s_u.double(), s_w.double()
     s_x, s_g = u.abs().max().double() / 448, grad.abs().max().double() / 16
-    pre = s_x * s_u * (e4m3(u / s_x) @ up8.T)
+    u8, g8 = e4m3(u / s_x), e5m2(grad / s_g)
+    pre = s_x * s_u * (u8 @ up8.T)
     post = pre.clamp(min=0) ** 2
-    d = 2 * torch.sqrt(post) * s_g * s_w * (e5m2(grad / s_g) @ down8.T)
+    d = 2 * torch.sqrt(post) * s_g * s_w * (g8 @ down8.T)
     d8 = e5m2(d / s_g)
-    expected = s_g * s_u * (d8 @ up8), d.T @ u.double(), post.T @ grad.double()
+    s_h = float(post.max()) / 600  # so that the largest are cut off
+    if which == "all":
+        expected = s_g * s_u * (d8 @ up8), s_g * s_x * (d8.T @ u8), s_h * s_g * (e4m3(post / s_h).T @ g8)
+    else:
+        expected = s_g * s_u * (d8 @ up8), d.T @ u.double(), post.T @ grad.double()
     assert ((d8.abs() == 57_344).sum() > 50) == (u_size == 1e5)
 
     inputs = [x.requires_grad_() for x in (u, up, down)]
-    _, *found = gradients(inputs, grad, transposed=True)
+    _, *found = gradients(inputs, grad, which, s_h)
     for name, a, b in zip(("du", "dup", "ddown"), found, expected, strict=True):
         assert b.norm() > 0 and relative_error(a, b) < 1e-5, name
 
@@ -152,13 +158,19 @@ def test_without_8_bit_gradients_the_backward_pass_is_the_inputs_precisions(dtyp
     post = pre.relu().square()
     d = relu_squared_backward(grad, down, post)
     inputs = [x.requires_grad_() for x in (u, up, down)]
-    out, *found = gradients(inputs, grad, transposed=False)
+    out, *found = gradients(inputs, grad, "bf16")
     for a, b in zip(found, (d @ up, d.mT @ u, post.mT @ grad), strict=True):
         assert torch.equal(a, b)
-    # With them neither the output nor the gradient of `down` changes.
-    out8, du8, dup8, ddown8 = gradients(inputs, grad, transposed=True)
+    # With those of the activations neither the output nor the gradient of `down` changes.
+    out8, du8, dup8, ddown8 = gradients(inputs, grad, "activations")
     assert torch.equal(out, out8) and torch.equal(found[2], ddown8)
     assert not torch.equal(found[0], du8) and not torch.equal(found[1], dup8)
+    # With those of the weights too only theirs change, and not in how they are kept.
+    out_all, du_all, dup_all, ddown_all = gradients(inputs, grad, "all")
+    assert torch.equal(out, out_all) and torch.equal(du8, du_all)
+    assert not torch.equal(dup8, dup_all) and not torch.equal(ddown8, ddown_all)
+    for a, b in ((dup8, dup_all), (ddown8, ddown_all)):
+        assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-6])
@@ -169,13 +181,27 @@ def test_8_bit_gradients_are_off_by_their_rounding(size):
     reference = torch.relu(exact[0] @ exact[1].mT).square() @ exact[2]
     expected = torch.autograd.grad(reference, exact, grad.double())
     inputs = [x.requires_grad_() for x in (u, up, down)]
-    wide, narrow = (
-        [relative_error(a, b) for a, b in zip(gradients(inputs, grad, transposed=on)[1:], expected, strict=True)]
-        for on in (False, True)
+    wide, narrow, narrower = (
+        [relative_error(a, b) for a, b in zip(gradients(inputs, grad, which, 0.05)[1:], expected, strict=True)]
+        for which in ("bf16", "activations", "all")
     )
     assert wide[2] == narrow[2] and max(wide) < 0.06
     # e5m2 is off by 5 % in norm, twice for u; e4m3 by 2.6 %, of the weights and of the forward pass.
     assert 0.05 < narrow[1] < narrow[0] < 0.1
+    # e5m2 a second time, with e4m3 of u, for up; e5m2 and e4m3 once for down.
+    assert narrower[0] == narrow[0] and narrow[1] < narrower[1] < 0.1 and 0.05 < narrower[2] < 0.08
+
+
+def test_8_bit_gradients_take_the_scale_of_their_own_forward_pass():
+    u, up, down, grad = (randn(*shape, seed=i) for i, shape in enumerate(((T, D), (F, D), (F, D), (T, D))))
+    weights8, transposed8 = quantized(up, down)
+    post_scale = torch.tensor(0.5)
+    inputs = [x.requires_grad_() for x in (u, up, down)]
+    out, _ = fp8_relu_squared_mlp(*inputs, *weights8, post_scale, transposed8=transposed8, weight_gradients8=True)
+    post_scale.fill_(7.0)
+    found = torch.autograd.grad(out, inputs, grad)
+    for a, b in zip(found, gradients(inputs, grad, "all", 0.5)[1:], strict=True):
+        assert torch.equal(a, b)
 
 
 # --- scales from step to step ---
@@ -270,9 +296,10 @@ def test_the_state_goes_on_where_it_was_saved():
     assert floats(module.scales("post_scale")) == [1.0, 1.0]
 
 
-def test_the_backward_pass_reads_the_weights_of_the_forward_pass():
+@pytest.mark.parametrize("spec", [ACTIVATIONS, ALL], ids=["activations", "all"])
+def test_the_backward_pass_reads_the_weights_of_the_forward_pass(spec):
     assert {"up8_t", "down8_t"}.isdisjoint(name for name, _ in make()[0].named_buffers())
-    module, bank = make(spec=GRADIENTS)
+    module, bank = make(spec=spec)
 
     def transposed(module: Fp8Mlp) -> list[torch.Tensor]:
         for layout, other in ((module.up8, module.up8_t), (module.down8, module.down8_t)):
@@ -284,23 +311,26 @@ def test_the_backward_pass_reads_the_weights_of_the_forward_pass():
         bank.copy_(randn(3, 2, F, D, scale=0.05 * (step + 1), seed=step + 1))
         module.follow(bank, step)
         seen.append(transposed(module))
-    other, _ = make(spec=GRADIENTS)
+    other, _ = make(spec=spec)
     other.load_state_dict(module.state_dict())
     other.reload(bank)
     assert all(torch.equal(a, b) for a, b in zip(transposed(other), seen[-1], strict=True))
     module.restart(randn(3, 2, F, D, seed=9))
     seen.append(transposed(module))
-    for weights in zip(*seen, strict=True):
-        assert len({tuple(w.flatten().tolist()) for w in weights}) == 4
+    for layouts in zip(*seen, strict=True):
+        assert len({tuple(w.flatten().tolist()) for w in layouts}) == 4
     u, grad = randn(T, D).requires_grad_(), randn(T, D, seed=3)
-    found = torch.autograd.grad(module(1, u, *bank[1]), u, grad)[0]
+    weights = bank[1].requires_grad_()
+    found = torch.autograd.grad(module(1, u, *weights), (u, weights), grad)
     weights8 = module.up8[1], module.scales("up_scale")[1], module.down8[1], module.scales("down_scale")[1]
     transposed8 = module.up8[1].mT.contiguous(), module.down8[1].mT.contiguous()
-    out, _ = fp8_relu_squared_mlp(u, *bank[1], *weights8, torch.ones(()), transposed8=transposed8)
-    assert torch.equal(found, torch.autograd.grad(out, u, grad)[0])
+    options = {"transposed8": transposed8, "weight_gradients8": spec.gradients == "all"}
+    out, _ = fp8_relu_squared_mlp(u, *weights, *weights8, torch.ones(()), **options)
+    for a, b in zip(found, torch.autograd.grad(out, (u, weights), grad), strict=True):
+        assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("spec", [SPEC, GRADIENTS], ids=["", "8-bit gradients"])
+@pytest.mark.parametrize("spec", [SPEC, ACTIVATIONS], ids=["bf16", "activations"])
 def test_compiled_rounding_is_the_same_and_one_graph(spec):
     torch._dynamo.reset()
     bank = randn(3, 2, F, D, scale=0.05).bfloat16()
@@ -333,7 +363,7 @@ def test_a_state_of_the_other_precision_is_taken_too():
     assert floats(active.scales("down_scale")) == pytest.approx(peaks)
 
 
-@pytest.mark.parametrize("spec", [SPEC, GRADIENTS], ids=["", "8-bit gradients"])
+@pytest.mark.parametrize("spec", [SPEC, ACTIVATIONS, ALL], ids=["bf16", "activations", "all"])
 def test_compiled_gradients_do_not_see_the_next_calls_scale(spec):
     """A compiler may compute again, in the backward pass, what depends on a scale that has been overwritten by then."""
     module, bank = make(layers=1, spec=spec)

@@ -203,11 +203,12 @@ def test_weights_are_rounded_by_compiled_code_where_the_losses_are_compiled():
         assert (model.fp8_mlp._round_after_step is not round_weights) is compiled
 
 
-def test_8_bit_gradients_change_gradients_alone():
+@pytest.mark.parametrize("which", ["activations", "all"])
+def test_8_bit_gradients_change_gradients_alone(which):
     ends, short, long = CASES["windows inside documents"]
     batch, _ = make_batch(ends)
     found = []
-    for overrides in ([], ["model.mlp_fp8.gradients=true"]):
+    for overrides in ([], [f"model.mlp_fp8.gradients={which}"]):
         model = make_model(torch.float32, paths=FP8, spec=small_record89(overrides=overrides))
         model.restart()  # randomize has changed the weights
         loss = model.training_loss(batch, Windows(short, long), torch.tensor(WEIGHTS))
@@ -216,9 +217,10 @@ def test_8_bit_gradients_change_gradients_alone():
     (loss, mlp, head, qk), (loss8, mlp8, head8, qk8) = found
     assert torch.equal(loss, loss8) and torch.equal(head, head8)
     last = SPEC.model.layers - 1
-    assert torch.equal(mlp[last, 1], mlp8[last, 1])
+    assert torch.equal(mlp[last, 1], mlp8[last, 1]) == (which == "activations")
     for layer in range(last + 1):
         assert 1e-3 < relative_error(mlp8[layer, 0], mlp[layer, 0]) < 0.3, layer
+        assert relative_error(mlp8[layer, 1], mlp[layer, 1]) < 0.3, layer
     assert 1e-3 < relative_error(qk8, qk) < 0.3
 
 

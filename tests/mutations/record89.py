@@ -375,7 +375,39 @@ _add(
     ("peak.clamp(min=GRADIENT_FLOOR)", "peak.clamp(min=PEAK_FLOOR)"),
 )
 _add("8-bit gradients", FP8_SCALES, "up weights not transposed anew", ("_copy_transposed(up8_t, rounded_up)", "pass"))
-_add("8-bit gradients", FP8_SCALES, "always", ("self.gradients = active and spec.gradients", "self.gradients = active"))
+_add(
+    "8-bit gradients",
+    FP8_SCALES,
+    "always",
+    ('self.gradients = spec.gradients if active else "bf16"', 'self.gradients = "activations" if active else "bf16"'),
+)
+_add(
+    "8-bit gradients",
+    FP8_SCALES,
+    "of weights always",
+    ('weight_gradients8=self.gradients == "all"', 'weight_gradients8=self.gradients != "bf16"'),
+)
+_add(
+    "8-bit gradients",
+    FP8_MLP,
+    "of up by the scale of its weights",
+    ("_product(grad_pre8_t, grad_scale, u8_t, u_scale,", "_product(grad_pre8_t, grad_scale, u8_t, up_scale,"),
+)
+_add(
+    "8-bit gradients",
+    FP8_MLP,
+    "of down by the scale of its weights",
+    ("_product(post8_t, post_scale, grad8_t,", "_product(post8_t, down_scale, grad8_t,"),
+)
+_add(
+    "8-bit gradients",
+    FP8_MLP,
+    "of down by the scale of the next call",
+    (
+        "ctx.save_for_backward(post, *weights, u_scale, *kept)",
+        "ctx.save_for_backward(post, *weights, u_scale, *kept[:2], post_scale.data)",
+    ),
+)
 _add("delayed scales", FP8_SCALES, "activation without headroom", ("self.spec.activation_headroom * peak", "peak"))
 _add("delayed scales", FP8_SCALES, "weights without headroom", ("self.spec.weight_headroom * down_peak", "down_peak"))
 _add("delayed scales", FP8_SCALES, "measured every time", ("if step < self.spec.bootstrap_steps:", "if True:"))

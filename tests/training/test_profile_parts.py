@@ -22,6 +22,7 @@ NAMES = {
     "_fp8_relu_squared_kernel": "MLP: up-projection with its activation, and its backward product",
     "_fp8_relu_squared_gradient_kernel": "MLP: up-projection with its activation, and its backward product",
     "_quantize_mlp_kernel": "FP8: quantizing, transposing",
+    "_quantize_both_ways_kernel": "FP8: quantizing, transposing",
     "_symmetric_product_kernel": "Polar Express: symmetric products",
     "_mix_heads_key_gradients_kernel": "DC correction",
     "_transposed_add_kernel": "tied head: transposes",

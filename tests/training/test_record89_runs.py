@@ -93,8 +93,11 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(
     assert_same(newest_state(path), newest_state(whole[precision]))
 
 
-def test_it_learns_with_8_bit_gradients_too(whole: dict[tuple[str, ...], Path], data: Path, tmp_path: Path) -> None:
-    train(spec_of(FP8, "model.mlp_fp8.gradients=true"), data, tmp_path / "run")
+@pytest.mark.parametrize("which", ["activations", "all"])
+def test_it_learns_with_8_bit_gradients_too(
+    whole: dict[tuple[str, ...], Path], data: Path, tmp_path: Path, which: str
+) -> None:
+    train(spec_of(FP8, f"model.mlp_fp8.gradients={which}"), data, tmp_path / "run")
     (_, narrow), (_, narrower) = losses(whole[FP8,]), losses(tmp_path / "run")
     assert narrower[0] == narrow[0] and 0 < abs(narrower[12] - narrow[12]) < 0.01
 
