@@ -365,8 +365,8 @@ class Trainer:
             self.model.extend_window(old, new)
         self._windows_of = settings.step
 
-    def train_step(self, settings: StepSettings) -> Tensor:
-        """All micro-steps of a step and the optimizer's.
+    def train_step(self, settings: StepSettings, micro_steps: int | None = None) -> Tensor:
+        """All micro-steps of a step, or the first `micro_steps`, and the optimizer's.
 
         Returns (1 + world size,) fp32 on the device: all ranks' mean loss per token, and how many milliseconds the
         step has waited for its batch on each rank.
@@ -385,7 +385,7 @@ class Trainer:
         report = [0.0] * (1 + self.world.size)
         report[1 + self.world.rank] = 1000 * waited * self.world.size
         told = to_device(tuple(report), self.world.device)
-        for batch in batches:
+        for batch in batches[:micro_steps]:
             loss = self.micro_step(batch, arguments, stage=settings.stage)
             told[0] += loss * (self.micro_step.grad_scale / self.model.training_loss_scale(batch))
         # Ahead of the gradients: when the optimizer is done, it has long arrived.
@@ -435,7 +435,11 @@ class Trainer:
     # --- warm-up ---
 
     def warm_up(self) -> None:
-        """Run the steps around each stage change on real batches, then put everything back as it was."""
+        """Run the steps around each stage change on real batches, then put everything back as it was.
+
+        Of a step's micro-steps the first two: one compiles, one is recorded. Each stage evaluates once.
+        """
+        evaluated: set[int] = set()
         parameters = [parameter.detach().clone() for parameter in self.model.parameters()]
         optimizer_state = self.optimizer.state_dict()
         for step in self.schedule.warmup_steps():
@@ -443,8 +447,10 @@ class Trainer:
             self.enter(settings)
             try:
                 with self.startup.phase(f"warm-up, stage {settings.stage + 1}"):
-                    self.evaluate(settings.windows, micro_steps=1)
-                    self.train_step(settings)
+                    if settings.stage not in evaluated:
+                        evaluated.add(settings.stage)
+                        self.evaluate(settings.windows, micro_steps=1)
+                    self.train_step(settings, micro_steps=2)
                     self.world.synchronize()
             except Exception as error:
                 if isinstance(error, NanogptError) or not self.watch.asked:

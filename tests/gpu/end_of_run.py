@@ -47,9 +47,11 @@ class EndOfRun(Trainer):
         self.windows = windows
         self.sums: dict[int, list[Tensor]] = {}
 
-    def train_step(self, settings: StepSettings) -> Tensor:
+    def train_step(self, settings: StepSettings, micro_steps: int | None = None) -> Tensor:
         """A step; where it is one of the last, its weights are added up."""
-        told = super().train_step(settings)
+        told = super().train_step(settings, micro_steps)
+        if micro_steps is not None:  # the warm-up
+            return told
         left = self.schedule.total_steps - settings.step
         for count in self.averages:
             if left <= count:

@@ -93,8 +93,11 @@ def test_in_bf16_losses_over_200_steps_are_those_of_one_gpu(count: int, data: Pa
 
 
 @SEVERAL
-def test_recorded_micro_steps_are_those_of_one_gpu(count: int, data: Path, tmp_path: Path) -> None:
+def test_recorded_micro_steps_are_those_of_one_gpu(
+    count: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Compiled, with Triton's kernels, as a real run is; graphs are recorded beside NCCL's work."""
+    monkeypatch.setenv("NANOGPT_CACHE", str(tmp_path / "cache"))  # the second start takes the model's from the first
     runtime = "runtime={dtype: bf16, compile: 'on', attention: varlen}"
     train(tiny_spec(*GPU_SIZES, runtime, machine(1)), data, tmp_path / "one")
     path = on(count, data, tmp_path, *GPU_SIZES, runtime)

@@ -90,7 +90,7 @@ def test_what_breaks_in_warm_up_after_a_signal_is_the_signals_doing(
 ) -> None:
     """As the compiler's workers, which a batch system has signalled as well."""
 
-    def broken(self: Trainer, *_: Any) -> None:
+    def broken(self: Trainer, *_: Any, **__: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         raise BrokenPipeError("a worker has died")
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -216,6 +217,11 @@ def test_warm_up_leaves_no_trace(data: Path, tmp_path: Path, model: str, overrid
     assert_same(newest_state(tmp_path / "with"), newest_state(tmp_path / "without"))
 
 
+def counted(function: Any) -> Mock:
+    """`function`, which counts its calls, and has its attributes."""
+    return Mock(wraps=function, grad_scale=getattr(function, "grad_scale", None))
+
+
 @pytest.mark.parametrize(
     ("model", "overrides", "steps"),
     [("speedrun", (), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]), ("gpt2", (GPT2_STAGES,), [0, 1, 2, 4, 5, 6])],
@@ -239,8 +245,8 @@ def test_warm_up_runs_the_steps_around_stage_changes_and_restores_all(
     changed: list[bool] = []
     original = Trainer.train_step
 
-    def spy(self: Trainer, settings: Any) -> Any:
-        loss = original(self, settings)
+    def spy(self: Trainer, settings: Any, micro_steps: int | None = None) -> Any:
+        loss = original(self, settings, micro_steps)
         seen.append(settings.step)
         changed.append(any(not torch.equal(a, b) for a, b in zip(self.model.parameters(), start, strict=True)))
         return loss
@@ -248,8 +254,12 @@ def test_warm_up_runs_the_steps_around_stage_changes_and_restores_all(
     monkeypatch.setattr(Trainer, "train_step", spy)
     with a_trainer(spec, data) as trainer, a_trainer(spec, data) as fresh:
         start = [p.detach().clone() for p in trainer.model.parameters()]
+        micro_steps, evaluations = counted(trainer.micro_step), counted(trainer.evaluation_loss)
+        trainer.micro_step, trainer.evaluation_loss = micro_steps, evaluations
         trainer.warm_up()
         assert seen == steps
+        assert micro_steps.call_count == min(2, spec.accumulation_steps) * len(steps)
+        assert evaluations.call_count == len({trainer.schedule.at(step).stage for step in steps}) + 1  # at the end
         assert all(changed)
         assert_same(everything(trainer), everything(fresh))
         assert trainer.clock.elapsed_ms == 0
