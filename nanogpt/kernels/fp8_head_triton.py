@@ -26,10 +26,11 @@ class Config(NamedTuple):
 
 @triton.jit
 def _quantize_both_ways_kernel(
-    src_ptr,  # (M, N) bf16
-    scale_ptr,  # to divide by, or None, and then FACTOR is what to multiply by
-    same_ptr,  # (M, N), 8-bit
-    turned_ptr,  # (N, M), 8-bit
+    src_ptr,  # (B, M, N) bf16
+    scale_ptr,  # (B,), to divide by; or None, and then FACTOR is what to multiply by
+    same_ptr,  # (B, M, N), 8-bit, or None, as the next may be
+    turned_ptr,  # (B, N, M), 8-bit
+    src_stride,  # from matrix to matrix
     M,
     N,
     FACTOR: tl.constexpr,
@@ -37,6 +38,7 @@ def _quantize_both_ways_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    batch = tl.program_id(2).to(tl.int64)
     start = tl.program_id(0).to(tl.int64) * BLOCK_M
     turned_row = tl.arange(0, BLOCK_M)
     row = turned_row
@@ -47,16 +49,18 @@ def _quantize_both_ways_kernel(
     column = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (row < M)[:, None] & (column < N)[None, :]
     place = row[:, None] * N + column[None, :]
-    scaled = tl.load(src_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    scaled = tl.load(src_ptr + batch * src_stride + place, mask=inside, other=0.0).to(tl.float32)
     if scale_ptr is None:
         scaled *= FACTOR
     else:
-        scaled /= tl.load(scale_ptr)
+        scaled /= tl.load(scale_ptr + batch)
     # The conversion saturates at the largest number; NaN stays NaN.
-    tile = scaled.to(same_ptr.dtype.element_ty)
-    tl.store(same_ptr + place, tile, mask=inside)
-    turned_place = column[:, None] * M + turned_row[None, :]
-    tl.store(turned_ptr + turned_place, tile.T, mask=(column < N)[:, None] & (turned_row < M)[None, :])
+    if same_ptr is not None:
+        tl.store(same_ptr + batch * M * N + place, scaled.to(same_ptr.dtype.element_ty), mask=inside)
+    if turned_ptr is not None:
+        turned_place = batch * M * N + column[:, None] * M + turned_row[None, :]
+        turned = scaled.to(turned_ptr.dtype.element_ty).T
+        tl.store(turned_ptr + turned_place, turned, mask=(column < N)[:, None] & (turned_row < M)[None, :])
 
 
 @triton.jit
@@ -110,23 +114,47 @@ def quantize_both_ways(
     m, n = src.shape
     same = torch.empty((m, n), dtype=dtype, device=src.device)
     turned = torch.empty((n, m), dtype=dtype, device=src.device)
-    config = config or QUANTIZE
-    grid = (triton.cdiv(m, config.block_m), triton.cdiv(n, config.block_n))
-    given = isinstance(scale, Tensor)
+    given, factor = (scale, None) if isinstance(scale, Tensor) else (None, 1 / scale)
+    _launch_quantize(src[None], given, same, turned, factor, paired, config or QUANTIZE)
+    return same, turned
+
+
+def quantize_matrices(
+    src: Tensor,  # (B, M, N) bf16, each matrix contiguous
+    scale: Tensor,  # (B,) fp32
+    same: Tensor | None,  # (B, M, N), 8-bit, written
+    turned: Tensor | None,  # (B, N, M), 8-bit, written
+    config: Config | None = None,
+) -> None:
+    """`src / scale`, saturating, into whichever layouts are given: a matrix of each as by `quantize_both_ways`."""
+    _launch_quantize(src, scale, same, turned, None, False, config or QUANTIZE)
+
+
+def _launch_quantize(
+    src: Tensor,
+    scale: Tensor | None,
+    same: Tensor | None,
+    turned: Tensor | None,
+    factor: float | None,
+    paired: bool,
+    config: Config,
+) -> None:
+    matrices, m, n = src.shape
+    grid = (triton.cdiv(m, config.block_m), triton.cdiv(n, config.block_n), matrices)
     _quantize_both_ways_kernel[grid](
         src,
-        scale if given else None,
+        scale,
         same,
         turned,
+        src.stride(0),
         m,
         n,
-        FACTOR=None if given else 1 / scale,
+        FACTOR=factor,
         PAIRED=paired,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         num_warps=config.warps,
     )
-    return same, turned
 
 
 def transpose_bytes(src: Tensor, config: Config | None = None) -> Tensor:

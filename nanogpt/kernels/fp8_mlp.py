@@ -27,6 +27,7 @@ u8, h8 and g8 on Hopper writes them transposed as well.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -65,6 +66,39 @@ def to_e4m3(values: Tensor) -> Tensor:
 def to_e5m2(values: Tensor) -> Tensor:
     """Rounded to e5m2; what is too large becomes the largest number that it has."""
     return values.float().clamp(-E5M2_MAX, E5M2_MAX).to(torch.float8_e5m2)
+
+
+def round_weights(
+    bank: Tensor,  # (layers, 2, F, D): up, down
+    down_scale: Tensor,  # (layers,) fp32
+    up8: Tensor,  # (layers, F, D) e4m3, written, like the next
+    down8: Tensor,  # (layers, D, F) e4m3
+    transposed8: tuple[Tensor, Tensor] | None = None,  # in the other layout: (layers, D, F) and (layers, F, D)
+    *,
+    plain: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Write the 8-bit weights: up by a scale of its own, down by the one given.
+
+    In fp32, where the record makes the up weights' scale and quotient in bf16. Returns the up weights' scale and the
+    largest of the down weights, (layers,) fp32 each. Every rank does this after every step: on Hopper three kernels.
+    """
+    peaks = torch.linalg.vector_norm(bank, math.inf, (2, 3)).float()
+    up_scale = peaks[:, 0].clamp(min=PEAK_FLOOR) / E4M3_MAX
+    up8_t, down8_t = transposed8 or (None, None)
+    if not plain and runs_kernel(bank, capability=9):
+        from nanogpt.kernels.fp8_head_triton import quantize_matrices
+
+        quantize_matrices(bank[:, 0], up_scale, up8, up8_t)
+        quantize_matrices(bank[:, 1], down_scale, down8_t, down8)
+    else:
+        scale = torch.stack((up_scale, down_scale), dim=1)
+        rounded = to_e4m3(bank.float() / scale[:, :, None, None]).unbind(1)
+        for source, same, turned in ((rounded[0], up8, up8_t), (rounded[1], down8_t, down8)):
+            if same is not None:
+                same.copy_(source)
+            if turned is not None:  # as bytes: not every device can copy 8-bit floats with strides
+                turned.view(torch.uint8).copy_(source.view(torch.uint8).mT)
+    return up_scale, peaks[:, 1]
 
 
 def fp8_relu_squared_mlp(

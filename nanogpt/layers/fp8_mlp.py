@@ -1,7 +1,6 @@
 """The 8-bit copies of the MLP bank, and the scales that are measured at one time and used at the next.
 
-- Up weights: divided by a scale of their own, measured when they are rounded. In fp32, where the record makes scale and
-  quotient in bf16: rounded once, whether compiled or not.
+- Up weights: divided by a scale of their own, measured when they are rounded.
 - Down weights: rounded after each optimizer step with the scale that was measured at the one before, times a headroom.
   Over the first steps, in which they leave zero, the scale is measured first.
 - Activations: each training forward pass measures the largest of a layer; the next one, of whatever micro-batch on the
@@ -13,43 +12,13 @@ the other layout.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nanogpt.kernels.fp8_mlp import E4M3_MAX, PEAK_FLOOR, current_scale, fp8_relu_squared_mlp, to_e4m3
+from nanogpt.kernels.fp8_mlp import E4M3_MAX, PEAK_FLOOR, current_scale, fp8_relu_squared_mlp, round_weights
 from nanogpt.spec_model import MlpFp8Spec
-
-
-def round_weights(
-    bank: Tensor,  # (layers, 2, F, D): up, down
-    down_scale: Tensor,  # (layers,) fp32
-    up8: Tensor,  # (layers, F, D) e4m3, written, like the next
-    down8: Tensor,  # (layers, D, F) e4m3
-    transposed8: tuple[Tensor, Tensor] | None,  # the same in the other layout, (layers, D, F) and (layers, F, D)
-) -> tuple[Tensor, Tensor]:
-    """The 8-bit weights into their places: up by its own scale, down by the one given. Divides in fp32.
-
-    Returns the up weights' scale and the largest of the down weights, (layers,) fp32 each.
-    """
-    up, down = bank.unbind(1)
-    up_scale = current_scale(up, (1, 2))
-    rounded_up = to_e4m3(up.float() / up_scale[:, None, None])
-    rounded_down = to_e4m3(down.float() / down_scale[:, None, None])
-    up8.copy_(rounded_up)
-    _copy_transposed(down8, rounded_down)
-    if transposed8 is not None:
-        up8_t, down8_t = transposed8
-        _copy_transposed(up8_t, rounded_up)
-        down8_t.copy_(rounded_down)
-    return up_scale, down.abs().amax((1, 2)).float()
-
-
-def _copy_transposed(target: Tensor, source: Tensor) -> None:
-    """As bytes: not every device can copy 8-bit floats with strides."""
-    target.view(torch.uint8).copy_(source.view(torch.uint8).mT)
 
 
 class Fp8Mlp(nn.Module):
@@ -57,7 +26,6 @@ class Fp8Mlp(nn.Module):
 
     Each scale is a tensor of its own: slices of one vector are not aligned as 8-bit products want them. Made with
     `active` False it holds nothing and computes nothing, so that a checkpoint does not depend on the precision.
-    `compiled`: rounding after a step goes through torch.compile; each rank rounds all weights, within the clock.
     """
 
     up8: Tensor  # (layers, F, D) e4m3
@@ -65,21 +33,8 @@ class Fp8Mlp(nn.Module):
     up8_t: Tensor  # (layers, D, F) e4m3, with 8-bit gradients only, like the next
     down8_t: Tensor  # (layers, F, D) e4m3
 
-    def __init__(
-        self,
-        spec: MlpFp8Spec,
-        *,
-        layers: int,
-        hidden: int,
-        width: int,
-        active: bool,
-        plain: bool,
-        compiled: bool = False,
-    ):
+    def __init__(self, spec: MlpFp8Spec, *, layers: int, hidden: int, width: int, active: bool, plain: bool):
         super().__init__()
-        self._round_after_step: Callable[..., tuple[Tensor, Tensor]] = round_weights
-        if compiled:
-            self._round_after_step = torch.compile(round_weights, fullgraph=True, dynamic=False)
         self.spec = spec
         self.layers = layers if active else 0
         self.active = active
@@ -137,7 +92,7 @@ class Fp8Mlp(nn.Module):
             self._measure_down(bank)
         else:
             torch._foreach_copy_(self.scales("down_scale"), self.scales("next_down_scale"))
-        self._round(bank, self._round_after_step)
+        self._round(bank)
 
     @torch.no_grad()
     def restart(self, bank: Tensor) -> None:
@@ -161,10 +116,11 @@ class Fp8Mlp(nn.Module):
         measured = current_scale(bank[: self.layers, 1], (1, 2))
         torch._foreach_copy_(self.scales("down_scale"), list(measured.unbind()))
 
-    def _round(self, bank: Tensor, function: Callable[..., tuple[Tensor, Tensor]] = round_weights) -> None:
+    def _round(self, bank: Tensor) -> None:
         transposed8 = None if self.gradients == "bf16" else (self.up8_t, self.down8_t)
         down_scale = torch.stack(self.scales("down_scale"))
-        up_scale, down_peak = function(bank[: self.layers], down_scale, self.up8, self.down8, transposed8)
+        weights8 = (self.up8, self.down8)
+        up_scale, down_peak = round_weights(bank[: self.layers], down_scale, *weights8, transposed8, plain=self.plain)
         torch._foreach_copy_(self.scales("up_scale"), list(up_scale.unbind()))
         following = self.spec.weight_headroom * down_peak.clamp(min=PEAK_FLOOR) / E4M3_MAX
         torch._foreach_copy_(self.scales("next_down_scale"), list(following.unbind()))

@@ -40,7 +40,6 @@ class Paths:
     head_precision: Literal["bf16", "fp8"] = "bf16"
     mlp_precision: Literal["bf16", "fp8"] = "bf16"
     plain_kernels: bool = False  # plain PyTorch also where a Triton kernel could run
-    compiled: bool = False  # what a model does between steps goes through torch.compile, as its losses do
 
 
 class TokenBatch(Protocol):

@@ -81,7 +81,6 @@ class Record89(RecordModel[Record89ModelSpec]):
             width=d,
             active=paths.mlp_precision == "fp8",
             plain=paths.plain_kernels,
-            compiled=paths.compiled,
         )
         self.register_load_state_dict_post_hook(lambda model, _: model.fp8_mlp.reload(model.mlp))
 

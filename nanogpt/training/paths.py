@@ -38,7 +38,7 @@ def choose_paths(spec: RunSpec, device: torch.device) -> tuple[Paths, list[str]]
         bf16_capability = capability if runtime.dtype == "bf16" else None
         mlp_precision, reason = select_head_precision(runtime.mlp_precision, bf16_capability, key="mlp_precision")
         lines.append(f"MLP precision: {mlp_precision}: {reason}")
-        paths = replace(paths, mlp_precision=mlp_precision, compiled=compiles(spec, device))
+        paths = replace(paths, mlp_precision=mlp_precision)
     return paths, lines
 
 

@@ -10,7 +10,14 @@ import torch
 from nanogpt.data.batches import MicroBatch
 from nanogpt.kernels.benchmark import document_ends
 from nanogpt.kernels.cross_entropy import head_loss
-from nanogpt.kernels.fp8_mlp import current_scale, fp8_relu_squared_mlp, gradient_scale, to_e4m3, to_e5m2
+from nanogpt.kernels.fp8_mlp import (
+    current_scale,
+    fp8_relu_squared_mlp,
+    gradient_scale,
+    round_weights,
+    to_e4m3,
+    to_e5m2,
+)
 from nanogpt.kernels.head_mixing import mix_heads
 from nanogpt.models.interface import Paths, Windows
 from nanogpt.models.record89 import Record89
@@ -119,6 +126,32 @@ def test_the_up_projection_with_its_square_against_fp64(tokens):
     assert errors[0] < 2.5e-3
     assert errors[1] < 1e-2 and differ < 0.02
     assert peak == post.max() and (post8.float() == 448).any()
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["one layout", "both layouts"])
+def test_weights_are_rounded_as_their_emulation_rounds_them(both):
+    torch.manual_seed(0)
+    bank = randn(12, 2, 3_072, 768, scale=0.02)
+    bank[3, 1] = 0
+    bank[5] *= 1e3
+    down_scale = bank[:, 1].abs().amax((1, 2)).float().clamp(min=1e-12) / 500  # the largest are cut off
+    results = []
+    for plain in (False, True):
+        e4m3 = {"dtype": torch.float8_e4m3fn, "device": "cuda"}
+        out = [torch.zeros(12, *shape, **e4m3) for shape in ((3_072, 768), (768, 3_072), (768, 3_072), (3_072, 768))]
+        scales = round_weights(bank, down_scale, *out[:2], tuple(out[2:]) if both else None, plain=plain)
+        results.append((scales, out))
+    (scales, out), (plain_scales, plain_out) = results
+    for a, b in zip(scales, plain_scales, strict=True):
+        assert torch.equal(a, b)
+    for found, expected in zip(out[: 4 if both else 2], plain_out, strict=False):
+        differ = (found.float() != expected.float()).double().mean().item()
+        print(f"weights rounded otherwise: {differ:.2%}")  # a fast division's last bit, where a number is halfway
+        assert differ < 1e-3 and (found.float() - expected.float()).abs().max() <= 32
+        assert found.float().abs().max() == 448
+    if both:
+        for a, b in ((out[0], out[2]), (out[1], out[3])):
+            assert torch.equal(a.view(torch.uint8).mT, b.view(torch.uint8))
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-6])

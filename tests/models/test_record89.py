@@ -12,7 +12,6 @@ from dense_speedrun import start_frequencies, yarn
 from small_specs import randomize, relative_error, small_record89
 
 from nanogpt.data.batches import MicroBatch
-from nanogpt.layers.fp8_mlp import round_weights
 from nanogpt.models import build_model
 from nanogpt.models.interface import Paths, Windows
 from nanogpt.models.record89 import Record89
@@ -195,12 +194,6 @@ def test_training_takes_the_8_bit_mlps_and_evaluation_does_not():
     scales = [float(scale) for scale in narrow.fp8_mlp.scales("post_scale")]
     assert len(set(scales)) == 11 and 1.0 not in scales
     assert narrow.training_loss(batch, windows, weights) != loss
-
-
-def test_weights_are_rounded_by_compiled_code_where_the_losses_are_compiled():
-    for compiled in (False, True):
-        model = make_model(torch.float32, paths=Paths(mlp_precision="fp8", compiled=compiled))
-        assert (model.fp8_mlp._round_after_step is not round_weights) is compiled
 
 
 @pytest.mark.parametrize("which", ["activations", "all"])

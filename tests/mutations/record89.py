@@ -374,7 +374,12 @@ _add(
     "the floor of activations",
     ("peak.clamp(min=GRADIENT_FLOOR)", "peak.clamp(min=PEAK_FLOOR)"),
 )
-_add("8-bit gradients", FP8_SCALES, "up weights not transposed anew", ("_copy_transposed(up8_t, rounded_up)", "pass"))
+_add(
+    "8-bit gradients",
+    FP8_MLP,
+    "up weights not transposed anew",
+    ("(rounded[0], up8, up8_t)", "(rounded[0], up8, None)"),
+)
 _add(
     "8-bit gradients",
     FP8_SCALES,
@@ -429,7 +434,6 @@ _buffer = 'self.register_buffer(f"{kind}_{layer}", torch.ones(()), persistent=Fa
 _add("scales apart", FP8_SCALES, "slices of one tensor", (_buffer, _buffer.replace("ones(())", "ones(12)[layer]")))
 _add("8-bit evaluation", RECORD89, "too", ("fp8 = training and self.fp8_mlp.active", "fp8 = self.fp8_mlp.active"))
 _add("8-bit weights", RECORD89, "do not follow", ("self.fp8_mlp.follow(self.mlp, step)", "pass"))
-_add("8-bit weights", RECORD89, "never compiled", ("compiled=paths.compiled", "compiled=False"))
 _add(
     "8-bit weights",
     RECORD89,

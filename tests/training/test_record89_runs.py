@@ -25,7 +25,6 @@ from nanogpt.runs.metrics import read_run
 from nanogpt.runs.record import read_record
 from nanogpt.training import trainer as trainer_module
 from nanogpt.training.checkpoint import list_checkpoints
-from nanogpt.training.paths import choose_paths
 from nanogpt.training.sampling import sample_text
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -60,12 +59,6 @@ def test_it_learns_and_the_precision_hardly_shows(whole: dict[tuple[str, ...], P
     assert wide[0] > wide[5] > wide[10] > wide[12]
     assert 0 < abs(narrow[12] - wide[12]) < 0.01
     assert [read_record(path).computation.mlp_precision for path in whole.values()] == ["bf16", "fp8"]
-
-
-@pytest.mark.parametrize(("setting", "compiled"), [("on", True), ("off", False)])
-def test_the_model_is_told_whether_to_compile_what_it_does_between_steps(setting: str, compiled: bool) -> None:
-    paths, _ = choose_paths(spec_of(FP8, f"runtime.compile='{setting}'"), torch.device("cpu"))
-    assert paths.compiled is compiled
 
 
 @PRECISIONS
