@@ -10,6 +10,7 @@ machine that is lent for a time gives its results back. In the end the runs are 
 `fast:1` is `fast` with seed 1. One pair of runs says little: on the steep parts of the curve two runs of one seed and
 path differ by 0.02, as the order of atomic additions does. Of several seeds' pairs the mean and its error are told.
 `fast:1@100` ends with the first evaluation at or after step 100: more seeds for the early ones, at a fraction of a run.
+`full` is the whole schedule, with other ends of it evaluated besides (end_of_run.py).
 
 `--idea NAME KEY=VALUE...` adds NAME, NAME-step and NAME-profile: the fast run, and the benchmarks, with these settings.
 They are of record 89 where NAME begins with record89-. In the end NAME is compared with fast, seed by seed:
@@ -42,11 +43,13 @@ from nanogpt.runs.metrics import read_run
 EVALUATION = ("--set", "evaluation.tokens=2097152", "--set", "data.epochs=null")
 DETERMINISTIC = ("--set", "runtime.deterministic=true")
 MODELS = ("", "record89-")  # of which a name begins with the longest that fits
+END_OF_RUN = str(Path(__file__).with_name("end_of_run.py"))
+ENDS = ("--average", "4", "8", "16", "32", "64", "--windows", "6:24", "6:28", "8:20")  # beside the recipe's own
 PLAIN = ("attention=varlen", "kernels=plain", "head_precision=bf16", "mlp_precision=bf16")  # of runtime
 
 
 def measurements(gpu: str, steps: int, ideas: dict[str, Sequence[str]] | None = None) -> dict[str, tuple[str, ...]]:
-    """Arguments of `nanogpt` by name. Those that train come with `--data` and `--out` of their own.
+    """Arguments of `nanogpt`, or a script and its own, by name. Those that train get `--data` and `--out` as well.
 
     `ideas`: settings, KEY=VALUE, by name.
     """
@@ -58,7 +61,7 @@ def measurements(gpu: str, steps: int, ideas: dict[str, Sequence[str]] | None = 
             f"{name}fast": ("train", recipe, "--steps", str(steps), *EVALUATION),  # cold where it is the first
             f"{name}again": ("train", recipe, "--steps", str(steps), *EVALUATION),
             f"{name}plain": ("train", recipe, "--steps", str(steps), *EVALUATION, *plain),
-            f"{name}full": ("train", recipe, *EVALUATION),
+            f"{name}full": (END_OF_RUN, recipe, *EVALUATION, *ENDS),
             f"{name}warm": ("train", recipe, "--steps", "40", *EVALUATION),
             f"{name}deterministic": ("train", recipe, "--steps", "40", *EVALUATION, *DETERMINISTIC),  # cold, if first
             f"{name}deterministic-again": ("train", recipe, "--steps", "40", *EVALUATION, *DETERMINISTIC),
@@ -98,7 +101,7 @@ class Queue:
             began = time.monotonic()
             with (self.out / f"{file_name(name)}.txt").open("wb") as log:
                 self.process = subprocess.Popen(
-                    [sys.executable, "-m", "nanogpt", *self._arguments(name)],
+                    [sys.executable, *self._arguments(name)],
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     env=os.environ | self._environment(),
@@ -128,8 +131,10 @@ class Queue:
     def _arguments(self, name: str) -> list[str]:
         base, _, seed = name.partition("@")[0].partition(":")
         arguments = [*self.commands[base]]
-        if arguments[0] == "train":
+        if arguments[0] in ("train", END_OF_RUN):
             arguments += ["--data", str(self.data), "--out", str(self.out / "runs" / file_name(name))]
+        if arguments[0] != END_OF_RUN:
+            arguments = ["-m", "nanogpt", *arguments]
         return arguments + (["--set", f"training.seed={seed}"] if seed else [])
 
     def _environment(self) -> dict[str, str]:

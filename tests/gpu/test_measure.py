@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import end_of_run
 import measure
 import pytest
 from made_runs import RECORD_67, made_run
@@ -94,7 +95,18 @@ def test_a_seed_is_part_of_the_command(tmp_path: Path):
     assert queue._arguments("fast:2")[-5:] == [
         str(tmp_path / "data"), "--out", str(tmp_path / "runs/fast-2"), "--set", "training.seed=2"
     ]  # fmt: skip
+    assert queue._arguments("fast:2")[:3] == ["-m", "nanogpt", "train"]
     assert "training.seed=2" in queue._arguments("step:2") and "--out" not in queue._arguments("step:2")
+
+
+def test_a_full_schedule_is_run_by_the_script_of_its_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    queue = measure.Queue("0", [], tmp_path, tmp_path / "data", measure.measurements("h100", 300))
+    script, recipe, *options = queue._arguments("record89-full:1")
+    assert Path(script) == Path(end_of_run.__file__)
+    assert recipe == "record89-1xh100" and "training.seed=1" in options
+    with pytest.raises(SystemExit):  # for that average alone: everything else is understood
+        end_of_run.main([recipe, *options, "--average", "0"])
+    assert "--average: from 1 to the 1285 steps of the run" in capsys.readouterr().err
 
 
 def test_an_idea_is_the_fast_run_and_the_benchmarks_with_its_settings():
