@@ -220,6 +220,8 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds")
     chosen = parser.parse_args()
     ideas = {name: settings for name, *settings in chosen.idea}
+    if taken := ideas.keys() & measurements(chosen.recipe_gpu, chosen.steps).keys():
+        parser.error(f"--idea: {', '.join(sorted(taken))} is a measurement already; name the idea otherwise")
     commands = measurements(chosen.recipe_gpu, chosen.steps, ideas)
     unknown = [name for _, *names in chosen.on for name in names if re.split("[:@]", name)[0] not in commands]
     if unknown:

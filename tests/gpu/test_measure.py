@@ -140,6 +140,11 @@ def test_a_run_ends_with_an_evaluation_at_or_after_its_step(tmp_path: Path, monk
     assert queue._arguments("fast:1@260")[-1] == "training.seed=1"
 
 
+def test_an_idea_with_a_name_that_is_taken_is_refused(tmp_path: Path):
+    done = script(tmp_path, "--data", tmp_path, "--idea", "again", "training.seed=3", "--on", "0", "again")
+    assert done.returncode == 2 and "again is a measurement already" in done.stderr
+
+
 def test_an_unknown_name_is_refused(tmp_path: Path):
     done = script(tmp_path, "--data", tmp_path, "--on", "0", "fats")
     assert done.returncode == 2 and "no measurement fats; there are fast, again, plain" in done.stderr
