@@ -115,7 +115,7 @@ def quantize_both_ways(
     same = torch.empty((m, n), dtype=dtype, device=src.device)
     turned = torch.empty((n, m), dtype=dtype, device=src.device)
     given, factor = (scale, None) if isinstance(scale, Tensor) else (None, 1 / scale)
-    _launch_quantize(src[None], given, same, turned, factor, paired, config or QUANTIZE)
+    _launch_quantize(src[None], given, same, turned, factor=factor, paired=paired, config=config or QUANTIZE)
     return same, turned
 
 
@@ -124,10 +124,9 @@ def quantize_matrices(
     scale: Tensor,  # (B,) fp32
     same: Tensor | None,  # (B, M, N), 8-bit, written
     turned: Tensor | None,  # (B, N, M), 8-bit, written
-    config: Config | None = None,
 ) -> None:
     """`src / scale`, saturating, into whichever layouts are given: a matrix of each as by `quantize_both_ways`."""
-    _launch_quantize(src, scale, same, turned, None, False, config or QUANTIZE)
+    _launch_quantize(src, scale, same, turned, factor=None, paired=False, config=QUANTIZE)
 
 
 def _launch_quantize(
@@ -135,6 +134,7 @@ def _launch_quantize(
     scale: Tensor | None,
     same: Tensor | None,
     turned: Tensor | None,
+    *,
     factor: float | None,
     paired: bool,
     config: Config,

@@ -48,7 +48,11 @@ GRADIENT_FLOOR = 1e-30  # of a gradient's largest; products with a weight's scal
 
 def current_scale(values: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
     """What to divide `values` by so that the largest becomes e4m3's largest, over `dims` (all); fp32."""
-    peak = values.abs().amax() if dims is None else values.abs().amax(dims)
+    return scale_of(values.abs().amax() if dims is None else values.abs().amax(dims))
+
+
+def scale_of(peak: Tensor) -> Tensor:
+    """What to divide by so that `peak`, not negative, becomes e4m3's largest; its shape, fp32."""
     return peak.float().clamp(min=PEAK_FLOOR) / E4M3_MAX
 
 
@@ -83,7 +87,7 @@ def round_weights(
     largest of the down weights, (layers,) fp32 each. Every rank does this after every step: on Hopper three kernels.
     """
     peaks = torch.linalg.vector_norm(bank, math.inf, (2, 3)).float()
-    up_scale = peaks[:, 0].clamp(min=PEAK_FLOOR) / E4M3_MAX
+    up_scale = scale_of(peaks[:, 0])
     up8_t, down8_t = transposed8 or (None, None)
     if not plain and runs_kernel(bank, capability=9):
         from nanogpt.kernels.fp8_head_triton import quantize_matrices

@@ -21,15 +21,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nanogpt.kernels.relu_squared_mlp_triton import Config, halves, tile_corner
+from nanogpt.kernels.relu_squared_mlp_triton import Config, halves, tile_corner, tile_product
 
 E4M3_MAX = tl.constexpr(448.0)
 E5M2_MAX = tl.constexpr(57344.0)
 BLOCK = 8192  # numbers of a program that rounds
-UP = Config(block_k=128, stages=3)
-GRADIENT = Config(block_k=128, stages=3)
-UP_TURNED = Config(block_k=128, stages=3)
-GRADIENT_TURNED = Config(block_k=128, stages=3)
+TILES = Config(block_k=128, stages=3)
 
 
 @triton.jit
@@ -94,9 +91,7 @@ def _fp8_relu_squared_kernel(
     peaks = tl.zeros((BLOCK_M,), dtype=tl.float32)
     for tile in tl.range(tl.program_id(0), rows * columns, tl.num_programs(0), flatten=True):
         row, column = tile_corner(tile, rows, columns, BLOCK_M, BLOCK_N, GROUP)
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for k in range(0, K, BLOCK_K):
-            acc = tl.dot(a_desc.load([row, k]), b_desc.load([column, k]).T, acc)
+        acc = tile_product(a_desc, b_desc, row, column, K, BLOCK_M, BLOCK_N, BLOCK_K)
         peaks = tl.maximum(peaks, tl.max(acc, axis=1))
         left, right = halves(acc, BLOCK_M, BLOCK_N)
         _store_square(left, scale, scale8, post_desc, post8_desc, turned_desc, row, column, TURNED)
@@ -142,9 +137,7 @@ def _fp8_relu_squared_gradient_kernel(
     scale8 = tl.load(b_scale_ptr)  # out8 keeps a's scale
     for tile in tl.range(tl.program_id(0), rows * columns, tl.num_programs(0), flatten=True):
         row, column = tile_corner(tile, rows, columns, BLOCK_M, BLOCK_N, GROUP)
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for k in range(0, K, BLOCK_K):
-            acc = tl.dot(a_desc.load([row, k]), b_desc.load([column, k]).T, acc)
+        acc = tile_product(a_desc, b_desc, row, column, K, BLOCK_M, BLOCK_N, BLOCK_K)
         left, right = halves(acc, BLOCK_M, BLOCK_N)
         _store_gradient(left, scale, scale8, post_desc, out_desc, out8_desc, row, column, TURNED)
         _store_gradient(right, scale, scale8, post_desc, out_desc, out8_desc, row, column + BLOCK_N // 2, TURNED)
@@ -166,14 +159,13 @@ def up_squared_and_quantized(
     post_scale: Tensor,
     dtype: torch.dtype,
     turned: Tensor | None = None,  # (F, T) e4m3, T a multiple of 16
-    config: Config | None = None,
+    config: Config = TILES,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`post = relu((x_scale x8) (up_scale up8)^T)^2` in `dtype`, (T, F); e4m3(post / post_scale); the largest.
 
     Writes the second to `turned` too, transposed, its tokens paired.
     """
     (m, k), n = x8.shape, up8.shape[0]
-    config = config or (UP if turned is None else UP_TURNED)
     post = torch.empty((m, n), dtype=dtype, device=x8.device)
     post8 = torch.empty((m, n), dtype=torch.float8_e4m3fn, device=x8.device)
     programs = config.programs(post)
@@ -204,7 +196,7 @@ def gradient_and_quantized(
     down8: Tensor,  # (F, D) e4m3
     down_scale: Tensor,
     post: Tensor,  # (T, F)
-    config: Config = GRADIENT,
+    config: Config = TILES,
 ) -> tuple[Tensor, Tensor]:
     """`d = 2 sqrt(post) * ((grad_scale grad8) (down_scale down8)^T)` in post's dtype, (T, F); e5m2(d / grad_scale)."""
     out = torch.empty_like(post)
@@ -218,7 +210,7 @@ def gradient_both_ways(
     down8: Tensor,  # (F, D) e4m3
     down_scale: Tensor,
     post: Tensor,  # (T, F)
-    config: Config = GRADIENT_TURNED,
+    config: Config = TILES,
 ) -> tuple[Tensor, Tensor]:
     """The e5m2 of `gradient_and_quantized`, (T, F), and its transpose, (F, T), tokens paired."""
     turned = torch.empty(post.mT.shape, dtype=torch.float8_e5m2, device=post.device)

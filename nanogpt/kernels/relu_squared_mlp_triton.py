@@ -66,6 +66,15 @@ def tile_corner(tile, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexp
 
 
 @triton.jit
+def tile_product(a_desc, b_desc, row, column, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The tile of a b^T at row and column, fp32."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        acc = tl.dot(a_desc.load([row, k]), b_desc.load([column, k]).T, acc)
+    return acc
+
+
+@triton.jit
 def halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The left and the right half of a tile's columns: one after another they need half the shared memory, which buys
     a stage.
@@ -103,9 +112,7 @@ def _relu_squared_kernel(
     columns = tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), rows * columns, tl.num_programs(0), flatten=True):
         row, column = tile_corner(tile, rows, columns, BLOCK_M, BLOCK_N, GROUP)
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for k in range(0, K, BLOCK_K):
-            acc = tl.dot(a_desc.load([row, k]), b_desc.load([column, k]).T, acc)
+        acc = tile_product(a_desc, b_desc, row, column, K, BLOCK_M, BLOCK_N, BLOCK_K)
         left, right = halves(acc, BLOCK_M, BLOCK_N)
         _epilogue(left, post_desc, out_desc, row, column, BACKWARD)
         _epilogue(right, post_desc, out_desc, row, column + BLOCK_N // 2, BACKWARD)

@@ -35,6 +35,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from nanogpt.console import markdown_table
 from nanogpt.errors import InputError
@@ -80,6 +81,26 @@ def model_of(name: str) -> str:
     return max((model for model in MODELS if name.startswith(model)), key=len)
 
 
+class Name(NamedTuple):
+    """What `fast:1@100` says: of which measurement, with which seed, ended by which evaluation."""
+
+    base: str
+    seed: str = ""
+    until: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Name:
+        """Seed and step may be left out."""
+        rest, _, until = text.partition("@")
+        base, _, seed = rest.partition(":")
+        return cls(base, seed, until)
+
+    @property
+    def file(self) -> str:
+        """fast-1 of `fast:1` and of `fast:1@100`."""
+        return f"{self.base}-{self.seed}" if self.seed else self.base
+
+
 @dataclass
 class Queue:
     """Measurements of one GPU, in order, and the process of the one that runs."""
@@ -99,23 +120,23 @@ class Queue:
             if self.ended:
                 return
             began = time.monotonic()
-            with (self.out / f"{file_name(name)}.txt").open("wb") as log:
+            parsed = Name.parse(name)
+            with (self.out / f"{parsed.file}.txt").open("wb") as log:
                 self.process = subprocess.Popen(
-                    [sys.executable, *self._arguments(name)],
+                    [sys.executable, *self._arguments(parsed)],
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     env=os.environ | self._environment(),
                     start_new_session=True,  # its compilers end with it
                 )
-                code = self._wait(self.process, name)
+                code = self._wait(self.process, parsed)
             self.rows.append((name, self.gpu, time.monotonic() - began, None if self.ended else code))
 
-    def _wait(self, process: subprocess.Popen[bytes], name: str) -> int:
+    def _wait(self, process: subprocess.Popen[bytes], name: Name) -> int:
         """The exit code; 0 where it has come to the step at which it is to end, and was ended."""
-        until = name.partition("@")[2]
-        if until:
+        if name.until:
             while process.poll() is None:
-                if evaluated(self.out / "runs" / file_name(name), int(until)):
+                if evaluated(self.out / "runs" / name.file, int(name.until)):
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
                     return 0
@@ -128,14 +149,13 @@ class Queue:
         if self.process is not None and self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
 
-    def _arguments(self, name: str) -> list[str]:
-        base, _, seed = name.partition("@")[0].partition(":")
-        arguments = [*self.commands[base]]
+    def _arguments(self, name: Name) -> list[str]:
+        arguments = [*self.commands[name.base]]
         if arguments[0] in ("train", END_OF_RUN):
-            arguments += ["--data", str(self.data), "--out", str(self.out / "runs" / file_name(name))]
+            arguments += ["--data", str(self.data), "--out", str(self.out / "runs" / name.file)]
         if arguments[0] != END_OF_RUN:
             arguments = ["-m", "nanogpt", *arguments]
-        return arguments + (["--set", f"training.seed={seed}"] if seed else [])
+        return arguments + (["--set", f"training.seed={name.seed}"] if name.seed else [])
 
     def _environment(self) -> dict[str, str]:
         scratch = self.out / f"gpu-{self.gpu}"
@@ -146,11 +166,6 @@ class Queue:
             "NANOGPT_CACHE": str(self.out / "cache"),
             "PYTHONUNBUFFERED": "1",
         }
-
-
-def file_name(name: str) -> str:
-    """Of a measurement: fast-1 of `fast:1` and of `fast:1@100`."""
-    return name.partition("@")[0].replace(":", "-")
 
 
 def evaluated(directory: Path, step: int) -> bool:
@@ -223,7 +238,7 @@ def main() -> int:
     if taken := ideas.keys() & measurements(chosen.recipe_gpu, chosen.steps).keys():
         parser.error(f"--idea: {', '.join(sorted(taken))} is a measurement already; name the idea otherwise")
     commands = measurements(chosen.recipe_gpu, chosen.steps, ideas)
-    unknown = [name for _, *names in chosen.on for name in names if re.split("[:@]", name)[0] not in commands]
+    unknown = [name for _, *names in chosen.on for name in names if Name.parse(name).base not in commands]
     if unknown:
         parser.error(f"no measurement {', '.join(unknown)}; there are {', '.join(commands)}")
     chosen.out.mkdir(parents=True, exist_ok=True)

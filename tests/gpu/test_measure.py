@@ -21,6 +21,15 @@ def script(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.fixture
+def slow_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measurements take ten minutes and do nothing."""
+    slow = tmp_path / "python"
+    slow.write_text("#!/bin/sh\nsleep 600\n")
+    slow.chmod(0o755)
+    monkeypatch.setattr(measure, "sys", SimpleNamespace(executable=str(slow)))
+
+
 def test_queues_go_on_after_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Recipes for a GPU that is not there end with 2 at once."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -35,11 +44,8 @@ def test_queues_go_on_after_a_failure(tmp_path: Path, monkeypatch: pytest.Monkey
     assert all((tmp_path / f"{name}.txt").read_text().strip() for name in ("step", "profile", "kernels"))
 
 
-def test_what_runs_at_the_limit_is_ended_and_nothing_begins_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    slow = tmp_path / "python"
-    slow.write_text("#!/bin/sh\nsleep 600\n")
-    slow.chmod(0o755)
-    monkeypatch.setattr(measure, "sys", SimpleNamespace(executable=str(slow)))
+@pytest.mark.usefixtures("slow_python")
+def test_what_runs_at_the_limit_is_ended_and_nothing_begins_after_it(tmp_path: Path):
     queue = measure.Queue("0", ["first", "second"], tmp_path, tmp_path, dict.fromkeys(("first", "second"), ("runs",)))
     thread = threading.Thread(target=queue.run)
     thread.start()
@@ -92,16 +98,18 @@ def test_the_same_bits_or_not(tmp_path: Path):
 
 def test_a_seed_is_part_of_the_command(tmp_path: Path):
     queue = measure.Queue("0", [], tmp_path, tmp_path / "data", measure.measurements("h100", 300))
-    assert queue._arguments("fast:2")[-5:] == [
+    assert queue._arguments(measure.Name.parse("fast:2"))[-5:] == [
         str(tmp_path / "data"), "--out", str(tmp_path / "runs/fast-2"), "--set", "training.seed=2"
     ]  # fmt: skip
-    assert queue._arguments("fast:2")[:3] == ["-m", "nanogpt", "train"]
-    assert "training.seed=2" in queue._arguments("step:2") and "--out" not in queue._arguments("step:2")
+    assert queue._arguments(measure.Name.parse("fast:2"))[:3] == ["-m", "nanogpt", "train"]
+    assert "training.seed=2" in queue._arguments(measure.Name.parse("step:2")) and "--out" not in queue._arguments(
+        measure.Name.parse("step:2")
+    )
 
 
 def test_a_full_schedule_is_run_by_the_script_of_its_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     queue = measure.Queue("0", [], tmp_path, tmp_path / "data", measure.measurements("h100", 300))
-    script, recipe, *options = queue._arguments("record89-full:1")
+    script, recipe, *options = queue._arguments(measure.Name.parse("record89-full:1"))
     assert Path(script) == Path(end_of_run.__file__)
     assert recipe == "record89-1xh100" and "training.seed=1" in options
     with pytest.raises(SystemExit):  # for that average alone: everything else is understood
@@ -120,11 +128,8 @@ def test_an_idea_is_the_fast_run_and_the_benchmarks_with_its_settings():
         assert f"{model}1xh200" in commands[name]
 
 
-def test_a_run_ends_with_an_evaluation_at_or_after_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    slow = tmp_path / "python"
-    slow.write_text("#!/bin/sh\nsleep 600\n")
-    slow.chmod(0o755)
-    monkeypatch.setattr(measure, "sys", SimpleNamespace(executable=str(slow)))
+@pytest.mark.usefixtures("slow_python")
+def test_a_run_ends_with_an_evaluation_at_or_after_its_step(tmp_path: Path):
     run = made_run(tmp_path / "runs/fast-1/a-run", curve=RECORD_67[:2])
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     begun = [line for line in lines if json.loads(line).get("step", 0) <= 250]
@@ -137,7 +142,7 @@ def test_a_run_ends_with_an_evaluation_at_or_after_its_step(tmp_path: Path, monk
     (run / "metrics.jsonl").write_text("".join(lines))
     thread.join(timeout=30)
     assert [(name, code) for name, _, _, code in queue.rows] == [("fast:1@260", 0)]
-    assert queue._arguments("fast:1@260")[-1] == "training.seed=1"
+    assert queue._arguments(measure.Name.parse("fast:1@260"))[-1] == "training.seed=1"
 
 
 def test_an_idea_with_a_name_that_is_taken_is_refused(tmp_path: Path):
