@@ -227,6 +227,9 @@ class MlpFp8Spec(Strict):
     gradients: Literal["bf16", "activations", "all"] = Field(
         default="bf16", description="which gradients are 8-bit products too: none, those of activations, of weights too"
     )
+    square: Literal["bf16", "e4m3"] = Field(
+        default="bf16", description="how the backward pass is left the activation; e4m3 needs gradients: all"
+    )
 
 
 class Record89Starts(Strict):
@@ -334,6 +337,8 @@ class Record89ModelSpec(RecordModelSpec):
             if (last in getattr(self, key)) != wanted:
                 verb = "must name" if wanted else "must not name"
                 yield (key,), f"{verb} the last layer, {last}"
+        if self.mlp_fp8.square == "e4m3" and self.mlp_fp8.gradients != "all":
+            yield ("mlp_fp8", "square"), f"is e4m3, which needs gradients: all; found {self.mlp_fp8.gradients}"
         if not self.skip.to_layer <= self.saved_layer < last:
             yield (
                 ("saved_layer",),

@@ -415,6 +415,7 @@ def test_shardable_rows_and_labels_are_the_models(name):
         ("model.gate_inputs", 11, "must be even"),
         ("model.qk_bank_padding", 3, "model.qk_bank_padding can fill up"),
         ("model.vo_bank_padding", 1, "model.vo_bank_padding can fill up"),
+        ("model.mlp_fp8.square", "e4m3", "needs gradients: all; found bf16"),
     ],
 )
 def test_what_record89_refuses(path, value, problem):

@@ -21,7 +21,11 @@ of d and g that have not been rounded to 8 bits; or they are 8-bit products too,
     U's gradient = s_g s_x (d8^T u8);  W's gradient = s_h s_g (h8^T g8)
 
 Both sum over tokens, and 8-bit products want operands that are contiguous along what is summed. So whatever makes d8,
-u8, h8 and g8 on Hopper writes them transposed as well.
+u8, h8 and g8 on Hopper writes them transposed as well. Then nothing but d reads post, which need not be kept either:
+
+    d = 2 sqrt(s_h h8) * s_g s_w (g8 W8^T)
+
+The root halves h8's relative error. Squares beyond 448 s_h count as that much, and those below 2^-10 s_h as nothing.
 """
 
 from __future__ import annotations
@@ -117,19 +121,22 @@ def fp8_relu_squared_mlp(
     *,
     transposed8: tuple[Tensor, Tensor] | None = None,  # (D, F), (F, D) e4m3: up8 and down8, transposed
     weight_gradients8: bool = False,
+    square8: bool = False,
     plain: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`relu(u @ up.T)**2 @ down` from the 8-bit weights, (T, D), and the largest of relu(u @ up.T)**2, () fp32.
 
     Differentiable in u, up and down, with the gradients of the products in u's dtype; with `transposed8`, the gradients
-    of u and of what is squared come from 8-bit products; with `weight_gradients8` as well, those of up and down do. T,
-    D and F are multiples of 16 on a GPU. `plain`: no Triton kernels.
+    of u and of what is squared come from 8-bit products; with `weight_gradients8` as well, those of up and down do, and
+    with `square8` on top the square is kept in 8 bits alone. T, D and F are multiples of 16 on a GPU. `plain`: without
+    Triton kernels.
     """
     with torch.no_grad():  # by rows first: a compiler finds those where it makes the rows
         u_scale = current_scale(u.abs().amax(1))
     weights8 = (up8, up_scale, down8, down_scale)
     transposed = transposed8 or (None, None)
-    out, peak = _Fp8MLP.apply(u, up, down, u_scale, *weights8, post_scale, *transposed, weight_gradients8, plain)
+    kept8 = (weight_gradients8, square8)
+    out, peak = _Fp8MLP.apply(u, up, down, u_scale, *weights8, post_scale, *transposed, *kept8, plain)
     return out, peak
 
 
@@ -149,12 +156,13 @@ class _Fp8MLP(torch.autograd.Function):
         up8_t: Tensor | None,
         down8_t: Tensor | None,
         weight_gradients8: bool,
+        square8: bool,
         plain: bool,
     ) -> tuple[Tensor, Tensor]:
         ctx.plain = plain
         ctx.gradients8, ctx.weight_gradients8 = up8_t is not None, weight_gradients8
         weights8 = (up8, up_scale, down8, down_scale)
-        out, post, peak, *kept = _forward(u, u_scale, *weights8, post_scale, weight_gradients8, plain)
+        out, post, peak, *kept = _forward(u, u_scale, *weights8, post_scale, weight_gradients8, square8, plain)
         ctx.mark_non_differentiable(peak)
         weights = (up, down) if up8_t is None else (up8_t, up_scale, down8_t, down_scale)
         if weight_gradients8:
@@ -172,7 +180,7 @@ class _Fp8MLP(torch.autograd.Function):
             gradients = _gradients8(grad, gradient_scale(grad), *ctx.saved_tensors, plain=ctx.plain)
         else:
             gradients = _gradients(grad, *ctx.saved_tensors, plain=ctx.plain)
-        return *gradients, *[None] * 10
+        return *gradients, *[None] * 11
 
 
 def _gradients(
@@ -212,10 +220,12 @@ def _forward(
     down_scale: Tensor,
     post_scale: Tensor,
     keep8: bool,
+    square8: bool,
     plain: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(the output (T, D), relu(pre)^2 (T, F), its largest, () fp32), and for weight gradients in 8 bits (e4m3 of u
-    (D, T), e4m3 of relu(pre)^2 (F, T), a copy of `post_scale`), which are empty unless `keep8`.
+    (D, T), e4m3 of relu(pre)^2 (F, T), a copy of `post_scale`), which are empty unless `keep8`. With `square8`, the
+    second is e4m3 of relu(pre)^2 / post_scale.
 
     The kernels leave the tokens of these copies, and of those that `_backward_all` makes, in an order of their own.
     """
@@ -228,14 +238,17 @@ def _forward(
             post8_t = up8.new_empty((up8.shape[0], u.shape[0]))
         else:
             u8, u8_t, post8_t = quantize(u.contiguous(), u_scale), None, None
-        post, post8, peak = up_squared_and_quantized(u8, u_scale, up8, up_scale, post_scale, u.dtype, turned=post8_t)
+        dtype = None if square8 else u.dtype
+        post, post8, peak = up_squared_and_quantized(u8, u_scale, up8, up_scale, post_scale, dtype, turned=post8_t)
     else:
         u8 = to_e4m3(u.float() / u_scale)
         pre = _product(u8, u_scale, up8, up_scale, u.dtype, fast=False)
-        post = pre.relu().square()
-        post8, peak = to_e4m3(post.float() / post_scale), post.amax().float()
+        square = pre.relu().square()
+        post8, peak = to_e4m3(square.float() / post_scale), square.amax().float()
+        post = None if square8 else square
         u8_t, post8_t = (u8.mT.contiguous(), post8.mT.contiguous()) if keep8 else (None, None)
     out = _product(post8, post_scale, down8, down_scale, u.dtype, fast=True)
+    post = post8 if post is None else post
     if u8_t is None or post8_t is None:
         return out, post, peak, up8.new_empty(0), up8.new_empty(0), post_scale.new_empty(0)
     return out, post, peak, u8_t, post8_t, post_scale.clone()
@@ -251,11 +264,13 @@ def _(
     down_scale: Tensor,
     post_scale: Tensor,
     keep8: bool,
+    square8: bool,
     plain: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     out = torch.empty_like(u, memory_format=torch.contiguous_format)
     (tokens, width), hidden = u.shape, up8.shape[0]
-    post, peak = u.new_empty((tokens, hidden)), u.new_empty((), dtype=torch.float32)
+    post = (up8 if square8 else u).new_empty((tokens, hidden))
+    peak = u.new_empty((), dtype=torch.float32)
     u8_t, post8_t = (up8.new_empty((size, tokens) if keep8 else (0,)) for size in (width, hidden))
     return out, post, peak, u8_t, post8_t, post_scale.new_empty(() if keep8 else (0,))
 
@@ -303,15 +318,19 @@ def _backward_all(
     post_scale: Tensor,
     plain: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of u (T, D), up and down (F, D), all of 8-bit products."""
-    if not plain and runs_kernel(grad, post, capability=9):
+    """The gradients of u (T, D), up and down (F, D), all of 8-bit products; `post` as it is or as e4m3."""
+    square_scale = post_scale if post.dtype == torch.float8_e4m3fn else None
+    if not plain and runs_kernel(grad, capability=9):
         from nanogpt.kernels.fp8_head_triton import quantize_both_ways
         from nanogpt.kernels.fp8_mlp_triton import gradient_both_ways
 
         grad8, grad8_t = quantize_both_ways(grad.contiguous(), grad_scale, torch.float8_e5m2, paired=True)
-        grad_pre8, grad_pre8_t = gradient_both_ways(grad8, grad_scale, down8, down_scale, post.contiguous())
+        grad_pre8, grad_pre8_t = gradient_both_ways(
+            grad8, grad_scale, down8, down_scale, post.contiguous(), square_scale
+        )
     else:
-        grad8, _, grad_pre8 = _gradients8_plain(grad, grad_scale, post, down8, down_scale)
+        square = post if square_scale is None else post.to(u_scale.dtype) * square_scale
+        grad8, _, grad_pre8 = _gradients8_plain(grad, grad_scale, square, down8, down_scale)
         grad8_t, grad_pre8_t = grad8.mT.contiguous(), grad_pre8.mT.contiguous()
     grad_u = _product(grad_pre8, grad_scale, up8, up_scale, grad.dtype, fast=False)
     grad_up = _product(grad_pre8_t, grad_scale, u8_t, u_scale, grad.dtype, fast=False)
@@ -370,25 +389,30 @@ def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
         shape = f"{tokens:,} x {width} x {hidden:,}"
         product = 2 * tokens * width * hidden / 2
         narrow, broad, weights = tokens * width, tokens * hidden, hidden * width  # numbers, also bytes of 8-bit ones
-        for suffix, keep8 in (("", False), (", transposed copies", True)):
+        for suffix, keep8, square8 in (
+            ("", False, False),
+            (", transposed copies", True, False),
+            (", all that is kept in 8 bits", True, True),
+        ):
             turned = torch.empty(hidden, tokens, dtype=up8.dtype, device=device) if keep8 else None
+            dtype = None if square8 else u.dtype
             yield BenchCase(
                 f"8-bit relu^2 MLP, forward{suffix}",
                 shape,
-                functools.partial(_forward, *inputs, keep8, False),
-                functools.partial(_forward, *inputs, keep8, True),
+                functools.partial(_forward, *inputs, keep8, square8, False),
+                functools.partial(_forward, *inputs, keep8, square8, True),
                 flops=2 * product,
-                bytes=2 * 2 * narrow + 2 * broad + 2 * weights + keep8 * (narrow + broad),
+                bytes=(2 * 2 + keep8) * narrow + (2 - square8 + keep8) * broad + 2 * weights,
             )
             yield BenchCase(
                 f"8-bit up-projection and its square{suffix}",
                 shape,
                 functools.partial(
-                    up_squared_and_quantized, u8, u_scale, up8, up_scale, post_scale, u.dtype, turned=turned
+                    up_squared_and_quantized, u8, u_scale, up8, up_scale, post_scale, dtype, turned=turned
                 ),
                 None,
                 flops=product,
-                bytes=narrow + 3 * broad + weights + keep8 * broad,
+                bytes=narrow + (1 + 2 * (not square8) + keep8) * broad + weights,
             )
         yield BenchCase(
             "rounding to 8 bits, both layouts",
@@ -400,7 +424,7 @@ def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
         )
         grad = (1e-4 * torch.randn(tokens, width, device=device)).bfloat16()
         grad_scale = gradient_scale(grad)
-        _, post, _, *kept = _forward(*inputs, True, False)
+        _, post, *_ = _forward(*inputs, True, False, False)
         weights8 = (up8_t, up_scale, down8_t, down_scale)
         in_bf16 = functools.partial(_gradients, grad, u, post, up, down, plain=False)
         yield BenchCase(
@@ -411,11 +435,13 @@ def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
             flops=2 * product + 2 * 2 * product,
             bytes=2 * 3 * narrow + 2 * broad + (2 + 2 * 2) * weights,
         )
-        yield BenchCase(
-            "8-bit relu^2 MLP, backward, weights too",
-            shape,
-            functools.partial(_backward_all, grad, grad_scale, post, *weights8, u_scale, *kept, False),
-            in_bf16,
-            flops=4 * product,
-            bytes=(2 * 2 + 1) * narrow + (2 + 1) * broad + (2 + 2 * 2) * weights,
-        )
+        for suffix, square8 in (("", False), (" and the square", True)):
+            _, square, _, *kept8 = _forward(*inputs, True, square8, False)
+            yield BenchCase(
+                f"8-bit relu^2 MLP, backward, weights too{suffix}",
+                shape,
+                functools.partial(_backward_all, grad, grad_scale, square, *weights8, u_scale, *kept8, False),
+                in_bf16,
+                flops=4 * product,
+                bytes=(2 * 2 + 1) * narrow + (2 - square8 + 1) * broad + (2 + 2 * 2) * weights,
+            )

@@ -1,8 +1,9 @@
 """Triton kernels of the MLP's 8-bit products: the rounding of their inputs, and those with more in their epilogues.
 
-The square leaves the up-projection as bf16 for the backward pass and as e4m3 for the product that follows, with its
-largest value. The gradient before the activation leaves its product as bf16 for the weights' gradient and as e5m2 for
-the product that follows. Persistent as in relu_squared_mlp_triton.py, with the tensor cores' fast accumulation.
+The square leaves the up-projection as bf16 for the backward pass, unless that reads 8 bits, and as e4m3 for the product
+that follows, with its largest value. The gradient before the activation leaves its product as bf16 for the weights'
+gradient and as e5m2 for the product that follows. Persistent as in relu_squared_mlp_triton.py, with the tensor cores'
+fast accumulation.
 
 For weight gradients in 8 bits both leave their products transposed as well: Hopper's products of 8 bits want operands
 that are contiguous along the summed dimension, there the tokens. They are stored as words of two tokens that one thread
@@ -52,10 +53,13 @@ def _paired(x, KIND: tl.constexpr):
 
 
 @triton.jit
-def _store_square(acc, scale, scale8, post_desc, post8_desc, turned_desc, row, column, TURNED: tl.constexpr):
+def _store_square(
+    acc, scale, scale8, post_desc, post8_desc, turned_desc, row, column, WIDE: tl.constexpr, TURNED: tl.constexpr
+):
     root = tl.maximum(acc, 0.0)
     square = root * root
-    post_desc.store([row, column], (square * scale).to(post_desc.dtype))
+    if WIDE:
+        post_desc.store([row, column], (square * scale).to(post_desc.dtype))
     square8 = tl.minimum(square * scale8, E4M3_MAX)
     post8_desc.store([row, column], square8.to(post8_desc.dtype))
     if TURNED:
@@ -69,7 +73,7 @@ def _fp8_relu_squared_kernel(
     a_scale_ptr,
     b_scale_ptr,
     post_scale_ptr,
-    post_desc,  # (M, N)
+    post_desc,  # (M, N), written where WIDE
     post8_desc,  # (M, N) e4m3
     turned_desc,  # (N, M / 2) int16, written where TURNED: words of two e4m3
     peaks_ptr,  # (programs,)
@@ -80,6 +84,7 @@ def _fp8_relu_squared_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    WIDE: tl.constexpr,
     TURNED: tl.constexpr,
 ):
     rows = tl.cdiv(M, BLOCK_M)
@@ -94,10 +99,13 @@ def _fp8_relu_squared_kernel(
         acc = tile_product(a_desc, b_desc, row, column, K, BLOCK_M, BLOCK_N, BLOCK_K)
         peaks = tl.maximum(peaks, tl.max(acc, axis=1))
         left, right = halves(acc, BLOCK_M, BLOCK_N)
-        _store_square(left, scale, scale8, post_desc, post8_desc, turned_desc, row, column, TURNED)
-        _store_square(right, scale, scale8, post_desc, post8_desc, turned_desc, row, column + BLOCK_N // 2, TURNED)
+        middle = column + BLOCK_N // 2
+        _store_square(left, scale, scale8, post_desc, post8_desc, turned_desc, row, column, WIDE, TURNED)
+        _store_square(right, scale, scale8, post_desc, post8_desc, turned_desc, row, middle, WIDE, TURNED)
     peak = tl.max(peaks)
-    peak = (peak * peak * scale).to(post_desc.dtype).to(tl.float32)
+    peak = peak * peak * scale
+    if WIDE:
+        peak = peak.to(post_desc.dtype).to(tl.float32)
     tl.store(peaks_ptr + tl.program_id(0), peak)
 
 
@@ -119,6 +127,7 @@ def _fp8_relu_squared_gradient_kernel(
     b_desc,  # (N, K) e4m3
     a_scale_ptr,
     b_scale_ptr,
+    post_scale_ptr,  # None where post is as it is
     post_desc,  # (M, N)
     out_desc,  # (M, N); where TURNED (N, M / 2) int16, words of two e5m2
     out8_desc,  # (M, N) e5m2
@@ -135,6 +144,8 @@ def _fp8_relu_squared_gradient_kernel(
     columns = tl.cdiv(N, BLOCK_N)
     scale = tl.load(a_scale_ptr)
     scale8 = tl.load(b_scale_ptr)  # out8 keeps a's scale
+    if post_scale_ptr is not None:
+        scale8 *= tl.sqrt(tl.load(post_scale_ptr))
     for tile in tl.range(tl.program_id(0), rows * columns, tl.num_programs(0), flatten=True):
         row, column = tile_corner(tile, rows, columns, BLOCK_M, BLOCK_N, GROUP)
         acc = tile_product(a_desc, b_desc, row, column, K, BLOCK_M, BLOCK_N, BLOCK_K)
@@ -157,18 +168,19 @@ def up_squared_and_quantized(
     up8: Tensor,  # (F, D) e4m3
     up_scale: Tensor,
     post_scale: Tensor,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     turned: Tensor | None = None,  # (F, T) e4m3, T a multiple of 16
     config: Config = TILES,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor, Tensor]:
     """`post = relu((x_scale x8) (up_scale up8)^T)^2` in `dtype`, (T, F); e4m3(post / post_scale); the largest.
 
-    Writes the second to `turned` too, transposed, its tokens paired.
+    The first is None, and never written, without a `dtype`. Writes the second to `turned` too, transposed, its tokens
+    paired.
     """
     (m, k), n = x8.shape, up8.shape[0]
-    post = torch.empty((m, n), dtype=dtype, device=x8.device)
     post8 = torch.empty((m, n), dtype=torch.float8_e4m3fn, device=x8.device)
-    programs = config.programs(post)
+    post = None if dtype is None else torch.empty_like(post8, dtype=dtype)
+    programs = config.programs(post8)
     peaks = torch.empty(programs, dtype=torch.float32, device=x8.device)
     post8_desc = config.half_tiles(post8)
     _fp8_relu_squared_kernel[(programs,)](
@@ -177,13 +189,14 @@ def up_squared_and_quantized(
         x_scale,
         up_scale,
         post_scale,
-        config.half_tiles(post),
+        post8_desc if post is None else config.half_tiles(post),
         post8_desc,
         post8_desc if turned is None else _half_tiles_of_words(turned, config),
         peaks,
         m,
         n,
         k,
+        WIDE=post is not None,
         TURNED=turned is not None,
         **config.options(),
     )
@@ -200,7 +213,7 @@ def gradient_and_quantized(
 ) -> tuple[Tensor, Tensor]:
     """`d = 2 sqrt(post) * ((grad_scale grad8) (down_scale down8)^T)` in post's dtype, (T, F); e5m2(d / grad_scale)."""
     out = torch.empty_like(post)
-    out8 = _gradient(grad8, grad_scale, down8, down_scale, post, config.half_tiles(out), config, turned=False)
+    out8 = _gradient(grad8, grad_scale, down8, down_scale, post, None, config.half_tiles(out), config, turned=False)
     return out, out8
 
 
@@ -210,12 +223,16 @@ def gradient_both_ways(
     down8: Tensor,  # (F, D) e4m3
     down_scale: Tensor,
     post: Tensor,  # (T, F)
+    post_scale: Tensor | None = None,
     config: Config = TILES,
 ) -> tuple[Tensor, Tensor]:
-    """The e5m2 of `gradient_and_quantized`, (T, F), and its transpose, (F, T), tokens paired."""
+    """The e5m2 of `gradient_and_quantized`, (T, F), and its transpose, (F, T), tokens paired.
+
+    With `post_scale`, the square is `post_scale post`.
+    """
     turned = torch.empty(post.mT.shape, dtype=torch.float8_e5m2, device=post.device)
     words = _half_tiles_of_words(turned, config)
-    return _gradient(grad8, grad_scale, down8, down_scale, post, words, config, turned=True), turned
+    return _gradient(grad8, grad_scale, down8, down_scale, post, post_scale, words, config, turned=True), turned
 
 
 def _gradient(
@@ -224,6 +241,7 @@ def _gradient(
     down8: Tensor,
     down_scale: Tensor,
     post: Tensor,
+    post_scale: Tensor | None,
     out_desc: TensorDescriptor,
     config: Config,
     *,
@@ -236,6 +254,7 @@ def _gradient(
         config.right(down8),
         grad_scale,
         down_scale,
+        post_scale,
         config.half_tiles(post),
         out_desc,
         config.half_tiles(out8),

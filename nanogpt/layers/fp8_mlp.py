@@ -77,6 +77,7 @@ class Fp8Mlp(nn.Module):
             post_scale,
             transposed8=None if self.gradients == "bf16" else (self.up8_t[layer], self.down8_t[layer]),
             weight_gradients8=self.gradients == "all",
+            square8=self.spec.square == "e4m3",
             plain=self.plain,
         )
         with torch.no_grad():

@@ -196,12 +196,12 @@ def test_training_takes_the_8_bit_mlps_and_evaluation_does_not():
     assert narrow.training_loss(batch, windows, weights) != loss
 
 
-@pytest.mark.parametrize("which", ["activations", "all"])
-def test_8_bit_gradients_change_gradients_alone(which):
+@pytest.mark.parametrize(("which", "square"), [("activations", "bf16"), ("all", "bf16"), ("all", "e4m3")])
+def test_8_bit_gradients_change_gradients_alone(which, square):
     ends, short, long = CASES["windows inside documents"]
     batch, _ = make_batch(ends)
     found = []
-    for overrides in ([], [f"model.mlp_fp8.gradients={which}"]):
+    for overrides in ([], [f"model.mlp_fp8.gradients={which}", f"model.mlp_fp8.square={square}"]):
         model = make_model(torch.float32, paths=FP8, spec=small_record89(overrides=overrides))
         model.restart()  # randomize has changed the weights
         loss = model.training_loss(batch, Windows(short, long), torch.tensor(WEIGHTS))

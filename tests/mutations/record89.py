@@ -334,7 +334,7 @@ _add(
     "8-bit activations",
     FP8_MLP,
     "scale of the input for the square",
-    ("to_e4m3(post.float() / post_scale)", "to_e4m3(post.float() / u_scale)"),
+    ("to_e4m3(square.float() / post_scale)", "to_e4m3(square.float() / u_scale)"),
 )
 _add("8-bit activations", FP8_MLP, "largest of 240", ("E4M3_MAX = 448.0", "E4M3_MAX = 240.0"))
 _add(
@@ -412,6 +412,14 @@ _add(
         "ctx.save_for_backward(post, *weights, u_scale, *kept)",
         "ctx.save_for_backward(post, *weights, u_scale, *kept[:2], post_scale.data)",
     ),
+)
+_add("8-bit square", FP8_SCALES, "always", ('square8=self.spec.square == "e4m3"', 'square8=self.gradients == "all"'))
+_add("8-bit square", FP8_SCALES, "never", ('square8=self.spec.square == "e4m3"', "square8=False"))
+_add(
+    "8-bit square",
+    FP8_MLP,
+    "its scale forgotten",
+    ("post if square_scale is None else post.to(u_scale.dtype) * square_scale", "post.to(u_scale.dtype)"),
 )
 _add("delayed scales", FP8_SCALES, "activation without headroom", ("self.spec.activation_headroom * peak", "peak"))
 _add("delayed scales", FP8_SCALES, "weights without headroom", ("self.spec.weight_headroom * down_peak", "down_peak"))

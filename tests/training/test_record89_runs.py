@@ -86,11 +86,11 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(
     assert_same(newest_state(path), newest_state(whole[precision]))
 
 
-@pytest.mark.parametrize("which", ["activations", "all"])
+@pytest.mark.parametrize("settings", [("gradients=activations",), ("gradients=all",), ("gradients=all", "square=e4m3")])
 def test_it_learns_with_8_bit_gradients_too(
-    whole: dict[tuple[str, ...], Path], data: Path, tmp_path: Path, which: str
+    whole: dict[tuple[str, ...], Path], data: Path, tmp_path: Path, settings: tuple[str, ...]
 ) -> None:
-    train(spec_of(FP8, f"model.mlp_fp8.gradients={which}"), data, tmp_path / "run")
+    train(spec_of(FP8, *(f"model.mlp_fp8.{setting}" for setting in settings)), data, tmp_path / "run")
     (_, narrow), (_, narrower) = losses(whole[FP8,]), losses(tmp_path / "run")
     assert narrower[0] == narrow[0] and 0 < abs(narrower[12] - narrow[12]) < 0.01
 
