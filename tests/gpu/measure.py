@@ -13,7 +13,8 @@ path differ by 0.02, as the order of atomic additions does. Of several seeds' pa
 `full` is the whole schedule, with other ends of it evaluated besides (end_of_run.py).
 
 `--idea NAME KEY=VALUE...` adds NAME, NAME-step and NAME-profile: the fast run, and the benchmarks, with these settings.
-They are of record 89 where NAME begins with record89-. In the end NAME is compared with fast, seed by seed:
+They are of record 89 where NAME begins with record89-, and of a recipe past it where it begins with that one's name. In
+the end NAME is compared with fast, seed by seed:
 
     python tests/gpu/measure.py OUT --data DIR --idea record89-lr26 optimizer.normuon.lr=0.026 \
         --on 0 record89-fast:1 record89-lr26:1 --on 1 record89-fast:2 record89-lr26:2
@@ -43,7 +44,7 @@ from nanogpt.runs.metrics import read_run
 
 EVALUATION = ("--set", "evaluation.tokens=2097152", "--set", "data.epochs=null")
 DETERMINISTIC = ("--set", "runtime.deterministic=true")
-MODELS = ("", "record89-")  # of which a name begins with the longest that fits
+MODELS = ("", "record89-", "record89-fp8-backward-")  # of which a name begins with the longest that fits
 END_OF_RUN = str(Path(__file__).with_name("end_of_run.py"))
 ENDS = ("--average", "4", "8", "16", "32", "64", "--windows", "6:24", "6:28", "8:20")  # beside the recipe's own
 PLAIN = ("attention=varlen", "kernels=plain", "head_precision=bf16", "mlp_precision=bf16")  # of runtime

@@ -119,9 +119,10 @@ def test_a_full_schedule_is_run_by_the_script_of_its_ends(tmp_path: Path, capsys
 
 def test_an_idea_is_the_fast_run_and_the_benchmarks_with_its_settings():
     settings = ("optimizer.normuon.lr=0.02", "training.warmup=false")
-    commands = measure.measurements("h200", 300, {"lower": settings, "record89-lower": settings})
+    models = {"lower": "", "record89-lower": "record89-", "record89-fp8-backward-lower": "record89-fp8-backward-"}
+    commands = measure.measurements("h200", 300, dict.fromkeys(models, settings))
     ends = ("--set", settings[0], "--set", settings[1])
-    for name, model in (("lower", ""), ("record89-lower", "record89-")):
+    for name, model in models.items():
         assert commands[name] == commands[f"{model}fast"] + ends
         assert commands[f"{name}-step"] == commands[f"{model}step"] + ends
         assert commands[f"{name}-profile"] == commands[f"{model}profile"] + ends
