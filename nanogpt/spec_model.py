@@ -227,6 +227,9 @@ class MlpFp8Spec(Strict):
     gradients: Literal["bf16", "activations", "all"] = Field(
         default="bf16", description="which gradients are 8-bit products too: none, those of activations, of weights too"
     )
+    input_scale: Literal["measured", "bound"] = Field(
+        default="measured", description="of the MLP's input: by its largest, or by what a norm's output cannot exceed"
+    )
     square: Literal["bf16", "e4m3"] = Field(
         default="bf16", description="how the backward pass is left the activation; e4m3 needs gradients: all"
     )

@@ -98,6 +98,7 @@ REACHES: Mapping[str, Callable[[Any], Any]] = {
             "model.mudd.scale",
             "model.mlp_fp8.activation_headroom",
             "model.mlp_fp8.gradients",
+            "model.mlp_fp8.input_scale",
             "model.mlp_fp8.square",
             "optimizer.kind",
             "optimizer.adam.eps",

@@ -26,7 +26,7 @@ class Config(NamedTuple):
 
 @triton.jit
 def _quantize_both_ways_kernel(
-    src_ptr,  # (B, M, N) bf16
+    src_ptr,  # (B, M, N) bf16, or 8-bit
     scale_ptr,  # (B,), to divide by; or None, and then FACTOR is what to multiply by
     same_ptr,  # (B, M, N), 8-bit, or None, as the next may be
     turned_ptr,  # (B, N, M), 8-bit
@@ -117,6 +117,13 @@ def quantize_both_ways(
     given, factor = (scale, None) if isinstance(scale, Tensor) else (None, 1 / scale)
     _launch_quantize(src[None], given, same, turned, factor=factor, paired=paired, config=config or QUANTIZE)
     return same, turned
+
+
+def paired_transpose(src: Tensor) -> Tensor:
+    """The transpose (N, M), paired as by `quantize_both_ways`, of 8-bit floats src (M, N), contiguous."""
+    turned = torch.empty(src.mT.shape, dtype=src.dtype, device=src.device)
+    _launch_quantize(src[None], None, None, turned, factor=1.0, paired=True, config=QUANTIZE)
+    return turned
 
 
 def quantize_matrices(

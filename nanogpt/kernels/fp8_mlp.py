@@ -5,9 +5,11 @@
     down:  h8 = e4m3(min(post / s_h, 448));  out = s_h s_w (h8 W8)
 
 s_u is of the current weights. s_h and s_w are delayed: they come from what was measured one micro-batch, or one step,
-earlier (`nanogpt.layers.fp8_mlp` keeps them), so that nothing has to be read twice. On Hopper the square and its
-rounding are the epilogue of the first product, both products accumulate fast, and h8 comes from the square before that
-is rounded. On a CPU the same roundings are made around ordinary products, which round pre as well.
+earlier (`nanogpt.layers.fp8_mlp` keeps them), so that nothing has to be read twice. s_x may be given where u is
+bounded: e4m3 has an exponent, so that a larger scale costs only what is close to zero, and a compiler can round u where
+it makes it. On Hopper the square and its rounding are the epilogue of the first product, both products accumulate fast,
+and h8 comes from the square before that is rounded. On a CPU the same roundings are made around ordinary products,
+which round pre as well.
 
 With 8-bit gradients of the activations, g the gradient of out:
 
@@ -119,6 +121,7 @@ def fp8_relu_squared_mlp(
     down_scale: Tensor,
     post_scale: Tensor,
     *,
+    u_scale: Tensor | None = None,  # measured if None
     transposed8: tuple[Tensor, Tensor] | None = None,  # (D, F), (F, D) e4m3: up8 and down8, transposed
     weight_gradients8: bool = False,
     square8: bool = False,
@@ -131,12 +134,15 @@ def fp8_relu_squared_mlp(
     with `square8` on top the square is kept in 8 bits alone. T, D and F are multiples of 16 on a GPU. `plain`: without
     Triton kernels.
     """
-    with torch.no_grad():  # by rows first: a compiler finds those where it makes the rows
-        u_scale = current_scale(u.abs().amax(1))
+    with torch.no_grad():
+        if u_scale is None:  # by rows first: a compiler finds those where it makes the rows
+            u8, u_scale = None, current_scale(u.abs().amax(1))
+        else:
+            u8 = to_e4m3(u.float() / u_scale)
     weights8 = (up8, up_scale, down8, down_scale)
     transposed = transposed8 or (None, None)
     kept8 = (weight_gradients8, square8)
-    out, peak = _Fp8MLP.apply(u, up, down, u_scale, *weights8, post_scale, *transposed, *kept8, plain)
+    out, peak = _Fp8MLP.apply(u, up, down, u8, u_scale, *weights8, post_scale, *transposed, *kept8, plain)
     return out, peak
 
 
@@ -147,6 +153,7 @@ class _Fp8MLP(torch.autograd.Function):
         u: Tensor,
         up: Tensor,
         down: Tensor,
+        u8: Tensor | None,
         u_scale: Tensor,
         up8: Tensor,
         up_scale: Tensor,
@@ -162,7 +169,10 @@ class _Fp8MLP(torch.autograd.Function):
         ctx.plain = plain
         ctx.gradients8, ctx.weight_gradients8 = up8_t is not None, weight_gradients8
         weights8 = (up8, up_scale, down8, down_scale)
-        out, post, peak, *kept = _forward(u, u_scale, *weights8, post_scale, weight_gradients8, square8, plain)
+        x = u if u8 is None else u8  # whose dtype does not tell whether there are kernels for u's
+        kept8 = (weight_gradients8, square8)
+        plain = plain or not runs_kernel(u, capability=9)
+        out, post, peak, *kept = _forward(x, u_scale, *weights8, post_scale, u.dtype, *kept8, plain)
         ctx.mark_non_differentiable(peak)
         weights = (up, down) if up8_t is None else (up8_t, up_scale, down8_t, down_scale)
         if weight_gradients8:
@@ -180,7 +190,7 @@ class _Fp8MLP(torch.autograd.Function):
             gradients = _gradients8(grad, gradient_scale(grad), *ctx.saved_tensors, plain=ctx.plain)
         else:
             gradients = _gradients(grad, *ctx.saved_tensors, plain=ctx.plain)
-        return *gradients, *[None] * 11
+        return *gradients, *[None] * 12
 
 
 def _gradients(
@@ -212,13 +222,14 @@ def _gradients8(
 # long been overwritten by the next call's.
 @torch.library.custom_op("nanogpt::fp8_mlp_forward", mutates_args=())
 def _forward(
-    u: Tensor,
+    x: Tensor,  # (T, D): u, or e4m3 of u / u_scale
     u_scale: Tensor,
     up8: Tensor,
     up_scale: Tensor,
     down8: Tensor,
     down_scale: Tensor,
     post_scale: Tensor,
+    dtype: torch.dtype,  # of u
     keep8: bool,
     square8: bool,
     plain: bool,
@@ -229,25 +240,29 @@ def _forward(
 
     The kernels leave the tokens of these copies, and of those that `_backward_all` makes, in an order of their own.
     """
-    if not plain and runs_kernel(u, capability=9):
-        from nanogpt.kernels.fp8_head_triton import quantize_both_ways
+    rounded = x.dtype == torch.float8_e4m3fn
+    u8_t = post8_t = None
+    if not plain:
+        from nanogpt.kernels.fp8_head_triton import paired_transpose, quantize_both_ways
         from nanogpt.kernels.fp8_mlp_triton import quantize, up_squared_and_quantized
 
+        x = x.contiguous()
         if keep8:
-            u8, u8_t = quantize_both_ways(u.contiguous(), u_scale, paired=True)
-            post8_t = up8.new_empty((up8.shape[0], u.shape[0]))
+            u8, u8_t = (x, paired_transpose(x)) if rounded else quantize_both_ways(x, u_scale, paired=True)
+            post8_t = up8.new_empty((up8.shape[0], x.shape[0]))
         else:
-            u8, u8_t, post8_t = quantize(u.contiguous(), u_scale), None, None
-        dtype = None if square8 else u.dtype
-        post, post8, peak = up_squared_and_quantized(u8, u_scale, up8, up_scale, post_scale, dtype, turned=post8_t)
+            u8 = x if rounded else quantize(x, u_scale)
+        wide = None if square8 else dtype
+        post, post8, peak = up_squared_and_quantized(u8, u_scale, up8, up_scale, post_scale, wide, turned=post8_t)
     else:
-        u8 = to_e4m3(u.float() / u_scale)
-        pre = _product(u8, u_scale, up8, up_scale, u.dtype, fast=False)
+        u8 = x if rounded else to_e4m3(x.float() / u_scale)
+        pre = _product(u8, u_scale, up8, up_scale, dtype, fast=False)
         square = pre.relu().square()
         post8, peak = to_e4m3(square.float() / post_scale), square.amax().float()
         post = None if square8 else square
-        u8_t, post8_t = (u8.mT.contiguous(), post8.mT.contiguous()) if keep8 else (None, None)
-    out = _product(post8, post_scale, down8, down_scale, u.dtype, fast=True)
+        if keep8:
+            u8_t, post8_t = u8.mT.contiguous(), post8.mT.contiguous()
+    out = _product(post8, post_scale, down8, down_scale, dtype, fast=True)
     post = post8 if post is None else post
     if u8_t is None or post8_t is None:
         return out, post, peak, up8.new_empty(0), up8.new_empty(0), post_scale.new_empty(0)
@@ -256,21 +271,22 @@ def _forward(
 
 @_forward.register_fake
 def _(
-    u: Tensor,
+    x: Tensor,
     u_scale: Tensor,
     up8: Tensor,
     up_scale: Tensor,
     down8: Tensor,
     down_scale: Tensor,
     post_scale: Tensor,
+    dtype: torch.dtype,
     keep8: bool,
     square8: bool,
     plain: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    out = torch.empty_like(u, memory_format=torch.contiguous_format)
-    (tokens, width), hidden = u.shape, up8.shape[0]
-    post = (up8 if square8 else u).new_empty((tokens, hidden))
-    peak = u.new_empty((), dtype=torch.float32)
+    (tokens, width), hidden = x.shape, up8.shape[0]
+    out = x.new_empty((tokens, width), dtype=dtype)
+    post = x.new_empty((tokens, hidden), dtype=up8.dtype if square8 else dtype)
+    peak = x.new_empty((), dtype=torch.float32)
     u8_t, post8_t = (up8.new_empty((size, tokens) if keep8 else (0,)) for size in (width, hidden))
     return out, post, peak, u8_t, post8_t, post_scale.new_empty(() if keep8 else (0,))
 
@@ -374,7 +390,7 @@ def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
     up, down = ((0.03 * torch.randn(hidden, width, device=device)).bfloat16() for _ in range(2))
     if not runs_kernel(up, capability=9):
         return
-    from nanogpt.kernels.fp8_head_triton import quantize_both_ways
+    from nanogpt.kernels.fp8_head_triton import paired_transpose, quantize_both_ways
     from nanogpt.kernels.fp8_mlp_triton import quantize, up_squared_and_quantized
 
     up_scale, down_scale = current_scale(up), current_scale(down)
@@ -385,7 +401,7 @@ def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
         u = torch.randn(tokens, width, device=device).bfloat16()
         u_scale = current_scale(u)
         u8 = quantize(u, u_scale)
-        inputs = (u, u_scale, up8, up_scale, down8, down_scale, post_scale)
+        inputs = (u, u_scale, up8, up_scale, down8, down_scale, post_scale, u.dtype)
         shape = f"{tokens:,} x {width} x {hidden:,}"
         product = 2 * tokens * width * hidden / 2
         narrow, broad, weights = tokens * width, tokens * hidden, hidden * width  # numbers, also bytes of 8-bit ones
@@ -421,6 +437,14 @@ def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
             None,
             flops=0,
             bytes=(2 + 1 + 1) * narrow,
+        )
+        yield BenchCase(
+            "8-bit transpose, tokens paired",
+            f"{tokens:,} x {width}",
+            functools.partial(paired_transpose, u8),
+            None,
+            flops=0,
+            bytes=(1 + 1) * narrow,
         )
         grad = (1e-4 * torch.randn(tokens, width, device=device)).bfloat16()
         grad_scale = gradient_scale(grad)

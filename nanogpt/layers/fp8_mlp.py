@@ -1,5 +1,6 @@
 """The 8-bit copies of the MLP bank, and the scales that are measured at one time and used at the next.
 
+- Input: divided by its largest in this very micro-batch, or by a power of two that no output of a norm needs more than.
 - Up weights: divided by a scale of their own, measured when they are rounded.
 - Down weights: rounded after each optimizer step with the scale that was measured at the one before, times a headroom.
   Over the first steps, in which they leave zero, the scale is measured first.
@@ -12,6 +13,7 @@ the other layout.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -41,6 +43,10 @@ class Fp8Mlp(nn.Module):
         self.gradients = spec.gradients if active else "bf16"
         self.plain = plain
         self._loaded = False  # scales that fit the weights to come
+        self.u_scale: Tensor | None
+        bound = 2.0 ** math.ceil(math.log2(math.sqrt(width) / E4M3_MAX))
+        scale = torch.tensor(bound) if active and spec.input_scale == "bound" else None
+        self.register_buffer("u_scale", scale, persistent=False)
         kinds = ("post_scale", "up_scale", "down_scale", "next_down_scale")
         for layer in range(self.layers):
             for kind in kinds:
@@ -75,6 +81,7 @@ class Fp8Mlp(nn.Module):
             self.down8[layer],
             getattr(self, f"down_scale_{layer}"),
             post_scale,
+            u_scale=self.u_scale,
             transposed8=None if self.gradients == "bf16" else (self.up8_t[layer], self.down8_t[layer]),
             weight_gradients8=self.gradients == "all",
             square8=self.spec.square == "e4m3",

@@ -193,7 +193,7 @@ def paired(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("tokens", [16, 272, 4_112, 16_384])
 def test_transposed_copies_are_the_kernels_results(tokens):
-    from nanogpt.kernels.fp8_head_triton import quantize_both_ways
+    from nanogpt.kernels.fp8_head_triton import paired_transpose, quantize_both_ways
     from nanogpt.kernels.fp8_mlp_triton import (
         gradient_and_quantized,
         gradient_both_ways,
@@ -211,7 +211,8 @@ def test_transposed_copies_are_the_kernels_results(tokens):
     for x, scale, dtype in ((u, 0.9 * u_scale, torch.float8_e4m3fn), (grad, grad_scale, torch.float8_e5m2)):
         same, turned = quantize_both_ways(x, scale, dtype, paired=True)
         assert torch.equal(same.view(torch.uint8), quantize(x, scale, dtype).view(torch.uint8))
-        assert torch.equal(turned.view(torch.uint8), paired(same))
+        for transposed in (turned, paired_transpose(same)):
+            assert torch.equal(transposed.view(torch.uint8), paired(same))
         quantized.append(same)
     u8, grad8 = quantized
 
@@ -245,7 +246,9 @@ def test_transposed_copies_are_the_kernels_results(tokens):
 
 @pytest.mark.parametrize("size", [1.0, 1e-6])
 @pytest.mark.parametrize("tokens", [272, 16_384])
-@pytest.mark.parametrize("which", ["activations", "all", "all, and the square"])
+@pytest.mark.parametrize(
+    "which", ["activations", "all", "all, and the square", "all, and the square, input by its bound"]
+)
 def test_8_bit_gradients_against_their_emulation_and_fp64(tokens, size, which):
     torch.manual_seed(tokens)
     u, up, down = randn(tokens, 768), randn(3_072, 768, scale=0.02), randn(3_072, 768, scale=0.02)
@@ -257,6 +260,7 @@ def test_8_bit_gradients_against_their_emulation_and_fp64(tokens, size, which):
     weights = (up8, up_scale, down8_t.mT.contiguous(), down_scale, post_scale)
     inputs = [x.requires_grad_() for x in (u, up, down)]
     in8 = {"transposed8": transposed8, "weight_gradients8": which != "activations", "square8": "square" in which}
+    in8["u_scale"] = torch.tensor(2.0**-4, device="cuda") if "bound" in which else None
     results = []
     for options in (in8, in8 | {"plain": True}, {}):
         out, _ = fp8_relu_squared_mlp(*inputs, *weights, **options)
@@ -277,7 +281,9 @@ def test_8_bit_gradients_against_their_emulation_and_fp64(tokens, size, which):
         assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
 
 
-@pytest.mark.parametrize("settings", [("gradients=activations",), ("gradients=all",), ("gradients=all", "square=e4m3")])
+@pytest.mark.parametrize(
+    "settings", [("gradients=activations",), ("gradients=all",), ("gradients=all", "square=e4m3", "input_scale=bound")]
+)
 def test_the_model_takes_its_scales_to_the_products(settings):
     """PyTorch refuses scales that are not aligned: every layer's goes in as it is kept."""
     sizes = ["model.vocab_size=500", "model.padded_vocab_size=512", "model.bigram_rows=1024"]
@@ -326,7 +332,7 @@ def test_prefixes_in_the_kernel(precision, terms):
         ("fp8", ()),
         ("fp8", ("gradients=activations",)),
         ("fp8", ("gradients=all",)),
-        ("fp8", ("gradients=all", "square=e4m3")),
+        ("fp8", ("gradients=all", "square=e4m3", "input_scale=bound")),
     ],
 )
 def test_fast_and_plain_paths_agree_and_the_graph_is_one(precision, settings):

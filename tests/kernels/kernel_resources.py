@@ -72,7 +72,7 @@ RECIPES = {
         (),
         (f"{GRADIENTS}=activations",),
         (f"{GRADIENTS}=all",),
-        (f"{GRADIENTS}=all", "model.mlp_fp8.square=e4m3"),
+        (f"{GRADIENTS}=all", "model.mlp_fp8.square=e4m3", "model.mlp_fp8.input_scale=bound"),
     ),
 }
 COLUMNS = ("warps", "stages", "shared", "registers", "spilled", "blocks", "launch")  # of the table

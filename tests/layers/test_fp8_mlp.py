@@ -8,6 +8,7 @@ import torch
 from nanogpt.kernels.fp8_mlp import current_scale, fp8_relu_squared_mlp, round_weights, to_e4m3, to_e5m2
 from nanogpt.kernels.relu_squared_mlp import relu_squared_backward
 from nanogpt.layers.fp8_mlp import Fp8Mlp
+from nanogpt.layers.norm import norm
 from nanogpt.spec_model import MlpFp8Spec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -16,6 +17,7 @@ T, D, F = 24, 16, 40
 SPEC = MlpFp8Spec(activation_headroom=1.8, weight_headroom=1.12, bootstrap_steps=3)
 ACTIVATIONS, ALL = (SPEC.model_copy(update={"gradients": which}) for which in ("activations", "all"))
 ALL_KEPT = ALL.model_copy(update={"square": "e4m3"})
+BOUND = ALL_KEPT.model_copy(update={"input_scale": "bound"})
 
 
 def e4m3(x: torch.Tensor) -> torch.Tensor:
@@ -53,9 +55,9 @@ def test_the_reference_e5m2_is_pytorchs():
     assert torch.equal(to_e5m2(x).double(), e5m2(x))
 
 
-def definition(u, up, down, up8, s_u, down8, s_w, s_h):
+def definition(u, up, down, up8, s_u, down8, s_w, s_h, s_x):
     """Output and gradients for an incoming gradient of ones, in fp64; 8-bit weights as fp64 numbers."""
-    s_x = u.abs().max() / 448
+    s_x = u.abs().max() / 448 if s_x is None else s_x
     pre = s_x * s_u * (e4m3(u / s_x) @ up8.T)
     post = pre.clamp(min=0) ** 2
     h8 = e4m3(torch.clamp(post / s_h, max=448.0))
@@ -65,17 +67,21 @@ def definition(u, up, down, up8, s_u, down8, s_w, s_h):
     return out, post.max(), d_pre @ up, d_pre.T @ u, post.T @ grad
 
 
+# Measured; of a norm's output; so small that the input is cut off.
+@pytest.mark.parametrize("u_scale", [None, 2.0**-4, 2.0**-8])
 @pytest.mark.parametrize("post_scale", [1.0, 0.003, 0.0005])  # coarse; about right; so small that much is cut off
-def test_output_and_gradients_are_those_of_the_definition(post_scale):
+def test_output_and_gradients_are_those_of_the_definition(post_scale, u_scale):
     u, up, down = randn(T, D), randn(F, D, scale=0.1, seed=1), randn(F, D, scale=0.1, seed=2)
     up_scale, down_scale = (x.abs().max() / 448 for x in (up, down))
     up8, down8 = e4m3(up / up_scale), e4m3(down / down_scale)
     s_h = torch.tensor(post_scale)
     inputs = [x.requires_grad_() for x in (u, up, down)]
     down8_t = down8.T.contiguous().float().to(torch.float8_e4m3fn)
-    out, peak = fp8_relu_squared_mlp(*inputs, up8.float().to(torch.float8_e4m3fn), up_scale, down8_t, down_scale, s_h)
+    weights8 = (up8.float().to(torch.float8_e4m3fn), up_scale, down8_t, down_scale)
+    given = None if u_scale is None else torch.tensor(u_scale)
+    out, peak = fp8_relu_squared_mlp(*inputs, *weights8, s_h, u_scale=given)
     wide = [x.detach().double() for x in (u, up, down)]
-    expected = definition(*wide, up8, up_scale.double(), down8, down_scale.double(), s_h.double())
+    expected = definition(*wide, up8, up_scale.double(), down8, down_scale.double(), s_h.double(), u_scale)
     out.sum().backward()
     for name, a, b in zip(
         ("out", "peak", "du", "dup", "ddown"), (out, peak, *(x.grad for x in inputs)), expected, strict=True
@@ -344,6 +350,30 @@ def test_the_backward_pass_reads_the_weights_of_the_forward_pass(spec):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(("width", "scale"), [(768, 2.0**-4), (64, 2.0**-5), (1_024, 2.0**-3)])
+def test_the_bound_of_a_norm_is_a_power_of_two_that_cuts_nothing_off(width, scale):
+    assert make()[0].u_scale is None
+    module = Fp8Mlp(BOUND, layers=1, hidden=16, width=width, active=True, plain=False)
+    assert module.u_scale == scale
+    assert "u_scale" not in module.state_dict()
+    peak = norm(torch.eye(width)[:1]).abs().max()  # one number, all others zero: no output of a norm is larger
+    assert 224 < peak / scale < 448
+
+
+def test_the_module_takes_the_bound_for_its_input():
+    u = norm(randn(T, D))
+    outputs = []
+    for spec in (ALL_KEPT, BOUND):
+        module, bank = make(spec=spec)
+        bank[:, 1] = randn(3, F, D, scale=0.05)
+        module.restart(bank)
+        outputs.append(module(0, u, *bank[0]))
+    weights8 = module.up8[0], module.scales("up_scale")[0], module.down8[0], module.scales("down_scale")[0]
+    expected, _ = fp8_relu_squared_mlp(u, *bank[0], *weights8, torch.ones(()), u_scale=torch.tensor(2.0**-6))
+    assert torch.equal(outputs[1], expected) and not torch.equal(*outputs)
+    assert relative_error(*outputs) < 0.05
+
+
 def test_weights_are_rounded_by_their_scales_in_fp32():
     bank = randn(2, 2, F, D, scale=0.05).bfloat16()
     bank[1] *= 30
@@ -373,7 +403,9 @@ def test_a_state_of_the_other_precision_is_taken_too():
     assert floats(active.scales("down_scale")) == pytest.approx(peaks)
 
 
-@pytest.mark.parametrize("spec", [SPEC, ACTIVATIONS, ALL, ALL_KEPT], ids=["bf16", "activations", "all", "kept"])
+@pytest.mark.parametrize(
+    "spec", [SPEC, ACTIVATIONS, ALL, ALL_KEPT, BOUND], ids=["bf16", "activations", "all", "kept", "bound"]
+)
 def test_compiled_gradients_do_not_see_the_next_calls_scale(spec):
     """A compiler may compute again, in the backward pass, what depends on a scale that has been overwritten by then."""
     module, bank = make(layers=1, spec=spec)

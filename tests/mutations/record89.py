@@ -341,7 +341,7 @@ _add(
     "8-bit input",
     FP8_MLP,
     "fixed scale",
-    ("u_scale = current_scale(u.abs().amax(1))", "u_scale = torch.tensor(0.01)"),
+    ("u8, u_scale = None, current_scale(u.abs().amax(1))", "u8, u_scale = None, torch.tensor(0.01)"),
 )
 _add(
     "8-bit backward",
@@ -413,6 +413,9 @@ _add(
         "ctx.save_for_backward(post, *weights, u_scale, *kept[:2], post_scale.data)",
     ),
 )
+_add("8-bit input", FP8_SCALES, "bound too small", ("math.sqrt(width) / E4M3_MAX", "math.sqrt(width) / (2 * E4M3_MAX)"))
+_add("8-bit input", FP8_SCALES, "bound always", ('spec.input_scale == "bound" else None', "spec.input_scale else None"))
+_add("8-bit input", FP8_SCALES, "bound never", ("u_scale=self.u_scale,", "u_scale=None,"))
 _add("8-bit square", FP8_SCALES, "always", ('square8=self.spec.square == "e4m3"', 'square8=self.gradients == "all"'))
 _add("8-bit square", FP8_SCALES, "never", ('square8=self.spec.square == "e4m3"', "square8=False"))
 _add(

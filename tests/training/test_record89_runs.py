@@ -86,13 +86,16 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(
     assert_same(newest_state(path), newest_state(whole[precision]))
 
 
-@pytest.mark.parametrize("settings", [("gradients=activations",), ("gradients=all",), ("gradients=all", "square=e4m3")])
-def test_it_learns_with_8_bit_gradients_too(
+@pytest.mark.parametrize(
+    "settings",
+    [("gradients=activations",), ("gradients=all",), ("gradients=all", "square=e4m3"), ("input_scale=bound",)],
+)
+def test_it_learns_with_more_in_8_bits_too(
     whole: dict[tuple[str, ...], Path], data: Path, tmp_path: Path, settings: tuple[str, ...]
 ) -> None:
     train(spec_of(FP8, *(f"model.mlp_fp8.{setting}" for setting in settings)), data, tmp_path / "run")
     (_, narrow), (_, narrower) = losses(whole[FP8,]), losses(tmp_path / "run")
-    assert narrower[0] == narrow[0] and 0 < abs(narrower[12] - narrow[12]) < 0.01
+    assert abs(narrower[0] - narrow[0]) < 1e-3 and 0 < abs(narrower[12] - narrow[12]) < 0.01
 
 
 def test_samples_are_drawn_from_either_precision(whole: dict[tuple[str, ...], Path]) -> None:
