@@ -1,12 +1,13 @@
 """What the end of a run is worth: one run, its last weights, and other ends of it on the same validation tokens.
 
     python tests/gpu/end_of_run.py RECIPE --data DIR --out DIR [--steps N] [--set KEY=VALUE]... \
-        [--average 8 16 32] [--windows 6:20 6:28]
+        [--average 8 16 32] [--before 4 8 16] [--windows 6:20 6:28]
 
 The run is an ordinary one, in a directory of its own. `--average N` evaluates the mean of the weights that each of the
-last N steps has left, kept in fp32; `--windows SHORT:LONG` the last weights with other attention windows, in blocks.
-Ends of one run differ by nothing else, so that a difference of 0.0005 is seen where two runs would have to be many. The
-averages are added up inside the clock: some milliseconds a step, of the last steps. One process, one GPU or the CPU.
+last N steps has left, kept in fp32; `--before N` the weights of N steps before the end; `--windows SHORT:LONG` the last
+weights with other attention windows, in blocks. All others with those of the last validation. Ends of one run differ by
+nothing else, so that a difference of 0.0005 is seen where two runs would have to be many. The averages are added up
+inside the clock: some milliseconds a step, of the last steps. One process, one GPU or the CPU.
 """
 
 from __future__ import annotations
@@ -36,19 +37,26 @@ End = tuple[str, float]  # what differs, validation loss
 class EndOfRun(Trainer):
     """A trainer that evaluates other ends when its run has ended, and writes them into `ends.json`.
 
-    `averages`: over the last so many steps. `windows`: (short, long), in blocks.
+    `averages`: over the last so many steps. `before`: steps before the end. `windows`: (short, long), in blocks.
     """
 
     def __init__(
-        self, *arguments: Any, averages: Sequence[int] = (), windows: Sequence[tuple[int, int]] = (), **options: Any
+        self,
+        *arguments: Any,
+        averages: Sequence[int] = (),
+        before: Sequence[int] = (),
+        windows: Sequence[tuple[int, int]] = (),
+        **options: Any,
     ):
         super().__init__(*arguments, **options)
         self.averages = averages
+        self.before = before
         self.windows = windows
         self.sums: dict[int, list[Tensor]] = {}
+        self.copies: dict[int, list[Tensor]] = {}
 
     def train_step(self, settings: StepSettings, micro_steps: int | None = None) -> Tensor:
-        """A step; where it is one of the last, its weights are added up."""
+        """A step; where it is one of the last, its weights are added up, or kept."""
         told = super().train_step(settings, micro_steps)
         if micro_steps is not None:  # the warm-up
             return told
@@ -59,6 +67,8 @@ class EndOfRun(Trainer):
                     self.sums[count] = [torch.zeros_like(p, dtype=torch.float32) for p in self.model.parameters()]
                 for total, parameter in zip(self.sums[count], self.model.parameters(), strict=True):
                     total.add_(parameter.detach())
+        if left - 1 in self.before:
+            self.copies[left - 1] = self._weights()
         return told
 
     def run(self, *, resume: bool = False) -> Result:
@@ -66,20 +76,24 @@ class EndOfRun(Trainer):
         if resume:
             raise ValueError("the weights of steps before a resumption are gone")
         result = super().run()
-        ends = [("the last weights", result.final_val_loss), *self._averaged(), *self._windowed()]
+        ends = [("the last weights", result.final_val_loss), *self._reweighted(), *self._windowed()]
         assert self.run_directory is not None
         (self.run_directory.path / ENDS).write_text(json.dumps(ends, indent=1) + "\n")
         return result
 
-    def _averaged(self) -> list[End]:
-        last = [parameter.detach().clone() for parameter in self.model.parameters()]
-        found = []
+    def _reweighted(self) -> list[End]:
+        last, found = self._weights(), []
         for count in self.averages:
             self._put([total / count for total in self.sums[count]])
-            loss = self.evaluate(self.schedule.final_windows)
-            found.append((f"mean of the last {count}", loss))
+            found.append((f"mean of the last {count}", self.evaluate(self.schedule.final_windows)))
+        for count in self.before:
+            self._put(self.copies[count])
+            found.append((f"{count} steps before", self.evaluate(self.schedule.final_windows)))
         self._put(last)
         return found
+
+    def _weights(self) -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in self.model.parameters()]
 
     def _windowed(self) -> list[End]:
         block = self.spec.training.window_block
@@ -109,13 +123,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--average", type=int, nargs="*", default=[])
+    parser.add_argument("--before", type=int, nargs="*", default=[])
     parser.add_argument("--windows", type=blocks, nargs="*", default=[])
     chosen = parser.parse_args(arguments)
     spec = load_recipe(chosen.recipe, chosen.overrides, steps=chosen.steps)
     if not all(1 <= count <= spec.training.total_steps for count in chosen.average):
         parser.error(f"--average: from 1 to the {spec.training.total_steps} steps of the run")
+    if not all(0 <= count < spec.training.total_steps for count in chosen.before):
+        parser.error(f"--before: from 0 to one less than the {spec.training.total_steps} steps of the run")
     run = create_run(chosen.out, spec)
-    make = functools.partial(EndOfRun, averages=chosen.average, windows=chosen.windows)
+    make = functools.partial(EndOfRun, averages=chosen.average, before=chosen.before, windows=chosen.windows)
     train_run(spec, run=run, data_directory=chosen.data, make_trainer=make)
     ends: list[End] = json.loads((run.path / ENDS).read_text())
     last = ends[0][1]

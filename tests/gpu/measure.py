@@ -46,7 +46,8 @@ EVALUATION = ("--set", "evaluation.tokens=2097152", "--set", "data.epochs=null")
 DETERMINISTIC = ("--set", "runtime.deterministic=true")
 MODELS = ("", "record89-", "record89-fp8-backward-")  # of which a name begins with the longest that fits
 END_OF_RUN = str(Path(__file__).with_name("end_of_run.py"))
-ENDS = ("--average", "4", "8", "16", "32", "64", "--windows", "6:24", "6:28", "8:20")  # beside the recipe's own
+BEFORE = ("1", "2", "4", "8", "12", "16", "24", "32", "48")
+ENDS = ("--average", "2", "8", "--before", *BEFORE, "--windows", "6:16", "8:20")
 PLAIN = ("attention=varlen", "kernels=plain", "head_precision=bf16", "mlp_precision=bf16")  # of runtime
 
 

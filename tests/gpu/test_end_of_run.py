@@ -1,4 +1,4 @@
-"""Other ends of a run, on a CPU: averages of weights, and windows."""
+"""Other ends of a run, on a CPU: averages of weights, weights before the end, and windows."""
 
 from __future__ import annotations
 
@@ -39,6 +39,9 @@ class Remembering(end_of_run.EndOfRun):
             means = [torch.stack(steps).mean(0) for steps in zip(*self.weights[-count:], strict=True)]
             self._put(means)
             expected.append((f"mean of the last {count}", self.evaluate(self.schedule.final_windows)))
+        for count in (0, 2):
+            self._put(self.weights[-1 - count])
+            expected.append((f"{count} steps before", self.evaluate(self.schedule.final_windows)))
         self._put(last)
         expected.append(("windows of 2 and 5 blocks", self.evaluate(Windows(8, 20))))
         Remembering.expected = tuple(expected)
@@ -49,20 +52,29 @@ def test_ends_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(end_of_run, "EndOfRun", Remembering)
     data = make_data(tmp_path / "data")
     recipe = write_recipe(tmp_path / "tiny.yaml", tiny_spec("training.warmup=true"))
-    end_of_run.main(
-        [str(recipe), "--data", str(data), "--out", str(tmp_path / "runs"), "--average", "1", "3", "--windows", "2:5"]
-    )
+    asked_for = ["--average", "1", "3", "--before", "0", "2", "--windows", "2:5"]
+    end_of_run.main([str(recipe), "--data", str(data), "--out", str(tmp_path / "runs"), *asked_for])
     [path] = (tmp_path / "runs").iterdir()
     ends = dict(json.loads((path / "ends.json").read_text()))
     final = read_run(path).evaluations[-1]["val_loss"]
     assert ends.pop("the last weights") == ends["mean of the last 1"] == pytest.approx(final, abs=1e-6)
     assert ends == pytest.approx(dict(Remembering.expected), abs=1e-6)
-    assert len(set(ends.values())) == 3
+    assert ends.pop("0 steps before") == ends["mean of the last 1"]
+    assert len(set(ends.values())) == 4
     assert f"| mean of the last 1 | {final:.4f} | +0.0000 |" in capsys.readouterr().out
 
 
-def test_averages_over_more_steps_than_there_are_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize(
+    ("wrong", "problem"),
+    [
+        (("--average", "13"), "from 1 to the 12 steps"),
+        (("--before", "12"), "from 0 to one less than the 12 steps"),
+    ],
+)
+def test_more_steps_than_there_are_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: tuple[str, str], problem: str
+):
     recipe = write_recipe(tmp_path / "tiny.yaml", tiny_spec())
     with pytest.raises(SystemExit):
-        end_of_run.main([str(recipe), "--data", str(tmp_path), "--out", str(tmp_path), "--average", "13"])
-    assert "from 1 to the 12 steps" in capsys.readouterr().err
+        end_of_run.main([str(recipe), "--data", str(tmp_path), "--out", str(tmp_path), *wrong])
+    assert problem in capsys.readouterr().err
