@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from nanogpt.kernels.head_mixing import mix_heads, normalized_weights
 from nanogpt.layers.attention import head_attention, remove_own_value, turned_queries_keys
-from nanogpt.layers.dense_connections import token_numbers, weighted_sum
+from nanogpt.layers.dense_connections import for_every_token, token_numbers, weighted_sum
 from nanogpt.layers.embedding import bigram_sign, smear, value_gate
 from nanogpt.layers.fp8_mlp import Fp8Mlp
 from nanogpt.layers.norm import norm
@@ -175,10 +175,13 @@ class Record89(RecordModel[Record89ModelSpec]):
         """The last layer's normalised activations, (T, D). In training the MLPs have the precision of `paths`."""
         spec, last = self.spec, self.last
         fp8 = training and self.fp8_mlp.active
-        smear_scale, skip_scale = self.scalars[2 * spec.layers :].unbind()
-        resid, post = (lambdas.to(self.embed.dtype) for lambdas in (self.resid_lambdas, self.post_lambdas))
+        *attention_scales, smear_scale, skip_scale = self.scalars.unbind()
+        resid, post = (
+            for_every_token(lambdas, len(tokens), self.embed.dtype)
+            for lambdas in (self.resid_lambdas, self.post_lambdas)
+        )
         # Banks are taken apart once: one concatenation puts their gradients together again.
-        qk_weights, vo_weights = (bank.unbind() for bank in self._attention_banks())
+        qkv_weights, out_weights = self._attention_weights(attention_scales)
         up_weights, down_weights = (part.unbind() for part in self.mlp.unbind(1))
 
         def attention(
@@ -188,7 +191,8 @@ class Record89(RecordModel[Record89ModelSpec]):
             return self._attention(
                 layer,
                 u,
-                self._scaled(layer, qk_weights[row], vo_weights[row]),
+                qkv_weights[row],
+                out_weights[row],
                 values.get(layer),
                 value_gates,
                 value_add,
@@ -220,10 +224,10 @@ class Record89(RecordModel[Record89ModelSpec]):
             else:
                 u = norm(x) if layer <= spec.saved_layer else attended
                 y = attention(layer, u)
-                x = resid[layer, 0] * x + post[layer, 0] * y + gates["x0", layer] * x0
+                x = weighted_sum((resid[layer][0], post[layer][0], gates["x0", layer]), (x, y, x0))
                 if layer > 0:  # it is in `start` already
                     x = x + gates["bigram", layer] * bigram
-            x = resid[layer, 1] * x + post[layer, 1] * mlp(layer, norm(x))
+            x = weighted_sum((resid[layer][1], post[layer][1]), (x, mlp(layer, norm(x))))
             if layer == spec.saved_layer:
                 saved = x
                 attended = norm(x)
@@ -240,17 +244,26 @@ class Record89(RecordModel[Record89ModelSpec]):
         x = x + weighted_sum(mu, (start, saved, before, tables[0], skipped))
         return norm(x)
 
-    def _scaled(self, layer: int, qk: Tensor, vo: Tensor) -> tuple[Tensor, Tensor]:
-        """(3 D, D) for q, k, v and (D, D) for o, with the layer's scalars."""
-        scale_in, scale_out = self.scalars[2 * layer : 2 * layer + 2].unbind()
-        v, o = vo.chunk(2)
-        return scale_in * torch.cat((qk, v)), scale_out * o
+    def _attention_weights(self, scales: list[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """(3 D, D) for q, k, v, and (D, D) for o, of each layer with attention, times its scalars in `scales`.
+
+        All layers at once: one by one they are twenty small kernels, and eighty for the gradients.
+        """
+        qk, vo = self._attention_banks()
+        v, o = vo.chunk(2, dim=1)
+        scale_in, scale_out = (
+            torch.stack([scales[2 * layer + place] for layer in self.spec.attention_layers])[:, None, None]
+            for place in (0, 1)
+        )
+        qkv = torch.cat((qk, v), dim=1)
+        return (scale_in * qkv).to(qkv.dtype).unbind(), (scale_out * o).to(o.dtype).unbind()
 
     def _attention(
         self,
         layer: int,
         u: Tensor,  # (T, D), normalised
-        weights: tuple[Tensor, Tensor],  # see _scaled
+        qkv_weight: Tensor,  # (3 D, D)
+        out_weight: Tensor,  # (D, D)
         value_embedding: Tensor | None,  # (T, D)
         value_gates: Tensor | None,  # (T, 2), for the first and the second half of the heads; last layer only
         value_add: Tensor | None,  # (T, D), last layer only
@@ -262,7 +275,6 @@ class Record89(RecordModel[Record89ModelSpec]):
         """What the layer's attention adds, (T, D)."""
         spec = self.spec
         count, heads, head_dim = u.shape[0], spec.heads, spec.head_dim
-        qkv_weight, out_weight = weights
         q, k, v = (u @ qkv_weight.mT).view(count, 3, heads, head_dim).unbind(1)
         if value_embedding is not None:
             if value_gates is None:

@@ -83,15 +83,20 @@ _add(
         "                u = norm(x) if layer",
         '                x = x + gates["x0", layer] * x0\n                u = norm(x) if layer',
     ),
-    (' * y + gates["x0", layer] * x0', " * y"),
+    ('post[layer][0], gates["x0", layer]), (x, y, x0))', "post[layer][0]), (x, y))"),
 )
-_add("residual lambdas", RECORD89, "attention's for the MLP", ("resid[layer, 1] * x", "resid[layer, 0] * x"))
-_add("post lambdas", RECORD89, "the MLP's for attention", ("post[layer, 0] * y", "post[layer, 1] * y"))
+_add(
+    "residual lambdas",
+    RECORD89,
+    "attention's for the MLP",
+    ("weighted_sum((resid[layer][1],", "weighted_sum((resid[layer][0],"),
+)
+_add("post lambdas", RECORD89, "the MLP's for attention", ("post[layer][0], gates", "post[layer][1], gates"))
 _add(
     "residual lambdas",
     RECORD89,
     "also in the skip's layer",
-    ("x = x + torch.sigmoid(skip_scale)", "x = resid[layer, 0] * x + torch.sigmoid(skip_scale)"),
+    ("x = x + torch.sigmoid(skip_scale)", "x = resid[layer][0] * x + torch.sigmoid(skip_scale)"),
 )
 _add("skip", RECORD89, "no sigmoid of its scalar", ("torch.sigmoid(skip_scale) * gates", "skip_scale * gates"))
 _add(
@@ -171,7 +176,10 @@ _add(
     ("        y = attention(last, attended,", "        before = x\n        y = attention(last, attended,"),
 )
 _add(
-    "final norm", RECORD89, "none", ("        return norm(x)\n\n    def _scaled", "        return x\n\n    def _scaled")
+    "final norm",
+    RECORD89,
+    "none",
+    ("return norm(x)\n\n    def _attention_weights", "return x\n\n    def _attention_weights"),
 )
 _add("backout start", RECORD89, "added", ("-start.backout, 0.0", "start.backout, 0.0"))
 _add(
