@@ -113,10 +113,11 @@ def test_the_up_projection_with_its_square_against_fp64(tokens):
     u, up = randn(tokens, 768), randn(3_072, 768, scale=0.02)
     u_scale, up_scale = current_scale(u), current_scale(up)
     u8, up8 = quantize(u, u_scale), to_e4m3(up / up_scale)
-    # Some numbers lie halfway between two of e4m3's, where the last bit of a fast division decides.
+    # Some numbers lie halfway between two of e4m3's, where the last bit of a fast division decides: with a largest of
+    # 5.5 or 5.75 that is 0.9 % of the bf16 numbers below it, with 5.25 6 %, with most others none.
     nearest = to_e4m3(u.float() / u_scale).float()
     off = (u8.float() - nearest).abs()
-    assert (off <= 0.125 * nearest.abs() + 2**-9).all() and (off > 0).double().mean() < 0.01
+    assert (off <= 0.125 * nearest.abs() + 2**-9).all() and (off > 0).double().mean() < 0.07
     rows = slice(max(0, tokens - 4_112), None)
     pre = (u8[rows].double() @ up8.double().mT) * (u_scale.double() * up_scale.double())
     exact = pre.clamp(min=0).square()
