@@ -133,7 +133,12 @@ def fp8_relu_squared_mlp(
     of u and of what is squared come from 8-bit products; with `weight_gradients8` as well, those of up and down do, and
     with `square8` on top the square is kept in 8 bits alone. T, D and F are multiples of 16 on a GPU. `plain`: without
     Triton kernels.
+
+    Raises:
+        ValueError: `square8` without `weight_gradients8`, or these without `transposed8`.
     """
+    if (square8 and not weight_gradients8) or (weight_gradients8 and transposed8 is None):
+        raise ValueError("square8 needs weight_gradients8, and that needs transposed8")
     with torch.no_grad():
         if u_scale is None:  # by rows first: a compiler finds those where it makes the rows
             u8, u_scale = None, current_scale(u.abs().amax(1))

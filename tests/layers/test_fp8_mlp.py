@@ -209,6 +209,14 @@ def test_8_bit_gradients_are_off_by_their_rounding(size):
     assert kept[2] == narrower[2] and all(abs(a - b) < 2e-3 for a, b in zip(kept[:2], narrower[:2], strict=True))
 
 
+@pytest.mark.parametrize("options", [{"square8": True}, {"weight_gradients8": True}])
+def test_what_needs_8_bit_gradients_does_not_go_without(options):
+    u, up, down = (randn(*shape) for shape in ((T, D), (F, D), (F, D)))
+    weights8, _ = quantized(up, down)
+    with pytest.raises(ValueError, match="square8 needs weight_gradients8, and that needs transposed8"):
+        fp8_relu_squared_mlp(u, up, down, *weights8, torch.ones(()), **options)
+
+
 @pytest.mark.parametrize("which", ["all", "kept"])
 def test_8_bit_gradients_take_the_scale_of_their_own_forward_pass(which):
     u, up, down, grad = (randn(*shape, seed=i) for i, shape in enumerate(((T, D), (F, D), (F, D), (T, D))))
