@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from nanogpt.optim.plan import step_plan, updated_together
 from nanogpt.runs.provenance import driver_version, package_directory, source_sha256
-from nanogpt.spec import RunSpec
+from nanogpt.spec import RunSpec, SpeedrunOptimizerSpec
 
 if TYPE_CHECKING:
     import torch
@@ -104,7 +105,6 @@ REACHES: Mapping[str, Callable[[Any], Any]] = {
             "optimizer.adam.eps",
             "optimizer.adam.groups.*.betas",
             "optimizer.adam.groups.*.communication",
-            "optimizer.update_order",  # neighbours in it are updated by one function
             "optimizer.normuon.beta2",
             "optimizer.normuon.norm_margin",
             "optimizer.normuon.polar_express",
@@ -183,6 +183,7 @@ STAYS_OUTSIDE = frozenset(
         "optimizer.normuon.groups.*.lr_muls",
         "optimizer.tied_head.split_stage",
         "optimizer.reduce_order",
+        "optimizer.update_order",  # but for neighbours in it that are updated by one function: `_updates`
         # AdamW is not compiled.
         "optimizer.lr",
         "optimizer.betas",
@@ -249,7 +250,16 @@ def graph_settings(spec: RunSpec) -> dict[str, Any]:
     for path, pattern, value in _leaves(spec):
         if pattern not in STAYS_OUTSIDE:
             found[path] = REACHES.get(pattern, _as_is)(value)
+    if isinstance(spec.optimizer, SpeedrunOptimizerSpec):
+        found["updated together"] = _updates(spec.optimizer)
     return found
+
+
+def _updates(spec: SpeedrunOptimizerSpec) -> list[list[str]]:
+    """The labels of each update in any kind of step, whatever the order of the updates."""
+    plans = [step_plan(spec, adam_step=adam_step, tied=tied) for adam_step in (False, True) for tied in (False, True)]
+    found = {tuple(p.label for p in together) for plan in plans for together in updated_together(plan.update)}
+    return [list(labels) for labels in sorted(found)]
 
 
 def _leaves(value: Any, path: str = "", pattern: str = "") -> Iterator[tuple[str, str, Any]]:

@@ -121,6 +121,14 @@ def test_numbers_that_reach_a_graph_change_the_key(override: str):
     assert digest(override) != digest()
 
 
+def test_the_order_of_updates_leaves_the_key_but_for_what_is_updated_together():
+    order = tiny_spec().optimizer.update_order
+    assert order[:2] == ["scalars", "smear_gate"] and order[-2:] == ["attn", "mlp"]
+    banks_first = f"optimizer.update_order=[{', '.join([*order[-2:], *order[:-2]])}]"
+    one_alone = f"optimizer.update_order=[{', '.join([*order[1:], order[0]])}]"
+    assert digest(banks_first) == digest() != digest(one_alone)
+
+
 @pytest.mark.parametrize("override", ["batch_tokens=512", "token_weights=[1, 0.5]"])
 def test_a_stages_sizes_change_the_key(override: str):
     assert key_sha256(graph_settings(with_stage(override))) != digest()

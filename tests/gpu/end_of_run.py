@@ -7,7 +7,9 @@ The run is an ordinary one, in a directory of its own. `--average N` evaluates t
 last N steps has left, kept in fp32; `--before N` the weights of N steps before the end; `--windows SHORT:LONG` the last
 weights with other attention windows, in blocks. All others with those of the last validation. Ends of one run differ by
 nothing else, so that a difference of 0.0005 is seen where two runs would have to be many. The averages are added up
-inside the clock: some milliseconds a step, of the last steps. One process, one GPU or the CPU.
+inside the clock: some milliseconds a step, of the last steps. On several GPUs:
+
+    torchrun --standalone --nproc-per-node N tests/gpu/end_of_run.py RECIPE ...
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from nanogpt.recipe import load_recipe
 from nanogpt.training.recorder import create_run
 from nanogpt.training.schedule import StepSettings
 from nanogpt.training.trainer import Result, Trainer, train_run
+from nanogpt.training.world import started_as
 
 ENDS = "ends.json"
 
@@ -77,8 +80,8 @@ class EndOfRun(Trainer):
             raise ValueError("the weights of steps before a resumption are gone")
         result = super().run()
         ends = [("the last weights", result.final_val_loss), *self._reweighted(), *self._windowed()]
-        assert self.run_directory is not None
-        (self.run_directory.path / ENDS).write_text(json.dumps(ends, indent=1) + "\n")
+        if self.run_directory is not None:
+            (self.run_directory.path / ENDS).write_text(json.dumps(ends, indent=1) + "\n")
         return result
 
     def _reweighted(self) -> list[End]:
@@ -131,9 +134,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--average: from 1 to the {spec.training.total_steps} steps of the run")
     if not all(0 <= count < spec.training.total_steps for count in chosen.before):
         parser.error(f"--before: from 0 to one less than the {spec.training.total_steps} steps of the run")
-    run = create_run(chosen.out, spec)
+    rank, *_ = started_as()
+    run = create_run(chosen.out, spec) if rank == 0 else None
     make = functools.partial(EndOfRun, averages=chosen.average, before=chosen.before, windows=chosen.windows)
     train_run(spec, run=run, data_directory=chosen.data, make_trainer=make)
+    if run is None:
+        return
     ends: list[End] = json.loads((run.path / ENDS).read_text())
     last = ends[0][1]
     rows = [(name, f"{loss:.4f}", f"{loss - last:+.4f}") for name, loss in ends]

@@ -3,14 +3,15 @@
     python tests/gpu/measure.py OUT --data DIR --on 0 fast step profile --on 1 plain record89-step
 
 `--on GPU NAME...`: these measurements one after another on that GPU; several `--on` run at the same time, so give those
-that need a quiet host a GPU whose neighbours only train. Each has a log in OUT, and its compile cache and runs there;
-what fails is a line of the table, and the next one goes on. At `--limit` seconds what still runs is ended, so that a
-machine that is lent for a time gives its results back. In the end the runs are compared.
+that need a quiet host a GPU whose neighbours only train. `--on 0,1,2,3 NAME...` measures on four GPUs at once, with the
+recipes for four. Each has a log in OUT, and its compile cache, runs and traces there; what fails is a line of the
+table, and the next one goes on. At `--limit` seconds what still runs is ended, so that a machine that is lent for a
+time gives its results back. In the end the runs are compared.
 
 `fast:1` is `fast` with seed 1. One pair of runs says little: on the steep parts of the curve two runs of one seed and
 path differ by 0.02, as the order of atomic additions does. Of several seeds' pairs the mean and its error are told.
 `fast:1@100` ends with the first evaluation at or after step 100: more seeds for the early ones, at a fraction of a run.
-`full` is the whole schedule, with other ends of it evaluated besides (end_of_run.py).
+`whole` is the whole schedule; `full` that with other ends of it evaluated besides (end_of_run.py), which takes memory.
 
 `--idea NAME KEY=VALUE...` adds NAME, NAME-step and NAME-profile: the fast run, and the benchmarks, with these settings.
 They are of record 89 where NAME begins with record89-, and of a recipe past it where it begins with that one's name. In
@@ -51,19 +52,22 @@ ENDS = ("--average", "2", "8", "--before", *BEFORE, "--windows", "6:16", "8:20")
 PLAIN = ("attention=varlen", "kernels=plain", "head_precision=bf16", "mlp_precision=bf16")  # of runtime
 
 
-def measurements(gpu: str, steps: int, ideas: dict[str, Sequence[str]] | None = None) -> dict[str, tuple[str, ...]]:
+def measurements(
+    gpu: str, steps: int, ideas: dict[str, Sequence[str]] | None = None, *, count: int = 1
+) -> dict[str, tuple[str, ...]]:
     """Arguments of `nanogpt`, or a script and its own, by name. Those that train get `--data` and `--out` as well.
 
-    `ideas`: settings, KEY=VALUE, by name.
+    `ideas`: settings, KEY=VALUE, by name. `count`: GPUs of one run.
     """
     plain = [argument for setting in PLAIN for argument in ("--set", f"runtime.{setting}")]
     found: dict[str, tuple[str, ...]] = {}
     for name in MODELS:
-        recipe = f"{name}1x{gpu}"
+        recipe = f"{name}{count}x{gpu}"
         found |= {
             f"{name}fast": ("train", recipe, "--steps", str(steps), *EVALUATION),  # cold where it is the first
             f"{name}again": ("train", recipe, "--steps", str(steps), *EVALUATION),
             f"{name}plain": ("train", recipe, "--steps", str(steps), *EVALUATION, *plain),
+            f"{name}whole": ("train", recipe, *EVALUATION),
             f"{name}full": (END_OF_RUN, recipe, *EVALUATION, *ENDS),
             f"{name}warm": ("train", recipe, "--steps", "40", *EVALUATION),
             f"{name}deterministic": ("train", recipe, "--steps", "40", *EVALUATION, *DETERMINISTIC),  # cold, if first
@@ -71,6 +75,8 @@ def measurements(gpu: str, steps: int, ideas: dict[str, Sequence[str]] | None = 
             f"{name}step": ("bench", "step", recipe, "--steps", "12", "--warmup", "4"),
             f"{name}profile": ("bench", "profile", recipe, "--rows", "60"),
         }
+        if count > 1:
+            found[f"{name}communication"] = ("bench", "communication", recipe)
     for idea, settings in (ideas or {}).items():
         arguments = [argument for setting in settings for argument in ("--set", setting)]
         for end, like in (("", "fast"), ("-step", "step"), ("-profile", "profile")):
@@ -105,9 +111,9 @@ class Name(NamedTuple):
 
 @dataclass
 class Queue:
-    """Measurements of one GPU, in order, and the process of the one that runs."""
+    """Measurements of one GPU, or several together, in order, and the process of the one that runs."""
 
-    gpu: str
+    gpu: str  # "0", or "0,1,2,3"
     names: Sequence[str]
     out: Path
     data: Path
@@ -152,15 +158,23 @@ class Queue:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def _arguments(self, name: Name) -> list[str]:
-        arguments = [*self.commands[name.base]]
-        if arguments[0] in ("train", END_OF_RUN):
-            arguments += ["--data", str(self.data), "--out", str(self.out / "runs" / name.file)]
-        if arguments[0] != END_OF_RUN:
-            arguments = ["-m", "nanogpt", *arguments]
-        return arguments + (["--set", f"training.seed={name.seed}"] if name.seed else [])
+        what, *options = self.commands[name.base]
+        if what in ("train", END_OF_RUN):
+            options += ["--data", str(self.data), "--out", str(self.out / "runs" / name.file)]
+        if options[:1] == ["profile"]:
+            options += ["--traces", str(self.out / "traces" / name.file)]
+        if name.seed:
+            options += ["--set", f"training.seed={name.seed}"]
+        program = [what, *options] if what == END_OF_RUN else ["-m", "nanogpt", what, *options]
+        if count_of(self.gpu) == 1:
+            return program
+        several = ["--standalone", "--nproc-per-node", str(count_of(self.gpu))]
+        if what == "train":
+            return ["-m", "nanogpt", "launch", *several, *options]
+        return ["-m", "torch.distributed.run", *several, *program]
 
     def _environment(self) -> dict[str, str]:
-        scratch = self.out / f"gpu-{self.gpu}"
+        scratch = self.out / f"gpu-{self.gpu.replace(',', '-')}"
         scratch.mkdir(exist_ok=True)
         return {
             "CUDA_VISIBLE_DEVICES": self.gpu,
@@ -168,6 +182,11 @@ class Queue:
             "NANOGPT_CACHE": str(self.out / "cache"),
             "PYTHONUNBUFFERED": "1",
         }
+
+
+def count_of(gpus: str) -> int:
+    """4 of "0,1,2,3"."""
+    return len(gpus.split(","))
 
 
 def evaluated(directory: Path, step: int) -> bool:
@@ -239,13 +258,15 @@ def main() -> int:
     ideas = {name: settings for name, *settings in chosen.idea}
     if taken := ideas.keys() & measurements(chosen.recipe_gpu, chosen.steps).keys():
         parser.error(f"--idea: {', '.join(sorted(taken))} is a measurement already; name the idea otherwise")
-    commands = measurements(chosen.recipe_gpu, chosen.steps, ideas)
-    unknown = [name for _, *names in chosen.on for name in names if Name.parse(name).base not in commands]
-    if unknown:
-        parser.error(f"no measurement {', '.join(unknown)}; there are {', '.join(commands)}")
-    chosen.out.mkdir(parents=True, exist_ok=True)
     out = chosen.out.resolve()
-    queues = [Queue(gpu, names, out, chosen.data.resolve(), commands) for gpu, *names in chosen.on]
+    queues = []
+    for gpu, *names in chosen.on:
+        commands = measurements(chosen.recipe_gpu, chosen.steps, ideas, count=count_of(gpu))
+        unknown = [name for name in names if Name.parse(name).base not in commands]
+        if unknown:
+            parser.error(f"no measurement {', '.join(unknown)}; there are {', '.join(commands)}")
+        queues.append(Queue(gpu, names, out, chosen.data.resolve(), commands))
+    out.mkdir(parents=True, exist_ok=True)
     threads = [threading.Thread(target=queue.run) for queue in queues]
     deadline = time.monotonic() + chosen.limit
     for thread in threads:
@@ -264,8 +285,10 @@ def main() -> int:
         compare(out, prefix)
         for line in (*differences(out, f"{prefix}fast", f"{prefix}plain"), *same_bits(out, prefix)):
             print(line, flush=True)
-    for idea in ideas:
-        print("\n".join(differences(out, idea, f"{model_of(idea)}fast")), flush=True)
+    pairs = [(f"{model}whole", "whole") for model in MODELS[1:]] + [(idea, f"{model_of(idea)}fast") for idea in ideas]
+    for name, other in pairs:
+        for line in differences(out, name, other):
+            print(line, flush=True)
     return 1 if any(code != 0 for *_, code in rows) else 0
 
 

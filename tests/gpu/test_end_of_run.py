@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import end_of_run
@@ -62,6 +64,24 @@ def test_ends_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert ends.pop("0 steps before") == ends["mean of the last 1"]
     assert len(set(ends.values())) == 4
     assert f"| mean of the last 1 | {final:.4f} | +0.0000 |" in capsys.readouterr().out
+
+
+def test_ends_of_a_run_on_two_ranks_are_those_of_one(tmp_path: Path):
+    data = make_data(tmp_path / "data")
+    found = []
+    for ranks in (1, 2):
+        recipe = write_recipe(tmp_path / f"{ranks}.yaml", tiny_spec(f"hardware.gpus_per_node={ranks}"))
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        places = ["--data", data, "--out", tmp_path / f"runs-{ranks}"]
+        asked_for = ["--average", 3, "--before", 2, "--windows", "2:5"]
+        command = [sys.executable, *launcher, end_of_run.__file__, recipe, *places, *asked_for]
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("| mean of the last 3 |") == 1  # rank 0 tells
+        [path] = (tmp_path / f"runs-{ranks}").iterdir()
+        found.append(dict(json.loads((path / "ends.json").read_text())))
+    assert len(set(found[0].values())) == 4
+    assert found[1] == pytest.approx(found[0], abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,15 @@ def test_queues_go_on_after_a_failure(tmp_path: Path, monkeypatch: pytest.Monkey
     assert all((tmp_path / f"{name}.txt").read_text().strip() for name in ("step", "profile", "kernels"))
 
 
+def test_whole_runs_of_models_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    made_run(tmp_path / "runs/whole-1/a-run", curve=RECORD_67)
+    lower = [(step, loss - 0.002) for step, loss in RECORD_67[:2]]
+    made_run(tmp_path / "runs/record89-whole-1/a-run", 3.2756, curve=lower)
+    told = script(tmp_path, "--data", tmp_path, "--on", "0", "kernels").stdout
+    assert "| 250 | -0.0020 | -0.0020 |" in told and "record89-whole - whole" in told
+
+
 @pytest.mark.usefixtures("slow_python")
 def test_what_runs_at_the_limit_is_ended_and_nothing_begins_after_it(tmp_path: Path):
     queue = measure.Queue("0", ["first", "second"], tmp_path, tmp_path, dict.fromkeys(("first", "second"), ("runs",)))
@@ -105,6 +114,26 @@ def test_a_seed_is_part_of_the_command(tmp_path: Path):
     assert "training.seed=2" in queue._arguments(measure.Name.parse("step:2")) and "--out" not in queue._arguments(
         measure.Name.parse("step:2")
     )
+
+
+def test_several_gpus_are_one_run_of_their_recipe(tmp_path: Path):
+    commands = measure.measurements("h100", 300, count=measure.count_of("0,1,2,3"))
+    queue = measure.Queue("0,1,2,3", [], tmp_path, tmp_path / "data", commands)
+    launch = ["--standalone", "--nproc-per-node", "4"]
+    ranks = ["-m", "torch.distributed.run", *launch]
+
+    def arguments(name: str) -> list[str]:
+        return queue._arguments(measure.Name.parse(name))
+
+    assert arguments("record89-whole:1")[:7] == ["-m", "nanogpt", "launch", *launch, "record89-4xh100"]
+    assert arguments("whole")[-4:] == ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "runs/whole")]
+    assert arguments("full")[:7] == [*ranks, end_of_run.__file__, "4xh100"]
+    assert arguments("profile") == [
+        *ranks, "-m", "nanogpt", "bench", "profile", "4xh100", "--rows", "60",
+        "--traces", str(tmp_path / "traces/profile")
+    ]  # fmt: skip
+    assert arguments("communication") == [*ranks, "-m", "nanogpt", "bench", "communication", "4xh100"]
+    assert queue._environment()["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
 
 
 def test_a_full_schedule_is_run_by_the_script_of_its_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
