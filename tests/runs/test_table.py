@@ -30,7 +30,7 @@ START = {"kind": "start", "name": "demo", "total_steps": 5, "world_size": 8, "de
 RECORDS = [
     START,
     evaluation(0, 10.83, 0.0, 0),
-    step(1, 0, 500.0, 1000),  # a slow first step: the median is not moved
+    step(1, 0, 490.0, 1000),
     step(2, 0, 510.0, 2000),
     step(3, 0, 530.0, 3000),
     evaluation(3, 7.5, 530.0, 3000),
@@ -42,9 +42,12 @@ RECORDS = [
 
 
 def test_stages_have_median_times_and_the_tokens_a_second_that_follow():
-    assert stage_summaries(run_metrics(RECORDS)) == [
-        {"stage": 0, "steps": 3, "tokens": 3000, "ms_per_step": 20.0, "tokens_per_second": 50_000},
-        {"stage": 1, "steps": 2, "tokens": 4000, "ms_per_step": 50.0, "tokens_per_second": 40_000},
+    times = [500.0, 510.0, 540.0, 550.0, 580.0, 590.0, 620.0]  # a slow first step; then 10 and 30 ms in turn
+    of_stage_1 = [step(number, 0, ms, 1000 * number) for number, ms in enumerate(times, 1)]
+    records = [START, *of_stage_1, step(8, 1, 670.0, 10_000)]
+    assert stage_summaries(run_metrics(records)) == [
+        {"stage": 0, "steps": 7, "tokens": 7000, "ms_per_step": 20.0, "tokens_per_second": 50_000},
+        {"stage": 1, "steps": 1, "tokens": 3000, "ms_per_step": 50.0, "tokens_per_second": 60_000},
     ]
 
 
@@ -100,7 +103,7 @@ def test_the_table_shows_what_the_data_say():
     assert ["0", "10.8300", "0.0", "s"] in lines
     assert ["3", "7.5000", "0.5", "s", "177"] in lines
     assert ["5", "6.2500", "0.6", "s", "126"] in lines
-    assert ["1", "3", "3,000", "20.0", "50,000"] in lines
+    assert ["1", "3", "3,000", "138", "7,273"] in lines
     assert ["2", "2", "4,000", "50.0", "40,000"] in lines
 
 
