@@ -48,6 +48,7 @@ def _trainer(recipe: str, overrides: list[str] | None, data: Path | None) -> Ite
     """The recipe's trainer, ready to step, on `data` or on made-up tokens."""
     from nanogpt.cache.compile_cache import cache_directory, compile_cache
     from nanogpt.recipe import load_recipe
+    from nanogpt.training.ahead import compile_ahead
     from nanogpt.training.benchmark import write_made_up_shards
     from nanogpt.training.paths import compiles
     from nanogpt.training.trainer import Trainer
@@ -66,6 +67,7 @@ def _trainer(recipe: str, overrides: list[str] | None, data: Path | None) -> Ite
             compile_cache(spec, world, kept_in) as cache,
             Trainer(spec, world, run=None, data_directory=data, cache=cache) as trainer,
         ):
+            compile_ahead(trainer)
             yield trainer
 
 

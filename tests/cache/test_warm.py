@@ -10,6 +10,8 @@ import pytest
 from tiny_runs import tiny_spec, write_recipe
 
 from nanogpt.optim.normuon_adam import NorMuonAdam
+from nanogpt.training import warm
+from nanogpt.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -37,11 +39,13 @@ def recipe(tmp_path: Path) -> Path:
 def test_a_recipe_for_four_is_warmed_up_for_four(
     recipe: Path, tmp_path: Path, nanogpt: Callable, monkeypatch: pytest.MonkeyPatch
 ):
-    sizes = []
-    warm_up = NorMuonAdam.warm_up
-    monkeypatch.setattr(NorMuonAdam, "warm_up", lambda self, size: (sizes.append(size), warm_up(self, size)))
+    begun: list[object] = []
+    warm_up, updates = Trainer.warm_up, NorMuonAdam.warm_up
+    monkeypatch.setattr(warm, "compile_ahead", lambda trainer: begun.append("helpers"))
+    monkeypatch.setattr(Trainer, "warm_up", lambda self: (begun.append("warm-up"), warm_up(self)))
+    monkeypatch.setattr(NorMuonAdam, "warm_up", lambda self, size: (begun.append(size), updates(self, size)))
     result = nanogpt("warm", recipe, "--out", tmp_path / "kept")
-    assert result.code == 0 and sizes == [4]
+    assert result.code == 0 and begun == ["helpers", "warm-up", 4]
     lines = result.out.splitlines()
     assert any(line.startswith("compile cache: ") and "not there yet" in line for line in lines)
     [optimizer] = [line for line in lines if line.startswith("| optimizer for 4 ranks |")]
