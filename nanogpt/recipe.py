@@ -145,7 +145,8 @@ def load_recipe(name: str | Path, overrides: Iterable[str] = (), steps: int | No
 def shorten(spec: RunSpec, total_steps: int) -> RunSpec:
     """The same run with its schedule shortened in proportion to `total_steps` steps.
 
-    Stages, extension, evaluation interval, momentum's and the learning rate's warm-up keep their shares of the run.
+    Stages, extension, evaluation interval, momentum's and the learning rate's warm-up and ramps keep their shares of
+    the run.
     Raises `CrossCheckError` where fewer steps than stages are asked for.
     """
     training = spec.training
@@ -172,8 +173,9 @@ def shorten(spec: RunSpec, total_steps: int) -> RunSpec:
     ):
         stage_data["steps"] = steps
     data["evaluation"]["every"] = scaled(spec.evaluation.every, at_least=1)
-    if isinstance(training.lr_schedule, CosineSchedule):
-        data["training"]["lr_schedule"]["warmup_steps"] = scaled(training.lr_schedule.warmup_steps)
+    schedule = data["training"]["lr_schedule"]
+    name = "warmup_steps" if isinstance(training.lr_schedule, CosineSchedule) else "ramp_steps"
+    schedule[name] = scaled(schedule[name])
     if isinstance(spec.optimizer, SpeedrunOptimizerSpec):
         momentum = data["optimizer"]["normuon"]["momentum"]
         momentum["warmup_steps"] = scaled(momentum["warmup_steps"])

@@ -194,6 +194,9 @@ class CooldownSchedule(Strict):
     kind: Literal["stage_cooldown"]
     cooldown_start: Fraction = Field(description="fraction of the scheduled steps at which the cooldown starts")
     end_factor: NonNegative
+    ramp_steps: Index = Field(
+        default=0, description="first steps of a stage, in which the factor goes from the one before's to its own"
+    )
 
 
 class CosineSchedule(Strict):

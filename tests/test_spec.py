@@ -52,6 +52,7 @@ class TestTheSpecificationsConstants:
             "kind": "stage_cooldown",
             "cooldown_start": 0.45,
             "end_factor": 0.1,
+            "ramp_steps": 0,
         }
         assert training.warmup is True
 

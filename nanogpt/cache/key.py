@@ -211,6 +211,7 @@ STAYS_OUTSIDE = frozenset(
         "training.lr_schedule.cooldown_start",
         "training.lr_schedule.warmup_steps",
         "training.lr_schedule.end_factor",
+        "training.lr_schedule.ramp_steps",
         "training.warmup",
         "evaluation.every",
         "evaluation.tokens",

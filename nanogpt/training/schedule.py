@@ -84,6 +84,13 @@ class Schedule:
         """Windows of the last validation."""
         return self._tokens(self.training.final_window_blocks)
 
+    def windows_after(self, step: int) -> Windows:
+        """Windows to use a model with that has made `step` steps: its last step's, at the end the last validation's.
+
+        Not those of the next step, which may begin a stage that the rotary tables know nothing of.
+        """
+        return self.final_windows if step >= self.total_steps else self.at(max(step - 1, 0)).windows
+
     def window_changes(self, step: int) -> list[tuple[int, int]]:
         """(old, new) long windows in tokens of every change up to and including the first moment of `step`."""
         longs = [self._tokens(stage.window_blocks).long for stage in self.stages[: self.stage_of(step) + 1]]
@@ -122,7 +129,11 @@ class Schedule:
         scheduled = self.training.scheduled_steps
         if step >= scheduled:
             return schedule.end_factor
-        factor = self.stages[self.stage_of(step)].lr_factor
+        index = self.stage_of(step)
+        factor = self.stages[index].lr_factor
+        if index > 0:
+            ramp = min(1, (step - self.first_steps[index] + 1) / (schedule.ramp_steps + 1))
+            factor = self.stages[index - 1].lr_factor * (1 - ramp) + factor * ramp
         start = int(scheduled * schedule.cooldown_start)
         if step < start:
             return factor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nanogpt.models.interface import Windows
-from nanogpt.recipe import load_recipe
+from nanogpt.recipe import load_recipe, shorten
 from nanogpt.training.schedule import Schedule
 
 SPEC = load_recipe("record89")
@@ -56,6 +56,17 @@ def test_learning_rate_and_momentum():
     assert [SCHEDULE.momentum(step) for step in (0, 300, 1235)] == [0.85, 0.95, 0.95]
     assert SCHEDULE.momentum(150) == pytest.approx(0.90)
     assert SCHEDULE.momentum(1284) == pytest.approx(0.852)
+
+
+def test_the_learning_rate_may_take_its_time_at_a_change_of_stage():
+    ramped = Schedule(load_recipe("record89", ["training.lr_schedule.ramp_steps=30"]))
+    assert [ramped.lr_factor(step) for step in (0, 422, 453, 508)] == [1.0, 1.0, 1.52, 1.52]
+    assert ramped.lr_factor(423) == pytest.approx(1 + 0.52 / 31)
+    assert ramped.lr_factor(452) == pytest.approx(1 + 0.52 * 30 / 31)
+    t = (847 - 508) / 762  # the cooldown has begun
+    assert ramped.lr_factor(847) == pytest.approx((1.52 + 0.21 / 31) * (1 - t) + 0.15 * t)
+    assert [ramped.lr_factor(step) for step in (877, 1269, 1270)] == [SCHEDULE.lr_factor(s) for s in (877, 1269, 1270)]
+    assert shorten(ramped.spec, 257).training.lr_schedule.ramp_steps == 6
 
 
 def test_adam_steps_and_the_split():
