@@ -66,6 +66,10 @@ class AdamSpec(Strict):
     weight_decay: NonNegative
     every: Count = Field(description="Adam steps on the last step of every so many; gradients are summed over them")
     groups: dict[str, AdamGroup]
+    delayed: list[str] = Field(
+        default=[],
+        description="groups that are updated one step later, so that ranks add up their gradients while that one runs",
+    )
 
 
 class MomentumSpec(Strict):
@@ -104,6 +108,9 @@ class TiedHeadSpec(Strict):
     split_stage: Index
 
 
+TIED_LABELS = ("embed", "lm_head")
+
+
 class SpeedrunOptimizerSpec(Strict):
     """Adam and NorMuon side by side, with explicit orders of communication and work."""
 
@@ -132,6 +139,10 @@ class SpeedrunOptimizerSpec(Strict):
             ]
             if parts:
                 yield path, f"{'; '.join(parts)} (the model's parameters are {', '.join(wanted)})"
+        may_wait = [label for label in adam_labels if label not in TIED_LABELS]
+        for label in self.adam.delayed:
+            if label not in may_wait:
+                yield ("adam", "delayed"), f"{label}{_nearest(label, may_wait)}: can be any of {', '.join(may_wait)}"
 
 
 def _nearest(word: str, allowed: Sequence[str]) -> str:

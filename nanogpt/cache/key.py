@@ -172,6 +172,7 @@ STAYS_OUTSIDE = frozenset(
         "optimizer.adam.lr",
         "optimizer.adam.weight_decay",
         "optimizer.adam.every",
+        "optimizer.adam.delayed",  # when an update is made, not how
         "optimizer.adam.groups.*.lr_mul",
         "optimizer.adam.groups.*.wd_mul",
         "optimizer.normuon.lr",
@@ -260,6 +261,7 @@ def _updates(spec: SpeedrunOptimizerSpec) -> list[list[str]]:
     """The labels of each update in any kind of step, whatever the order of the updates."""
     plans = [step_plan(spec, adam_step=adam_step, tied=tied) for adam_step in (False, True) for tied in (False, True)]
     found = {tuple(p.label for p in together) for plan in plans for together in updated_together(plan.update)}
+    found |= {(p.label,) for plan in plans for p in plan.delayed}
     return [list(labels) for labels in sorted(found)]
 
 

@@ -3,6 +3,9 @@
 A step starts all reductions in one order, then updates in another, and starts each gather as soon as its update is
 done, so that communication hides behind the orthogonalization of the banks, which come last. While the head is tied,
 `embed` is `lm_head` transposed: its gradient joins lm_head's before communication and it is refreshed afterwards.
+
+Parameters in `adam.delayed` are updated one step late: what an Adam step has gathered for them is reduced while the
+next step computes, and applied at the end of that one, with the learning rate of its own step.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from torch import Tensor, nn
 
 from nanogpt.kernels.transpose import transpose_add, transpose_copy
 from nanogpt.optim.adam import adam_step_size, adam_updates
-from nanogpt.optim.communication import Communicator, Pending, RankOf
+from nanogpt.optim.communication import Communicator, Pending, RankOf, there
 from nanogpt.optim.interface import StepRates
 from nanogpt.optim.normuon import normuon_update, second_moment_dim
 from nanogpt.optim.plan import HEAD, TIED, ParameterPlan, parameter_plans, step_plan, updated_together
@@ -49,6 +52,8 @@ class NorMuonAdam:
         self.touched = touched
         self.keep_gradients = keep_gradients
         self.gathering = False  # Adam's gradients are on their way from one of its steps to the next
+        # Delayed parameters' reductions under way, with the rates of the step that they are of.
+        self.waiting: dict[str, tuple[Pending, StepRates]] = {}
         self.spec = spec
         self.communicator = communicator
         self.parameters = dict(model.named_parameters())
@@ -111,8 +116,8 @@ class NorMuonAdam:
         if rates.adam_step and self.tied:
             transpose_add(self._gradient(TIED), self._gradient(HEAD))
 
-        reductions = {p.label: self._start_reduction(p) for p in plan.reduce}
-        gathers: dict[str, Pending] = {}
+        reductions = {p.label: self._start_reduction(p, self._gradient(p.label)) for p in plan.reduce}
+        gathers = self._update_waiting()
         for together in updated_together(plan.update):
             labels = [p.label for p in together]
             gradients = [reductions.pop(label).wait() for label in labels]
@@ -133,9 +138,23 @@ class NorMuonAdam:
             self._clear(TIED)
             if rates.split:
                 self._split()
+        for p in plan.delayed:  # a copy: the next step adds to the gradient while this one travels
+            self.waiting[p.label] = self._start_reduction(p, self._gradient(p.label).clone()), rates
+            self._clear(p.label)
         for gather in gathers.values():
             gather.wait()
         self.gathering = not rates.adam_step
+
+    def _update_waiting(self) -> dict[str, Pending]:
+        """Make the updates that were left to this step; returns their gathers, by label."""
+        gathers: dict[str, Pending] = {}
+        for label, (reduction, rates) in self.waiting.items():
+            plan, full = self.plans[label], self.parameters[label].data
+            self._update_adam([label], [self._own(plan, full)], [reduction.wait()], rates)
+            if plan.sharded:
+                gathers[label] = self.communicator.gather(full)
+        self.waiting = {}
+        return gathers
 
     def _clear(self, label: str) -> None:
         gradient = self.parameters[label].grad
@@ -150,8 +169,9 @@ class NorMuonAdam:
             raise RuntimeError(f"{label} has no gradient: no backward pass has reached it since it was last cleared")
         return gradient
 
-    def _start_reduction(self, plan: ParameterPlan) -> Pending:
-        gradient = self._view(plan, self._gradient(plan.label))
+    def _start_reduction(self, plan: ParameterPlan, gradient: Tensor) -> Pending:
+        """Of this rank's `gradient`, the parameter's shape, which is used up."""
+        gradient = self._view(plan, gradient)
         if plan.label == SPARSE and plan.sharded and self.touched is not None:
             exchange = self.touched.take()
             self.touched.clear()
@@ -238,7 +258,10 @@ class NorMuonAdam:
     # --- checkpoints ---
 
     def state_dict(self) -> dict[str, Any]:
-        """Full tensors, whatever the world size. Also the gradients that Adam's parameters have gathered so far."""
+        """Full tensors, whatever the world size.
+
+        Also the gradients that Adam's parameters have gathered so far, and those whose update is still to come.
+        """
         tensors = {
             label: {
                 name: self.communicator.unshard(own) if self.plans[label].sharded else own.clone()
@@ -251,11 +274,20 @@ class NorMuonAdam:
             gradient = self.parameters[label].grad
             if gradient is not None:
                 pending[label] = self.communicator.average(gradient.clone()).wait()
+        waiting = {}
+        for label, (reduction, rates) in self.waiting.items():
+            own = reduction.wait()
+            self.waiting[label] = there(own), rates
+            waiting[label] = {
+                "gradient": self.communicator.unshard(own) if self.plans[label].sharded else own.clone(),
+                "lr_factor": rates.lr_factor,
+            }
         return {
             "tensors": tensors,
             "adam_counts": dict(self.adam_counts),
             "tied": self.tied,
             "pending_gradients": pending,
+            "waiting": waiting,
         }
 
     @torch.no_grad()
@@ -276,6 +308,11 @@ class NorMuonAdam:
                 self.touched.forget()
             else:
                 self.touched.clear()
+        self.waiting = {}
+        for label, kept in state.get("waiting", {}).items():
+            full = torch.empty_like(self.parameters[label]).copy_(kept["gradient"])
+            own = self.communicator.shard(full).clone() if self.plans[label].sharded else full
+            self.waiting[label] = there(own), StepRates(lr_factor=kept["lr_factor"])
         self.gathering = bool(state["pending_gradients"])
         for label, parameter in self.parameters.items():
             self._clear(label)

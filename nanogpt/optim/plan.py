@@ -9,9 +9,9 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nanogpt.spec import SpeedrunOptimizerSpec
+from nanogpt.spec import TIED_LABELS, SpeedrunOptimizerSpec
 
-TIED, HEAD = "embed", "lm_head"
+TIED, HEAD = TIED_LABELS
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,19 @@ class ParameterPlan:
     label: str
     sharded: bool  # reduce-scatter, update the own shard, all-gather; else all-reduce and update everywhere
     bank: bool  # NorMuon, every step; else Adam, on Adam steps
+    delayed: bool = False  # reduced at the end of an Adam step, updated in the step after it
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The parameters of one optimizer step, in the order of reduction and in the order of update."""
+    """The parameters of one optimizer step, in the order of reduction and in the order of update.
+
+    `delayed` are in neither: their reductions start when all else of the step is on its way.
+    """
 
     reduce: tuple[ParameterPlan, ...]
     update: tuple[ParameterPlan, ...]
+    delayed: tuple[ParameterPlan, ...]
 
 
 def updated_together(plans: Sequence[ParameterPlan]) -> list[tuple[ParameterPlan, ...]]:
@@ -50,7 +55,7 @@ def parameter_plans(spec: SpeedrunOptimizerSpec) -> dict[str, ParameterPlan]:
         for label, group in spec.normuon.groups.items()
     }
     adam = {
-        label: ParameterPlan(label, group.communication == "sharded", bank=False)
+        label: ParameterPlan(label, group.communication == "sharded", bank=False, delayed=label in spec.adam.delayed)
         for label, group in spec.adam.groups.items()
     }
     return banks | adam
@@ -60,9 +65,8 @@ def step_plan(spec: SpeedrunOptimizerSpec, *, adam_step: bool, tied: bool) -> St
     """What a step works on: banks always, Adam's parameters on Adam steps, `embed` only once it trains by itself."""
     plans = parameter_plans(spec)
 
-    def chosen(order: list[str]) -> tuple[ParameterPlan, ...]:
-        return tuple(
-            plans[label] for label in order if plans[label].bank or (adam_step and not (tied and label == TIED))
-        )
+    def chosen(order: list[str], *, delayed: bool = False) -> tuple[ParameterPlan, ...]:
+        found = (plans[label] for label in order if not (tied and label == TIED))
+        return tuple(plan for plan in found if plan.delayed == delayed and (plan.bank or adam_step))
 
-    return StepPlan(chosen(spec.reduce_order), chosen(spec.update_order))
+    return StepPlan(chosen(spec.reduce_order), chosen(spec.update_order), chosen(spec.reduce_order, delayed=True))
