@@ -199,7 +199,7 @@ _add(
 )
 _add("value gates", RECORD89, "not doubled", ("gate = 2 * value_gate(", "gate = value_gate("))
 _add("bank layout", RECORD89, "k before q", ("q, k, v = (u @", "k, q, v = (u @"))
-_add("bank layout", RECORD89, "o before v", ("v, o = vo.chunk(2)", "o, v = vo.chunk(2)"))
+_add("bank layout", RECORD89, "o before v", ("v, o = vo.chunk(2, dim=1)", "o, v = vo.chunk(2, dim=1)"))
 _add(
     "bank layout",
     RECORD89,

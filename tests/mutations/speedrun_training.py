@@ -155,12 +155,15 @@ _add(
 )
 _add("split step", SCHEDULE, "the stage's first step", ("while not self.is_adam_step(step):", "while False:"))
 _add("odd steps", SCHEDULE, "even steps", ("== self.adam_every - 1", "== 0"))
+_add("odd steps", PLAN, "Adam every step", ("(plan.bank or adam_step)", "True"))
 _add(
-    "odd steps",
-    PLAN,
-    "Adam every step",
-    ("plans[label].bank or (adam_step and not", "plans[label].bank or (True and not"),
+    "delayed updates",
+    OPTIMIZER,
+    "always by the first rate",
+    ("[reduction.wait()], rates)", "[reduction.wait()], StepRates(1.0))"),
 )
+_add("delayed updates", OPTIMIZER, "not in the state", ('state.get("waiting", {})', "{}"))
+_add("delayed updates", PLAN, "made at once", ("delayed=label in spec.adam.delayed", "delayed=False"))
 _add(
     "gradient summing",
     OPTIMIZER,
@@ -246,6 +249,8 @@ _add(
     ("scheduled = self.training.scheduled_steps", "scheduled = self.total_steps"),
 )
 _add("cooldown", SCHEDULE, "from 1, not from the stage's factor", ("factor * (1 - t)", "(1 - t)"))
+_add("ramp", SCHEDULE, "a step too long", ("/ (schedule.ramp_steps + 1)", "/ (schedule.ramp_steps + 2)"))
+_add("ramp", SCHEDULE, "from 1", ("self.stages[index - 1].lr_factor * (1 - ramp)", "(1 - ramp)"))
 _add("stage boundaries", SCHEDULE, "one step late", ("if first <= step)", "if first < step or first == 0)"))
 _add(
     "batch sizes",
