@@ -359,7 +359,7 @@ class ValBatches:
                 f"{micro_batch_tokens:,} tokens ({slots * micro_batch_tokens:,})"
             )
         paths = _sorted_shards(files, "validation")
-        stream = _read_stream(paths, tokens + 1)
+        stream = read_stream(paths, tokens + 1)
         self._tokens = micro_batch_tokens
         self._copier = _Copier(torch.device(device))
         self._pieces: list[tuple[Tokens, npt.NDArray[np.int64]]] = []
@@ -491,14 +491,19 @@ def _sorted_shards(files: Sequence[Path], kind: str) -> list[Path]:
     return sorted(Path(file) for file in files)
 
 
-def _read_stream(paths: list[Path], wanted: int) -> Tokens:
-    """The first `wanted` tokens of the shards one after another, (wanted,) uint16."""
+def read_stream(paths: Sequence[Path], wanted: int) -> Tokens:
+    """The first `wanted` tokens of the validation shards one after another, (wanted,) uint16.
+
+    Raises:
+        ShardError: a file is missing or not a shard.
+        InputError: too few tokens.
+    """
     counts = [read_count(path) for path in paths]
     if sum(counts) < wanted:
         raise InputError(
             f"validation data: {_shards(len(paths))} in {paths[0].parent} of {sum(counts):,} tokens, {wanted:,} are "
-            "needed (one more than are evaluated). Prepare more (prep-text --val-tokens N), or lower the recipe's "
-            "validation tokens"
+            "needed (one more than are evaluated). Prepare more (prep-text --val-tokens N), or evaluate fewer "
+            "(evaluation.tokens in the recipe; nanogpt evaluate --tokens N)"
         )
     parts: list[Tokens] = []
     for path, count in zip(paths, counts, strict=True):

@@ -156,6 +156,34 @@ def head_mean_loss(
     return torch.stack(losses).sum() / x.shape[0]
 
 
+@torch.no_grad()
+def head_token_losses(
+    x: Tensor,  # (T, D)
+    lm_head: Tensor,  # (D, V)
+    targets: Tensor,  # (T,) int64
+    *,
+    cap: float = 23.0,
+    shift: float = 5.0,
+    scale: float = 7.5,
+) -> Tensor:
+    """Evaluation token by token: what `head_mean_loss` is the mean of, (T,) in nats, fp32 (fp64 for fp64 inputs).
+
+    Plain PyTorch on every device, in chunks of tokens.
+
+    Raises:
+        ValueError: as `head_loss`.
+    """
+    _check(x, lm_head, targets, cap)
+    losses = []
+    for part, target in zip(x.split(_TOKEN_LOSS_CHUNK), targets.split(_TOKEN_LOSS_CHUNK), strict=True):
+        z = softcap(part @ lm_head, cap, shift, scale)
+        losses.append(z.logsumexp(dim=1) - z.gather(1, target[:, None]).squeeze(1))
+    return torch.cat(losses)
+
+
+_TOKEN_LOSS_CHUNK = 2048  # with the steps of the softcap 1.2 GB at a time
+
+
 def _check(x: Tensor, lm_head: Tensor, targets: Tensor, cap: float) -> None:
     if x.ndim != 2 or lm_head.ndim != 2 or x.shape[1] != lm_head.shape[0]:
         raise ValueError(f"x {tuple(x.shape)} and lm_head {tuple(lm_head.shape)}: expected (T, D) and (D, V)")

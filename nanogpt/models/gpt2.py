@@ -117,6 +117,15 @@ class Gpt2(LanguageModel):
         return self._mean_loss(self(batch.inputs, batch.cu_seqlens, windows), batch.targets)
 
     @torch.no_grad()
+    def token_losses(self, batch: TokenBatch, windows: Windows | RunTimeWindows) -> Tensor:
+        """(T,) fp32 cross-entropy of each next token in nats."""
+        x = self(batch.inputs, batch.cu_seqlens, windows)
+        chunks = zip(x.split(LOSS_CHUNK), batch.targets.split(LOSS_CHUNK), strict=True)
+        return torch.cat(
+            [F.cross_entropy((part @ self.embed.weight.mT).float(), to, reduction="none") for part, to in chunks]
+        )
+
+    @torch.no_grad()
     def next_token_logits(self, batch: TokenBatch, windows: Windows) -> Tensor:
         """(vocab_size,) fp32 logits after the last token."""
         x = self(batch.inputs, batch.cu_seqlens, windows)[-1]

@@ -115,6 +115,13 @@ class LanguageModel(nn.Module):
         """Mean cross-entropy of the next token in nats, a scalar in fp32; no gradient."""
         raise NotImplementedError
 
+    def token_losses(self, batch: TokenBatch, windows: Windows | RunTimeWindows) -> Tensor:
+        """(T,) fp32: the cross-entropy of each next token in nats, what `evaluation_loss` is the mean of; no gradient.
+
+        Entry t is of `targets[t]`, so a document's last entry is of the BOS that follows it.
+        """
+        raise NotImplementedError
+
     def next_token_logits(self, batch: TokenBatch, windows: Windows) -> Tensor:
         """(vocab_size,) fp32: the (softcapped) logits after the micro-batch's last token; for sampling."""
         raise NotImplementedError

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanogpt.kernels.cross_entropy import head_loss, head_mean_loss, softcap
+from nanogpt.kernels.cross_entropy import head_loss, head_mean_loss, head_token_losses, softcap
 from nanogpt.kernels.relu_squared_mlp import relu_squared_mlp, relu_squared_mlp_plain
 from nanogpt.layers.embedding import bigram_hash
 from nanogpt.layers.rotary import Rotary
@@ -134,6 +134,13 @@ class RecordModel(LanguageModel, Generic[Spec]):
             scale=cap.scale,
             plain=self.paths.plain_kernels,
         )
+
+    @torch.no_grad()
+    def token_losses(self, batch: TokenBatch, windows: Windows | RunTimeWindows) -> Tensor:
+        """(T,) fp32 cross-entropy of each next token in nats, with the head in the model's dtype."""
+        x = self(batch.inputs, batch.cu_seqlens, batch.max_seqlen, windows)
+        cap = self.spec.softcap
+        return head_token_losses(x, self.lm_head, batch.targets, cap=cap.cap, shift=cap.shift, scale=cap.scale)
 
     @torch.no_grad()
     def next_token_logits(self, batch: TokenBatch, windows: Windows) -> Tensor:

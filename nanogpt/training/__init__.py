@@ -1,1 +1,1 @@
-"""Schedule, trainer, warm-up, evaluation, checkpoints, sampling."""
+"""Schedule, trainer, warm-up, evaluation, checkpoints, sampling, losses by document."""

@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 
 from nanogpt.errors import InputError
-from nanogpt.models import build_model
-from nanogpt.runs.directory import RunDirectory
-from nanogpt.training.checkpoint import load_newest_checkpoint
-from nanogpt.training.schedule import Schedule
+from nanogpt.training.trained_model import load_trained_model
 
 PIECE = 16  # contexts are read in multiples of so many tokens
 
@@ -49,31 +46,22 @@ def sample_text(
 
     if tokens < 1 or temperature < 0 or top_k < 1:
         raise InputError(f"tokens {tokens}, temperature {temperature}, top_k {top_k}: must be >= 1, >= 0, >= 1")
-    run = RunDirectory.open(run_directory)
-    spec = run.spec()
-    checkpoint = load_newest_checkpoint(run.checkpoint_directory)
-    if checkpoint is None:
-        raise InputError(f"{run.path}: has no checkpoint to sample from (checkpoint.at_end: true writes one)")
-    model = build_model(spec, device=device)
-    model.load_state_dict(checkpoint["model"])
+    trained = load_trained_model(run_directory, device=device)
+    spec = trained.spec
 
     encoding = gpt2_encoding()
-    schedule = Schedule(spec)
-    finished = checkpoint["step"] >= schedule.total_steps
-    # Windows and rotary tables of the last step made; the next one may begin a stage.
-    windows = schedule.final_windows if finished else schedule.at(checkpoint["step"] - 1).windows
     context_length = min(spec.training.max_document_tokens, spec.evaluation.micro_batch_tokens)
     generator = torch.Generator().manual_seed(seed)
     history = [spec.data.bos, *encoding.encode_ordinary(prompt)]
     if max(history) >= spec.model.vocab_size:
         raise InputError(
-            f"{run.path}: the prompt has token {max(history)}, the model a vocabulary of {spec.model.vocab_size}; it"
-            " was not trained on GPT-2's tokens"
+            f"{trained.run.path}: the prompt has token {max(history)}, the model a vocabulary of"
+            f" {spec.model.vocab_size}; it was not trained on GPT-2's tokens"
         )
     first = len(history)
     for _ in range(tokens):
         context = _context(history[-context_length:], spec.data.bos, device)
-        logits = model.next_token_logits(context, windows).cpu()
+        logits = trained.model.next_token_logits(context, trained.windows).cpu()
         token = _draw(logits, temperature, top_k, generator)
         if token == spec.data.bos:
             break

@@ -73,17 +73,19 @@ def default_data_directory(spec: RunSpec) -> Path:
 
 def find_shards(spec: RunSpec, directory: Path) -> tuple[list[Path], list[Path]]:
     """Training and validation shards, sorted. Raises `InputError` naming the directory and how to fill it."""
-    found = []
-    for pattern in (spec.data.train_files, spec.data.val_files):
-        files = sorted(directory.glob(pattern))
-        if not files:
-            raise InputError(
-                f"{directory}: no {pattern} there. Make shards with prep-fineweb or prep-text, or name their"
-                " directory with --data, NANOGPT_DATA or data.directory in the recipe"
-            )
-        check_numbering(files)
-        found.append(files)
-    return found[0], found[1]
+    return find_files(directory, spec.data.train_files), find_files(directory, spec.data.val_files)
+
+
+def find_files(directory: Path, pattern: str) -> list[Path]:
+    """The shards of one kind, sorted. Raises `InputError` as `find_shards` does."""
+    files = sorted(directory.glob(pattern))
+    if not files:
+        raise InputError(
+            f"{directory}: no {pattern} there. Make shards with prep-fineweb or prep-text, or name their"
+            " directory with --data, NANOGPT_DATA or data.directory in the recipe"
+        )
+    check_numbering(files)
+    return files
 
 
 def check_numbering(files: Sequence[Path]) -> None:

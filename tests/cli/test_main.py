@@ -50,7 +50,7 @@ def test_no_arguments_show_the_help(nanogpt):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["validat"], "Did you mean 'validate'?"),
+        (["validat"], "Did you mean 'validate'"),
         (["validate"], "Missing argument"),
         (["validate", "speedrun", "--step", "3"], "--steps"),
         (["validate", "speedrun", "--steps", "none"], "--steps"),

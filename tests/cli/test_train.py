@@ -270,5 +270,5 @@ def test_sample_refuses(nanogpt: Any, whole: Path, arguments: tuple[str, ...], m
 
 def test_the_module_needs_no_torch_until_it_trains() -> None:
     """So that `nanogpt --help` and the shell's completion stay quick."""
-    code = "import sys, nanogpt.cli.train, nanogpt.cli.sample; print('torch' in sys.modules)"
+    code = "import sys, nanogpt.cli.train, nanogpt.cli.sample, nanogpt.cli.evaluate; print('torch' in sys.modules)"
     assert python("-c", code).stdout == "False\n"

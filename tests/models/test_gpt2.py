@@ -92,6 +92,8 @@ def test_loss_and_every_gradient_are_those_of_the_definition():
         assert (value.grad - p[name].grad).norm() < 1e-10 * p[name].grad.norm().clamp(min=1e-3), name
     assert relative_error(model.evaluation_loss(batch, WINDOWS), expected) < 1e-12
     assert relative_error(model.next_token_logits(batch, WINDOWS), logits[-1, :50]) < 1e-6
+    token_losses = F.cross_entropy(logits, batch.targets, reduction="none")
+    assert relative_error(model.token_losses(batch, WINDOWS), token_losses) < 1e-6
     assert model.training_loss_scale(batch) == 1
 
 

@@ -83,8 +83,10 @@ def test_losses_and_every_gradient_are_those_of_the_definition(case, growths):
 
     mean = dense.evaluation_loss(x, batch.targets.tolist())
     assert relative_error(model.evaluation_loss(batch, windows), mean) < 1e-6
-    logits = 23 * torch.sigmoid((x[-1] @ dense.p["lm_head"] + 5) / 7.5)
-    assert relative_error(model.next_token_logits(batch, windows), logits[:61]) < 1e-5
+    logits = 23 * torch.sigmoid((x @ dense.p["lm_head"] + 5) / 7.5)
+    assert relative_error(model.next_token_logits(batch, windows), logits[-1, :61]) < 1e-5
+    expected = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")
+    assert relative_error(model.token_losses(batch, windows), expected) < 1e-6
 
 
 def test_a_restart_undoes_the_growth_of_windows():

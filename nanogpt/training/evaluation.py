@@ -1,0 +1,392 @@
+"""The validation loss of a run's newest checkpoint, computed anew and by document; of two runs on the same tokens.
+
+- A run reads the validation stream as it does while it trains: in micro-batches of its own recipe, with the windows of
+  its last validation. One process, nothing compiled.
+- A document is what `cu_seqlens` bounds: from its BOS up to the next one, whose BOS is its last target. One that a
+  micro-batch's edge cuts counts as two, of which the second does not see the first.
+- Losses are in nats: of a token in fp32, added up in fp64.
+
+Means are per token, so a long document weighs more. Their standard error is over documents, as the tokens of one are
+not independent: see `mean_over_documents`. It tells of other documents, and not of other seeds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from nanogpt.console import markdown_table, progress, say
+from nanogpt.data.batches import ValBatches, read_stream
+from nanogpt.data.shards import Tokens
+from nanogpt.data.tokenizer import VOCAB_SIZE, gpt2_encoding
+from nanogpt.errors import InputError, RunError
+from nanogpt.models.interface import Paths
+from nanogpt.runs.directory import RECORD_NAME, RunDirectory
+from nanogpt.runs.metrics import read_run
+from nanogpt.runs.record import read_record
+from nanogpt.spec import RunSpec
+from nanogpt.training.paths import choose_paths
+from nanogpt.training.schedule import Schedule
+from nanogpt.training.trained_model import TrainedModel, load_trained_model
+from nanogpt.training.trainer import default_data_directory, find_files
+
+Numbers = npt.NDArray[np.float64]
+Counts = npt.NDArray[np.int64]
+
+TEXT_LENGTH = 50  # characters of a document that are shown
+TEXT_TOKENS = 200  # enough for so many: a character takes up to four
+SHOWN_TOKENS = 10  # of a document that is in no text known here
+
+
+@dataclass(frozen=True)
+class MeanLoss:
+    """A mean over tokens, in nats, and its standard error over documents; None for one document."""
+
+    value: float
+    standard_error: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluatedRun:
+    """What one run makes of the documents."""
+
+    label: str
+    path: Path
+    step: int  # of the checkpoint: steps made
+    total_steps: int
+    losses: Numbers  # (D,) the sum of each document's losses, in nats
+    mean: MeanLoss
+    recorded: float | None  # the loss that the run itself has recorded for these tokens at this step, in nats
+    no_record: str  # why there is none; empty where there is
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """One or two runs on the same D documents of the validation stream."""
+
+    runs: tuple[EvaluatedRun, ...]
+    stream: Tokens  # (N + 1,) uint16: N inputs, and the last one's target
+    positions: Counts  # (D,) the first token of each document, in the stream
+    tokens: Counts  # (D,) of each document; together N
+    bos: int
+    vocab_size: int
+
+    @property
+    def total(self) -> int:
+        """Tokens evaluated, N."""
+        return int(self.tokens.sum())
+
+    @property
+    def excess(self) -> Numbers:
+        """(D,) nats: (loss per token - mean) * tokens / N of each document in the first run; together 0."""
+        first = self.runs[0]
+        return (first.losses - first.mean.value * self.tokens) / self.total
+
+    @property
+    def contributions(self) -> Numbers:
+        """(D,) nats: each document's part of the difference of the means, second run - first; together that."""
+        first, second = self.runs
+        return (second.losses - first.losses) / self.total
+
+    @property
+    def difference(self) -> MeanLoss:
+        """Second run's mean - the first's; the standard error is that of pairs, document by document."""
+        first, second = self.runs
+        return mean_over_documents(second.losses - first.losses, self.tokens)
+
+
+def mean_over_documents(losses: Numbers, tokens: Counts) -> MeanLoss:
+    """The mean per token of D documents with `losses` (D,), each a sum in nats, and `tokens` (D,).
+
+    With s and n the loss and the tokens of a document, the mean is the ratio R = sum(s) / sum(n). Both vary from
+    document to document; the standard error is that of a ratio:
+
+        sqrt(D / (D - 1) * sum((s - R n)^2)) / sum(n)
+    """
+    count, total = len(losses), int(tokens.sum())
+    mean = float(losses.sum()) / total
+    if count == 1:
+        return MeanLoss(mean, None)
+    squares = float(np.square(losses - mean * tokens).sum())
+    return MeanLoss(mean, math.sqrt(count / (count - 1) * squares) / total)
+
+
+def evaluate_runs(
+    run_directories: Sequence[Path],
+    *,
+    data_directory: Path | None = None,
+    tokens: int | None = None,
+    device: str | None = None,
+) -> Evaluation:
+    """Evaluate the newest checkpoints of one or two runs on the first tokens of the validation stream.
+
+    Args:
+        run_directories: the runs.
+        data_directory: of the validation shards; None: where `nanogpt train` finds those of the first run.
+        tokens: to evaluate; None: evaluation.tokens of the first run's recipe.
+        device: cpu or cuda; None: a GPU where there is one.
+
+    Raises:
+        InputError: no run, no checkpoint, no shards or too few tokens; tokens that do not fill micro-batches; runs or
+            shards of different vocabularies; no GPU.
+        RunError: a loss that is not finite.
+    """
+    specs = [RunDirectory.open(path).spec() for path in run_directories]
+    first = specs[0]
+    for path, spec in zip(run_directories[1:], specs[1:], strict=True):
+        _check_same_tokens(run_directories[0], first, path, spec)
+    count = first.evaluation.tokens if tokens is None else tokens
+    _check_count(count, specs)
+    place = _device(device)
+    files = find_files(data_directory or default_data_directory(first), first.data.val_files)
+    stream = read_stream(files, count + 1)
+    if stream.max() >= first.model.vocab_size:
+        raise InputError(
+            f"{files[0].parent}: the validation shards hold token {stream.max()}, the run has a vocabulary of"
+            f" {first.model.vocab_size}; name the directory of shards of its tokenizer with --data"
+        )
+    trained = [
+        load_trained_model(path, device=place, paths=_paths(spec, place))
+        for path, spec in zip(run_directories, specs, strict=True)
+    ]
+    names = [one.run.path.resolve().name for one in trained]
+    labels = names if len(set(names)) == len(names) else [str(one.run.path) for one in trained]
+
+    read = [_token_losses(one, label, files, count, place) for one, label in zip(trained, labels, strict=True)]
+    # Two runs may cut documents at different places.
+    positions = np.unique(np.concatenate([starts for _, starts in read]))
+    sizes = np.diff(positions, append=count)
+    runs = []
+    for one, label, (losses, _) in zip(trained, labels, read, strict=True):
+        sums = np.add.reduceat(losses, positions)
+        recorded, no_record = _recorded_loss(one, count, stream)
+        total_steps = one.spec.training.total_steps
+        mean = mean_over_documents(sums, sizes)
+        runs.append(EvaluatedRun(label, one.run.path, one.step, total_steps, sums, mean, recorded, no_record))
+    return Evaluation(tuple(runs), stream, positions, sizes, first.data.bos, first.model.vocab_size)
+
+
+def _check_same_tokens(path: Path, spec: RunSpec, other_path: Path, other: RunSpec) -> None:
+    for what, ours, theirs in (
+        ("model.vocab_size", spec.model.vocab_size, other.model.vocab_size),
+        ("data.bos", spec.data.bos, other.data.bos),
+    ):
+        if ours != theirs:
+            raise InputError(
+                f"{other_path}: {what} is {theirs}, that of {path} is {ours}: the two cannot read the same tokens."
+                " Compare runs of one tokenizer"
+            )
+
+
+def _check_count(count: int, specs: Sequence[RunSpec]) -> None:
+    sizes = [spec.evaluation.micro_batch_tokens for spec in specs]
+    unit = math.lcm(*sizes)
+    if count < 1 or count % unit:
+        of = " and ".join(f"{size:,}" for size in dict.fromkeys(sizes))
+        raise InputError(
+            f"--tokens: {count:,} tokens do not fill micro-batches of {of} (evaluation.micro_batch_tokens); name a"
+            f" multiple of {unit:,}, such as {max(count // unit, 1) * unit}"
+        )
+
+
+def _device(name: str | None) -> torch.device:
+    if name not in (None, "cpu", "cuda"):
+        raise InputError(f"--device: found {name}, expected cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device: PyTorch sees no GPU here (apptainer needs --nv); leave it away to use the CPU")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _paths(spec: RunSpec, device: torch.device) -> Paths:
+    """The run's own where they can run here, else their equals; 8-bit products are for training alone."""
+    runtime = spec.runtime.model_copy(update={"head_precision": "bf16", "mlp_precision": "bf16"})
+    try:
+        return choose_paths(spec.model_copy(update={"runtime": runtime}), device)[0]
+    except InputError:
+        runtime = runtime.model_copy(update={"attention": "auto"})
+        return choose_paths(spec.model_copy(update={"runtime": runtime}), device)[0]
+
+
+def _token_losses(
+    trained: TrainedModel, label: str, files: Sequence[Path], count: int, device: torch.device
+) -> tuple[Numbers, Counts]:
+    """(N,) the loss of each token in nats, and (documents,) where documents begin; shows how far it is."""
+    spec = trained.spec
+    size = spec.evaluation.micro_batch_tokens
+    batches = ValBatches(files, tokens=count, micro_batch_tokens=size, slots=1, bos=spec.data.bos, device=device)
+    losses = np.empty(count)
+    starts = []
+    with progress(f"{label}: micro-batches", len(batches)) as advance:
+        for first, batch in zip(range(0, count, size), batches, strict=True):
+            losses[first : first + size] = trained.model.token_losses(batch, trained.windows).cpu().numpy()
+            starts.append(first + np.unique(batch.cu_seqlens.cpu().numpy())[:-1].astype(np.int64))
+            advance(1)
+    if not np.isfinite(losses).all():
+        raise RunError(f"{trained.run.path}: the checkpoint of step {trained.step} gives losses that are not finite")
+    return losses, np.concatenate(starts)
+
+
+def _recorded_loss(trained: TrainedModel, count: int, stream: Tokens) -> tuple[float | None, str]:
+    """What the run recorded of these tokens at the checkpoint's step, in nats; or None, and why it has nothing."""
+    spec, run, step = trained.spec, trained.run, trained.step
+    if count != spec.evaluation.tokens:
+        return None, f"its own validations are of {spec.evaluation.tokens:,} tokens"
+    if not run.metrics_path.is_file():
+        return None, f"it has no {run.metrics_path.name}"
+    found = [record.get("val_loss") for record in read_run(run.path).evaluations if record["step"] == step]
+    if not found or found[0] is None:
+        return None, f"it has no validation loss of step {step:,}"
+    schedule = Schedule(spec)
+    if step < schedule.total_steps and schedule.at(step).windows != trained.windows:
+        return None, f"its validation of step {step:,} has the next stage's windows, which the checkpoint has not"
+    recorded_stream = _recorded_stream(run)
+    if recorded_stream not in (None, hashlib.sha256(stream.astype("<u2").tobytes()).hexdigest()):
+        return None, "its record tells of other validation tokens"
+    return float(found[0]), ""
+
+
+def _recorded_stream(run: RunDirectory) -> str | None:
+    """The SHA-256 of the validation stream by the run's record, if it knows."""
+    if not (run.path / RECORD_NAME).exists():
+        return None
+    try:
+        record = read_record(run.path)
+    except InputError as error:
+        say(f"{error}; going on without the record")
+        return None
+    return record.data.val_stream_sha256 if record.data else None
+
+
+# --- what to tell ---
+
+
+def as_lines(evaluation: Evaluation, documents: int) -> list[str]:
+    """Means and standard errors, then the `documents` documents that weigh most on the mean, or on the difference."""
+    runs = evaluation.runs
+    lines = [
+        f"{evaluation.total:,} validation tokens, {len(evaluation.tokens):,} documents. Losses in nats a token",
+        "",
+    ]
+    lines += markdown_table(
+        ("run", "step", "loss", "standard error", "recorded by the run", "loss - recorded"), map(_run_row, runs)
+    )
+    unknown = [f"{run.label}: no recorded loss to compare with: {run.no_record}" for run in runs if run.no_record]
+    lines += [*([""] if unknown else []), *unknown]
+    if len(runs) == 2:
+        difference = evaluation.difference
+        lines += [
+            "",
+            f"{runs[1].label} - {runs[0].label}: {difference.value:+.6f}, standard error"
+            f" {_error(difference)} (document by document)",
+        ]
+    if documents:
+        lines += ["", *_documents(evaluation, documents)]
+    return lines
+
+
+def _run_row(run: EvaluatedRun) -> list[str]:
+    row = [run.label, f"{run.step:,} of {run.total_steps:,}", f"{run.mean.value:.6f}", _error(run.mean)]
+    if run.recorded is None:
+        return [*row, "-", "-"]
+    return [*row, f"{run.recorded:.6f}", f"{run.mean.value - run.recorded:+.1e}"]
+
+
+def _error(mean: MeanLoss) -> str:
+    return "-" if mean.standard_error is None else f"{mean.standard_error:.6f}"
+
+
+def _documents(evaluation: Evaluation, count: int) -> list[str]:
+    """A title, and the table of the documents that matter most."""
+    positions, tokens = evaluation.positions, evaluation.tokens
+    losses = [run.losses / tokens for run in evaluation.runs]
+    head: tuple[str, ...]
+    figures: list[tuple[str, ...]]
+    if len(evaluation.runs) == 1:
+        excess, sums = evaluation.excess, evaluation.runs[0].losses
+        order = np.argsort(-excess, kind="stable")[:count]
+        title = "Documents that weigh most on the mean; excess = (loss - mean) * tokens / all tokens:"
+        head = ("position", "tokens", "loss", "excess", "share of the mean", "text")
+        figures = [(f"{losses[0][d]:.4f}", f"{excess[d]:+.6f}", f"{sums[d] / sums.sum():.3%}") for d in order]
+    else:
+        parts = evaluation.contributions
+        order = np.argsort(-np.abs(parts), kind="stable")[:count]
+        title = "Documents that contribute most to the difference, which all contributions add up to:"
+        head = ("position", "tokens", *(f"loss of {run.label}" for run in evaluation.runs), "contribution", "text")
+        figures = [(*(f"{loss[d]:.4f}" for loss in losses), f"{parts[d]:+.6f}") for d in order]
+    rows = (
+        (f"{positions[d]:,}", f"{tokens[d]:,}", *cells, beginning(evaluation, d))
+        for d, cells in zip(order, figures, strict=True)
+    )
+    return [title, "", *markdown_table(head, rows)]
+
+
+def beginning(evaluation: Evaluation, document: int) -> str:
+    """How the document begins, on one line and fit for a table: its text without BOS if the vocabulary is GPT-2's.
+
+    Else its first token numbers. `...` stands before what is the rest of a document.
+    """
+    start = int(evaluation.positions[document])
+    end = start + int(evaluation.tokens[document])
+    whole = int(evaluation.stream[start]) == evaluation.bos
+    tokens = evaluation.stream[start + whole : end].tolist()
+    if evaluation.vocab_size == VOCAB_SIZE:
+        text = visible(gpt2_encoding().decode(tokens[:TEXT_TOKENS])[:TEXT_LENGTH])
+    else:
+        text = " ".join(map(str, tokens[:SHOWN_TOKENS]))
+    return text if whole else f"... {text}"
+
+
+def visible(text: str) -> str:
+    r"""The text with what a terminal does not print, or takes for a command, as Python writes it: `\n`, `\x1b`.
+
+    A table's bars become `\|`.
+    """
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(shown).replace("|", r"\|")
+
+
+def as_json(evaluation: Evaluation) -> dict[str, Any]:
+    """All of it as data that JSON can hold; losses in nats a token, those of a document in the order of the runs.
+
+    - tokens: evaluated
+    - runs: run, path, step, total_steps, loss, standard_error, recorded_loss (null: none of these tokens)
+    - difference: loss and standard_error, second run - first; null for one run
+    - documents: position, tokens, losses of each, in the stream's order
+    """
+    losses = np.stack([run.losses / evaluation.tokens for run in evaluation.runs], axis=1)
+    difference = evaluation.difference if len(evaluation.runs) == 2 else None
+    return {
+        "tokens": evaluation.total,
+        "runs": [
+            {
+                "run": run.label,
+                "path": str(run.path),
+                "step": run.step,
+                "total_steps": run.total_steps,
+                **_mean_json(run.mean),
+                "recorded_loss": run.recorded,
+            }
+            for run in evaluation.runs
+        ],
+        "difference": None if difference is None else _mean_json(difference),
+        "documents": [
+            {"position": position, "tokens": tokens, "losses": values}
+            for position, tokens, values in zip(
+                evaluation.positions.tolist(), evaluation.tokens.tolist(), losses.tolist(), strict=True
+            )
+        ],
+    }
+
+
+def _mean_json(mean: MeanLoss) -> dict[str, float | None]:
+    return {"loss": mean.value, "standard_error": mean.standard_error}

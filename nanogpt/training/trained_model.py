@@ -1,0 +1,46 @@
+"""A run's model as its newest checkpoint has it, to be used and not to be trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nanogpt.errors import InputError
+from nanogpt.models import build_model
+from nanogpt.models.interface import LanguageModel, Paths, Windows
+from nanogpt.runs.directory import RunDirectory
+from nanogpt.spec import RunSpec
+from nanogpt.training.checkpoint import load_newest_checkpoint
+from nanogpt.training.schedule import Schedule
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedModel:
+    """A model with the weights and rotary tables of a checkpoint."""
+
+    run: RunDirectory
+    spec: RunSpec
+    step: int  # steps that it has made
+    model: LanguageModel
+    windows: Windows  # see `Schedule.windows_after`
+
+
+def load_trained_model(
+    run_directory: Path, *, device: torch.device | str = "cpu", paths: Paths | None = None
+) -> TrainedModel:
+    """The model of the run's newest checkpoint on `device`, in the run's dtype; `paths` as in `build_model`.
+
+    Raises:
+        InputError: no run there, no checkpoint in it, or none that can be read.
+    """
+    run = RunDirectory.open(run_directory)
+    spec = run.spec()
+    checkpoint = load_newest_checkpoint(run.checkpoint_directory)
+    if checkpoint is None:
+        raise InputError(f"{run.path}: has no checkpoint; a run with checkpoint.at_end: true in its recipe writes one")
+    model = build_model(spec, device=device, paths=paths)
+    model.load_state_dict(checkpoint["model"])
+    step = int(checkpoint["step"])
+    return TrainedModel(run, spec, step, model, Schedule(spec).windows_after(step))
