@@ -181,9 +181,6 @@ def head_token_losses(
     return torch.cat(losses)
 
 
-_TOKEN_LOSS_CHUNK = 2048  # with the steps of the softcap 1.2 GB at a time
-
-
 def _check(x: Tensor, lm_head: Tensor, targets: Tensor, cap: float) -> None:
     if x.ndim != 2 or lm_head.ndim != 2 or x.shape[1] != lm_head.shape[0]:
         raise ValueError(f"x {tuple(x.shape)} and lm_head {tuple(lm_head.shape)}: expected (T, D) and (D, V)")
@@ -207,6 +204,7 @@ def _runs_kernel(x: Tensor, lm_head: Tensor, fp8: bool) -> bool:
 # ---------------------------------------------------------------- bf16 on a GPU
 
 _EVALUATION_TOKENS = 32_768  # 3.3 GB of logits at a time
+_TOKEN_LOSS_CHUNK = 2048  # with the steps of the softcap 1.2 GB at a time
 
 
 @torch.library.custom_op("nanogpt::bf16_head_loss", mutates_args=())

@@ -87,14 +87,15 @@ class Gpt2(LanguageModel):
         return self.ln_f(x)
 
     def _mean_loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        def chunk_loss(x: Tensor, targets: Tensor) -> Tensor:
-            logits = x @ self.embed.weight.mT
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            return F.cross_entropy(logits, targets, reduction="sum")
-
         chunks = zip(x.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
-        losses = [checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]
+        losses = [checkpoint(self._loss, *chunk, "sum", use_reentrant=False) for chunk in chunks]
         return torch.stack(losses).sum() / targets.shape[0]
+
+    def _loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        """Cross-entropy of a chunk, at least in fp32."""
+        logits = x @ self.embed.weight.mT
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, targets, reduction=reduction)
 
     def training_loss(
         self,
@@ -121,9 +122,7 @@ class Gpt2(LanguageModel):
         """(T,) fp32 cross-entropy of each next token in nats."""
         x = self(batch.inputs, batch.cu_seqlens, windows)
         chunks = zip(x.split(LOSS_CHUNK), batch.targets.split(LOSS_CHUNK), strict=True)
-        return torch.cat(
-            [F.cross_entropy((part @ self.embed.weight.mT).float(), to, reduction="none") for part, to in chunks]
-        )
+        return torch.cat([self._loss(*chunk, "none") for chunk in chunks])
 
     @torch.no_grad()
     def next_token_logits(self, batch: TokenBatch, windows: Windows) -> Tensor:

@@ -91,6 +91,10 @@ class NorMuonAdam:
         view = self._view(plan, full)
         return self.communicator.shard(view) if plan.sharded else view
 
+    def _full(self, plan: ParameterPlan, own: Tensor) -> Tensor:
+        """All ranks' parts of what this one has `own` of, in new memory."""
+        return self.communicator.unshard(own) if plan.sharded else own.clone()
+
     def _adam_state(self, label: str) -> State:
         own = self._own(self.plans[label], self.parameters[label].data)
         return {name: torch.zeros_like(own, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")}
@@ -263,10 +267,7 @@ class NorMuonAdam:
         Also the gradients that Adam's parameters have gathered so far, and those whose update is still to come.
         """
         tensors = {
-            label: {
-                name: self.communicator.unshard(own) if self.plans[label].sharded else own.clone()
-                for name, own in state.items()
-            }
+            label: {name: self._full(self.plans[label], own) for name, own in state.items()}
             for label, state in self.state.items()
         }
         pending = {}
@@ -278,10 +279,7 @@ class NorMuonAdam:
         for label, (reduction, rates) in self.waiting.items():
             own = reduction.wait()
             self.waiting[label] = there(own), rates
-            waiting[label] = {
-                "gradient": self.communicator.unshard(own) if self.plans[label].sharded else own.clone(),
-                "lr_factor": rates.lr_factor,
-            }
+            waiting[label] = {"gradient": self._full(self.plans[label], own), "lr_factor": rates.lr_factor}
         return {
             "tensors": tensors,
             "adam_counts": dict(self.adam_counts),
@@ -310,8 +308,7 @@ class NorMuonAdam:
                 self.touched.clear()
         self.waiting = {}
         for label, kept in state.get("waiting", {}).items():
-            full = torch.empty_like(self.parameters[label]).copy_(kept["gradient"])
-            own = self.communicator.shard(full).clone() if self.plans[label].sharded else full
+            own = self._own(self.plans[label], kept["gradient"]).to(self.parameters[label], copy=True)
             self.waiting[label] = there(own), StepRates(lr_factor=kept["lr_factor"])
         self.gathering = bool(state["pending_gradients"])
         for label, parameter in self.parameters.items():

@@ -291,8 +291,6 @@ class Trainer:
         if self.spec.training.warmup:
             self._say(self.cache.lines)
             with self.watch.phase("warming up"):
-                with self.startup.phase("compiling, by several processes"):
-                    compile_ahead(self)
                 self.warm_up()
                 with self.startup.phase("compile cache, writing"):
                     self.cache.save(trifles=False)
@@ -437,10 +435,12 @@ class Trainer:
     # --- warm-up ---
 
     def warm_up(self) -> None:
-        """Run the steps around each stage change on real batches, then put everything back as it was.
+        """Compile, run the steps around each stage change on real batches, then put everything back as it was.
 
         Of a step's micro-steps the first two: one compiles, one is recorded. Each stage evaluates once.
         """
+        with self.startup.phase("compiling, by several processes"):
+            compile_ahead(self)
         evaluated: set[int] = set()
         parameters = [parameter.detach().clone() for parameter in self.model.parameters()]
         optimizer_state = self.optimizer.state_dict()

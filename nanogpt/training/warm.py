@@ -10,7 +10,6 @@ from pathlib import Path
 from nanogpt.cache.compile_cache import VARIABLE, cache_directory, compile_cache
 from nanogpt.errors import InputError
 from nanogpt.spec import WORLD_SIZES, RunSpec
-from nanogpt.training.ahead import compile_ahead
 from nanogpt.training.benchmark import write_made_up_shards
 from nanogpt.training.compilation import compiled_functions, functions_table
 from nanogpt.training.paths import compiles
@@ -56,8 +55,6 @@ def warm_cache(spec: RunSpec, *, world_sizes: Sequence[int], directory: Path | N
         trainer = stack.enter_context(
             Trainer(spec, world, run=None, data_directory=scratch, cache=cache, startup=startup)
         )
-        with startup.phase("compiling, by several processes"):
-            compile_ahead(trainer)
         trainer.warm_up()
         for size in world_sizes:
             if size > 1:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_runs import tiny_spec, write_recipe
 
 from nanogpt.optim.normuon_adam import NorMuonAdam
-from nanogpt.training import warm
+from nanogpt.training import trainer
 from nanogpt.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,9 +41,15 @@ def test_a_recipe_for_four_is_warmed_up_for_four(
     recipe: Path, tmp_path: Path, nanogpt: Callable, monkeypatch: pytest.MonkeyPatch
 ):
     begun: list[object] = []
-    warm_up, updates = Trainer.warm_up, NorMuonAdam.warm_up
-    monkeypatch.setattr(warm, "compile_ahead", lambda trainer: begun.append("helpers"))
-    monkeypatch.setattr(Trainer, "warm_up", lambda self: (begun.append("warm-up"), warm_up(self)))
+    evaluate, updates = Trainer.evaluate, NorMuonAdam.warm_up
+    monkeypatch.setattr(trainer, "compile_ahead", lambda _: begun.append("helpers"))
+
+    def first_evaluation(self: Trainer, *arguments: Any, **options: Any) -> float:
+        if "warm-up" not in begun:
+            begun.append("warm-up")
+        return evaluate(self, *arguments, **options)
+
+    monkeypatch.setattr(Trainer, "evaluate", first_evaluation)
     monkeypatch.setattr(NorMuonAdam, "warm_up", lambda self, size: (begun.append(size), updates(self, size)))
     result = nanogpt("warm", recipe, "--out", tmp_path / "kept")
     assert result.code == 0 and begun == ["helpers", "warm-up", 4]
