@@ -18,7 +18,10 @@ def evaluate(
     data: Annotated[
         Path | None,
         typer.Option(
-            "--data", metavar="DIR", help="Directory of the validation shards.", show_default="as for nanogpt train"
+            "--data",
+            metavar="DIR",
+            help="Directory of the validation shards.",
+            show_default="where RUN read them, else as for nanogpt train",
         ),
     ] = None,
     tokens: Annotated[

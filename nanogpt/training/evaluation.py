@@ -31,7 +31,7 @@ from nanogpt.errors import InputError, RunError
 from nanogpt.models.interface import Paths
 from nanogpt.runs.directory import RECORD_NAME, RunDirectory
 from nanogpt.runs.metrics import read_run
-from nanogpt.runs.record import read_record
+from nanogpt.runs.record import Data, read_record
 from nanogpt.spec import RunSpec
 from nanogpt.training.paths import choose_paths
 from nanogpt.training.schedule import Schedule
@@ -130,7 +130,8 @@ def evaluate_runs(
 
     Args:
         run_directories: the runs.
-        data_directory: of the validation shards; None: where `nanogpt train` finds those of the first run.
+        data_directory: of the validation shards; None: where the first run read them, by its record, if that is there
+            still, else where `nanogpt train` would find them.
         tokens: to evaluate; None: evaluation.tokens of the first run's recipe.
         device: cpu or cuda; None: a GPU where there is one.
 
@@ -146,7 +147,8 @@ def evaluate_runs(
     count = first.evaluation.tokens if tokens is None else tokens
     _check_count(count, specs)
     place = _device(device)
-    files = find_files(data_directory or default_data_directory(first), first.data.val_files)
+    recorded = [_recorded_data(RunDirectory.open(path)) for path in run_directories]
+    files = find_files(data_directory or _shards_of(first, recorded[0]), first.data.val_files)
     stream = read_stream(files, count + 1)
     if stream.max() >= first.model.vocab_size:
         raise InputError(
@@ -165,12 +167,12 @@ def evaluate_runs(
     positions = np.unique(np.concatenate([starts for _, starts in read]))
     sizes = np.diff(positions, append=count)
     runs = []
-    for one, label, (losses, _) in zip(trained, labels, read, strict=True):
+    for one, label, data, (losses, _) in zip(trained, labels, recorded, read, strict=True):
         sums = np.add.reduceat(losses, positions)
-        recorded, no_record = _recorded_loss(one, count, stream)
+        loss, no_record = _recorded_loss(one, data, count, stream)
         total_steps = one.spec.training.total_steps
         mean = mean_over_documents(sums, sizes)
-        runs.append(EvaluatedRun(label, one.run.path, one.step, total_steps, sums, mean, recorded, no_record))
+        runs.append(EvaluatedRun(label, one.run.path, one.step, total_steps, sums, mean, loss, no_record))
     return Evaluation(tuple(runs), stream, positions, sizes, first.data.bos, first.model.vocab_size)
 
 
@@ -236,7 +238,7 @@ def _token_losses(
     return losses, np.concatenate(starts)
 
 
-def _recorded_loss(trained: TrainedModel, count: int, stream: Tokens) -> tuple[float | None, str]:
+def _recorded_loss(trained: TrainedModel, data: Data | None, count: int, stream: Tokens) -> tuple[float | None, str]:
     """What the run recorded of these tokens at the checkpoint's step, in nats; or None, and why it has nothing."""
     spec, run, step = trained.spec, trained.run, trained.step
     if count != spec.evaluation.tokens:
@@ -249,22 +251,27 @@ def _recorded_loss(trained: TrainedModel, count: int, stream: Tokens) -> tuple[f
     schedule = Schedule(spec)
     if step < schedule.total_steps and schedule.at(step).windows != trained.windows:
         return None, f"its validation of step {step:,} has the next stage's windows, which the checkpoint has not"
-    recorded_stream = _recorded_stream(run)
+    recorded_stream = None if data is None else data.val_stream_sha256
     if recorded_stream not in (None, hashlib.sha256(stream.astype("<u2").tobytes()).hexdigest()):
         return None, "its record tells of other validation tokens"
     return float(found[0]), ""
 
 
-def _recorded_stream(run: RunDirectory) -> str | None:
-    """The SHA-256 of the validation stream by the run's record, if it knows."""
+def _shards_of(spec: RunSpec, data: Data | None) -> Path:
+    """Where the run read its shards, if that is there still, else where another one would look for them."""
+    read_from = None if data is None else Path(data.directory)
+    return read_from if read_from is not None and read_from.is_dir() else default_data_directory(spec)
+
+
+def _recorded_data(run: RunDirectory) -> Data | None:
+    """What the run's record says of its shards, if it does."""
     if not (run.path / RECORD_NAME).exists():
         return None
     try:
-        record = read_record(run.path)
+        return read_record(run.path).data
     except InputError as error:
         say(f"{error}; going on without the record")
         return None
-    return record.data.val_stream_sha256 if record.data else None
 
 
 # --- what to tell ---

@@ -435,6 +435,24 @@ def test_the_command(
     assert outcome.out.splitlines() == as_lines(evaluate_runs([runs["gpt2"]], data_directory=data, tokens=64), 10)
 
 
+def test_shards_are_where_the_run_read_them_or_where_train_would_look(
+    nanogpt: Any, runs: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NANOGPT_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert nanogpt("evaluate", runs["speedrun"]).code == 0
+
+    moved = shutil.copytree(runs["speedrun"], tmp_path / "moved")
+    record = json.loads((moved / "record.json").read_text())
+    assert record["data"]["directory"] == str(data)
+    record["data"]["directory"] = str(tmp_path / "gone")
+    (moved / "record.json").write_text(json.dumps(record))
+    outcome = nanogpt("evaluate", moved)
+    assert outcome.code == 2 and re.search(r"fineweb10B: no fineweb_val_\*.bin there. .* --data", outcome.err)
+    monkeypatch.setenv("NANOGPT_DATA", str(data))
+    assert nanogpt("evaluate", moved).code == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
