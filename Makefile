@@ -54,11 +54,11 @@ schema: $(DEMO_READY) ## Write recipes/schema.json anew, after a change of nanog
 
 # Needs Python and Apptainer alone, no virtual environment: it is typed on login nodes.
 sif: need-python ## Build the image, nanogpt.sif (FLAVOUR=cpu, BASE=tree, OUT=FILE, WHEELS=DIR)
-	@$(PYTHON) -m nanogpt.cluster.image_build --flavour '$(FLAVOUR)' --base '$(BASE)' --wheels '$(WHEELS)' \
+	@$(PYTHON) -m nanogpt.image.build --flavour '$(FLAVOUR)' --base '$(BASE)' --wheels '$(WHEELS)' \
 	  --kernels '$(KERNELS)' --out '$(OUT)'
 
 sif-diff: need-python ## What differs in two images or directories: make sif-diff A=old.sif B=new.sif
-	@$(PYTHON) -m nanogpt.cluster.image_tree '$(A)' '$(B)'
+	@$(PYTHON) -m nanogpt.image.tree '$(A)' '$(B)'
 
 lock: $(DEMO_READY) ## Write containers/*.lock anew, after a change of pyproject.toml or containers/*.in
 	@$(PIP) install --quiet uv

@@ -386,14 +386,14 @@ def test_one_rank_shards_anything():
 def test_shardable_rows_and_labels_are_the_models(name):
     import torch
 
-    from nanogpt.models.interface import Paths
+    from nanogpt.models.language_model import Implementations
     from nanogpt.models.record89 import Record89
     from nanogpt.models.speedrun import Speedrun
 
     spec = load_recipe(name).model
     kind = Record89 if name == "record89" else Speedrun
     with torch.device("meta"):
-        model = kind(spec, dtype=torch.bfloat16, max_tokens=16, paths=Paths())
+        model = kind(spec, dtype=torch.bfloat16, max_tokens=16, implementations=Implementations())
     shapes = {label: parameter.shape for label, parameter in model.named_parameters()}
     rows = {label: shape[0] if shape else 1 for label, shape in shapes.items()}
     if "attn" in rows:

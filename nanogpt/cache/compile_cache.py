@@ -30,7 +30,7 @@ from nanogpt.console import human_bytes
 from nanogpt.spec import RunSpec
 
 if TYPE_CHECKING:
-    from nanogpt.training.world import World
+    from nanogpt.launch.world import World
 
 VARIABLE = "NANOGPT_CACHE"
 OFF = "off"
@@ -73,10 +73,10 @@ class CompileCache:
         assert self._directory is not None
         return self._directory / file_name(self._key)
 
-    def save(self, *, trifles: bool = True) -> str | None:
+    def save(self, *, small_additions: bool = True) -> str | None:
         """Leave what has been compiled so far to later runs. Every rank calls it; returns rank 0's line for the log.
 
-        Without `trifles`, a file that was used is not written again for a few small kernels that it lacked.
+        Without `small_additions`, a file that was used is not written again for a few small kernels that it lacked.
         """
         world = self._world
         if world is None or self.root is None:
@@ -85,7 +85,7 @@ class CompileCache:
         if not world.is_main:
             return None
         new = set(kept_files(self.root)) - self._names
-        if not new or (not trifles and self.loaded is not None and _is_trifle(new)):
+        if not new or (not small_additions and self.loaded is not None and _is_small_addition(new)):
             return None
         started = time.perf_counter()
         if not self._fresh:
@@ -265,7 +265,7 @@ def _tuning_in(root: Path | None, world: World) -> AbstractContextManager[None]:
     return kept_tuning(root / FOLDER) if root is not None and world.device.type == "cuda" else nullcontext()
 
 
-def _is_trifle(names: Collection[str]) -> bool:
+def _is_small_addition(names: Collection[str]) -> bool:
     """Whether a run that finds all but these files kept loses no time to speak of."""
     counts = count_contents(names)
     return counts.pop("Triton kernels") <= FEW_KERNELS and not any(counts.values())

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from nanogpt.optim.plan import step_plan, updated_together
+from nanogpt.optim.step_order import step_plan, updated_together
 from nanogpt.runs.provenance import driver_version, package_directory, source_sha256
 from nanogpt.spec import RunSpec, SpeedrunOptimizerSpec
 
@@ -31,7 +31,15 @@ FORMAT = 1
 
 # What a graph is traced from and what it calls. Formulas of backward passes, which are in no graph that torch makes its
 # keys from, are in kernels/.
-SOURCES = ("kernels", "layers", "models", "optim", "training/paths.py", "training/trainer.py", "training/micro_step.py")
+SOURCES = (
+    "kernels",
+    "layers",
+    "models",
+    "optim",
+    "training/implementations.py",
+    "training/trainer.py",
+    "training/micro_step.py",
+)
 
 PACKAGES = (
     "torch",

@@ -29,7 +29,7 @@ def step(
     out: Annotated[Path | None, typer.Option(help="Also write the figures to this file, as JSON.")] = None,
 ) -> None:
     """Milliseconds a training step in each stage of RECIPE, with tokens/s, model FLOP utilisation and peak memory."""
-    from nanogpt.training.benchmark import as_json, as_table, time_stages
+    from nanogpt.bench.steps import as_json, as_table, time_stages
 
     with _trainer(recipe, overrides, data) as trainer:
         timings = []
@@ -46,13 +46,13 @@ def step(
 @contextmanager
 def _trainer(recipe: str, overrides: list[str] | None, data: Path | None) -> Iterator[Trainer]:
     """The recipe's trainer, ready to step, on `data` or on made-up tokens."""
+    from nanogpt.bench.steps import write_made_up_shards
     from nanogpt.cache.compile_cache import cache_directory, compile_cache
+    from nanogpt.launch.world import join_world
     from nanogpt.recipe import load_recipe
-    from nanogpt.training.ahead import compile_ahead
-    from nanogpt.training.benchmark import write_made_up_shards
-    from nanogpt.training.paths import compiles
+    from nanogpt.training.implementations import compiles
+    from nanogpt.training.parallel_compile import compile_in_parallel
     from nanogpt.training.trainer import Trainer
-    from nanogpt.training.world import join_world
 
     spec = load_recipe(recipe, [*(overrides or ()), "data.epochs=null"])
     with tempfile.TemporaryDirectory() as scratch, join_world(spec) as world:
@@ -67,7 +67,7 @@ def _trainer(recipe: str, overrides: list[str] | None, data: Path | None) -> Ite
             compile_cache(spec, world, kept_in) as cache,
             Trainer(spec, world, run=None, data_directory=data, cache=cache) as trainer,
         ):
-            compile_ahead(trainer)
+            compile_in_parallel(trainer)
             yield trainer
 
 
@@ -84,9 +84,9 @@ def profile(
     On several GPUs, torchrun --standalone --nproc-per-node N -m nanogpt bench profile RECIPE also tells how much of
     the communication is exposed.
     """
+    from nanogpt.bench import exposed
+    from nanogpt.bench.profile import as_table, parts_table, profile_stages
     from nanogpt.errors import InputError
-    from nanogpt.training import exposed
-    from nanogpt.training.profile import as_table, parts_table, profile_stages
 
     with _trainer(recipe, overrides, None) as trainer:
         if trainer.world.device.type != "cuda":
@@ -112,7 +112,7 @@ def timeline(
     rank: Annotated[int, typer.Option(help="Whose GPU.", min=0)] = 0,
 ) -> None:
     """A picture of the communication in a step of each stage: what is hidden by computing, and what is exposed."""
-    from nanogpt.training.timeline import plot_timeline, read_stages
+    from nanogpt.bench.timeline import plot_timeline, read_stages
 
     plot_timeline(read_stages(traces, rank), out)
     typer.echo(f"written: {out}")
@@ -125,8 +125,8 @@ def kernels(
     """Each kernel against its plain PyTorch equal and against what this GPU's copies and products reach."""
     import torch
 
+    from nanogpt.bench.kernels import TABLE_HEAD, all_bench_cases, as_row, machine_rates, run_cases
     from nanogpt.errors import InputError
-    from nanogpt.kernels.benchmark import TABLE_HEAD, all_bench_cases, as_row, machine_rates, run_cases
 
     if not torch.cuda.is_available():
         raise InputError("bench kernels: PyTorch sees no GPU here (apptainer needs --nv)")
@@ -150,11 +150,11 @@ def communication(
 
     torchrun --standalone --nproc-per-node N -m nanogpt bench communication RECIPE
     """
+    from nanogpt.bench.communication import as_table, time_bigram_table
     from nanogpt.errors import InputError
+    from nanogpt.launch.world import join_world
     from nanogpt.recipe import load_recipe
     from nanogpt.spec_model import RecordModelSpec
-    from nanogpt.training.communication_benchmark import as_table, time_bigram_table
-    from nanogpt.training.world import join_world
 
     spec = load_recipe(recipe, overrides or ())
     if not isinstance(spec.model, RecordModelSpec):

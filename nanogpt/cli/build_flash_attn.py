@@ -28,7 +28,7 @@ def build_flash_attn(
 
     NANOGPT_FLASH_ATTN=DIR then uses them in the image, with `runtime.attention: fa3` in the recipe.
     """
-    from nanogpt.cluster.flash_attn_build import build
+    from nanogpt.image.flash_attn_build import build
 
     with tempfile.TemporaryDirectory(prefix="build-flash-attn-") as scratch:
         build(source, out, architecture=arch, cuda=cuda, cutlass=cutlass, jobs=jobs, scratch=Path(scratch))

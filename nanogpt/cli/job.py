@@ -38,7 +38,7 @@ def plan(
     runs: Annotated[int | None, typer.Option("--runs", hidden=True)] = None,
 ) -> None:
     """Check the job against RECIPE and print its srun command, each word ended by a NUL; nothing if it is done."""
-    from nanogpt.cluster.plan import RunArguments, plan_step
+    from nanogpt.cluster.job_step import RunArguments, plan_step
     from nanogpt.errors import InputError
 
     if runs is not None:
@@ -57,7 +57,7 @@ def stage(
     resume: ResumeOption = None,
 ) -> None:
     """Copy image and shards to this node's disk, NANOGPT_STAGE, unless they are there."""
-    from nanogpt.cluster.plan import RunArguments
+    from nanogpt.cluster.job_step import RunArguments
     from nanogpt.cluster.staging import stage as copy
 
     arguments = RunArguments(recipe, overrides or (), steps, data, out, resume).with_environment(os.environ)
@@ -86,7 +86,7 @@ def node(
     resume: ResumeOption = None,
 ) -> None:
     """On each node: preflight, then torchrun."""
-    from nanogpt.cluster.plan import RunArguments
+    from nanogpt.cluster.job_step import RunArguments
     from nanogpt.cluster.preflight import preflight, raise_for_failures
     from nanogpt.console import say
 
@@ -108,8 +108,8 @@ def node(
             raise_for_failures(checks)
         import torch.distributed.run  # noqa: F401, mapped and then read
 
-        from nanogpt.cluster.page_cache import keep_code_in_memory
-        from nanogpt.cluster.torchrun import launch
+        from nanogpt.launch.launcher import launch
+        from nanogpt.launch.page_cache import keep_code_in_memory
 
         keep_code_in_memory(os.environ)
         conf = {"is_host": str(index == 0).lower(), "read_timeout": READ_TIMEOUT_S, "join_timeout": JOIN_TIMEOUT_S}
@@ -156,8 +156,8 @@ def requeue(
 ) -> None:
     """Put this job back into the queue, if its interrupted run would get further the next time."""
     from nanogpt.cluster.job_runs import job_name_for_slurm, requeue_refusal
+    from nanogpt.cluster.job_step import RunArguments
     from nanogpt.cluster.outside import ask_or_fail
-    from nanogpt.cluster.plan import RunArguments
     from nanogpt.console import say
     from nanogpt.errors import RunError
 

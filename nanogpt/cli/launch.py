@@ -36,7 +36,7 @@ def launch(
     SIGTERM and SIGUSR1 end the run after its step, with a checkpoint and exit code 75. --grace SECONDS: how long that
     may take (600).
     """
-    from nanogpt.cluster.torchrun import launch as run
+    from nanogpt.launch.launcher import launch as run
 
     sys.exit(run(arguments or ()))
 

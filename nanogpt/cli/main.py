@@ -19,8 +19,8 @@ import typer
 import typer.core
 import typer.main
 
-from nanogpt.cluster.torchrun import leave_message
 from nanogpt.errors import NanogptError
+from nanogpt.launch.launcher import leave_message
 
 
 class Command(NamedTuple):

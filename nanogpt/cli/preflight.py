@@ -19,7 +19,7 @@ def preflight(
 
     slurm/run.sh does so on every node of a job. Exit code 2 if a check failed.
     """
-    from nanogpt.cluster.plan import RunArguments
+    from nanogpt.cluster.job_step import RunArguments
     from nanogpt.cluster.preflight import preflight as check
     from nanogpt.cluster.preflight import raise_for_failures
 

@@ -50,8 +50,8 @@ def submit(
 
     Started by slurm/run.sh, outside of a job. Partition and account: SBATCH_PARTITION, SBATCH_ACCOUNT, or after `--`.
     """
+    from nanogpt.cluster.job_step import SCRIPTS, RunArguments
     from nanogpt.cluster.outside import ask_or_fail
-    from nanogpt.cluster.plan import SCRIPTS, RunArguments
     from nanogpt.cluster.preflight import check_shards, raise_for_failures
     from nanogpt.cluster.request import LOG, job_request, sbatch_command, shown
     from nanogpt.console import say

@@ -55,6 +55,8 @@ def train(
     wait_briefly()
     from nanogpt.console import say
     from nanogpt.errors import InputError
+    from nanogpt.launch.watchdog import Watchdog
+    from nanogpt.launch.world import started_as
     from nanogpt.recipe import load_recipe
     from nanogpt.runs.directory import RunDirectory
     from nanogpt.spec import RunSpec
@@ -63,8 +65,6 @@ def train(
     from nanogpt.training.recorder import create_run
     from nanogpt.training.resume import check_not_running, resumed_spec
     from nanogpt.training.trainer import check_start, default_data_directory, train_run
-    from nanogpt.training.watch import Watch
-    from nanogpt.training.world import started_as
 
     if resume is not None and out is not None:
         raise InputError("--out: a resumed run stays in its directory; leave --out away, or --resume")
@@ -73,7 +73,7 @@ def train(
     rank, size, _ = started_as()
     is_main = rank == 0
 
-    with Watch(rank, size) as watch:
+    with Watchdog(rank, size) as watch:
         run: RunDirectory | None = None
         spec: RunSpec | None = None
 

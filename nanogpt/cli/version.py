@@ -15,7 +15,7 @@ def versions() -> dict[str, str | None]:
     import os
 
     from nanogpt import __version__
-    from nanogpt.cluster.image import LOCK_LABEL
+    from nanogpt.image.labels import LOCK_LABEL
     from nanogpt.runs.provenance import code_state, container_of, package_versions
 
     container = container_of(os.environ)

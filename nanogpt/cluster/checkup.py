@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from nanogpt.cluster.gpus import OLDEST_DRIVER
-from nanogpt.cluster.image_checks import Check, Status
+from nanogpt.image.build_checks import Check, Status
 
 CAPABILITIES = {(8, 0): "A100", (9, 0): "H100, H200"}
 SHARED_MEMORY_NEEDED = 1 << 30  # NCCL and the batches' workers

@@ -22,10 +22,10 @@ from typing import get_args
 from nanogpt.cluster import bandwidth
 from nanogpt.cluster.allocation import same_type
 from nanogpt.cluster.gpus import Gpu, GpuProcess, gpu_processes, oldest_driver, version_numbers, visible_gpus
-from nanogpt.cluster.image_checks import Check, Status
 from nanogpt.console import human_bytes, say
 from nanogpt.data.manifest import file_sha256, verify_directory
 from nanogpt.errors import InputError, RunError
+from nanogpt.image.build_checks import Check, Status
 from nanogpt.spec import RunSpec
 from nanogpt.spec_model import Gpt2ModelSpec
 

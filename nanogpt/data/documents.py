@@ -207,7 +207,7 @@ def _explicit(path: str, real: str, kinds: Kinds) -> tuple[str, str, int, Kind]:
 def _walk(top: str, real_top: str, excluded: str, kinds: Kinds, skips: Skips) -> Iterator[tuple[str, str, int, Kind]]:
     """Files below a folder: (path, real path, size, kind), depth first, names in the order of their characters.
 
-    Paths are joined by hand: a walk may meet a million files, before any of them is read.
+    Implementations are joined by hand: a walk may meet a million files, before any of them is read.
     """
     stack: list[tuple[str, str, Kind | None]] = [(top.rstrip("/") or "/", real_top.rstrip("/"), None)]  # None: a folder
     while stack:

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nanogpt.bench.kernels import BenchCase, document_ends
 from nanogpt.errors import InputError
 from nanogpt.kernels.attention_flash import LOADERS, attention_flash, flash_library
 from nanogpt.kernels.attention_plain import attention_plain
-from nanogpt.kernels.benchmark import BenchCase, document_ends
 
 BACKENDS = ("fa4", "fa3", "fa2", "varlen", "plain")
 

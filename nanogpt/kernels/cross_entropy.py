@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanogpt.kernels.benchmark import BenchCase
+from nanogpt.bench.kernels import BenchCase
 from nanogpt.kernels.dispatch import runs_kernel
 from nanogpt.kernels.fp8_head import (
     FP8_CAPABILITY,

@@ -29,7 +29,7 @@ def _quantize_both_ways_kernel(
     src_ptr,  # (B, M, N) bf16, or 8-bit
     scale_ptr,  # (B,), to divide by; or None, and then FACTOR is what to multiply by
     same_ptr,  # (B, M, N), 8-bit, or None, as the next may be
-    turned_ptr,  # (B, N, M), 8-bit
+    transposed_ptr,  # (B, N, M), 8-bit
     src_stride,  # from matrix to matrix
     M,
     N,
@@ -40,11 +40,11 @@ def _quantize_both_ways_kernel(
 ):
     batch = tl.program_id(2).to(tl.int64)
     start = tl.program_id(0).to(tl.int64) * BLOCK_M
-    turned_row = tl.arange(0, BLOCK_M)
-    row = turned_row
+    transposed_row = tl.arange(0, BLOCK_M)
+    row = transposed_row
     if PAIRED:
-        row = turned_row // 16 * 16 + turned_row % 2 * 8 + turned_row % 16 // 2
-    turned_row += start
+        row = transposed_row // 16 * 16 + transposed_row % 2 * 8 + transposed_row % 16 // 2
+    transposed_row += start
     row += start
     column = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (row < M)[:, None] & (column < N)[None, :]
@@ -57,10 +57,12 @@ def _quantize_both_ways_kernel(
     # The conversion saturates at the largest number; NaN stays NaN.
     if same_ptr is not None:
         tl.store(same_ptr + batch * M * N + place, scaled.to(same_ptr.dtype.element_ty), mask=inside)
-    if turned_ptr is not None:
-        turned_place = batch * M * N + column[:, None] * M + turned_row[None, :]
-        turned = scaled.to(turned_ptr.dtype.element_ty).T
-        tl.store(turned_ptr + turned_place, turned, mask=(column < N)[:, None] & (turned_row < M)[None, :])
+    if transposed_ptr is not None:
+        transposed_place = batch * M * N + column[:, None] * M + transposed_row[None, :]
+        transposed = scaled.to(transposed_ptr.dtype.element_ty).T
+        tl.store(
+            transposed_ptr + transposed_place, transposed, mask=(column < N)[:, None] & (transposed_row < M)[None, :]
+        )
 
 
 @triton.jit
@@ -91,12 +93,12 @@ def _transpose_gradient_kernel(
     # A 4 x 4 transpose of bytes within four words, then the words of a tile change places.
     a, b = _permute(w0, w1, "0x5140"), _permute(w0, w1, "0x7362")
     c, d = _permute(w2, w3, "0x5140"), _permute(w2, w3, "0x7362")
-    turned_inside = (column < N_WORDS)[:, None] & (row < M_WORDS)[None, :]
+    transposed_inside = (column < N_WORDS)[:, None] & (row < M_WORDS)[None, :]
     dst = dst_ptr + 4 * column[:, None] * M_WORDS + row[None, :]
-    tl.store(dst, _permute(a, c, "0x5410").T, mask=turned_inside)
-    tl.store(dst + M_WORDS, _permute(a, c, "0x7632").T, mask=turned_inside)
-    tl.store(dst + 2 * M_WORDS, _permute(b, d, "0x5410").T, mask=turned_inside)
-    tl.store(dst + 3 * M_WORDS, _permute(b, d, "0x7632").T, mask=turned_inside)
+    tl.store(dst, _permute(a, c, "0x5410").T, mask=transposed_inside)
+    tl.store(dst + M_WORDS, _permute(a, c, "0x7632").T, mask=transposed_inside)
+    tl.store(dst + 2 * M_WORDS, _permute(b, d, "0x5410").T, mask=transposed_inside)
+    tl.store(dst + 3 * M_WORDS, _permute(b, d, "0x7632").T, mask=transposed_inside)
 
 
 def quantize_both_ways(
@@ -113,34 +115,34 @@ def quantize_both_ways(
     """
     m, n = src.shape
     same = torch.empty((m, n), dtype=dtype, device=src.device)
-    turned = torch.empty((n, m), dtype=dtype, device=src.device)
+    transposed = torch.empty((n, m), dtype=dtype, device=src.device)
     given, factor = (scale, None) if isinstance(scale, Tensor) else (None, 1 / scale)
-    _launch_quantize(src[None], given, same, turned, factor=factor, paired=paired, config=config or QUANTIZE)
-    return same, turned
+    _launch_quantize(src[None], given, same, transposed, factor=factor, paired=paired, config=config or QUANTIZE)
+    return same, transposed
 
 
 def paired_transpose(src: Tensor) -> Tensor:
     """The transpose (N, M), paired as by `quantize_both_ways`, of 8-bit floats src (M, N), contiguous."""
-    turned = torch.empty(src.mT.shape, dtype=src.dtype, device=src.device)
-    _launch_quantize(src[None], None, None, turned, factor=1.0, paired=True, config=QUANTIZE)
-    return turned
+    transposed = torch.empty(src.mT.shape, dtype=src.dtype, device=src.device)
+    _launch_quantize(src[None], None, None, transposed, factor=1.0, paired=True, config=QUANTIZE)
+    return transposed
 
 
 def quantize_matrices(
     src: Tensor,  # (B, M, N) bf16, each matrix contiguous
     scale: Tensor,  # (B,) fp32
     same: Tensor | None,  # (B, M, N), 8-bit, written
-    turned: Tensor | None,  # (B, N, M), 8-bit, written
+    transposed: Tensor | None,  # (B, N, M), 8-bit, written
 ) -> None:
     """`src / scale`, saturating, into whichever layouts are given: a matrix of each as by `quantize_both_ways`."""
-    _launch_quantize(src, scale, same, turned, factor=None, paired=False, config=QUANTIZE)
+    _launch_quantize(src, scale, same, transposed, factor=None, paired=False, config=QUANTIZE)
 
 
 def _launch_quantize(
     src: Tensor,
     scale: Tensor | None,
     same: Tensor | None,
-    turned: Tensor | None,
+    transposed: Tensor | None,
     *,
     factor: float | None,
     paired: bool,
@@ -152,7 +154,7 @@ def _launch_quantize(
         src,
         scale,
         same,
-        turned,
+        transposed,
         src.stride(0),
         m,
         n,

@@ -40,7 +40,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanogpt.kernels.benchmark import BenchCase
+from nanogpt.bench.kernels import BenchCase
 from nanogpt.kernels.dispatch import runs_kernel
 from nanogpt.kernels.fp8_head import scaled_product
 from nanogpt.kernels.relu_squared_mlp import relu_squared_backward
@@ -103,11 +103,11 @@ def round_weights(
     else:
         scale = torch.stack((up_scale, down_scale), dim=1)
         rounded = to_e4m3(bank.float() / scale[:, :, None, None]).unbind(1)
-        for source, same, turned in ((rounded[0], up8, up8_t), (rounded[1], down8_t, down8)):
+        for source, same, transposed in ((rounded[0], up8, up8_t), (rounded[1], down8_t, down8)):
             if same is not None:
                 same.copy_(source)
-            if turned is not None:  # as bytes: not every device can copy 8-bit floats with strides
-                turned.view(torch.uint8).copy_(source.view(torch.uint8).mT)
+            if transposed is not None:  # as bytes: not every device can copy 8-bit floats with strides
+                transposed.view(torch.uint8).copy_(source.view(torch.uint8).mT)
     return up_scale, peaks[:, 1]
 
 
@@ -258,7 +258,7 @@ def _forward(
         else:
             u8 = x if rounded else quantize(x, u_scale)
         wide = None if square8 else dtype
-        post, post8, peak = up_squared_and_quantized(u8, u_scale, up8, up_scale, post_scale, wide, turned=post8_t)
+        post, post8, peak = up_squared_and_quantized(u8, u_scale, up8, up_scale, post_scale, wide, transposed=post8_t)
     else:
         u8 = x if rounded else to_e4m3(x.float() / u_scale)
         pre = _product(u8, u_scale, up8, up_scale, dtype, fast=False)
@@ -415,7 +415,7 @@ def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
             (", transposed copies", True, False),
             (", all that is kept in 8 bits", True, True),
         ):
-            turned = torch.empty(hidden, tokens, dtype=up8.dtype, device=device) if keep8 else None
+            transposed = torch.empty(hidden, tokens, dtype=up8.dtype, device=device) if keep8 else None
             dtype = None if square8 else u.dtype
             yield BenchCase(
                 f"8-bit relu^2 MLP, forward{suffix}",
@@ -429,7 +429,7 @@ def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
                 f"8-bit up-projection and its square{suffix}",
                 shape,
                 functools.partial(
-                    up_squared_and_quantized, u8, u_scale, up8, up_scale, post_scale, dtype, turned=turned
+                    up_squared_and_quantized, u8, u_scale, up8, up_scale, post_scale, dtype, transposed=transposed
                 ),
                 None,
                 flops=product,

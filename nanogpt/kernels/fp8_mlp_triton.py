@@ -54,7 +54,16 @@ def _paired(x, KIND: tl.constexpr):
 
 @triton.jit
 def _store_square(
-    acc, scale, scale8, post_desc, post8_desc, turned_desc, row, column, WIDE: tl.constexpr, TURNED: tl.constexpr
+    acc,
+    scale,
+    scale8,
+    post_desc,
+    post8_desc,
+    transposed_desc,
+    row,
+    column,
+    WIDE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):
     root = tl.maximum(acc, 0.0)
     square = root * root
@@ -62,8 +71,8 @@ def _store_square(
         post_desc.store([row, column], (square * scale).to(post_desc.dtype))
     square8 = tl.minimum(square * scale8, E4M3_MAX)
     post8_desc.store([row, column], square8.to(post8_desc.dtype))
-    if TURNED:
-        turned_desc.store([column, row // 2], _paired(square8, "e4m3"))
+    if TRANSPOSED:
+        transposed_desc.store([column, row // 2], _paired(square8, "e4m3"))
 
 
 @triton.jit
@@ -75,7 +84,7 @@ def _fp8_relu_squared_kernel(
     post_scale_ptr,
     post_desc,  # (M, N), written where WIDE
     post8_desc,  # (M, N) e4m3
-    turned_desc,  # (N, M / 2) int16, written where TURNED: words of two e4m3
+    transposed_desc,  # (N, M / 2) int16, written where TRANSPOSED: words of two e4m3
     peaks_ptr,  # (programs,)
     M,
     N,
@@ -85,7 +94,7 @@ def _fp8_relu_squared_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     WIDE: tl.constexpr,
-    TURNED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):
     rows = tl.cdiv(M, BLOCK_M)
     columns = tl.cdiv(N, BLOCK_N)
@@ -100,8 +109,8 @@ def _fp8_relu_squared_kernel(
         peaks = tl.maximum(peaks, tl.max(acc, axis=1))
         left, right = halves(acc, BLOCK_M, BLOCK_N)
         middle = column + BLOCK_N // 2
-        _store_square(left, scale, scale8, post_desc, post8_desc, turned_desc, row, column, WIDE, TURNED)
-        _store_square(right, scale, scale8, post_desc, post8_desc, turned_desc, row, middle, WIDE, TURNED)
+        _store_square(left, scale, scale8, post_desc, post8_desc, transposed_desc, row, column, WIDE, TRANSPOSED)
+        _store_square(right, scale, scale8, post_desc, post8_desc, transposed_desc, row, middle, WIDE, TRANSPOSED)
     peak = tl.max(peaks)
     peak = peak * peak * scale
     if WIDE:
@@ -110,14 +119,14 @@ def _fp8_relu_squared_kernel(
 
 
 @triton.jit
-def _store_gradient(acc, scale, scale8, post_desc, out_desc, out8_desc, row, column, TURNED: tl.constexpr):
+def _store_gradient(acc, scale, scale8, post_desc, out_desc, out8_desc, row, column, TRANSPOSED: tl.constexpr):
     post = post_desc.load([row, column]).to(tl.float32)
     gradient8 = 2 * tl.sqrt(post) * acc * scale8
-    if not TURNED:
+    if not TRANSPOSED:
         out_desc.store([row, column], (gradient8 * scale).to(out_desc.dtype))
     gradient8 = tl.minimum(tl.maximum(gradient8, -E5M2_MAX), E5M2_MAX)
     out8_desc.store([row, column], gradient8.to(out8_desc.dtype))
-    if TURNED:
+    if TRANSPOSED:
         out_desc.store([column, row // 2], _paired(gradient8, "e5m2"))
 
 
@@ -129,7 +138,7 @@ def _fp8_relu_squared_gradient_kernel(
     b_scale_ptr,
     post_scale_ptr,  # None where post is as it is
     post_desc,  # (M, N)
-    out_desc,  # (M, N); where TURNED (N, M / 2) int16, words of two e5m2
+    out_desc,  # (M, N); where TRANSPOSED (N, M / 2) int16, words of two e5m2
     out8_desc,  # (M, N) e5m2
     M,
     N,
@@ -138,7 +147,7 @@ def _fp8_relu_squared_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
-    TURNED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):
     rows = tl.cdiv(M, BLOCK_M)
     columns = tl.cdiv(N, BLOCK_N)
@@ -150,8 +159,8 @@ def _fp8_relu_squared_gradient_kernel(
         row, column = tile_corner(tile, rows, columns, BLOCK_M, BLOCK_N, GROUP)
         acc = tile_product(a_desc, b_desc, row, column, K, BLOCK_M, BLOCK_N, BLOCK_K)
         left, right = halves(acc, BLOCK_M, BLOCK_N)
-        _store_gradient(left, scale, scale8, post_desc, out_desc, out8_desc, row, column, TURNED)
-        _store_gradient(right, scale, scale8, post_desc, out_desc, out8_desc, row, column + BLOCK_N // 2, TURNED)
+        _store_gradient(left, scale, scale8, post_desc, out_desc, out8_desc, row, column, TRANSPOSED)
+        _store_gradient(right, scale, scale8, post_desc, out_desc, out8_desc, row, column + BLOCK_N // 2, TRANSPOSED)
 
 
 def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
@@ -169,13 +178,12 @@ def up_squared_and_quantized(
     up_scale: Tensor,
     post_scale: Tensor,
     dtype: torch.dtype | None,
-    turned: Tensor | None = None,  # (F, T) e4m3, T a multiple of 16
+    transposed: Tensor | None = None,  # (F, T) e4m3, T a multiple of 16
     config: Config = TILES,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """`post = relu((x_scale x8) (up_scale up8)^T)^2` in `dtype`, (T, F); e4m3(post / post_scale); the largest.
 
-    The first is None, and never written, without a `dtype`. Writes the second to `turned` too, transposed, its tokens
-    paired.
+    The first is None, and never written, without a `dtype`. Writes the second to `transposed` too, its tokens paired.
     """
     (m, k), n = x8.shape, up8.shape[0]
     post8 = torch.empty((m, n), dtype=torch.float8_e4m3fn, device=x8.device)
@@ -191,13 +199,13 @@ def up_squared_and_quantized(
         post_scale,
         post8_desc if post is None else config.half_tiles(post),
         post8_desc,
-        post8_desc if turned is None else _half_tiles_of_words(turned, config),
+        post8_desc if transposed is None else _half_tiles_of_words(transposed, config),
         peaks,
         m,
         n,
         k,
         WIDE=post is not None,
-        TURNED=turned is not None,
+        TRANSPOSED=transposed is not None,
         **config.options(),
     )
     return post, post8, peaks.amax()
@@ -213,7 +221,7 @@ def gradient_and_quantized(
 ) -> tuple[Tensor, Tensor]:
     """`d = 2 sqrt(post) * ((grad_scale grad8) (down_scale down8)^T)` in post's dtype, (T, F); e5m2(d / grad_scale)."""
     out = torch.empty_like(post)
-    out8 = _gradient(grad8, grad_scale, down8, down_scale, post, None, config.half_tiles(out), config, turned=False)
+    out8 = _gradient(grad8, grad_scale, down8, down_scale, post, None, config.half_tiles(out), config, transposed=False)
     return out, out8
 
 
@@ -230,9 +238,9 @@ def gradient_both_ways(
 
     With `post_scale`, the square is `post_scale post`.
     """
-    turned = torch.empty(post.mT.shape, dtype=torch.float8_e5m2, device=post.device)
-    words = _half_tiles_of_words(turned, config)
-    return _gradient(grad8, grad_scale, down8, down_scale, post, post_scale, words, config, turned=True), turned
+    transposed = torch.empty(post.mT.shape, dtype=torch.float8_e5m2, device=post.device)
+    words = _half_tiles_of_words(transposed, config)
+    return _gradient(grad8, grad_scale, down8, down_scale, post, post_scale, words, config, transposed=True), transposed
 
 
 def _gradient(
@@ -245,7 +253,7 @@ def _gradient(
     out_desc: TensorDescriptor,
     config: Config,
     *,
-    turned: bool,
+    transposed: bool,
 ) -> Tensor:
     (m, k), n = grad8.shape, down8.shape[0]
     out8 = torch.empty_like(post, dtype=torch.float8_e5m2)
@@ -261,12 +269,12 @@ def _gradient(
         m,
         n,
         k,
-        TURNED=turned,
+        TRANSPOSED=transposed,
         **config.options(),
     )
     return out8
 
 
-def _half_tiles_of_words(turned: Tensor, config: Config) -> TensorDescriptor:
+def _half_tiles_of_words(transposed: Tensor, config: Config) -> TensorDescriptor:
     """What the epilogue stores at a time of an 8-bit matrix (N, M) as words of two."""
-    return TensorDescriptor.from_tensor(turned.view(torch.int16), [config.block_n // 2, config.block_m // 2])
+    return TensorDescriptor.from_tensor(transposed.view(torch.int16), [config.block_n // 2, config.block_m // 2])

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanogpt.bench.kernels import BenchCase, document_ends
 from nanogpt.kernels.attention_plain import first_visible_key
-from nanogpt.kernels.benchmark import BenchCase, document_ends
 from nanogpt.kernels.dispatch import run_time_number, runs_kernel
 
 WEIGHT_EPS = 1e-6

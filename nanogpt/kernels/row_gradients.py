@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nanogpt.kernels.benchmark import BenchCase
+from nanogpt.bench.kernels import BenchCase
 from nanogpt.kernels.dispatch import runs_kernel
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from nanogpt.kernels.benchmark import BenchCase
+from nanogpt.bench.kernels import BenchCase
 from nanogpt.kernels.dispatch import runs_kernel
 
 

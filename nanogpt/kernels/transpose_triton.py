@@ -35,10 +35,10 @@ def _transposed_add_kernel(
     tile = tl.load(src_ptr + row[:, None] * N + column[None, :], mask=src_inside, other=0.0)
     dst = dst_ptr + column[:, None] * M + row[None, :]
     dst_inside = (column < N)[:, None] & (row < M)[None, :]
-    turned = tile.T
+    transposed = tile.T
     if ADD:
-        turned = tl.load(dst, mask=dst_inside, other=0.0).to(tl.float32) + turned.to(tl.float32)
-    tl.store(dst, turned.to(dst_ptr.dtype.element_ty), mask=dst_inside)
+        transposed = tl.load(dst, mask=dst_inside, other=0.0).to(tl.float32) + transposed.to(tl.float32)
+    tl.store(dst, transposed.to(dst_ptr.dtype.element_ty), mask=dst_inside)
 
 
 def transpose_into(src: Tensor, dst: Tensor, add: bool, config: Config | None = None) -> None:

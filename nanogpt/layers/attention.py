@@ -12,7 +12,7 @@ from nanogpt.layers.rotary import Rotary, shift_still_keys
 XSA_FLOOR = 1e-8
 
 
-def turned_queries_keys(
+def rotated_queries_keys(
     q: Tensor,  # (T, H, head_dim)
     k: Tensor,  # (T, H, head_dim)
     rotary: Rotary,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nanogpt.models.interface import Windows
+from nanogpt.models.language_model import Windows
 from nanogpt.spec_model import Gpt2ModelSpec, Record89ModelSpec, RecordModelSpec
 
 

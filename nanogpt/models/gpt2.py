@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanogpt.kernels.attention import attention
-from nanogpt.models.interface import LanguageModel, Paths, RunTimeWindows, TokenBatch, Windows
+from nanogpt.models.language_model import Implementations, LanguageModel, RunTimeWindows, TokenBatch, Windows
 from nanogpt.spec_model import Gpt2ModelSpec
 
 LOSS_CHUNK = 8192  # tokens whose logits exist at a time
@@ -24,11 +24,11 @@ LOSS_CHUNK = 8192  # tokens whose logits exist at a time
 class Block(nn.Module):
     """Attention and MLP, each behind a LayerNorm and added to the residual."""
 
-    def __init__(self, spec: Gpt2ModelSpec, paths: Paths, dtype: torch.dtype):
+    def __init__(self, spec: Gpt2ModelSpec, implementations: Implementations, dtype: torch.dtype):
         super().__init__()
         d = spec.width
         self.spec = spec
-        self.paths = paths
+        self.implementations = implementations
         self.ln_1 = nn.LayerNorm(d, dtype=dtype)
         self.qkv = nn.Linear(d, 3 * d, dtype=dtype)
         self.attn_out = nn.Linear(d, d, dtype=dtype)
@@ -49,7 +49,7 @@ class Block(nn.Module):
             max_seqlen=min(self.spec.context, count),
             window=window,
             scale=1 / math.sqrt(d // heads),
-            backend=self.paths.attention,
+            backend=self.implementations.attention,
         )
         x = x + self.attn_out(y.reshape(count, d))
         return x + self.mlp_down(F.gelu(self.mlp_up(self.ln_2(x)), approximate="tanh"))
@@ -58,12 +58,12 @@ class Block(nn.Module):
 class Gpt2(LanguageModel):
     """See the module."""
 
-    def __init__(self, spec: Gpt2ModelSpec, *, dtype: torch.dtype, paths: Paths):
+    def __init__(self, spec: Gpt2ModelSpec, *, dtype: torch.dtype, implementations: Implementations):
         super().__init__()
         self.spec = spec
         self.embed = nn.Embedding(spec.padded_vocab_size, spec.width, dtype=dtype)
         self.positions = nn.Embedding(spec.context, spec.width, dtype=dtype)
-        self.blocks = nn.ModuleList(Block(spec, paths, dtype) for _ in range(spec.layers))
+        self.blocks = nn.ModuleList(Block(spec, implementations, dtype) for _ in range(spec.layers))
         self.ln_f = nn.LayerNorm(spec.width, dtype=dtype)
 
     @torch.no_grad()

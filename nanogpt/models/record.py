@@ -12,7 +12,7 @@ from nanogpt.kernels.cross_entropy import head_loss, head_mean_loss, head_token_
 from nanogpt.kernels.relu_squared_mlp import relu_squared_mlp, relu_squared_mlp_plain
 from nanogpt.layers.embedding import bigram_hash
 from nanogpt.layers.rotary import Rotary
-from nanogpt.models.interface import LanguageModel, LookUp, Paths, RunTimeWindows, TokenBatch, Windows
+from nanogpt.models.language_model import Implementations, LanguageModel, LookUp, RunTimeWindows, TokenBatch, Windows
 from nanogpt.spec_model import RecordModelSpec
 
 Spec = TypeVar("Spec", bound=RecordModelSpec)
@@ -40,13 +40,13 @@ class RecordModel(LanguageModel, Generic[Spec]):
     value_embed: nn.Parameter  # (tables V, D): tables one after another
     prefixes: Tensor  # (V,) int64
 
-    def __init__(self, spec: Spec, *, dtype: torch.dtype, max_tokens: int, paths: Paths):
+    def __init__(self, spec: Spec, *, dtype: torch.dtype, max_tokens: int, implementations: Implementations):
         super().__init__()
         self.spec = spec
-        self.paths = paths
+        self.implementations = implementations
         self.rotary = Rotary(spec.rotary, max_tokens=max_tokens, attention_scale=spec.attention_scale, dtype=dtype)
         self.register_buffer("prefixes", torch.full((spec.padded_vocab_size,), -1, dtype=torch.int64), persistent=False)
-        self.mlp_function = relu_squared_mlp_plain if paths.plain_kernels else relu_squared_mlp
+        self.mlp_function = relu_squared_mlp_plain if implementations.plain_kernels else relu_squared_mlp
         self.attention_row = {layer: row for row, layer in enumerate(spec.attention_layers)}
         self.value_table = {layer: table for table, layer in enumerate(spec.value_embed_layers)}
 
@@ -112,8 +112,8 @@ class RecordModel(LanguageModel, Generic[Spec]):
             cap=cap.cap,
             shift=cap.shift,
             scale=cap.scale,
-            precision=self.paths.head_precision,
-            plain=self.paths.plain_kernels,
+            precision=self.implementations.head_precision,
+            plain=self.implementations.plain_kernels,
         )
 
     def training_loss_scale(self, batch: TokenBatch) -> float:
@@ -132,7 +132,7 @@ class RecordModel(LanguageModel, Generic[Spec]):
             cap=cap.cap,
             shift=cap.shift,
             scale=cap.scale,
-            plain=self.paths.plain_kernels,
+            plain=self.implementations.plain_kernels,
         )
 
     @torch.no_grad()

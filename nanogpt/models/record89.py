@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt.kernels.head_mixing import mix_heads, normalized_weights
-from nanogpt.layers.attention import head_attention, remove_own_value, turned_queries_keys
+from nanogpt.layers.attention import head_attention, remove_own_value, rotated_queries_keys
 from nanogpt.layers.dense_connections import for_every_token, token_numbers, weighted_sum
 from nanogpt.layers.embedding import bigram_sign, smear, value_gate
 from nanogpt.layers.fp8_mlp import Fp8Mlp
 from nanogpt.layers.norm import norm
-from nanogpt.models.interface import Paths, RunTimeWindows, Windows
+from nanogpt.models.language_model import Implementations, RunTimeWindows, Windows
 from nanogpt.models.record import Embedded, RecordModel
 from nanogpt.spec_model import Record89ModelSpec
 
@@ -42,8 +42,10 @@ class Record89(RecordModel[Record89ModelSpec]):
 
     bigram_signs: Tensor  # (8192, D), +1 and -1
 
-    def __init__(self, spec: Record89ModelSpec, *, dtype: torch.dtype, max_tokens: int, paths: Paths):
-        super().__init__(spec, dtype=dtype, max_tokens=max_tokens, paths=paths)
+    def __init__(
+        self, spec: Record89ModelSpec, *, dtype: torch.dtype, max_tokens: int, implementations: Implementations
+    ):
+        super().__init__(spec, dtype=dtype, max_tokens=max_tokens, implementations=implementations)
         d, v, layers = spec.width, spec.padded_vocab_size, spec.layers
         hidden, tables, matrices = spec.mlp_expansion * d, len(spec.value_embed_layers), spec.shardable_rows
         self.last = layers - 1
@@ -79,8 +81,8 @@ class Record89(RecordModel[Record89ModelSpec]):
             layers=layers,
             hidden=hidden,
             width=d,
-            active=paths.mlp_precision == "fp8",
-            plain=paths.plain_kernels,
+            active=implementations.mlp_precision == "fp8",
+            plain=implementations.plain_kernels,
         )
         self.register_load_state_dict_post_hook(lambda model, _: model.fp8_mlp.reload(model.mlp))
 
@@ -172,7 +174,7 @@ class Record89(RecordModel[Record89ModelSpec]):
         *,
         training: bool = False,
     ) -> Tensor:
-        """The last layer's normalised activations, (T, D). In training the MLPs have the precision of `paths`."""
+        """The last layer's normalised activations, (T, D); in training the MLPs have their own precision."""
         spec, last = self.spec, self.last
         fp8 = training and self.fp8_mlp.active
         *attention_scales, smear_scale, skip_scale = self.scalars.unbind()
@@ -286,7 +288,7 @@ class Record89(RecordModel[Record89ModelSpec]):
             v = v + value_add.view(count, heads, head_dim)
 
         paired, scale = layer in spec.paired_layers, self.rotary.run_time_scale
-        q, k = turned_queries_keys(q, k, self.rotary, paired=paired, shifted=layer in spec.long_window_layers)
+        q, k = rotated_queries_keys(q, k, self.rotary, paired=paired, shifted=layer in spec.long_window_layers)
         y = head_attention(
             q,
             k,
@@ -296,11 +298,11 @@ class Record89(RecordModel[Record89ModelSpec]):
             window=self.window(layer, windows),
             scale=scale,
             paired=paired,
-            backend=self.paths.attention,
+            backend=self.implementations.attention,
         )
         if layer == self.last:
             w1, w2 = normalized_weights(gates["dc_scores", layer]), gates["dc_output", layer]
-            window, plain = spec.dc_window, self.paths.plain_kernels
+            window, plain = spec.dc_window, self.implementations.plain_kernels
             y = mix_heads(y, q, k, v, w1, w2, cu_seqlens, window=window, scale=scale, plain=plain)
         if layer in spec.xsa_layers:
             y = remove_own_value(y, v, gates["xsa", layer])

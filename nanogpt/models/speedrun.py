@@ -17,11 +17,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from nanogpt.layers.attention import head_attention, turned_queries_keys
+from nanogpt.layers.attention import head_attention, rotated_queries_keys
 from nanogpt.layers.embedding import head_gate, smear
 from nanogpt.layers.norm import norm
 from nanogpt.layers.residual import add
-from nanogpt.models.interface import Paths, RunTimeWindows, Windows
+from nanogpt.models.language_model import Implementations, RunTimeWindows, Windows
 from nanogpt.models.record import Embedded, RecordModel
 from nanogpt.spec_model import SpeedrunModelSpec
 
@@ -29,8 +29,10 @@ from nanogpt.spec_model import SpeedrunModelSpec
 class Speedrun(RecordModel[SpeedrunModelSpec]):
     """See the module. Shapes below are the speedrun's: L = 11 layers, D = 768, H = 6 heads of 128, V = 50,304."""
 
-    def __init__(self, spec: SpeedrunModelSpec, *, dtype: torch.dtype, max_tokens: int, paths: Paths):
-        super().__init__(spec, dtype=dtype, max_tokens=max_tokens, paths=paths)
+    def __init__(
+        self, spec: SpeedrunModelSpec, *, dtype: torch.dtype, max_tokens: int, implementations: Implementations
+    ):
+        super().__init__(spec, dtype=dtype, max_tokens=max_tokens, implementations=implementations)
         d, v, layers = spec.width, spec.padded_vocab_size, spec.layers
         gates, tables = spec.gate_inputs, len(spec.value_embed_layers)
         attention_layers = spec.attention_layers
@@ -137,7 +139,7 @@ class Speedrun(RecordModel[SpeedrunModelSpec]):
             v = v + gate * value_embedding.view(count, heads, head_dim)
 
         paired = layer in spec.paired_layers
-        q, k = turned_queries_keys(q, k, self.rotary, paired=paired, shifted=layer in spec.long_window_layers)
+        q, k = rotated_queries_keys(q, k, self.rotary, paired=paired, shifted=layer in spec.long_window_layers)
         y = head_attention(
             q,
             k,
@@ -147,7 +149,7 @@ class Speedrun(RecordModel[SpeedrunModelSpec]):
             window=self.window(layer, windows),
             scale=self.rotary.run_time_scale,
             paired=paired,
-            backend=self.paths.attention,
+            backend=self.implementations.attention,
         )
         y = y * head_gate(u, self.attn_gate_bank[self.attention_row[layer]])
         return y.reshape(count, spec.width)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from nanogpt.spec import AdamWSpec, RunSpec
 
 if TYPE_CHECKING:
-    from nanogpt.models.interface import LanguageModel
+    from nanogpt.models.language_model import LanguageModel
     from nanogpt.optim.communication import Communicator
-    from nanogpt.optim.interface import Optimizer
+    from nanogpt.optim.optimizer import Optimizer
     from nanogpt.optim.sparse import TouchedRows
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nanogpt.optim.communication import Communicator
-from nanogpt.optim.interface import StepRates
+from nanogpt.optim.optimizer import StepRates
 from nanogpt.spec import AdamWSpec
 
 

@@ -25,7 +25,7 @@ class Pending:
         return self.finish()
 
 
-def there(tensor: Tensor) -> Pending:
+def completed(tensor: Tensor) -> Pending:
     """A result that need not be waited for."""
     return Pending(lambda: tensor)
 
@@ -47,7 +47,7 @@ class Communicator:
     def average(self, tensor: Tensor) -> Pending:
         """Mean over ranks, in place, in the tensor's dtype."""
         if self.size == 1:
-            return there(tensor)
+            return completed(tensor)
         op = dist.ReduceOp.AVG if self.nccl else dist.ReduceOp.SUM
         work = dist.all_reduce(tensor, op=op, group=self.group, async_op=True)
         return self._pending(work, tensor)
@@ -55,7 +55,7 @@ class Communicator:
     def average_shard(self, full: Tensor) -> Pending:
         """This rank's shard of the mean over ranks, in the tensor's dtype. `full` is used up."""
         if self.size == 1:
-            return there(full)
+            return completed(full)
         full = full.contiguous()
         shard = torch.empty_like(self.shard(full))  # contiguous too: NCCL writes rows, whatever the strides say
         op = dist.ReduceOp.AVG if self.nccl else dist.ReduceOp.SUM
@@ -72,7 +72,7 @@ class Communicator:
     def gather(self, full: Tensor) -> Pending:
         """Fill `full` with every rank's shard of it, in place."""
         if self.size == 1:
-            return there(full)
+            return completed(full)
         shard = _bytes(self.shard(full))
         if not self.nccl:  # NCCL gathers in place, gloo wants memory of its own
             shard = shard.clone()

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from nanogpt.kernels.transpose import transpose_add, transpose_copy
 from nanogpt.optim.adam import adam_step_size, adam_updates
-from nanogpt.optim.communication import Communicator, Pending, RankOf, there
-from nanogpt.optim.interface import StepRates
+from nanogpt.optim.communication import Communicator, Pending, RankOf, completed
 from nanogpt.optim.normuon import normuon_update, second_moment_dim
-from nanogpt.optim.plan import HEAD, TIED, ParameterPlan, parameter_plans, step_plan, updated_together
+from nanogpt.optim.optimizer import StepRates
 from nanogpt.optim.sparse import TouchedRows, average_touched_shard
+from nanogpt.optim.step_order import HEAD, TIED, ParameterPlan, parameter_plans, step_plan, updated_together
 from nanogpt.spec import SpeedrunOptimizerSpec
 
 State = dict[str, Tensor]
@@ -278,7 +278,7 @@ class NorMuonAdam:
         waiting = {}
         for label, (reduction, rates) in self.waiting.items():
             own = reduction.wait()
-            self.waiting[label] = there(own), rates
+            self.waiting[label] = completed(own), rates
             waiting[label] = {"gradient": self._full(self.plans[label], own), "lr_factor": rates.lr_factor}
         return {
             "tensors": tensors,
@@ -309,7 +309,7 @@ class NorMuonAdam:
         self.waiting = {}
         for label, kept in state.get("waiting", {}).items():
             own = self._own(self.plans[label], kept["gradient"]).to(self.parameters[label], copy=True)
-            self.waiting[label] = there(own), StepRates(lr_factor=kept["lr_factor"])
+            self.waiting[label] = completed(own), StepRates(lr_factor=kept["lr_factor"])
         self.gathering = bool(state["pending_gradients"])
         for label, parameter in self.parameters.items():
             self._clear(label)

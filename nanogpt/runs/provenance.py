@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 from nanogpt import __version__
-from nanogpt.cluster.image import CLEAN_LABEL, REVISION_LABEL, inside_base, inside_labels, known_sha256
+from nanogpt.image.labels import CLEAN_LABEL, REVISION_LABEL, inside_base, inside_labels, known_sha256
 from nanogpt.runs.record import Code, Container, Slurm
 
 CHANGED_FILES = 100  # named at most

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from nanogpt.data.shards import read_count
 from nanogpt.errors import InputError, RunError
+from nanogpt.launch.watchdog import POLL_S, Watchdog, connect
 from nanogpt.runs.data_files import describe_shards
 from nanogpt.runs.provenance import package_versions, source_sha256
 from nanogpt.runs.record import Process
 from nanogpt.spec import RunSpec
 from nanogpt.spec_differences import differences
-from nanogpt.training.watch import POLL_S, Watch, connect
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -135,7 +135,7 @@ def _ranks(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
-def agree(prepare: Callable[[], Start], watch: Watch) -> None:
+def agree(prepare: Callable[[], Start], watch: Watchdog) -> None:
     """Run `prepare` on every rank and compare what it gives; see the module. One process only runs it.
 
     Raises:
@@ -173,7 +173,7 @@ def agree(prepare: Callable[[], Start], watch: Watch) -> None:
         raise
 
 
-def _leave_together(store: Store, watch: Watch, *, several_nodes: bool) -> None:
+def _leave_together(store: Store, watch: Watchdog, *, several_nodes: bool) -> None:
     """Wait until all ranks know that they refuse; of several nodes, rank 0's leaves last.
 
     The store ends with the launcher of rank 0's node. Ranks that have not read it by then could not say why the run

@@ -37,10 +37,10 @@ def list_checkpoints(directory: Path) -> list[Path]:
     return [file for _, file in sorted(found)]
 
 
-def rehearse() -> None:
+def import_ahead_of_saving() -> None:
     """Write a checkpoint of nothing to memory, so that the first real one has nothing left to import.
 
-    When that one is asked for by a signal, the container's image may be gone: see `nanogpt.cluster.page_cache`.
+    When that one is asked for by a signal, the container's image may be gone: see `nanogpt.launch.page_cache`.
     """
     torch.save({"format": FORMAT, "step": 0, "model": {"weight": torch.zeros(1)}}, io.BytesIO())
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from nanogpt.training.world import World
+from nanogpt.launch.world import World
 
 
 class Clock:

@@ -28,12 +28,12 @@ from nanogpt.data.batches import ValBatches, read_stream
 from nanogpt.data.shards import Tokens
 from nanogpt.data.tokenizer import VOCAB_SIZE, gpt2_encoding
 from nanogpt.errors import InputError, RunError
-from nanogpt.models.interface import Paths
+from nanogpt.models.language_model import Implementations
 from nanogpt.runs.directory import RECORD_NAME, RunDirectory
 from nanogpt.runs.metrics import read_run
 from nanogpt.runs.record import Data, read_record
 from nanogpt.spec import RunSpec
-from nanogpt.training.paths import choose_paths
+from nanogpt.training.implementations import choose_implementations
 from nanogpt.training.schedule import Schedule
 from nanogpt.training.trained_model import TrainedModel, load_trained_model
 from nanogpt.training.trainer import default_data_directory, find_files
@@ -156,7 +156,7 @@ def evaluate_runs(
             f" {first.model.vocab_size}; name the directory of shards of its tokenizer with --data"
         )
     trained = [
-        load_trained_model(path, device=place, paths=_paths(spec, place))
+        load_trained_model(path, device=place, implementations=_implementations(spec, place))
         for path, spec in zip(run_directories, specs, strict=True)
     ]
     names = [one.run.path.resolve().name for one in trained]
@@ -209,14 +209,14 @@ def _device(name: str | None) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _paths(spec: RunSpec, device: torch.device) -> Paths:
+def _implementations(spec: RunSpec, device: torch.device) -> Implementations:
     """The run's own where they can run here, else their equals; 8-bit products are for training alone."""
     runtime = spec.runtime.model_copy(update={"head_precision": "bf16", "mlp_precision": "bf16"})
     try:
-        return choose_paths(spec.model_copy(update={"runtime": runtime}), device)[0]
+        return choose_implementations(spec.model_copy(update={"runtime": runtime}), device)[0]
     except InputError:
         runtime = runtime.model_copy(update={"attention": "auto"})
-        return choose_paths(spec.model_copy(update={"runtime": runtime}), device)[0]
+        return choose_implementations(spec.model_copy(update={"runtime": runtime}), device)[0]
 
 
 def _token_losses(

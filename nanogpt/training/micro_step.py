@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nanogpt.data.batches import MicroBatch
 from nanogpt.kernels.row_gradients import RowOrder, add_rows, row_order
-from nanogpt.models.interface import LanguageModel
+from nanogpt.models.language_model import LanguageModel
 from nanogpt.training.schedule import StepSettings
 
 

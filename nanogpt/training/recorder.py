@@ -19,6 +19,7 @@ import torch
 
 from nanogpt.console import say
 from nanogpt.errors import InputError, Interrupted, RunError
+from nanogpt.launch.world import World, started_as
 from nanogpt.recipe import dump_spec, load_recipe
 from nanogpt.runs.data_files import OffClockHashes, describe_shards
 from nanogpt.runs.directory import FLOAT_DIGITS, RECORD_NAME, RunDirectory
@@ -57,10 +58,9 @@ from nanogpt.runs.record import (
 )
 from nanogpt.spec import RunSpec
 from nanogpt.spec_differences import spec_differences
-from nanogpt.training.world import World, started_as
 
 if TYPE_CHECKING:
-    from nanogpt.models.interface import Paths
+    from nanogpt.models.language_model import Implementations
 
 HASHING_S = 120.0  # for what of the data is not hashed when the run is over
 
@@ -215,17 +215,19 @@ class RunRecorder:
         self._hashes.start()
         self._write()
 
-    def built(self, ranks: Sequence[Rank], paths: Paths, reasons: Sequence[str], *, compiled: bool) -> None:
+    def built(
+        self, ranks: Sequence[Rank], implementations: Implementations, reasons: Sequence[str], *, compiled: bool
+    ) -> None:
         """The processes have found each other and the model is there."""
         record, runtime = self._record, self.spec.runtime
         if record is None or self.run is None:
             return
         record.hardware.ranks = list(ranks)
         record.computation = Computation(
-            attention=paths.attention,
-            head_precision=None if self.spec.model.kind == "gpt2" else paths.head_precision,
-            mlp_precision=paths.mlp_precision if self.spec.model.kind == "record89" else None,
-            kernels="plain" if paths.plain_kernels else runtime.kernels,
+            attention=implementations.attention,
+            head_precision=None if self.spec.model.kind == "gpt2" else implementations.head_precision,
+            mlp_precision=implementations.mlp_precision if self.spec.model.kind == "record89" else None,
+            kernels="plain" if implementations.plain_kernels else runtime.kernels,
             dtype=runtime.dtype,
             deterministic=runtime.deterministic,
             reasons=list(reasons),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nanogpt.console import say
+from nanogpt.launch.world import World
 from nanogpt.runs.directory import RunDirectory
 from nanogpt.runs.display import StepDisplay
 from nanogpt.runs.reference import ReferenceWatch
@@ -20,7 +21,6 @@ from nanogpt.runs.tracker import tracker_for
 from nanogpt.spec import RunSpec
 from nanogpt.training.loss_monitor import LossMonitor
 from nanogpt.training.schedule import Schedule, StepSettings
-from nanogpt.training.world import World
 
 
 class Reporter:

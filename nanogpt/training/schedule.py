@@ -10,8 +10,8 @@ import itertools
 import math
 from dataclasses import dataclass
 
-from nanogpt.models.interface import Windows
-from nanogpt.optim.interface import StepRates
+from nanogpt.models.language_model import Windows
+from nanogpt.optim.optimizer import StepRates
 from nanogpt.spec import CooldownSchedule, CosineSchedule, RunSpec, SpeedrunOptimizerSpec, StageSpec, WindowBlocks
 
 

@@ -9,7 +9,7 @@ import torch
 
 from nanogpt.errors import InputError
 from nanogpt.models import build_model
-from nanogpt.models.interface import LanguageModel, Paths, Windows
+from nanogpt.models.language_model import Implementations, LanguageModel, Windows
 from nanogpt.runs.directory import RunDirectory
 from nanogpt.spec import RunSpec
 from nanogpt.training.checkpoint import load_newest_checkpoint
@@ -28,9 +28,9 @@ class TrainedModel:
 
 
 def load_trained_model(
-    run_directory: Path, *, device: torch.device | str = "cpu", paths: Paths | None = None
+    run_directory: Path, *, device: torch.device | str = "cpu", implementations: Implementations | None = None
 ) -> TrainedModel:
-    """The model of the run's newest checkpoint on `device`, in the run's dtype; `paths` as in `build_model`.
+    """The model of the run's newest checkpoint on `device`, in the run's dtype; `implementations` as in `build_model`.
 
     Raises:
         InputError: no run there, no checkpoint in it, or none that can be read.
@@ -40,7 +40,7 @@ def load_trained_model(
     checkpoint = load_newest_checkpoint(run.checkpoint_directory)
     if checkpoint is None:
         raise InputError(f"{run.path}: has no checkpoint; a run with checkpoint.at_end: true in its recipe writes one")
-    model = build_model(spec, device=device, paths=paths)
+    model = build_model(spec, device=device, implementations=implementations)
     model.load_state_dict(checkpoint["model"])
     step = int(checkpoint["step"])
     return TrainedModel(run, spec, step, model, Schedule(spec).windows_after(step))

@@ -4,7 +4,7 @@ A run goes through: build - warm-up and restore - (resume) - steps with validati
 while training steps run; it stops, synchronised, for validation and checkpoints. Opening the first training shard,
 YaRN's table rebuilds and log lines are inside it, as in the public record.
 
-SIGTERM or SIGUSR1 to any rank ends a run after a step on which all agree (`nanogpt.training.watch`), with a checkpoint
+SIGTERM or SIGUSR1 to any rank ends a run after a step on which all agree (`nanogpt.launch.watchdog`), with a checkpoint
 whatever the spec says of those, by `Interrupted`. Before the first step of a start there is nothing new to save: the
 run ends without, and goes on from the checkpoint that it had, or from the beginning.
 """
@@ -24,15 +24,17 @@ import torch
 from torch import Tensor
 
 from nanogpt.cache.compile_cache import CompileCache, cache_directory, compile_cache
-from nanogpt.cluster.page_cache import keep_code_in_memory
 from nanogpt.console import say
 from nanogpt.data import fineweb
 from nanogpt.data.batches import TrainBatches, ValBatches
 from nanogpt.data.prefixes import gpt2_tokens, prefix_table
 from nanogpt.data.shards import Tokens
 from nanogpt.errors import InputError, Interrupted, NanogptError, RunError
+from nanogpt.launch.page_cache import keep_code_in_memory
+from nanogpt.launch.watchdog import Watchdog
+from nanogpt.launch.world import World, check_world, join_world, started_as
 from nanogpt.models import build_model
-from nanogpt.models.interface import Windows
+from nanogpt.models.language_model import Windows
 from nanogpt.optim import build_optimizer
 from nanogpt.optim.sparse import Rows, TouchedRows, bigram_rows
 from nanogpt.runs.directory import RunDirectory
@@ -41,19 +43,17 @@ from nanogpt.runs.reference import ReferenceWatch
 from nanogpt.runs.tracker import check_tracker
 from nanogpt.spec import RunSpec
 from nanogpt.spec_model import RecordModelSpec
-from nanogpt.training.ahead import compile_ahead
-from nanogpt.training.checkpoint import load_newest_checkpoint, rehearse, save_checkpoint
+from nanogpt.training.checkpoint import import_ahead_of_saving, load_newest_checkpoint, save_checkpoint
 from nanogpt.training.clock import Clock
 from nanogpt.training.compilation import compiled_graphs, recompilation_reasons
 from nanogpt.training.devices import unlike_devices
+from nanogpt.training.implementations import captures_graphs, choose_implementations, compile_whole, compiles
 from nanogpt.training.micro_step import MicroStep, loss_arguments, to_device
-from nanogpt.training.paths import choose_paths, compile_whole, compiles, records_graphs
+from nanogpt.training.parallel_compile import compile_in_parallel
 from nanogpt.training.recorder import RunRecorder, describe_rank, end_state
 from nanogpt.training.report import Reporter
 from nanogpt.training.schedule import Schedule, StepSettings
 from nanogpt.training.startup import StartUp, phases_table
-from nanogpt.training.watch import Watch
-from nanogpt.training.world import World, check_world, join_world, started_as
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def train_run(
     run: RunDirectory | None,
     data_directory: Path,
     resume: bool = False,
-    watch: Watch | None = None,
+    watch: Watchdog | None = None,
     make_trainer: Callable[..., Trainer] | None = None,
 ) -> Result:
     """Run the spec on this process (every process of a distributed run calls it).
@@ -137,7 +137,7 @@ def train_run(
         Interrupted: by SIGTERM or SIGUSR1.
     """
     if watch is None:
-        with Watch(*started_as()[:2], spec.watchdog) as own:
+        with Watchdog(*started_as()[:2], spec.watchdog) as own:
             return train_run(
                 spec, run=run, data_directory=data_directory, resume=resume, watch=own, make_trainer=make_trainer
             )
@@ -175,7 +175,7 @@ class Trainer:
         run: RunDirectory | None,
         data_directory: Path,
         recorder: RunRecorder | None = None,
-        watch: Watch | None = None,
+        watch: Watchdog | None = None,
         cache: CompileCache | None = None,
         startup: StartUp | None = None,
     ):
@@ -183,7 +183,7 @@ class Trainer:
         self.world = world
         self.run_directory = run
         self.recorder = recorder or RunRecorder(spec, None)
-        self.watch = watch or Watch()
+        self.watch = watch or Watchdog()
         self.cache = cache or CompileCache()
         self.startup = startup or StartUp()
         self.schedule = Schedule(spec)
@@ -215,31 +215,31 @@ class Trainer:
                 **place,
             )
         with self.startup.phase("attention library"):
-            self.paths, self.path_lines = choose_paths(spec, world.device)
-        paths = self.paths
+            self.implementations, self.implementation_lines = choose_implementations(spec, world.device)
+        implementations = self.implementations
         with self.startup.phase("model"):
-            self.model = build_model(spec, device=world.device, paths=paths)
+            self.model = build_model(spec, device=world.device, implementations=implementations)
         with self.startup.phase("first broadcast"):
             for value in self.model.state_dict().values():
                 if isinstance(value, Tensor):
                     world.communicator.broadcast(value)
             world.synchronize()
         self.compiled = compiles(spec, world.device)
-        record = records_graphs(spec, world.device)
+        record = captures_graphs(spec, world.device)
         self.optimizer = build_optimizer(
             spec,
             self.model,
             world.communicator,
             compiled=self.compiled,
-            plain_kernels=paths.plain_kernels,
+            plain_kernels=implementations.plain_kernels,
             touched=self.touched,
             keep_gradients=record,
         )
         ranks = world.gather(describe_rank(world))
         if world.is_main and (warning := unlike_devices(ranks)):
             say(warning)
-            self.path_lines.append(warning)
-        self.recorder.built(ranks, paths, self.path_lines, compiled=self.compiled)
+            self.implementation_lines.append(warning)
+        self.recorder.built(ranks, implementations, self.implementation_lines, compiled=self.compiled)
         self._vocabulary: list[bytes] | None = None
         if any(stage.prefix_weight for stage in spec.training.all_stages):
             self._vocabulary = gpt2_tokens()[: spec.model.vocab_size]
@@ -247,7 +247,7 @@ class Trainer:
             self.model,
             self._compile(self.model.training_loss),
             grad_scale=1 / spec.accumulation_steps,
-            plain_kernels=paths.plain_kernels,
+            plain_kernels=implementations.plain_kernels,
             record=record,
         )
         self.evaluation_loss = self._compile(self.model.evaluation_loss)
@@ -293,14 +293,14 @@ class Trainer:
             with self.watch.phase("warming up"):
                 self.warm_up()
                 with self.startup.phase("compile cache, writing"):
-                    self.cache.save(trifles=False)
+                    self.cache.save(small_additions=False)
         resumed = resume and self._load_checkpoint()
-        rehearse()
+        import_ahead_of_saving()
         keep_code_in_memory(os.environ, wait=True)
         phases = self.startup.phases()
         table = phases_table(phases) if self.spec.training.warmup else []
         self._say(table)
-        for line in (*self.path_lines, *self.micro_step.lines(), *self.cache.lines, *table):
+        for line in (*self.implementation_lines, *self.micro_step.lines(), *self.cache.lines, *table):
             self.reporter.note(line)
         self.reporter.start(self.next_step, resumed=resumed)
         graphs, recompiled = compiled_graphs(), len(recompilation_reasons())
@@ -440,7 +440,7 @@ class Trainer:
         Of a step's micro-steps the first two: one compiles, one is recorded. Each stage evaluates once.
         """
         with self.startup.phase("compiling, by several processes"):
-            compile_ahead(self)
+            compile_in_parallel(self)
         evaluated: set[int] = set()
         parameters = [parameter.detach().clone() for parameter in self.model.parameters()]
         optimizer_state = self.optimizer.state_dict()

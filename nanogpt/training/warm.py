@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from nanogpt.bench.steps import write_made_up_shards
 from nanogpt.cache.compile_cache import VARIABLE, cache_directory, compile_cache
 from nanogpt.errors import InputError
+from nanogpt.launch.world import join_world
 from nanogpt.spec import WORLD_SIZES, RunSpec
-from nanogpt.training.benchmark import write_made_up_shards
 from nanogpt.training.compilation import compiled_functions, functions_table
-from nanogpt.training.paths import compiles
+from nanogpt.training.implementations import compiles
 from nanogpt.training.startup import StartUp, phases_table
 from nanogpt.training.trainer import Trainer
-from nanogpt.training.world import join_world
 
 
 def warm_cache(spec: RunSpec, *, world_sizes: Sequence[int], directory: Path | None, fresh: bool) -> list[str]:
@@ -64,4 +64,4 @@ def warm_cache(spec: RunSpec, *, world_sizes: Sequence[int], directory: Path | N
         with startup.phase("compile cache, writing"):
             cache.save()
         functions = functions_table(compiled_functions())
-        return [*trainer.path_lines, *cache.lines, "", *phases_table(startup.phases()), "", *functions]
+        return [*trainer.implementation_lines, *cache.lines, "", *phases_table(startup.phases()), "", *functions]

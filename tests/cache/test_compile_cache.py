@@ -19,10 +19,10 @@ from nanogpt.cache import compile_cache as module
 from nanogpt.cache.compile_cache import CompileCache, cache_directory, compile_cache
 from nanogpt.cache.key import cache_key
 from nanogpt.cache.pack import SUFFIX
+from nanogpt.launch.world import World
 from nanogpt.optim.communication import Communicator
 from nanogpt.runs.record import Record, read_record
-from nanogpt.training import ahead
-from nanogpt.training.world import World
+from nanogpt.training.parallel_compile import Helper
 
 SPEC = tiny_spec()
 WORLD = World(0, 1, 0, torch.device("cpu"), Communicator())
@@ -97,7 +97,7 @@ def test_a_few_small_kernels_do_not_keep_a_run_waiting(tmp_path: Path):
             for name in names:
                 (cache.root / name).parent.mkdir(parents=True, exist_ok=True)
                 (cache.root / name).write_text("code")
-            line, before = cache.save(trifles=False), len(cache.lines)
+            line, before = cache.save(small_additions=False), len(cache.lines)
         return line, len(cache.lines) - before
 
     kernels = [f"triton/{number}/kernel.cubin" for number in range(30)]
@@ -316,7 +316,7 @@ def test_a_helper_compiles_for_the_run(tmp_path: Path, monkeypatch: pytest.Monke
     found = {}
     for helpers in (1, 0):
         torch._dynamo.reset()
-        monkeypatch.setattr("nanogpt.training.ahead.helpers_that_fit", lambda *_, count=helpers, **__: count)
+        monkeypatch.setattr("nanogpt.training.parallel_compile.helpers_that_fit", lambda *_, count=helpers, **__: count)
         monkeypatch.setenv("NANOGPT_CACHE", str(tmp_path / f"kept-{helpers}"))
         path = tmp_path / f"run-{helpers}"
         train(spec, data, path)
@@ -332,10 +332,10 @@ def test_a_helper_compiles_for_the_run(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_helper_that_fails_is_a_line_and_no_more(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     broken = SPEC.model_copy(update={"name": "not a name"})  # which the helper refuses to read
-    with ahead.Helper(broken, tmp_path, 0, 1) as helper:
+    with Helper(broken, tmp_path, 0, 1) as helper:
         helper.wait(lambda: False)
     assert "helper 1 of 1 that compiles ahead: ended with exit code 1: " in capfd.readouterr().err
-    with ahead.Helper(SPEC, tmp_path, 0, 1) as helper:
+    with Helper(SPEC, tmp_path, 0, 1) as helper:
         helper.wait(lambda: True)  # a signal has asked the run to stop
     assert helper._process.returncode == -signal.SIGKILL
     assert capfd.readouterr().err == ""

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from nanogpt.cluster.torchrun import exit_code, parse
 from nanogpt.errors import REQUEUE_EXIT_CODE
+from nanogpt.launch.launcher import exit_code, parse
 
 TERM, USR1, KILL = -15, -10, -9
 

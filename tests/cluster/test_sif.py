@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import pytest
 
-from nanogpt.cluster.image import file_labels, read_built, read_definition
-from nanogpt.cluster.image_sources import locked_versions
+from nanogpt.image.labels import file_labels, read_built, read_definition
+from nanogpt.image.sources import locked_versions
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 pytestmark = pytest.mark.timeout(2400)  # the first test waits for the image

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt.cluster import image_build, image_checks
-from nanogpt.cluster.image import Built, read_built, sidecar
-from nanogpt.cluster.image_build import Options, Stages, build, explain
-from nanogpt.cluster.image_sources import (
+from nanogpt.errors import InputError, RunError
+from nanogpt.image import build as image_build
+from nanogpt.image import build_checks
+from nanogpt.image.build import Options, Stages, build, explain
+from nanogpt.image.labels import Built, read_built, sidecar
+from nanogpt.image.sources import (
     build_arguments,
     find_source,
     host_part,
@@ -19,7 +21,6 @@ from nanogpt.cluster.image_sources import (
     stage,
     wheel_directory,
 )
-from nanogpt.errors import InputError, RunError
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,7 +86,7 @@ def checkout(tmp_path: Path) -> Path:
 def test_apptainer_is_there_and_new_enough(only_path: Path, says: str | None, status: str, word: str) -> None:
     if says:
         script(only_path / "apptainer", f"echo '{says}'")
-    check = image_checks.check_apptainer()
+    check = build_checks.check_apptainer()
     assert check.status == status
     assert word in check.line()
 
@@ -95,7 +96,7 @@ def test_apptainer_is_there_and_new_enough(only_path: Path, says: str | None, st
 )
 def test_squashfs_tools_are_new_enough(only_path: Path, says: str, status: str) -> None:
     script(only_path / "mksquashfs", f"echo '{says}'")
-    assert image_checks.check_squashfs_tools().status == status
+    assert build_checks.check_squashfs_tools().status == status
 
 
 def test_privileges(tmp_path: Path, only_path: Path) -> None:
@@ -104,48 +105,48 @@ def test_privileges(tmp_path: Path, only_path: Path) -> None:
     (proc / "self").mkdir()
     etc.mkdir()
     (proc / "sys/user/max_user_namespaces").write_text("0\n")
-    assert "switched off" in image_checks.check_privileges(proc, etc, "me").found
+    assert "switched off" in build_checks.check_privileges(proc, etc, "me").found
     (proc / "sys/user/max_user_namespaces").write_text("100\n")
-    missing = image_checks.check_privileges(proc, etc, "me")
+    missing = build_checks.check_privileges(proc, etc, "me")
     assert (missing.status, "usermod" in missing.line()) == ("failed", False)
     script(only_path / "fakeroot", "true")
-    assert image_checks.check_privileges(proc, etc, "me").status == "warning"
+    assert build_checks.check_privileges(proc, etc, "me").status == "warning"
     for name in ("subuid", "subgid"):
         (etc / name).write_text("you:1:2\nme:100000:65536\n")
     script(only_path / "newuidmap", "true")
-    assert image_checks.check_privileges(proc, etc, "me").status == "passed"
+    assert build_checks.check_privileges(proc, etc, "me").status == "passed"
     (proc / "self/status").write_text("Name:\tx\nCapEff:\t000001fffeffffff\n")
-    assert "ordinary user" in image_checks.check_privileges(proc, etc, "root").advice
+    assert "ordinary user" in build_checks.check_privileges(proc, etc, "root").advice
     (proc / "self/status").write_text("Name:\tx\nCapEff:\t000001ffffffffff\n")
-    assert image_checks.check_privileges(proc, etc, "root").status == "passed"
+    assert build_checks.check_privileges(proc, etc, "root").status == "passed"
 
 
 def test_space(tmp_path: Path) -> None:
-    there = image_checks.check_space("x", tmp_path / "not" / "yet", 1000, "elsewhere")
+    there = build_checks.check_space("x", tmp_path / "not" / "yet", 1000, "elsewhere")
     assert there.status == "passed"
-    full = image_checks.check_space("x", tmp_path, 10**18, "export APPTAINER_TMPDIR=/scratch")
+    full = build_checks.check_space("x", tmp_path, 10**18, "export APPTAINER_TMPDIR=/scratch")
     assert full.status == "failed"
     assert "1000000.0 TB" in full.line()
     assert "export APPTAINER_TMPDIR" in full.line()
 
 
 def test_certificates(tmp_path: Path) -> None:
-    assert image_checks.check_certificates(image_checks.certificate_authority({})).status == "passed"
+    assert build_checks.check_certificates(build_checks.certificate_authority({})).status == "passed"
     path = tmp_path / "ca.crt"
-    found = image_checks.certificate_authority({"SSL_CERT_FILE": str(path)}, None)
-    assert image_checks.check_certificates(found).status == "failed"
+    found = build_checks.certificate_authority({"SSL_CERT_FILE": str(path)}, None)
+    assert build_checks.check_certificates(found).status == "failed"
     path.write_text("-----BEGIN CERTIFICATE-----\n")
-    check = image_checks.check_certificates(found)
+    check = build_checks.check_certificates(found)
     assert check.status == "passed"
     assert "SSL_CERT_FILE" in check.found
-    assert image_checks.certificate_authority({}, str(path)) == (path, "pip's configuration, cert")
+    assert build_checks.certificate_authority({}, str(path)) == (path, "pip's configuration, cert")
 
 
 def test_base(tmp_path: Path, only_path: Path) -> None:
-    assert "mmdebstrap" in image_checks.check_base("tree").line()
-    assert image_checks.check_base(str(tmp_path)).status == "passed"
-    assert image_checks.check_base(str(tmp_path / "none")).status == "failed"
-    assert "BASE=tree" in image_checks.check_base("debian:x").found
+    assert "mmdebstrap" in build_checks.check_base("tree").line()
+    assert build_checks.check_base(str(tmp_path)).status == "passed"
+    assert build_checks.check_base(str(tmp_path / "none")).status == "failed"
+    assert "BASE=tree" in build_checks.check_base("debian:x").found
 
 
 # --- what goes in -----------------------------------------------------------------------------------------------
@@ -250,10 +251,10 @@ def fake_machine(only_path: Path, apptainer: str) -> None:
 def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Options:
     """A build of the CPU flavour from a directory, on a machine where unprivileged builds work and space is free."""
     (tmp_path / "tree").mkdir()
-    passed = image_checks.Check("unprivileged build", "passed", "")
-    monkeypatch.setattr(image_checks, "check_privileges", lambda: passed)
-    monkeypatch.setattr(image_checks, "TEMPORARY_NEEDED", {"cpu": 1})
-    monkeypatch.setattr(image_checks, "IMAGE_NEEDED", {"cpu": 1})
+    passed = build_checks.Check("unprivileged build", "passed", "")
+    monkeypatch.setattr(build_checks, "check_privileges", lambda: passed)
+    monkeypatch.setattr(build_checks, "TEMPORARY_NEEDED", {"cpu": 1})
+    monkeypatch.setattr(build_checks, "IMAGE_NEEDED", {"cpu": 1})
     out, work = tmp_path / "out" / "n.sif", tmp_path / "work"
     return Options(flavour="cpu", base=str(tmp_path / "tree"), out=out, work=work, test=False)
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt.cluster.image import Definition, read_definition
-from nanogpt.cluster.image_build import FLAVOURS, REGISTRY_BASES
-from nanogpt.cluster.image_sources import SOURCES, build_arguments, find_source, locked_versions
 from nanogpt.errors import InputError
+from nanogpt.image.build import FLAVOURS, REGISTRY_BASES
+from nanogpt.image.labels import Definition, read_definition
+from nanogpt.image.sources import SOURCES, build_arguments, find_source, locked_versions
 
 ROOT = Path(__file__).parents[2]
 CONTAINERS = ROOT / "containers"

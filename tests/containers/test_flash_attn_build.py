@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanogpt.cluster import flash_attn_build
-from nanogpt.cluster.flash_attn_build import (
+from nanogpt.errors import InputError, RunError
+from nanogpt.image import flash_attn_build
+from nanogpt.image.flash_attn_build import (
     Toolkit,
     available_memory,
     build,
@@ -24,7 +25,6 @@ from nanogpt.cluster.flash_attn_build import (
     find_toolkit,
     unpack_source,
 )
-from nanogpt.errors import InputError, RunError
 
 # A setup.py that writes a wheel by hand, with the variables that it was given inside.
 SETUP = """

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt.cluster.image_tree import differences, main, tree_entries
+from nanogpt.image.tree import differences, main, tree_entries
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from nanogpt.launch.world import join_world
 from nanogpt.recipe import load_recipe
 from nanogpt.training.trainer import Trainer
-from nanogpt.training.world import join_world
 
 
 def describe(value: Any) -> Any:

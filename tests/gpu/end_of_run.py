@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 from nanogpt.console import markdown_table
-from nanogpt.models.interface import Windows
+from nanogpt.launch.world import started_as
+from nanogpt.models.language_model import Windows
 from nanogpt.recipe import load_recipe
 from nanogpt.training.recorder import create_run
 from nanogpt.training.schedule import StepSettings
 from nanogpt.training.trainer import Result, Trainer, train_run
-from nanogpt.training.world import started_as
 
 ENDS = "ends.json"
 

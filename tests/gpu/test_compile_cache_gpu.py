@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiny_runs import losses, python
 
+from nanogpt.bench.steps import write_made_up_shards
 from nanogpt.data.shards import train_name, val_name
 from nanogpt.runs.record import Record, read_record
-from nanogpt.training.benchmark import write_made_up_shards
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1800)]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_runs import make_data, tiny_spec, write_recipe
 
-from nanogpt.models.interface import Windows
+from nanogpt.models.language_model import Windows
 from nanogpt.runs.metrics import read_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 
+from nanogpt.bench.kernels import document_ends
 from nanogpt.data.batches import MicroBatch
-from nanogpt.kernels.benchmark import document_ends
 from nanogpt.kernels.cross_entropy import head_loss
 from nanogpt.kernels.fp8_mlp import (
     current_scale,
@@ -19,7 +19,7 @@ from nanogpt.kernels.fp8_mlp import (
     to_e5m2,
 )
 from nanogpt.kernels.head_mixing import mix_heads
-from nanogpt.models.interface import Paths, Windows
+from nanogpt.models.language_model import Implementations, Windows
 from nanogpt.models.record89 import Record89
 from nanogpt.recipe import load_recipe
 
@@ -289,7 +289,9 @@ def test_the_model_takes_its_scales_to_the_products(settings):
     """PyTorch refuses scales that are not aligned: every layer's goes in as it is kept."""
     sizes = ["model.vocab_size=500", "model.padded_vocab_size=512", "model.bigram_rows=1024"]
     spec = load_recipe("record89", [*sizes, *(f"model.mlp_fp8.{setting}" for setting in settings)])
-    model = Record89(spec.model, dtype=torch.bfloat16, max_tokens=1_024, paths=Paths(mlp_precision="fp8")).cuda()
+    model = Record89(
+        spec.model, dtype=torch.bfloat16, max_tokens=1_024, implementations=Implementations(mlp_precision="fp8")
+    ).cuda()
     model.draw_parameters(torch.Generator().manual_seed(0))
     u = randn(64, 768).requires_grad_()
     for layer in range(11):
@@ -347,8 +349,8 @@ def test_fast_and_plain_paths_agree_and_the_graph_is_one(precision, settings):
     weights = torch.tensor([1.0, 0.5, 0.25], device="cuda"), torch.tensor(0.25, device="cuda")
 
     def make(plain: bool) -> Record89:
-        paths = Paths(mlp_precision=precision, plain_kernels=plain)
-        model = Record89(spec.model, dtype=torch.bfloat16, max_tokens=tokens, paths=paths)
+        implementations = Implementations(mlp_precision=precision, plain_kernels=plain)
+        model = Record89(spec.model, dtype=torch.bfloat16, max_tokens=tokens, implementations=implementations)
         model.draw_parameters(torch.Generator().manual_seed(0))
         with torch.no_grad():
             model.mlp[:, 1].copy_(0.5 * model.mlp[:, 0])

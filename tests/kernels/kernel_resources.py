@@ -39,13 +39,13 @@ from triton.runtime.jit import JITFunction
 
 import nanogpt.kernels
 from nanogpt.data.batches import MicroBatch, cu_seqlens_length
-from nanogpt.models.interface import Paths, Windows
+from nanogpt.models.language_model import Implementations, Windows
 from nanogpt.models.record import RecordModel
 from nanogpt.models.record89 import Record89
 from nanogpt.models.speedrun import Speedrun
 from nanogpt.optim.communication import Communicator
-from nanogpt.optim.interface import StepRates
 from nanogpt.optim.normuon_adam import NorMuonAdam
+from nanogpt.optim.optimizer import StepRates
 from nanogpt.recipe import load_recipe
 from nanogpt.spec import RunSpec
 from nanogpt.spec_model import Record89ModelSpec
@@ -259,16 +259,16 @@ def _micro_batch(tokens: int, max_seqlen: int, max_documents: int | None) -> Mic
     )
 
 
-def make_steps(spec: RunSpec, paths: Paths) -> None:
+def make_steps(spec: RunSpec, implementations: Implementations) -> None:
     """All that a run of `spec` launches: training by stage, validation, optimizer steps on 1, 2, 4 and 8 ranks."""
     training, tokens = spec.training, spec.evaluation.micro_batch_tokens
     dtype = torch.bfloat16
     with torch.device("meta"):
         model: RecordModel[Any]
         if isinstance(spec.model, Record89ModelSpec):
-            model = Record89(spec.model, dtype=dtype, max_tokens=tokens, paths=paths)
+            model = Record89(spec.model, dtype=dtype, max_tokens=tokens, implementations=implementations)
         else:
-            model = Speedrun(spec.model, dtype=dtype, max_tokens=tokens, paths=paths)
+            model = Speedrun(spec.model, dtype=dtype, max_tokens=tokens, implementations=implementations)
     optimizer = NorMuonAdam(model, spec.optimizer, Communicator())
     micro_step = MicroStep(model, model.training_loss, grad_scale=1.0)
     windows = Windows(short=training.window_block, long=3 * training.window_block).at_run_time()
@@ -286,9 +286,9 @@ def make_steps(spec: RunSpec, paths: Paths) -> None:
     model.evaluation_loss(_micro_batch(tokens, tokens, None), windows)
 
 
-def paths_on(gpu: Gpu) -> list[Paths]:
+def paths_on(gpu: Gpu) -> list[Implementations]:
     """What a run can take on `gpu`, but for attention's libraries."""
-    bf16 = Paths(attention="plain")
+    bf16 = Implementations(attention="plain")
     return [bf16, replace(bf16, head_precision="fp8", mlp_precision="fp8")] if gpu.capability >= (9, 0) else [bf16]
 
 
@@ -298,8 +298,8 @@ def all_launches(
     """What the kernels need that the recipes' runs launch on `gpu`; `only` and `options` as in `compiled_launches`."""
     with compiled_launches(gpu, only, options or {}) as found, dispatched_as_on(gpu):
         for recipe in recipes:
-            for settings, paths in itertools.product(RECIPES[recipe], paths_on(gpu)):
-                make_steps(load_recipe(recipe, settings), paths)
+            for settings, implementations in itertools.product(RECIPES[recipe], paths_on(gpu)):
+                make_steps(load_recipe(recipe, settings), implementations)
     kernels = sorted(found.values(), key=lambda entry: (entry.kernel, entry.launch))
     return Report(
         kernels=kernels,

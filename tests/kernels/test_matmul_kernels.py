@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nanogpt.kernels import benchmark
+from nanogpt.bench import kernels as kernel_bench
 from nanogpt.kernels.attention import _visible_pairs
 from nanogpt.kernels.attention_plain import first_visible_key
 from nanogpt.kernels.dispatch import runs_kernel
@@ -123,12 +123,12 @@ def test_kernels_are_chosen_by_capability_and_dtype(monkeypatch, device_capabili
 
 
 def test_made_up_documents_fill_the_stream():
-    ends = benchmark.document_ends(16_384, 2_048, 127)
+    ends = kernel_bench.document_ends(16_384, 2_048, 127)
     lengths = [b - a for a, b in itertools.pairwise([0, *ends])]
     assert (len(ends), ends[-1]) == (127, 16_384)
     assert max(lengths) <= 2_048
     assert sum(length > 0 for length in lengths) > 15
-    assert ends == benchmark.document_ends(16_384, 2_048, 127)
+    assert ends == kernel_bench.document_ends(16_384, 2_048, 127)
 
 
 @pytest.mark.parametrize("window", [0, 7, 100])
@@ -140,11 +140,11 @@ def test_visible_pairs_are_counted_exactly(window):
 
 
 def test_the_floor_is_the_slower_of_arithmetic_and_memory():
-    rates = benchmark.MachineRates(matmul_flops=800e12, copy_bytes=4e12)
-    case = benchmark.BenchCase("product", "2 x 2", lambda: None, None, flops=800e9, bytes=2e9)
-    assert benchmark.floor_ms(case, rates) == pytest.approx(1.0)
-    case = benchmark.BenchCase("copy", "2 x 2", lambda: None, None, flops=800e9, bytes=8e9)
-    assert benchmark.floor_ms(case, rates) == pytest.approx(2.0)
-    row = benchmark.as_row(benchmark.BenchResult(case, 4.0, 3.9, 4.1, 8.0, 2.0))
+    rates = kernel_bench.MachineRates(matmul_flops=800e12, copy_bytes=4e12)
+    case = kernel_bench.BenchCase("product", "2 x 2", lambda: None, None, flops=800e9, bytes=2e9)
+    assert kernel_bench.floor_ms(case, rates) == pytest.approx(1.0)
+    case = kernel_bench.BenchCase("copy", "2 x 2", lambda: None, None, flops=800e9, bytes=8e9)
+    assert kernel_bench.floor_ms(case, rates) == pytest.approx(2.0)
+    row = kernel_bench.as_row(kernel_bench.BenchResult(case, 4.0, 3.9, 4.1, 8.0, 2.0))
     assert row == "| copy | 2 x 2 | 4,000 | 3,900-4,100 | 8,000 | 2.00 | 2,000 | 50% |"
-    assert row.count("|") == benchmark.TABLE_HEAD.splitlines()[0].count("|")
+    assert row.count("|") == kernel_bench.TABLE_HEAD.splitlines()[0].count("|")

@@ -11,7 +11,7 @@ from small_specs import relative_error
 
 from nanogpt.data.batches import MicroBatch
 from nanogpt.models.gpt2 import Gpt2, split_documents
-from nanogpt.models.interface import Paths, Windows
+from nanogpt.models.language_model import Implementations, Windows
 from nanogpt.recipe import load_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,7 +24,7 @@ WINDOWS = Windows(64, 64)
 
 
 def make_model(dtype: torch.dtype = torch.float64) -> Gpt2:
-    model = Gpt2(SPEC, dtype=dtype, paths=Paths())
+    model = Gpt2(SPEC, dtype=dtype, implementations=Implementations())
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
@@ -123,7 +123,7 @@ def test_bf16_runs_on_a_cpu_and_stays_near_fp32():
 def count(vocab: str) -> int:
     spec = load_recipe("gpt2", [f"model.padded_vocab_size={vocab}"]).model
     with torch.device("meta"):
-        return sum(p.numel() for p in Gpt2(spec, dtype=torch.bfloat16, paths=Paths()).parameters())
+        return sum(p.numel() for p in Gpt2(spec, dtype=torch.bfloat16, implementations=Implementations()).parameters())
 
 
 def test_it_has_124_million_parameters():

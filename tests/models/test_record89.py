@@ -15,7 +15,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 from nanogpt.data.batches import MicroBatch
 from nanogpt.models import build_model
-from nanogpt.models.interface import Paths, Windows
+from nanogpt.models.language_model import Implementations, Windows
 from nanogpt.models.record89 import Record89
 from nanogpt.recipe import load_recipe
 from nanogpt.spec import RunSpec
@@ -48,9 +48,12 @@ UNREAD = {
 
 
 def make_model(
-    dtype: torch.dtype = torch.float64, seed: int = 0, paths: Paths | None = None, spec: RunSpec = SPEC
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    implementations: Implementations | None = None,
+    spec: RunSpec = SPEC,
 ) -> Record89:
-    model = Record89(spec.model, dtype=dtype, max_tokens=64, paths=paths or Paths())
+    model = Record89(spec.model, dtype=dtype, max_tokens=64, implementations=implementations or Implementations())
     model.draw_parameters(torch.Generator().manual_seed(seed))  # the signs
     randomize(model, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -179,14 +182,14 @@ def test_bf16_runs_on_a_cpu_and_stays_near_fp32():
 
 # --- the MLPs in 8-bit floats ---
 
-FP8 = Paths(mlp_precision="fp8")
+FP8 = Implementations(mlp_precision="fp8")
 
 
 def test_training_takes_the_8_bit_mlps_and_evaluation_does_not():
     ends, short, long = CASES["windows inside documents"]
     windows, weights = Windows(short, long), torch.tensor(WEIGHTS)
     batch, _ = make_batch(ends)
-    wide, narrow = make_model(torch.float32), make_model(torch.float32, paths=FP8)
+    wide, narrow = make_model(torch.float32), make_model(torch.float32, implementations=FP8)
     narrow.restart()  # randomize has changed the weights
     assert narrow.evaluation_loss(batch, windows) == wide.evaluation_loss(batch, windows)
     loss, exact = (model.training_loss(batch, windows, weights) for model in (narrow, wide))
@@ -206,7 +209,7 @@ def test_8_bit_gradients_change_gradients_alone(which, square):
     batch, _ = make_batch(ends)
     found = []
     for overrides in ([], [f"model.mlp_fp8.gradients={which}", f"model.mlp_fp8.square={square}"]):
-        model = make_model(torch.float32, paths=FP8, spec=small_record89(overrides=overrides))
+        model = make_model(torch.float32, implementations=FP8, spec=small_record89(overrides=overrides))
         model.restart()  # randomize has changed the weights
         loss = model.training_loss(batch, Windows(short, long), torch.tensor(WEIGHTS))
         loss.backward()
@@ -243,7 +246,7 @@ def test_gradients_of_learned_numbers_are_summed_together():
 def test_the_8_bit_weights_follow_the_optimizer_and_a_checkpoint():
     ends, short, long = CASES["windows inside documents"]
     batch, _ = make_batch(ends)
-    model = make_model(torch.float32, paths=FP8)
+    model = make_model(torch.float32, implementations=FP8)
     model.restart()  # randomize has changed the weights
     with torch.no_grad():
         model.mlp.neg_()
@@ -254,11 +257,11 @@ def test_the_8_bit_weights_follow_the_optimizer_and_a_checkpoint():
     with torch.no_grad():
         model.mlp.mul_(0.9)
     model.weights_changed(21)
-    other = Record89(SPEC.model, dtype=torch.float32, max_tokens=64, paths=FP8)
+    other = Record89(SPEC.model, dtype=torch.float32, max_tokens=64, implementations=FP8)
     other.load_state_dict(model.state_dict())
     losses = [m.training_loss(batch, Windows(short, long), torch.ones(1)).item() for m in (model, other)]
     assert losses[0] == losses[1] != fresh
-    plain = Record89(SPEC.model, dtype=torch.float32, max_tokens=64, paths=Paths())
+    plain = Record89(SPEC.model, dtype=torch.float32, max_tokens=64, implementations=Implementations())
     plain.load_state_dict(model.state_dict())  # a checkpoint does not depend on the precision
     assert plain.evaluation_loss(batch, Windows(short, long)) == model.evaluation_loss(batch, Windows(short, long))
 
@@ -269,7 +272,7 @@ def test_the_8_bit_weights_follow_the_optimizer_and_a_checkpoint():
 def test_shapes_of_the_full_model():
     spec = load_recipe("record89").model
     with torch.device("meta"):
-        model = Record89(spec, dtype=torch.bfloat16, max_tokens=16, paths=Paths())
+        model = Record89(spec, dtype=torch.bfloat16, max_tokens=16, implementations=Implementations())
     assert {name: tuple(p.shape) for name, p in model.named_parameters()} == {
         "qk": (64, 256, 768),
         "vo": (24, 768, 768),

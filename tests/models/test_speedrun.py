@@ -12,7 +12,7 @@ from small_specs import BIGRAM_ROWS, VOCAB, randomize, relative_error, small_spe
 
 from nanogpt.data.batches import MicroBatch
 from nanogpt.models import build_model
-from nanogpt.models.interface import Paths, Windows
+from nanogpt.models.language_model import Implementations, Windows
 from nanogpt.models.speedrun import Speedrun
 from nanogpt.recipe import load_recipe
 
@@ -29,7 +29,7 @@ CASES = {
 
 
 def make_model(dtype: torch.dtype = torch.float64, seed: int = 0) -> Speedrun:
-    model = Speedrun(SPEC.model, dtype=dtype, max_tokens=64, paths=Paths())
+    model = Speedrun(SPEC.model, dtype=dtype, max_tokens=64, implementations=Implementations())
     randomize(model, seed)
     return model
 
@@ -145,7 +145,7 @@ def test_bf16_rounds_the_logits_and_nothing_after_them():
 def test_shapes_and_dtypes_of_the_full_model():
     spec = load_recipe("speedrun").model
     with torch.device("meta"):
-        model = Speedrun(spec, dtype=torch.bfloat16, max_tokens=16, paths=Paths())
+        model = Speedrun(spec, dtype=torch.bfloat16, max_tokens=16, implementations=Implementations())
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     assert shapes == {
         "attn": (10, 3072, 768),

@@ -10,7 +10,7 @@ from torch import nn
 
 from nanogpt.optim.adamw import AdamW
 from nanogpt.optim.communication import Communicator
-from nanogpt.optim.interface import StepRates
+from nanogpt.optim.optimizer import StepRates
 from nanogpt.recipe import load_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")

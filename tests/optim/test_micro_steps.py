@@ -11,8 +11,8 @@ from small_specs import randomize, small_speedrun
 
 from nanogpt.data.batches import TrainBatches
 from nanogpt.data.shards import header_bytes, train_name, val_name
+from nanogpt.launch.world import join_world
 from nanogpt.training.trainer import Trainer
-from nanogpt.training.world import join_world
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

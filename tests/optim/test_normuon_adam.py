@@ -13,12 +13,12 @@ from test_adam import slow_adam
 from test_normuon import slow_step
 from torch import nn
 
-from nanogpt.models.interface import Paths
+from nanogpt.models.language_model import Implementations
 from nanogpt.models.speedrun import Speedrun
 from nanogpt.optim.communication import Communicator
-from nanogpt.optim.interface import StepRates
 from nanogpt.optim.normuon_adam import NorMuonAdam
-from nanogpt.optim.plan import ParameterPlan, parameter_plans, step_plan, updated_together
+from nanogpt.optim.optimizer import StepRates
+from nanogpt.optim.step_order import ParameterPlan, parameter_plans, step_plan, updated_together
 from nanogpt.spec import SpeedrunOptimizerSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,7 +45,7 @@ BANKS: dict[str, tuple[int, tuple[float, ...]]] = {"attn": (24, (1.0,)), "mlp": 
 
 
 def make_model(dtype: torch.dtype = torch.float64) -> Speedrun:
-    model = Speedrun(SPEC.model, dtype=dtype, max_tokens=16, paths=Paths())
+    model = Speedrun(SPEC.model, dtype=dtype, max_tokens=16, implementations=Implementations())
     randomize(model)
     with torch.no_grad():
         model.embed.copy_(model.lm_head.mT)

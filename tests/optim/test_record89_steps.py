@@ -7,11 +7,11 @@ import torch
 from small_specs import randomize, small_record89
 from test_normuon_adam import SlowOptimizer, accumulate, gradients_of, rates_of
 
-from nanogpt.models.interface import Paths
+from nanogpt.models.language_model import Implementations
 from nanogpt.models.record89 import Record89
 from nanogpt.optim.communication import Communicator
 from nanogpt.optim.normuon_adam import NorMuonAdam
-from nanogpt.optim.plan import parameter_plans, step_plan
+from nanogpt.optim.step_order import parameter_plans, step_plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,7 +40,7 @@ BANKS: dict[str, tuple[int, tuple[float, ...]]] = {"qk": (8, (1.0,)), "vo": (24,
 
 
 def make_model(dtype: torch.dtype = torch.float64) -> Record89:
-    model = Record89(SPEC.model, dtype=dtype, max_tokens=16, paths=Paths())
+    model = Record89(SPEC.model, dtype=dtype, max_tokens=16, implementations=Implementations())
     model.draw_parameters(torch.Generator().manual_seed(0))
     randomize(model)
     with torch.no_grad():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 from pathlib import Path
 
-from nanogpt.cluster.page_cache import DATA_BYTES, _mapped, keep_code_in_memory, read_mapped_files
+from nanogpt.launch.page_cache import DATA_BYTES, _mapped, keep_code_in_memory, read_mapped_files
 
 MAPS = """\
 5500-9500 r-xp 00001000 fe:00 11 /opt/lib/libtorch cpu.so

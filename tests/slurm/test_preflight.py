@@ -13,10 +13,10 @@ from tiny_runs import make_data, tiny_spec
 
 from nanogpt.cluster import preflight as module
 from nanogpt.cluster.gpus import oldest_driver, visible_gpus
-from nanogpt.cluster.image_checks import Check
 from nanogpt.cluster.preflight import check_files, check_gpus, check_links, checkpoint_bytes, preflight
 from nanogpt.data.manifest import file_sha256
 from nanogpt.errors import RunError
+from nanogpt.image.build_checks import Check
 from nanogpt.recipe import load_recipe
 
 H200 = "NVIDIA H200"

@@ -11,13 +11,13 @@ import pytest
 import torch
 from tiny_runs import make_data, tiny_spec, train
 
+from nanogpt.launch.world import join_world
 from nanogpt.recipe import load_recipe
 from nanogpt.runs.record import read_record
-from nanogpt.training.ahead import GraphJob, call_graph, graph_jobs, helpers_that_fit
 from nanogpt.training.compilation import CompileCounts, compile_counts, compiled_functions, functions_table
+from nanogpt.training.parallel_compile import GraphJob, call_graph, graph_jobs, helpers_that_fit
 from nanogpt.training.schedule import Schedule
 from nanogpt.training.trainer import Trainer
-from nanogpt.training.world import join_world
 
 pytestmark = pytest.mark.usefixtures("one_thread", "traced_only")
 SPEC = tiny_spec("runtime.compile=on", "training.warmup=true")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nanogpt.training.exposed import as_table, exposure, read_trace
+from nanogpt.bench.exposed import as_table, exposure, read_trace
 
 
 def event(name: str, start: float, end: float, cat: str = "kernel", **more: Any) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from small_specs import VOCAB, randomize, relative_error, small_record89, small_
 
 from nanogpt.data.batches import MicroBatch
 from nanogpt.models import build_model
-from nanogpt.models.interface import Windows
+from nanogpt.models.language_model import Windows
 from nanogpt.recipe import load_recipe
+from nanogpt.training.implementations import captures_graphs
 from nanogpt.training.micro_step import MicroStep
-from nanogpt.training.paths import records_graphs
 
 SPECS = {"speedrun": small_speedrun(), "record89": small_record89()}
 WINDOWS, WEIGHTS = Windows(short=4, long=9), torch.tensor([1.0, 0.5, 0.25])
@@ -86,5 +86,5 @@ def test_what_is_recorded(recipe, override, gigabytes, expected, monkeypatch):
     properties = SimpleNamespace(total_memory=gigabytes * 10**9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     spec = load_recipe(recipe, [override] if override else [])
-    assert records_graphs(spec, torch.device("cuda", 0)) == expected
-    assert not records_graphs(spec, torch.device("cpu"))
+    assert captures_graphs(spec, torch.device("cuda", 0)) == expected
+    assert not captures_graphs(spec, torch.device("cpu"))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from nanogpt.training.exposed import Exposure
-from nanogpt.training.profile import OTHER_PART, PARTS, KernelTime, StageProfile, as_table, part_of, parts_table
+from nanogpt.bench.exposed import Exposure
+from nanogpt.bench.profile import OTHER_PART, PARTS, KernelTime, StageProfile, as_table, part_of, parts_table
 
 NAMES = {
     "ncclDevKernel_AllGather_RING_LL": "communication",

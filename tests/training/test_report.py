@@ -11,6 +11,7 @@ import torch
 from tiny_runs import tiny_spec
 
 from nanogpt.errors import RunError
+from nanogpt.launch.world import World
 from nanogpt.optim.communication import Communicator
 from nanogpt.recipe import load_recipe
 from nanogpt.runs.directory import RunDirectory
@@ -18,7 +19,6 @@ from nanogpt.runs.metrics import read_metrics
 from nanogpt.training.loss_monitor import LossMonitor, SeenLoss
 from nanogpt.training.report import Reporter
 from nanogpt.training.schedule import Schedule
-from nanogpt.training.world import World
 
 
 def a_world(rank: int = 0) -> World:

@@ -53,7 +53,7 @@ def greedy(run: Path, prompt: list[int], count: int) -> list[int]:
     state = checkpoint.load_newest_checkpoint(run / "checkpoints")
     assert state is not None
     from nanogpt.models import build_model
-    from nanogpt.models.interface import Windows
+    from nanogpt.models.language_model import Windows
 
     model = build_model(spec, device="cpu")
     model.load_state_dict(state["model"])

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from nanogpt.models.interface import Windows
+from nanogpt.models.language_model import Windows
 from nanogpt.recipe import load_recipe
 from nanogpt.training.schedule import Schedule
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nanogpt.models.interface import Windows
+from nanogpt.models.language_model import Windows
 from nanogpt.recipe import load_recipe, shorten
 from nanogpt.training.schedule import Schedule
 

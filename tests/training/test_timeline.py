@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from nanogpt.bench.exposed import Activity, alone, exposure
+from nanogpt.bench.timeline import busiest_step, plot_timeline, read_stages
 from nanogpt.errors import InputError
-from nanogpt.training.exposed import Activity, alone, exposure
-from nanogpt.training.timeline import busiest_step, plot_timeline, read_stages
 
 REDUCE, GATHER = "ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL", "ncclDevKernel_AllGather_RING_LL"
 

@@ -28,6 +28,7 @@ from tiny_runs import (
 
 from nanogpt.data.batches import TrainBatches
 from nanogpt.errors import InputError, RunError
+from nanogpt.launch.world import join_world
 from nanogpt.models.speedrun import Speedrun
 from nanogpt.optim.normuon_adam import NorMuonAdam
 from nanogpt.runs.metrics import read_metrics, read_run
@@ -35,7 +36,6 @@ from nanogpt.runs.unigram import unigram_cross_entropy
 from nanogpt.spec import RunSpec
 from nanogpt.training import clock
 from nanogpt.training.trainer import Trainer
-from nanogpt.training.world import join_world
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,9 +15,9 @@ import pytest
 import torch.distributed as dist
 
 from nanogpt.errors import InputError, RunError
+from nanogpt.launch.signals import StopSignals
+from nanogpt.launch.watchdog import Beat, Lost, Watchdog, connect
 from nanogpt.spec import WatchdogSpec
-from nanogpt.training.signals import StopSignals
-from nanogpt.training.watch import Beat, Lost, Watch, connect
 
 PATIENCE_S = 120.0
 
@@ -32,7 +32,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[dist.TCPStore]:
     yield server
 
 
-def in_threads(watches: list[Watch], body: object) -> list[object]:
+def in_threads(watches: list[Watchdog], body: object) -> list[object]:
     """`body(watch)` of each in a thread of its own; what it returned or raised, in their order."""
     found: list[object] = [None] * len(watches)
 
@@ -55,12 +55,12 @@ def in_threads(watches: list[Watch], body: object) -> list[object]:
 @pytest.mark.parametrize("seed", range(3))
 def test_all_stop_after_the_same_step_wherever_they_are(store: dist.TCPStore, seed: int) -> None:
     size, rng = 4, random.Random(seed)
-    watches = [Watch(rank, size) for rank in range(size)]
+    watches = [Watchdog(rank, size) for rank in range(size)]
     pace = [rng.uniform(0.002, 0.01) for _ in range(size)]
     barrier = threading.Barrier(size) if seed % 2 else None  # in step, as collectives hold them, or each at its pace
     asking, at = rng.randrange(size), rng.randrange(1, 20)
 
-    def body(watch: Watch) -> int:
+    def body(watch: Watchdog) -> int:
         for step in range(100_000):
             if barrier is not None:
                 barrier.wait(PATIENCE_S)
@@ -78,9 +78,9 @@ def test_all_stop_after_the_same_step_wherever_they_are(store: dist.TCPStore, se
 
 
 def test_a_rank_that_fails_ends_the_others_with_its_words(store: dist.TCPStore) -> None:
-    watches = [Watch(rank, 3) for rank in range(3)]
+    watches = [Watchdog(rank, 3) for rank in range(3)]
 
-    def body(watch: Watch) -> None:
+    def body(watch: Watchdog) -> None:
         if watch.rank == 1:
             raise InputError("shard 7 is broken")
         until = time.monotonic() + PATIENCE_S
@@ -96,8 +96,8 @@ def test_a_rank_that_fails_ends_the_others_with_its_words(store: dist.TCPStore) 
 
 
 def test_a_rank_that_stops_beating_is_named(store: dist.TCPStore) -> None:
-    watch = Watch(0, 2, WatchdogSpec(silence_seconds=1.0))
-    silent = Beat(5, Watch(1, 2)._own.process, "training", 41, 41)
+    watch = Watchdog(0, 2, WatchdogSpec(silence_seconds=1.0))
+    silent = Beat(5, Watchdog(1, 2)._own.process, "training", 41, 41)
     silent.process.host, silent.process.boot_id = "elsewhere", "another boot"
     with pytest.raises(Lost, match=r"rank 1 on elsewhere .* has been silent for 1 s in step 41"), watch:
         connect(10).set("beat/1", silent.encode())
@@ -109,10 +109,10 @@ def test_a_rank_that_stops_beating_is_named(store: dist.TCPStore) -> None:
 
 def test_hanging_is_told_from_silence_and_names_who_is_behind(store: dist.TCPStore) -> None:
     limits = WatchdogSpec(step_seconds=2.0)
-    watches = [Watch(rank, 2, limits) for rank in range(2)]
+    watches = [Watchdog(rank, 2, limits) for rank in range(2)]
     release = threading.Event()
 
-    def body(watch: Watch) -> None:
+    def body(watch: Watchdog) -> None:
         watch.training(0)
         for step in range(8 if watch.rank == 0 else 5):
             watch.boundary(step + 1)
@@ -125,9 +125,9 @@ def test_hanging_is_told_from_silence_and_names_who_is_behind(store: dist.TCPSto
 
 
 def test_what_a_collective_says_is_explained(store: dist.TCPStore) -> None:
-    watches = [Watch(rank, 2) for rank in range(2)]
+    watches = [Watchdog(rank, 2) for rank in range(2)]
 
-    def body(watch: Watch) -> None:
+    def body(watch: Watchdog) -> None:
         if watch.rank == 1:
             raise ValueError("a bug")
         raise watch.explain(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"))
@@ -143,7 +143,7 @@ def test_what_a_collective_says_is_explained(store: dist.TCPStore) -> None:
 def test_one_process_has_signals_and_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "TCPStore", None)  # a call would fail
     before = threading.active_count()
-    with Watch() as watch:
+    with Watchdog() as watch:
         assert threading.active_count() == before
         assert watch.boundary(1) is None
         os.kill(os.getpid(), signal.SIGTERM)

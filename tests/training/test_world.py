@@ -10,9 +10,9 @@ import torch.distributed as dist
 from tiny_runs import tiny_spec
 
 from nanogpt.errors import InputError, RunError
+from nanogpt.launch import world
+from nanogpt.launch.world import check_world, join_world, see_own_gpu, started_as
 from nanogpt.recipe import load_recipe
-from nanogpt.training import world
-from nanogpt.training.world import check_world, join_world, see_own_gpu, started_as
 
 
 @pytest.fixture(autouse=True)

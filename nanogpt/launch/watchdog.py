@@ -37,12 +37,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from nanogpt.cluster.torchrun import leave_message
 from nanogpt.console import say
 from nanogpt.errors import REQUEUE_EXIT_CODE, InputError, NanogptError, RunError
+from nanogpt.launch.launcher import leave_message
+from nanogpt.launch.signals import StopSignals
 from nanogpt.runs.record import Process, process_lives, this_process
 from nanogpt.spec import WatchdogSpec
-from nanogpt.training.signals import StopSignals
 
 POLL_S = 0.2
 BEAT_S = 1.0
@@ -88,7 +88,7 @@ class Lost(RunError):
     """Another rank is gone, or all of them hang; the message says which and where."""
 
 
-class Watch:
+class Watchdog:
     """See the module. A context manager of the main thread, for the whole of a run.
 
     Args:
@@ -116,7 +116,7 @@ class Watch:
         self._peers: dict[int, Beat] = {}
         self._heard_at: dict[int, float] = {}
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Watchdog:
         self._signals.__enter__()
         if self._thread is not None:
             if "TORCHELASTIC_RUN_ID" in os.environ:

@@ -33,7 +33,7 @@ class RunTimeWindows:
 
 
 @dataclass(frozen=True)
-class Paths:
+class Implementations:
     """Which of several equal implementations computes a model; see `nanogpt.kernels`."""
 
     attention: str = "plain"

@@ -186,7 +186,7 @@ def large_parts(entries: Mapping[str, Entry], depth: int, at_least: int) -> list
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; its exit code: 0 alike, 1 different, 2 wrong input."""
-    parser = argparse.ArgumentParser(prog="image_tree", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="sif-diff", description=__doc__.partition("\n")[0])
     parser.add_argument("a", type=Path, metavar="A", help="image or directory")
     parser.add_argument("b", type=Path, metavar="B", help="image or directory")
     arguments = parser.parse_args(argv)

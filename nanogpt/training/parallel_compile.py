@@ -23,22 +23,22 @@ import torch
 from nanogpt.cache.compile_cache import compiled_code_of
 from nanogpt.console import say
 from nanogpt.data.batches import MicroBatch, cu_seqlens_length
+from nanogpt.launch.watchdog import die_with_parent
+from nanogpt.launch.world import join_world
 from nanogpt.models import build_model
 from nanogpt.spec import RunSpec
+from nanogpt.training.implementations import choose_implementations, compile_whole
 from nanogpt.training.micro_step import MicroStep, loss_arguments
-from nanogpt.training.paths import choose_paths, compile_whole
 from nanogpt.training.schedule import Schedule, StepSettings
-from nanogpt.training.watch import die_with_parent
-from nanogpt.training.world import join_world
 
 if TYPE_CHECKING:
     from nanogpt.training.trainer import Trainer
 
-CORES_A_HELPER = 4
+CORES_PER_HELPER = 4
 # Of GPU memory, from above: a run has 28 GB for 49,152 tokens, 6 of them the optimizer's, which helpers do not make;
 # evaluation keeps nothing for a gradient.
-BYTES_A_HELPER = 4_000_000_000  # context, libraries, parameters and their gradients
-BYTES_A_TOKEN, BYTES_A_TOKEN_EVALUATED = 450_000, 50_000
+HELPER_BYTES = 4_000_000_000  # context, libraries, parameters and their gradients
+TRAINED_TOKEN_BYTES, EVALUATED_TOKEN_BYTES = 450_000, 50_000
 PATIENCE_S = 600.0  # with a helper
 
 
@@ -53,7 +53,7 @@ class GraphJob(NamedTuple):
     @property
     def memory(self) -> int:
         """Bytes of GPU memory that a process with a model needs to call it."""
-        return self.tokens * (BYTES_A_TOKEN if self.settings else BYTES_A_TOKEN_EVALUATED)
+        return self.tokens * (TRAINED_TOKEN_BYTES if self.settings else EVALUATED_TOKEN_BYTES)
 
 
 def graph_jobs(spec: RunSpec) -> list[GraphJob]:
@@ -92,15 +92,15 @@ def helpers_that_fit(jobs: Sequence[GraphJob], cores: int, memory: int | None) -
     memory: bytes of the GPU that are free beside the run's model and optimizer; None: without a GPU.
     """
     count, needed = 0, jobs[-1].memory
-    for job in jobs[: min(len(jobs) - 1, cores // CORES_A_HELPER)]:
-        needed += BYTES_A_HELPER + job.memory
+    for job in jobs[: min(len(jobs) - 1, cores // CORES_PER_HELPER)]:
+        needed += HELPER_BYTES + job.memory
         if memory is not None and needed > memory:
             break
         count += 1
     return count
 
 
-def compile_ahead(trainer: Trainer) -> None:
+def compile_in_parallel(trainer: Trainer) -> None:
     """Compile each graph once on this node, where no file of compiled code was found and several processes can.
 
     Every rank calls it; they wait for one another. Parameters, gradients and data stay as they were.
@@ -140,7 +140,7 @@ class Helper:
         threads = max(1, len(os.sched_getaffinity(0)) // (count + 1))
         with self._output.open("w") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "nanogpt.training.ahead", str(root), str(index)],
+                [sys.executable, "-m", "nanogpt.training.parallel_compile", str(root), str(index)],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -176,10 +176,10 @@ def main(root: str, index: str) -> None:
     die_with_parent()
     spec = RunSpec.model_validate_json(sys.stdin.read())
     with join_world(spec) as world, compiled_code_of(Path(root), world):
-        paths, _ = choose_paths(spec, world.device)
-        model = build_model(spec, device=world.device, paths=paths)
+        implementations, _ = choose_implementations(spec, world.device)
+        model = build_model(spec, device=world.device, implementations=implementations)
         micro_step = MicroStep(
-            model, compile_whole(model.training_loss), grad_scale=1.0, plain_kernels=paths.plain_kernels
+            model, compile_whole(model.training_loss), grad_scale=1.0, plain_kernels=implementations.plain_kernels
         )
         job = graph_jobs(spec)[int(index)]
         call_graph(job, spec, micro_step, compile_whole(model.evaluation_loss))

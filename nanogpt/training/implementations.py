@@ -10,15 +10,15 @@ from torch import Tensor
 
 from nanogpt.kernels.attention import select_attention_backend
 from nanogpt.kernels.fp8_head import select_head_precision
-from nanogpt.models.interface import Paths
+from nanogpt.models.language_model import Implementations
 from nanogpt.spec import Gpt2ModelSpec, Record89ModelSpec, RecordModelSpec, RunSpec
 
 # A recording keeps its activations' memory, and the next stage's first call is not recorded: 15 GB and 28 side by side.
 GRAPHS_MEMORY = 60_000_000_000
 
 
-def choose_paths(spec: RunSpec, device: torch.device) -> tuple[Paths, list[str]]:
-    """The paths for `spec.runtime` on `device`, and a line of the log for each choice.
+def choose_implementations(spec: RunSpec, device: torch.device) -> tuple[Implementations, list[str]]:
+    """The implementations for `spec.runtime` on `device`, and a line of the log for each choice.
 
     Raises `InputError` where the spec asks for one that this device or installation does not have.
     """
@@ -29,20 +29,22 @@ def choose_paths(spec: RunSpec, device: torch.device) -> tuple[Paths, list[str]]
     attention = select_attention_backend(runtime.attention, capability, head_dim=head_dim, dtype=dtype)
     lines = [f"attention: {attention.reason}"]
     if isinstance(model, Gpt2ModelSpec):
-        return Paths(attention=attention.backend), lines
+        return Implementations(attention=attention.backend), lines
     precision, reason = select_head_precision(runtime.head_precision, capability if runtime.dtype == "bf16" else None)
     lines.append(f"head precision: {precision}: {reason}")
     lines.append(f"kernels: {runtime.kernels}")
-    paths = Paths(attention=attention.backend, head_precision=precision, plain_kernels=runtime.kernels == "plain")
+    implementations = Implementations(
+        attention=attention.backend, head_precision=precision, plain_kernels=runtime.kernels == "plain"
+    )
     if isinstance(model, Record89ModelSpec):
         bf16_capability = capability if runtime.dtype == "bf16" else None
         mlp_precision, reason = select_head_precision(runtime.mlp_precision, bf16_capability, key="mlp_precision")
         lines.append(f"MLP precision: {mlp_precision}: {reason}")
-        paths = replace(paths, mlp_precision=mlp_precision)
-    return paths, lines
+        implementations = replace(implementations, mlp_precision=mlp_precision)
+    return implementations, lines
 
 
-def records_graphs(spec: RunSpec, device: torch.device) -> bool:
+def captures_graphs(spec: RunSpec, device: torch.device) -> bool:
     """Whether micro-steps are recorded as CUDA graphs (`nanogpt.training.micro_step`)."""
     runtime = spec.runtime
     if device.type != "cuda" or not isinstance(spec.model, RecordModelSpec) or not compiles(spec, device):

@@ -8,9 +8,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nanogpt.bench.exposed import Activity, Interval, activities, alone, computing, length, read_trace
 from nanogpt.errors import InputError
 from nanogpt.runs.plot import COLOURS, check_suffix, new_figure, save
-from nanogpt.training.exposed import Activity, Interval, activities, alone, computing, length, read_trace
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,6 +1,6 @@
 """`make sif`: check the machine, stage the sources, build the image, and say what came out.
 
-    python3 -m nanogpt.cluster.image_build [--flavour cpu] [--base tree] [--out nanogpt.sif] ...
+    python3 -m nanogpt.image.build [--flavour cpu] [--base tree] [--out nanogpt.sif] ...
 
 Notable features:
 - Standard library only: it runs on a login node before anything is installed.
@@ -27,9 +27,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from nanogpt.cluster import image_checks
-from nanogpt.cluster.image import Built, read_built, sidecar
-from nanogpt.cluster.image_sources import (
+from nanogpt.console import human_bytes, say
+from nanogpt.errors import InputError, NanogptError, RunError
+from nanogpt.image import build_checks
+from nanogpt.image.labels import Built, read_built, sidecar
+from nanogpt.image.sources import (
     DEFINITION,
     PROXIES,
     build_arguments,
@@ -42,9 +44,7 @@ from nanogpt.cluster.image_sources import (
     stage,
     wheel_directory,
 )
-from nanogpt.cluster.image_tree import content_sha256, file_sha256
-from nanogpt.console import human_bytes, say
-from nanogpt.errors import InputError, NanogptError, RunError
+from nanogpt.image.tree import content_sha256, file_sha256
 
 FLAVOURS = ("cuda", "cpu")
 # The Debian release of each flavour: its Python is the one that the lock file is for.
@@ -94,7 +94,7 @@ MEANINGS = (
     ),
     (
         "newuidmap|user namespace|could not use fakeroot|unshare",
-        "The machine does not let a user become root in a namespace; `python3 -m nanogpt.cluster.image_build --check`"
+        "The machine does not let a user become root in a namespace; `python3 -m nanogpt.image.build --check`"
         " says why.",
     ),
     (
@@ -224,29 +224,29 @@ class Options:
     test: bool = True
 
 
-def machine_checks(options: Options, environ: Mapping[str, str]) -> list[image_checks.Check]:
+def machine_checks(options: Options, environ: Mapping[str, str]) -> list[build_checks.Check]:
     """All that is looked at before a build."""
-    temporary, cache = image_checks.temporary_directory(environ), image_checks.cache_directory(environ)
+    temporary, cache = build_checks.temporary_directory(environ), build_checks.cache_directory(environ)
     scratch = "Point it at scratch: export APPTAINER_TMPDIR=/scratch/$USER/tmp (make the directory first)."
     checks = [
-        image_checks.check_apptainer(),
-        image_checks.check_squashfs_tools(),
-        image_checks.check_privileges(),
-        image_checks.check_base(options.base or REGISTRY_BASES[options.flavour]),
-        image_checks.check_space(
-            "APPTAINER_TMPDIR", temporary, image_checks.TEMPORARY_NEEDED[options.flavour], scratch
+        build_checks.check_apptainer(),
+        build_checks.check_squashfs_tools(),
+        build_checks.check_privileges(),
+        build_checks.check_base(options.base or REGISTRY_BASES[options.flavour]),
+        build_checks.check_space(
+            "APPTAINER_TMPDIR", temporary, build_checks.TEMPORARY_NEEDED[options.flavour], scratch
         ),
-        image_checks.check_space(
+        build_checks.check_space(
             "image",
             options.out.absolute().parent,
-            image_checks.IMAGE_NEEDED[options.flavour],
+            build_checks.IMAGE_NEEDED[options.flavour],
             "Choose another place: make sif OUT=DIR/nanogpt.sif.",
         ),
-        image_checks.check_certificates(image_checks.certificate_authority(environ, pip_setting("cert"))),
+        build_checks.check_certificates(build_checks.certificate_authority(environ, pip_setting("cert"))),
     ]
     if options.base is None or not (options.base == "tree" or options.base.startswith(("/", "."))):
         way_out = "Point it at scratch: export APPTAINER_CACHEDIR=/scratch/$USER/apptainer."
-        checks.append(image_checks.check_space("APPTAINER_CACHEDIR", cache, 500_000_000, way_out))
+        checks.append(build_checks.check_space("APPTAINER_CACHEDIR", cache, 500_000_000, way_out))
     return checks
 
 
@@ -289,7 +289,7 @@ def build(root: Path, options: Options, environ: Mapping[str, str]) -> Built:
             base = make_tree(SUITES[options.flavour], options.work, source.epoch)
         elif base_name.startswith(("/", ".")):
             base = Path(base_name)
-        authority = image_checks.certificate_authority(environ, pip_setting("cert"))
+        authority = build_checks.certificate_authority(environ, pip_setting("cert"))
         wheels = wheel_directory(options.wheels, options.flavour, pip_setting("find-links"))
         host = (work / "host").absolute()
         binds = host_part(host, environ, authority[0] if authority else None, wheels)
@@ -311,7 +311,7 @@ def build(root: Path, options: Options, environ: Mapping[str, str]) -> Built:
         environment = {name: value for name, value in environ.items() if name in kept or name.startswith("APPTAINER_")}
         # mksquashfs takes it for its own time, and for that of every file that is newer.
         environment["SOURCE_DATE_EPOCH"] = str(source.epoch)
-        temporary = image_checks.temporary_directory(environ)
+        temporary = build_checks.temporary_directory(environ)
         temporary.mkdir(parents=True, exist_ok=True)
         environment["APPTAINER_TMPDIR"] = str(temporary)
         try:
@@ -363,7 +363,7 @@ def test(image: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; its exit code."""
-    parser = argparse.ArgumentParser(prog="image_build", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="make sif", description=__doc__.partition("\n")[0])
     parser.add_argument("--flavour", choices=FLAVOURS, default="cuda")
     parser.add_argument("--base", help="tree, a directory, an image or a registry's name; a Debian image by default")
     parser.add_argument("--out", type=Path, default=Path("nanogpt.sif"))

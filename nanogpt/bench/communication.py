@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from nanogpt.console import markdown_table
+from nanogpt.launch.world import World
 from nanogpt.optim.communication import Pending
 from nanogpt.optim.sparse import RowExchange, TouchedRows, average_touched_shard, bigram_rows
 from nanogpt.spec import RunSpec, SpeedrunOptimizerSpec
 from nanogpt.spec_model import RecordModelSpec
-from nanogpt.training.world import World
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ import torch
 
 from nanogpt.console import human_bytes, markdown_table
 from nanogpt.data.shards import train_name, val_name, write_tokens
+from nanogpt.launch.world import World
 from nanogpt.models.flops import training_flops
 from nanogpt.spec import RunSpec
 from nanogpt.training.trainer import Trainer
-from nanogpt.training.world import World
 
 BF16_PEAK_FLOPS = {"h100": 989e12, "h200": 989e12, "a100": 312e12}  # dense, by the data sheets
 
@@ -144,7 +144,7 @@ def as_table(timings: list[StageTiming], trainer: Trainer) -> str:
         )
         for t in timings
     ]
-    return "\n".join([*trainer.path_lines, "", *markdown_table(columns, rows)])
+    return "\n".join([*trainer.implementation_lines, "", *markdown_table(columns, rows)])
 
 
 def as_json(timings: list[StageTiming], trainer: Trainer) -> dict[str, Any]:
@@ -155,6 +155,6 @@ def as_json(timings: list[StageTiming], trainer: Trainer) -> dict[str, Any]:
         "world_size": trainer.world.size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
-        "paths": trainer.path_lines,
+        "implementations": trainer.implementation_lines,
         "stages": [asdict(timing) for timing in timings],
     }

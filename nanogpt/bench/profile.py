@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from nanogpt.bench.exposed import Exposure, exposure, read_trace
 from nanogpt.console import markdown_table
-from nanogpt.training.exposed import Exposure, exposure, read_trace
 from nanogpt.training.trainer import Trainer
 
 # Parts of a step by the names of their kernels, the first that matches. cuBLAS names operand types: q and r are 8 bits.

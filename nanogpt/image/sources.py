@@ -1,6 +1,6 @@
 """What an image is made of: the checkout's files, and for the time of the build what it needs of this machine.
 
-Standard library only: see `image_build`.
+Standard library only: see `nanogpt.image.build`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanogpt import __version__
-from nanogpt.cluster import image_checks
 from nanogpt.errors import InputError, RunError
+from nanogpt.image import build_checks
 
 SOURCES = ("containers", "nanogpt", "recipes", "pyproject.toml", "README.md", "LICENSE")
 SHOWN_PACKAGES = ("torch", "triton", "flash-attn-4", "nvidia-cutlass-dsl", "nvidia-nccl-cu13", "nvidia-cudnn-cu13")
@@ -163,7 +163,7 @@ def host_part(to: Path, environ: Mapping[str, str], certificates: Path | None, w
     settings = {name: environ[name] for name in (*PROXIES, *PIP_SETTINGS) if environ.get(name)}
     if certificates is not None:
         shutil.copyfile(certificates, to / "certificates.crt")
-        settings |= dict.fromkeys(image_checks.CERTIFICATE_VARIABLES, "/mnt/certificates.crt")
+        settings |= dict.fromkeys(build_checks.CERTIFICATE_VARIABLES, "/mnt/certificates.crt")
     options = ["--bind", f"{to}:/mnt:ro"]
     if wheels is not None:
         for wheel in sorted(wheels.glob("*.whl")):

@@ -2,7 +2,7 @@
 
 SIGTERM has a handler. SIGUSR1 is blocked and asked for: Slurm sends it to every process of a job, the compiler's
 workers too, and these inherit the blocking, where a handler would be reset to the default, death. The launcher's word
-(`nanogpt.cluster.torchrun`) counts as a signal. A second signal changes nothing: launcher, batch script and user may
+(`nanogpt.launch.launcher`) counts as a signal. A second signal changes nothing: launcher, batch script and user may
 all send one. Ctrl-C and SIGKILL end a run at once.
 """
 
@@ -13,7 +13,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-from nanogpt.cluster.torchrun import asked_to_stop
+from nanogpt.launch.launcher import asked_to_stop
 
 
 class StopSignals:

@@ -1,0 +1,1 @@
+"""Measuring: kernels, steps, communication, profiles."""

@@ -1,0 +1,1 @@
+"""Building the container's image, and what an image says of itself."""
