@@ -13,7 +13,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,12 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from nanogpt.errors import InputError
-from nanogpt.spec import CosineSchedule, CrossCheckError, RunSpec, SpeedrunOptimizerSpec
+from nanogpt.spec import CosineSchedule, CrossCheckError, RunSpec
 
 KeyPath = tuple[str | int, ...]
+
+# Keys of older recipes and runs, and what they are called now.
+RENAMED: Mapping[KeyPath, str] = {("runtime", "bigram_gradient"): "row_gradients"}
 
 
 class RecipeError(InputError):
@@ -133,6 +136,7 @@ def load_recipe(name: str | Path, overrides: Iterable[str] = (), steps: int | No
             problems += error.problems
     if problems:
         raise RecipeError(problems)
+    _rename(source)
     try:
         spec = RunSpec.model_validate(source.data)
         return spec if steps is None else shorten(spec, steps)
@@ -176,10 +180,7 @@ def shorten(spec: RunSpec, total_steps: int) -> RunSpec:
     schedule = data["training"]["lr_schedule"]
     name = "warmup_steps" if isinstance(training.lr_schedule, CosineSchedule) else "ramp_steps"
     schedule[name] = scaled(schedule[name])
-    if isinstance(spec.optimizer, SpeedrunOptimizerSpec):
-        momentum = data["optimizer"]["normuon"]["momentum"]
-        momentum["warmup_steps"] = scaled(momentum["warmup_steps"])
-        momentum["cooldown_steps"] = min(scaled(momentum["cooldown_steps"]), total_steps - momentum["warmup_steps"])
+    data["optimizer"] = spec.optimizer.shortened(scaled, total_steps)
     return RunSpec.model_validate(data)
 
 
@@ -255,6 +256,7 @@ def _read(path: Path, chain: tuple[Path, ...]) -> _Source:
     if not isinstance(source.data, dict):
         raise RecipeError([f"{path}:1: a recipe is a mapping of keys to values, found {_kind_of(source.data)}"])
 
+    _rename(source)
     base_name = source.data.pop("base", None)
     place = source.places.pop(("base",), str(path))
     if base_name is None:
@@ -347,6 +349,17 @@ def _parse(text: str, name: str, place: Callable[[int], str]) -> _Source:
     if problems:
         raise RecipeError(problems)
     return _Source(data, places)
+
+
+def _rename(source: _Source) -> None:
+    """Give keys that are called otherwise now their new names."""
+    for (*folder, old), new in RENAMED.items():
+        part: Any = source.data
+        for key in folder:
+            part = part.get(key) if isinstance(part, dict) else None
+        if isinstance(part, dict) and old in part:
+            part[new] = part.pop(old)
+            source.places[(*folder, new)] = source.places.pop((*folder, old))
 
 
 def _kind_of(data: Any) -> str:

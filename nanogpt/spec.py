@@ -7,29 +7,28 @@ are given in blocks here (`StageSpec.window_blocks`) and are in tokens everywher
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal, get_args
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from nanogpt.spec_model import (
-    Beta,
-    Betas,
+from nanogpt.models import ModelSpec
+from nanogpt.models.stage_loss import StageLoss
+from nanogpt.optim import OPTIMIZERS, OptimizerSpec
+from nanogpt.registry import classes_of
+from nanogpt.spec_fields import (
+    NOT_COMPILED,
     Count,
     Fraction,
-    Gpt2ModelSpec,
     Index,
     NonNegative,
-    Polynomial,
     Positive,
-    Record89ModelSpec,
-    RecordModelSpec,
-    SpeedrunModelSpec,
+    Problem,
     Strict,
 )
 
 WORLD_SIZES = (1, 2, 4, 8)
+_MODEL: TypeAdapter[Any] = TypeAdapter(ModelSpec)
 GpuType = Literal["h100", "h200", "a100", "cpu"]
 GPU_TYPES: tuple[str, ...] = get_args(GpuType)
 
@@ -42,157 +41,23 @@ class CrossCheckError(ValueError):
         super().__init__("; ".join(f"{'.'.join(map(str, path))}: {text}" for path, text in problems))
 
 
-ModelSpec = Annotated[SpeedrunModelSpec | Record89ModelSpec | Gpt2ModelSpec, Field(discriminator="kind")]
-
-# --- optimizer --------------------------------------------------------------------------------------------------
-
-Communication = Literal["replicated", "sharded"]
-
-
-class AdamGroup(Strict):
-    """Adam's settings of one parameter."""
-
-    betas: Betas
-    lr_mul: Positive
-    wd_mul: NonNegative
-    communication: Communication
-
-
-class AdamSpec(Strict):
-    """Adam with cautious weight decay, for everything that is not a bank of matrices."""
-
-    lr: Positive
-    eps: Positive
-    weight_decay: NonNegative
-    every: Count = Field(description="Adam steps on the last step of every so many; gradients are summed over them")
-    groups: dict[str, AdamGroup]
-    delayed: list[str] = Field(
-        default=[],
-        description="groups that are updated one step later, so that ranks add up their gradients while that one runs",
-    )
-
-
-class MomentumSpec(Strict):
-    """NorMuon's momentum: `low` to `high` over the first warmup_steps, back to `low` over the last cooldown_steps."""
-
-    low: Beta
-    high: Beta
-    warmup_steps: Index
-    cooldown_steps: Index
-
-
-class BankGroup(Strict):
-    """NorMuon's settings of one bank of matrices."""
-
-    lr_muls: list[Positive] = Field(min_length=1, description="multipliers of the bank's matrices, repeated in turn")
-    communication: Communication
-
-
-class NorMuonSpec(Strict):
-    """NorMuon: momentum, Polar Express, variance reduction by row, cautious decay."""
-
-    lr: Positive
-    beta2: Beta
-    weight_decay: NonNegative
-    momentum: MomentumSpec
-    norm_margin: Positive = Field(description="the matrix is divided by this much times its Frobenius norm first")
-    polar_express: list[Polynomial] = Field(
-        min_length=1, description="(a, b, c) of each iteration X <- aX + (bA + cAA)X, A = XX^T"
-    )
-    groups: dict[str, BankGroup]
-
-
-class TiedHeadSpec(Strict):
-    """`embed` is `lm_head` transposed until they split after the first Adam step of a stage."""
-
-    split_stage: Index
-
-
-TIED_LABELS = ("embed", "lm_head")
-
-
-class SpeedrunOptimizerSpec(Strict):
-    """Adam and NorMuon side by side, with explicit orders of communication and work."""
-
-    kind: Literal["normuon_adam"]
-    adam: AdamSpec
-    normuon: NorMuonSpec
-    tied_head: TiedHeadSpec
-    reduce_order: list[str]
-    update_order: list[str]
-
-    def problems(self, adam_labels: Sequence[str], banks: Sequence[str]) -> Iterator[tuple[tuple[str | int, ...], str]]:
-        """Cross-checks against the model's parameters; yields (path below `optimizer`, message)."""
-        for path, found, wanted in (
-            (("adam", "groups"), list(self.adam.groups), list(adam_labels)),
-            (("normuon", "groups"), list(self.normuon.groups), list(banks)),
-            (("reduce_order",), self.reduce_order, [*banks, *adam_labels]),
-            (("update_order",), self.update_order, [*banks, *adam_labels]),
-        ):
-            missing = [label for label in wanted if label not in found]
-            unknown = [f"{label}{_nearest(label, wanted)}" for label in found if label not in wanted]
-            twice = sorted({label for label in found if found.count(label) > 1})
-            parts = [
-                f"{word} {', '.join(labels)}"
-                for word, labels in (("misses", missing), ("does not know", unknown), ("names twice", twice))
-                if labels
-            ]
-            if parts:
-                yield path, f"{'; '.join(parts)} (the model's parameters are {', '.join(wanted)})"
-        may_wait = [label for label in adam_labels if label not in TIED_LABELS]
-        for label in self.adam.delayed:
-            if label not in may_wait:
-                yield ("adam", "delayed"), f"{label}{_nearest(label, may_wait)}: can be any of {', '.join(may_wait)}"
-
-
-def _nearest(word: str, allowed: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, allowed, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-class AdamWSpec(Strict):
-    """AdamW as the GPT-2 baseline uses it: decoupled decay of matrices only, gradient clipping."""
-
-    kind: Literal["adamw"]
-    lr: Positive
-    betas: Betas
-    eps: Positive
-    weight_decay: NonNegative
-    clip_norm: Positive | None = Field(description="largest global gradient norm; null does not clip")
-
-
-OptimizerSpec = Annotated[SpeedrunOptimizerSpec | AdamWSpec, Field(discriminator="kind")]
-
 # --- training ---------------------------------------------------------------------------------------------------
 
 
 class WindowBlocks(Strict):
     """Left attention windows in blocks of `training.window_block` tokens."""
 
-    short: Count
-    long: Count
+    short: Annotated[Count, NOT_COMPILED]
+    long: Annotated[Count, NOT_COMPILED]
 
 
-class PrefixWeight(Strict):
-    """Loss weight of the next token's prefix (its longest beginning that is a token), linear over a stage."""
+class StageSpec(StageLoss):
+    """A stretch of steps with one batch size, one pair of windows and the same terms of the loss."""
 
-    first: NonNegative
-    last: NonNegative = Field(description="where it would arrive at the next stage's first step")
-
-
-class StageSpec(Strict):
-    """A stretch of steps with one batch size, one pair of windows and one list of multi-token weights."""
-
-    steps: Count
+    steps: Annotated[Count, NOT_COMPILED]
     batch_tokens: Count = Field(description="tokens a step over all ranks and micro-steps")
     window_blocks: WindowBlocks
-    token_weights: list[NonNegative] = Field(
-        min_length=1,
-        max_length=8,
-        description="loss weights of the next tokens; the last of several falls to 0",
-    )
-    lr_factor: Positive
-    prefix_weight: PrefixWeight | None = Field(default=None, description="null: prefixes are not predicted")
+    lr_factor: Annotated[Positive, NOT_COMPILED]
     max_document_tokens: Count | None = Field(default=None, description="null: training.max_document_tokens")
     max_documents: Count | None = Field(
         default=None, description="room for documents in a micro-batch (a tighter one is faster); null: by its tokens"
@@ -224,17 +89,21 @@ LearningRateSchedule = Annotated[CooldownSchedule | CosineSchedule, Field(discri
 class TrainingSpec(Strict):
     """Steps, batches, windows and schedule."""
 
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1)]
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1), NOT_COMPILED]
     slots: Annotated[int, Field(ge=1, le=512)] = Field(
         description="micro-batches a step, whatever the world size; accumulation steps = slots / world size"
     )
     max_document_tokens: Count
-    window_block: Count = Field(description="tokens in a window block")
+    window_block: Annotated[Count, NOT_COMPILED] = Field(description="tokens in a window block")
     stages: list[StageSpec] = Field(min_length=1, description="the scheduled steps")
     extension: StageSpec | None = Field(description="steps after the schedule has ended; null for none")
-    final_window_blocks: WindowBlocks = Field(description="windows of the last validation, without a YaRN step")
-    lr_schedule: LearningRateSchedule
-    warmup: bool = Field(description="run the steps around each stage change once before the clock starts")
+    final_window_blocks: Annotated[WindowBlocks, NOT_COMPILED] = Field(
+        description="windows of the last validation, without a YaRN step"
+    )
+    lr_schedule: Annotated[LearningRateSchedule, NOT_COMPILED]
+    warmup: Annotated[bool, NOT_COMPILED] = Field(
+        description="run the steps around each stage change once before the clock starts"
+    )
 
     @property
     def all_stages(self) -> list[StageSpec]:
@@ -260,10 +129,14 @@ class TrainingSpec(Strict):
 class EvaluationSpec(Strict):
     """Validation, outside the clock."""
 
-    every: Count = Field(description="steps between validations; step 0 and the end are always validated")
-    tokens: Count = Field(description="validation tokens, from the stream's start")
+    every: Annotated[Count, NOT_COMPILED] = Field(
+        description="steps between validations; step 0 and the end are always validated"
+    )
+    tokens: Annotated[Count, NOT_COMPILED] = Field(description="validation tokens, from the stream's start")
     micro_batch_tokens: Count
-    target_loss: Positive | None = Field(description="the run is a success at this loss or below; null: no target")
+    target_loss: Annotated[Positive | None, NOT_COMPILED] = Field(
+        description="the run is a success at this loss or below; null: no target"
+    )
 
 
 # --- data, machine, run -----------------------------------------------------------------------------------------
@@ -293,19 +166,20 @@ class RuntimeSpec(Strict):
     dtype: Literal["bf16", "fp32"] = Field(default="bf16", description="dtype of matrices and activations")
     compile: Literal["auto", "on", "off"] = Field(default="auto", description="torch.compile; auto: on CUDA only")
     attention: Literal["auto", "fa4", "fa3", "fa2", "varlen", "plain"] = "auto"
-    kernels: Literal["auto", "plain"] = Field(default="auto", description="plain: PyTorch in place of Triton kernels")
+    kernels: Literal["auto", "plain"] = Field(default="auto", description="plain: PyTorch instead of Triton kernels")
     head_precision: Literal["auto", "fp8", "bf16"] = "auto"
     mlp_precision: Literal["auto", "fp8", "bf16"] = Field(
-        default="auto", description="of the MLP's products in training, for record89; fp8 is emulated on a CPU"
-    )
-    cuda_graphs: Literal["auto", "off"] = Field(
         default="auto",
-        description="auto: the record models' compiled micro-steps are recorded and replayed, on GPUs of 60 GB or more",
+        description="of the MLP's products in training, where the model's can run in FP8; emulated on a CPU",
+    )
+    cuda_graphs: Annotated[Literal["auto", "off"], NOT_COMPILED] = Field(  # the same code, launched otherwise
+        default="auto",
+        description="auto: compiled micro-steps are captured and replayed, on GPUs of 60 GB or more",
     )
     deterministic: bool = Field(default=False, description="deterministic algorithms, at a cost in speed")
-    bigram_gradient: Literal["dense", "sparse", "auto"] = Field(
+    row_gradients: Literal["dense", "sparse", "auto"] = Field(
         default="dense",
-        description="how ranks add up the bigram table's gradient: all of it, or the rows that were touched;"
+        description="how ranks add up the gradients of tables of rows: whole, or the rows that were touched;"
         " auto: sparse where fewer bytes travel",
     )
 
@@ -368,19 +242,26 @@ class ReferenceSpec(Strict):
 class RunSpec(Strict):
     """A whole run: what a recipe resolves to."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
-    description: str = ""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100), NOT_COMPILED]
+    description: Annotated[str, NOT_COMPILED] = ""
     model: ModelSpec
     optimizer: OptimizerSpec
     training: TrainingSpec
     evaluation: EvaluationSpec
-    reference: ReferenceSpec | None = None
-    data: DataSpec = DataSpec()
-    hardware: HardwareSpec
+    reference: Annotated[ReferenceSpec | None, NOT_COMPILED] = None
+    data: Annotated[DataSpec, NOT_COMPILED] = DataSpec()
+    # The GPU that is found decides; the world size only adds variants of the optimizer's functions.
+    hardware: Annotated[HardwareSpec, NOT_COMPILED]
     runtime: RuntimeSpec = RuntimeSpec()
-    checkpoint: CheckpointSpec = CheckpointSpec()
-    watchdog: WatchdogSpec = WatchdogSpec()
-    output: OutputSpec = OutputSpec()
+    checkpoint: Annotated[CheckpointSpec, NOT_COMPILED] = CheckpointSpec()
+    watchdog: Annotated[WatchdogSpec, NOT_COMPILED] = WatchdogSpec()
+    output: Annotated[OutputSpec, NOT_COMPILED] = OutputSpec()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_the_table(cls, data: Any) -> Any:
+        """What the optimizer's part leaves out and the model's table of parameters has."""
+        return with_table_defaults(data)
 
     @property
     def world_size(self) -> int:
@@ -400,7 +281,39 @@ class RunSpec(Strict):
         return self
 
 
-def _cross_checks(spec: RunSpec) -> Iterator[tuple[tuple[str | int, ...], str]]:
+def with_table_defaults(data: Any) -> Any:
+    """`data` of a RunSpec with what the model's table of parameters says below what its optimizer's part says.
+
+    Returned as it is where the model's part is not a model's, which validation will say.
+    """
+    if not isinstance(data, dict) or not isinstance(optimizer := data.get("optimizer"), dict):
+        return data
+    kind = next((each for each in classes_of(OPTIMIZERS) if kind_of(each) == optimizer.get("kind")), None)
+    if kind is None:
+        return data
+    try:
+        model = _MODEL.validate_python(data.get("model"))
+        rows = [row for row in model.parameters() if isinstance(row.train, kind.trains)]
+    except (ValidationError, ArithmeticError, ValueError):
+        return data
+    return {**data, "optimizer": _below(kind.defaults(rows), optimizer)}
+
+
+def kind_of(part: type[Strict]) -> str:
+    """The `kind` of a class of a registry."""
+    kind: str = get_args(part.model_fields["kind"].annotation)[0]
+    return kind
+
+
+def _below(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    merged = {**defaults, **given}
+    for key, default in defaults.items():
+        if isinstance(default, dict) and isinstance(given.get(key), dict):
+            merged[key] = _below(default, given[key])
+    return merged
+
+
+def _cross_checks(spec: RunSpec) -> Iterator[Problem]:
     training, evaluation, hardware = spec.training, spec.evaluation, spec.hardware
     for path, text in spec.model.problems():
         yield ("model", *path), text
@@ -418,8 +331,8 @@ def _cross_checks(spec: RunSpec) -> Iterator[tuple[tuple[str | int, ...], str]]:
         )
 
     yield from _runtime_problems(spec.runtime, hardware.gpu)
-    if spec.runtime.mlp_precision == "fp8" and not isinstance(spec.model, Record89ModelSpec):
-        yield ("runtime", "mlp_precision"), f"fp8 is for the MLP of record89, the model is {spec.model.kind}"
+    if spec.runtime.mlp_precision == "fp8" and not spec.model.fp8_mlp:
+        yield ("runtime", "mlp_precision"), f"is fp8, which the MLP of a {spec.model.kind} model cannot do"
 
     for path, stage in _stages_with_paths(training):
         if stage.batch_tokens % (16 * training.slots):
@@ -432,6 +345,8 @@ def _cross_checks(spec: RunSpec) -> Iterator[tuple[tuple[str | int, ...], str]]:
                 (*path, "window_blocks"),
                 f"short window {stage.window_blocks.short} is longer than the long one {stage.window_blocks.long}",
             )
+        for below, text in spec.model.stage_problems(stage):
+            yield (*path, *below), text
     if evaluation.micro_batch_tokens % 16:
         yield (
             ("evaluation", "micro_batch_tokens"),
@@ -451,40 +366,18 @@ def _cross_checks(spec: RunSpec) -> Iterator[tuple[tuple[str | int, ...], str]]:
             f"is {schedule.warmup_steps}, the run has {training.total_steps} steps",
         )
 
-    if isinstance(spec.model, RecordModelSpec) != isinstance(spec.optimizer, SpeedrunOptimizerSpec):
-        wanted = "normuon_adam" if isinstance(spec.model, RecordModelSpec) else "adamw"
+    rows = spec.model.parameters()
+    if not all(isinstance(row.train, spec.optimizer.trains) for row in rows):
+        fitting = [kind_of(c) for c in classes_of(OPTIMIZERS) if all(isinstance(row.train, c.trains) for row in rows)]
         yield (
             ("optimizer", "kind"),
-            f"is {spec.optimizer.kind}, a {spec.model.kind} model trains with {wanted}",
+            f"is {spec.optimizer.kind}, a {spec.model.kind} model trains with {' or '.join(fitting)}",
         )
         return
-    if isinstance(spec.optimizer, SpeedrunOptimizerSpec) and isinstance(spec.model, RecordModelSpec):
-        if spec.world_size in WORLD_SIZES:
-            yield from _sharding_problems(spec.optimizer, spec.model, spec.world_size)
-        for path, text in spec.optimizer.problems(spec.model.adam_labels, spec.model.banks):
-            yield ("optimizer", *path), text
-        momentum = spec.optimizer.normuon.momentum
-        if momentum.warmup_steps + momentum.cooldown_steps > training.total_steps:
-            yield (
-                ("optimizer", "normuon", "momentum"),
-                f"warms up for {momentum.warmup_steps} and cools down for {momentum.cooldown_steps} steps,"
-                f" the run has {training.total_steps}",
-            )
-        stage_count = len(training.all_stages)
-        if spec.optimizer.tied_head.split_stage >= stage_count:
-            yield (
-                ("optimizer", "tied_head", "split_stage"),
-                f"is {spec.optimizer.tied_head.split_stage}, the run has stages 0..{stage_count - 1}",
-            )
-    if isinstance(spec.model, Gpt2ModelSpec):
-        for path, stage in _stages_with_paths(training):
-            if stage.token_weights != [1.0]:
-                yield (
-                    (*path, "token_weights"),
-                    f"is {stage.token_weights}, gpt2 predicts the next token only: [1.0]",
-                )
-            if stage.prefix_weight is not None:
-                yield (*path, "prefix_weight"), "is set, gpt2 predicts the next token only: null"
+    world_size = spec.world_size if spec.world_size in WORLD_SIZES else 1
+    stages, steps = len(training.all_stages), training.total_steps
+    for path, text in spec.optimizer.problems(rows, world_size=world_size, stages=stages, total_steps=steps):
+        yield ("optimizer", *path), text
 
 
 def _runtime_problems(runtime: RuntimeSpec, gpu: str) -> Iterator[tuple[tuple[str | int, ...], str]]:
@@ -499,24 +392,6 @@ def _runtime_problems(runtime: RuntimeSpec, gpu: str) -> Iterator[tuple[tuple[st
     ):
         if getattr(runtime, key) == value and gpu not in gpus:
             yield ("runtime", key), f"{value} needs hardware.gpu {' or '.join(gpus)}, found {gpu}"
-
-
-def _sharding_problems(
-    optimizer: SpeedrunOptimizerSpec, model: RecordModelSpec, world_size: int
-) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    groups: dict[str, dict[str, AdamGroup] | dict[str, BankGroup]]
-    groups = {"adam": optimizer.adam.groups, "normuon": optimizer.normuon.groups}
-    for part, by_label in groups.items():
-        for label, group in by_label.items():
-            rows = model.shardable_rows.get(label, 0)
-            if group.communication == "sharded" and rows % world_size:
-                unit = "matrices" if part == "normuon" else "rows"
-                padding = f"{label}_bank_padding"
-                hint = f"; model.{padding} can fill up" if hasattr(model, padding) else ""
-                yield (
-                    ("optimizer", part, "groups", label, "communication"),
-                    f"sharded needs {unit} that {world_size} ranks share evenly, {label} has {rows}{hint}",
-                )
 
 
 def _stages_with_paths(training: TrainingSpec) -> Iterator[tuple[tuple[str | int, ...], StageSpec]]:

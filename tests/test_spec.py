@@ -387,8 +387,8 @@ def test_shardable_rows_and_labels_are_the_models(name):
     import torch
 
     from nanogpt.models.language_model import Implementations
-    from nanogpt.models.record89 import Record89
-    from nanogpt.models.speedrun import Speedrun
+    from nanogpt.models.record89.model import Record89
+    from nanogpt.models.speedrun.model import Speedrun
 
     spec = load_recipe(name).model
     kind = Record89 if name == "record89" else Speedrun

@@ -1,7 +1,7 @@
-"""The bigram table's gradient, communicated whole or by the rows that were touched: `nanogpt bench communication`.
+"""The gradient of a table of rows, exchanged whole or by the rows that were touched: `nanogpt bench communication`.
 
 Collectives of real sizes on real ranks, nothing else beside them; what a training step gains is told by
-`nanogpt bench step` with runtime.bigram_gradient=dense and =sparse. Tokens are made up, with a Zipf-like spread.
+`nanogpt bench step` with runtime.row_gradients=dense and =sparse. Tokens are made up, with a Zipf-like spread.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import torch
 
 from nanogpt.console import markdown_table
 from nanogpt.launch.world import World
+from nanogpt.models.model_spec import RowTableSpec
 from nanogpt.optim.communication import Pending
-from nanogpt.optim.sparse import RowExchange, TouchedRows, average_touched_shard, bigram_rows
-from nanogpt.spec import RunSpec, SpeedrunOptimizerSpec
-from nanogpt.spec_model import RecordModelSpec
+from nanogpt.optim.row_table import RowExchange, TouchedRows, average_touched_shard
+from nanogpt.spec import RunSpec
+from nanogpt.training.build import DTYPES
 
 
 @dataclass(frozen=True)
@@ -36,20 +37,18 @@ class TableTiming:
     error: float  # of the sparse result from the dense one, relative
 
 
-def time_bigram_table(spec: RunSpec, world: World, *, repeats: int) -> Iterator[TableTiming]:
-    """Every stage's table, dense and sparse. Every rank calls it; the world size is above 1."""
-    assert isinstance(spec.model, RecordModelSpec) and isinstance(spec.optimizer, SpeedrunOptimizerSpec)
-    model = spec.model
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[spec.runtime.dtype]
+def time_row_table(spec: RunSpec, table: RowTableSpec, world: World, *, repeats: int) -> Iterator[TableTiming]:
+    """In every stage, dense and sparse. Every rank calls it; the world size is above 1."""
+    model, dtype = spec.model, DTYPES[spec.runtime.dtype]
     for index, stage in enumerate(spec.training.stages):
-        slots = spec.training.slots * spec.optimizer.adam.every
+        slots = spec.training.slots * spec.optimizer.steps_between_updates
         rng = np.random.default_rng(index)
         bos = spec.data.bos
         rows = []
         for _ in range(slots):
             made_up = np.minimum(bos ** rng.random(stage.batch_tokens // spec.training.slots), bos - 1)
-            rows.append(bigram_rows(made_up.astype(np.uint16), model.bigram_rows, model.bigram_multipliers))
-        touched = TouchedRows(model.bigram_rows, world.rank, world.size, "sparse", world.device)
+            rows.append(np.unique(model.batch_extras(made_up.astype(np.uint16))[table.extra]))
+        touched = TouchedRows(table.rows, table.extra, world.rank, world.size, "sparse", world.device)
         began = time.perf_counter()
         touched.add(rows)
         touched.prepare()
@@ -57,7 +56,7 @@ def time_bigram_table(spec: RunSpec, world: World, *, repeats: int) -> Iterator[
         exchange = touched.take()
         assert exchange is not None
         own = np.unique(np.concatenate(rows[world.rank :: world.size]))
-        gradient = torch.zeros(model.bigram_rows, model.width, dtype=dtype, device=world.device)
+        gradient = torch.zeros(table.rows, model.width, dtype=dtype, device=world.device)
         generator = torch.Generator(world.device).manual_seed(world.rank)
         at = torch.from_numpy(own).to(world.device)
         gradient[at] = torch.randn(own.size, model.width, generator=generator, device=world.device).to(dtype)
@@ -77,7 +76,7 @@ def time_bigram_table(spec: RunSpec, world: World, *, repeats: int) -> Iterator[
         dense_ms, sparse_ms, host, sent, _, worst = (max(values) for values in zip(*of_ranks, strict=True))
         yield TableTiming(
             stage=index,
-            touched=sum(values[4] for values in of_ranks) / world.size / model.bigram_rows,
+            touched=sum(values[4] for values in of_ranks) / world.size / table.rows,
             dense_ms=dense_ms,
             sparse_ms=sparse_ms,
             host_ms=host,

@@ -68,7 +68,7 @@ def profile_stages(trainer: Trainer, *, warmup_steps: int, traces: Path | None =
     """
     schedule = trainer.schedule
     for index, first in enumerate(schedule.first_steps):
-        length, steps = schedule.stages[index].steps, schedule.adam_every
+        length, steps = schedule.stages[index].steps, trainer.spec.optimizer.steps_between_updates
         at = [schedule.at(first + i % length) for i in range(warmup_steps + steps)]
         trainer.enter(at[0])
         for settings in at[:warmup_steps]:

@@ -21,7 +21,6 @@ import torch
 from nanogpt.console import human_bytes, markdown_table
 from nanogpt.data.shards import train_name, val_name, write_tokens
 from nanogpt.launch.world import World
-from nanogpt.models.flops import training_flops
 from nanogpt.spec import RunSpec
 from nanogpt.training.trainer import Trainer
 
@@ -71,8 +70,8 @@ def time_stages(trainer: Trainer, *, steps: int, warmup_steps: int) -> Iterator[
         waited = trainer.train_batches.wait_seconds
         times = _time_each([functools.partial(trainer.train_step, s) for s in at[warmup_steps:]], world)
         waited = trainer.train_batches.wait_seconds - waited
-        # Adam's parameters step every other step: a pair of steps is the unit.
-        every = schedule.adam_every
+        # Some parameters are updated every other step: a pair of steps is the unit.
+        every = trainer.spec.optimizer.steps_between_updates
         groups = [sum(times[i : i + every]) / every for i in range(0, len(times) - every + 1, every)]
         median = statistics.median(groups)
         yield StageTiming(
@@ -94,7 +93,8 @@ def _utilization(spec: RunSpec, settings: Any, milliseconds: float) -> float | N
     peak = BF16_PEAK_FLOPS.get(spec.hardware.gpu)
     if peak is None:
         return None
-    flops = training_flops(spec.model, settings.batch_tokens, settings.windows)
+    windows = settings.windows
+    flops = spec.model.training_flops(settings.batch_tokens, short=windows.short, long=windows.long)
     return flops / (milliseconds / 1000) / (peak * spec.world_size)
 
 

@@ -13,16 +13,14 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
-
-from nanogpt.optim.step_order import step_plan, updated_together
 from nanogpt.runs.provenance import driver_version, package_directory, source_sha256
-from nanogpt.spec import RunSpec, SpeedrunOptimizerSpec
+from nanogpt.spec import RunSpec
+from nanogpt.spec_fields import compiled_values
 
 if TYPE_CHECKING:
     import torch
@@ -64,229 +62,10 @@ PLACES = re.compile(
 )
 
 
-def _as_is(value: Any) -> Any:
-    return value
-
-
-# Keys of a spec that reach compiled code, and what of each does: the others are given to it as tensors, or not at all.
-# `*` stands for any name of a table, `[]` for any entry of a list.
-REACHES: Mapping[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(
-        (
-            "model.kind",
-            "model.padded_vocab_size",
-            "model.layers",
-            "model.width",
-            "model.heads",
-            "model.head_dim",
-            "model.mlp_expansion",
-            "model.mlp_bank_padding",
-            "model.attention_free_layers",
-            "model.long_window_layers",
-            "model.paired_layers",
-            "model.value_embed_layers",
-            "model.skip.from_layer",
-            "model.skip.to_layer",
-            "model.backout_layer",
-            "model.bigram_rows",
-            "model.bigram_multipliers",
-            "model.gate_inputs",
-            "model.rotary.frequencies",
-            "model.softcap.cap",
-            "model.softcap.shift",
-            "model.softcap.scale",
-            "model.context",
-            "model.qk_bank_padding",
-            "model.vo_bank_padding",
-            "model.saved_layer",
-            "model.bigram_signs",
-            "model.xsa_layers",
-            "model.output_gate_layers",
-            "model.dc_window",
-            "model.mudd.hidden",
-            "model.mudd.scale",
-            "model.mlp_fp8.activation_headroom",
-            "model.mlp_fp8.gradients",
-            "model.mlp_fp8.input_scale",
-            "model.mlp_fp8.square",
-            "optimizer.kind",
-            "optimizer.adam.eps",
-            "optimizer.adam.groups.*.betas",
-            "optimizer.adam.groups.*.communication",
-            "optimizer.normuon.beta2",
-            "optimizer.normuon.norm_margin",
-            "optimizer.normuon.polar_express",
-            "optimizer.normuon.groups.*.communication",
-            "training.slots",
-            "training.max_document_tokens",
-            "training.stages[].batch_tokens",
-            "training.extension.batch_tokens",
-            "training.stages[].max_document_tokens",
-            "training.extension.max_document_tokens",
-            "training.stages[].max_documents",
-            "training.extension.max_documents",
-            "training.stages[].prefix_weight",  # null: there is none, and no term for it
-            "training.extension.prefix_weight",
-            "evaluation.micro_batch_tokens",
-            "runtime.dtype",
-            "runtime.compile",
-            "runtime.attention",
-            "runtime.kernels",
-            "runtime.head_precision",
-            "runtime.mlp_precision",
-            "runtime.bigram_gradient",
-            "runtime.deterministic",
-        ),
-        _as_is,
-    ),
-    "training.stages[].token_weights": len,
-    "training.extension.token_weights": len,
-}
-STAYS_OUTSIDE = frozenset(
-    (
-        "name",
-        "description",
-        "model.vocab_size",  # sampling alone reads it
-        "model.attention_scale",
-        "model.rotary.base",
-        "model.rotary.yarn_low",
-        "model.rotary.yarn_high",
-        "model.rotary.yarn_temperature",
-        "model.init_bound",
-        "model.head_init_std",
-        "model.init_std",
-        "model.scalars.residual",
-        "model.scalars.attention_in",
-        "model.scalars.attention_out",
-        "model.scalars.bigram",
-        "model.scalars.smear",
-        "model.scalars.backout",
-        "model.scalars.skip",
-        "model.value_embed_init_std",
-        "model.mlp_fp8.weight_headroom",
-        "model.mlp_fp8.bootstrap_steps",
-        "model.starts.attention_in",
-        "model.starts.attention_out",
-        "model.starts.smear",
-        "model.starts.skip",
-        "model.starts.residual",
-        "model.starts.post",
-        "model.starts.output_gate",
-        "model.starts.bigram_gate",
-        "model.starts.skip_gate",
-        "model.starts.dc_scores",
-        "model.starts.value_gate",
-        "model.starts.backout",
-        "optimizer.adam.lr",
-        "optimizer.adam.weight_decay",
-        "optimizer.adam.every",
-        "optimizer.adam.delayed",  # when an update is made, not how
-        "optimizer.adam.groups.*.lr_mul",
-        "optimizer.adam.groups.*.wd_mul",
-        "optimizer.normuon.lr",
-        "optimizer.normuon.weight_decay",
-        "optimizer.normuon.momentum.low",
-        "optimizer.normuon.momentum.high",
-        "optimizer.normuon.momentum.warmup_steps",
-        "optimizer.normuon.momentum.cooldown_steps",
-        "optimizer.normuon.groups.*.lr_muls",
-        "optimizer.tied_head.split_stage",
-        "optimizer.reduce_order",
-        "optimizer.update_order",  # but for neighbours in it that are updated by one function: `_updates`
-        # AdamW is not compiled.
-        "optimizer.lr",
-        "optimizer.betas",
-        "optimizer.eps",
-        "optimizer.weight_decay",
-        "optimizer.clip_norm",
-        "training.seed",
-        "training.window_block",
-        "training.stages[].steps",
-        "training.stages[].window_blocks.short",
-        "training.stages[].window_blocks.long",
-        "training.stages[].lr_factor",
-        "training.stages[].prefix_weight.first",
-        "training.stages[].prefix_weight.last",
-        "training.extension.prefix_weight.first",
-        "training.extension.prefix_weight.last",
-        "training.extension",  # null: there is none
-        "training.extension.steps",
-        "training.extension.window_blocks.short",
-        "training.extension.window_blocks.long",
-        "training.extension.lr_factor",
-        "training.final_window_blocks.short",
-        "training.final_window_blocks.long",
-        "training.lr_schedule.kind",
-        "training.lr_schedule.cooldown_start",
-        "training.lr_schedule.warmup_steps",
-        "training.lr_schedule.end_factor",
-        "training.lr_schedule.ramp_steps",
-        "training.warmup",
-        "evaluation.every",
-        "evaluation.tokens",
-        "evaluation.target_loss",
-        "reference",  # null: there is none
-        "reference.recipe",
-        "reference.curves[].name",
-        "reference.curves[].points",
-        "reference.spread",
-        "data.directory",
-        "data.train_files",
-        "data.val_files",
-        "data.bos",
-        "data.epochs",
-        # The GPU that is found decides; the world size only adds variants of the optimizer's functions.
-        "hardware.gpu",
-        "hardware.gpus_per_node",
-        "hardware.nodes",
-        "runtime.cuda_graphs",  # the same code, launched otherwise
-        "checkpoint.every",
-        "checkpoint.at_end",
-        "checkpoint.keep",
-        "checkpoint.on_failure",
-        "watchdog.phase_seconds",
-        "watchdog.step_seconds",
-        "watchdog.silence_seconds",
-        "output.directory",
-        "output.log_every",
-        "output.tracker",
-    )
-)
-
-
 def graph_settings(spec: RunSpec) -> dict[str, Any]:
-    """What of the spec reaches compiled code, by path. A key that nobody has classified is taken to reach it."""
-    found = {}
-    for path, pattern, value in _leaves(spec):
-        if pattern not in STAYS_OUTSIDE:
-            found[path] = REACHES.get(pattern, _as_is)(value)
-    if isinstance(spec.optimizer, SpeedrunOptimizerSpec):
-        found["updated together"] = _updates(spec.optimizer)
-    return found
-
-
-def _updates(spec: SpeedrunOptimizerSpec) -> list[list[str]]:
-    """The labels of each update in any kind of step, whatever the order of the updates."""
-    plans = [step_plan(spec, adam_step=adam_step, tied=tied) for adam_step in (False, True) for tied in (False, True)]
-    found = {tuple(p.label for p in together) for plan in plans for together in updated_together(plan.update)}
-    found |= {(p.label,) for plan in plans for p in plan.delayed}
-    return [list(labels) for labels in sorted(found)]
-
-
-def _leaves(value: Any, path: str = "", pattern: str = "") -> Iterator[tuple[str, str, Any]]:
-    """(path, pattern, value) of everything in a spec that has no named parts of its own."""
-    if isinstance(value, BaseModel):
-        for name in type(value).model_fields:
-            dot = "." if path else ""
-            yield from _leaves(getattr(value, name), f"{path}{dot}{name}", f"{pattern}{dot}{name}")
-    elif isinstance(value, dict) and any(isinstance(item, BaseModel) for item in value.values()):
-        for name, item in value.items():
-            yield from _leaves(item, f"{path}.{name}", f"{pattern}.*")
-    elif isinstance(value, list) and any(isinstance(item, BaseModel) for item in value):
-        for index, item in enumerate(value):
-            yield from _leaves(item, f"{path}[{index}]", f"{pattern}[]")
-    else:
-        yield path, pattern, value
+    """What of the spec reaches compiled code, by path, as its fields are marked; and what is updated together."""
+    rows = spec.model.parameters()
+    return {**dict(compiled_values(spec)), "updated together": spec.optimizer.updated_together(rows)}
 
 
 def cache_key(spec: RunSpec, device: torch.device) -> dict[str, Any]:

@@ -146,22 +146,22 @@ def communication(
     overrides: SetOption = None,
     repeats: Annotated[int, typer.Option(help="Times that each is timed.", min=1)] = 20,
 ) -> None:
-    """The bigram table's gradient over ranks, whole or by touched rows: milliseconds and bytes in each stage of RECIPE.
+    """The gradient of each table of rows over ranks, whole or by touched rows: milliseconds and bytes in each stage.
 
     torchrun --standalone --nproc-per-node N -m nanogpt bench communication RECIPE
     """
-    from nanogpt.bench.communication import as_table, time_bigram_table
+    from nanogpt.bench.communication import as_table, time_row_table
     from nanogpt.errors import InputError
     from nanogpt.launch.world import join_world
     from nanogpt.recipe import load_recipe
-    from nanogpt.spec_model import RecordModelSpec
 
     spec = load_recipe(recipe, overrides or ())
-    if not isinstance(spec.model, RecordModelSpec):
-        raise InputError(f"bench communication: {recipe} has no bigram table; name a recipe of a record")
+    if not spec.model.row_tables():
+        raise InputError(f"bench communication: the model of {recipe} has no table of rows; name a recipe of a record")
     if spec.world_size == 1:
         raise InputError(f"bench communication: {recipe} runs on one process; name a recipe for several, by torchrun")
     with join_world(spec) as world:
-        timings = list(time_bigram_table(spec, world, repeats=repeats))
-        if world.is_main:
-            typer.echo(as_table(timings))
+        for table in spec.model.row_tables():
+            timings = list(time_row_table(spec, table, world, repeats=repeats))
+            if world.is_main:
+                typer.echo(f"{table.parameter}\n{as_table(timings)}")

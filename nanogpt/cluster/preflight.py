@@ -27,7 +27,6 @@ from nanogpt.data.manifest import file_sha256, verify_directory
 from nanogpt.errors import InputError, RunError
 from nanogpt.image.build_checks import Check, Status
 from nanogpt.spec import RunSpec
-from nanogpt.spec_model import Gpt2ModelSpec
 
 USED_MIB_WARNING, USED_MIB_FAILED = 1024, 8192  # a GPU that nobody uses has some hundred MiB in use
 MIB = 1 << 20
@@ -287,13 +286,7 @@ def _output(spec: RunSpec, out: Path) -> Iterable[Check]:
 
 def checkpoint_bytes(spec: RunSpec) -> int:
     """Bytes of a checkpoint, at most."""
-    model = spec.model
-    matrices = model.layers * (4 + 2 * model.mlp_expansion) * model.width**2
-    if isinstance(model, Gpt2ModelSpec):
-        tables = 2 * model.padded_vocab_size + model.context
-    else:
-        tables = (2 + len(model.value_embed_layers)) * model.padded_vocab_size + model.bigram_rows
-    return WEIGHT_BYTES * (matrices + tables * model.width)
+    return WEIGHT_BYTES * sum(row.size for row in spec.model.parameters())
 
 
 # --- image ------------------------------------------------------------------------------------------------------

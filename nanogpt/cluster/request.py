@@ -89,9 +89,9 @@ def job_request(spec: RunSpec) -> JobRequest:
 
 def _minutes(spec: RunSpec) -> int:
     model, gpu = spec.model, spec.hardware.gpu
-    weights = model.width * model.padded_vocab_size + model.layers * (4 + 2 * model.mlp_expansion) * model.width**2
     evaluations = spec.training.total_steps // spec.evaluation.every + 2
-    flops = 6.0 * weights * spec.training.total_tokens + 2.0 * weights * spec.evaluation.tokens * evaluations
+    evaluated = spec.evaluation.tokens * evaluations // 3  # forward only, a third
+    flops = model.training_flops(spec.training.total_tokens + evaluated, short=0, long=0)
     minutes = START_MINUTES.get(gpu, START_MINUTES_GPU) + flops / (SLOW_FLOPS[gpu] * spec.world_size) / 60
     return ROUND_MINUTES * math.ceil(minutes / ROUND_MINUTES)
 

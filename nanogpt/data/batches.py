@@ -12,9 +12,9 @@ Notable features:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,15 @@ from nanogpt.errors import InputError
 BOS = 50256  # GPT-2's <|endoftext|>
 
 
+# What a micro-batch brings besides its tokens (T,), by name, T numbers each: computed while it is built.
+Extras = Callable[[Tokens], Mapping[str, npt.NDArray[Any]]]
+
+
+def no_extras(tokens: Tokens) -> Mapping[str, npt.NDArray[Any]]:
+    """Nothing but the tokens."""
+    return {}
+
+
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
     """One slot of a step on one rank: T tokens of consecutive documents as a flat stream."""
@@ -38,6 +47,7 @@ class MicroBatch:
     targets: Tensor  # (T,) int64: inputs moved on by one; a document's last target is the next one's BOS
     cu_seqlens: Tensor  # (n,) int32: 0, the documents' running ends, then T repeated; see cu_seqlens_length
     max_seqlen: int  # no document in it is longer: the stage's maximum in training, T in validation
+    extras: Mapping[str, Tensor] = field(default_factory=dict)  # (T,) each: what `Extras` gave for the inputs
 
 
 def cu_seqlens_length(tokens: int, max_documents: int | None = None) -> int:
@@ -63,8 +73,9 @@ class TrainBatches:
             without.
         epochs: Passes over the files; None repeats for ever. The speedrun makes one pass at most.
         run_tokens: Tokens that the whole run will take, if known: a data set that is smaller is refused at once.
-        summarize: Called with the inputs of every slot of a step, all ranks' in order, (T,) uint16, while the step is
-            built; what it gave for the step that was handed out last is in `summaries`.
+        extras: Called with the inputs of every slot, (T,) uint16, while a step is built.
+        kept_extras: Names of those that are also kept on the host, of all ranks' slots in order, in `step_extras` for
+            the step that was handed out last.
 
     Only the files' headers are read here, and nothing by `restart`: the first `next_step` opens the first shard, so
     that a clock started before it covers the opening. All methods belong to one thread.
@@ -86,7 +97,8 @@ class TrainBatches:
         prefetch: bool = True,
         epochs: int | None = 1,
         run_tokens: int | None = None,
-        summarize: Callable[[Tokens], Any] | None = None,
+        extras: Extras = no_extras,
+        kept_extras: Collection[str] = (),
     ):
         _check_ranks(slots, rank, world_size)
         if epochs is not None and epochs < 1:
@@ -101,7 +113,7 @@ class TrainBatches:
         if run_tokens is not None and epochs is not None and run_tokens > epochs * sum(self._counts):
             raise InputError(f"training data: {self._inventory()}; the run takes {run_tokens:,}. {_MORE_DATA}")
 
-        self._copier = _Copier(torch.device(device))
+        self._copier = _Copier(torch.device(device), extras)
         self._shards: dict[int, ShardDocuments] = {}
         # One thread each. The pools' threads end with the interpreter, also without `close`.
         self._builder = ThreadPoolExecutor(1, "next-step") if prefetch else None
@@ -109,8 +121,9 @@ class TrainBatches:
         self._pending: tuple[_Request, Future[_Step]] | None = None
         self._closed = False
         self._position = _START
-        self._summarize = summarize
-        self.summaries: list[Any] = []
+        self._extras = extras
+        self._kept_extras = kept_extras
+        self.step_extras: dict[str, list[npt.NDArray[Any]]] = {}
         self.wait_seconds = 0.0  # spent inside `next_step` since the start or the last `restart`
 
     def next_step(
@@ -141,7 +154,7 @@ class TrainBatches:
         if step is None:
             step = self._build(self._position, request, self._host_step(request))
         self._position = step.after
-        self.summaries = step.summaries
+        self.step_extras = step.extras
         batches = self._copier.hand_out(step.host, max_document_tokens)
         if self._builder is not None:
             # Pinned memory is asked for here: the background threads make no CUDA calls, so they can disturb neither
@@ -231,11 +244,14 @@ class TrainBatches:
         position, plan = self._plan(position, request)
         shard = self._shard(position.shard)
         self._check_documents(shard, position, plan, request)
-        for row, slot in enumerate(self._own_slots):
-            host.fill(row, plan.gather(shard.tokens, slot), plan.running_ends(slot))
-        summaries = []
-        if self._summarize is not None:
-            summaries = [self._summarize(plan.gather(shard.tokens, slot)[:-1]) for slot in range(self._slots)]
+        kept: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in self._kept_extras}
+        for slot in range(self._slots) if kept else self._own_slots:
+            piece = plan.gather(shard.tokens, slot)
+            extras = self._extras(piece[:-1])
+            for name, slots in kept.items():
+                slots.append(extras[name])
+            if slot in self._own_slots:
+                host.fill(self._own_slots.index(slot), piece, plan.running_ends(slot), extras)
         if self._reader is not None:
             # Not before the step is built: it needs a piece of the shard, not all of it.
             self._read_ahead(position)
@@ -244,7 +260,7 @@ class TrainBatches:
             steps=position.steps + 1,
             tokens=position.tokens + self._slots * request.tokens,
         )
-        return _Step(host, after, summaries)
+        return _Step(host, after, kept)
 
     def _plan(self, position: _Position, request: _Request) -> tuple[_Position, StepPlan]:
         """The first place at or after `position` that fills a whole step: from one shard, its rest being skipped."""
@@ -333,6 +349,7 @@ class ValBatches:
         world_size: Number of ranks; divides `slots`.
         bos: The token that starts every document.
         device: Where micro-batches go.
+        extras: As for `TrainBatches`.
 
     Raises:
         ShardError: a file is missing or not a shard.
@@ -351,8 +368,10 @@ class ValBatches:
         world_size: int = 1,
         bos: int = BOS,
         device: torch.device | str = "cpu",
+        extras: Extras = no_extras,
     ):
         _check_ranks(slots, rank, world_size)
+        self._extras = extras
         if micro_batch_tokens < 1 or tokens < 1 or tokens % (slots * micro_batch_tokens):
             raise InputError(
                 f"validation: {tokens:,} tokens, must be a positive multiple of {slots} slots of "
@@ -361,7 +380,7 @@ class ValBatches:
         paths = _sorted_shards(files, "validation")
         stream = read_stream(paths, tokens + 1)
         self._tokens = micro_batch_tokens
-        self._copier = _Copier(torch.device(device))
+        self._copier = _Copier(torch.device(device), extras)
         self._pieces: list[tuple[Tokens, npt.NDArray[np.int64]]] = []
         room = cu_seqlens_length(micro_batch_tokens) - 1
         for piece, first in enumerate(range(0, tokens, micro_batch_tokens)):
@@ -379,7 +398,7 @@ class ValBatches:
     def __iter__(self) -> Iterator[MicroBatch]:
         for piece, ends in self._pieces:
             host = self._copier.host_step(1, self._tokens, cu_seqlens_length(self._tokens))
-            host.fill(0, piece, ends)
+            host.fill(0, piece, ends, self._extras(piece[:-1]))
             yield self._copier.hand_out(host, self._tokens)[0]
 
     def __len__(self) -> int:
@@ -409,20 +428,28 @@ _START = _Position(0, 0, 0, 0, 0)
 
 
 class _HostStep:
-    """Room for a rank's micro-batches in host memory: inputs (n, T), targets (n, T), cu_seqlens (n, bounds)."""
+    """Room for a rank's micro-batches in host memory: inputs (n, T), targets (n, T), cu_seqlens (n, bounds), extras."""
 
-    def __init__(self, micro_batches: int, tokens: int, bounds: int, *, pinned: bool):
+    def __init__(
+        self, micro_batches: int, tokens: int, bounds: int, extras: Mapping[str, torch.dtype], *, pinned: bool
+    ):
         def empty(columns: int, dtype: torch.dtype) -> Tensor:
             return torch.empty((micro_batches, columns), dtype=dtype, pin_memory=pinned)
 
         self.inputs = empty(tokens, torch.int32)
         self.targets = empty(tokens, torch.int64)
         self.cu_seqlens = empty(bounds, torch.int32)
+        self.extras = {name: empty(tokens, dtype) for name, dtype in extras.items()}
         # NumPy does the filling: torch's operators would start a thread pool in the builder's thread.
         self._arrays = self.inputs.numpy(), self.targets.numpy(), self.cu_seqlens.numpy()
+        self._extras = {name: room.numpy() for name, room in self.extras.items()}
 
-    def fill(self, row: int, piece: Tokens, ends: npt.NDArray[np.int64]) -> None:
+    def fill(
+        self, row: int, piece: Tokens, ends: npt.NDArray[np.int64], extras: Mapping[str, npt.NDArray[Any]]
+    ) -> None:
         """Write micro-batch `row`: `piece` (T + 1,) uint16, `ends` the documents' running ends, the last >= T."""
+        for name, values in extras.items():
+            self._extras[name][row] = values
         inputs, targets, cu_seqlens = self._arrays
         tokens = inputs.shape[1]
         inputs[row] = piece[:-1]
@@ -436,30 +463,36 @@ class _HostStep:
 class _Step(NamedTuple):
     host: _HostStep
     after: _Position
-    summaries: list[Any]
+    extras: dict[str, list[npt.NDArray[Any]]]
 
 
 class _Copier:
     """Host memory for micro-batches, and their way from there to the device."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, extras: Extras):
         self._device = device
+        # Asked once, of a micro-batch of one token, for their names and dtypes.
+        asked = extras(np.zeros(1, dtype=np.uint16))
+        self._extras = {name: torch.from_numpy(values).dtype for name, values in asked.items()}
         self._cuda = device.type == "cuda"
         self._stream: torch.cuda.Stream | None = None
 
     def host_step(self, micro_batches: int, tokens: int, bounds: int) -> _HostStep:
         """Fresh memory. Pinned memory returns to torch's pool when dropped, and is used again once copied."""
-        return _HostStep(micro_batches, tokens, bounds, pinned=self._cuda)
+        return _HostStep(micro_batches, tokens, bounds, self._extras, pinned=self._cuda)
 
     def hand_out(self, host: _HostStep, max_seqlen: int) -> list[MicroBatch]:
         """The micro-batches on the device; on CUDA the copies may still be on their way, in stream order."""
-        parts = [host.inputs, host.targets, host.cu_seqlens]
+        parts = [host.inputs, host.targets, host.cu_seqlens, *host.extras.values()]
         if self._cuda:
             parts = self._copy(parts)
         elif self._device.type != "cpu":
             parts = [part.to(self._device) for part in parts]
         rows = zip(*(part.unbind() for part in parts), strict=True)
-        return [MicroBatch(inputs, targets, cu_seqlens, max_seqlen) for inputs, targets, cu_seqlens in rows]
+        return [
+            MicroBatch(inputs, targets, cu_seqlens, max_seqlen, dict(zip(host.extras, extras, strict=True)))
+            for inputs, targets, cu_seqlens, *extras in rows
+        ]
 
     def _copy(self, parts: list[Tensor]) -> list[Tensor]:
         # On a stream of its own, a copy runs beside the kernels of the step before.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt.kernels.fp8_mlp import E4M3_MAX, PEAK_FLOOR, current_scale, fp8_relu_squared_mlp, round_weights
-from nanogpt.spec_model import MlpFp8Spec
+from nanogpt.layers.specs import MlpFp8Spec
 
 
 class Fp8Mlp(nn.Module):

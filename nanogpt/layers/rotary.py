@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanogpt.spec_model import RotarySpec
+from nanogpt.layers.specs import RotarySpec
 
 
 class Rotary(nn.Module):

@@ -1,39 +1,25 @@
-"""One file a model, readable from top to bottom; `build_model` makes the one that a spec names."""
+"""A folder a model, and here the registry: one line a model. No torch.
+
+A folder has `spec.py` (fields, the table of parameters, what others need to know of the model), `model.py`,
+`definition.py` (the same as its definition reads, in fp64, for tests to compare with) and `README.md` (ideas, authors).
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-import torch
+from pydantic import Field
 
-from nanogpt.spec import Gpt2ModelSpec, Record89ModelSpec, RunSpec
+from nanogpt.registry import union_of
 
 if TYPE_CHECKING:
-    from nanogpt.models.language_model import Implementations, LanguageModel
+    from nanogpt.models.model_spec import BaseModelSpec as ModelSpec
 
+MODELS = (
+    "nanogpt.models.speedrun.spec:SpeedrunModelSpec",
+    "nanogpt.models.record89.spec:Record89ModelSpec",
+    "nanogpt.models.gpt2.spec:Gpt2ModelSpec",
+)
 
-def build_model(
-    spec: RunSpec, *, device: torch.device | str, implementations: Implementations | None = None
-) -> LanguageModel:
-    """The spec's model with its parameters drawn from the spec's seed, alike on every device and world size.
-
-    `implementations` chooses among the equal implementations of attention, MLP and head; the plain ones if not given.
-    """
-    from nanogpt.models.gpt2 import Gpt2
-    from nanogpt.models.language_model import Implementations
-    from nanogpt.models.record89 import Record89
-    from nanogpt.models.speedrun import Speedrun
-
-    implementations = implementations or Implementations()
-    max_tokens = max(
-        spec.evaluation.micro_batch_tokens, *(s.batch_tokens // spec.training.slots for s in spec.training.all_stages)
-    )
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[spec.runtime.dtype]
-    if isinstance(spec.model, Gpt2ModelSpec):
-        model: LanguageModel = Gpt2(spec.model, dtype=dtype, implementations=implementations)
-    elif isinstance(spec.model, Record89ModelSpec):
-        model = Record89(spec.model, dtype=dtype, max_tokens=max_tokens, implementations=implementations)
-    else:
-        model = Speedrun(spec.model, dtype=dtype, max_tokens=max_tokens, implementations=implementations)
-    model.draw_parameters(torch.Generator().manual_seed(spec.training.seed))
-    return model.to(device)
+if not TYPE_CHECKING:
+    ModelSpec = Annotated[union_of(MODELS), Field(discriminator="kind")]

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogpt.kernels.dispatch import run_time_number
+from nanogpt.models.model_spec import BaseModelSpec
+from nanogpt.models.stage_loss import StageLoss
+from nanogpt.optim.row_table import LookUp
+from nanogpt.parameters import Normal, Parameter, TransposeOf, Uniform, Values, Zeros
+
+Precision = Literal["bf16", "fp8"]
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,8 @@ class Implementations:
     """Which of several equal implementations computes a model; see `nanogpt.kernels`."""
 
     attention: str = "plain"
-    head_precision: Literal["bf16", "fp8"] = "bf16"
-    mlp_precision: Literal["bf16", "fp8"] = "bf16"
+    head_precision: Precision = "bf16"
+    mlp_precision: Precision = "bf16"
     plain_kernels: bool = False  # plain PyTorch also where a Triton kernel could run
 
 
@@ -61,50 +67,102 @@ class TokenBatch(Protocol):
     def max_seqlen(self) -> int:
         """An upper bound of a document's length."""
 
+    @property
+    def extras(self) -> Mapping[str, Tensor]:
+        """What the model's spec declares in `batch_extras`, by name."""
+
 
 @dataclass(frozen=True)
-class LookUp:
-    """The rows of a table that a micro-batch's tokens read."""
+class SchedulePoint:
+    """A step's place in the schedule: all that a model makes its loss' inputs of."""
 
-    parameter: nn.Parameter  # (n, D)
-    rows: Tensor  # (T,) integers; look-ups with the same rows share the tensor
-    first: int  # row of the parameter from which `rows` count
-    count: int  # of rows that may be read
+    step: int
+    stage: int
+    progress: float  # of the stage's steps, from 0
+    windows: Windows
+    loss: StageLoss
 
-    def part(self, full: Tensor) -> Tensor:
-        """What `rows` count in, of the parameter or its gradient (n, D): a view."""
-        return full[self.first : self.first + self.count]
+    @property
+    def token_weights(self) -> tuple[float, ...]:
+        """Loss weights of the next tokens."""
+        return self.loss.token_weights_at(self.progress)
 
-    def read(self) -> Tensor:
-        """The rows, (T, D), as a leaf: their gradient stays with it, to be added to the table's."""
-        return F.embedding(self.rows, self.part(self.parameter.detach())).requires_grad_()
+    @property
+    def prefix_weight(self) -> float | None:
+        """Loss weight of the next token's prefix; None where it is not predicted."""
+        prefix = self.loss.prefix_weight
+        return None if prefix is None else prefix.at(self.progress)
+
+
+def to_device(values: float | tuple[float, ...], device: torch.device) -> Tensor:
+    """() or (n,) fp32, without a wait."""
+    tensor = torch.tensor(values, dtype=torch.float32)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class LanguageModel(nn.Module):
-    """Base of the models. A parameter's name is its label in the optimizer's tables."""
+    """Base of the models: makes the parameters of the spec's table, named as its rows are."""
 
+    rows: tuple[Parameter, ...]
+
+    def __init__(self, spec: BaseModelSpec, *, dtype: torch.dtype):
+        super().__init__()
+        self.rows = spec.parameters()
+        for row in self.rows:
+            *folders, name = row.name.split(".")
+            module: nn.Module = self
+            for folder in folders:
+                if not hasattr(module, folder):
+                    module.add_module(folder, nn.Module())
+                module = getattr(module, folder)
+            numbers = torch.empty(row.shape, dtype=torch.float32 if row.dtype == "fp32" else dtype)
+            module.register_parameter(name, nn.Parameter(numbers))
+
+    @torch.no_grad()
     def draw_parameters(self, generator: torch.Generator) -> None:
-        """Fill every parameter from `generator` (on the CPU)."""
-        raise NotImplementedError
+        """Fill every parameter from `generator` (on the CPU), as the table says; the uniform ones draw first.
 
-    def training_loss(
-        self,
-        batch: TokenBatch,
-        windows: Windows | RunTimeWindows,
-        token_weights: Tensor,
-        prefix_weight: Tensor | None = None,
-        embedded: tuple[Tensor, ...] | None = None,
-    ) -> Tensor:
-        """The micro-batch's training loss, a scalar in fp32; the trainer multiplies it by 1 / accumulation steps.
+        Raises ValueError where table and parameters are not each other's, naming what is missing on which side.
+        """
+        check_table(self)
+        parameters = dict(self.named_parameters())
+        for kind in (Uniform, Normal, Values, TransposeOf):
+            for row in self.rows:
+                start = row.start
+                target: Tensor = parameters[row.name]
+                if not isinstance(start, kind):
+                    continue
+                if isinstance(start, Uniform):
+                    target.zero_()
+                    target = target[start.part]
+                    target.copy_(torch.empty(target.shape).uniform_(-start.bound, start.bound, generator=generator))
+                elif isinstance(start, Normal):
+                    target.copy_(torch.empty(target.shape).normal_(std=start.std, generator=generator))
+                elif isinstance(start, Values):
+                    target.copy_(torch.as_tensor(start.values))
+                else:
+                    target.copy_(parameters[start.name].mT)
+        for row in self.rows:
+            if isinstance(row.start, Zeros):
+                parameters[row.name].zero_()
 
-        token_weights: (K,) fp32, the loss weight of the k-th next token. prefix_weight: () fp32, that of the next
-        token's prefix (see `set_prefixes`); None where the step has no such term. embedded: what `look_ups` reads, in
-        its order, where the caller sees to the tables' gradients; None: the model reads, and autograd sees to them.
+    def loss_inputs(self, point: SchedulePoint, device: torch.device) -> Any:
+        """What `training_loss` gets from the schedule: a value of the model's own, a tree of tensors on `device`.
+
+        Tensors on the CPU are the same for all steps of a stage.
         """
         raise NotImplementedError
 
-    def look_ups(self, tokens: Tensor) -> tuple[LookUp, ...]:
-        """What `training_loss` reads of large tables for these tokens (T,), and may be handed as `embedded`."""
+    def training_loss(self, batch: TokenBatch, inputs: Any, embedded: tuple[Tensor, ...] | None = None) -> Tensor:
+        """The micro-batch's training loss, a scalar in fp32; the trainer multiplies it by 1 / accumulation steps.
+
+        inputs: of `loss_inputs`. embedded: what `look_ups` reads, in its order, where the caller sees to the tables'
+        gradients; None: the model reads, and autograd sees to them.
+        """
+        raise NotImplementedError
+
+    def look_ups(self, batch: TokenBatch) -> tuple[LookUp, ...]:
+        """What `training_loss` reads of large tables for this batch, and may be handed as `embedded`."""
         return ()
 
     def training_loss_scale(self, batch: TokenBatch) -> float:
@@ -137,3 +195,39 @@ class LanguageModel(nn.Module):
 
     def restart(self) -> None:
         """All but the parameters back to the start of a run; the parameters are there already."""
+
+
+def check_table(model: LanguageModel) -> None:
+    """Raise ValueError where the model's parameters are not those of its table, or have other shapes."""
+    shapes = {row.name: row.shape for row in model.rows}
+    found = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    problems = [f"the parameter {name} has no row in the table" for name in found if name not in shapes]
+    problems += [f"the table's row {name} has no parameter" for name in shapes if name not in found]
+    problems += [
+        f"{name} is {found[name]}, its row says {shape}"
+        for name, shape in shapes.items()
+        if found.get(name, shape) != shape
+    ]
+    if len(shapes) != len(model.rows):
+        problems.append("the table names a row twice")
+    if problems:
+        raise ValueError(f"{type(model).__name__}: {'; '.join(problems)}")
+
+
+def build_model(
+    spec: BaseModelSpec,
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    max_tokens: int,
+    device: torch.device | str,
+    implementations: Implementations | None = None,
+) -> LanguageModel:
+    """The spec's model, its parameters drawn from `seed`, alike on every device and world size.
+
+    max_tokens: of a micro-batch, at most. `implementations`: of attention, MLP and head; the plain ones if not given.
+    Raises ValueError as `check_table` does.
+    """
+    model = spec.build(dtype=dtype, max_tokens=max_tokens, implementations=implementations or Implementations())
+    model.draw_parameters(torch.Generator().manual_seed(seed))
+    return model.to(device)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from nanogpt.kernels.attention import select_attention_backend
 from nanogpt.kernels.fp8_head import select_head_precision
-from nanogpt.models.language_model import Implementations
-from nanogpt.spec import Gpt2ModelSpec, Record89ModelSpec, RecordModelSpec, RunSpec
+from nanogpt.models.language_model import Implementations, Precision
+from nanogpt.spec import RunSpec
 
 # A recording keeps its activations' memory, and the next stage's first call is not recorded: 15 GB and 28 side by side.
 GRAPHS_MEMORY = 60_000_000_000
@@ -28,26 +27,26 @@ def choose_implementations(spec: RunSpec, device: torch.device) -> tuple[Impleme
     head_dim = model.width // model.heads
     attention = select_attention_backend(runtime.attention, capability, head_dim=head_dim, dtype=dtype)
     lines = [f"attention: {attention.reason}"]
-    if isinstance(model, Gpt2ModelSpec):
-        return Implementations(attention=attention.backend), lines
-    precision, reason = select_head_precision(runtime.head_precision, capability if runtime.dtype == "bf16" else None)
-    lines.append(f"head precision: {precision}: {reason}")
+    head: Precision = "bf16"
+    mlp: Precision = "bf16"
+    fp8_capability = capability if runtime.dtype == "bf16" else None
+    if model.fp8_head:
+        head, reason = select_head_precision(runtime.head_precision, fp8_capability)
+        lines.append(f"head precision: {head}: {reason}")
     lines.append(f"kernels: {runtime.kernels}")
-    implementations = Implementations(
-        attention=attention.backend, head_precision=precision, plain_kernels=runtime.kernels == "plain"
+    if model.fp8_mlp:
+        mlp, reason = select_head_precision(runtime.mlp_precision, fp8_capability, key="mlp_precision")
+        lines.append(f"MLP precision: {mlp}: {reason}")
+    chosen = Implementations(
+        attention=attention.backend, head_precision=head, mlp_precision=mlp, plain_kernels=runtime.kernels == "plain"
     )
-    if isinstance(model, Record89ModelSpec):
-        bf16_capability = capability if runtime.dtype == "bf16" else None
-        mlp_precision, reason = select_head_precision(runtime.mlp_precision, bf16_capability, key="mlp_precision")
-        lines.append(f"MLP precision: {mlp_precision}: {reason}")
-        implementations = replace(implementations, mlp_precision=mlp_precision)
-    return implementations, lines
+    return chosen, lines
 
 
 def captures_graphs(spec: RunSpec, device: torch.device) -> bool:
-    """Whether micro-steps are recorded as CUDA graphs (`nanogpt.training.micro_step`)."""
+    """Whether micro-steps are captured as CUDA graphs (`nanogpt.training.micro_step`)."""
     runtime = spec.runtime
-    if device.type != "cuda" or not isinstance(spec.model, RecordModelSpec) or not compiles(spec, device):
+    if device.type != "cuda" or not spec.model.capturable or not compiles(spec, device):
         return False
     roomy = torch.cuda.get_device_properties(device).total_memory >= GRAPHS_MEMORY
     return roomy and runtime.kernels == "auto" and runtime.cuda_graphs == "auto"

@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 
 from nanogpt.cache.compile_cache import compiled_code_of
@@ -25,10 +26,10 @@ from nanogpt.console import say
 from nanogpt.data.batches import MicroBatch, cu_seqlens_length
 from nanogpt.launch.watchdog import die_with_parent
 from nanogpt.launch.world import join_world
-from nanogpt.models import build_model
 from nanogpt.spec import RunSpec
+from nanogpt.training.build import build_model
 from nanogpt.training.implementations import choose_implementations, compile_whole
-from nanogpt.training.micro_step import MicroStep, loss_arguments
+from nanogpt.training.micro_step import MicroStep
 from nanogpt.training.schedule import Schedule, StepSettings
 
 if TYPE_CHECKING:
@@ -57,14 +58,13 @@ class GraphJob(NamedTuple):
 
 
 def graph_jobs(spec: RunSpec) -> list[GraphJob]:
-    """The graphs of a run, the dearest first."""
+    """The graphs of a run, most expensive first."""
     schedule, by_graph = Schedule(spec), {}
     for first in schedule.first_steps:
         settings = schedule.at(first)
         tokens = settings.batch_tokens // spec.training.slots
         job = GraphJob(settings, tokens, settings.max_document_tokens, settings.max_documents)
-        terms = len(settings.token_weights), settings.prefix_weight is not None
-        by_graph[job[1:], terms] = job
+        by_graph[job[1:], settings.point.loss.terms] = job
     evaluated = spec.evaluation.micro_batch_tokens
     largest_first = sorted(by_graph.values(), key=lambda job: -job.tokens)
     return [*largest_first, GraphJob(None, evaluated, evaluated, None)]
@@ -77,11 +77,15 @@ def call_graph(
     device = next(micro_step.model.parameters()).device
     inputs = torch.arange(job.tokens, device=device) % spec.model.vocab_size
     ends = torch.arange(cu_seqlens_length(job.tokens, job.max_documents), device=device) * job.max_seqlen
-    batch = MicroBatch(inputs.int(), inputs.roll(-1), ends.clamp(max=job.tokens).int(), job.max_seqlen)
+    extras = {
+        name: torch.from_numpy(values).to(device)
+        for name, values in spec.model.batch_extras(inputs.cpu().numpy().astype(np.uint16)).items()
+    }
+    batch = MicroBatch(inputs.int(), inputs.roll(-1), ends.clamp(max=job.tokens).int(), job.max_seqlen, extras)
     if job.settings is None:
         evaluation_loss(batch, Schedule(spec).final_windows.at_run_time())
     else:
-        micro_step.compute(batch, loss_arguments(job.settings, device))
+        micro_step.compute(batch, micro_step.model.loss_inputs(job.settings.point, device))
     for parameter in micro_step.model.parameters():
         parameter.grad = None
 

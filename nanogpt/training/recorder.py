@@ -225,8 +225,8 @@ class RunRecorder:
         record.hardware.ranks = list(ranks)
         record.computation = Computation(
             attention=implementations.attention,
-            head_precision=None if self.spec.model.kind == "gpt2" else implementations.head_precision,
-            mlp_precision=implementations.mlp_precision if self.spec.model.kind == "record89" else None,
+            head_precision=implementations.head_precision if self.spec.model.fp8_head else None,
+            mlp_precision=implementations.mlp_precision if self.spec.model.fp8_mlp else None,
             kernels="plain" if implementations.plain_kernels else runtime.kernels,
             dtype=runtime.dtype,
             deterministic=runtime.deterministic,

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from nanogpt.data.batches import MicroBatch
 from nanogpt.errors import InputError
+from nanogpt.spec import RunSpec
 from nanogpt.training.trained_model import load_trained_model
 
 PIECE = 16  # contexts are read in multiples of so many tokens
-
-
-@dataclass(frozen=True)
-class _Context:
-    """The tokens so far as one document, padded at the front with documents of one token."""
-
-    inputs: Tensor
-    targets: Tensor
-    cu_seqlens: Tensor
-    max_seqlen: int
 
 
 def sample_text(
@@ -60,7 +52,7 @@ def sample_text(
         )
     first = len(history)
     for _ in range(tokens):
-        context = _context(history[-context_length:], spec.data.bos, device)
+        context = _context(history[-context_length:], spec, device)
         logits = trained.model.next_token_logits(context, trained.windows).cpu()
         token = _draw(logits, temperature, top_k, generator)
         if token == spec.data.bos:
@@ -69,12 +61,15 @@ def sample_text(
     return prompt + encoding.decode(history[first:])
 
 
-def _context(history: list[int], bos: int, device: str) -> _Context:
+def _context(history: list[int], spec: RunSpec, device: str) -> MicroBatch:
+    """The tokens so far as one document, padded at the front with documents of one token."""
     padding = -len(history) % PIECE
-    inputs = torch.tensor([bos] * padding + history, dtype=torch.int32, device=device)
-    count = len(inputs)
+    tokens = np.array([spec.data.bos] * padding + history, dtype=np.uint16)
+    count = len(tokens)
+    extras = {name: torch.from_numpy(values).to(device) for name, values in spec.model.batch_extras(tokens).items()}
+    inputs = torch.from_numpy(tokens.astype(np.int32)).to(device)
     bounds = torch.tensor([*range(padding + 1), count, count], dtype=torch.int32, device=device)
-    return _Context(inputs, torch.zeros(count, dtype=torch.int64, device=device), bounds, count)
+    return MicroBatch(inputs, torch.zeros(count, dtype=torch.int64, device=device), bounds, count, extras)
 
 
 def _draw(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:

@@ -1,4 +1,4 @@
-"""What holds at each step: stage, batch, windows, multi-token weights, learning rate, momentum, Adam steps, the split.
+"""What holds at each step: stage, batch, windows, learning rate, and what model and optimizer make of the step.
 
 Pure functions of the spec and the step number; steps are 0-based. Whatever a stage sets holds from its first step on,
 before that step's validation.
@@ -9,25 +9,36 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
-from nanogpt.models.language_model import Windows
-from nanogpt.optim.optimizer import StepRates
-from nanogpt.spec import CooldownSchedule, CosineSchedule, RunSpec, SpeedrunOptimizerSpec, StageSpec, WindowBlocks
+from nanogpt.models.language_model import SchedulePoint, Windows
+from nanogpt.spec import CooldownSchedule, CosineSchedule, RunSpec, WindowBlocks
 
 
 @dataclass(frozen=True)
 class StepSettings:
     """One step's part of the schedule."""
 
-    step: int
-    stage: int  # index into TrainingSpec.all_stages
+    point: SchedulePoint  # what the model makes the loss' inputs of
     batch_tokens: int
-    windows: Windows
-    token_weights: tuple[float, ...]
-    prefix_weight: float | None  # of the next token's prefix; None where it is not predicted
     max_document_tokens: int
     max_documents: int | None  # room in a micro-batch; None: by its tokens
-    rates: StepRates
+    rates: Any  # the optimizer's own
+
+    @property
+    def step(self) -> int:
+        """0-based."""
+        return self.point.step
+
+    @property
+    def stage(self) -> int:
+        """Index into TrainingSpec.all_stages."""
+        return self.point.stage
+
+    @property
+    def windows(self) -> Windows:
+        """In tokens."""
+        return self.point.windows
 
 
 class Schedule:
@@ -42,7 +53,6 @@ class Schedule:
         for stage in self.stages:
             self.first_steps.append(first)
             first += stage.steps
-        self.adam_every = spec.optimizer.adam.every if isinstance(spec.optimizer, SpeedrunOptimizerSpec) else 1
 
     def stage_of(self, step: int) -> int:
         """Index of the stage that `step` is in; the last stage for the step after the end."""
@@ -52,20 +62,14 @@ class Schedule:
         """Everything the schedule says about `step`."""
         index = self.stage_of(step)
         stage = self.stages[index]
+        progress = (step - self.first_steps[index]) / stage.steps
         return StepSettings(
-            step=step,
-            stage=index,
+            point=SchedulePoint(step, index, progress, self._tokens(stage.window_blocks), stage),
             batch_tokens=stage.batch_tokens,
-            windows=self._tokens(stage.window_blocks),
-            token_weights=self.token_weights(step),
-            prefix_weight=self.prefix_weight(step),
             max_document_tokens=stage.max_document_tokens or self.training.max_document_tokens,
             max_documents=stage.max_documents,
-            rates=StepRates(
-                lr_factor=self.lr_factor(step),
-                momentum=self.momentum(step),
-                adam_step=self.is_adam_step(step),
-                split=step == self.split_step,
+            rates=self.spec.optimizer.rates(
+                step, self.lr_factor(step), first_steps=self.first_steps, total_steps=self.total_steps
             ),
         )
 
@@ -96,24 +100,6 @@ class Schedule:
         longs = [self._tokens(stage.window_blocks).long for stage in self.stages[: self.stage_of(step) + 1]]
         return [(old, new) for old, new in itertools.pairwise(longs) if old != new]
 
-    def token_weights(self, step: int) -> tuple[float, ...]:
-        """Weights of the next tokens; the last of several falls linearly to 0 over its stage."""
-        index = self.stage_of(step)
-        stage: StageSpec = self.stages[index]
-        if len(stage.token_weights) == 1:
-            return tuple(stage.token_weights)
-        progress = (step - self.first_steps[index]) / stage.steps
-        return (*stage.token_weights[:-1], stage.token_weights[-1] * (1 - progress))
-
-    def prefix_weight(self, step: int) -> float | None:
-        """Loss weight of the next token's prefix, linear within a stage."""
-        index = self.stage_of(step)
-        weight = self.stages[index].prefix_weight
-        if weight is None:
-            return None
-        progress = (step - self.first_steps[index]) / self.stages[index].steps
-        return weight.first + (weight.last - weight.first) * progress
-
     def lr_factor(self, step: int) -> float:
         """What every base learning rate is multiplied by."""
         schedule = self.training.lr_schedule
@@ -139,34 +125,6 @@ class Schedule:
             return factor
         t = (step - start) / (scheduled - start)
         return factor * (1 - t) + schedule.end_factor * t
-
-    def momentum(self, step: int) -> float:
-        """NorMuon's mu: up over the first steps, down over the last."""
-        optimizer = self.spec.optimizer
-        if not isinstance(optimizer, SpeedrunOptimizerSpec):
-            return 0.0
-        m = optimizer.normuon.momentum
-        if step < m.warmup_steps:
-            return m.low + (m.high - m.low) * step / m.warmup_steps
-        cooldown = self.total_steps - m.cooldown_steps
-        if step > cooldown:
-            return m.high - (m.high - m.low) * (step - cooldown) / m.cooldown_steps
-        return m.high
-
-    def is_adam_step(self, step: int) -> bool:
-        """Adam's parameters step on the last of every `adam.every` steps."""
-        return step % self.adam_every == self.adam_every - 1
-
-    @property
-    def split_step(self) -> int | None:
-        """The first Adam step of the split stage; itself still tied."""
-        optimizer = self.spec.optimizer
-        if not isinstance(optimizer, SpeedrunOptimizerSpec):
-            return None
-        step = self.first_steps[optimizer.tied_head.split_stage]
-        while not self.is_adam_step(step):
-            step += 1
-        return step
 
     def warmup_steps(self) -> list[int]:
         """The steps that the warm-up runs: 0, 1, 2 and those around each stage change, as far as they exist."""

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from nanogpt.errors import InputError
-from nanogpt.models import build_model
 from nanogpt.models.language_model import Implementations, LanguageModel, Windows
 from nanogpt.runs.directory import RunDirectory
 from nanogpt.spec import RunSpec
+from nanogpt.training.build import build_model
 from nanogpt.training.checkpoint import load_newest_checkpoint
 from nanogpt.training.schedule import Schedule
 

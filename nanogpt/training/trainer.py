@@ -28,27 +28,24 @@ from nanogpt.console import say
 from nanogpt.data import fineweb
 from nanogpt.data.batches import TrainBatches, ValBatches
 from nanogpt.data.prefixes import gpt2_tokens, prefix_table
-from nanogpt.data.shards import Tokens
 from nanogpt.errors import InputError, Interrupted, NanogptError, RunError
 from nanogpt.launch.page_cache import keep_code_in_memory
 from nanogpt.launch.watchdog import Watchdog
 from nanogpt.launch.world import World, check_world, join_world, started_as
-from nanogpt.models import build_model
-from nanogpt.models.language_model import Windows
-from nanogpt.optim import build_optimizer
-from nanogpt.optim.sparse import Rows, TouchedRows, bigram_rows
+from nanogpt.models.language_model import Windows, to_device
+from nanogpt.optim.row_table import TouchedRows
 from nanogpt.runs.directory import RunDirectory
 from nanogpt.runs.record import State
 from nanogpt.runs.reference import ReferenceWatch
 from nanogpt.runs.tracker import check_tracker
 from nanogpt.spec import RunSpec
-from nanogpt.spec_model import RecordModelSpec
+from nanogpt.training.build import build_model
 from nanogpt.training.checkpoint import import_ahead_of_saving, load_newest_checkpoint, save_checkpoint
 from nanogpt.training.clock import Clock
 from nanogpt.training.compilation import compiled_graphs, recompilation_reasons
 from nanogpt.training.devices import unlike_devices
 from nanogpt.training.implementations import captures_graphs, choose_implementations, compile_whole, compiles
-from nanogpt.training.micro_step import MicroStep, loss_arguments, to_device
+from nanogpt.training.micro_step import MicroStep
 from nanogpt.training.parallel_compile import compile_in_parallel
 from nanogpt.training.recorder import RunRecorder, describe_rank, end_state
 from nanogpt.training.report import Reporter
@@ -200,6 +197,7 @@ class Trainer:
             "world_size": world.size,
             "bos": spec.data.bos,
             "device": world.device,
+            "extras": spec.model.batch_extras,
         }
         evaluation = spec.evaluation
         with self.startup.phase("data"):
@@ -211,7 +209,7 @@ class Trainer:
                 train_files,
                 epochs=spec.data.epochs,
                 run_tokens=spec.training.total_tokens,
-                summarize=self._bigram_rows if self.touched else None,
+                kept_extras={touched.extra for touched in self.touched.values()},
                 **place,
             )
         with self.startup.phase("attention library"):
@@ -225,15 +223,15 @@ class Trainer:
                     world.communicator.broadcast(value)
             world.synchronize()
         self.compiled = compiles(spec, world.device)
-        record = captures_graphs(spec, world.device)
-        self.optimizer = build_optimizer(
-            spec,
+        capture = captures_graphs(spec, world.device)
+        self.optimizer = spec.optimizer.build(
             self.model,
+            self.model.rows,
             world.communicator,
             compiled=self.compiled,
             plain_kernels=implementations.plain_kernels,
             touched=self.touched,
-            keep_gradients=record,
+            keep_gradients=capture,
         )
         ranks = world.gather(describe_rank(world))
         if world.is_main and (warning := unlike_devices(ranks)):
@@ -248,7 +246,7 @@ class Trainer:
             self._compile(self.model.training_loss),
             grad_scale=1 / spec.accumulation_steps,
             plain_kernels=implementations.plain_kernels,
-            record=record,
+            capture=capture,
         )
         self.evaluation_loss = self._compile(self.model.evaluation_loss)
         self.reporter = Reporter(
@@ -265,8 +263,8 @@ class Trainer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         self.train_batches.close()
         self.watch.on_lost = None
-        told = None if error is None else self.watch.explain(error)
-        reason = None if told is None else f"{type(told).__name__} after step {self.next_step}: {told}"
+        explained = None if error is None else self.watch.explain(error)
+        reason = None if explained is None else f"{type(explained).__name__} after step {self.next_step}: {explained}"
         try:
             self._write_end(end_state(kind), reason)
         except RunError as second:
@@ -274,9 +272,9 @@ class Trainer:
                 raise
             say(str(second))  # the first error is the one to report
         self.watch.enter("ending")
-        if told is not error:
-            assert told is not None
-            raise told from error
+        if explained is not error:
+            assert explained is not None
+            raise explained from error
 
     def _write_end(self, state: State, reason: str | None) -> None:
         self.reporter.end(state, reason, self.clock.elapsed_ms)
@@ -376,34 +374,30 @@ class Trainer:
             settings.batch_tokens, settings.max_document_tokens, settings.max_documents
         )
         waited = self.train_batches.wait_seconds - waited
-        if self.touched:
-            self.touched.add(self.train_batches.summaries)
-            if settings.rates.adam_step:
-                self.touched.prepare()
-        arguments = loss_arguments(settings, self.world.device)
+        self.optimizer.expect_rows(self.train_batches.step_extras, settings.rates)
+        inputs = self.model.loss_inputs(settings.point, self.world.device)
         # The loss, then a place for each rank's wait: one average of small numbers brings all of it everywhere.
         report = [0.0] * (1 + self.world.size)
         report[1 + self.world.rank] = 1000 * waited * self.world.size
-        told = to_device(tuple(report), self.world.device)
+        reported = to_device(tuple(report), self.world.device)
         for batch in batches[:micro_steps]:
-            loss = self.micro_step(batch, arguments, stage=settings.stage)
-            told[0] += loss * (self.micro_step.grad_scale / self.model.training_loss_scale(batch))
+            loss = self.micro_step(batch, inputs, stage=settings.stage)
+            reported[0] += loss * (self.micro_step.grad_scale / self.model.training_loss_scale(batch))
         # Ahead of the gradients: when the optimizer is done, it has long arrived.
-        average = self.world.communicator.average(told)
+        average = self.world.communicator.average(reported)
         self.optimizer.step(settings.rates)
         self.model.weights_changed(settings.step)
         return average.wait()
 
-    def _touched_rows(self) -> TouchedRows | None:
-        """For the sparse communication of the bigram table's gradient, where it is asked for."""
-        model, world, choice = self.spec.model, self.world, self.spec.runtime.bigram_gradient
-        if world.size == 1 or choice == "dense" or not isinstance(model, RecordModelSpec):
-            return None
-        return TouchedRows(model.bigram_rows, world.rank, world.size, choice, world.device)
-
-    def _bigram_rows(self, tokens: Tokens) -> Rows:
-        assert isinstance(self.spec.model, RecordModelSpec)
-        return bigram_rows(tokens, self.spec.model.bigram_rows, self.spec.model.bigram_multipliers)
+    def _touched_rows(self) -> dict[str, TouchedRows]:
+        """By parameter, the tables whose gradients are exchanged by rows, where that is asked for."""
+        world, choice = self.world, self.spec.runtime.row_gradients
+        if world.size == 1 or choice == "dense":
+            return {}
+        return {
+            table.parameter: TouchedRows(table.rows, table.extra, world.rank, world.size, choice, world.device)
+            for table in self.spec.model.row_tables()
+        }
 
     def _set_prefixes(self) -> None:
         """Inside the clock, by the rules of the public record: the prefixes come out of the vocabulary's bytes."""

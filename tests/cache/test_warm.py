@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tiny_runs import tiny_spec, write_recipe
 
-from nanogpt.optim.normuon_adam import NorMuonAdam
+from nanogpt.optim.normuon_adam.optimizer import NorMuonAdam
 from nanogpt.training import trainer
 from nanogpt.training.trainer import Trainer
 

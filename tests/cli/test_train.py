@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tiny_runs import assert_same, losses, make_data, newest_state, python, tiny_spec, train, write_recipe
 
-from nanogpt.models.speedrun import Speedrun
+from nanogpt.models.speedrun.model import Speedrun
 from nanogpt.recipe import load_recipe
 from nanogpt.runs.metrics import read_run
 from nanogpt.runs.record import read_record, this_process, write_record
@@ -145,7 +145,7 @@ def test_a_loss_that_is_not_finite_exits_with_1(
 @pytest.fixture
 def stopped(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run that stopped in its eighth step, with a checkpoint of five."""
-    from nanogpt.optim.normuon_adam import NorMuonAdam
+    from nanogpt.optim.normuon_adam.optimizer import NorMuonAdam
 
     original = NorMuonAdam.step
 

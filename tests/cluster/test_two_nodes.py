@@ -116,7 +116,7 @@ def test_two_nodes_of_four_processes_give_the_losses_of_one(nodes: tuple[Node, N
         "--set",
         "hardware.nodes=2",
         "--set",
-        "runtime.bigram_gradient=sparse",
+        "runtime.row_gradients=sparse",
     )
     with (
         nodes[0].launch(tmp_path / "node0", 4, *arguments, *eight, "--out", tmp_path / "two") as first,

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from nanogpt.optim.communication import Communicator
-from nanogpt.optim.sparse import TouchedRows, average_touched_shard
+from nanogpt.optim.row_table import TouchedRows, average_touched_shard
 
 torch.set_num_threads(1)
 BACKEND = sys.argv[1]

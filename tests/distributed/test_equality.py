@@ -110,13 +110,13 @@ def test_two_processes_train_as_one(on_two: Path, whole: Path) -> None:
 
 def test_four_processes_train_as_one(data: Path, whole: Path, tmp_path: Path) -> None:
     """With the bigram table's gradient communicated by rows, where two and one process send all of it or nothing."""
-    assert_same_run(distributed_run(4, data, tmp_path / "four", "runtime.bigram_gradient=sparse"), whole)
+    assert_same_run(distributed_run(4, data, tmp_path / "four", "runtime.row_gradients=sparse"), whole)
 
 
 def test_record89_on_two_processes_trains_as_on_one(tmp_path: Path) -> None:
     data = make_data(tmp_path / "data", (1700, 1300), first_token=FIRST_WITH_PREFIX)
     train(tiny_spec(CHECKPOINTS, model="record89"), data, tmp_path / "whole")
-    sparse = "runtime.bigram_gradient=sparse"
+    sparse = "runtime.row_gradients=sparse"
     path = distributed_run(2, data, tmp_path / "two", "training.warmup=true", sparse, model="record89")
     assert_same_run(path, tmp_path / "whole")
     whole, two = (read_run(tmp_path / "whole"), read_run(path))
@@ -128,7 +128,7 @@ def test_tables_that_are_updated_one_step_late(data: Path, whole: Path, tmp_path
     delayed = "optimizer.adam.delayed=[value_embed, bigram_embed]"
     train(tiny_spec(CHECKPOINTS, delayed), data, tmp_path / "whole")
     assert read_run(tmp_path / "whole").evaluations[-1]["val_loss"] > read_run(whole).evaluations[-1]["val_loss"] + 1e-3
-    two = distributed_run(2, data, tmp_path / "two", delayed, "training.warmup=true", "runtime.bigram_gradient=sparse")
+    two = distributed_run(2, data, tmp_path / "two", delayed, "training.warmup=true", "runtime.row_gradients=sparse")
     assert_same_run(two, tmp_path / "whole")
     path = stopped(two, 10, tmp_path / "run")
     assert set(newest_state(path)["optimizer"]["waiting"]) == {"value_embed", "bigram_embed"}

@@ -20,7 +20,7 @@ from nanogpt.kernels.fp8_mlp import (
 )
 from nanogpt.kernels.head_mixing import mix_heads
 from nanogpt.models.language_model import Implementations, Windows
-from nanogpt.models.record89 import Record89
+from nanogpt.models.record89.model import Record89
 from nanogpt.recipe import load_recipe
 
 pytestmark = [

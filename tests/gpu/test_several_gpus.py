@@ -66,9 +66,9 @@ def test_collectives(count: int) -> None:
 
 
 @SEVERAL
-@pytest.mark.parametrize("bigram_gradient", ["dense", "sparse"])
-def test_in_fp32_parameters_are_those_of_one_gpu(count: int, bigram_gradient: str, data: Path, tmp_path: Path) -> None:
-    runtime = f"runtime={{dtype: fp32, {PLAIN}, bigram_gradient: {bigram_gradient}}}"
+@pytest.mark.parametrize("row_gradients", ["dense", "sparse"])
+def test_in_fp32_parameters_are_those_of_one_gpu(count: int, row_gradients: str, data: Path, tmp_path: Path) -> None:
+    runtime = f"runtime={{dtype: fp32, {PLAIN}, row_gradients: {row_gradients}}}"
     train(tiny_spec(runtime, machine(1), "checkpoint.at_end=true"), data, tmp_path / "one")
     path = on(count, data, tmp_path, runtime, "checkpoint.at_end=true")
     for found, expected in zip(losses(path), losses(tmp_path / "one"), strict=True):

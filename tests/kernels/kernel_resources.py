@@ -40,15 +40,15 @@ from triton.runtime.jit import JITFunction
 import nanogpt.kernels
 from nanogpt.data.batches import MicroBatch, cu_seqlens_length
 from nanogpt.models.language_model import Implementations, Windows
-from nanogpt.models.record import RecordModel
-from nanogpt.models.record89 import Record89
-from nanogpt.models.speedrun import Speedrun
+from nanogpt.models.record_model import RecordModel
+from nanogpt.models.record89.model import Record89
+from nanogpt.models.speedrun.model import Speedrun
 from nanogpt.optim.communication import Communicator
-from nanogpt.optim.normuon_adam import NorMuonAdam
+from nanogpt.optim.normuon_adam.optimizer import NorMuonAdam
 from nanogpt.optim.optimizer import StepRates
 from nanogpt.recipe import load_recipe
 from nanogpt.spec import RunSpec
-from nanogpt.spec_model import Record89ModelSpec
+from nanogpt.models.record89.spec import Record89ModelSpec
 from nanogpt.training.micro_step import MicroStep
 
 

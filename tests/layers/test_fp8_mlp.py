@@ -9,7 +9,7 @@ from nanogpt.kernels.fp8_mlp import current_scale, fp8_relu_squared_mlp, round_w
 from nanogpt.kernels.relu_squared_mlp import relu_squared_backward
 from nanogpt.layers.fp8_mlp import Fp8Mlp
 from nanogpt.layers.norm import norm
-from nanogpt.spec_model import MlpFp8Spec
+from nanogpt.layers.specs import MlpFp8Spec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from small_specs import relative_error
 
 from nanogpt.data.batches import MicroBatch
-from nanogpt.models.gpt2 import Gpt2, split_documents
+from nanogpt.models.gpt2.model import Gpt2, split_documents
 from nanogpt.models.language_model import Implementations, Windows
 from nanogpt.recipe import load_recipe
 

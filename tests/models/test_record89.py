@@ -7,16 +7,16 @@ import math
 
 import pytest
 import torch
-from dense_record89 import DenseRecord89
-from dense_speedrun import start_frequencies, yarn
+from nanogpt.models.record89.definition import DenseRecord89
+from nanogpt.models.speedrun.definition import start_frequencies, yarn
 from functorch.compile import make_boxed_func
 from small_specs import randomize, relative_error, small_record89
 from torch._dynamo.backends.common import aot_autograd
 
 from nanogpt.data.batches import MicroBatch
-from nanogpt.models import build_model
+from nanogpt.training.build import build_model
 from nanogpt.models.language_model import Implementations, Windows
-from nanogpt.models.record89 import Record89
+from nanogpt.models.record89.model import Record89
 from nanogpt.recipe import load_recipe
 from nanogpt.spec import RunSpec
 

@@ -7,13 +7,13 @@ import math
 
 import pytest
 import torch
-from dense_speedrun import DenseSpeedrun, start_frequencies, yarn
+from nanogpt.models.speedrun.definition import DenseSpeedrun, start_frequencies, yarn
 from small_specs import BIGRAM_ROWS, VOCAB, randomize, relative_error, small_speedrun
 
 from nanogpt.data.batches import MicroBatch
-from nanogpt.models import build_model
+from nanogpt.training.build import build_model
 from nanogpt.models.language_model import Implementations, Windows
-from nanogpt.models.speedrun import Speedrun
+from nanogpt.models.speedrun.model import Speedrun
 from nanogpt.recipe import load_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")

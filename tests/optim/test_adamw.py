@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from nanogpt.optim.adamw import AdamW
+from nanogpt.optim.adamw.optimizer import AdamW
 from nanogpt.optim.communication import Communicator
 from nanogpt.optim.optimizer import StepRates
 from nanogpt.recipe import load_recipe

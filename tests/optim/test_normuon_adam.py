@@ -14,11 +14,11 @@ from test_normuon import slow_step
 from torch import nn
 
 from nanogpt.models.language_model import Implementations
-from nanogpt.models.speedrun import Speedrun
+from nanogpt.models.speedrun.model import Speedrun
 from nanogpt.optim.communication import Communicator
-from nanogpt.optim.normuon_adam import NorMuonAdam
+from nanogpt.optim.normuon_adam.optimizer import NorMuonAdam
 from nanogpt.optim.optimizer import StepRates
-from nanogpt.optim.step_order import ParameterPlan, parameter_plans, step_plan, updated_together
+from nanogpt.optim.normuon_adam.step_order import ParameterPlan, parameter_plans, step_plan, updated_together
 from nanogpt.spec import SpeedrunOptimizerSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,10 +8,10 @@ from small_specs import randomize, small_record89
 from test_normuon_adam import SlowOptimizer, accumulate, gradients_of, rates_of
 
 from nanogpt.models.language_model import Implementations
-from nanogpt.models.record89 import Record89
+from nanogpt.models.record89.model import Record89
 from nanogpt.optim.communication import Communicator
-from nanogpt.optim.normuon_adam import NorMuonAdam
-from nanogpt.optim.step_order import parameter_plans, step_plan
+from nanogpt.optim.normuon_adam.optimizer import NorMuonAdam
+from nanogpt.optim.normuon_adam.step_order import parameter_plans, step_plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nanogpt.layers.embedding import bigram_hash
-from nanogpt.optim.sparse import RowExchange, TouchedRows, bigram_rows
+from nanogpt.optim.row_table import RowExchange, TouchedRows, bigram_rows
 
 ROWS, MULTIPLIERS = 240, (36313, 27191)
 CPU = torch.device("cpu")

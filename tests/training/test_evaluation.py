@@ -19,8 +19,8 @@ from nanogpt.data.shards import read_tokens, val_name, write_tokens
 from nanogpt.data.tokenizer import gpt2_encoding
 from nanogpt.errors import InputError, RunError
 from nanogpt.kernels import cross_entropy
-from nanogpt.models import build_model, gpt2
-from nanogpt.models.speedrun import Speedrun
+from nanogpt.training.build import build_model, gpt2
+from nanogpt.models.speedrun.model import Speedrun
 from nanogpt.runs.directory import RunDirectory
 from nanogpt.spec import RunSpec
 from nanogpt.training.checkpoint import checkpoint_name, save_checkpoint

@@ -9,7 +9,7 @@ import torch
 from small_specs import VOCAB, randomize, relative_error, small_record89, small_speedrun
 
 from nanogpt.data.batches import MicroBatch
-from nanogpt.models import build_model
+from nanogpt.training.build import build_model
 from nanogpt.models.language_model import Windows
 from nanogpt.recipe import load_recipe
 from nanogpt.training.implementations import captures_graphs

@@ -20,7 +20,7 @@ from tiny_runs import (
 )
 
 from nanogpt.data.prefixes import gpt2_tokens, prefix_table
-from nanogpt.models.record89 import Record89
+from nanogpt.models.record89.model import Record89
 from nanogpt.runs.metrics import read_run
 from nanogpt.runs.record import read_record
 from nanogpt.training import trainer as trainer_module

@@ -13,7 +13,7 @@ from tiny_runs import BOS, VOCABULARY, make_data, tiny_spec, train
 
 from nanogpt.data.tokenizer import gpt2_encoding
 from nanogpt.errors import InputError
-from nanogpt.models.speedrun import Speedrun
+from nanogpt.models.speedrun.model import Speedrun
 from nanogpt.runs.directory import RunDirectory
 from nanogpt.training import checkpoint
 from nanogpt.training.sampling import sample_text
@@ -52,7 +52,7 @@ def greedy(run: Path, prompt: list[int], count: int) -> list[int]:
     spec = RunDirectory.open(run).spec()
     state = checkpoint.load_newest_checkpoint(run / "checkpoints")
     assert state is not None
-    from nanogpt.models import build_model
+    from nanogpt.training.build import build_model
     from nanogpt.models.language_model import Windows
 
     model = build_model(spec, device="cpu")

@@ -29,8 +29,8 @@ from tiny_runs import (
 from nanogpt.data.batches import TrainBatches
 from nanogpt.errors import InputError, RunError
 from nanogpt.launch.world import join_world
-from nanogpt.models.speedrun import Speedrun
-from nanogpt.optim.normuon_adam import NorMuonAdam
+from nanogpt.models.speedrun.model import Speedrun
+from nanogpt.optim.normuon_adam.optimizer import NorMuonAdam
 from nanogpt.runs.metrics import read_metrics, read_run
 from nanogpt.runs.unigram import unigram_cross_entropy
 from nanogpt.spec import RunSpec

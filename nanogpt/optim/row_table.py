@@ -1,12 +1,15 @@
-"""Averaging a table's gradient over ranks by the rows that were touched, in place of all of it.
+"""Tables of rows of which a step reads few: lookup, gradient by row, and its exchange between ranks by touched rows.
 
-A rank's tokens touch few rows of the bigram table in the steps between two updates; the other rows of its gradient are
-zero. Each rank sends the rows of other ranks' shards that it has touched, and no more.
+- Lookup: outside of the compiled loss, as a leaf (`LookUp.read`).
+- Gradient: added to the table's row by row (`add_gradients`), so that what was not read is not touched.
+- Exchange: each rank sends the rows of other ranks' shards that it has touched, and no more (`average_touched_shard`).
+- Update and cadence are the optimizer's: by Adam on the rank's shard, on the last of every N steps, over which
+  gradients and touched rows gather (`TouchedRows`).
 
-Notable features:
-- Which rows those are is known on the host, from the tokens, before the forward pass. As every rank deals the whole
-  step (`nanogpt.data.batches`), it knows the rows of all ranks: neither row numbers nor counts are exchanged, only
-  values, and no size has to come back from a device.
+Notable features of the exchange:
+- Which rows those are is known on the host, before the forward pass: the batch brings them. As every rank deals the
+  whole step (`nanogpt.data.batches`), it knows the rows of all ranks: values alone are exchanged, neither row numbers
+  nor counts, and no size has to come back from a device.
 - Each sender's rows are added in a call of their own, in the order of the ranks and in fp32: rows are unique within a
   call, so that the sum does not depend on the order of atomic additions, and is rounded once. The dense way rounds
   after each addition, in bf16.
@@ -22,24 +25,44 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from nanogpt.kernels.row_gradients import RowOrder, add_rows, row_order
 from nanogpt.optim.communication import Communicator, Pending
 
 Rows = npt.NDArray[np.int64]
 
 
-def bigram_rows(
-    tokens: npt.NDArray[np.uint16],  # (T,)
-    rows: int,
-    multipliers: tuple[int, int],
-) -> Rows:
-    """Rows of the bigram table that these inputs touch, sorted, each once; `nanogpt.layers.embedding.bigram_hash`."""
-    wide = tokens.astype(np.int64)
-    mask = np.zeros(rows, dtype=np.bool_)
-    mask[(multipliers[0] * wide[1:] ^ multipliers[1] * wide[:-1]) % (rows - 1)] = True
-    mask[rows - 1] = True  # of the first token
-    return np.flatnonzero(mask)
+@dataclass(frozen=True)
+class LookUp:
+    """The rows of a table that a micro-batch's tokens read."""
+
+    parameter: nn.Parameter  # (n, D)
+    rows: Tensor  # (T,) integers; look-ups with the same rows share the tensor
+    first: int  # row of the parameter from which `rows` count
+    count: int  # of rows that may be read
+
+    def part(self, full: Tensor) -> Tensor:
+        """What `rows` count in, of the parameter or its gradient (n, D): a view."""
+        return full[self.first : self.first + self.count]
+
+    def read(self) -> Tensor:
+        """The rows, (T, D), as a leaf: their gradient stays with it, to be added to the table's."""
+        return F.embedding(self.rows, self.part(self.parameter.detach())).requires_grad_()
+
+
+def add_gradients(look_ups: Sequence[LookUp], read: Sequence[Tensor], *, plain: bool = False) -> None:
+    """Add the gradients of what was `read` to the tables' (`.grad`, which exists), row by row.
+
+    `plain`: plain PyTorch also where a Triton kernel could run.
+    """
+    orders: dict[int, RowOrder] = {}  # tables of which the same rows are read share their order
+    for look_up, rows in zip(look_ups, read, strict=True):
+        order = orders.get(id(look_up.rows)) or row_order(look_up.rows)
+        orders[id(look_up.rows)] = order
+        assert look_up.parameter.grad is not None and rows.grad is not None
+        add_rows(look_up.part(look_up.parameter.grad), order, rows.grad, plain=plain)
 
 
 @dataclass(frozen=True)
@@ -57,6 +80,7 @@ class TouchedRows:
 
     Args:
         rows: of the table.
+        extra: the name of the batch's extra that has the rows.
         rank: this process's.
         size: the world size; slot s of a step is rank s % size's.
         choice: dense; sparse; or auto, which takes sparse where no rank would send or get half of what a dense
@@ -65,8 +89,15 @@ class TouchedRows:
     """
 
     def __init__(
-        self, rows: int, rank: int, size: int, choice: Literal["dense", "sparse", "auto"], device: torch.device
+        self,
+        rows: int,
+        extra: str,
+        rank: int,
+        size: int,
+        choice: Literal["dense", "sparse", "auto"],
+        device: torch.device,
     ):
+        self.extra = extra
         self.rank = rank
         self.size = size
         self.choice = choice

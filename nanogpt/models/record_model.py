@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -10,10 +11,18 @@ from torch import Tensor, nn
 
 from nanogpt.kernels.cross_entropy import head_loss, head_mean_loss, head_token_losses, softcap
 from nanogpt.kernels.relu_squared_mlp import relu_squared_mlp, relu_squared_mlp_plain
-from nanogpt.layers.embedding import bigram_hash
 from nanogpt.layers.rotary import Rotary
-from nanogpt.models.language_model import Implementations, LanguageModel, LookUp, RunTimeWindows, TokenBatch, Windows
-from nanogpt.spec_model import RecordModelSpec
+from nanogpt.models.language_model import (
+    Implementations,
+    LanguageModel,
+    RunTimeWindows,
+    SchedulePoint,
+    TokenBatch,
+    Windows,
+    to_device,
+)
+from nanogpt.models.record_spec import BIGRAM_ROWS, RecordModelSpec
+from nanogpt.optim.row_table import LookUp
 
 Spec = TypeVar("Spec", bound=RecordModelSpec)
 
@@ -31,8 +40,16 @@ def _named(embedded: tuple[Tensor, ...]) -> Embedded:
     return Embedded(embedded[0], embedded[1], embedded[2:])
 
 
+class LossInputs(NamedTuple):
+    """What the loss gets from the schedule."""
+
+    windows: RunTimeWindows
+    token_weights: Tensor  # (K,) fp32: the loss weight of the k-th next token
+    prefix_weight: Tensor | None = None  # () fp32: that of the next token's prefix; None: the step has no such term
+
+
 class RecordModel(LanguageModel, Generic[Spec]):
-    """Base of the record models; `hidden` gives the head's input. The parameters are made by the models themselves."""
+    """Base of the record models; `hidden` gives the head's input."""
 
     lm_head: nn.Parameter  # (D, V)
     embed: nn.Parameter  # (V, D)
@@ -41,7 +58,7 @@ class RecordModel(LanguageModel, Generic[Spec]):
     prefixes: Tensor  # (V,) int64
 
     def __init__(self, spec: Spec, *, dtype: torch.dtype, max_tokens: int, implementations: Implementations):
-        super().__init__()
+        super().__init__(spec, dtype=dtype)
         self.spec = spec
         self.implementations = implementations
         self.rotary = Rotary(spec.rotary, max_tokens=max_tokens, attention_scale=spec.attention_scale, dtype=dtype)
@@ -50,16 +67,14 @@ class RecordModel(LanguageModel, Generic[Spec]):
         self.attention_row = {layer: row for row, layer in enumerate(spec.attention_layers)}
         self.value_table = {layer: table for table, layer in enumerate(spec.value_embed_layers)}
 
-    def forward(self, tokens: Tensor, cu_seqlens: Tensor, max_seqlen: int, windows: Windows | RunTimeWindows) -> Tensor:
-        """tokens (T,) int32, cu_seqlens (n,) int32; the last layer's normalised activations, (T, D)."""
-        return self.hidden(tokens, self.embedded(tokens), cu_seqlens, max_seqlen, windows)
+    def forward(self, batch: TokenBatch, windows: Windows | RunTimeWindows) -> Tensor:
+        """The last layer's normalised activations, (T, D)."""
+        return self.hidden(batch, self.embedded(batch), windows)
 
     def hidden(
         self,
-        tokens: Tensor,  # (T,) int32
+        batch: TokenBatch,
         embedded: Embedded,
-        cu_seqlens: Tensor,  # (n,) int32
-        max_seqlen: int,
         windows: Windows | RunTimeWindows,
         *,
         training: bool = False,
@@ -67,22 +82,21 @@ class RecordModel(LanguageModel, Generic[Spec]):
         """The last layer's normalised activations, (T, D). `training`: as the training loss is computed."""
         raise NotImplementedError
 
-    def embedded(self, tokens: Tensor) -> Embedded:
-        """The tables' rows of tokens (T,)."""
-        reads = self._reads(tokens)
+    def embedded(self, batch: TokenBatch) -> Embedded:
+        """The tables' rows of the batch's tokens."""
+        reads = self._reads(batch.inputs, batch.extras)
         return _named(tuple(F.embedding(rows, full[first : first + count]) for full, rows, first, count in reads))
 
-    def look_ups(self, tokens: Tensor) -> tuple[LookUp, ...]:
+    def look_ups(self, batch: TokenBatch) -> tuple[LookUp, ...]:
         """Token, bigram, then the value tables."""
-        return tuple(LookUp(*read) for read in self._reads(tokens))
+        return tuple(LookUp(*read) for read in self._reads(batch.inputs, batch.extras))
 
-    def _reads(self, tokens: Tensor) -> tuple[tuple[nn.Parameter, Tensor, int, int], ...]:
+    def _reads(self, tokens: Tensor, extras: Mapping[str, Tensor]) -> tuple[tuple[nn.Parameter, Tensor, int, int], ...]:
         """A `LookUp` for each table, as a plain tuple, which compiled code can make."""
-        spec, vocab = self.spec, self.spec.padded_vocab_size
-        bigrams = bigram_hash(tokens, spec.bigram_rows, spec.bigram_multipliers)
+        vocab = self.spec.padded_vocab_size
         return (
             (self.embed, tokens, 0, vocab),
-            (self.bigram_embed, bigrams, 0, spec.bigram_rows),
+            (self.bigram_embed, extras[BIGRAM_ROWS], 0, self.spec.bigram_rows),
             *((self.value_embed, tokens, first, vocab) for first in range(0, self.value_embed.shape[0], vocab)),
         )
 
@@ -90,23 +104,28 @@ class RecordModel(LanguageModel, Generic[Spec]):
         """The layer's window in tokens."""
         return windows.long if layer in self.spec.long_window_layers else windows.short
 
+    def loss_inputs(self, point: SchedulePoint, device: torch.device) -> LossInputs:
+        """Windows and the weights of the loss' terms."""
+        prefix = point.prefix_weight
+        return LossInputs(
+            point.windows.at_run_time(),
+            to_device(point.token_weights, device),
+            None if prefix is None else to_device(prefix, device),
+        )
+
     def training_loss(
-        self,
-        batch: TokenBatch,
-        windows: Windows | RunTimeWindows,
-        token_weights: Tensor,
-        prefix_weight: Tensor | None = None,
-        embedded: tuple[Tensor, ...] | None = None,
+        self, batch: TokenBatch, inputs: LossInputs, embedded: tuple[Tensor, ...] | None = None
     ) -> Tensor:
         """Weighted multi-token cross-entropy, summed over the micro-batch's tokens."""
-        read = self.embedded(batch.inputs) if embedded is None else _named(embedded)
-        x = self.hidden(batch.inputs, read, batch.cu_seqlens, batch.max_seqlen, windows, training=True)
+        read = self.embedded(batch) if embedded is None else _named(embedded)
+        x = self.hidden(batch, read, inputs.windows, training=True)
+        prefix_weight = inputs.prefix_weight
         cap = self.spec.softcap
         return head_loss(
             x,
             self.lm_head,
             batch.targets,
-            token_weights,
+            inputs.token_weights,
             prefixes=None if prefix_weight is None else self.prefixes[batch.targets],
             prefix_weight=prefix_weight,
             cap=cap.cap,
@@ -123,7 +142,7 @@ class RecordModel(LanguageModel, Generic[Spec]):
     @torch.no_grad()
     def evaluation_loss(self, batch: TokenBatch, windows: Windows | RunTimeWindows) -> Tensor:
         """Mean cross-entropy of the next token, with the head in the model's dtype."""
-        x = self(batch.inputs, batch.cu_seqlens, batch.max_seqlen, windows)
+        x = self(batch, windows)
         cap = self.spec.softcap
         return head_mean_loss(
             x,
@@ -138,14 +157,14 @@ class RecordModel(LanguageModel, Generic[Spec]):
     @torch.no_grad()
     def token_losses(self, batch: TokenBatch, windows: Windows | RunTimeWindows) -> Tensor:
         """(T,) fp32 cross-entropy of each next token in nats, with the head in the model's dtype."""
-        x = self(batch.inputs, batch.cu_seqlens, batch.max_seqlen, windows)
+        x = self(batch, windows)
         cap = self.spec.softcap
         return head_token_losses(x, self.lm_head, batch.targets, cap=cap.cap, shift=cap.shift, scale=cap.scale)
 
     @torch.no_grad()
     def next_token_logits(self, batch: TokenBatch, windows: Windows) -> Tensor:
         """(vocab_size,) fp32 softcapped logits after the last token."""
-        x = self(batch.inputs, batch.cu_seqlens, batch.max_seqlen, windows)[-1]
+        x = self(batch, windows)[-1]
         cap = self.spec.softcap
         return softcap(x @ self.lm_head, cap.cap, cap.shift, cap.scale)[: self.spec.vocab_size]
 

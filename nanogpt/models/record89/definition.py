@@ -9,8 +9,9 @@ import math
 
 import numpy as np
 import torch
-from dense_speedrun import attend, rms_norm, rotate, sigma
 from torch import Tensor
+
+from nanogpt.models.speedrun.definition import attend, rms_norm, rotate, sigma
 
 LAYERS = 11
 LONG = (3, 10)

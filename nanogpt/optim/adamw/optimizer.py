@@ -3,34 +3,42 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from nanogpt.optim.adamw.spec import AdamWSpec
 from nanogpt.optim.communication import Communicator
-from nanogpt.optim.optimizer import StepRates
-from nanogpt.spec import AdamWSpec
+from nanogpt.optim.optimizer import Rates
+from nanogpt.optim.row_table import Rows
+from nanogpt.parameters import Decoupled, Parameter
 
 
 class AdamW:
     """torch.optim.AdamW (Loshchilov & Hutter, 2019) behind the trainer's interface."""
 
-    def __init__(self, model: nn.Module, spec: AdamWSpec, communicator: Communicator):
+    def __init__(self, model: nn.Module, rows: Sequence[Parameter], spec: AdamWSpec, communicator: Communicator):
         self.spec = spec
         self.communicator = communicator
         self.parameters = list(model.parameters())
+        decay = spec.weight_decay
+        decaying = {row.name for row in rows if isinstance(row.train, Decoupled) and row.train.decays}
         self.inner = torch.optim.AdamW(
             [
-                {"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": spec.weight_decay},
-                {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},
+                {"params": [p for name, p in model.named_parameters() if name in decaying], "weight_decay": decay},
+                {"params": [p for name, p in model.named_parameters() if name not in decaying], "weight_decay": 0.0},
             ],
             lr=spec.lr,
             betas=spec.betas,
             eps=spec.eps,
         )
 
-    def step(self, rates: StepRates) -> None:
+    def expect_rows(self, rows: Mapping[str, Sequence[Rows]], rates: Rates) -> None:
+        """Its gradients are always whole."""
+
+    def step(self, rates: Rates) -> None:
         """Average the gradients over ranks, clip, update, clear."""
         pending = [self.communicator.average(p.grad) for p in self.parameters if p.grad is not None]
         for reduction in pending:

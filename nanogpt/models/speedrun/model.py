@@ -12,8 +12,6 @@ A GPT-2-small-scale decoder over one flat stream of documents (no batch dimensio
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -21,66 +19,27 @@ from nanogpt.layers.attention import head_attention, rotated_queries_keys
 from nanogpt.layers.embedding import head_gate, smear
 from nanogpt.layers.norm import norm
 from nanogpt.layers.residual import add
-from nanogpt.models.language_model import Implementations, RunTimeWindows, Windows
-from nanogpt.models.record import Embedded, RecordModel
-from nanogpt.spec_model import SpeedrunModelSpec
+from nanogpt.models.language_model import RunTimeWindows, TokenBatch, Windows
+from nanogpt.models.record_model import Embedded, RecordModel
+from nanogpt.models.speedrun.spec import SpeedrunModelSpec
 
 
 class Speedrun(RecordModel[SpeedrunModelSpec]):
     """See the module. Shapes below are the speedrun's: L = 11 layers, D = 768, H = 6 heads of 128, V = 50,304."""
 
-    def __init__(
-        self, spec: SpeedrunModelSpec, *, dtype: torch.dtype, max_tokens: int, implementations: Implementations
-    ):
-        super().__init__(spec, dtype=dtype, max_tokens=max_tokens, implementations=implementations)
-        d, v, layers = spec.width, spec.padded_vocab_size, spec.layers
-        gates, tables = spec.gate_inputs, len(spec.value_embed_layers)
-        attention_layers = spec.attention_layers
-
-        def matrix(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, dtype=dtype))
-
-        # Row r of `attn` belongs to the r-th layer that has attention: q, k, v, o, each (D, D) stored (out, in).
-        self.attn = matrix(len(attention_layers), 4 * d, d)
-        self.mlp = matrix(layers + spec.mlp_bank_padding, 2, spec.mlp_expansion * d, d)  # [:, 0] up, [:, 1] down
-        self.lm_head = matrix(d, v)
-        self.embed = matrix(v, d)
-        self.value_embed = matrix(tables * v, d)
-        self.bigram_embed = matrix(spec.bigram_rows, d)
-        self.attn_gate_bank = matrix(len(attention_layers), spec.heads, gates)
-        self.ve_gate_bank = matrix(tables, spec.heads, gates)
-        self.smear_gate = matrix(1, gates)
-        self.skip_gate = matrix(1, gates)
-        self.x0_lambdas = nn.Parameter(torch.empty(layers))
-        self.scalars = nn.Parameter(torch.empty(4 * layers + 3))
-
-    @torch.no_grad()
-    def draw_parameters(self, generator: torch.Generator) -> None:
-        """Matrices uniform in +-bound, the head normal, everything else zeros or the given scalars."""
-        spec, layers = self.spec, self.spec.layers
-        for parameter in self.parameters():
-            parameter.zero_()
-        bound = math.sqrt(3) * spec.init_bound / math.sqrt(spec.width)
-        for target in (self.attn, self.mlp[:, 0]):
-            target.copy_(torch.empty(target.shape).uniform_(-bound, bound, generator=generator))
-        self.lm_head.copy_(torch.empty(self.lm_head.shape).normal_(std=spec.head_init_std, generator=generator))
-        self.embed.copy_(self.lm_head.mT)
-        start = spec.scalars
-        self.scalars.copy_(
-            torch.tensor(
-                [start.residual] * layers
-                + [start.attention_in, start.attention_out] * layers
-                + [start.bigram] * layers
-                + [start.smear, start.backout, start.skip]
-            )
-        )
+    attn: nn.Parameter
+    mlp: nn.Parameter
+    attn_gate_bank: nn.Parameter
+    ve_gate_bank: nn.Parameter
+    smear_gate: nn.Parameter
+    skip_gate: nn.Parameter
+    x0_lambdas: nn.Parameter
+    scalars: nn.Parameter
 
     def hidden(
         self,
-        tokens: Tensor,  # (T,) int32
+        batch: TokenBatch,
         embedded: Embedded,
-        cu_seqlens: Tensor,  # (n,) int32
-        max_seqlen: int,
         windows: Windows | RunTimeWindows,
         *,
         training: bool = False,
@@ -111,7 +70,7 @@ class Speedrun(RecordModel[SpeedrunModelSpec]):
                 row = self.attention_row[layer]
                 qkv_weight = attention_scales[layer, 0] * qkv_weights[row]
                 out_weight = attention_scales[layer, 1] * out_weights[row]
-                y = self._attention(layer, norm(x), qkv_weight, values.get(layer), cu_seqlens, max_seqlen, windows)
+                y = self._attention(layer, norm(x), qkv_weight, values.get(layer), batch, windows)
                 x = add(x, y @ out_weight.mT)
             x = add(x, self.mlp_function(norm(x), up_weights[layer], down_weights[layer]))
             if layer == spec.skip.from_layer:
@@ -126,8 +85,7 @@ class Speedrun(RecordModel[SpeedrunModelSpec]):
         u: Tensor,  # (T, D), normalised
         qkv_weight: Tensor,  # (3 D, D), scaled
         value_embedding: Tensor | None,  # (T, D)
-        cu_seqlens: Tensor,
-        max_seqlen: int,
+        batch: TokenBatch,
         windows: Windows | RunTimeWindows,
     ) -> Tensor:
         """The joined and gated heads, (T, D), before the output projection."""
@@ -144,8 +102,8 @@ class Speedrun(RecordModel[SpeedrunModelSpec]):
             q,
             k,
             v,
-            cu_seqlens,
-            max_seqlen,
+            batch.cu_seqlens,
+            batch.max_seqlen,
             window=self.window(layer, windows),
             scale=self.rotary.run_time_scale,
             paired=paired,

@@ -2,7 +2,7 @@
 
 A step starts all reductions in one order, then updates in another, and starts each gather as soon as its update is
 done, so that communication hides behind the orthogonalization of the banks, which come last. While the head is tied,
-`embed` is `lm_head` transposed: its gradient joins lm_head's before communication and it is refreshed afterwards.
+the embedding is the head transposed: its gradient joins the head's before communication and it is refreshed afterwards.
 
 Parameters in `adam.delayed` are updated one step late: what an Adam step has gathered for them is reduced while the
 next step computes, and applied at the end of that one, with the learning rate of its own step.
@@ -11,7 +11,7 @@ next step computes, and applied at the end of that one, with the learning rate o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,49 +21,62 @@ from nanogpt.kernels.transpose import transpose_add, transpose_copy
 from nanogpt.optim.adam import adam_step_size, adam_updates
 from nanogpt.optim.communication import Communicator, Pending, RankOf, completed
 from nanogpt.optim.normuon import normuon_update, second_moment_dim
-from nanogpt.optim.optimizer import StepRates
-from nanogpt.optim.sparse import TouchedRows, average_touched_shard
-from nanogpt.optim.step_order import HEAD, TIED, ParameterPlan, parameter_plans, step_plan, updated_together
-from nanogpt.spec import SpeedrunOptimizerSpec
+from nanogpt.optim.normuon_adam.spec import NorMuonAdamSpec
+from nanogpt.optim.normuon_adam.step_order import (
+    NorMuonAdamRates,
+    ParameterPlan,
+    parameter_plans,
+    step_plan,
+    tied_pair,
+    updated_together,
+)
+from nanogpt.optim.row_table import Rows, TouchedRows, average_touched_shard
+from nanogpt.parameters import NorMuon, Parameter
 
 State = dict[str, Tensor]
 
-SPARSE = "bigram_embed"  # the table whose gradient may be communicated by the rows that were touched
-
 
 class NorMuonAdam:
-    """See the module. Parameters are looked up by label among the model's named parameters.
+    """See the module.
 
-    `touched`: the rows of `bigram_embed` that the gradients have, for sparse communication; the trainer adds to it.
-    `keep_gradients`: their memory stays and is cleared in place, for those who have recorded where it is.
+    Args:
+        model: its named parameters are those of the table.
+        rows: the table.
+        touched: by label, the rows that a table's gradient has, where it is exchanged by rows.
+        keep_gradients: their memory stays and is cleared in place, for those who have captured where it is.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        spec: SpeedrunOptimizerSpec,
+        rows: Sequence[Parameter],
+        spec: NorMuonAdamSpec,
         communicator: Communicator,
         *,
         compiled: bool = False,
         plain_kernels: bool = False,
-        touched: TouchedRows | None = None,
+        touched: dict[str, TouchedRows] | None = None,
         keep_gradients: bool = False,
     ):
-        self.touched = touched
+        self.rows = tuple(rows)
+        self.matrix_rows = {row.name: row.train.rows for row in rows if isinstance(row.train, NorMuon)}
+        pair: tuple[str | None, str | None] = tied_pair(rows) or (None, None)
+        self.tied_label, self.head_label = pair
+        self.touched = touched or {}
         self.keep_gradients = keep_gradients
         self.gathering = False  # Adam's gradients are on their way from one of its steps to the next
         # Delayed parameters' reductions under way, with the rates of the step that they are of.
-        self.waiting: dict[str, tuple[Pending, StepRates]] = {}
+        self.waiting: dict[str, tuple[Pending, NorMuonAdamRates]] = {}
         self.spec = spec
         self.communicator = communicator
         self.parameters = dict(model.named_parameters())
         self.plans = parameter_plans(spec)
         self.plain_kernels = plain_kernels
-        self.tied = True
+        self.tied = self.tied_label is not None
         self.adam_counts = dict.fromkeys(spec.adam.groups, 0)
         self.state: dict[str, State] = {}
         for label, plan in self.plans.items():
-            if label != TIED:
+            if label != self.tied_label:
                 self.state[label] = self._bank_state(label) if plan.bank else self._adam_state(label)
         self.multipliers = {
             label: self._multipliers(label, self._own(plan, self.parameters[label].data))
@@ -79,10 +92,8 @@ class NorMuonAdam:
     # --- views and state ---
 
     def _matrices(self, label: str, full: Tensor) -> Tensor:
-        """A bank as (matrices, rows, columns): the matrix of each of attention's q, k, v, o, or up and down."""
-        width = full.shape[-1]
-        rows = width if label == "attn" else full.shape[-2]
-        return full.view(-1, rows, width)
+        """A bank as (matrices, rows, columns)."""
+        return full.view(-1, self.matrix_rows[label], full.shape[-1])
 
     def _view(self, plan: ParameterPlan, full: Tensor) -> Tensor:
         return self._matrices(plan.label, full) if plan.bank else full
@@ -113,12 +124,20 @@ class NorMuonAdam:
 
     # --- a step ---
 
+    def expect_rows(self, rows: Mapping[str, Sequence[Rows]], rates: NorMuonAdamRates) -> None:
+        """The tables' gradients will have these rows; before an Adam step they are all known."""
+        for touched in self.touched.values():
+            touched.add(rows[touched.extra])
+            if rates.adam_step:
+                touched.prepare()
+
     @torch.no_grad()
-    def step(self, rates: StepRates) -> None:
+    def step(self, rates: NorMuonAdamRates) -> None:
         """Reduce, update, gather, clear; see the module. Raises RuntimeError where a parameter has no gradient."""
-        plan = step_plan(self.spec, adam_step=rates.adam_step, tied=self.tied)
-        if rates.adam_step and self.tied:
-            transpose_add(self._gradient(TIED), self._gradient(HEAD))
+        tied, head = (self.tied_label, self.head_label) if self.tied else (None, None)
+        plan = step_plan(self.spec, adam_step=rates.adam_step, tied=tied)
+        if rates.adam_step and tied is not None and head is not None:
+            transpose_add(self._gradient(tied), self._gradient(head))
 
         reductions = {p.label: self._start_reduction(p, self._gradient(p.label)) for p in plan.reduce}
         gathers = self._update_waiting()
@@ -135,13 +154,13 @@ class NorMuonAdam:
                 if p.sharded:
                     gathers[p.label] = self.communicator.gather(self._view(p, self.parameters[p.label].data))
 
-        if rates.adam_step and self.tied:
-            if HEAD in gathers:
-                gathers.pop(HEAD).wait()
-            transpose_copy(self.parameters[HEAD].data, self.parameters[TIED].data)
-            self._clear(TIED)
+        if rates.adam_step and tied is not None and head is not None:
+            if head in gathers:
+                gathers.pop(head).wait()
+            transpose_copy(self.parameters[head].data, self.parameters[tied].data)
+            self._clear(tied)
             if rates.split:
-                self._split()
+                self._split(tied, head)
         for p in plan.delayed:  # a copy: the next step adds to the gradient while this one travels
             self.waiting[p.label] = self._start_reduction(p, self._gradient(p.label).clone()), rates
             self._clear(p.label)
@@ -176,15 +195,16 @@ class NorMuonAdam:
     def _start_reduction(self, plan: ParameterPlan, gradient: Tensor) -> Pending:
         """Of this rank's `gradient`, the parameter's shape, which is used up."""
         gradient = self._view(plan, gradient)
-        if plan.label == SPARSE and plan.sharded and self.touched is not None:
-            exchange = self.touched.take()
-            self.touched.clear()
+        touched = self.touched.get(plan.label)
+        if plan.sharded and touched is not None:
+            exchange = touched.take()
+            touched.clear()
             if exchange is not None:
                 return average_touched_shard(self.communicator, gradient, exchange)
         return self.communicator.average_shard(gradient) if plan.sharded else self.communicator.average(gradient)
 
     def _update_adam(
-        self, labels: Sequence[str], own: Sequence[Tensor], gradients: Sequence[Tensor], rates: StepRates
+        self, labels: Sequence[str], own: Sequence[Tensor], gradients: Sequence[Tensor], rates: NorMuonAdamRates
     ) -> None:
         adam, step_sizes, decays = self.spec.adam, [], []
         for label in labels:
@@ -204,7 +224,7 @@ class NorMuonAdam:
             adam.eps,
         )
 
-    def _update_bank(self, label: str, own: Tensor, gradient: Tensor, rates: StepRates) -> None:
+    def _update_bank(self, label: str, own: Tensor, gradient: Tensor, rates: NorMuonAdamRates) -> None:
         normuon, state = self.spec.normuon, self.state[label]
         lr = normuon.lr * rates.lr_factor
         self._normuon(
@@ -226,14 +246,14 @@ class NorMuonAdam:
     def warm_up(self, world_size: int) -> None:
         """Run the updates of a rank of `world_size` once on tensors of zeros, so that they are compiled."""
         zeros = nn.ParameterDict({label: torch.zeros_like(full) for label, full in self.parameters.items()})
-        twin = NorMuonAdam(zeros, self.spec, RankOf(world_size), plain_kernels=self.plain_kernels)
-        twin.state[TIED] = twin._adam_state(TIED)
-        twin.adam_counts[TIED] = 0
+        twin = NorMuonAdam(zeros, self.rows, self.spec, RankOf(world_size), plain_kernels=self.plain_kernels)
+        if self.tied_label is not None:
+            twin.state[self.tied_label] = twin._adam_state(self.tied_label)
         twin._adam, twin._normuon = self._adam, self._normuon
         for label, plan in self.plans.items():
             if plan.sharded:  # the others are the same on any number of ranks
                 own = twin._own(plan, twin.parameters[label].data)
-                rates = StepRates(lr_factor=1.0, momentum=0.9)
+                rates = NorMuonAdamRates(lr_factor=1.0, momentum=0.9)
                 if plan.bank:
                     twin._update_bank(label, own, torch.zeros_like(own), rates)
                 else:
@@ -248,15 +268,15 @@ class NorMuonAdam:
         values = [shape_factor * muls[(first + i) % len(muls)] for i in range(count)]
         return torch.tensor(values, device=own.device).view(count, 1, 1)
 
-    def _split(self) -> None:
-        """From now on embed has an Adam state of its own, lm_head's transposed, and its step count."""
-        head, tied = self.plans[HEAD], self.plans[TIED]
-        self.state[TIED] = {}
-        for name, own in self.state[HEAD].items():
-            full = self.communicator.unshard(own) if head.sharded else own
+    def _split(self, tied: str, head: str) -> None:
+        """From now on the tied parameter has an Adam state of its own, the head's transposed, and its step count."""
+        self.state[tied] = {}
+        for name, own in self.state[head].items():
+            full = self.communicator.unshard(own) if self.plans[head].sharded else own
             transposed = full.mT.contiguous()
-            self.state[TIED][name] = self.communicator.shard(transposed).clone() if tied.sharded else transposed
-        self.adam_counts[TIED] = self.adam_counts[HEAD]
+            sharded = self.plans[tied].sharded
+            self.state[tied][name] = self.communicator.shard(transposed).clone() if sharded else transposed
+        self.adam_counts[tied] = self.adam_counts[head]
         self.tied = False
 
     # --- checkpoints ---
@@ -293,23 +313,24 @@ class NorMuonAdam:
         """Take over a `state_dict` of any world size; tensors are copied. Other gradients are cleared."""
         self.tied = state["tied"]
         self.adam_counts = dict(state["adam_counts"])
-        if self.tied:
-            self.state.pop(TIED, None)
-        elif TIED not in self.state:
-            self.state[TIED] = self._adam_state(TIED)
+        tied = self.tied_label
+        if tied is not None and self.tied:
+            self.state.pop(tied, None)
+        elif tied is not None and tied not in self.state:
+            self.state[tied] = self._adam_state(tied)
         for label, tensors in state["tensors"].items():
             for name, full in tensors.items():
                 own = self.communicator.shard(full) if self.plans[label].sharded else full
                 self.state[label][name].copy_(own)
-        if self.touched is not None:
-            if SPARSE in state["pending_gradients"]:
-                self.touched.forget()
+        for label, touched in self.touched.items():
+            if label in state["pending_gradients"]:
+                touched.forget()
             else:
-                self.touched.clear()
+                touched.clear()
         self.waiting = {}
         for label, kept in state.get("waiting", {}).items():
             own = self._own(self.plans[label], kept["gradient"]).to(self.parameters[label], copy=True)
-            self.waiting[label] = completed(own), StepRates(lr_factor=kept["lr_factor"])
+            self.waiting[label] = completed(own), NorMuonAdamRates(lr_factor=kept["lr_factor"])
         self.gathering = bool(state["pending_gradients"])
         for label, parameter in self.parameters.items():
             self._clear(label)

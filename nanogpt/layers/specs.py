@@ -1,0 +1,59 @@
+"""The numbers that layers take from a model's spec. No torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from nanogpt.spec_fields import NOT_COMPILED, Count, Finite, Index, NonNegative, Positive, Strict
+
+
+class RotarySpec(Strict):
+    """Half-truncated rotary embedding and YaRN's rule for longer windows."""
+
+    base: Annotated[Positive, NOT_COMPILED] = Field(description="frequencies are (1/base)^(j/(n-1)), j = 0..n-1")
+    frequencies: Count = Field(description="n; 2 n channels of a head are rotated, the rest are left alone")
+    yarn_low: Annotated[Positive, NOT_COMPILED] = Field(
+        description="rotations in the old window below which a frequency is interpolated fully"
+    )
+    yarn_high: Annotated[Positive, NOT_COMPILED] = Field(description="rotations above which a frequency is left alone")
+    yarn_temperature: Annotated[NonNegative, NOT_COMPILED] = Field(
+        description="attn_scale grows by 1 + yarn_temperature * ln(new/old)"
+    )
+
+
+class SoftcapSpec(Strict):
+    """z = cap * sigmoid((logit + shift) / scale)."""
+
+    cap: Positive
+    shift: Finite
+    scale: Positive
+
+
+class MuddSpec(Strict):
+    """The small nets that make a token's connections and gates: `scale * (W2 gelu(W1 x) + b)`."""
+
+    hidden: Count
+    scale: Positive = Field(description="of the connections; the gates' scale starts here and is learned")
+
+
+class MlpFp8Spec(Strict):
+    """Scales of the MLP's products where they run in 8 bits (`runtime.mlp_precision`)."""
+
+    activation_headroom: Positive = Field(description="the next micro-batch may be so many times as large as this one")
+    weight_headroom: Annotated[Positive, NOT_COMPILED] = Field(
+        description="the next step's weights may be so many times as large as these"
+    )
+    bootstrap_steps: Annotated[Index, NOT_COMPILED] = Field(
+        description="steps after which the down weights' scale is still measured afresh"
+    )
+    gradients: Literal["bf16", "activations", "all"] = Field(
+        default="bf16", description="which gradients are 8-bit products too: none, those of activations, of weights too"
+    )
+    input_scale: Literal["measured", "bound"] = Field(
+        default="measured", description="of the MLP's input: by its largest, or by what a norm's output cannot exceed"
+    )
+    square: Literal["bf16", "e4m3"] = Field(
+        default="bf16", description="how the backward pass is left the activation; e4m3 needs gradients: all"
+    )

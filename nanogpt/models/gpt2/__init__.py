@@ -1,0 +1,1 @@
+"""The classic GPT-2 124M, a baseline."""

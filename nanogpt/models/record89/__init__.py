@@ -1,0 +1,1 @@
+"""Public record 89 (July 2026)."""

@@ -1,0 +1,1 @@
+"""The speedrun, about record 67 of the public history."""

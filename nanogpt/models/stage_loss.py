@@ -1,0 +1,44 @@
+"""What a stage of the schedule says of the loss. No torch."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from nanogpt.spec_fields import NOT_COMPILED, Compiled, NonNegative, Strict
+
+
+class PrefixWeight(Strict):
+    """Loss weight of the next token's prefix (its longest beginning that is a token), linear over a stage."""
+
+    first: Annotated[NonNegative, NOT_COMPILED]
+    last: Annotated[NonNegative, NOT_COMPILED] = Field(
+        description="where it would arrive at the next stage's first step"
+    )
+
+    def at(self, progress: float) -> float:
+        """The weight when `progress` of the stage's steps are done."""
+        return self.first + (self.last - self.first) * progress
+
+
+class StageLoss(Strict):
+    """The terms of the loss in a stage, and their weights."""
+
+    token_weights: Annotated[list[NonNegative], Compiled(len)] = Field(
+        min_length=1,
+        max_length=8,
+        description="loss weights of the next tokens; the last of several falls to 0",
+    )
+    prefix_weight: PrefixWeight | None = Field(default=None, description="null: prefixes are not predicted")
+
+    def token_weights_at(self, progress: float) -> tuple[float, ...]:
+        """The weights when `progress` of the stage's steps are done; the last of several falls linearly to 0."""
+        if len(self.token_weights) == 1:
+            return tuple(self.token_weights)
+        return (*self.token_weights[:-1], self.token_weights[-1] * (1 - progress))
+
+    @property
+    def terms(self) -> tuple[int, bool]:
+        """What of it decides the graph: how many next tokens, and whether prefixes too."""
+        return len(self.token_weights), self.prefix_weight is not None

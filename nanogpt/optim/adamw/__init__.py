@@ -1,0 +1,1 @@
+"""AdamW, for the GPT-2 baseline."""

@@ -1,0 +1,1 @@
+"""NorMuon on banks of matrices, Adam on everything else."""

@@ -1,0 +1,267 @@
+"""NorMuon and Adam side by side: the spec, its checks against a table of parameters, and its schedule. No torch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from nanogpt.optim.optimizer_spec import BaseOptimizerSpec
+from nanogpt.parameters import Adam, NorMuon, Parameter
+from nanogpt.spec_fields import (
+    NOT_COMPILED,
+    Beta,
+    Betas,
+    Count,
+    Index,
+    NonNegative,
+    Polynomial,
+    Positive,
+    Problem,
+    Strict,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from nanogpt.optim.communication import Communicator
+    from nanogpt.optim.normuon_adam.optimizer import NorMuonAdam
+    from nanogpt.optim.normuon_adam.step_order import NorMuonAdamRates
+    from nanogpt.optim.row_table import TouchedRows
+
+Communication = Literal["replicated", "sharded"]
+
+
+class AdamGroup(Strict):
+    """Adam's settings of one parameter."""
+
+    betas: Betas
+    lr_mul: Annotated[Positive, NOT_COMPILED]
+    wd_mul: Annotated[NonNegative, NOT_COMPILED]
+    communication: Communication
+
+
+class AdamSpec(Strict):
+    """Adam with cautious weight decay, for everything that is not a bank of matrices."""
+
+    lr: Annotated[Positive, NOT_COMPILED]
+    eps: Positive
+    weight_decay: Annotated[NonNegative, NOT_COMPILED]
+    every: Annotated[Count, NOT_COMPILED] = Field(
+        description="Adam steps on the last of every N steps; gradients are summed over them"
+    )
+    groups: dict[str, AdamGroup]
+    delayed: Annotated[list[str], NOT_COMPILED] = Field(  # when an update is made, not how
+        default=[],
+        description="groups that are updated one step later, so that ranks add up their gradients while that one runs",
+    )
+
+
+class MomentumSpec(Strict):
+    """NorMuon's momentum: `low` to `high` over the first warmup_steps, back to `low` over the last cooldown_steps."""
+
+    low: Annotated[Beta, NOT_COMPILED]
+    high: Annotated[Beta, NOT_COMPILED]
+    warmup_steps: Annotated[Index, NOT_COMPILED]
+    cooldown_steps: Annotated[Index, NOT_COMPILED]
+
+
+class BankGroup(Strict):
+    """NorMuon's settings of one bank of matrices."""
+
+    lr_muls: Annotated[list[Positive], NOT_COMPILED] = Field(
+        min_length=1, description="multipliers of the bank's matrices, repeated in turn"
+    )
+    communication: Communication
+
+
+class NorMuonSpec(Strict):
+    """NorMuon: momentum, Polar Express, variance reduction by row, cautious decay."""
+
+    lr: Annotated[Positive, NOT_COMPILED]
+    beta2: Beta
+    weight_decay: Annotated[NonNegative, NOT_COMPILED]
+    momentum: MomentumSpec
+    norm_margin: Positive = Field(description="the matrix is divided by this much times its Frobenius norm first")
+    polar_express: list[Polynomial] = Field(
+        min_length=1, description="(a, b, c) of each iteration X <- aX + (bA + cAA)X, A = XX^T"
+    )
+    groups: dict[str, BankGroup]
+
+
+class TiedHeadSpec(Strict):
+    """The embedding is the head transposed until they split after the first Adam step of a stage."""
+
+    split_stage: Annotated[Index, NOT_COMPILED]
+
+
+class NorMuonAdamSpec(BaseOptimizerSpec):
+    """Adam and NorMuon side by side, with explicit orders of communication and work.
+
+    The groups and orders of a recipe that does not name them are those of the model's table of parameters.
+    """
+
+    trains: ClassVar[tuple[type, ...]] = (Adam, NorMuon)
+
+    kind: Literal["normuon_adam"]
+    adam: AdamSpec
+    normuon: NorMuonSpec
+    tied_head: TiedHeadSpec
+    reduce_order: Annotated[list[str], NOT_COMPILED]
+    # But for neighbours in it that are updated by one function: `updated_together`.
+    update_order: Annotated[list[str], NOT_COMPILED]
+
+    @classmethod
+    def defaults(cls, rows: Sequence[Parameter]) -> dict[str, Any]:
+        """The table as a recipe would say it."""
+        adam, normuon = {}, {}
+        for row in rows:
+            communication = "sharded" if getattr(row.train, "sharded", False) else "replicated"
+            if isinstance(row.train, Adam):
+                numbers = {"betas": list(row.train.betas), "lr_mul": row.train.lr_mul, "wd_mul": row.train.wd_mul}
+                adam[row.name] = {**numbers, "communication": communication}
+            elif isinstance(row.train, NorMuon):
+                normuon[row.name] = {"lr_muls": list(row.train.lr_muls), "communication": communication}
+        return {
+            "adam": {"groups": adam},
+            "normuon": {"groups": normuon},
+            "reduce_order": [row.name for row in rows],
+            "update_order": [row.name for row in sorted(rows, key=lambda row: row.update)],
+        }
+
+    def problems(
+        self, rows: Sequence[Parameter], *, world_size: int, stages: int, total_steps: int
+    ) -> Iterator[Problem]:
+        """Groups and orders that are not the table's, shards that ranks cannot share, a schedule that does not fit."""
+        yield from self._sharding_problems(rows, world_size)
+        labels = [row.name for row in rows]
+        adam_labels = [row.name for row in rows if isinstance(row.train, Adam)]
+        banks = [row.name for row in rows if isinstance(row.train, NorMuon)]
+        for path, found, wanted in (
+            (("adam", "groups"), list(self.adam.groups), adam_labels),
+            (("normuon", "groups"), list(self.normuon.groups), banks),
+            (("reduce_order",), self.reduce_order, labels),
+            (("update_order",), self.update_order, labels),
+        ):
+            missing = [label for label in wanted if label not in found]
+            unknown = [f"{label}{_nearest(label, wanted)}" for label in found if label not in wanted]
+            twice = sorted({label for label in found if found.count(label) > 1})
+            parts = [
+                f"{word} {', '.join(names)}"
+                for word, names in (("misses", missing), ("does not know", unknown), ("names twice", twice))
+                if names
+            ]
+            if parts:
+                yield path, f"{'; '.join(parts)} (the model's parameters are {', '.join(wanted)})"
+        tied = {name for row in rows if row.tied_to for name in (row.name, row.tied_to)}
+        may_wait = [label for label in adam_labels if label not in tied]
+        for label in self.adam.delayed:
+            if label not in may_wait:
+                yield ("adam", "delayed"), f"{label}{_nearest(label, may_wait)}: can be any of {', '.join(may_wait)}"
+        momentum = self.normuon.momentum
+        if momentum.warmup_steps + momentum.cooldown_steps > total_steps:
+            yield (
+                ("normuon", "momentum"),
+                f"warms up for {momentum.warmup_steps} and cools down for {momentum.cooldown_steps} steps,"
+                f" the run has {total_steps}",
+            )
+        if self.tied_head.split_stage >= stages:
+            yield (
+                ("tied_head", "split_stage"),
+                f"is {self.tied_head.split_stage}, the run has stages 0..{stages - 1}",
+            )
+
+    def _sharding_problems(self, rows: Sequence[Parameter], world_size: int) -> Iterator[Problem]:
+        groups: dict[str, AdamGroup | BankGroup] = {**self.adam.groups, **self.normuon.groups}
+        for row in rows:
+            group = groups.get(row.name)
+            if group is not None and group.communication == "sharded" and row.units % world_size:
+                part, unit = ("normuon", "matrices") if isinstance(row.train, NorMuon) else ("adam", "rows")
+                hint = f"; model.{row.padding} can fill up" if row.padding else ""
+                yield (
+                    (part, "groups", row.name, "communication"),
+                    f"sharded needs {unit} that {world_size} ranks share evenly, {row.name} has {row.units}{hint}",
+                )
+
+    @property
+    def steps_between_updates(self) -> int:
+        """Adam's."""
+        return self.adam.every
+
+    def is_adam_step(self, step: int) -> bool:
+        """Adam's parameters step on the last of every `adam.every` steps."""
+        return step % self.adam.every == self.adam.every - 1
+
+    def momentum(self, step: int, total_steps: int) -> float:
+        """NorMuon's mu: up over the first steps, down over the last."""
+        m = self.normuon.momentum
+        if step < m.warmup_steps:
+            return m.low + (m.high - m.low) * step / m.warmup_steps
+        cooldown = total_steps - m.cooldown_steps
+        if step > cooldown:
+            return m.high - (m.high - m.low) * (step - cooldown) / m.cooldown_steps
+        return m.high
+
+    def split_step(self, first_steps: Sequence[int]) -> int:
+        """The first Adam step of the split stage; itself still tied."""
+        step = first_steps[self.tied_head.split_stage]
+        while not self.is_adam_step(step):
+            step += 1
+        return step
+
+    def rates(self, step: int, lr_factor: float, *, first_steps: Sequence[int], total_steps: int) -> NorMuonAdamRates:
+        """See the base."""
+        from nanogpt.optim.normuon_adam.step_order import NorMuonAdamRates
+
+        return NorMuonAdamRates(
+            lr_factor=lr_factor,
+            momentum=self.momentum(step, total_steps),
+            adam_step=self.is_adam_step(step),
+            split=step == self.split_step(first_steps),
+        )
+
+    def shortened(self, scaled: Callable[[int], int], total_steps: int) -> dict[str, Any]:
+        """Momentum's warm-up and cooldown keep their shares of the run."""
+        data = self.model_dump()
+        momentum = data["normuon"]["momentum"]
+        momentum["warmup_steps"] = scaled(momentum["warmup_steps"])
+        momentum["cooldown_steps"] = min(scaled(momentum["cooldown_steps"]), total_steps - momentum["warmup_steps"])
+        return data
+
+    def updated_together(self, rows: Sequence[Parameter]) -> list[list[str]]:
+        """See the base."""
+        from nanogpt.optim.normuon_adam.step_order import compiled_updates
+
+        return compiled_updates(self, rows)
+
+    def build(
+        self,
+        model: nn.Module,
+        rows: Sequence[Parameter],
+        communicator: Communicator,
+        *,
+        compiled: bool = False,
+        plain_kernels: bool = False,
+        touched: dict[str, TouchedRows] | None = None,
+        keep_gradients: bool = False,
+    ) -> NorMuonAdam:
+        """See the base."""
+        from nanogpt.optim.normuon_adam.optimizer import NorMuonAdam
+
+        return NorMuonAdam(
+            model,
+            rows,
+            self,
+            communicator,
+            compiled=compiled,
+            plain_kernels=plain_kernels,
+            touched=touched,
+            keep_gradients=keep_gradients,
+        )
+
+
+def _nearest(word: str, allowed: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, allowed, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
