@@ -436,7 +436,10 @@ def _dotted(path: KeyPath) -> str:
 
 
 def _explain(error: ValidationError, source: _Source) -> Iterable[str]:
-    for details in error.errors(include_url=False):
+    found = error.errors(include_url=False)
+    if any(details["loc"][:1] == ("model",) for details in found):  # then its table could not fill the optimizer's part
+        found = [details for details in found if details["type"] != "missing" or details["loc"][:1] != ("optimizer",)]
+    for details in found:
         cross = details.get("ctx", {}).get("error")
         if isinstance(cross, CrossCheckError):
             for path, text in cross.problems:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from nanogpt.data.batches import MicroBatch
+from nanogpt.models.model_spec import BaseModelSpec
 from nanogpt.recipe import load_recipe
 from nanogpt.spec import RunSpec
 
@@ -42,6 +46,12 @@ def _small(recipe: str, head_dim: int, overrides: Iterable[str]) -> RunSpec:
     sizes = (f"model.head_dim={head_dim}", f"model.width={6 * head_dim}", f"model.rotary.frequencies={head_dim // 4}")
     machine = ("hardware.gpu=cpu", "hardware.gpus_per_node=1", "runtime.dtype=fp32")
     return load_recipe(recipe, [*SMALL, *sizes, *machine, *overrides])
+
+
+def batch_of(spec: BaseModelSpec, inputs: torch.Tensor, *rest: Any) -> MicroBatch:
+    """A micro-batch of inputs (T,), and what else one is made of, with what the model wants besides."""
+    extras = spec.batch_extras(inputs.numpy().astype(np.uint16))
+    return MicroBatch(inputs.int(), *rest, {name: torch.from_numpy(values) for name, values in extras.items()})
 
 
 @torch.no_grad()

@@ -34,8 +34,8 @@ SOURCES = (
     "layers",
     "models",
     "optim",
+    "training/build.py",
     "training/implementations.py",
-    "training/trainer.py",
     "training/micro_step.py",
 )
 

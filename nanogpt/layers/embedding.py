@@ -1,4 +1,4 @@
-"""Token-level mixing before the first layer: smear, hashed bigrams, value embeddings and their gates.
+"""Token-level mixing before the first layer: smear, the signs of hashed bigrams, gates of heads and values.
 
 All of it runs over the flat stream of a micro-batch, across document boundaries.
 """
@@ -18,20 +18,6 @@ def smear(
     """Add to each token a gated share of the embedding before it (the unsmeared one); token 0 stays. Returns (T, D)."""
     gate = strength * torch.sigmoid(e[1:, : gate_weight.shape[1]] @ gate_weight.mT)
     return torch.cat((e[:1], e[1:] + gate * e[:-1]))
-
-
-def bigram_hash(
-    tokens: Tensor,  # (T,) integers
-    rows: int,
-    multipliers: tuple[int, int],
-) -> Tensor:
-    """Row of the bigram table for each token and the one before it: (T,) int64.
-
-    `((m0 * tok[t]) xor (m1 * tok[t-1])) mod (rows - 1)`; the last row is kept for token 0, which has none before it.
-    """
-    wide = tokens.to(torch.int64)
-    mixed = (multipliers[0] * wide[1:]).bitwise_xor(multipliers[1] * wide[:-1]) % (rows - 1)
-    return torch.cat((wide.new_full((1,), rows - 1), mixed))
 
 
 def bigram_sign(

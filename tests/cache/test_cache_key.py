@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import shutil
 import types
-import typing
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import torch
 import yaml
-from pydantic import BaseModel
 from tiny_runs import tiny_spec
 
 from nanogpt.cache.compile_cache import differences, file_name
 from nanogpt.cache.key import (
-    REACHES,
     SOURCES,
-    STAYS_OUTSIDE,
     cache_key,
     graph_settings,
     graph_source_sha256,
@@ -28,38 +23,32 @@ from nanogpt.cache.key import (
 )
 from nanogpt.runs.provenance import package_directory
 from nanogpt.spec import RunSpec
+from nanogpt.spec_fields import NOT_COMPILED, Compiled, Strict, compiled_values
 
 CPU = torch.device("cpu")
 
 
-def patterns(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every key that a spec can have, `*` and `[]` for the names and entries of tables and lists."""
-    for name, field in model.model_fields.items():
-        yield from _patterns(field.annotation, f"{prefix}.{name}" if prefix else name)
+def test_a_field_that_nobody_has_marked_reaches_compiled_code():
+    class Part(Strict):
+        plain: int
+        told: Annotated[int, NOT_COMPILED]
+        counted: Annotated[list[int], Compiled(len)]
 
+    class Absent(Strict):
+        nothing: Annotated[int, NOT_COMPILED]
 
-def _patterns(annotation: Any, path: str) -> Iterator[str]:
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield from patterns(annotation, path)
-    elif origin is typing.Annotated:
-        yield from _patterns(arguments[0], path)
-    elif origin in (typing.Union, types.UnionType):
-        for argument in arguments:
-            yield from _patterns(argument, path)
-    elif origin is dict and list(_patterns(arguments[1], f"{path}.*")) != [f"{path}.*"]:
-        yield from _patterns(arguments[1], f"{path}.*")
-    elif origin is list and list(_patterns(arguments[0], f"{path}[]")) != [f"{path}[]"]:
-        yield from _patterns(arguments[0], f"{path}[]")
-    else:
-        yield path
+    class Whole(Strict):
+        part: Part
+        parts: list[Part]
+        named: dict[str, Part]
+        there: Absent | None
+        left: Annotated[Part, NOT_COMPILED]
 
-
-def test_every_key_of_a_spec_is_classified():
-    """A new key of a spec must be put into REACHES or STAYS_OUTSIDE of nanogpt/cache/key.py."""
-    known = set(REACHES) | STAYS_OUTSIDE
-    assert not set(REACHES) & STAYS_OUTSIDE
-    assert set(patterns(RunSpec)) == known
+    part = Part(plain=1, told=2, counted=[3, 4])
+    whole = Whole(part=part, parts=[part], named={"a": part}, there=Absent(nothing=1), left=part)
+    places = ("part", "parts[0]", "named.a")
+    expected = {f"{place}.{name}": value for place in places for name, value in (("plain", 1), ("counted", 2))}
+    assert dict(compiled_values(whole)) == {**expected, "there": "Absent"}
 
 
 def digest(*overrides: str, model: str = "speedrun") -> str:
@@ -147,14 +136,9 @@ def test_a_change_of_any_source_of_graphs_changes_the_key(tmp_path: Path):
     start = graph_source_sha256(package)
     assert start == graph_source_sha256()
     files = sorted(package.rglob("*.py"))
-    assert {
-        "relu_squared_mlp_triton.py",
-        "attention_plain.py",
-        "speedrun.py",
-        "rotary.py",
-        "adam.py",
-        "trainer.py",
-    } <= {file.name for file in files}
+    assert {"relu_squared_mlp_triton.py", "attention_plain.py", "record_model.py", "rotary.py", "adam.py"} <= {
+        file.name for file in files
+    }
     for file in files:
         text = file.read_text()
         file.write_text(text + "\n# changed\n")
@@ -192,3 +176,26 @@ def test_the_gpu_is_part_of_the_key(monkeypatch: pytest.MonkeyPatch):
     assert file_name(h100).startswith("h100-torch")
     # The first of a node's GPUs or the last: the same code.
     assert cache_key(tiny_spec(), torch.device("cuda", 3)) == a100
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "training/report.py",
+        "training/trainer.py",
+        "training/checkpoint.py",
+        "training/recorder.py",
+        "runs/display.py",
+        "runs/record.py",
+        "cli/train.py",
+        "data/batches.py",
+        "launch/watchdog.py",
+    ],
+)
+def test_reports_checkpoints_and_the_command_line_leave_the_key(tmp_path: Path, name: str):
+    package = tmp_path / "nanogpt"
+    shutil.copytree(package_directory(), package, ignore=shutil.ignore_patterns("__pycache__", "embedded", "gpt2"))
+    shutil.copytree(package_directory() / "models" / "gpt2", package / "models" / "gpt2", dirs_exist_ok=True)
+    file = package / name
+    file.write_text(file.read_text() + "\nprint('another line of the log')\n")
+    assert graph_source_sha256(package) == graph_source_sha256()

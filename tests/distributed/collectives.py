@@ -57,7 +57,7 @@ for dtype, allowed in ((torch.float32, 1e-6), (torch.bfloat16, 0.02)):
     rng = np.random.default_rng(0)
     slots = [np.unique(rng.integers(0, ROWS, 3 + slot)) for slot in range(2 * size)]
     slots[1] = np.zeros(0, dtype=np.int64) if size == 2 else slots[1]
-    touched = TouchedRows(ROWS, rank, size, "sparse", DEVICE)
+    touched = TouchedRows(ROWS, "rows", rank, size, "sparse", DEVICE)
     touched.add(slots)
     touched.prepare()
     gradient = torch.zeros(ROWS, WIDTH, dtype=dtype)

@@ -40,15 +40,13 @@ from triton.runtime.jit import JITFunction
 import nanogpt.kernels
 from nanogpt.data.batches import MicroBatch, cu_seqlens_length
 from nanogpt.models.language_model import Implementations, Windows
-from nanogpt.models.record_model import RecordModel
-from nanogpt.models.record89.model import Record89
-from nanogpt.models.speedrun.model import Speedrun
+from nanogpt.models.record_model import LossInputs, RecordModel
+from nanogpt.models.record_spec import BIGRAM_ROWS
 from nanogpt.optim.communication import Communicator
 from nanogpt.optim.normuon_adam.optimizer import NorMuonAdam
-from nanogpt.optim.optimizer import StepRates
+from nanogpt.optim.normuon_adam.step_order import NorMuonAdamRates
 from nanogpt.recipe import load_recipe
 from nanogpt.spec import RunSpec
-from nanogpt.models.record89.spec import Record89ModelSpec
 from nanogpt.training.micro_step import MicroStep
 
 
@@ -256,6 +254,7 @@ def _micro_batch(tokens: int, max_seqlen: int, max_documents: int | None) -> Mic
         targets=torch.zeros(tokens, dtype=torch.int64, device="meta"),
         cu_seqlens=torch.zeros(cu_seqlens_length(tokens, max_documents), dtype=torch.int32, device="meta"),
         max_seqlen=max_seqlen,
+        extras={BIGRAM_ROWS: torch.zeros(tokens, dtype=torch.int64, device="meta")},
     )
 
 
@@ -265,11 +264,8 @@ def make_steps(spec: RunSpec, implementations: Implementations) -> None:
     dtype = torch.bfloat16
     with torch.device("meta"):
         model: RecordModel[Any]
-        if isinstance(spec.model, Record89ModelSpec):
-            model = Record89(spec.model, dtype=dtype, max_tokens=tokens, implementations=implementations)
-        else:
-            model = Speedrun(spec.model, dtype=dtype, max_tokens=tokens, implementations=implementations)
-    optimizer = NorMuonAdam(model, spec.optimizer, Communicator())
+        model = spec.model.build(dtype=dtype, max_tokens=tokens, implementations=implementations)
+    optimizer = NorMuonAdam(model, model.rows, spec.optimizer, Communicator())
     micro_step = MicroStep(model, model.training_loss, grad_scale=1.0)
     windows = Windows(short=training.window_block, long=3 * training.window_block).at_run_time()
     for stage in training.all_stages:
@@ -277,9 +273,8 @@ def make_steps(spec: RunSpec, implementations: Implementations) -> None:
         batch = _micro_batch(stage.batch_tokens // training.slots, longest, stage.max_documents)
         weights = torch.ones(len(stage.token_weights), device="meta")
         prefix_weight = torch.ones((), device="meta") if stage.prefix_weight else None
-        arguments = (windows, weights) if prefix_weight is None else (windows, weights, prefix_weight)
-        micro_step.compute(batch, arguments)
-    optimizer.step(StepRates(lr_factor=1.0, momentum=0.9))
+        micro_step.compute(batch, LossInputs(windows, weights, prefix_weight))
+    optimizer.step(NorMuonAdamRates(lr_factor=1.0, momentum=0.9))
     model.weights_changed(0)
     for ranks in (2, 4, 8):
         optimizer.warm_up(ranks)

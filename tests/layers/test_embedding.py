@@ -1,4 +1,4 @@
-"""Smear, bigram hash and gates, token by token."""
+"""Smear and gates, token by token."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from nanogpt.layers.embedding import bigram_hash, bigram_sign, head_gate, smear, value_gate
+from nanogpt.layers.embedding import bigram_sign, head_gate, smear, value_gate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -25,27 +25,6 @@ def test_smear_adds_the_unsmeared_token_before():
     for t in range(1, 6):
         gate = 0.7 * sigma(sum(a * b for a, b in zip(weight[0].tolist(), e[t, :12].tolist(), strict=True)))
         torch.testing.assert_close(y[t], e[t] + gate * e[t - 1])
-
-
-def test_bigram_rows():
-    tokens = torch.tensor([50256, 0, 1, 50256, 50255], dtype=torch.int32)
-    rows = bigram_hash(tokens, 251520, (36313, 27191))
-    assert rows.dtype == torch.int64
-    # 27191 * 50256 = 1,366,510,896; 36313 * 50256 = 1,824,946,128; 36313 * 50255 = 1,824,909,815
-    assert rows.tolist() == [
-        251519,
-        1_366_510_896 % 251_519,
-        36_313 % 251_519,
-        (1_824_946_128 ^ 27_191) % 251_519,
-        (1_824_909_815 ^ 1_366_510_896) % 251_519,
-    ]
-
-
-def test_the_last_bigram_row_belongs_to_the_first_token_alone():
-    tokens = torch.randint(0, 50257, (20_000,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
-    rows = bigram_hash(tokens, 98, (36313, 27191))
-    assert rows[0] == 97
-    assert sorted(rows[1:].unique().tolist()) == list(range(97))
 
 
 def test_head_gate_reads_the_leading_channels():

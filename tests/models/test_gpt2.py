@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from small_specs import relative_error
 
 from nanogpt.data.batches import MicroBatch
+from nanogpt.models.gpt2.definition import dense_logits
 from nanogpt.models.gpt2.model import Gpt2, split_documents
 from nanogpt.models.language_model import Implementations, Windows
 from nanogpt.recipe import load_recipe
@@ -37,54 +38,13 @@ def make_batch() -> MicroBatch:
     return MicroBatch(stream[:-1].int(), stream[1:], torch.tensor([0, *ENDS, 64, 64], dtype=torch.int32), 25)
 
 
-def layer_norm(x, p, name):
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-5) * p[f"{name}.weight"] + p[f"{name}.bias"]
-
-
-def linear(x, p, name):
-    return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
-
-
-def gelu(x):
-    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
-def dense_piece(p: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
-    """Logits (n, V) of at most 10 tokens that see nothing else."""
-    n = len(tokens)
-    x = p["embed.weight"][tokens] + p["positions.weight"][:n]
-    for i in range(2):
-        u = layer_norm(x, p, f"blocks.{i}.ln_1")
-        q, k, v = linear(u, p, f"blocks.{i}.qkv").split(24, dim=1)
-        heads = []
-        for h in range(3):
-            part = slice(8 * h, 8 * h + 8)
-            scores = q[:, part] @ k[:, part].T / math.sqrt(8)
-            scores = scores.masked_fill(torch.ones(n, n).triu(1).bool(), -math.inf)
-            heads.append(scores.softmax(dim=1) @ v[:, part])
-        x = x + linear(torch.cat(heads, dim=1), p, f"blocks.{i}.attn_out")
-        u = layer_norm(x, p, f"blocks.{i}.ln_2")
-        x = x + linear(gelu(linear(u, p, f"blocks.{i}.mlp_up")), p, f"blocks.{i}.mlp_down")
-    return layer_norm(x, p, "ln_f") @ p["embed.weight"].T
-
-
-def dense_logits(p: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
-    logits, start = [], 0
-    for end in ENDS:
-        for first in range(start, end, 10):
-            logits.append(dense_piece(p, tokens[first : min(first + 10, end)]))
-        start = end
-    return torch.cat(logits)
-
-
 def test_loss_and_every_gradient_are_those_of_the_definition():
     model, batch = make_model(), make_batch()
     p = {name: value.detach().clone().requires_grad_() for name, value in model.named_parameters()}
-    logits = dense_logits(p, batch.inputs.long())
+    logits = dense_logits(p, batch.inputs.long(), ENDS, context=10, heads=3)
     expected = F.cross_entropy(logits, batch.targets)
     expected.backward()
-    loss = model.training_loss(batch, WINDOWS, torch.ones(1))
+    loss = model.training_loss(batch, WINDOWS)
     loss.backward()
     assert relative_error(loss, expected) < 1e-12
     for name, value in model.named_parameters():
@@ -113,7 +73,7 @@ def test_bf16_runs_on_a_cpu_and_stays_near_fp32():
     losses = []
     for dtype in (torch.bfloat16, torch.float64):
         model = make_model(dtype)
-        loss = model.training_loss(make_batch(), WINDOWS, torch.ones(1))
+        loss = model.training_loss(make_batch(), WINDOWS)
         loss.backward()
         assert all(p.grad.isfinite().all() for p in model.parameters())
         losses.append(loss.item())

@@ -7,18 +7,19 @@ import math
 
 import pytest
 import torch
-from nanogpt.models.record89.definition import DenseRecord89
-from nanogpt.models.speedrun.definition import start_frequencies, yarn
 from functorch.compile import make_boxed_func
-from small_specs import randomize, relative_error, small_record89
+from small_specs import batch_of, randomize, relative_error, small_record89
 from torch._dynamo.backends.common import aot_autograd
 
 from nanogpt.data.batches import MicroBatch
-from nanogpt.training.build import build_model
+from nanogpt.models.definitions import start_frequencies, yarn
 from nanogpt.models.language_model import Implementations, Windows
+from nanogpt.models.record89.definition import DenseRecord89
 from nanogpt.models.record89.model import Record89
+from nanogpt.models.record_model import LossInputs
 from nanogpt.recipe import load_recipe
 from nanogpt.spec import RunSpec
+from nanogpt.training.build import build_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -67,7 +68,7 @@ def make_batch(ends: list[int], seed: int = 0) -> tuple[MicroBatch, list[int]]:
     document = [sum(end <= t for end in ends) for t in range(T)]
     cu_seqlens = torch.tensor([0, *ends, T, T], dtype=torch.int32)
     longest = max(b - a for a, b in itertools.pairwise([0, *ends]))
-    return MicroBatch(stream[:-1].int(), stream[1:].long(), cu_seqlens, longest), document
+    return batch_of(SPEC.model, stream[:-1], stream[1:].long(), cu_seqlens, longest), document
 
 
 def dense_of(model: Record89, growths: list[tuple[int, int]]) -> DenseRecord89:
@@ -102,7 +103,7 @@ def test_losses_and_every_gradient_are_those_of_the_definition(case, growths):
     expected.backward()
 
     windows = Windows(short, long)
-    loss = model.training_loss(batch, windows, torch.tensor(WEIGHTS), torch.tensor(PREFIX_WEIGHT))
+    loss = model.training_loss(batch, LossInputs(windows, torch.tensor(WEIGHTS), torch.tensor(PREFIX_WEIGHT)))
     loss.backward()
     assert relative_error(loss, expected) < 1e-6
     assert {name for name, _ in model.named_parameters()} == dense.p.keys()
@@ -121,7 +122,7 @@ def test_every_part_of_a_parameter_counts_but_those_that_nothing_reads():
     ends, short, long = CASES["windows inside documents"]
     model, (batch, _) = make_model(), make_batch(ends)
     weights = torch.tensor(WEIGHTS)
-    model.training_loss(batch, Windows(short, long), weights, torch.tensor(PREFIX_WEIGHT)).backward()
+    model.training_loss(batch, LossInputs(Windows(short, long), weights, torch.tensor(PREFIX_WEIGHT))).backward()
     for name, p in model.named_parameters():
         if name in ("embed", "value_embed", "bigram_embed"):  # rows of tokens that are not in the batch
             assert p.grad.any(1).sum() > 20, name
@@ -139,11 +140,11 @@ def test_the_prefix_term_is_off_until_a_table_is_set_and_without_a_weight():
     ends, short, long = CASES["windows inside documents"]
     model, (batch, _) = make_model(), make_batch(ends)
     windows, weights, prefix_weight = Windows(short, long), torch.tensor(WEIGHTS), torch.tensor(PREFIX_WEIGHT)
-    with_prefixes = model.training_loss(batch, windows, weights, prefix_weight)
-    without = model.training_loss(batch, windows, weights)
+    with_prefixes = model.training_loss(batch, LossInputs(windows, weights, prefix_weight))
+    without = model.training_loss(batch, LossInputs(windows, weights))
     assert with_prefixes > without
     model.restart()
-    off = model.training_loss(batch, windows, weights, prefix_weight)
+    off = model.training_loss(batch, LossInputs(windows, weights, prefix_weight))
     assert off.item() == pytest.approx(without.item(), rel=1e-12)
 
 
@@ -165,7 +166,9 @@ def test_bf16_runs_on_a_cpu_and_stays_near_fp32():
     batch, _ = make_batch(ends)
     losses = []
     for model in (narrow, wide):
-        loss = model.training_loss(batch, Windows(short, long), torch.tensor(WEIGHTS), torch.tensor(PREFIX_WEIGHT))
+        loss = model.training_loss(
+            batch, LossInputs(Windows(short, long), torch.tensor(WEIGHTS), torch.tensor(PREFIX_WEIGHT))
+        )
         loss.backward()
         losses.append(loss.item())
         assert loss.dtype == torch.float32
@@ -192,7 +195,7 @@ def test_training_takes_the_8_bit_mlps_and_evaluation_does_not():
     wide, narrow = make_model(torch.float32), make_model(torch.float32, implementations=FP8)
     narrow.restart()  # randomize has changed the weights
     assert narrow.evaluation_loss(batch, windows) == wide.evaluation_loss(batch, windows)
-    loss, exact = (model.training_loss(batch, windows, weights) for model in (narrow, wide))
+    loss, exact = (model.training_loss(batch, LossInputs(windows, weights)) for model in (narrow, wide))
     assert 1e-5 < relative_error(loss, exact) < 0.05
     for model, total in ((narrow, loss), (wide, exact)):
         total.backward()
@@ -200,7 +203,7 @@ def test_training_takes_the_8_bit_mlps_and_evaluation_does_not():
     # The scale of each layer's activation is that of its own largest, for the next call.
     scales = [float(scale) for scale in narrow.fp8_mlp.scales("post_scale")]
     assert len(set(scales)) == 11 and 1.0 not in scales
-    assert narrow.training_loss(batch, windows, weights) != loss
+    assert narrow.training_loss(batch, LossInputs(windows, weights)) != loss
 
 
 @pytest.mark.parametrize(("which", "square"), [("activations", "bf16"), ("all", "bf16"), ("all", "e4m3")])
@@ -211,7 +214,7 @@ def test_8_bit_gradients_change_gradients_alone(which, square):
     for overrides in ([], [f"model.mlp_fp8.gradients={which}", f"model.mlp_fp8.square={square}"]):
         model = make_model(torch.float32, implementations=FP8, spec=small_record89(overrides=overrides))
         model.restart()  # randomize has changed the weights
-        loss = model.training_loss(batch, Windows(short, long), torch.tensor(WEIGHTS))
+        loss = model.training_loss(batch, LossInputs(Windows(short, long), torch.tensor(WEIGHTS)))
         loss.backward()
         found.append((loss, model.mlp.grad, model.lm_head.grad, model.qk.grad))
     (loss, mlp, head, qk), (loss8, mlp8, head8, qk8) = found
@@ -237,7 +240,7 @@ def test_gradients_of_learned_numbers_are_summed_together():
     batch, _ = make_batch(ends)
     model = make_model(torch.float32)
     compiled = torch.compile(model.training_loss, backend=aot_autograd(fw_compiler=count, bw_compiler=count))
-    compiled(batch, Windows(short, long), torch.tensor(WEIGHTS)).backward()
+    compiled(batch, LossInputs(Windows(short, long), torch.tensor(WEIGHTS))).backward()
     forward, backward = single
     assert forward == 0
     assert 0 < backward <= 4  # the gates' scale for each of its nets, smear and skip
@@ -250,16 +253,16 @@ def test_the_8_bit_weights_follow_the_optimizer_and_a_checkpoint():
     model.restart()  # randomize has changed the weights
     with torch.no_grad():
         model.mlp.neg_()
-    stale = model.training_loss(batch, Windows(short, long), torch.ones(1)).item()
+    stale = model.training_loss(batch, LossInputs(Windows(short, long), torch.ones(1))).item()
     model.weights_changed(20)
-    fresh = model.training_loss(batch, Windows(short, long), torch.ones(1)).item()
+    fresh = model.training_loss(batch, LossInputs(Windows(short, long), torch.ones(1))).item()
     assert stale != fresh
     with torch.no_grad():
         model.mlp.mul_(0.9)
     model.weights_changed(21)
     other = Record89(SPEC.model, dtype=torch.float32, max_tokens=64, implementations=FP8)
     other.load_state_dict(model.state_dict())
-    losses = [m.training_loss(batch, Windows(short, long), torch.ones(1)).item() for m in (model, other)]
+    losses = [m.training_loss(batch, LossInputs(Windows(short, long), torch.ones(1))).item() for m in (model, other)]
     assert losses[0] == losses[1] != fresh
     plain = Record89(SPEC.model, dtype=torch.float32, max_tokens=64, implementations=Implementations())
     plain.load_state_dict(model.state_dict())  # a checkpoint does not depend on the precision
@@ -295,7 +298,7 @@ def test_shapes_of_the_full_model():
         "scalars": (24,),
     }
     assert model.bigram_signs.shape == (8192, 768)
-    assert spec.gate_columns == (26, 41)
+    assert [sum(c.width for c in spec.gate_columns(late=late)) for late in (False, True)] == [26, 41]
     assert spec.dc_window == 112
     assert (spec.mlp_fp8.activation_headroom, spec.mlp_fp8.weight_headroom) == (1.8, 1.12)
     assert spec.mlp_fp8.bootstrap_steps == 16

@@ -7,14 +7,16 @@ import math
 
 import pytest
 import torch
-from nanogpt.models.speedrun.definition import DenseSpeedrun, start_frequencies, yarn
-from small_specs import BIGRAM_ROWS, VOCAB, randomize, relative_error, small_speedrun
+from small_specs import BIGRAM_ROWS, VOCAB, batch_of, randomize, relative_error, small_speedrun
 
 from nanogpt.data.batches import MicroBatch
-from nanogpt.training.build import build_model
+from nanogpt.models.definitions import start_frequencies, yarn
 from nanogpt.models.language_model import Implementations, Windows
+from nanogpt.models.record_model import LossInputs
+from nanogpt.models.speedrun.definition import DenseSpeedrun
 from nanogpt.models.speedrun.model import Speedrun
 from nanogpt.recipe import load_recipe
+from nanogpt.training.build import build_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,7 +42,7 @@ def make_batch(ends: list[int], seed: int = 0) -> tuple[MicroBatch, list[int]]:
     document = [sum(end <= t for end in ends) for t in range(T)]
     cu_seqlens = torch.tensor([0, *ends, T, T], dtype=torch.int32)
     longest = max(b - a for a, b in itertools.pairwise([0, *ends]))
-    return MicroBatch(stream[:-1].int(), stream[1:].long(), cu_seqlens, longest), document
+    return batch_of(SPEC.model, stream[:-1], stream[1:].long(), cu_seqlens, longest), document
 
 
 def dense_of(model: Speedrun, growths: list[tuple[int, int]]) -> DenseSpeedrun:
@@ -72,7 +74,7 @@ def test_losses_and_every_gradient_are_those_of_the_definition(case, growths):
     expected.backward()
 
     windows = Windows(short, long)
-    loss = model.training_loss(batch, windows, torch.tensor(WEIGHTS))
+    loss = model.training_loss(batch, LossInputs(windows, torch.tensor(WEIGHTS)))
     loss.backward()
     assert relative_error(loss, expected) < 1e-6
     assert {name for name, _ in model.named_parameters()} == dense.p.keys()
@@ -112,7 +114,7 @@ def test_bf16_runs_on_a_cpu_and_stays_near_fp32():
     windows, weights = Windows(short, long), torch.tensor(WEIGHTS)
     losses = []
     for model in (narrow, wide):
-        loss = model.training_loss(batch, windows, weights)
+        loss = model.training_loss(batch, LossInputs(windows, weights))
         loss.backward()
         losses.append(loss.item())
         assert loss.dtype == torch.float32
@@ -129,13 +131,13 @@ def test_bf16_rounds_the_logits_and_nothing_after_them():
     model, (batch, _) = make_model(torch.bfloat16), make_batch(ends)
     windows = Windows(short, long)
     with torch.no_grad():
-        x = model(batch.inputs, batch.cu_seqlens, batch.max_seqlen, windows)
+        x = model(batch, windows)
         assert x.dtype == torch.bfloat16
         logits = (x.double() @ model.lm_head.double()).to(torch.bfloat16)
     z = 23 * torch.sigmoid((logits.double() + 5) / 7.5)
     expected = torch.nn.functional.cross_entropy(z, batch.targets)
     assert model.evaluation_loss(batch, windows).item() == pytest.approx(expected.item(), rel=1e-5)
-    loss = model.training_loss(batch, windows, torch.ones(1))
+    loss = model.training_loss(batch, LossInputs(windows, torch.ones(1)))
     assert loss.item() == pytest.approx(T * expected.item(), rel=1e-5)
 
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from nanogpt.optim.adamw.optimizer import AdamW
 from nanogpt.optim.communication import Communicator
-from nanogpt.optim.optimizer import StepRates
+from nanogpt.optim.optimizer import Rates
+from nanogpt.parameters import Decoupled, Parameter
 from nanogpt.recipe import load_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -23,7 +24,8 @@ def test_equals_the_slow_formulation(size):
     """The global norm is about 0.03 (not clipped) and 90 (clipped to 1)."""
     torch.manual_seed(0)
     model = nn.Linear(3, 2, dtype=torch.float64)
-    optimizer = AdamW(model, SPEC, Communicator())
+    rows = [Parameter(name, tuple(p.shape), Decoupled(p.ndim > 1)) for name, p in model.named_parameters()]
+    optimizer = AdamW(model, rows, SPEC, Communicator())
     p = {name: value.flatten().tolist() for name, value in model.named_parameters()}
     m = {name: [0.0] * len(values) for name, values in p.items()}
     v = {name: [0.0] * len(values) for name, values in p.items()}
@@ -31,7 +33,7 @@ def test_equals_the_slow_formulation(size):
         gradients = {name: size * torch.randn_like(value) for name, value in model.named_parameters()}
         for name, value in model.named_parameters():
             value.grad = gradients[name].clone()
-        optimizer.step(StepRates(lr_factor=factor))
+        optimizer.step(Rates(lr_factor=factor))
         assert all(value.grad is None for value in model.parameters())
 
         g = {name: value.flatten().tolist() for name, value in gradients.items()}

@@ -17,9 +17,14 @@ from nanogpt.models.language_model import Implementations
 from nanogpt.models.speedrun.model import Speedrun
 from nanogpt.optim.communication import Communicator
 from nanogpt.optim.normuon_adam.optimizer import NorMuonAdam
-from nanogpt.optim.optimizer import StepRates
-from nanogpt.optim.normuon_adam.step_order import ParameterPlan, parameter_plans, step_plan, updated_together
-from nanogpt.spec import SpeedrunOptimizerSpec
+from nanogpt.optim.normuon_adam.spec import NorMuonAdamSpec
+from nanogpt.optim.normuon_adam.step_order import (
+    NorMuonAdamRates,
+    ParameterPlan,
+    parameter_plans,
+    step_plan,
+    updated_together,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -52,8 +57,12 @@ def make_model(dtype: torch.dtype = torch.float64) -> Speedrun:
     return model
 
 
-def rates_of(step: int, split_step: int = 5) -> StepRates:
-    return StepRates(
+def optimizer_of(model: Speedrun, spec: NorMuonAdamSpec, communicator: Communicator) -> NorMuonAdam:
+    return NorMuonAdam(model, model.rows, spec, communicator)
+
+
+def rates_of(step: int, split_step: int = 5) -> NorMuonAdamRates:
+    return NorMuonAdamRates(
         lr_factor=[1.0, 1.52, 1.73, 0.7, 0.1][step % 5],
         momentum=0.85 + 0.01 * step,
         adam_step=step % 2 == 1,
@@ -105,7 +114,7 @@ class SlowOptimizer:
             }
         self.split_after: int | None = None  # Adam steps made when the head was split
 
-    def step(self, gradients: dict[str, torch.Tensor], rates: StepRates) -> None:
+    def step(self, gradients: dict[str, torch.Tensor], rates: NorMuonAdamRates) -> None:
         for label, bank in self.banks.items():
             g = gradients[label].double().numpy().reshape(bank["p"].shape)
             for n, mult in enumerate(bank["mult"]):
@@ -155,7 +164,7 @@ class SlowOptimizer:
 DELAYED = ("bigram_embed", "scalars")
 
 
-def spec_with(delayed: tuple[str, ...]) -> SpeedrunOptimizerSpec:
+def spec_with(delayed: tuple[str, ...]) -> NorMuonAdamSpec:
     adam = SPEC.optimizer.adam.model_copy(update={"delayed": list(delayed)})
     return SPEC.optimizer.model_copy(update={"adam": adam})
 
@@ -163,7 +172,7 @@ def spec_with(delayed: tuple[str, ...]) -> SpeedrunOptimizerSpec:
 @pytest.mark.parametrize("delayed", [(), DELAYED], ids=["none delayed", "delayed"])
 def test_eight_steps_with_the_split_in_the_sixth(delayed: tuple[str, ...]):
     model = make_model()
-    optimizer, slow = NorMuonAdam(model, spec_with(delayed), Communicator()), SlowOptimizer(model)
+    optimizer, slow = optimizer_of(model, spec_with(delayed), Communicator()), SlowOptimizer(model)
     for step in range(8):
         gradients, rates = gradients_of(model, step), rates_of(step)
         accumulate(model, gradients)
@@ -186,9 +195,9 @@ def test_eight_steps_with_the_split_in_the_sixth(delayed: tuple[str, ...]):
 
 def test_what_is_delayed_is_part_of_the_state():
     model, twin = make_model(), make_model()
-    optimizer = NorMuonAdam(model, spec_with(DELAYED), Communicator())
+    optimizer = optimizer_of(model, spec_with(DELAYED), Communicator())
     for step in range(8):
-        loaded = NorMuonAdam(twin, spec_with(DELAYED), Communicator())
+        loaded = optimizer_of(twin, spec_with(DELAYED), Communicator())
         twin.load_state_dict(model.state_dict())
         state = optimizer.state_dict()
         assert set(state["waiting"]) == (set(DELAYED) if step in (2, 4, 6) else set())
@@ -204,7 +213,7 @@ def test_what_is_delayed_is_part_of_the_state():
 
 def test_moments_are_handed_over_transposed():
     model = make_model(torch.float32)
-    optimizer = NorMuonAdam(model, SPEC.optimizer, Communicator())
+    optimizer = optimizer_of(model, SPEC.optimizer, Communicator())
     for step in range(6):
         assert "embed" not in optimizer.state
         accumulate(model, gradients_of(model, step))
@@ -219,7 +228,7 @@ def test_moments_are_handed_over_transposed():
 
 def test_dtypes_and_memory_of_the_state():
     for dtype, mantissa in ((torch.bfloat16, True), (torch.float32, False)):
-        optimizer = NorMuonAdam(make_model(dtype), SPEC.optimizer, Communicator())
+        optimizer = optimizer_of(make_model(dtype), SPEC.optimizer, Communicator())
         for label in ("attn", "mlp"):
             state = optimizer.state[label]
             assert ("mantissa" in state) == mantissa
@@ -242,7 +251,7 @@ class OneOf(Communicator):
 def test_each_rank_has_the_multipliers_of_its_own_matrices(size):
     model = make_model(torch.float32)
     for label, expected in (("attn", [1.0] * 40), ("mlp", [2.0, 4.0] * 12)):
-        optimizers = [NorMuonAdam(model, SPEC.optimizer, OneOf(rank, size)) for rank in range(size)]
+        optimizers = [optimizer_of(model, SPEC.optimizer, OneOf(rank, size)) for rank in range(size)]
         found = [value for optimizer in optimizers for value in optimizer.multipliers[label].flatten().tolist()]
         assert found == expected
 
@@ -251,7 +260,7 @@ def test_bf16_runs_with_its_gradients_in_bf16():
     model, wide = make_model(torch.bfloat16), make_model(torch.float32)
     wide.load_state_dict({n: p.float() for n, p in model.state_dict().items() if "rotary" not in n}, strict=False)
     starts = {label: p.detach().clone() for label, p in model.named_parameters()}
-    optimizers = [NorMuonAdam(m, SPEC.optimizer, Communicator()) for m in (model, wide)]
+    optimizers = [optimizer_of(m, SPEC.optimizer, Communicator()) for m in (model, wide)]
     for step in range(4):
         gradients = gradients_of(model, step)
         accumulate(model, gradients)
@@ -266,7 +275,7 @@ def test_bf16_runs_with_its_gradients_in_bf16():
 
 def test_a_missing_gradient_is_named():
     model = make_model(torch.float32)
-    optimizer = NorMuonAdam(model, SPEC.optimizer, Communicator())
+    optimizer = optimizer_of(model, SPEC.optimizer, Communicator())
     accumulate(model, gradients_of(model, 0))
     model.mlp.grad = None
     with pytest.raises(RuntimeError, match="mlp has no gradient"):
@@ -285,26 +294,26 @@ def labels(plans: Sequence[ParameterPlan]) -> list[str]:
 
 
 def test_orders_of_reduction_and_update():
-    plan = step_plan(SPEC.optimizer, adam_step=True, tied=False)
+    plan = step_plan(SPEC.optimizer, adam_step=True, tied=None)
     assert (labels(plan.reduce), labels(plan.update)) == (REDUCE.split(), UPDATE.split())
-    plan = step_plan(SPEC.optimizer, adam_step=True, tied=True)
+    plan = step_plan(SPEC.optimizer, adam_step=True, tied="embed")
     assert "embed" not in labels(plan.reduce) + labels(plan.update)
     assert len(plan.reduce) == len(plan.update) == 11
-    plan = step_plan(SPEC.optimizer, adam_step=False, tied=False)
+    plan = step_plan(SPEC.optimizer, adam_step=False, tied=None)
     assert labels(plan.reduce) == labels(plan.update) == ["attn", "mlp"]
     assert plan.delayed == ()
 
 
 def test_what_is_delayed_is_reduced_and_updated_by_itself():
-    plan = step_plan(spec_with(("value_embed", "scalars")), adam_step=True, tied=False)
+    plan = step_plan(spec_with(("value_embed", "scalars")), adam_step=True, tied=None)
     assert labels(plan.delayed) == ["scalars", "value_embed"]  # in the order of reduction
     assert labels(plan.reduce) == [label for label in REDUCE.split() if label not in ("value_embed", "scalars")]
     assert labels(plan.update) == [label for label in UPDATE.split() if label not in ("value_embed", "scalars")]
-    assert step_plan(spec_with(("value_embed",)), adam_step=False, tied=False).delayed == ()
+    assert step_plan(spec_with(("value_embed",)), adam_step=False, tied=None).delayed == ()
 
 
 def test_small_neighbours_are_updated_by_one_call():
-    plan = step_plan(SPEC.optimizer, adam_step=True, tied=False)
+    plan = step_plan(SPEC.optimizer, adam_step=True, tied=None)
     together = [" ".join(p.label for p in batch) for batch in updated_together(plan.update)]
     small = "scalars smear_gate skip_gate attn_gate_bank ve_gate_bank x0_lambdas"
     assert together == [small, "value_embed", "bigram_embed", "lm_head", "embed", "attn", "mlp"]

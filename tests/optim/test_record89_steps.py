@@ -50,7 +50,10 @@ def make_model(dtype: torch.dtype = torch.float64) -> Record89:
 
 def test_six_steps_with_the_split_in_the_fourth():
     model = make_model()
-    optimizer, slow = NorMuonAdam(model, SPEC.optimizer, Communicator()), SlowOptimizer(model, ADAM, BANKS, beta2=0.9)
+    optimizer, slow = (
+        NorMuonAdam(model, model.rows, SPEC.optimizer, Communicator()),
+        SlowOptimizer(model, ADAM, BANKS, beta2=0.9),
+    )
     assert {name for name, _ in model.named_parameters()} == ADAM.keys() | BANKS.keys()
     for step in range(6):
         gradients, rates = gradients_of(model, step), rates_of(step, split_step=3)
@@ -65,7 +68,8 @@ def test_six_steps_with_the_split_in_the_fourth():
 
 
 def test_q_and_k_are_orthogonalized_by_pairs_of_heads_and_v_and_o_whole():
-    optimizer = NorMuonAdam(make_model(torch.float32), SPEC.optimizer, Communicator())
+    model = make_model(torch.float32)
+    optimizer = NorMuonAdam(model, model.rows, SPEC.optimizer, Communicator())
     shapes = {label: tuple(optimizer.state[label]["momentum"].shape) for label in BANKS}
     assert shapes == {"qk": (64, 8, 24), "vo": (24, 24, 24), "mlp": (24, 96, 24)}
     # q and k have fewer rows than columns: the variance is kept by column.
@@ -78,7 +82,7 @@ def test_padding_without_gradients_stays_as_it_is_or_only_decays():
     model.draw_parameters(torch.Generator().manual_seed(0))
     starts = {label: model.get_parameter(label).detach().clone() for label in BANKS}
     assert not starts["qk"][60:].any() and not starts["vo"][20:].any()
-    optimizer = NorMuonAdam(model, SPEC.optimizer, Communicator())
+    optimizer = NorMuonAdam(model, model.rows, SPEC.optimizer, Communicator())
     for step in range(2):
         for label, p in model.named_parameters():
             p.grad = torch.randn_like(p)
@@ -102,10 +106,10 @@ UPDATE = (
 
 
 def test_orders_of_reduction_and_update_and_what_is_sharded():
-    plan = step_plan(SPEC.optimizer, adam_step=True, tied=False)
+    plan = step_plan(SPEC.optimizer, adam_step=True, tied=None)
     assert [p.label for p in plan.reduce] == REDUCE.split()
     assert [p.label for p in plan.update] == UPDATE.split()
-    plan = step_plan(SPEC.optimizer, adam_step=False, tied=False)
+    plan = step_plan(SPEC.optimizer, adam_step=False, tied=None)
     assert [p.label for p in plan.reduce] == [p.label for p in plan.update] == ["qk", "vo", "mlp"]
     sharded = {label for label, plan in parameter_plans(SPEC.optimizer).items() if plan.sharded}
     assert sharded == {"qk", "vo", "mlp", "value_embed", "bigram_embed", "lm_head", "embed"}

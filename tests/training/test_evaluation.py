@@ -12,17 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_specs import batch_of
 from tiny_runs import BOS, FIRST_WITH_PREFIX, language, losses, make_data, tiny_spec, train
 
-from nanogpt.data.batches import MicroBatch, ValBatches
+from nanogpt.data.batches import ValBatches
 from nanogpt.data.shards import read_tokens, val_name, write_tokens
 from nanogpt.data.tokenizer import gpt2_encoding
 from nanogpt.errors import InputError, RunError
 from nanogpt.kernels import cross_entropy
-from nanogpt.training.build import build_model, gpt2
 from nanogpt.models.speedrun.model import Speedrun
 from nanogpt.runs.directory import RunDirectory
 from nanogpt.spec import RunSpec
+from nanogpt.training.build import build_model, gpt2
 from nanogpt.training.checkpoint import checkpoint_name, save_checkpoint
 from nanogpt.training.evaluation import (
     EvaluatedRun,
@@ -129,13 +130,13 @@ def simple_documents(run: Path, model: str, data: Path) -> dict[int, tuple[int, 
         inputs, targets = stream[first : first + 64], stream[first + 1 : first + 65]
         starts = [0, *(t for t in range(1, 64) if inputs[t] == bos)]
         bounds = torch.tensor([*starts, 64, 64], dtype=torch.int32)
-        batch = MicroBatch(torch.tensor(inputs, dtype=torch.int32), torch.tensor(targets), bounds, 64)
+        batch = batch_of(trained.spec.model, torch.tensor(inputs), torch.tensor(targets), bounds, 64)
         with torch.no_grad():
             if model == "gpt2":
-                x = trained.model(batch.inputs, bounds, trained.windows)
+                x = trained.model(batch, trained.windows)
                 logits = x.double() @ trained.model.get_parameter("embed.weight").double().T
             else:
-                x = trained.model(batch.inputs, bounds, 64, trained.windows)
+                x = trained.model(batch, trained.windows)
                 logits = x.double() @ trained.model.get_parameter("lm_head").double()
                 logits = 23 / (1 + torch.exp(-(logits + 5) / 7.5))
         for token, row in enumerate(logits.tolist()):

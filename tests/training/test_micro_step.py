@@ -6,23 +6,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small_specs import VOCAB, randomize, relative_error, small_record89, small_speedrun
+from small_specs import VOCAB, batch_of, randomize, relative_error, small_record89, small_speedrun
 
 from nanogpt.data.batches import MicroBatch
-from nanogpt.training.build import build_model
 from nanogpt.models.language_model import Windows
+from nanogpt.models.record_model import LossInputs
 from nanogpt.recipe import load_recipe
+from nanogpt.training.build import build_model
 from nanogpt.training.implementations import captures_graphs
 from nanogpt.training.micro_step import MicroStep
 
 SPECS = {"speedrun": small_speedrun(), "record89": small_record89()}
-WINDOWS, WEIGHTS = Windows(short=4, long=9), torch.tensor([1.0, 0.5, 0.25])
+INPUTS = LossInputs(Windows(short=4, long=9).at_run_time(), torch.tensor([1.0, 0.5, 0.25]))
 
 
 def make_batch(seed: int) -> MicroBatch:
     stream = torch.randint(VOCAB, (49,), generator=torch.Generator().manual_seed(seed))
     ends = torch.tensor([0, 20, 48, 48], dtype=torch.int32)
-    return MicroBatch(stream[:-1].int(), stream[1:], ends, 28)
+    return batch_of(SPECS["speedrun"].model, stream[:-1], stream[1:], ends, 28)
 
 
 @pytest.mark.parametrize("kind", SPECS)
@@ -30,13 +31,13 @@ def test_gradients_add_up_as_by_autograd(kind):
     model = build_model(SPECS[kind], device="cpu")
     randomize(model)
     batches = [make_batch(seed) for seed in range(3)]
-    expected = [model.training_loss(batch, WINDOWS, WEIGHTS) for batch in batches]
+    expected = [model.training_loss(batch, INPUTS) for batch in batches]
     sum(0.25 * loss for loss in expected).backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad(set_to_none=True)
 
     micro_step = MicroStep(model, model.training_loss, grad_scale=0.25)
-    losses = [micro_step(batch, (WINDOWS, WEIGHTS), stage=0) for batch in batches]
+    losses = [micro_step(batch, INPUTS, stage=0) for batch in batches]
     assert not any(loss.requires_grad for loss in losses)
     assert losses == pytest.approx([loss.item() for loss in expected], rel=1e-6)
     for name, parameter in model.named_parameters():
@@ -48,14 +49,14 @@ def test_the_look_ups_are_what_the_model_reads(kind):
     model = build_model(SPECS[kind], device="cpu")
     randomize(model)
     batch = make_batch(0)
-    look_ups = model.look_ups(batch.inputs)
+    look_ups = model.look_ups(batch)
     embedded = tuple(look_up.read() for look_up in look_ups)
     assert len(look_ups) == 2 + len(SPECS[kind].model.value_embed_layers)
-    given, own = (model.training_loss(batch, WINDOWS, WEIGHTS, embedded=e) for e in (embedded, None))
+    given, own = (model.training_loss(batch, INPUTS, embedded=e) for e in (embedded, None))
     assert torch.equal(given, own)
     for index in range(len(embedded)):  # each is read, and in its own place
         changed = tuple(e + 1 if i == index else e for i, e in enumerate(embedded))
-        assert not torch.equal(model.training_loss(batch, WINDOWS, WEIGHTS, embedded=changed), own), index
+        assert not torch.equal(model.training_loss(batch, INPUTS, embedded=changed), own), index
 
 
 def test_tables_get_no_other_gradient(monkeypatch):
@@ -63,8 +64,8 @@ def test_tables_get_no_other_gradient(monkeypatch):
     model = build_model(SPECS["speedrun"], device="cpu")
     randomize(model)
     micro_step = MicroStep(model, model.training_loss, grad_scale=1.0)
-    monkeypatch.setattr("nanogpt.training.micro_step.add_rows", lambda *args, **kwargs: None)
-    micro_step(make_batch(0), (WINDOWS, WEIGHTS), stage=0)
+    monkeypatch.setattr("nanogpt.optim.row_table.add_rows", lambda *args, **kwargs: None)
+    micro_step(make_batch(0), INPUTS, stage=0)
     for name in ("embed", "bigram_embed", "value_embed"):
         assert not model.get_parameter(name).grad.any(), name
     assert model.mlp.grad.any()

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_specs import batch_of
 from tiny_runs import BOS, VOCABULARY, make_data, tiny_spec, train
 
 from nanogpt.data.tokenizer import gpt2_encoding
@@ -52,22 +53,17 @@ def greedy(run: Path, prompt: list[int], count: int) -> list[int]:
     spec = RunDirectory.open(run).spec()
     state = checkpoint.load_newest_checkpoint(run / "checkpoints")
     assert state is not None
-    from nanogpt.training.build import build_model
     from nanogpt.models.language_model import Windows
+    from nanogpt.training.build import build_model
 
     model = build_model(spec, device="cpu")
     model.load_state_dict(state["model"])
     tokens = [BOS, *prompt]
     for _ in range(count):
         length = len(tokens)
-
-        class Batch:
-            inputs = torch.tensor(tokens, dtype=torch.int32)
-            targets = torch.zeros(length, dtype=torch.int64)
-            cu_seqlens = torch.tensor([0, length, length], dtype=torch.int32)
-            max_seqlen = length
-
-        tokens.append(int(model.next_token_logits(Batch(), Windows(16, 64)).argmax()))
+        bounds = torch.tensor([0, length, length], dtype=torch.int32)
+        batch = batch_of(spec.model, torch.tensor(tokens), torch.zeros(length, dtype=torch.int64), bounds, length)
+        tokens.append(int(model.next_token_logits(batch, Windows(16, 64)).argmax()))
     return tokens[1:]
 
 

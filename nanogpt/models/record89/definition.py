@@ -1,6 +1,6 @@
 """Record 89's forward pass as its definition reads: one head, one layer's own sentence at a time, in fp64.
 
-Shares nothing with the package. Constants that define the model are typed in here; sizes come from the parameters.
+Shares nothing with the model. Constants that define the model are typed in here; sizes come from the parameters.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanogpt.models.speedrun.definition import attend, rms_norm, rotate, sigma
+from nanogpt.models.definitions import attend, rms_norm, rotate, sigma
 
 LAYERS = 11
 LONG = (3, 10)

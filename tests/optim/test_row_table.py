@@ -6,24 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from nanogpt.layers.embedding import bigram_hash
-from nanogpt.optim.row_table import RowExchange, TouchedRows, bigram_rows
+from nanogpt.optim.row_table import RowExchange, TouchedRows
 
-ROWS, MULTIPLIERS = 240, (36313, 27191)
+ROWS = 240
 CPU = torch.device("cpu")
-
-
-def test_rows_are_those_of_the_models_hash() -> None:
-    tokens = np.random.default_rng(0).integers(0, 50304, 400).astype(np.uint16)
-    hashed = bigram_hash(torch.from_numpy(tokens.astype(np.int32)), 251520, MULTIPLIERS)
-    assert bigram_rows(tokens, 251520, MULTIPLIERS).tolist() == sorted(set(hashed.tolist()))
-    assert bigram_rows(tokens[:1], 251520, MULTIPLIERS).tolist() == [251519]
 
 
 def exchanges(size: int, slots: list[np.ndarray], choice: str = "sparse") -> list[RowExchange | None]:
     found = []
     for rank in range(size):
-        touched = TouchedRows(ROWS, rank, size, choice, CPU)  # type: ignore[arg-type]
+        touched = TouchedRows(ROWS, "rows", rank, size, choice, CPU)  # type: ignore[arg-type]
         for first in range(0, len(slots), 8):  # steps of eight slots
             touched.add(slots[first : first + 8])
         touched.prepare()
@@ -60,7 +52,7 @@ def test_auto_goes_by_what_would_travel_and_all_ranks_choose_alike() -> None:
 
 
 def test_a_gradient_from_elsewhere_goes_the_dense_way_once() -> None:
-    touched = TouchedRows(ROWS, 0, 2, "sparse", CPU)
+    touched = TouchedRows(ROWS, "rows", 0, 2, "sparse", CPU)
     touched.add([np.array([1]), np.array([2])])
     touched.forget()  # a checkpoint's
     touched.prepare()
