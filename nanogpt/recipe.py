@@ -180,6 +180,8 @@ def shorten(spec: RunSpec, total_steps: int) -> RunSpec:
     schedule = data["training"]["lr_schedule"]
     name = "warmup_steps" if isinstance(training.lr_schedule, CosineSchedule) else "ramp_steps"
     schedule[name] = scaled(schedule[name])
+    for entry in data["training"]["end"]:
+        entry["last_steps"] = scaled(entry["last_steps"], at_least=1)
     data["optimizer"] = spec.optimizer.shortened(scaled, total_steps)
     return RunSpec.model_validate(data)
 
@@ -461,7 +463,7 @@ def _explain_one(details: ErrorDetails, source: _Source) -> str:
     if kind == "missing" and any(isinstance(key, int) for key in path):
         return f"{place}: {name}: is missing; add it (a list replaces the list of the recipe's base whole)"
     if kind == "missing":
-        return f"{place}: {name}: is missing; add it, or inherit it with `base: speedrun.yaml`"
+        return f"{place}: {name}: is missing; add it, or inherit it from a recipe by `base:`"
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         models = _models_in(_annotation_at(path, source.data))
         kinds = [str(value) for model in models for value in _literals(model)]

@@ -86,6 +86,13 @@ class CosineSchedule(Strict):
 LearningRateSchedule = Annotated[CooldownSchedule | CosineSchedule, Field(discriminator="kind")]
 
 
+class AverageWeights(Strict):
+    """The run's weights become the mean of those that each of the last steps has left, kept in fp32."""
+
+    kind: Literal["average"]
+    last_steps: Count
+
+
 class TrainingSpec(Strict):
     """Steps, batches, windows and schedule."""
 
@@ -101,6 +108,9 @@ class TrainingSpec(Strict):
         description="windows of the last validation, without a YaRN step"
     )
     lr_schedule: Annotated[LearningRateSchedule, NOT_COMPILED]
+    end: Annotated[list[AverageWeights], NOT_COMPILED] = Field(
+        default=[], description="what happens after the last step and before the last validation, in order"
+    )
     warmup: Annotated[bool, NOT_COMPILED] = Field(
         description="run the steps around each stage change once before the clock starts"
     )
@@ -365,6 +375,13 @@ def _cross_checks(spec: RunSpec) -> Iterator[Problem]:
             ("training", "lr_schedule", "warmup_steps"),
             f"is {schedule.warmup_steps}, the run has {training.total_steps} steps",
         )
+
+    for index, entry in enumerate(training.end):
+        if entry.last_steps > training.total_steps:
+            yield (
+                ("training", "end", index, "last_steps"),
+                f"is {entry.last_steps}, the run has {training.total_steps} steps",
+            )
 
     rows = spec.model.parameters()
     if not all(isinstance(row.train, spec.optimizer.trains) for row in rows):

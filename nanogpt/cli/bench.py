@@ -51,7 +51,6 @@ def _trainer(recipe: str, overrides: list[str] | None, data: Path | None) -> Ite
     from nanogpt.launch.world import join_world
     from nanogpt.recipe import load_recipe
     from nanogpt.training.implementations import compiles
-    from nanogpt.training.parallel_compile import compile_in_parallel
     from nanogpt.training.trainer import Trainer
 
     spec = load_recipe(recipe, [*(overrides or ()), "data.epochs=null"])
@@ -67,7 +66,7 @@ def _trainer(recipe: str, overrides: list[str] | None, data: Path | None) -> Ite
             compile_cache(spec, world, kept_in) as cache,
             Trainer(spec, world, run=None, data_directory=data, cache=cache) as trainer,
         ):
-            compile_in_parallel(trainer)
+            trainer.compile_in_parallel()
             yield trainer
 
 

@@ -263,6 +263,9 @@ class Record(Part):
     )
     container: Container | None = None
     computation: Computation | None = Field(default=None, description="None: the model is not built yet")
+    end_of_run: list[str] = Field(
+        default_factory=list, description="what was done after the last step and before the last validation, in order"
+    )
     compilation: Compilation | None = None
     data: Data | None = None
 

@@ -225,7 +225,10 @@ def _token_losses(
     """(N,) the loss of each token in nats, and (documents,) where documents begin; shows how far it is."""
     spec = trained.spec
     size = spec.evaluation.micro_batch_tokens
-    batches = ValBatches(files, tokens=count, micro_batch_tokens=size, slots=1, bos=spec.data.bos, device=device)
+    extras = spec.model.batch_extras
+    batches = ValBatches(
+        files, tokens=count, micro_batch_tokens=size, slots=1, bos=spec.data.bos, device=device, extras=extras
+    )
     losses = np.empty(count)
     starts = []
     with progress(f"{label}: micro-batches", len(batches)) as advance:

@@ -16,24 +16,21 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from nanogpt.cache.compile_cache import compiled_code_of
+from nanogpt.cache.compile_cache import CompileCache, compiled_code_of
 from nanogpt.console import say
 from nanogpt.data.batches import MicroBatch, cu_seqlens_length
 from nanogpt.launch.watchdog import die_with_parent
-from nanogpt.launch.world import join_world
+from nanogpt.launch.world import World, join_world
 from nanogpt.spec import RunSpec
 from nanogpt.training.build import build_model
 from nanogpt.training.implementations import choose_implementations, compile_whole
 from nanogpt.training.micro_step import MicroStep
 from nanogpt.training.schedule import Schedule, StepSettings
-
-if TYPE_CHECKING:
-    from nanogpt.training.trainer import Trainer
 
 CORES_PER_HELPER = 4
 # Of GPU memory, from above: a run has 28 GB for 49,152 tokens, 6 of them the optimizer's, which helpers do not make;
@@ -104,12 +101,21 @@ def helpers_that_fit(jobs: Sequence[GraphJob], cores: int, memory: int | None) -
     return count
 
 
-def compile_in_parallel(trainer: Trainer) -> None:
+def compile_in_parallel(
+    spec: RunSpec,
+    world: World,
+    cache: CompileCache,
+    *,
+    micro_step: MicroStep,
+    evaluation_loss: Callable[..., torch.Tensor],
+    warm_up_optimizer: Callable[[], None],
+    given_up: Callable[[], bool],
+) -> None:
     """Compile each graph once on this node, where no file of compiled code was found and several processes can.
 
-    Every rank calls it; they wait for one another. Parameters, gradients and data stay as they were.
+    Every rank calls it; they wait for one another. Parameters, gradients and data stay as they were. The optimizer's
+    graphs are compiled while helpers compile the model's. given_up: nobody waits for the helpers any more.
     """
-    spec, world, cache = trainer.spec, trainer.world, trainer.cache
     if cache.root is None or cache.found:
         return
     jobs = graph_jobs(spec)
@@ -126,11 +132,11 @@ def compile_in_parallel(trainer: Trainer) -> None:
             ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
             share = jobs[world.local_rank :: ranks]
         for job in share:
-            call_graph(job, spec, trainer.micro_step, trainer.evaluation_loss)
+            call_graph(job, spec, micro_step, evaluation_loss)
         if helpers:
-            trainer.optimizer.warm_up(1)
+            warm_up_optimizer()
         for helper in helpers:
-            helper.wait(lambda: bool(trainer.watch.asked))
+            helper.wait(given_up)
     world.synchronize()
     world.communicator.barrier()
 

@@ -307,6 +307,11 @@ class RunRecorder:
         else:
             self.run.log(f"peak memory resident: {record.peak_resident_bytes >> 20} MiB")
 
+    def end_of_run(self, lines: Sequence[str]) -> None:
+        """What was done after the last step. The clock runs: it is written later."""
+        if self._record is not None:
+            self._record.end_of_run = list(lines)
+
     def end(self, state: State, reason: str | None, elapsed_ms: float) -> None:
         """The run is over."""
         record = self._record

@@ -11,6 +11,7 @@ run ends without, and goes on from the checkpoint that it had, or from the begin
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
@@ -44,6 +45,7 @@ from nanogpt.training.checkpoint import import_ahead_of_saving, load_newest_chec
 from nanogpt.training.clock import Clock
 from nanogpt.training.compilation import compiled_graphs, recompilation_reasons
 from nanogpt.training.devices import unlike_devices
+from nanogpt.training.end_of_run import EndOfRun
 from nanogpt.training.implementations import captures_graphs, choose_implementations, compile_whole, compiles
 from nanogpt.training.micro_step import MicroStep
 from nanogpt.training.parallel_compile import compile_in_parallel
@@ -249,6 +251,7 @@ class Trainer:
             capture=capture,
         )
         self.evaluation_loss = self._compile(self.model.evaluation_loss)
+        self.end_of_run = EndOfRun(spec, self.model)
         self.reporter = Reporter(
             spec, self.schedule, world, run, ReferenceWatch(spec, data_directory) if world.is_main else None
         )
@@ -314,7 +317,10 @@ class Trainer:
                 with self.clock.paused():
                     self._validate(step, settings.windows)
             loss = self.train_step(settings)
+            self.end_of_run.after_step(step)
             self.next_step = step + 1
+            if self.next_step == self.schedule.total_steps:
+                self._end()
             self.reporter.step(settings, loss, self.clock.elapsed_ms)
             saved = False
             if self._checkpoint_due():
@@ -332,6 +338,13 @@ class Trainer:
         self.reporter.waits()
         self._record_trained(late_graphs)
         return Result(final_loss, self.schedule.total_steps, self.clock.elapsed_ms / 1000, late_graphs)
+
+    def _end(self) -> None:
+        """What the recipe wants of the run's end."""
+        lines = self.end_of_run.finish()
+        self.recorder.end_of_run(lines)
+        for line in lines:
+            self.reporter.note(f"end of the run: {line}")
 
     def _progress(self) -> tuple[int, int, float]:
         """Steps and tokens done, milliseconds of the clock."""
@@ -428,13 +441,25 @@ class Trainer:
 
     # --- warm-up ---
 
+    def compile_in_parallel(self) -> None:
+        """The graphs of the run, by several processes where nothing is kept yet."""
+        compile_in_parallel(
+            self.spec,
+            self.world,
+            self.cache,
+            micro_step=self.micro_step,
+            evaluation_loss=self.evaluation_loss,
+            warm_up_optimizer=functools.partial(self.optimizer.warm_up, 1),
+            given_up=lambda: bool(self.watch.asked),
+        )
+
     def warm_up(self) -> None:
         """Compile, run the steps around each stage change on real batches, then put everything back as it was.
 
         Of a step's micro-steps the first two: one compiles, one is recorded. Each stage evaluates once.
         """
         with self.startup.phase("compiling, by several processes"):
-            compile_in_parallel(self)
+            self.compile_in_parallel()
         evaluated: set[int] = set()
         parameters = [parameter.detach().clone() for parameter in self.model.parameters()]
         optimizer_state = self.optimizer.state_dict()
@@ -494,6 +519,7 @@ class Trainer:
                     "model": self.model.state_dict(),
                     "optimizer": optimizer_state,
                     "batches": self.train_batches.state_dict(),
+                    "end_of_run": self.end_of_run.state_dict(),
                     "elapsed_ms": self.clock.elapsed_ms,
                 }
                 directory = self.run_directory.checkpoint_directory
@@ -534,6 +560,7 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.train_batches.load_state_dict(state["batches"])
+        self.end_of_run.load_state_dict(state.get("end_of_run", []))
         self.clock = Clock(self.world, state["elapsed_ms"])
         return True
 

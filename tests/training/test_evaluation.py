@@ -20,10 +20,11 @@ from nanogpt.data.shards import read_tokens, val_name, write_tokens
 from nanogpt.data.tokenizer import gpt2_encoding
 from nanogpt.errors import InputError, RunError
 from nanogpt.kernels import cross_entropy
+from nanogpt.models.gpt2 import model as gpt2
 from nanogpt.models.speedrun.model import Speedrun
 from nanogpt.runs.directory import RunDirectory
 from nanogpt.spec import RunSpec
-from nanogpt.training.build import build_model, gpt2
+from nanogpt.training.build import build_model
 from nanogpt.training.checkpoint import checkpoint_name, save_checkpoint
 from nanogpt.training.evaluation import (
     EvaluatedRun,

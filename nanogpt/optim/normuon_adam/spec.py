@@ -52,7 +52,7 @@ class AdamSpec(Strict):
     every: Annotated[Count, NOT_COMPILED] = Field(
         description="Adam steps on the last of every N steps; gradients are summed over them"
     )
-    groups: dict[str, AdamGroup] = {}
+    groups: dict[str, AdamGroup] = Field(default={})
     delayed: Annotated[list[str], NOT_COMPILED] = Field(  # when an update is made, not how
         default=[],
         description="groups that are updated one step later, so that ranks add up their gradients while that one runs",
@@ -88,7 +88,7 @@ class NorMuonSpec(Strict):
     polar_express: list[Polynomial] = Field(
         min_length=1, description="(a, b, c) of each iteration X <- aX + (bA + cAA)X, A = XX^T"
     )
-    groups: dict[str, BankGroup] = {}
+    groups: dict[str, BankGroup] = Field(default={})
 
 
 class TiedHeadSpec(Strict):
@@ -109,9 +109,9 @@ class NorMuonAdamSpec(BaseOptimizerSpec):
     adam: AdamSpec
     normuon: NorMuonSpec
     tied_head: TiedHeadSpec
-    reduce_order: Annotated[list[str], NOT_COMPILED] = []
+    reduce_order: Annotated[list[str], NOT_COMPILED] = Field(default=[])
     # But for neighbours in it that are updated by one function: `updated_together`.
-    update_order: Annotated[list[str], NOT_COMPILED] = []
+    update_order: Annotated[list[str], NOT_COMPILED] = Field(default=[])
 
     @classmethod
     def defaults(cls, rows: Sequence[Parameter]) -> dict[str, Any]:
