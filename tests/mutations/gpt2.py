@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutation import ADAMW, GPT2, Mutations
+from mutation import ADAMW, GPT2, TABLE_GPT2, Mutations
 
 MUTATIONS = Mutations()
 _add = MUTATIONS.add
@@ -17,7 +17,7 @@ _add(
     "GPT-2 documents",
     GPT2,
     "not cut at the context",
-    ("x = block(x, pieces, windows.long)", "x = block(x, cu_seqlens, windows.long)"),
+    ("layer_norm(block.ln_1, x), pieces,", "layer_norm(block.ln_1, x), batch.cu_seqlens,"),
 )
 _add(
     "GPT-2 pieces",
@@ -36,12 +36,17 @@ _add(
     "not in the gradient",
     ("logits = x @ self.embed.weight.mT", "logits = x @ self.embed.weight.detach().mT"),
 )
-_add("GPT-2 start", GPT2, "residual matrices not smaller", ("std /= math.sqrt(2 * self.spec.layers)", "pass"))
+_add(
+    "GPT-2 start",
+    TABLE_GPT2,
+    "residual matrices not smaller",
+    ("Normal(self.init_std / math.sqrt(2 * self.layers))", "Normal(self.init_std)"),
+)
 _add(
     "AdamW decay",
     ADAMW,
     "of everything",
-    ('if p.ndim < 2], "weight_decay": 0.0', 'if p.ndim < 2], "weight_decay": spec.weight_decay'),
+    ('not in decaying], "weight_decay": 0.0', 'not in decaying], "weight_decay": decay'),
 )
 _add("AdamW clipping", ADAMW, "none", ("if self.spec.clip_norm is not None:", "if False:"))
 _add("AdamW learning rate", ADAMW, "no schedule", ("self.spec.lr * rates.lr_factor", "self.spec.lr"))

@@ -6,6 +6,13 @@ from dataclasses import dataclass
 
 SPEEDRUN = "nanogpt/models/speedrun/model.py"
 RECORD89 = "nanogpt/models/record89/model.py"
+TABLE = "nanogpt/models/speedrun/spec.py"
+TABLE89 = "nanogpt/models/record89/spec.py"
+TABLE_GPT2 = "nanogpt/models/gpt2/spec.py"
+RECORD_SPEC = "nanogpt/models/record_spec.py"
+STAGE_LOSS = "nanogpt/models/stage_loss.py"
+ROW_TABLE = "nanogpt/optim/row_table.py"
+RATES = "nanogpt/optim/normuon_adam/spec.py"
 RECORD = "nanogpt/models/record_model.py"
 GPT2 = "nanogpt/models/gpt2/model.py"
 EMBEDDING = "nanogpt/layers/embedding.py"
@@ -36,6 +43,13 @@ DOCUMENTS = "nanogpt/data/documents_index.py"
 RECIPE = "recipes/speedrun.yaml"
 
 _TESTS: dict[str, tuple[str, ...]] = {
+    TABLE: ("tests/test_spec.py", "tests/models/test_speedrun.py"),
+    TABLE89: ("tests/models/test_record89.py", "tests/optim/test_record89_steps.py"),
+    TABLE_GPT2: ("tests/models/test_gpt2.py",),
+    RECORD_SPEC: ("tests/models/test_batch_extras.py", "tests/models/test_speedrun.py"),
+    STAGE_LOSS: ("tests/training/test_schedule.py", "tests/training/test_schedule_record89.py"),
+    ROW_TABLE: ("tests/training/test_micro_step.py",),
+    RATES: ("tests/training/test_schedule.py", "tests/training/test_schedule_record89.py"),
     SPEEDRUN: ("tests/models/test_speedrun.py",),
     RECORD89: ("tests/models/test_record89.py", "tests/optim/test_record89_steps.py"),
     RECORD: (

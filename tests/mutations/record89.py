@@ -17,6 +17,8 @@ from mutation import (
     RECORD,
     RECORD89,
     SCHEDULE,
+    STAGE_LOSS,
+    TABLE89,
     Mutations,
 )
 
@@ -28,7 +30,7 @@ _add = MUTATIONS.add
 _add("MUDD nets", CONNECTIONS, "tanh gelu", ("F.gelu(x @ w1.mT)", 'F.gelu(x @ w1.mT, approximate="tanh")'))
 _add("MUDD nets", CONNECTIONS, "ReLU", ("F.gelu(x @ w1.mT)", "F.relu(x @ w1.mT)"))
 _add("MUDD nets", CONNECTIONS, "bias not scaled", ("w2.mT + bias)", "w2.mT) + bias"), ("scale * (F.", "(scale * F."))
-_add("MUDD nets", RECORD89, "one net for both", ("self.mudd_w1[net], w2[:count]", "self.mudd_w1[0], w2[:count]"))
+_add("MUDD nets", RECORD89, "one net for both", ("bias = self.mudd_w1[net],", "bias = self.mudd_w1[0],"))
 _add("MUDD nets", RECORD89, "scale of 1", ("bias[:count], self.spec.mudd.scale)", "bias[:count], 1.0)"))
 _add("gate nets", RECORD89, "constant scale", ("self.mudd_gate_scale.to(x.dtype)", "0.1 + 0 * self.mudd_gate_scale"))
 _add("gate nets", RECORD89, "x0 for the late ones", ("gates |= self._gates(x, late", "gates |= self._gates(x0, late"))
@@ -41,25 +43,28 @@ _add(
 _add("gate nets", RECORD89, "early ones read x", ("self._gates(x0, late=False)", "self._gates(2 * x0, late=False)"))
 _add(
     "gate columns",
-    RECORD89,
+    TABLE89,
     "bigram before x0",
-    ('[(("x0", layer), 1, 0.0), (("bigram"', '[(("bigram", layer), 1, start.bigram_gate), (("x0"'),
-    (", layer), 1, start.bigram_gate)]\n        if late", ", layer), 1, 0.0)]\n        if late"),
+    (
+        '[Column("x0", layer, 0.0), Column("bigram", layer, start.bigram_gate)]',
+        '[Column("bigram", layer, start.bigram_gate), Column("x0", layer, 0.0)]',
+    ),
 )
 _add(
     "gate columns",
-    RECORD89,
+    TABLE89,
     "split one layer late",
-    ("(layer > spec.skip.from_layer) == late]", "(layer > spec.skip.from_layer + 1) == late]"),
-    (
-        "layer == spec.skip.from_layer + 1:\n                skipped",
-        "layer == spec.skip.from_layer + 2:\n                skipped",
-    ),
+    ("(layer > self.skip.from_layer) == late]", "(layer >= self.skip.from_layer) == late]"),
 )
 _add(
     "start of the residual", RECORD89, "no bigram", ('x0 + gates["bigram", 0] * bigram', 'x0 + 0 * gates["bigram", 0]')
 )
-_add("saved start", RECORD89, "x0 for it", ("(start, saved, x))", "(x0, saved, x))"))
+_add(
+    "saved start",
+    RECORD89,
+    "x0 for it",
+    ('w["value from before"]), (start, saved, x)', 'w["value from before"]), (x0, saved, x)'),
+)
 _add("bigrams", RECORD89, "in layer 0 twice", ("if layer > 0:  # it is", "if layer >= 0:  # it is"))
 _add("bigrams", RECORD89, "no signs", ("embedded.bigrams * bigram_sign(", "embedded.bigrams + 0 * bigram_sign("))
 _add("bigram signs", EMBEDDING, "from the sum", ("tokens[1:].bitwise_xor(tokens[:-1])", "(tokens[1:] + tokens[:-1])"))
@@ -116,21 +121,24 @@ _add(
     "saved activation",
     RECORD89,
     "last layer reads its input",
-    ("y = attention(last, attended,", "y = attention(last, norm(x),"),
+    ("            last,\n            attended,", "            last,\n            norm(x),"),
 )
 _add("values of the last layer", RECORD89, "nothing added", ("if value_add is not None:", "if False:"))
-_value_add = "weighted_sum(mu[0:3], (start, saved, x))"
-_mixed = "weighted_sum((1 + mu[5], *mu[3:5]), (x, start, saved))"
 _add(
     "values of the last layer",
     RECORD89,
     "after x has changed",
     (
-        f"value_add = {_value_add}\n        x = {_mixed}",
-        f"x = {_mixed}\n        value_add = {_value_add}",
+        '(w["value from start"], w["value from saved"], w["value from before"]), (start, saved, x)',
+        '(w["value from start"], w["value from saved"], w["value from before"]), (start, saved, norm(x))',
     ),
 )
-_add("last value gate", RECORD89, "halves swapped", ("torch.cat(mu[6:8], dim=1)", "torch.cat((mu[7], mu[6]), dim=1)"))
+_add(
+    "last value gate",
+    RECORD89,
+    "halves swapped",
+    ('value_gates=w["value gate"]', 'value_gates=w["value gate"].flip(1)'),
+)
 _add(
     "last value gate",
     RECORD89,
@@ -140,53 +148,56 @@ _add(
 _add(
     "last value gate", RECORD89, "a sigmoid", ("gate = value_gates.repeat", "gate = torch.sigmoid(value_gates).repeat")
 )
-_add("connections into the last layer", RECORD89, "no 1 +", ("(1 + mu[5], *mu[3:5])", "(mu[5], *mu[3:5])"))
+_add("connections into the last layer", RECORD89, "no 1 +", ('(1 + w["input from before"]', '(w["input from before"]'))
 _add(
     "connections into the last layer",
     RECORD89,
     "x0 for the start",
-    ("mu[8:12], (x, y, start, bigram)", "mu[8:12], (x, y, x0, bigram)"),
+    ("(x, y, start, bigram),", "(x, y, x0, bigram),"),
 )
 _add(
     "connections into the last layer",
     RECORD89,
     "MLP's weights swapped",
-    ("mu[12:14], (x, mlp(last, norm(x)))", "mu[12:14], (mlp(last, norm(x)), x)"),
+    ('w["mlp post"]), (x, y))', 'w["mlp post"]), (y, x))'),
 )
 _add(
     "connections after the last layer",
     RECORD89,
     "none",
-    ("x = x + weighted_sum(mu, (start", "x = x + 0 * weighted_sum(mu, (start"),
+    ("x = x + weighted_sum(tuple(", "x = x + 0 * weighted_sum(tuple("),
 )
 _add(
     "connections after the last layer",
     RECORD89,
     "the second value table",
-    ("before, tables[0], skipped", "before, tables[1], skipped"),
+    ("embedded.values[0],", "embedded.values[1],"),
 )
 _add(
     "connections after the last layer",
     RECORD89,
     "the last layer's input changed",
     (
-        "        before = x\n        mu = self._connections(0, x, CONNECTIONS_INTO_LAST)",
-        "        mu = self._connections(0, x, CONNECTIONS_INTO_LAST)",
+        "        before = x\n",
+        "",
     ),
-    ("        y = attention(last, attended,", "        before = x\n        y = attention(last, attended,"),
+    (
+        "        y = self._attention(\n            last,",
+        "        before = x\n        y = self._attention(\n            last,",
+    ),
 )
 _add(
     "final norm",
     RECORD89,
     "none",
-    ("return norm(x)\n\n    def _attention_weights", "return x\n\n    def _attention_weights"),
+    ("return norm(x)\n\n    def _mlp", "return x\n\n    def _mlp"),
 )
-_add("backout start", RECORD89, "added", ("-start.backout, 0.0", "start.backout, 0.0"))
+_add("backout start", TABLE89, "added", ("-start.backout)", "start.backout)"))
 _add(
     "bias starts",
-    RECORD89,
+    TABLE89,
     "not divided by the scale",
-    ("torch.tensor(starts) / spec.mudd.scale)\n        for late", "torch.tensor(starts))\n        for late"),
+    ("starts / np.float32(self.mudd.scale)", "starts"),
 )
 
 # --- attention ---
@@ -208,10 +219,9 @@ _add(
 )
 _add(
     "bank layout",
-    RECORD89,
+    TABLE89,
     "matrices of one head",
-    ('matrix(matrices["qk"], 2 * spec.head_dim, d)', 'matrix(2 * matrices["qk"], spec.head_dim, d)'),
-    ("self.qk[: self.spec.heads * count]", "self.qk[: 2 * self.spec.heads * count]"),
+    ("NorMuon(2 * self.head_dim)", "NorMuon(self.head_dim)"),
 )
 _add("attention scalars", RECORD89, "out is in", ("scale_out * o", "scale_in * o"))
 _add("XSA", HEADS, "no tanh", ("share = torch.tanh(strength)", "share = strength"))
@@ -327,7 +337,7 @@ _add(
     "the neighbour in byte order",
     ("while open_prefixes and not token.startswith(tokens[open_prefixes[-1]]):", "while len(open_prefixes) > 1:"),
 )
-_add("prefix weight", SCHEDULE, "constant", ("(weight.last - weight.first) * progress", "0 * progress"))
+_add("prefix weight", STAGE_LOSS, "constant", ("(self.last - self.first) * progress", "0 * progress"))
 _add(
     "stage limits",
     SCHEDULE,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutation import ATTENTION, EMBEDDING, HEAD, HEADS, MLP, NORM, RECORD, ROTARY, SPEEDRUN, Mutations
+from mutation import ATTENTION, EMBEDDING, HEAD, HEADS, MLP, NORM, RECORD, RECORD_SPEC, ROTARY, SPEEDRUN, Mutations
 
 MUTATIONS = Mutations()
 _add = MUTATIONS.add
@@ -128,14 +128,23 @@ _add(
 )
 _add(
     "bigram hash",
-    EMBEDDING,
+    RECORD_SPEC,
     "multipliers swapped",
-    ("(multipliers[0] * wide[1:])", "(multipliers[1] * wide[1:])"),
-    ("(multipliers[1] * wide[:-1])", "(multipliers[0] * wide[:-1])"),
+    ("own, before = self.bigram_multipliers", "before, own = self.bigram_multipliers"),
 )
-_add("bigram hash", EMBEDDING, "sum for xor", ("wide[1:]).bitwise_xor(", "wide[1:]).add("))
-_add("bigram hash", EMBEDDING, "modulo all rows", ("% (rows - 1)", "% rows"))
-_add("bigram hash", EMBEDDING, "token 0 takes row 0", ("new_full((1,), rows - 1)", "new_full((1,), 0)"))
+_add("bigram hash", RECORD_SPEC, "sum for xor", ("(own * wide[1:] ^ before", "(own * wide[1:] + before"))
+_add(
+    "bigram hash",
+    RECORD_SPEC,
+    "modulo all rows",
+    (") % (self.bigram_rows - 1)\n        return", ") % self.bigram_rows\n        return"),
+)
+_add(
+    "bigram hash",
+    RECORD_SPEC,
+    "token 0 takes row 0",
+    ("np.full(wide.shape, self.bigram_rows - 1,", "np.full(wide.shape, 0,"),
+)
 _add("bigram scalars", SPEEDRUN, "layer 0's for all", ("bigram_scale[layer] * bigram", "bigram_scale[0] * bigram"))
 _add("bigram scalars", SPEEDRUN, "none in layer 0", (" * x + bigram_scale[0] * bigram", " * x"))
 _add("x0 scalars", SPEEDRUN, "none in layer 0", ("(residual_scale[0] + self.x0_lambdas[0])", "residual_scale[0]"))
@@ -208,8 +217,8 @@ _add(
     RECORD,
     "left out of the loss",
     (
-        "            self.lm_head,\n            batch.targets,\n            token_weights,",
-        "            self.lm_head[:, : self.spec.vocab_size],\n            batch.targets,\n            token_weights,",
+        "            self.lm_head,\n            batch.targets,",
+        "            self.lm_head[:, : self.spec.vocab_size],\n            batch.targets,",
     ),
 )
 _add(

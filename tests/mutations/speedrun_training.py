@@ -11,10 +11,14 @@ from mutation import (
     OPTIMIZER,
     PLAN,
     POLAR,
+    RATES,
     RECIPE,
     RECORD,
+    ROW_TABLE,
     ROWS,
     SCHEDULE,
+    STAGE_LOSS,
+    TABLE,
     TRAINER,
     Mutations,
 )
@@ -30,7 +34,7 @@ _add(
     "Adam bias correction",
     OPTIMIZER,
     "count from 0 after the split",
-    ("self.adam_counts[TIED] = self.adam_counts[HEAD]", "self.adam_counts[TIED] = 0"),
+    ("self.adam_counts[tied] = self.adam_counts[head]", "self.adam_counts[tied] = 0"),
 )
 _add("Adam eps", ADAM, "inside the root", ("(exp_avg_sq.sqrt() + eps)", "(exp_avg_sq + eps).sqrt()"))
 _add("Adam eps", ADAM, "none", ("(exp_avg_sq.sqrt() + eps)", "exp_avg_sq.sqrt().clamp(min=1e-37)"))
@@ -94,7 +98,7 @@ _add(
     "bank layout",
     OPTIMIZER,
     "attn as (10, 3072, 768)",
-    ('rows = width if label == "attn" else full.shape[-2]', "rows = full.shape[-2]"),
+    ("full.view(-1, self.matrix_rows[label], full.shape[-1])", "full.view(-1, *full.shape[-2:])"),
 )
 _add("mantissa", NORMUON, "rounded, not truncated", ("(bits >> 16)", "((bits + 0x8000) >> 16)"))
 _add("mantissa", NORMUON, "low bits lost", ("    mantissa.copy_(lower)", "    mantissa.zero_()"))
@@ -126,15 +130,15 @@ _add(
     "tied head",
     OPTIMIZER,
     "embed's gradient not added",
-    ("            transpose_add(self._gradient(TIED), self._gradient(HEAD))\n", "            pass\n"),
+    ("            transpose_add(self._gradient(tied), self._gradient(head))\n", "            pass\n"),
 )
 _add(
     "tied head",
     OPTIMIZER,
     "embed not refreshed",
-    ("transpose_copy(self.parameters[HEAD].data, self.parameters[TIED].data)", "pass"),
+    ("transpose_copy(self.parameters[head].data, self.parameters[tied].data)", "pass"),
 )
-_add("tied head", OPTIMIZER, "embed's gradient not cleared", ("            self._clear(TIED)\n", ""))
+_add("tied head", OPTIMIZER, "embed's gradient not cleared", ("            self._clear(tied)\n", ""))
 _add("split", OPTIMIZER, "never", ("if rates.split:", "if False:"))
 _add(
     "split",
@@ -153,14 +157,14 @@ _add(
         "        reductions = {",
     ),
 )
-_add("split step", SCHEDULE, "the stage's first step", ("while not self.is_adam_step(step):", "while False:"))
-_add("odd steps", SCHEDULE, "even steps", ("== self.adam_every - 1", "== 0"))
+_add("split step", RATES, "the stage's first step", ("while not self.is_adam_step(step):", "while False:"))
+_add("odd steps", RATES, "even steps", ("== self.adam.every - 1", "== 0"))
 _add("odd steps", PLAN, "Adam every step", ("(plan.bank or adam_step)", "True"))
 _add(
     "delayed updates",
     OPTIMIZER,
     "always by the first rate",
-    ("[reduction.wait()], rates)", "[reduction.wait()], StepRates(1.0))"),
+    ("[reduction.wait()], rates)", "[reduction.wait()], NorMuonAdamRates(1.0))"),
 )
 _add("delayed updates", OPTIMIZER, "not in the state", ('state.get("waiting", {})', "{}"))
 _add("delayed updates", PLAN, "made at once", ("delayed=label in spec.adam.delayed", "delayed=False"))
@@ -201,13 +205,13 @@ _add(
 )
 _add(
     "tables' gradients",
-    MICRO_STEP,
+    ROW_TABLE,
     "of the first rows",
     ("look_up.part(look_up.parameter.grad)", "look_up.parameter.grad"),
 )
 _add(
     "tables' gradients",
-    MICRO_STEP,
+    ROW_TABLE,
     "one order for all",
     ("orders.get(id(look_up.rows))", "next(iter(orders.values()), None)"),
 )
@@ -223,15 +227,15 @@ _add(
 
 _add(
     "momentum schedule",
-    SCHEDULE,
+    RATES,
     "one step ahead at the start",
     ("* step / m.warmup_steps", "* (step + 1) / m.warmup_steps"),
 )
-_add("momentum schedule", SCHEDULE, "constant at the start", ("if step < m.warmup_steps:", "if False:"))
-_add("momentum schedule", SCHEDULE, "constant at the end", ("if step > cooldown:", "if False:"))
+_add("momentum schedule", RATES, "constant at the start", ("if step < m.warmup_steps:", "if False:"))
+_add("momentum schedule", RATES, "constant at the end", ("if step > cooldown:", "if False:"))
 _add(
     "momentum schedule",
-    SCHEDULE,
+    RATES,
     "one step late at the end",
     ("* (step - cooldown) / m", "* (step - cooldown - 1) / m"),
 )
@@ -271,12 +275,12 @@ _add(
     "the extension's",
     ("self._tokens(self.training.final_window_blocks)", "self._tokens(self.stages[-1].window_blocks)"),
 )
-_add("multi-token schedule", SCHEDULE, "constant", ("* (1 - progress))", "* 1)"))
+_add("multi-token schedule", STAGE_LOSS, "constant", ("* (1 - progress))", "* 1)"))
 _add(
     "multi-token schedule",
-    SCHEDULE,
+    STAGE_LOSS,
     "all weights fall",
-    ("(*stage.token_weights[:-1],", "(*(w * (1 - progress) for w in stage.token_weights[:-1]),"),
+    ("(*self.token_weights[:-1],", "(*(w * (1 - progress) for w in self.token_weights[:-1]),"),
 )
 _add(
     "multi-token schedule",
@@ -373,19 +377,11 @@ for _mechanism, _old, _new in (
     ("initial values", "init_bound: 0.5", "init_bound: 1"),
     ("Adam lr", "lr: 0.008", "lr: 0.004"),
     ("Adam weight decay", "weight_decay: 0.005", "weight_decay: 0.01"),
-    ("Adam betas", "x0_lambdas: {betas: [0.65, 0.95]", "x0_lambdas: {betas: [0.9, 0.95]"),
-    ("lr multipliers", "smear_gate: {betas: [0.9, 0.99], lr_mul: 0.01", "smear_gate: {betas: [0.9, 0.99], lr_mul: 1"),
-    (
-        "weight-decay multipliers",
-        "embed: {betas: [0.5, 0.95], lr_mul: 1, wd_mul: 150, communication: sharded}\n  normuon",
-        "embed: {betas: [0.5, 0.95], lr_mul: 1, wd_mul: 15, communication: sharded}\n  normuon",
-    ),
     ("NorMuon lr", "lr: 0.023", "lr: 0.03"),
     ("NorMuon beta2", "beta2: 0.95", "beta2: 0.9"),
     ("NorMuon weight decay", "weight_decay: 1.2", "weight_decay: 1.0"),
     ("norm margin", "norm_margin: 1.02", "norm_margin: 1.0"),
     ("Polar Express", "8.156554524902461", "8.156554524902"),
-    ("NorMuon multipliers", "mlp: {lr_muls: [1, 2]", "mlp: {lr_muls: [2, 1]"),
     ("split step", "split_stage: 2", "split_stage: 1"),
     ("stages", "window_blocks: {short: 5, long: 11}", "window_blocks: {short: 5, long: 10}"),
     ("stages", "lr_factor: 1.52", "lr_factor: 1.5"),
@@ -394,3 +390,16 @@ for _mechanism, _old, _new in (
     ("momentum schedule", "cooldown_steps: 50", "cooldown_steps: 40"),
 ):
     _add(_mechanism, RECIPE, f"`{_old.splitlines()[0]}` becomes `{_new.splitlines()[0]}`", (_old, _new))
+
+_add("Adam betas", TABLE, "x0_lambdas as slow as most", ("Adam((0.65, 0.95), 5)", "Adam((0.9, 0.95), 5)"))
+_add("lr multipliers", TABLE, "of the smear gate", ("Adam(slow, 0.01)", "Adam(slow, 1)"))
+_add(
+    "weight-decay multipliers",
+    TABLE,
+    "of the embedding",
+    (
+        'Adam(head, 1, 150, sharded=True),\n                TransposeOf("lm_head")',
+        'Adam(head, 1, 15, sharded=True),\n                TransposeOf("lm_head")',
+    ),
+)
+_add("NorMuon multipliers", TABLE, "of up for down", ("NorMuon(hidden, (1, 2))", "NorMuon(hidden, (2, 1))"))
