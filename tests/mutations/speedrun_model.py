@@ -217,8 +217,8 @@ _add(
     RECORD,
     "left out of the loss",
     (
-        "            self.lm_head,\n            batch.targets,",
-        "            self.lm_head[:, : self.spec.vocab_size],\n            batch.targets,",
+        "            self.lm_head,\n            batch.targets,\n            inputs.token_weights,",
+        "            self.lm_head[:, :-3],\n            batch.targets,\n            inputs.token_weights,",
     ),
 )
 _add(
