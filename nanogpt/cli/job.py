@@ -88,6 +88,7 @@ def node(
     """On each node: preflight, then torchrun."""
     from nanogpt.cluster.job_step import RunArguments
     from nanogpt.cluster.preflight import preflight, raise_for_failures
+    from nanogpt.cluster.staging import check_staged, stage_directory
     from nanogpt.console import say
 
     arguments = RunArguments(recipe, overrides or (), steps, data, out, resume)
@@ -100,8 +101,11 @@ def node(
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, int(cpus) // ranks)))
     index = int(os.environ.get("SLURM_NODEID", "0"))
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # one that comes early waits for the launcher
+    stage, shards = os.environ.get("NANOGPT_STAGE"), arguments.data_directory(spec)
+    if stage and shards.is_relative_to(stage_directory(Path(stage))):
+        check_staged(Path(stage), shards)
     with _pid_file(index):
-        checks = preflight(spec, arguments.data_directory(spec), arguments.output_directory(spec), os.environ)
+        checks = preflight(spec, shards, arguments.output_directory(spec), os.environ)
         if os.environ.get("NANOGPT_PREFLIGHT") == "warn":
             say("preflight: NANOGPT_PREFLIGHT=warn: going on, whatever failed")
         else:
@@ -132,12 +136,17 @@ def node(
 
 @contextmanager
 def _pid_file(index: int) -> Iterator[None]:
-    """Where `slurm/run.sh` finds the process to signal: /tmp/nanogpt-JOB-NODE.pid, on this node."""
-    path = Path(f"/tmp/nanogpt-{os.environ.get('SLURM_JOB_ID', '0')}-{index}.pid")
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    """Where `slurm/run.sh` finds the process to signal, on this node: a name that nobody else can have guessed."""
+    name = os.environ.get("NANOGPT_PID_FILE")
+    if not name:
+        yield
+        return
+    path = Path(f"{name}.{index}")
+    partial = path.with_name(f".{path.name}")
     with contextlib.suppress(OSError):  # without it a run ends at its time limit, with the checkpoint it has
-        partial.write_text(f"{os.getpid()}\n")
-        partial.replace(path)
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(f"{os.getpid()}\n")
+        partial.rename(path)
     try:
         yield
     finally:

@@ -121,7 +121,11 @@ def plan_step(arguments: RunArguments, environ: Mapping[str, str]) -> list[str]:
     local = []
     if stage:
         data = staged_data(Path(stage), data)
-        local = ["env", f"NANOGPT_SIF={staged_image(Path(stage), Path(environ['NANOGPT_SIF']))}"]
+        local = [
+            "env",
+            f"NANOGPT_SIF={staged_image(Path(stage), Path(environ['NANOGPT_SIF']))}",
+            f"NANOGPT_STAGED_BELOW={Path(stage)}",  # in_image.sh looks whose it is
+        ]
     meeting = rendezvous(allocation.nodes, int(environ["SLURM_JOB_ID"]))
     cpus = environ.get("SLURM_CPUS_PER_TASK") or environ.get("SLURM_CPUS_ON_NODE")
     return [

@@ -1,27 +1,38 @@
 """The image and the shards on a node's own disk, copied once.
 
-A copy that is there with the same size and time of change is taken as identical, as rsync does. Copies appear under
-their names only when whole; jobs of one user that start on a node at once wait for one another.
+A copy that is there is taken if its content is the original's, by sha256. It lies in directories that are this user's
+alone (see nanogpt/private_files.py). Copies appear under their names only when whole; jobs of one user that start on a
+node at once wait for one another.
 """
 
 from __future__ import annotations
 
 import contextlib
-import getpass
+import fcntl
 import hashlib
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from nanogpt.console import human_bytes, say
+from nanogpt.data.manifest import file_sha256, read_manifest
+from nanogpt.data.shards import missing_target
 from nanogpt.errors import InputError, RunError
+from nanogpt.image.labels import known_sha256, read_built, sidecar
+from nanogpt.private_files import open_private
+
+BLOCK_BYTES = 4 << 20
+HASHING_THREADS = 4
+ELSEWHERE = "Name a directory of your own on the node's disk (NANOGPT_STAGE=/local/$USER), or unset NANOGPT_STAGE"
 
 
 def stage_directory(stage: Path) -> Path:
     """The user's own directory in `stage`."""
-    return stage / f"nanogpt-{getpass.getuser()}"
+    return stage / f"nanogpt-{os.geteuid()}"
 
 
 def staged_image(stage: Path, image: Path) -> Path:
@@ -39,75 +50,166 @@ def _tag(path: Path) -> str:
     return hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
 
 
-def stage_files(files: Sequence[Path], directory: Path) -> int:
-    """Make `directory` hold copies of `files`; returns the bytes copied.
+def stage_files(
+    files: Sequence[Path], stage: Path, directory: Path, known: Mapping[Path, str] | None = None
+) -> tuple[int, float]:
+    """Make `directory`, below `stage`, hold copies of `files`; returns the bytes copied and those compared.
+
+    Args:
+        files: of different names.
+        stage: the shared place.
+        directory: each of its parts below `stage` is made, or has to be this user's alone.
+        known: sha256 of those files whose content is known; of the others it is read.
 
     Raises:
-        InputError: the directory cannot be made.
-        RunError: too little space, or a copy failed.
+        InputError: the directory cannot be made, or is not this user's alone.
+        RunError: too little space, a copy failed, or a file is not what `known` says.
     """
-    from filelock import FileLock
-
+    known = known or {}
+    copied = compared = 0
     try:
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        raise InputError(
-            f"NANOGPT_STAGE: {directory} cannot be made: {error.strerror}. Name a directory on the node's own disk that"
-            " you may write to, such as /tmp, or unset NANOGPT_STAGE"
-        ) from error
-    copied = 0
-    try:
-        with FileLock(directory / ".lock"):
-            todo = [file for file in files if not _identical(file, directory / file.name)]
-            needed, free = sum(file.stat().st_size for file in todo), shutil.disk_usage(directory).free
+        with _opened(stage, directory) as folder, _locked(folder), ThreadPoolExecutor(HASHING_THREADS) as threads:
+            for name in os.listdir(folder):  # noqa: PTH208 -- left by a job that was killed
+                if name.endswith(".partial"):
+                    os.unlink(name, dir_fd=folder)
+            same = list(threads.map(lambda file: _identical(file, folder, known.get(file)), files))
+            todo = [file for file, is_same in zip(files, same, strict=True) if not is_same]
+            compared = sum(file.stat().st_size for file in files if file not in todo)
+            needed, free = sum(file.stat().st_size for file in todo), shutil.disk_usage(folder).free
             if needed > free:
                 raise RunError(
                     f"NANOGPT_STAGE: {directory} has {human_bytes(free)} free, the copies need {human_bytes(needed)}."
                     " Name a larger disk, or unset NANOGPT_STAGE"
                 )
             for file in todo:
-                copied += _copy(file, directory / file.name)
+                copied += _copy(file, folder, known.get(file))
     except OSError as error:
         raise RunError(f"NANOGPT_STAGE: {directory}: copying failed: {error}. Unset NANOGPT_STAGE") from error
-    return copied
+    return copied, compared
 
 
-def _identical(source: Path, copy: Path) -> bool:
+@contextmanager
+def _opened(stage: Path, directory: Path) -> Iterator[int]:
     try:
-        one, other = source.stat(), copy.stat()
-    except FileNotFoundError:
+        stage.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder = open_private(stage, directory.relative_to(stage).parts)
+    except InputError as error:
+        raise InputError(f"NANOGPT_STAGE: {error}. {ELSEWHERE}") from error
+    except OSError as error:
+        raise InputError(f"NANOGPT_STAGE: {directory} cannot be made: {error.strerror}. {ELSEWHERE}") from error
+    try:
+        yield folder
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def _locked(folder: int) -> Iterator[None]:
+    lock = os.open(".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _identical(source: Path, folder: int, known: str | None) -> bool:
+    """Whether the copy has the length and the content of its source."""
+    try:
+        copy = os.open(source.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+    except OSError:
         return False
-    return (one.st_size, one.st_mtime_ns) == (other.st_size, other.st_mtime_ns)
+    with os.fdopen(copy, "rb") as stream:
+        if os.fstat(copy).st_size != source.stat().st_size:
+            return False
+        if hashlib.file_digest(stream, "sha256").hexdigest() != (known or file_sha256(source)):
+            return False
+        _keep_time(source, copy)
+        return True
 
 
-def _copy(source: Path, target: Path) -> int:
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+def _copy(source: Path, folder: int, known: str | None) -> int:
+    partial = f".{source.name}.partial"
+    digest, size = hashlib.sha256(), 0
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=folder)
     try:
-        shutil.copyfile(source, partial)
-        shutil.copystat(source, partial)
-        partial.replace(target)
+        with os.fdopen(descriptor, "wb", buffering=0) as target, source.open("rb", buffering=0) as original:
+            while block := original.read(BLOCK_BYTES):
+                digest.update(block)
+                size += len(block)
+                view = memoryview(block)
+                while view:
+                    view = view[target.write(view) :]
+            _keep_time(source, target.fileno())
+        if known and digest.hexdigest() != known:
+            raise RunError(
+                f"{source}: has sha256 {digest.hexdigest()}, the file beside it says {known}: it is damaged, or was"
+                " changed. Make it anew: make sif for an image, prep-fineweb --verify for shards"
+            )
+        os.rename(partial, source.name, src_dir_fd=folder, dst_dir_fd=folder)
     finally:
         with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-    return target.stat().st_size
+            os.unlink(partial, dir_fd=folder)
+    return size
+
+
+def _keep_time(source: Path, copy: int) -> None:
+    """Manifests and the facts beside an image go by the time of change."""
+    status = source.stat()
+    os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def stage(stage: Path, *, image: Path | None, shards: Sequence[Path], manifests: Sequence[Path] = ()) -> None:
     """Copy image and shards to this node's disk below `stage`, and say how long that took.
 
     Raises:
-        InputError: `stage` cannot be written to.
+        InputError: `stage` cannot be written to or is not safe there, the image is a directory, or a shard is a link
+            to nothing.
         RunError: too little space there, or a copy failed.
     """
-    parts = [] if image is None else [("image", [image], staged_image(stage, image).parent)]
+    parts: list[tuple[str, list[Path], Path, Callable[[], dict[Path, str]]]] = []
+    if image is not None:
+        if image.is_dir():
+            raise InputError(
+                f"NANOGPT_SIF: {image} is an unpacked image, and NANOGPT_STAGE copies files: unset it, or name a .sif"
+            )
+        files = [image, sidecar(image)] if read_built(image) else [image]
+        digest = known_sha256(image)
+        parts.append(("image", files, staged_image(stage, image).parent, lambda: {image: digest} if digest else {}))
     if shards:
-        parts.append(("shards", [*shards, *manifests], staged_data(stage, shards[0].parent)))
-    for what, files, directory in parts:
+        for shard in shards:
+            if problem := missing_target(shard):
+                raise InputError(problem)
+        files = [*shards, *manifests]
+        parts.append(("shards", files, staged_data(stage, shards[0].parent), lambda: _verified(shards)))
+    for what, files, directory, known in parts:
         began = time.monotonic()
-        copied = stage_files(files, directory)
+        copied, compared = stage_files(files, stage, directory, known())
         seconds = time.monotonic() - began
         if copied:
             rate = f", {human_bytes(copied / max(seconds, 1e-3))}/s"
             say(f"staged {what}: {human_bytes(copied)} to {directory} in {seconds:.1f} s{rate}")
         else:
-            say(f"staged {what}: there already, identical: {directory} ({seconds:.1f} s)")
+            size = human_bytes(compared)
+            say(f"staged {what}: there already, identical ({size} compared in {seconds:.1f} s): {directory}")
+
+
+def _verified(shards: Sequence[Path]) -> dict[Path, str]:
+    """sha256 of the shards that are as the manifest remembers them."""
+    known = {}
+    manifest = read_manifest(shards[0].parent)
+    for shard in shards:
+        entry, status = manifest.get(shard.name), shard.stat()
+        if entry is not None and (entry.bytes, entry.mtime_ns) == (status.st_size, status.st_mtime_ns):
+            known[shard] = entry.sha256
+    return known
+
+
+def check_staged(stage: Path, directory: Path) -> None:
+    """Raise `InputError` unless the copies' `directory`, below `stage`, is still this user's alone."""
+    try:
+        os.close(open_private(stage, directory.relative_to(stage).parts, make=False))
+    except InputError as error:
+        raise InputError(f"NANOGPT_STAGE: {error}. {ELSEWHERE}") from error
+    except OSError as error:
+        raise InputError(f"NANOGPT_STAGE: {directory}: {error.strerror}: the copies are gone. {ELSEWHERE}") from error

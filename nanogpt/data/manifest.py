@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nanogpt.console import say
-from nanogpt.data.shards import ShardError, read_count
+from nanogpt.data.shards import ShardError, missing_target, read_count
 from nanogpt.data.workers import FatalError, Stop
 from nanogpt.errors import RunError
 
@@ -115,7 +115,8 @@ def check_shard(path: Path, entry: Entry | None, *, rehash: bool = False, stop: 
         return ShardCheck(path.name, "valid", tokens, remembered, entry=now)
     except ShardError as error:
         if isinstance(error.__cause__, FileNotFoundError):
-            return ShardCheck(path.name, "missing", None, remembered, "no such file")
+            detail = (missing_target(path) or "no such file").removeprefix(f"{path}: ")
+            return ShardCheck(path.name, "missing", None, remembered, detail)
         if isinstance(error.__cause__, OSError):
             raise RunError(f"{error}. Check its permissions and the disk") from error
         return ShardCheck(path.name, "corrupt", None, remembered, str(error).removeprefix(f"{path}: "))

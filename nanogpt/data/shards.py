@@ -19,6 +19,7 @@ VERSION = 1
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
 TOKEN_BYTES = 2
+MAXSYMLINKS = 40  # Linux's own bound
 
 Tokens = npt.NDArray[np.uint16]
 
@@ -37,6 +38,28 @@ def val_name(index: int = 0) -> str:
     return f"fineweb_val_{index:06d}.bin"
 
 
+def missing_target(path: Path) -> str | None:
+    """What is wrong with a link that leads to nothing, and what to do; None: it is no such link."""
+    if not path.is_symlink():
+        return None
+    link = path
+    for _ in range(MAXSYMLINKS):
+        target = link.parent / link.readlink()
+        try:
+            target.lstat()
+        except OSError as error:
+            what = f"{path}: is a link to {target}: {error.strerror}"
+            if os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER"):
+                return (
+                    f"{what}, as seen in the container. If it is there outside: export APPTAINER_BIND={target.parent}"
+                )
+            return f"{what}. Mend the link, or make the shards anew: prep-fineweb, prep-text"
+        if not target.is_symlink():
+            return None
+        link = target
+    return f"{path}: is a link that leads back to itself. Mend it, or make the shards anew: prep-fineweb, prep-text"
+
+
 def read_count(path: Path) -> int:
     """Check a shard's header against the file's length and return its token count, reading 1 KiB.
 
@@ -48,7 +71,7 @@ def read_count(path: Path) -> int:
             head = file.read(HEADER_BYTES)
             length = os.fstat(file.fileno()).st_size
     except OSError as error:
-        raise ShardError(f"{path}: cannot be read: {error.strerror}") from error
+        raise ShardError(missing_target(path) or f"{path}: cannot be read: {error.strerror}") from error
     if len(head) != HEADER_BYTES:
         raise ShardError(f"{path}: {length} bytes long, shorter than a shard's {HEADER_BYTES}-byte header")
     header = np.frombuffer(head, dtype="<i4")

@@ -9,6 +9,7 @@ order, which the other processes of the node profit from as well.
 from __future__ import annotations
 
 import os
+import stat
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -35,10 +36,12 @@ def read_mapped_files() -> tuple[int, float]:
     began, total = time.monotonic(), 0
     for path, start, length in _mapped(Path("/proc/self/maps").read_text(errors="replace")):
         try:
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:
             continue
         try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # a device, or what has taken a file's name since
+                continue
             first = start
             while count := len(os.pread(descriptor, min(BLOCK_BYTES, start + length - first), first)):
                 first, total = first + count, total + count

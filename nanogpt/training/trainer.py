@@ -29,6 +29,7 @@ from nanogpt.console import say
 from nanogpt.data import fineweb
 from nanogpt.data.batches import TrainBatches, ValBatches
 from nanogpt.data.prefixes import gpt2_tokens, prefix_table
+from nanogpt.data.shards import missing_target
 from nanogpt.errors import InputError, Interrupted, NanogptError, RunError
 from nanogpt.launch.page_cache import keep_code_in_memory
 from nanogpt.launch.watchdog import Watchdog
@@ -83,6 +84,8 @@ def find_files(directory: Path, pattern: str) -> list[Path]:
             f"{directory}: no {pattern} there. Make shards with prep-fineweb or prep-text, or name their"
             " directory with --data, NANOGPT_DATA or data.directory in the recipe"
         )
+    for problem in filter(None, map(missing_target, files)):
+        raise InputError(problem)
     check_numbering(files)
     return files
 

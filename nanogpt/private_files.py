@@ -1,0 +1,100 @@
+"""Directories of predictable names where others may write, such as in /tmp: opened only if they are this user's alone.
+
+What somebody else has made, a link, or a directory that others may write to could hold code of theirs under our names.
+Each part of the path is opened by itself, relative to the one before and without following links, so that nothing can
+be exchanged between look and use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+from nanogpt.errors import InputError
+
+OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+OVERFLOW_UID = Path("/proc/sys/kernel/overflowuid")
+UID_MAP = Path("/proc/self/uid_map")
+
+
+def open_private(base: Path, names: Sequence[str], *, make: bool = True) -> int:
+    """Open the directory `names` below `base`, each part of which has to be this user's alone; returns a descriptor.
+
+    Args:
+        base: the shared place; may be a link, as it is its owner's.
+        names: one directory after the other; those that are missing are made with mode 0700, if `make` says so.
+
+    Raises:
+        InputError: a part is a link, another's, or open to others; or others may exchange what is in `base`.
+        OSError: a part does not exist or cannot be made.
+    """
+    _check_place(base)
+    path, descriptor = base, os.open(base, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for name in names:
+            path /= name
+            inner = _open_part(path, name, descriptor, make=make)
+            os.close(descriptor)
+            descriptor = inner
+            _check_mine(path, os.fstat(descriptor))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _open_part(path: Path, name: str, parent: int, *, make: bool) -> int:
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return os.open(name, flags, dir_fd=parent)
+    except FileNotFoundError:
+        if not make:
+            raise
+    except NotADirectoryError as error:  # a link, too
+        found = os.stat(name, dir_fd=parent, follow_symlinks=False)
+        kind = "a link" if stat.S_ISLNK(found.st_mode) else "no directory"
+        raise InputError(f"{path}: is {kind}, of {_who(found.st_uid)}; expected a directory of your own") from error
+    with contextlib.suppress(FileExistsError):  # another job's, this moment; whose it is, is seen next
+        os.mkdir(name, 0o700, dir_fd=parent)
+    return os.open(name, flags, dir_fd=parent)
+
+
+def _check_mine(path: Path, found: os.stat_result) -> None:
+    if found.st_uid != os.geteuid():
+        raise InputError(f"{path}: belongs to {_who(found.st_uid)}; expected a directory of your own")
+    if found.st_mode & OTHERS_WRITE:
+        mode = stat.S_IMODE(found.st_mode)
+        raise InputError(f"{path}: others may write to it (mode {mode:04o}); expected 0700: remove it, or chmod go-w")
+
+
+def _check_place(base: Path) -> None:
+    """Raise `InputError` where another user could put something else in the place of a directory in `base`."""
+    trusted = {0, os.geteuid(), *_hidden_owners()}
+    real = base.resolve()
+    for path in (real, *real.parents):
+        found = path.stat()
+        if found.st_uid not in trusted:
+            raise InputError(f"{path}: belongs to {_who(found.st_uid)}, who can exchange what is in it")
+        if found.st_mode & OTHERS_WRITE and not found.st_mode & stat.S_ISVTX:
+            mode = stat.S_IMODE(found.st_mode)
+            raise InputError(f"{path}: others can exchange what is in it (mode {mode:04o}, without a sticky bit)")
+
+
+def _hidden_owners() -> set[int]:
+    """The id under which root's files appear in a container's user namespace that does not know root; else none."""
+    try:
+        known = {int(line.split()[1]) for line in UID_MAP.read_text().splitlines()}
+        return set() if 0 in known else {int(OVERFLOW_UID.read_text())}
+    except (OSError, ValueError, IndexError):
+        return set()
+
+
+def _who(uid: int) -> str:
+    try:
+        return f"user {pwd.getpwuid(uid).pw_name}"
+    except KeyError:
+        return f"user {uid}"
