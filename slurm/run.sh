@@ -38,14 +38,24 @@ wait "$!" || exit
 one_a_node=(--nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
 if [[ -n ${NANOGPT_STAGE:-} ]]; then srun "${one_a_node[@]}" "$here/in_image.sh" nanogpt job stage "$@" || exit; fi
 
+# The launcher's process number, in /tmp of its node: under a name that nobody can have made before.
+NANOGPT_PID_FILE=/tmp/nanogpt-$SLURM_JOB_ID-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
+export NANOGPT_PID_FILE
+
 # Before the time limit Slurm tells this script alone. It tells the launchers: if Slurm signalled the step itself, it
 # would end the process that mounts the image as well, and the run could not write its checkpoint.
 # shellcheck disable=SC2016,SC2329
 tell_launchers() {
     told=yes
     echo "run.sh: time is nearly up, the run is asked for a checkpoint" >&2
-    srun --overlap "${one_a_node[@]}" bash -c 'kill -USR1 "$(< "/tmp/nanogpt-$SLURM_JOB_ID-$SLURM_NODEID.pid")"'
+    srun --overlap "${one_a_node[@]}" bash -c "$tell_launcher" _ "$NANOGPT_PID_FILE"
 }
+# A file of this user's with the number of a process of this user's, or nothing is signalled: -1 would mean all of them.
+# shellcheck disable=SC2016
+tell_launcher='file=$1.$SLURM_NODEID pid=
+    if [[ -f $file && -O $file && ! -h $file ]]; then read -r pid < "$file"; fi
+    if [[ $pid =~ ^[1-9][0-9]*$ ]] && ((pid > 1)) && [[ -O /proc/$pid ]]; then kill -USR1 "$pid"
+    else echo "run.sh on $(hostname): $file names no process of this run: it is not asked for a checkpoint" >&2; fi'
 trap tell_launchers USR1
 "${step[@]}" &
 while
