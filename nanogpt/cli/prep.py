@@ -35,7 +35,7 @@ def prep_fineweb(
 
     The validation shard and the first training shards of the hub data set kjj0/fineweb10B-gpt2. What is here and valid
     is kept, what is corrupt is fetched again, what was interrupted continues. Run it where there is internet: on most
-    clusters, the login node. HF_ENDPOINT, HF_TOKEN and HTTPS_PROXY count.
+    clusters, the login node. HF_ENDPOINT, HF_TOKEN, HTTPS_PROXY and SSL_CERT_FILE count.
     """
     from nanogpt.data import fineweb
 

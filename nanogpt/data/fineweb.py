@@ -45,7 +45,7 @@ DEFAULT_RETRIES = 6
 CHECKSUM_ATTEMPTS = 2
 OFFLINE_ADVICE = (
     "Compute nodes often have no internet: run prep-fineweb on the login node, or on any machine that shares this "
-    "directory; HTTPS_PROXY names your site's proxy, HF_ENDPOINT a mirror of the hub"
+    "directory; HTTPS_PROXY names your site's proxy, SSL_CERT_FILE its certificates, HF_ENDPOINT a mirror of the hub"
 )
 
 

@@ -25,6 +25,7 @@ from typing import Any
 from nanogpt import __version__
 from nanogpt.console import human_bytes, say
 from nanogpt.data.manifest import SHA256
+from nanogpt.data.surroundings import check_surroundings, check_token, is_private_way
 from nanogpt.data.workers import FatalError, Stop, Stopped
 from nanogpt.errors import InputError, RunError
 
@@ -53,15 +54,26 @@ class Hub:
         retries: how often in a row a request that brought nothing is repeated.
         stop: ends waits and transfers early.
         advice: what to do without a network, the last sentence of that error.
+
+    Raises:
+        InputError: a variable of the environment that no download can work with, or a token that would be open to
+            others on its way.
     """
 
     def __init__(self, repository: str, *, retries: int, stop: Stop, advice: str) -> None:
+        check_surroundings()
         endpoint = os.environ.get("HF_ENDPOINT")
-        if endpoint and not endpoint.startswith(("http://", "https://")):
-            raise InputError(f"HF_ENDPOINT: found {endpoint!r}, expected an address that begins with https://")
         # Imported here and not above: the help text and a directory that is complete need no HTTP client.
-        import huggingface_hub
-        from huggingface_hub import constants, errors, utils
+        try:
+            import huggingface_hub
+            from huggingface_hub import constants, errors, utils
+
+            session = utils.get_session()
+        except (ImportError, ValueError, OSError) as error:
+            raise InputError(
+                f"the HTTP client cannot be set up: {type(error).__name__}: {error}. Look at the variables HF_*,"
+                " *_PROXY and SSL_CERT_*, and unset what you do not need"
+            ) from error
 
         self.repository = repository
         self.retries = retries
@@ -72,8 +84,11 @@ class Hub:
         self._hub = huggingface_hub
         self._utils = utils
         self._status_error: type[Exception] = errors.HfHubHTTPError
+        # None: the library's choice, which is what was looked at; False: none, where others could read it.
+        check_token(constants.HF_TOKEN_PATH, self.endpoint, implicit=not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN)
+        self._token = None if is_private_way(self.endpoint) else False
         # huggingface_hub 1.x is built on httpx, 2.x on httpx2: the session says which.
-        http = importlib.import_module(type(utils.get_session()).__module__.partition(".")[0])
+        http = importlib.import_module(type(session).__module__.partition(".")[0])
         self._transport_errors: tuple[type[Exception], ...] = (http.RequestError, http.InvalidURL)
         self._passing_errors = (self._status_error, *self._transport_errors)
 
@@ -176,6 +191,7 @@ class Hub:
             self._address(name, revision),
             timeout=self._constants.HF_HUB_ETAG_TIMEOUT,
             endpoint=self.endpoint,
+            token=self._token,
             library_name="nanogpt-speedrun",
             library_version=__version__,
         )
@@ -188,7 +204,9 @@ class Hub:
 
     def _transfer(self, file: RemoteFile, partial: Path, have: int, report: Report) -> int:
         """One GET request from byte `have` on, written to `partial` as it arrives; the byte it ended before."""
-        headers = self._utils.build_hf_headers(library_name="nanogpt-speedrun", library_version=__version__)
+        headers = self._utils.build_hf_headers(
+            token=self._token, library_name="nanogpt-speedrun", library_version=__version__
+        )
         headers["Accept-Encoding"] = "identity"
         if have:
             headers["Range"] = f"bytes={have}-"

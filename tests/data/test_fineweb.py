@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import os
 import pty
 import re
@@ -23,6 +24,7 @@ from prep_runs import COMMAND, ONE, SHARD_BYTES, THREE, TWO, VAL, Here, Prep, Ru
 from nanogpt.data.fineweb import default_directory, download, read_manifest, shard_names
 from nanogpt.data.hub import _retry_after
 from nanogpt.data.shards import header_bytes
+from nanogpt.data.surroundings import is_private_way
 from nanogpt.errors import InputError
 
 # The plain way
@@ -119,6 +121,29 @@ def test_progress_bar_on_a_terminal(hub: HubServer, prep: Prep, data: Path) -> N
         (["--workers", "0"], {}, "--workers"),
         (["--chunk", "3"], {}, "--chunks"),
         ([], {"HF_ENDPOINT": "huggingface.co"}, "HF_ENDPOINT"),
+        ([], {"HF_ENDPOINT": "https://"}, "HF_ENDPOINT: found 'https://': names no host"),
+        ([], {"HF_ENDPOINT": "https://hub:port"}, "HF_ENDPOINT"),
+        ([], {"HF_ENDPOINT": "https://ada:hunter2@hub"}, "HF_ENDPOINT: holds a name or a password"),
+        ([], {"HF_HUB_ETAG_TIMEOUT": "10s"}, "HF_HUB_ETAG_TIMEOUT: found '10s', expected whole seconds"),
+        ([], {"HF_HUB_DOWNLOAD_TIMEOUT": ""}, "HF_HUB_DOWNLOAD_TIMEOUT: found ''"),
+        ([], {"HTTPS_PROXY": "http://ada:hunter2@proxy:x"}, "HTTPS_PROXY: found 'http://***@proxy:x'"),
+        ([], {"https_proxy": "ftp://proxy"}, "https_proxy: found 'ftp://proxy': begins with none of http://"),
+        ([], {"ALL_PROXY": "http://"}, "ALL_PROXY: found 'http://': names no host"),
+        ([], {"http_proxy": "http://proxy:3128\n"}, "http_proxy: found 'http://proxy:3128\\n': has characters"),
+        ([], {"SSL_CERT_FILE": "/none/ca.pem"}, "SSL_CERT_FILE: /none/ca.pem: No such file or directory"),
+        ([], {"SSL_CERT_FILE": __file__}, "holds no certificates in PEM format"),
+        ([], {"SSL_CERT_FILE": "/tmp"}, "SSL_CERT_FILE: /tmp: "),
+        ([], {"SSL_CERT_DIR": "/none"}, "SSL_CERT_DIR: /none: no such directory"),
+        ([], {"HF_TOKEN": "hf_hunter2ü"}, "HF_TOKEN: its character 11 cannot be part of a token"),
+        ([], {"HF_TOKEN": "hf_hunter2 x"}, "HF_TOKEN: its character 11"),
+        ([], {"HUGGING_FACE_HUB_TOKEN": "hf_hunter2\x7f"}, "HUGGING_FACE_HUB_TOKEN: its character 11"),
+        ([], {"HF_TOKEN_PATH": "/"}, "/: the stored token cannot be read: Is a directory"),
+        (
+            [],
+            {"HF_TOKEN": "hf_hunter2", "HF_ENDPOINT": "http://mirror.invalid"},
+            "plain http, on which others can read",
+        ),
+        ([], {"HF_TOKEN": "hf_hunter2", "ALL_PROXY": "http://proxy.invalid:1"}, "plain http, on which others can read"),
     ],
 )
 def test_bad_input_is_exit_code_2(data: Path, flags: list[str], env: dict[str, str], expected: str) -> None:
@@ -127,6 +152,42 @@ def test_bad_input_is_exit_code_2(data: Path, flags: list[str], env: dict[str, s
     run = prep.run(*flags, chunks=None)
     assert run.code == 2
     assert expected in run.err
+    assert "hunter2" not in run.err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("socksio") is not None, reason="socksio is installed")
+def test_a_socks_proxy_without_its_package_is_said(data: Path) -> None:
+    prep = Prep(None, data)
+    prep.env["ALL_PROXY"] = "socks5://ada:hunter2@proxy:1080"
+    run = prep.run()
+    assert run.code == 2
+    assert "ALL_PROXY: found 'socks5://***@proxy:1080', a SOCKS proxy" in run.err
+    assert "pip install socksio" in run.err and "HTTPS_PROXY" in run.err
+
+
+def test_a_stored_token_is_not_sent_in_the_clear_either(data: Path) -> None:
+    prep = Prep(None, data)
+    (data.parent / "token").write_text("hf_hunter2")
+    prep.env |= {"HF_TOKEN_PATH": str(data.parent / "token"), "HF_ENDPOINT": "http://mirror.invalid"}
+    run = prep.run()
+    assert run.code == 2
+    assert f"the token of {data.parent / 'token'}" in run.err and "hunter2" not in run.err
+    prep.env |= {"HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
+    run = prep.run()
+    assert run.code == 1 and "cannot reach http://mirror.invalid" in run.err
+
+
+def test_which_ways_are_private(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for endpoint in ("http://[::1]:80", "http://127.0.0.2", "http://localhost:1", "https://hub.example"):
+        assert is_private_way(endpoint)
+    for endpoint in ("http://localhost.example", "http://128.0.0.1", "http://127.0.0.1.example"):
+        assert not is_private_way(endpoint)
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy:1")
+    assert not is_private_way("http://127.0.0.1") and is_private_way("https://hub.example")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    assert is_private_way("http://127.0.0.1")
 
 
 def test_directory_that_is_a_file(prep: Prep, data: Path) -> None:
