@@ -5,6 +5,7 @@ in the definition's %environment: Apptainer clears them before and brings them b
 """
 
 import os
+import stat
 import sys
 
 PIECES = "/opt/nanogpt/read-ahead.txt"  # by import_pieces.py
@@ -34,9 +35,24 @@ def start() -> None:
     cache = os.environ.get("NANOGPT_CACHE")
     if cache and cache != "off":
         os.environ.setdefault("HF_HOME", os.path.join(cache, "huggingface"))  # noqa: PTH118
-    name = f"nanogpt-matplotlib-{os.getuid()}"
-    os.environ.setdefault("MPLCONFIGDIR", os.path.join(os.environ.get("TMPDIR") or "/tmp", name))  # noqa: PTH118
+    if "MPLCONFIGDIR" not in os.environ:
+        place = os.path.join(os.environ.get("TMPDIR") or "/tmp", f"nanogpt-matplotlib-{os.getuid()}")  # noqa: PTH118
+        if is_mine(place):  # else matplotlib finds itself one
+            os.environ["MPLCONFIGDIR"] = place
     sys.meta_path.insert(0, Torch)
+
+
+def is_mine(place: str) -> bool:
+    """Make a directory that is this user's alone, or see whether one is: another may have made it before, in /tmp."""
+    try:
+        try:  # noqa: SIM105, as contextlib is not imported yet
+            os.mkdir(place, 0o700)  # noqa: PTH102
+        except FileExistsError:
+            pass
+        status = os.lstat(place)
+    except OSError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
 
 
 class Torch:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -36,6 +37,7 @@ VARIABLE = "NANOGPT_CACHE"
 OFF = "off"
 IMAGE_DIRECTORY = Path("/opt/nanogpt/cache")  # files that a container's image brings along; looked at second
 PRIVATE_PREFIX = "nanogpt-compiled-"
+CUTE_DSL_FOLDER = "tmp.cute-dsl"  # not kept: FlashAttention keeps the same code itself, and its key names the place
 LOCK_NAME = ".lock"
 ABANDONED_S = 24 * 3600.0
 FEW_KERNELS = 8  # of Triton: compiling so many takes about as long as writing the file
@@ -162,12 +164,11 @@ def compile_cache(
     """
     directory, chosen = world.gather((directory, _users_directory()))[0]
     cache = CompileCache(world, directory)
-    if directory is None:
-        yield cache
-        return
-    if chosen is not None:
-        cache._say(f"TORCHINDUCTOR_CACHE_DIR is set: compiled code is kept in {chosen}, and no file is used")
-        yield cache
+    if directory is None or chosen is not None:
+        if directory is not None:
+            cache._say(f"TORCHINDUCTOR_CACHE_DIR is set: compiled code is kept in {chosen}, and no file is used")
+        with places_of_this_job(chosen):
+            yield cache
         return
     cache._key, cache._recipe, cache._fresh = cache_key(spec, world.device), spec.name, fresh
     mine = None
@@ -184,6 +185,8 @@ def compile_cache(
         cache._say("a node has no room for compiled code; no file is used")
     try:
         with _compiled_code_in(cache.root), ExitStack() as stack:
+            if cache.root is None:
+                stack.enter_context(places_of_this_job())
             with ThreadPoolExecutor(1) as reader:
                 reads = cache.root is not None and mine is not None and not fresh
                 reading = reader.submit(cache._load) if reads else None
@@ -240,19 +243,55 @@ def _compiled_code_in(root: Path | None) -> Iterator[None]:
         return
     import torch._functorch.config
 
-    variables = {
+    variables = _places(root) | {"FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1"}
+    # Or no graph with the MLP in it, a torch.autograd.Function, would be kept. It changes no code; and what such a
+    # function does is part of the graph's key, its source of the file's.
+    custom_functions = torch._functorch.config.patch(autograd_cache_allow_custom_autograd_functions=True)
+    with _environment(variables), custom_functions:
+        yield
+
+
+def _places(root: Path) -> dict[str, str]:
+    """Where each compiler is to keep what it makes. Their own choices lie in a shared /tmp, under the user's name."""
+    return {
         "TORCHINDUCTOR_CACHE_DIR": str(root / "inductor"),
         "TRITON_CACHE_DIR": str(root / "triton"),
-        "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1",
         "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": str(root / "cute"),
+        "CUTE_DSL_CACHE_DIR": str(root / CUTE_DSL_FOLDER),
     }
+
+
+@contextmanager
+def places_of_this_job(chosen: str | None = None) -> Iterator[None]:
+    """Without a file: a directory of this process alone for compiled code, but for what the user has `chosen`.
+
+    What others have made under the names that the compilers would take by themselves is not run: torch's and CuTe's
+    lie in /tmp (Triton's is in home). Where there is no room for a directory they are given one that does not exist:
+    who compiles nothing needs none.
+    """
+    try:
+        root, lock = _make_private()
+    except OSError:
+        root, lock = Path(tempfile.gettempdir(), f"{PRIVATE_PREFIX}{os.geteuid()}-{secrets.token_hex(16)}"), None
+    places = {name: place for name, place in _places(root).items() if name not in os.environ}
+    places.pop("TRITON_CACHE_DIR", None)
+    if chosen is None:
+        places["TORCHINDUCTOR_CACHE_DIR"] = str(root / "inductor")
+    try:
+        with _environment(places):
+            yield
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
-        # Or no graph with the MLP in it, a torch.autograd.Function, would be kept. It changes no code; and what such
-        # a function does is part of the graph's key, its source of the file's.
-        with torch._functorch.config.patch(autograd_cache_allow_custom_autograd_functions=True):
-            yield
+        yield
     finally:
         for name, value in before.items():
             if value is None:

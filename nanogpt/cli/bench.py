@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -125,6 +126,7 @@ def kernels(
     import torch
 
     from nanogpt.bench.kernels import TABLE_HEAD, all_bench_cases, as_row, machine_rates, run_cases
+    from nanogpt.cache.compile_cache import places_of_this_job
     from nanogpt.errors import InputError
 
     if not torch.cuda.is_available():
@@ -135,8 +137,9 @@ def kernels(
         f" bf16 product {rates.matmul_flops / 1e12:.0f} TFLOP/s, copy {rates.copy_bytes / 1e12:.2f} TB/s\n"
     )
     typer.echo(TABLE_HEAD)
-    for result in run_cases((case for case in all_bench_cases() if only in case.name), rates):
-        typer.echo(as_row(result))
+    with places_of_this_job(os.environ.get("TORCHINDUCTOR_CACHE_DIR")):
+        for result in run_cases((case for case in all_bench_cases() if only in case.name), rates):
+            typer.echo(as_row(result))
 
 
 @bench.command("communication")

@@ -8,8 +8,12 @@ part of its cache key. Where PyTorch's deterministic algorithms are on, the grad
 
 from __future__ import annotations
 
+import atexit
 import functools
 import inspect
+import os
+import shutil
+import tempfile
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
@@ -49,7 +53,17 @@ class FlashLibrary(NamedTuple):
     backward: Callable[[Tensor, Tensor, Tensor, Call], Gradients]
 
 
+def _own_places() -> None:
+    """CuTe's caches: not where they are by themselves, /tmp/USER/..., which somebody else may have made."""
+    names = [n for n in ("CUTE_DSL_CACHE_DIR", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR") if not os.environ.get(n)]
+    if names:  # no run of ours: nanogpt.cache names both
+        place = tempfile.mkdtemp(prefix="nanogpt-cute-")
+        atexit.register(shutil.rmtree, place, ignore_errors=True)
+        os.environ.update({name: os.path.join(place, name) for name in names})  # noqa: PTH118
+
+
 def _load_fa4() -> FlashLibrary:
+    _own_places()
     from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 
     # Said at every compilation, of an argument that its own code passes.

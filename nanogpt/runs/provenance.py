@@ -21,8 +21,6 @@ from nanogpt.runs.record import Code, Container, Slurm
 
 CHANGED_FILES = 100  # named at most
 PACKAGES = ("torch", "triton", "flash-attn", "flash-attn-3", "flash-attn-4", "numpy")
-COMPILER_VARIABLES = ("TORCHINDUCTOR_", "TORCHDYNAMO_", "TORCH_COMPILE", "TRITON_")
-OTHER_VARIABLES = ("CUBLAS_", "CUDA_", "MKL_", "NANOGPT_", "NCCL_", "NVIDIA_", "OMP_", "PYTORCH_", "TORCH_", "UCX_")
 RULE = "=" * 100  # the leaderboard's, between the parts of a log
 INSIDE = Path("/.singularity.d")
 
@@ -181,16 +179,6 @@ def container_of(environ: Mapping[str, str], inside: Path = INSIDE) -> Container
         labels=inside_labels(inside),
         base=inside_base(inside),
     )
-
-
-def variables(environ: Mapping[str, str], prefixes: tuple[str, ...]) -> dict[str, str]:
-    """Those of `environ` whose name begins with one of `prefixes`, sorted; no name that may be a secret's."""
-    secret = ("TOKEN", "SECRET", "PASSWORD", "KEY")
-    return {
-        name: value
-        for name, value in sorted(environ.items())
-        if name.startswith(prefixes) and not any(word in name for word in secret)
-    }
 
 
 def driver_version() -> str | None:

@@ -151,7 +151,9 @@ class Compilation(Part):
         " torch._dynamo.config. The run itself sets dynamo.recompile_limit",
     )
     environment: dict[str, str] = Field(
-        default_factory=dict, description="TORCHINDUCTOR_*, TORCHDYNAMO_*, TORCH_COMPILE* and TRITON_* variables"
+        default_factory=dict,
+        description="TORCHINDUCTOR_*, TORCHDYNAMO_*, TORCH_COMPILE* and TRITON_* variables; values that are no"
+        " numbers or switches only of known ones",
     )
 
 
@@ -259,7 +261,7 @@ class Record(Part):
         description="python, platform, torch, cuda, cudnn, nccl, driver, triton, flash-attn*, numpy; None: not there",
     )
     environment: dict[str, str] = Field(
-        default_factory=dict, description="variables that may matter: CUDA_*, NCCL_*, TORCH_*, PYTORCH_*, OMP_*, ..."
+        default_factory=dict, description="those of the variables that nanogpt/runs/known_variables.py lists"
     )
     container: Container | None = None
     computation: Computation | None = Field(default=None, description="None: the model is not built yet")

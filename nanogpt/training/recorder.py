@@ -23,9 +23,8 @@ from nanogpt.launch.world import World, started_as
 from nanogpt.recipe import dump_spec, load_recipe
 from nanogpt.runs.data_files import OffClockHashes, describe_shards
 from nanogpt.runs.directory import FLOAT_DIGITS, RECORD_NAME, RunDirectory
+from nanogpt.runs.known_variables import compiler_variables, known_variables
 from nanogpt.runs.provenance import (
-    COMPILER_VARIABLES,
-    OTHER_VARIABLES,
     RULE,
     code_state,
     container_of,
@@ -34,7 +33,6 @@ from nanogpt.runs.provenance import (
     slurm_job,
     source_text,
     training_sources,
-    variables,
 )
 from nanogpt.runs.record import (
     Claim,
@@ -101,7 +99,7 @@ def first_record(spec: RunSpec) -> Record:
         ),
         code=code,
         versions={**package_versions(), **_torch_versions(), "driver": driver_version()},
-        environment=variables(os.environ, OTHER_VARIABLES),
+        environment=known_variables(os.environ),
         container=container,
     )
 
@@ -130,7 +128,7 @@ class RunRecorder:
         self._hashes: OffClockHashes | None = None
         self._data_directory = Path()
         self._nvidia_smi: subprocess.Popen[str] | None = None
-        self._compiler_environment = variables(os.environ, COMPILER_VARIABLES)  # before torch adds its own
+        self._compiler_environment = compiler_variables(os.environ)  # before torch adds its own
 
     def __enter__(self) -> RunRecorder:
         if self.run:

@@ -215,6 +215,41 @@ def test_a_users_own_directory_is_left_to_him(tmp_path: Path, monkeypatch: pytes
     )
 
 
+@pytest.mark.parametrize("why", ["off", "chosen", "no room elsewhere"])
+def test_without_a_file_no_compiler_takes_its_own_place(
+    tmp_path: Path, node: Path, why: str, monkeypatch: pytest.MonkeyPatch
+):
+    """It lies in a shared /tmp under a name that another user may have made before."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
+
+    world: World = WORLD
+    if why == "chosen":
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
+    if why == "no room elsewhere":
+        world = SomeRanks(0, 2, 0, torch.device("cpu"), Communicator())
+        object.__setattr__(world, "other", (True, None))
+    before = dict(os.environ)
+    with compile_cache(SPEC, world, None if why == "off" else tmp_path / "kept") as cache:
+        assert cache.root is None
+        places = [cache_dir()] if why != "chosen" else []
+        places += [os.environ[name] for name in ("CUTE_DSL_CACHE_DIR", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR")]
+        for place in map(Path, places):
+            assert place.parent.parent == node and place != Path(default_cache_dir())
+            assert place.parent.stat().st_mode & 0o777 == 0o700
+        if why == "chosen":
+            assert cache_dir() == str(tmp_path / "mine")
+    assert dict(os.environ) == before
+    assert list(node.iterdir()) == []
+
+
+def test_where_there_is_no_room_a_compiler_gets_no_shared_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
+    with compile_cache(SPEC, WORLD, tmp_path / "kept") as cache:
+        assert cache.root is None and not Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).exists()
+        assert re.search(r"/nanogpt-compiled-\d+-[0-9a-f]{32}/inductor$", os.environ["TORCHINDUCTOR_CACHE_DIR"])
+
+
 def test_a_failed_run_leaves_no_file_and_restores_the_environment(tmp_path: Path, node: Path):
     before = dict(os.environ)
     with pytest.raises(RuntimeError), compile_cache(SPEC, WORLD, tmp_path / "kept") as cache:

@@ -50,6 +50,20 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleTyp
     yield module
 
 
+def test_matplotlib_s_directory_is_taken_only_if_it_is_mine(start: ModuleType, tmp_path: Path) -> None:
+    place = tmp_path / "matplotlib"
+    assert start.is_mine(str(place)) and place.stat().st_mode & 0o777 == 0o700
+    assert start.is_mine(str(place))
+    place.chmod(0o720)
+    assert not start.is_mine(str(place))
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert not start.is_mine(str(tmp_path / "link")) and not start.is_mine(str(tmp_path / "none" / "x"))
+    if os.geteuid() == 0:
+        place.chmod(0o700)
+        os.chown(place, 61_002, 61_002)
+        assert not start.is_mine(str(place))
+
+
 def library(path: Path, constructors: int) -> dict[str, int]:
     """Write an ELF file of several sections, FAR apart; the offset of each part."""
     names = [".dynsym", ".rela.dyn", ".init_array", ".text", ".data", ".nv_fatbin", ".rodata", ".shstrtab"]

@@ -25,7 +25,7 @@ from nanogpt.runs.data_files import OffClockHashes, describe_shards
 from nanogpt.runs.directory import RunDirectory
 from nanogpt.runs.listing import run_row
 from nanogpt.runs.metrics import read_run
-from nanogpt.runs.provenance import code_state, container_of, package_directory, slurm_job, source_sha256, variables
+from nanogpt.runs.provenance import code_state, container_of, package_directory, slurm_job, source_sha256
 from nanogpt.runs.record import (
     Container,
     Process,
@@ -348,7 +348,7 @@ def test_a_run_elsewhere_is_stale_when_it_has_been_silent(finished: Path, tmp_pa
 # --- where it comes from ----------------------------------------------------------------------------------------
 
 
-def test_slurm_container_and_variables_come_from_the_environment_of_the_start(tmp_path: Path) -> None:
+def test_slurm_and_container_come_from_the_environment_of_the_start(tmp_path: Path) -> None:
     assert slurm_job({}) is None
     job = slurm_job(
         {
@@ -374,12 +374,6 @@ def test_slurm_container_and_variables_come_from_the_environment_of_the_start(tm
     )
     found = container_of({"SINGULARITY_CONTAINER": "n.sif"}, tmp_path / "none")
     assert found == Container(image="n.sif")
-
-    environment = {"TORCHINDUCTOR_MAX_AUTOTUNE": "1", "NANOGPT_API_KEY": "x", "HOME": "/", "NANOGPT_DATA": "d"}
-    assert variables(environment, ("TORCHINDUCTOR_", "NANOGPT_")) == {
-        "NANOGPT_DATA": "d",
-        "TORCHINDUCTOR_MAX_AUTOTUNE": "1",
-    }
 
 
 def test_the_image_is_hashed_where_it_can_be_seen(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
