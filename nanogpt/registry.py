@@ -1,4 +1,7 @@
-"""Classes that are named in a registry, one line each, as `module:Class`."""
+"""Registries: one line a kind, its spec's class and the class that a spec is built into, each as `module:Class`.
+
+What stands on the right is loaded when it is asked for: specs need no torch.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,34 @@ import functools
 import importlib
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
+
+Registry = Sequence[tuple[str, str]]
 
 
-def classes_of(registry: Sequence[str]) -> tuple[Any, ...]:
-    """The classes, in the registry's order."""
-    parts = (name.split(":") for name in registry)
-    return tuple(getattr(importlib.import_module(module), name) for module, name in parts)
+def load(name: str) -> Any:
+    """The class `module:Class`."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
-def union_of(registry: Sequence[str]) -> Any:
-    """The type that any of the classes is."""
-    return functools.reduce(operator.or_, classes_of(registry))
+def specs_of(registry: Registry) -> tuple[Any, ...]:
+    """The specs' classes, in the registry's order."""
+    return tuple(load(spec) for spec, _ in registry)
+
+
+def union_of(registry: Registry) -> Any:
+    """The type that any of the specs is."""
+    return functools.reduce(operator.or_, specs_of(registry))
+
+
+def built_class(registry: Registry, spec: Any) -> Any:
+    """The class that `spec` is built into."""
+    own = f"{type(spec).__module__}:{type(spec).__qualname__}"
+    return load(dict(registry)[own])
+
+
+def kind_of(spec: type[Any]) -> str:
+    """The `kind` of a spec's class."""
+    kind: str = get_args(spec.model_fields["kind"].annotation)[0]
+    return kind

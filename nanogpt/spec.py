@@ -15,7 +15,7 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from nanogpt.models import ModelSpec
 from nanogpt.models.stage_loss import StageLoss
 from nanogpt.optim import OPTIMIZERS, OptimizerSpec
-from nanogpt.registry import classes_of
+from nanogpt.registry import kind_of, specs_of
 from nanogpt.spec_fields import (
     NOT_COMPILED,
     Count,
@@ -298,7 +298,7 @@ def with_table_defaults(data: Any) -> Any:
     """
     if not isinstance(data, dict) or not isinstance(optimizer := data.get("optimizer"), dict):
         return data
-    kind = next((each for each in classes_of(OPTIMIZERS) if kind_of(each) == optimizer.get("kind")), None)
+    kind = next((each for each in specs_of(OPTIMIZERS) if kind_of(each) == optimizer.get("kind")), None)
     if kind is None:
         return data
     try:
@@ -307,12 +307,6 @@ def with_table_defaults(data: Any) -> Any:
     except (ValidationError, ArithmeticError, ValueError):
         return data
     return {**data, "optimizer": _below(kind.defaults(rows), optimizer)}
-
-
-def kind_of(part: type[Strict]) -> str:
-    """The `kind` of a class of a registry."""
-    kind: str = get_args(part.model_fields["kind"].annotation)[0]
-    return kind
 
 
 def _below(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -385,7 +379,7 @@ def _cross_checks(spec: RunSpec) -> Iterator[Problem]:
 
     rows = spec.model.parameters()
     if not all(isinstance(row.train, spec.optimizer.trains) for row in rows):
-        fitting = [kind_of(c) for c in classes_of(OPTIMIZERS) if all(isinstance(row.train, c.trains) for row in rows)]
+        fitting = [kind_of(c) for c in specs_of(OPTIMIZERS) if all(isinstance(row.train, c.trains) for row in rows)]
         yield (
             ("optimizer", "kind"),
             f"is {spec.optimizer.kind}, a {spec.model.kind} model trains with {' or '.join(fitting)}",

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from nanogpt.models.model_spec import BaseModelSpec as ModelSpec
 
 MODELS = (
-    "nanogpt.models.speedrun.spec:SpeedrunModelSpec",
-    "nanogpt.models.record89.spec:Record89ModelSpec",
-    "nanogpt.models.gpt2.spec:Gpt2ModelSpec",
+    ("nanogpt.models.speedrun.spec:SpeedrunModelSpec", "nanogpt.models.speedrun.model:Speedrun"),
+    ("nanogpt.models.record89.spec:Record89ModelSpec", "nanogpt.models.record89.model:Record89"),
+    ("nanogpt.models.gpt2.spec:Gpt2ModelSpec", "nanogpt.models.gpt2.model:Gpt2"),
 )
 
 if not TYPE_CHECKING:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt.kernels.dispatch import run_time_number
+from nanogpt.models import MODELS
 from nanogpt.models.model_spec import BaseModelSpec
 from nanogpt.models.stage_loss import StageLoss
 from nanogpt.optim.row_table import LookUp
 from nanogpt.parameters import Normal, Parameter, TransposeOf, Uniform, Values, Zeros
+from nanogpt.registry import built_class
 
 Precision = Literal["bf16", "fp8"]
 
@@ -214,6 +216,19 @@ def check_table(model: LanguageModel) -> None:
         raise ValueError(f"{type(model).__name__}: {'; '.join(problems)}")
 
 
+def make_model(
+    spec: BaseModelSpec, *, dtype: torch.dtype, max_tokens: int, implementations: Implementations | None = None
+) -> LanguageModel:
+    """The spec's model, its parameters not drawn yet.
+
+    max_tokens: of a micro-batch, at most. implementations: of attention, MLP and head; the plain ones if not given.
+    """
+    kind = built_class(MODELS, spec)
+    chosen = implementations or Implementations()
+    model: LanguageModel = kind(spec, dtype=dtype, max_tokens=max_tokens, implementations=chosen)
+    return model
+
+
 def build_model(
     spec: BaseModelSpec,
     *,
@@ -225,9 +240,8 @@ def build_model(
 ) -> LanguageModel:
     """The spec's model, its parameters drawn from `seed`, alike on every device and world size.
 
-    max_tokens: of a micro-batch, at most. `implementations`: of attention, MLP and head; the plain ones if not given.
-    Raises ValueError as `check_table` does.
+    See `make_model`. Raises ValueError as `check_table` does.
     """
-    model = spec.build(dtype=dtype, max_tokens=max_tokens, implementations=implementations or Implementations())
+    model = make_model(spec, dtype=dtype, max_tokens=max_tokens, implementations=implementations)
     model.draw_parameters(torch.Generator().manual_seed(seed))
     return model.to(device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,11 +12,6 @@ from pydantic import Field
 from nanogpt.models.stage_loss import StageLoss
 from nanogpt.parameters import Parameter
 from nanogpt.spec_fields import NOT_COMPILED, Count, Problem, Strict
-
-if TYPE_CHECKING:
-    import torch
-
-    from nanogpt.models.language_model import Implementations, LanguageModel
 
 Tokens = npt.NDArray[np.uint16]
 
@@ -45,10 +40,6 @@ class BaseModelSpec(Strict):
 
     def parameters(self) -> tuple[Parameter, ...]:
         """The table of parameters, in the order of reduction."""
-        raise NotImplementedError
-
-    def build(self, *, dtype: torch.dtype, max_tokens: int, implementations: Implementations) -> LanguageModel:
-        """The model, its parameters not drawn yet. max_tokens: of a micro-batch, at most."""
         raise NotImplementedError
 
     def problems(self) -> Iterator[Problem]:

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from nanogpt.optim.optimizer_spec import BaseOptimizerSpec as OptimizerSpec
 
 OPTIMIZERS = (
-    "nanogpt.optim.normuon_adam.spec:NorMuonAdamSpec",
-    "nanogpt.optim.adamw.spec:AdamWSpec",
+    ("nanogpt.optim.normuon_adam.spec:NorMuonAdamSpec", "nanogpt.optim.normuon_adam.optimizer:NorMuonAdam"),
+    ("nanogpt.optim.adamw.spec:AdamWSpec", "nanogpt.optim.adamw.optimizer:AdamW"),
 )
 
 if not TYPE_CHECKING:

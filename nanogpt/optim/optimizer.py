@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
-from nanogpt.optim.row_table import Rows
+from torch import nn
 
-
-@dataclass(frozen=True)
-class Rates:
-    """The schedule's say in a step, of any optimizer; its own may say more."""
-
-    lr_factor: float  # multiplies every base learning rate
+from nanogpt.optim import OPTIMIZERS
+from nanogpt.optim.communication import Communicator
+from nanogpt.optim.optimizer_spec import BaseOptimizerSpec
+from nanogpt.optim.row_table import Rows, TouchedRows
+from nanogpt.parameters import Parameter
+from nanogpt.registry import built_class
 
 
 class Optimizer(Protocol):
@@ -33,3 +32,34 @@ class Optimizer(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a `state_dict` of any world size."""
+
+
+def build_optimizer(
+    spec: BaseOptimizerSpec,
+    model: nn.Module,
+    rows: Sequence[Parameter],
+    communicator: Communicator,
+    *,
+    compiled: bool = False,
+    plain_kernels: bool = False,
+    touched: dict[str, TouchedRows] | None = None,
+    keep_gradients: bool = False,
+) -> Optimizer:
+    """The spec's optimizer of `model`, whose parameters are those of the table `rows`.
+
+    compiled: the update formulas go through torch.compile. plain_kernels: plain PyTorch also where a Triton kernel
+    could run. touched: by parameter, the rows of the tables that are exchanged by rows. keep_gradients: clear them in
+    place. An optimizer that has no use for one of these passes it over.
+    """
+    kind = built_class(OPTIMIZERS, spec)
+    optimizer: Optimizer = kind(
+        model,
+        rows,
+        spec,
+        communicator,
+        compiled=compiled,
+        plain_kernels=plain_kernels,
+        touched=touched,
+        keep_gradients=keep_gradients,
+    )
+    return optimizer

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from nanogpt.parameters import Parameter
 from nanogpt.spec_fields import Problem, Strict
 
-if TYPE_CHECKING:
-    from torch import nn
 
-    from nanogpt.optim.communication import Communicator
-    from nanogpt.optim.optimizer import Optimizer, Rates
-    from nanogpt.optim.row_table import TouchedRows
+@dataclass(frozen=True)
+class Rates:
+    """The schedule's say in a step, of any optimizer; its own may say more."""
+
+    lr_factor: float  # multiplies every base learning rate
 
 
 class BaseOptimizerSpec(Strict):
@@ -50,21 +51,3 @@ class BaseOptimizerSpec(Strict):
     def updated_together(self, rows: Sequence[Parameter]) -> list[list[str]]:
         """The parameters of each compiled update, in any kind of step, whatever the order of the updates."""
         return []
-
-    def build(
-        self,
-        model: nn.Module,
-        rows: Sequence[Parameter],
-        communicator: Communicator,
-        *,
-        compiled: bool = False,
-        plain_kernels: bool = False,
-        touched: dict[str, TouchedRows] | None = None,
-        keep_gradients: bool = False,
-    ) -> Optimizer:
-        """The optimizer of `model`, whose parameters are those of the table `rows`.
-
-        compiled: the update formulas go through torch.compile. plain_kernels: plain PyTorch also where a Triton kernel
-        could run. touched: the rows of each table that is exchanged by rows. keep_gradients: clear them in place.
-        """
-        raise NotImplementedError

@@ -35,6 +35,7 @@ from nanogpt.launch.page_cache import keep_code_in_memory
 from nanogpt.launch.watchdog import Watchdog
 from nanogpt.launch.world import World, check_world, join_world, started_as
 from nanogpt.models.language_model import Windows, to_device
+from nanogpt.optim.optimizer import build_optimizer
 from nanogpt.optim.row_table import TouchedRows
 from nanogpt.runs.directory import RunDirectory
 from nanogpt.runs.record import State
@@ -229,7 +230,8 @@ class Trainer:
             world.synchronize()
         self.compiled = compiles(spec, world.device)
         capture = captures_graphs(spec, world.device)
-        self.optimizer = spec.optimizer.build(
+        self.optimizer = build_optimizer(
+            spec.optimizer,
             self.model,
             self.model.rows,
             world.communicator,

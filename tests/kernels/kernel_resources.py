@@ -39,12 +39,12 @@ from triton.runtime.jit import JITFunction
 
 import nanogpt.kernels
 from nanogpt.data.batches import MicroBatch, cu_seqlens_length
-from nanogpt.models.language_model import Implementations, Windows
+from nanogpt.models.language_model import Implementations, Windows, make_model
 from nanogpt.models.record_model import LossInputs, RecordModel
 from nanogpt.models.record_spec import BIGRAM_ROWS
 from nanogpt.optim.communication import Communicator
 from nanogpt.optim.normuon_adam.optimizer import NorMuonAdam
-from nanogpt.optim.normuon_adam.step_order import NorMuonAdamRates
+from nanogpt.optim.normuon_adam.spec import NorMuonAdamRates
 from nanogpt.recipe import load_recipe
 from nanogpt.spec import RunSpec
 from nanogpt.training.micro_step import MicroStep
@@ -264,7 +264,7 @@ def make_steps(spec: RunSpec, implementations: Implementations) -> None:
     dtype = torch.bfloat16
     with torch.device("meta"):
         model: RecordModel[Any]
-        model = spec.model.build(dtype=dtype, max_tokens=tokens, implementations=implementations)
+        model = make_model(spec.model, dtype=dtype, max_tokens=tokens, implementations=implementations)
     optimizer = NorMuonAdam(model, model.rows, spec.optimizer, Communicator())
     micro_step = MicroStep(model, model.training_loss, grad_scale=1.0)
     windows = Windows(short=training.window_block, long=3 * training.window_block).at_run_time()

@@ -25,7 +25,7 @@ WINDOWS = Windows(64, 64)
 
 
 def make_model(dtype: torch.dtype = torch.float64) -> Gpt2:
-    model = Gpt2(SPEC, dtype=dtype, implementations=Implementations())
+    model = Gpt2(SPEC, dtype=dtype, max_tokens=64, implementations=Implementations())
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
@@ -83,7 +83,10 @@ def test_bf16_runs_on_a_cpu_and_stays_near_fp32():
 def count(vocab: str) -> int:
     spec = load_recipe("gpt2", [f"model.padded_vocab_size={vocab}"]).model
     with torch.device("meta"):
-        return sum(p.numel() for p in Gpt2(spec, dtype=torch.bfloat16, implementations=Implementations()).parameters())
+        return sum(
+            p.numel()
+            for p in Gpt2(spec, dtype=torch.bfloat16, max_tokens=64, implementations=Implementations()).parameters()
+        )
 
 
 def test_it_has_124_million_parameters():

@@ -11,21 +11,20 @@ import torch
 from torch import nn
 
 from nanogpt.models import MODELS
-from nanogpt.models.language_model import Implementations, LanguageModel, check_table
+from nanogpt.models.language_model import LanguageModel, check_table, make_model
 from nanogpt.optim import OPTIMIZERS
 from nanogpt.parameters import Adam, NorMuon
 from nanogpt.recipe import load_recipe
-from nanogpt.registry import classes_of
+from nanogpt.registry import kind_of, specs_of
 from nanogpt.runs.provenance import package_directory
-from nanogpt.spec import kind_of
 
-KINDS = [kind_of(spec) for spec in classes_of(MODELS)]
+KINDS = [kind_of(spec) for spec in specs_of(MODELS)]
 
 
 def full_model(recipe: str) -> LanguageModel:
     spec = load_recipe(recipe).model
     with torch.device("meta"):
-        return spec.build(dtype=torch.bfloat16, max_tokens=16, implementations=Implementations())
+        return make_model(spec, dtype=torch.bfloat16, max_tokens=16)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -40,7 +39,7 @@ def test_a_model_has_the_parameters_of_its_table(kind: str):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_parameter_without_a_row_is_refused(kind: str):
-    model = load_recipe(kind).model.build(dtype=torch.float32, max_tokens=16, implementations=Implementations())
+    model = make_model(load_recipe(kind).model, dtype=torch.float32, max_tokens=16)
     model.forgotten = nn.Parameter(torch.zeros(3))
     with pytest.raises(ValueError, match="the parameter forgotten has no row in the table"):
         model.draw_parameters(torch.Generator())
@@ -89,7 +88,7 @@ def test_a_recipe_changes_one_number_of_the_table():
 def test_nobody_else_names_a_model_or_an_optimizer():
     """Only its folder and the registry do; recipes, tests and docs are outside of the package."""
     package = package_directory()
-    specs = [*classes_of(MODELS), *classes_of(OPTIMIZERS)]
+    specs = [*specs_of(MODELS), *specs_of(OPTIMIZERS)]
     kinds = {kind_of(spec) for spec in specs}
     homes = {kind_of(spec): Path(*spec.__module__.split(".")[1:-1]) for spec in specs}
     classes = {spec.__name__.removesuffix("Spec").removesuffix("Model"): kind_of(spec) for spec in specs}

@@ -9,7 +9,6 @@ from mutation import (
     MICRO_STEP,
     NORMUON,
     OPTIMIZER,
-    PLAN,
     POLAR,
     RATES,
     RECIPE,
@@ -159,7 +158,7 @@ _add(
 )
 _add("split step", RATES, "the stage's first step", ("while not self.is_adam_step(step):", "while False:"))
 _add("odd steps", RATES, "even steps", ("== self.adam.every - 1", "== 0"))
-_add("odd steps", PLAN, "Adam every step", ("(plan.bank or adam_step)", "True"))
+_add("odd steps", RATES, "Adam every step", ("(plan.bank or adam_step)", "True"))
 _add(
     "delayed updates",
     OPTIMIZER,
@@ -167,7 +166,7 @@ _add(
     ("[reduction.wait()], rates)", "[reduction.wait()], NorMuonAdamRates(1.0))"),
 )
 _add("delayed updates", OPTIMIZER, "not in the state", ('state.get("waiting", {})', "{}"))
-_add("delayed updates", PLAN, "made at once", ("delayed=label in spec.adam.delayed", "delayed=False"))
+_add("delayed updates", RATES, "made at once", ("delayed=label in self.adam.delayed", "delayed=False"))
 _add(
     "gradient summing",
     OPTIMIZER,

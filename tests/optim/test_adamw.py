@@ -10,7 +10,7 @@ from torch import nn
 
 from nanogpt.optim.adamw.optimizer import AdamW
 from nanogpt.optim.communication import Communicator
-from nanogpt.optim.optimizer import Rates
+from nanogpt.optim.optimizer_spec import Rates
 from nanogpt.parameters import Decoupled, Parameter
 from nanogpt.recipe import load_recipe
 

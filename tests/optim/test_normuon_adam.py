@@ -17,14 +17,8 @@ from nanogpt.models.language_model import Implementations
 from nanogpt.models.speedrun.model import Speedrun
 from nanogpt.optim.communication import Communicator
 from nanogpt.optim.normuon_adam.optimizer import NorMuonAdam
-from nanogpt.optim.normuon_adam.spec import NorMuonAdamSpec
-from nanogpt.optim.normuon_adam.step_order import (
-    NorMuonAdamRates,
-    ParameterPlan,
-    parameter_plans,
-    step_plan,
-    updated_together,
-)
+from nanogpt.optim.normuon_adam.spec import NorMuonAdamRates, NorMuonAdamSpec
+from nanogpt.optim.normuon_adam.step_order import ParameterPlan, updated_together
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -294,35 +288,35 @@ def labels(plans: Sequence[ParameterPlan]) -> list[str]:
 
 
 def test_orders_of_reduction_and_update():
-    plan = step_plan(SPEC.optimizer, adam_step=True, tied=None)
+    plan = SPEC.optimizer.step_plan(adam_step=True, tied=None)
     assert (labels(plan.reduce), labels(plan.update)) == (REDUCE.split(), UPDATE.split())
-    plan = step_plan(SPEC.optimizer, adam_step=True, tied="embed")
+    plan = SPEC.optimizer.step_plan(adam_step=True, tied="embed")
     assert "embed" not in labels(plan.reduce) + labels(plan.update)
     assert len(plan.reduce) == len(plan.update) == 11
-    plan = step_plan(SPEC.optimizer, adam_step=False, tied=None)
+    plan = SPEC.optimizer.step_plan(adam_step=False, tied=None)
     assert labels(plan.reduce) == labels(plan.update) == ["attn", "mlp"]
     assert plan.delayed == ()
 
 
 def test_what_is_delayed_is_reduced_and_updated_by_itself():
-    plan = step_plan(spec_with(("value_embed", "scalars")), adam_step=True, tied=None)
+    plan = spec_with(("value_embed", "scalars")).step_plan(adam_step=True, tied=None)
     assert labels(plan.delayed) == ["scalars", "value_embed"]  # in the order of reduction
     assert labels(plan.reduce) == [label for label in REDUCE.split() if label not in ("value_embed", "scalars")]
     assert labels(plan.update) == [label for label in UPDATE.split() if label not in ("value_embed", "scalars")]
-    assert step_plan(spec_with(("value_embed",)), adam_step=False, tied=None).delayed == ()
+    assert spec_with(("value_embed",)).step_plan(adam_step=False, tied=None).delayed == ()
 
 
 def test_small_neighbours_are_updated_by_one_call():
-    plan = step_plan(SPEC.optimizer, adam_step=True, tied=None)
+    plan = SPEC.optimizer.step_plan(adam_step=True, tied=None)
     together = [" ".join(p.label for p in batch) for batch in updated_together(plan.update)]
     small = "scalars smear_gate skip_gate attn_gate_bank ve_gate_bank x0_lambdas"
     assert together == [small, "value_embed", "bigram_embed", "lm_head", "embed", "attn", "mlp"]
-    plans = parameter_plans(SPEC.optimizer)
+    plans = SPEC.optimizer.plans
     apart = [plans[label] for label in ("scalars", "mlp", "smear_gate", "skip_gate", "lm_head", "x0_lambdas")]
     assert [len(batch) for batch in updated_together(apart)] == [1, 1, 2, 1, 1]
     assert [p for batch in updated_together(apart) for p in batch] == apart
 
 
 def test_what_is_sharded():
-    sharded = {label for label, plan in parameter_plans(SPEC.optimizer).items() if plan.sharded}
+    sharded = {label for label, plan in SPEC.optimizer.plans.items() if plan.sharded}
     assert sharded == {"attn", "mlp", "value_embed", "bigram_embed", "lm_head", "embed"}

@@ -11,7 +11,6 @@ from nanogpt.models.language_model import Implementations
 from nanogpt.models.record89.model import Record89
 from nanogpt.optim.communication import Communicator
 from nanogpt.optim.normuon_adam.optimizer import NorMuonAdam
-from nanogpt.optim.normuon_adam.step_order import parameter_plans, step_plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -106,10 +105,10 @@ UPDATE = (
 
 
 def test_orders_of_reduction_and_update_and_what_is_sharded():
-    plan = step_plan(SPEC.optimizer, adam_step=True, tied=None)
+    plan = SPEC.optimizer.step_plan(adam_step=True, tied=None)
     assert [p.label for p in plan.reduce] == REDUCE.split()
     assert [p.label for p in plan.update] == UPDATE.split()
-    plan = step_plan(SPEC.optimizer, adam_step=False, tied=None)
+    plan = SPEC.optimizer.step_plan(adam_step=False, tied=None)
     assert [p.label for p in plan.reduce] == [p.label for p in plan.update] == ["qk", "vo", "mlp"]
-    sharded = {label for label, plan in parameter_plans(SPEC.optimizer).items() if plan.sharded}
+    sharded = {label for label, plan in SPEC.optimizer.plans.items() if plan.sharded}
     assert sharded == {"qk", "vo", "mlp", "value_embed", "bigram_embed", "lm_head", "embed"}

@@ -37,7 +37,7 @@ class Gpt2(LanguageModel):
     blocks: Any
     ln_f: Any
 
-    def __init__(self, spec: Gpt2ModelSpec, *, dtype: torch.dtype, implementations: Implementations):
+    def __init__(self, spec: Gpt2ModelSpec, *, dtype: torch.dtype, max_tokens: int, implementations: Implementations):
         super().__init__(spec, dtype=dtype)
         self.spec = spec
         self.implementations = implementations

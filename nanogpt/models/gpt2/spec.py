@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -12,12 +12,6 @@ from nanogpt.models.model_spec import BaseModelSpec
 from nanogpt.models.stage_loss import StageLoss
 from nanogpt.parameters import Decoupled, Normal, Parameter, Values
 from nanogpt.spec_fields import NOT_COMPILED, Count, Positive, Problem
-
-if TYPE_CHECKING:
-    import torch
-
-    from nanogpt.models.gpt2.model import Gpt2
-    from nanogpt.models.language_model import Implementations
 
 
 class Gpt2ModelSpec(BaseModelSpec):
@@ -53,12 +47,6 @@ class Gpt2ModelSpec(BaseModelSpec):
             rows += linear(f"{block}.mlp_up", hidden, d)
             rows += linear(f"{block}.mlp_down", d, hidden, residual)
         return (*rows, *layer_norm("ln_f"))
-
-    def build(self, *, dtype: torch.dtype, max_tokens: int, implementations: Implementations) -> Gpt2:
-        """See the base."""
-        from nanogpt.models.gpt2.model import Gpt2
-
-        return Gpt2(self, dtype=dtype, implementations=implementations)
 
     def problems(self) -> Iterator[Problem]:
         """Cross-checks; yields (path below `model`, message)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -13,12 +13,6 @@ from nanogpt.layers.specs import MlpFp8Spec, MuddSpec
 from nanogpt.models.record_spec import RecordModelSpec
 from nanogpt.parameters import Adam, Normal, NorMuon, Parameter, TransposeOf, Uniform, Values
 from nanogpt.spec_fields import NOT_COMPILED, Count, Finite, Index, NonNegative, Problem, Strict
-
-if TYPE_CHECKING:
-    import torch
-
-    from nanogpt.models.language_model import Implementations
-    from nanogpt.models.record89.model import Record89
 
 Start = Annotated[Finite, NOT_COMPILED]
 
@@ -194,12 +188,6 @@ class Record89ModelSpec(RecordModelSpec):
             starts = np.array([column.start for column in net for _ in range(column.width)], dtype=np.float32)
             row[: len(starts)] = starts / np.float32(self.mudd.scale)
         return Values(biases)
-
-    def build(self, *, dtype: torch.dtype, max_tokens: int, implementations: Implementations) -> Record89:
-        """See the base."""
-        from nanogpt.models.record89.model import Record89
-
-        return Record89(self, dtype=dtype, max_tokens=max_tokens, implementations=implementations)
 
     @property
     def further_matrices(self) -> int:

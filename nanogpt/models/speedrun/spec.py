@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from nanogpt.models.record_spec import RecordModelSpec
 from nanogpt.parameters import Adam, Normal, NorMuon, Parameter, TransposeOf, Uniform, Values
 from nanogpt.spec_fields import NOT_COMPILED, Finite, Index, Problem, Strict
-
-if TYPE_CHECKING:
-    import torch
-
-    from nanogpt.models.language_model import Implementations
-    from nanogpt.models.speedrun.model import Speedrun
 
 Start = Annotated[Finite, NOT_COMPILED]
 
@@ -81,12 +75,6 @@ class SpeedrunModelSpec(RecordModelSpec):
                 tied_to="lm_head",
             ),
         )
-
-    def build(self, *, dtype: torch.dtype, max_tokens: int, implementations: Implementations) -> Speedrun:
-        """See the base."""
-        from nanogpt.models.speedrun.model import Speedrun
-
-        return Speedrun(self, dtype=dtype, max_tokens=max_tokens, implementations=implementations)
 
     def problems(self) -> Iterator[Problem]:
         """Cross-checks; yields (path below `model`, message)."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from nanogpt.optim.adamw.spec import AdamWSpec
 from nanogpt.optim.communication import Communicator
-from nanogpt.optim.optimizer import Rates
+from nanogpt.optim.optimizer_spec import Rates
 from nanogpt.optim.row_table import Rows
 from nanogpt.parameters import Decoupled, Parameter
 
@@ -19,7 +19,9 @@ from nanogpt.parameters import Decoupled, Parameter
 class AdamW:
     """torch.optim.AdamW (Loshchilov & Hutter, 2019) behind the trainer's interface."""
 
-    def __init__(self, model: nn.Module, rows: Sequence[Parameter], spec: AdamWSpec, communicator: Communicator):
+    def __init__(
+        self, model: nn.Module, rows: Sequence[Parameter], spec: AdamWSpec, communicator: Communicator, **_: Any
+    ):
         self.spec = spec
         self.communicator = communicator
         self.parameters = list(model.parameters())

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from nanogpt.optim.optimizer_spec import BaseOptimizerSpec
-from nanogpt.parameters import Decoupled, Parameter
+from nanogpt.optim.optimizer_spec import BaseOptimizerSpec, Rates
+from nanogpt.parameters import Decoupled
 from nanogpt.spec_fields import NOT_COMPILED, Betas, NonNegative, Positive
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from nanogpt.optim.adamw.optimizer import AdamW
-    from nanogpt.optim.communication import Communicator
-    from nanogpt.optim.optimizer import Rates
-    from nanogpt.optim.row_table import TouchedRows
 
 
 class AdamWSpec(BaseOptimizerSpec):
@@ -36,22 +28,4 @@ class AdamWSpec(BaseOptimizerSpec):
 
     def rates(self, step: int, lr_factor: float, *, first_steps: Sequence[int], total_steps: int) -> Rates:
         """See the base."""
-        from nanogpt.optim.optimizer import Rates
-
         return Rates(lr_factor)
-
-    def build(
-        self,
-        model: nn.Module,
-        rows: Sequence[Parameter],
-        communicator: Communicator,
-        *,
-        compiled: bool = False,
-        plain_kernels: bool = False,
-        touched: dict[str, TouchedRows] | None = None,
-        keep_gradients: bool = False,
-    ) -> AdamW:
-        """See the base; it has nothing to compile, and no table of rows."""
-        from nanogpt.optim.adamw.optimizer import AdamW
-
-        return AdamW(model, rows, self, communicator)

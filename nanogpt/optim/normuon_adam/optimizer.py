@@ -21,15 +21,8 @@ from nanogpt.kernels.transpose import transpose_add, transpose_copy
 from nanogpt.optim.adam import adam_step_size, adam_updates
 from nanogpt.optim.communication import Communicator, Pending, RankOf, completed
 from nanogpt.optim.normuon import normuon_update, second_moment_dim
-from nanogpt.optim.normuon_adam.spec import NorMuonAdamSpec
-from nanogpt.optim.normuon_adam.step_order import (
-    NorMuonAdamRates,
-    ParameterPlan,
-    parameter_plans,
-    step_plan,
-    tied_pair,
-    updated_together,
-)
+from nanogpt.optim.normuon_adam.spec import NorMuonAdamRates, NorMuonAdamSpec
+from nanogpt.optim.normuon_adam.step_order import ParameterPlan, updated_together
 from nanogpt.optim.row_table import Rows, TouchedRows, average_touched_shard
 from nanogpt.parameters import NorMuon, Parameter
 
@@ -60,8 +53,9 @@ class NorMuonAdam:
     ):
         self.rows = tuple(rows)
         self.matrix_rows = {row.name: row.train.rows for row in rows if isinstance(row.train, NorMuon)}
-        pair: tuple[str | None, str | None] = tied_pair(rows) or (None, None)
-        self.tied_label, self.head_label = pair
+        tied = next((row for row in rows if row.tied_to), None)
+        self.tied_label = tied.name if tied else None
+        self.head_label = tied.tied_to if tied else None
         self.touched = touched or {}
         self.keep_gradients = keep_gradients
         self.gathering = False  # Adam's gradients are on their way from one of its steps to the next
@@ -70,7 +64,7 @@ class NorMuonAdam:
         self.spec = spec
         self.communicator = communicator
         self.parameters = dict(model.named_parameters())
-        self.plans = parameter_plans(spec)
+        self.plans = spec.plans
         self.plain_kernels = plain_kernels
         self.tied = self.tied_label is not None
         self.adam_counts = dict.fromkeys(spec.adam.groups, 0)
@@ -135,7 +129,7 @@ class NorMuonAdam:
     def step(self, rates: NorMuonAdamRates) -> None:
         """Reduce, update, gather, clear; see the module. Raises RuntimeError where a parameter has no gradient."""
         tied, head = (self.tied_label, self.head_label) if self.tied else (None, None)
-        plan = step_plan(self.spec, adam_step=rates.adam_step, tied=tied)
+        plan = self.spec.step_plan(adam_step=rates.adam_step, tied=tied)
         if rates.adam_step and tied is not None and head is not None:
             transpose_add(self._gradient(tied), self._gradient(head))
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from nanogpt.optim.optimizer_spec import BaseOptimizerSpec
+from nanogpt.optim.normuon_adam.step_order import ParameterPlan, StepPlan, updated_together
+from nanogpt.optim.optimizer_spec import BaseOptimizerSpec, Rates
 from nanogpt.parameters import Adam, NorMuon, Parameter
 from nanogpt.spec_fields import (
     NOT_COMPILED,
@@ -22,14 +24,6 @@ from nanogpt.spec_fields import (
     Problem,
     Strict,
 )
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from nanogpt.optim.communication import Communicator
-    from nanogpt.optim.normuon_adam.optimizer import NorMuonAdam
-    from nanogpt.optim.normuon_adam.step_order import NorMuonAdamRates
-    from nanogpt.optim.row_table import TouchedRows
 
 Communication = Literal["replicated", "sharded"]
 
@@ -95,6 +89,15 @@ class TiedHeadSpec(Strict):
     """The embedding is the head transposed until they split after the first Adam step of a stage."""
 
     split_stage: Annotated[Index, NOT_COMPILED]
+
+
+@dataclass(frozen=True)
+class NorMuonAdamRates(Rates):
+    """The schedule's say in a step."""
+
+    momentum: float = 0.0  # NorMuon's mu
+    adam_step: bool = True  # Adam's parameters step too; otherwise their gradients keep accumulating
+    split: bool = False  # after this step the embedding and the head train apart
 
 
 class NorMuonAdamSpec(BaseOptimizerSpec):
@@ -213,8 +216,6 @@ class NorMuonAdamSpec(BaseOptimizerSpec):
 
     def rates(self, step: int, lr_factor: float, *, first_steps: Sequence[int], total_steps: int) -> NorMuonAdamRates:
         """See the base."""
-        from nanogpt.optim.normuon_adam.step_order import NorMuonAdamRates
-
         return NorMuonAdamRates(
             lr_factor=lr_factor,
             momentum=self.momentum(step, total_steps),
@@ -230,36 +231,37 @@ class NorMuonAdamSpec(BaseOptimizerSpec):
         momentum["cooldown_steps"] = min(scaled(momentum["cooldown_steps"]), total_steps - momentum["warmup_steps"])
         return data
 
+    @property
+    def plans(self) -> dict[str, ParameterPlan]:
+        """Every parameter's plan by label."""
+        groups: dict[str, AdamGroup | BankGroup] = {**self.normuon.groups, **self.adam.groups}
+        return {
+            label: ParameterPlan(
+                label,
+                sharded=group.communication == "sharded",
+                bank=label in self.normuon.groups,
+                delayed=label in self.adam.delayed,
+            )
+            for label, group in groups.items()
+        }
+
+    def step_plan(self, *, adam_step: bool, tied: str | None) -> StepPlan:
+        """What a step works on: banks always, Adam's parameters on Adam steps, the one that is `tied` not at all."""
+        plans = self.plans
+
+        def chosen(order: list[str], *, delayed: bool = False) -> tuple[ParameterPlan, ...]:
+            found = (plans[label] for label in order if label != tied)
+            return tuple(plan for plan in found if plan.delayed == delayed and (plan.bank or adam_step))
+
+        return StepPlan(chosen(self.reduce_order), chosen(self.update_order), chosen(self.reduce_order, delayed=True))
+
     def updated_together(self, rows: Sequence[Parameter]) -> list[list[str]]:
         """See the base."""
-        from nanogpt.optim.normuon_adam.step_order import compiled_updates
-
-        return compiled_updates(self, rows)
-
-    def build(
-        self,
-        model: nn.Module,
-        rows: Sequence[Parameter],
-        communicator: Communicator,
-        *,
-        compiled: bool = False,
-        plain_kernels: bool = False,
-        touched: dict[str, TouchedRows] | None = None,
-        keep_gradients: bool = False,
-    ) -> NorMuonAdam:
-        """See the base."""
-        from nanogpt.optim.normuon_adam.optimizer import NorMuonAdam
-
-        return NorMuonAdam(
-            model,
-            rows,
-            self,
-            communicator,
-            compiled=compiled,
-            plain_kernels=plain_kernels,
-            touched=touched,
-            keep_gradients=keep_gradients,
-        )
+        ties = {None, next((row.name for row in rows if row.tied_to), None)}
+        plans = [self.step_plan(adam_step=adam_step, tied=tied) for adam_step in (False, True) for tied in ties]
+        found = {tuple(p.label for p in together) for plan in plans for together in updated_together(plan.update)}
+        found |= {(p.label,) for plan in plans for p in plan.delayed}
+        return [list(labels) for labels in sorted(found)]
 
 
 def _nearest(word: str, allowed: Sequence[str]) -> str:
