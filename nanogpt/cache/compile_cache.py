@@ -12,7 +12,6 @@ Notable features:
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import secrets
 import shutil
@@ -28,6 +27,7 @@ from nanogpt.cache.key import cache_key, key_sha256
 from nanogpt.cache.pack import SUFFIX, Header, Pack, PackError, count_contents, kept_files, peek, write_pack
 from nanogpt.cache.tuning import FOLDER, kept_tuning
 from nanogpt.console import human_bytes
+from nanogpt.launch.private import make_private
 from nanogpt.spec import RunSpec
 
 if TYPE_CHECKING:
@@ -38,8 +38,6 @@ OFF = "off"
 IMAGE_DIRECTORY = Path("/opt/nanogpt/cache")  # files that a container's image brings along; looked at second
 PRIVATE_PREFIX = "nanogpt-compiled-"
 CUTE_DSL_FOLDER = "tmp.cute-dsl"  # not kept: FlashAttention keeps the same code itself, and its key names the place
-LOCK_NAME = ".lock"
-ABANDONED_S = 24 * 3600.0
 FEW_KERNELS = 8  # of Triton: compiling so many takes about as long as writing the file
 
 
@@ -162,7 +160,7 @@ def compile_cache(
         directory: where the files are; rank 0's counts. None: no file is used, and none written.
         fresh: take nothing from a file; it is replaced.
     """
-    directory, chosen = world.gather((directory, _users_directory()))[0]
+    directory, chosen = world.gather((directory, _users_directory()), tuple[Path | None, str | None])[0]
     cache = CompileCache(world, directory)
     if directory is None or chosen is not None:
         if directory is not None:
@@ -174,11 +172,11 @@ def compile_cache(
     mine = None
     if world.local_rank == 0:
         try:
-            mine, cache._lock = _make_private()
+            mine, cache._lock = make_private(PRIVATE_PREFIX)
         except OSError as error:
             cache._say(f"{error.filename or tempfile.gettempdir()}: {error.strerror}; no file is used")
     # What follows has collectives in it, so all nodes do alike: where one has no room, none uses a file.
-    everywhere = world.gather((world.local_rank == 0, mine))
+    everywhere = world.gather((world.local_rank == 0, mine), tuple[bool, Path | None])
     if all(root is not None for leads, root in everywhere if leads):
         cache.root = everywhere[world.rank - world.local_rank][1]
     elif mine is not None:
@@ -270,7 +268,7 @@ def places_of_this_job(chosen: str | None = None) -> Iterator[None]:
     who compiles nothing needs none.
     """
     try:
-        root, lock = _make_private()
+        root, lock = make_private(PRIVATE_PREFIX)
     except OSError:
         root, lock = Path(tempfile.gettempdir(), f"{PRIVATE_PREFIX}{os.geteuid()}-{secrets.token_hex(16)}"), None
     places = {name: place for name, place in _places(root).items() if name not in os.environ}
@@ -322,39 +320,6 @@ def _users_directory() -> str | None:
 
 def _in_container() -> bool:
     return bool(os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER"))
-
-
-# --- the job's directory on the node ----------------------------------------------------------------------------
-
-
-def _make_private() -> tuple[Path, int]:
-    """A directory that this user alone can enter, and the lock that says it is in use. Raises OSError."""
-    parent = Path(tempfile.gettempdir())
-    _remove_abandoned(parent)
-    root = Path(tempfile.mkdtemp(prefix=f"{PRIVATE_PREFIX}{os.geteuid()}-", dir=parent))
-    lock = os.open(root / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    return root, lock
-
-
-def _remove_abandoned(parent: Path) -> None:
-    """Directories of this user's jobs that were killed: their lock is free."""
-    for root in parent.glob(f"{PRIVATE_PREFIX}{os.geteuid()}-*"):
-        with contextlib.suppress(OSError):
-            status = root.lstat()
-            if status.st_uid != os.geteuid() or root.is_symlink():
-                continue
-            try:
-                lock = os.open(root / LOCK_NAME, os.O_RDWR | os.O_CLOEXEC)
-            except FileNotFoundError:  # just being made, unless it is old
-                if time.time() - status.st_mtime > ABANDONED_S:
-                    shutil.rmtree(root, ignore_errors=True)
-                continue
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(root, ignore_errors=True)
-            finally:
-                os.close(lock)
 
 
 def _empty(root: Path) -> None:

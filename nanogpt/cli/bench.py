@@ -98,7 +98,7 @@ def profile(
             stages.append(stage)
             if trainer.world.is_main:
                 typer.echo(as_table(stage, rows))
-        by_rank = trainer.world.gather([stage.exposure for stage in stages])
+        by_rank = trainer.world.gather([stage.exposure for stage in stages], list[exposed.Exposure])
         if trainer.world.is_main:
             typer.echo(parts_table(stages))
             if trainer.world.size > 1:

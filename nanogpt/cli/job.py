@@ -23,8 +23,7 @@ job = typer.Typer(
     help="Parts of slurm/run.sh inside a job. Not for users.",
 )
 
-READ_TIMEOUT_S = 300  # for the first node's store; images may start slowly
-JOIN_TIMEOUT_S = 300  # for all nodes to come
+JOIN_TIMEOUT_S = 300  # for all nodes to come; images may start slowly
 
 
 @job.command()
@@ -76,8 +75,7 @@ def stage(
 def node(
     nodes: Annotated[int, typer.Option("--nodes")],
     ranks: Annotated[int, typer.Option("--ranks")],
-    endpoint: Annotated[str, typer.Option("--endpoint")],
-    addresses: Annotated[str, typer.Option("--addresses")],
+    endpoint: Annotated[str, typer.Option("--endpoint")] = "",
     recipe: RecipeOrResume = None,
     overrides: SetOption = None,
     steps: StepsOption = None,
@@ -85,7 +83,7 @@ def node(
     out: OutOption = None,
     resume: ResumeOption = None,
 ) -> None:
-    """On each node: preflight, then torchrun."""
+    """On each node: preflight, then the ranks."""
     from nanogpt.cluster.job_step import RunArguments
     from nanogpt.cluster.preflight import preflight, raise_for_failures
     from nanogpt.cluster.staging import check_staged, stage_directory
@@ -110,28 +108,21 @@ def node(
             say("preflight: NANOGPT_PREFLIGHT=warn: going on, whatever failed")
         else:
             raise_for_failures(checks)
-        import torch.distributed.run  # noqa: F401, mapped and then read
+        import torch.distributed  # noqa: F401, mapped and then read
 
         from nanogpt.launch.launcher import launch
         from nanogpt.launch.page_cache import keep_code_in_memory
 
         keep_code_in_memory(os.environ)
-        conf = {"is_host": str(index == 0).lower(), "read_timeout": READ_TIMEOUT_S, "join_timeout": JOIN_TIMEOUT_S}
-        sys.exit(
-            launch(
-                [
-                    f"--nnodes={nodes}",
-                    f"--nproc-per-node={ranks}",
-                    "--rdzv-backend=c10d",
-                    f"--rdzv-endpoint={endpoint}",
-                    f"--rdzv-id={os.environ.get('SLURM_JOB_ID', '0')}",
-                    f"--rdzv-conf={','.join(f'{key}={value}' for key, value in conf.items())}",
-                    f"--local-addr={addresses.split(',')[index]}",
-                    "--",
-                    *words,
-                ]
-            )
-        )
+        several = [
+            f"--nnodes={nodes}",
+            f"--node-rank={index}",
+            f"--rdzv-endpoint={endpoint}",
+            f"--rdzv-id={os.environ.get('SLURM_JOB_ID', '0')}",
+            f"--rdzv-conf=join_timeout={JOIN_TIMEOUT_S}",
+        ]
+        where = ["--standalone"] if nodes == 1 else several
+        sys.exit(launch([*where, f"--nproc-per-node={ranks}", "--", *words]))
 
 
 @contextmanager

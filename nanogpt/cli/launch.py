@@ -1,4 +1,4 @@
-"""`nanogpt launch`: torchrun for `nanogpt train`."""
+"""`nanogpt launch`: starts the ranks of `nanogpt train`."""
 
 from __future__ import annotations
 
@@ -22,16 +22,23 @@ class _AsGiven(typer.core.TyperCommand):
 def launch(
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[TORCHRUN OPTIONS] [--] RECIPE [TRAIN OPTIONS]", show_default=False),
+        typer.Argument(metavar="[OPTIONS BELOW] [--] RECIPE [TRAIN OPTIONS]", show_default=False),
     ] = None,
 ) -> None:
-    """Train on several GPUs or nodes: torchrun with its options, then the arguments of `nanogpt train`.
+    """Train on several GPUs or nodes: options named as torchrun's, then the arguments of `nanogpt train`.
 
     nanogpt launch --standalone --nproc-per-node 8 8xh100
 
-    nanogpt launch --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint NODE:29500 --rdzv-id JOB RECIPE
+    nanogpt launch --nnodes 2 --nproc-per-node 4 --rdzv-endpoint NODE:29500 --rdzv-id JOB RECIPE, on each node
 
     nanogpt launch --standalone --nproc-per-node 8 -- --resume RUN_DIR
+
+    --nproc-per-node N: processes on this node; gpu: as many as it has GPUs. --standalone: one node (the default).
+
+    --nnodes N: nodes. --rdzv-endpoint HOST:PORT (or --master-addr, --master-port): where they meet, the first node's
+    address in the cluster's network. --rdzv-id ID: keeps runs apart. --node-rank I: this node's number; without it
+    they are numbered as they come. --local-addr ADDRESS: where the first node listens, if not at HOST.
+    --rdzv-conf join_timeout=SECONDS (600), is_host=true|false.
 
     SIGTERM and SIGUSR1 end the run after its step, with a checkpoint and exit code 75. --grace SECONDS: how long that
     may take (600).

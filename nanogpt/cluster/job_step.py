@@ -126,7 +126,9 @@ def plan_step(arguments: RunArguments, environ: Mapping[str, str]) -> list[str]:
             f"NANOGPT_SIF={staged_image(Path(stage), Path(environ['NANOGPT_SIF']))}",
             f"NANOGPT_STAGED_BELOW={Path(stage)}",  # in_image.sh looks whose it is
         ]
-    meeting = rendezvous(allocation.nodes, int(environ["SLURM_JOB_ID"]))
+    meeting = []
+    if request.nodes > 1:
+        meeting = [f"--endpoint={rendezvous(allocation.nodes, int(environ['SLURM_JOB_ID'])).endpoint}"]
     cpus = environ.get("SLURM_CPUS_PER_TASK") or environ.get("SLURM_CPUS_ON_NODE")
     return [
         "srun",
@@ -143,8 +145,7 @@ def plan_step(arguments: RunArguments, environ: Mapping[str, str]) -> list[str]:
         "node",
         f"--nodes={request.nodes}",
         f"--ranks={spec.hardware.gpus_per_node}",
-        f"--endpoint={meeting.endpoint}",
-        f"--addresses={','.join(meeting.addresses)}",
+        *meeting,
         *train,
         "--data",
         str(data),

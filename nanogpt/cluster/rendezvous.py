@@ -32,13 +32,11 @@ class Rendezvous:
 
 
 def rendezvous(nodes: Sequence[str], job_id: int) -> Rendezvous:
-    """Resolve the job's nodes; to be called on the first one.
+    """Resolve the nodes of a job of several; to be called on the first one.
 
     Raises:
         RunError: a node's name cannot be resolved, or leads back to the machine that asks.
     """
-    if len(nodes) == 1:
-        return Rendezvous(["127.0.0.1"], free_port(job_id))
     return Rendezvous(choose_addresses({node: _resolve(node) for node in nodes}), free_port(job_id))
 
 

@@ -1,17 +1,23 @@
-"""`nanogpt launch`: torchrun, with the signals of a cluster passed on and exit codes that say what happened.
+"""`nanogpt launch`: starts `nanogpt train` as the ranks of this node, and ends when they do.
 
-torchrun runs in this process, with the options it always has; what it starts on this node is `nanogpt train`. Beyond
-plain `torchrun -m nanogpt train`, which works as well:
+It takes torchrun's options as far as they fit a run whose processes are all known before it starts, and tells its ranks
+what torchrun tells (plain `torchrun -m nanogpt train` works as well). Beyond that:
 
+- Nothing that comes over the network is unpickled, and on one node nothing listens but at the loopback address; see
+  `nanogpt.launch.meeting`.
 - SIGTERM, SIGUSR1 and the first Ctrl-C mean "finish the step, write a checkpoint, stop". They are noted in the launch
   directory (`NANOGPT_LAUNCH_DIR`), where every rank looks once it runs, so a signal that comes before the ranks are
   ready is not lost. SIGUSR1, which Slurm sends to every process of a job and whose default action is death, is blocked
   here before the ranks exist; they inherit that, and one that is sent to a rank too early waits for it. A second
   signal changes nothing, since Slurm and a user's shell may well send them to launcher and ranks alike; a second
-  Ctrl-C kills the ranks.
+  Ctrl-C, SIGHUP or SIGQUIT kills the ranks.
 - After `--grace` seconds the ranks are killed.
+- Ctrl-Z (SIGTSTP) stops the ranks and then the launcher; going on lets them go on. Time in which the launcher itself
+  was stopped counts against no limit.
 - A rank that is stopped (SIGSTOP) takes no other signal: after `STOPPED_S` it is killed, whether or not any other
   rank of this node is left to notice.
+- Where a rank fails, the others have `ENDING_S` to say so and end; then come SIGTERM and, after `KILLING_S`, SIGKILL.
+- The kernel kills the ranks when the launcher dies. Each is a session of its own.
 - The exit code: 0; 75 where every rank that failed said so (an interrupted run, whole: start it again); 2 where the
   ranks refused the user's input; else 1.
 - What ranks have to say about that is printed once, not once a rank.
@@ -19,99 +25,314 @@ plain `torchrun -m nanogpt train`, which works as well:
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
 import signal
 import socket
-import tempfile
+import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn
 
 from nanogpt.console import say
-from nanogpt.errors import REQUEUE_EXIT_CODE, InputError, NanogptError
-
-if TYPE_CHECKING:
-    import argparse
+from nanogpt.errors import REQUEUE_EXIT_CODE, InputError, NanogptError, RunError
+from nanogpt.launch.awake import AwakeClock
+from nanogpt.launch.meeting import JOIN_S, Cancelled, Meeting, Place, meet
+from nanogpt.launch.private import private_directory
+from nanogpt.launch.tied import tied_command
 
 LAUNCH_DIRECTORY = "NANOGPT_LAUNCH_DIR"  # a directory that this launcher and its ranks share
+PREFIX = "nanogpt-launch-"  # of its name
 STOP_NAME = "stop"  # in it: the signal's name, once a stop has been asked for
 GRACE_S = 600.0
 STOPPED_S = 25.0  # a rank in state T for so long is killed: later than other ranks find it silent, so that they say so
-_POLL_S = 0.5
+ENDING_S = 15.0  # for the other ranks to find out for themselves that one has failed, and to say so
+KILLING_S = 45.0
+_POLL_S = 0.1
+_STOOD_STILL_S = 2.0  # between two looks: the launcher was stopped
+_taking = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a launcher is to do."""
+
+    meeting: Meeting
+    train: Sequence[str]  # arguments of `nanogpt train`
+    grace_s: float = GRACE_S
 
 
 def launch(arguments: Sequence[str]) -> int:
-    """Run torchrun on `nanogpt train` and return the exit code; see the module.
+    """Run the ranks of this node and return the exit code; see the module. Main thread only.
 
     Args:
-        arguments: torchrun's options, then the arguments of `nanogpt train`. These begin with the recipe, or after
-            a `--`.
+        arguments: of the launcher, then those of `nanogpt train`. These begin with the recipe, or after a `--`.
 
     Raises:
-        InputError: torchrun's options do not fit together.
+        InputError: the options do not fit together, or the address is wrong.
+        RunError: the nodes do not meet, or the machine has no room for the launch directory or the ranks.
     """
-    import torch.distributed.run as torchrun
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    args = parse(arguments)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's own choice, without its warning
-    with tempfile.TemporaryDirectory(prefix="nanogpt-launch-") as name, _Signals(Path(name)) as signals:
-        os.environ[LAUNCH_DIRECTORY] = name
-        guard = _Guard(signals, args.grace)
-        guard.start()
-        failures: dict[int, int] = {}
+    options = parse(arguments)
+    with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(_Signals())
         try:
-            torchrun.run(args)
-        except ChildFailedError as error:
-            failures = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        except SignalException as error:
-            say(f"nanogpt launch: {error.sigval.name}; the ranks were killed")
-            return 128 + error.sigval
-        except (ValueError, AssertionError) as error:
-            raise InputError(f"nanogpt launch: torchrun: {error}") from error
-        except (RuntimeError, OSError) as error:  # rendezvous: no connection, no such host, closed by another node
-            _print_messages(Path(name), failures)
-            say(f"nanogpt launch on {socket.gethostname()}: {type(error).__name__}: {error}")
-            return 1
-        finally:
-            guard.close()
-            del os.environ[LAUNCH_DIRECTORY]
-        _print_messages(Path(name), failures)
+            directory = stack.enter_context(private_directory(PREFIX))
+        except OSError as error:
+            raise RunError(f"nanogpt launch: {error.filename or 'TMPDIR'}: {error.strerror}") from error
+        signals.announce_in(directory)
+        try:
+            place = stack.enter_context(
+                meet(options.meeting, lambda: signals.asked is not None, lambda: signals.deadly is not None)
+            )
+        except Cancelled:
+            if signals.deadly is not None:
+                return 128 + signals.deadly
+            say(f"{signals.asked} to the launcher on {socket.gethostname()}: stopped before all nodes came")
+            return REQUEUE_EXIT_CODE
+        ranks = stack.enter_context(_started(options, place, directory, signals))
+        place.serve()
+        _supervise(ranks, signals, options.grace_s)
+        if signals.deadly is not None:
+            say(f"nanogpt launch: {signal.Signals(signals.deadly).name}; the ranks were killed")
+            return 128 + signals.deadly
+        failures = {rank: code for rank, process in ranks.items() if (code := process.returncode)}
+        _print_messages(directory, failures)
         return exit_code(failures, stop_asked=signals.asked is not None)
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """torchrun's own reading of `arguments`, its program being `-m nanogpt train`; `grace` is our option."""
-    from torch.distributed.run import get_args_parser
+# --- options --------------------------------------------------------------------------------------------------------
 
-    parser = get_args_parser()
-    parser.prog = "nanogpt launch"
-    parser.add_argument(
-        "--grace", type=float, default=GRACE_S, help="Seconds that ranks have after SIGTERM or SIGUSR1 before SIGKILL."
-    )
-    ours, separator, of_train = list(arguments), "--" in arguments, []
-    if separator:
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(
+            f"nanogpt launch: {message}. `nanogpt launch --help` lists its options; torchrun has others, as in"
+            " torchrun OPTIONS -m nanogpt train RECIPE"
+        )
+
+
+def parse(arguments: Sequence[str]) -> Options:
+    """Read the launcher's arguments. Raises `InputError`."""
+    parser = _Parser(prog="nanogpt launch", allow_abbrev=False, add_help=False)
+
+    def add(name: str, **settings: Any) -> None:
+        parser.add_argument(name, *({name.replace("-", "_").replace("__", "--", 1)} - {name}), **settings)
+
+    add("--standalone", action="store_true")
+    add("--nnodes", default="1")
+    add("--nproc-per-node", default="1")
+    add("--node-rank", type=int)
+    add("--master-addr")
+    add("--master-port", type=int, default=29500)
+    add("--rdzv-backend", choices=("static", "c10d"))
+    add("--rdzv-endpoint")
+    add("--rdzv-id", default="none")
+    add("--rdzv-conf", default="")
+    add("--local-addr")
+    add("--max-restarts", type=int, choices=(0,))
+    add("--grace", type=float, default=GRACE_S)
+    ours, of_train = list(arguments), []
+    if separated := "--" in ours:
         at = ours.index("--")
         ours, of_train = ours[:at], ours[at + 1 :]
-    args = parser.parse_args([*ours, "-m", "nanogpt"] if separator else ["-m", *ours])
-    if not separator:
-        of_train = [args.training_script, *args.training_script_args]
-    args.training_script, args.training_script_args = "nanogpt", ["train", *of_train]
-    args.signals_to_handle = "SIGQUIT,SIGHUP"  # the others are ours
-    return args
+    else:
+        parser.add_argument("train", nargs=argparse.REMAINDER)
+    args = parser.parse_args(ours)
+    return Options(_meeting(args), of_train if separated else args.train, args.grace)
+
+
+def _meeting(args: argparse.Namespace) -> Meeting:
+    nodes = _count("--nnodes", args.nnodes.removesuffix(f":{args.nnodes.partition(':')[0]}"))  # torchrun's 2:2 is 2
+    processes = _processes(args.nproc_per_node)
+    conf = _conf(args.rdzv_conf)
+    if args.node_rank is not None and not 0 <= args.node_rank < nodes:
+        raise InputError(
+            f"nanogpt launch: --node-rank {args.node_rank}: expected 0 to {nodes - 1}, as --nnodes is {nodes}"
+        )
+    host, port = args.master_addr, args.master_port
+    if args.rdzv_endpoint:
+        host, port = _endpoint(args.rdzv_endpoint, args.master_port)
+    if args.standalone or (nodes == 1 and host is None):
+        if nodes > 1 or host is not None:
+            raise InputError(
+                "nanogpt launch: --standalone is one node; leave out --nnodes, --rdzv-endpoint, --master-addr"
+            )
+        return Meeting(1, processes, local_address=args.local_addr)
+    if host is None:
+        raise InputError(
+            f"nanogpt launch: --nnodes {nodes}: where do they meet? Give all of them --rdzv-endpoint HOST:PORT,"
+            " the first node's address in the cluster's network"
+        )
+    return Meeting(
+        nodes,
+        processes,
+        host,
+        port,
+        node=args.node_rank,
+        is_first=conf.is_first,
+        local_address=args.local_addr,
+        run_id=args.rdzv_id,
+        join_s=conf.join_s,
+    )
+
+
+@dataclass
+class _Conf:
+    is_first: bool | None = None
+    join_s: float = JOIN_S
+
+
+def _conf(text: str) -> _Conf:
+    found = _Conf()
+    for entry in filter(None, text.split(",")):
+        key, _, value = entry.partition("=")
+        if key == "is_host" and value.lower() in {"true", "false", "0", "1"}:
+            found.is_first = value.lower() in {"true", "1"}
+        elif key in {"join_timeout", "timeout"} and value.isdecimal():
+            found.join_s = float(value)
+        else:
+            raise InputError(
+                f"nanogpt launch: --rdzv-conf {entry}: expected is_host=true, is_host=false or join_timeout=SECONDS"
+            )
+    return found
+
+
+def _count(name: str, text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise InputError(f"nanogpt launch: {name} {text}: expected a number from 1 on")
+    return int(text)
+
+
+def _processes(text: str) -> int:
+    if text in {"gpu", "auto"}:
+        import torch
+
+        if count := torch.cuda.device_count():
+            return count
+        if text == "gpu":
+            raise InputError("nanogpt launch: --nproc-per-node gpu: this machine shows no GPU to PyTorch")
+    if text in {"cpu", "auto"}:
+        return os.cpu_count() or 1
+    return _count("--nproc-per-node", text)
+
+
+def _endpoint(text: str, default_port: int) -> tuple[str, int]:
+    """HOST, HOST:PORT or [IPv6 address]:PORT."""
+    host, colon, port = text.rpartition(":")
+    if not colon or text.endswith("]") or (":" in host.strip("[]") and not host.startswith("[")):
+        host, port = text, str(default_port)
+    if not port.isdecimal() or not 0 < int(port) < 65536 or not host:
+        raise InputError(f"nanogpt launch: --rdzv-endpoint {text}: expected HOST:PORT, PORT from 1 to 65535")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+# --- the ranks ------------------------------------------------------------------------------------------------------
+
+Ranks = dict[int, subprocess.Popen[bytes]]
+
+
+@contextmanager
+def _started(options: Options, place: Place, directory: Path, signals: _Signals) -> Iterator[Ranks]:
+    """This node's ranks; none is left in the end."""
+    environ = {"OMP_NUM_THREADS": "1", **os.environ, LAUNCH_DIRECTORY: str(directory)}
+    if options.meeting.nodes == 1:  # what ranks say to one another stays on the node
+        environ = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", **environ}
+    ranks: Ranks = {}
+    try:
+        for local_rank in range(options.meeting.processes):
+            if signals.deadly is not None:
+                break
+            own = place.environment(local_rank)
+            try:
+                ranks[int(own["RANK"])] = subprocess.Popen(
+                    tied_command("nanogpt", "train", *options.train),
+                    stdin=subprocess.DEVNULL,
+                    env={**environ, **own},
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise RunError(f"nanogpt launch: rank {own['RANK']} cannot be started: {error}") from error
+            signals.ranks = list(ranks.values())
+        yield ranks
+    finally:
+        signals.ranks = []
+        for process in ranks.values():
+            _signal(process, signal.SIGKILL)
+        for process in ranks.values():
+            process.wait()
+
+
+def _supervise(ranks: Ranks, signals: _Signals, grace_s: float) -> None:
+    """Until all ranks have ended, or a signal wants them dead."""
+    clock = AwakeClock()
+    asked_at = failed_at = None
+    stopped_since: dict[int, float] = {}
+    told: set[int] = set()  # has had SIGTERM
+    while signals.deadly is None:
+        living = {rank: process for rank, process in ranks.items() if not _has_ended(process)}
+        if not living:
+            return
+        time.sleep(_POLL_S)
+        signals.look()
+        now = clock.tick(_STOOD_STILL_S)
+        if signals.asked is not None and asked_at is None:
+            asked_at = now
+        if failed_at is None and any(process.returncode for process in ranks.values()):
+            failed_at = now
+        stopped_since = {rank: stopped_since.get(rank, now) for rank, process in living.items() if _is_stopped(process)}
+        for rank, process in living.items():
+            if now - stopped_since.get(rank, now) > STOPPED_S:
+                _kill(rank, process, f"has been stopped for {now - stopped_since[rank]:.0f} s")
+            elif asked_at is not None and now - asked_at > grace_s:
+                _kill(rank, process, f"has not ended {grace_s:.0f} s after {signals.asked} (--grace)")
+            elif failed_at is not None and now - failed_at > KILLING_S:
+                _kill(rank, process, f"has not ended {KILLING_S:.0f} s after another rank failed")
+            elif failed_at is not None and now - failed_at > ENDING_S and rank not in told:
+                told.add(rank)
+                _signal(process, signal.SIGTERM)
+
+
+def _has_ended(process: subprocess.Popen[bytes]) -> bool:
+    if process.returncode is None:
+        found = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if found is not None and found.si_code != os.CLD_EXITED:  # a signal: what it had started has no parent any more
+            _signal(process, signal.SIGKILL)
+    return process.poll() is not None
+
+
+def _kill(rank: int, process: subprocess.Popen[bytes], why: str) -> None:
+    if process.poll() is None:
+        _signal(process, signal.SIGKILL)
+        process.wait()
+        say(f"nanogpt launch: rank {rank} on {socket.gethostname()} (process {process.pid}) {why}: killed")
+
+
+def _signal(process: subprocess.Popen[bytes], number: int) -> None:
+    """To the rank; one that kills or stops also to what it has started."""
+    if process.returncode is None:  # not reaped: the process id is its own
+        with contextlib.suppress(ProcessLookupError):
+            (os.kill if number == signal.SIGTERM else os.killpg)(process.pid, number)
+
+
+def _is_stopped(process: subprocess.Popen[bytes]) -> bool:
+    try:
+        return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
 
 
 def exit_code(failures: Mapping[int, int], *, stop_asked: bool = False) -> int:
     """The launcher's exit code for those of the ranks that failed (negative: the signal that killed one).
 
     A rank that SIGTERM or SIGUSR1 killed had no handler yet. That is an early end of one that was asked to stop, or
-    torchrun's way to end the siblings of one that failed.
+    a launcher's way to end the siblings of one that failed.
     """
     early = {-signal.SIGTERM, -signal.SIGUSR1}
     codes = set(failures.values())
@@ -132,10 +353,11 @@ def leave_message(error: NanogptError) -> bool:
     directory, rank = os.environ.get(LAUNCH_DIRECTORY), os.environ.get("RANK")
     if directory is None or rank is None:
         return False
+    name = f"message-{int(rank):04d}.json"
+    partial = Path(directory) / f".{name}"
     try:
-        (Path(directory) / f"message-{int(rank):04d}.json").write_text(
-            json.dumps({"text": str(error), "exit_code": error.exit_code})
-        )
+        partial.write_text(json.dumps({"text": str(error), "exit_code": error.exit_code}))
+        partial.rename(Path(directory) / name)  # whole, should this process be killed now
     except OSError:
         return False
     return True
@@ -176,87 +398,73 @@ def _named(ranks: Sequence[int]) -> str:
 class _Signals:
     """The launcher's signals; a context manager that puts the old handlers back."""
 
-    def __init__(self, directory: Path):
-        self.directory = directory
+    def __init__(self) -> None:
         self.asked: str | None = None
-        self.asked_at = 0.0
-        self._old: dict[signal.Signals, Any] = {}
+        self.deadly: int | None = None  # the number of one after which the ranks are killed
+        self.ranks: Iterable[subprocess.Popen[bytes]] = ()
+        self._directory: Path | None = None
+        self._old: dict[int, Any] = {}
         self._mask: set[signal.Signals | int] = set()
 
     def __enter__(self) -> _Signals:
-        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # the guard waits for it
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            self._old[number] = signal.signal(number, self._handle)
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # `look` takes it
+        handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]]
+        handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), self._ask)
+        for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                handlers[number] = self._suspend if number == signal.SIGTSTP else self._end
+        self._old = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
-        while signal.sigtimedwait({signal.SIGUSR1}, 0):
-            pass
+        take_pending(signal.SIGUSR1)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        from torch.distributed.elastic.multiprocessing import SignalException
+    def announce_in(self, directory: Path) -> None:
+        """Where the ranks will look."""
+        self._directory = directory
+        self._tell()
 
+    def look(self) -> None:
+        """Take what is blocked."""
+        if take_pending(signal.SIGUSR1):
+            self._ask(signal.SIGUSR1)
+
+    def _ask(self, number: int, frame: FrameType | None = None) -> None:
         if number == signal.SIGINT and self.asked == "SIGINT":
-            raise SignalException("second Ctrl-C", sigval=signal.SIGKILL)
-        self.ask(signal.Signals(number).name)
+            self.deadly = self.deadly or signal.SIGKILL
+        elif self.asked is None:
+            self.asked = signal.Signals(number).name
+            self._tell()
 
-    def ask(self, name: str) -> None:
-        """Tell the ranks, once."""
-        if self.asked is None:
-            self.asked, self.asked_at = name, time.monotonic()
-            partial = self.directory / f".{STOP_NAME}"
-            partial.write_text(name)
-            partial.rename(self.directory / STOP_NAME)
+    def _tell(self) -> None:
+        if self.asked is not None and self._directory is not None:
+            partial = self._directory / f".{STOP_NAME}"
+            partial.write_text(self.asked)
+            partial.rename(self._directory / STOP_NAME)
 
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        self.deadly = self.deadly or number
+        self.asked = self.asked or signal.Signals(number).name
 
-class _Guard(threading.Thread):
-    """Takes SIGUSR1, and kills ranks that are stopped or have had their grace."""
-
-    def __init__(self, signals: _Signals, grace_s: float):
-        super().__init__(name="launch-guard", daemon=True)
-        self._signals = signals
-        self._grace_s = grace_s
-        self._stopped_since: dict[int, float] = {}
-        self._closing = threading.Event()
-
-    def run(self) -> None:
-        while not self._closing.is_set():
-            if signal.sigtimedwait({signal.SIGUSR1}, _POLL_S):
-                self._signals.ask("SIGUSR1")
-            self._look()
-
-    def close(self) -> None:
-        """End the thread."""
-        self._closing.set()
-        self.join()
-
-    def _look(self) -> None:
-        now, states = time.monotonic(), dict(_children())
-        stopped = {pid for pid, state in states.items() if state == "T"}
-        self._stopped_since = {pid: self._stopped_since.get(pid, now) for pid in stopped}
-        for pid, since in self._stopped_since.items():
-            if now - since > STOPPED_S:
-                self._kill(pid, f"has been stopped for {now - since:.0f} s")
-        if self._signals.asked is not None and now - self._signals.asked_at > self._grace_s:
-            for pid in states:
-                self._kill(pid, f"has not ended {self._grace_s:.0f} s after {self._signals.asked} (--grace)")
-
-    def _kill(self, pid: int, why: str) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-            say(f"nanogpt launch: rank's process {pid} on {socket.gethostname()} {why}: killed")
+    def _suspend(self, number: int, frame: FrameType | None) -> None:
+        """The ranks are out of the terminal's reach."""
+        for process in self.ranks:
+            _signal(process, signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        for process in self.ranks:
+            _signal(process, signal.SIGCONT)
 
 
-def _children() -> Iterator[tuple[int, str]]:
-    """Process id and state (R, S, D, T, Z, ...) of this process's children."""
-    for tasks in Path("/proc/self/task").glob("*/children"):
-        try:
-            pids = tasks.read_text().split()
-        except OSError:  # the thread is gone
-            continue
-        for pid in pids:
-            with contextlib.suppress(OSError, IndexError):
-                yield int(pid), Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+def take_pending(number: signal.Signals) -> bool:
+    """Whether this blocked signal has come since it was last taken.
+
+    Not by `sigtimedwait`: where a stop and SIGCONT interrupt it, Python returns a signal that never came.
+    """
+    with _taking:
+        if number not in signal.sigpending():
+            return False
+        signal.sigwait({number})
+        return True

@@ -13,7 +13,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-from nanogpt.launch.launcher import asked_to_stop
+from nanogpt.launch.launcher import asked_to_stop, take_pending
 
 
 class StopSignals:
@@ -46,7 +46,7 @@ class StopSignals:
     def seen(self) -> str | None:
         """The first signal that has come so far, by name, and if it was to the launcher. Takes microseconds."""
         if self._seen is None:
-            if self._old and signal.sigtimedwait({signal.SIGUSR1}, 0):
+            if self._old and take_pending(signal.SIGUSR1):
                 self._seen = "SIGUSR1"
             else:
                 launcher = asked_to_stop()

@@ -1,11 +1,16 @@
 """The watch: ranks that notice when another one is gone, and that agree on the step at which to stop.
 
 Notable features:
-- A thread in each rank exchanges heartbeats with the others through the rendezvous' TCPStore, which torchrun's agent
-  hosts, so that it outlives every rank. It makes no CUDA call and no collective; a step costs a lock and a counter.
+- A thread in each rank exchanges heartbeats with the others through the TCPStore that the launcher serves, so that it
+  outlives every rank. It makes no CUDA call and no collective; a step costs a lock and a counter.
 - Death: a process that is gone from this host is noticed at the next beat; one that is silent (stopped, or its host
   or network is down) after `watchdog.silence_seconds`. A beat says "the process runs", whatever its main thread does,
   so compiling and writing are no silence.
+- Suspension: time in which this process stood still counts against no limit, its own or another's, so a job that is
+  stopped as a whole and continued goes on. A rank that is stopped alone is silent: nobody can know that it comes back.
+- Anybody on the node can write into the store. What is read from it is words for a message, never a command: they are
+  made printable, a process is killed only where it is a child of the same launcher, and a log is written to only where
+  it is this user's.
 - Hanging: threads go on where a collective never ends. A rank whose main thread has not got past a step for
   `watchdog.step_seconds`, or in any other phase for `watchdog.phase_seconds`, gives up, and says who is behind.
 - The end: every other rank says who was lost and at which step, writes that into the run's log, and exits, by force
@@ -22,35 +27,37 @@ A run on one process has signals only: no store, no thread.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import datetime
 import json
 import os
 import signal
+import stat
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
 from nanogpt.console import say
 from nanogpt.errors import REQUEUE_EXIT_CODE, InputError, NanogptError, RunError
+from nanogpt.launch.awake import AwakeClock
 from nanogpt.launch.launcher import leave_message
+from nanogpt.launch.meeting import STORE_TIMEOUT_S, listen, serve
 from nanogpt.launch.signals import StopSignals
+from nanogpt.launch.tied import die_with_parent
 from nanogpt.runs.record import Process, process_lives, this_process
 from nanogpt.spec import WatchdogSpec
 
 POLL_S = 0.2
 BEAT_S = 1.0
-STORE_TIMEOUT_S = 10.0
 LEAVING_S = 3.0  # for the main thread to notice that another rank is lost; then the process ends by force
 CLEANING_S = 10.0  # likewise once it has noticed
 START_FACTOR = 2  # silence while starting: CUDA's start may hold the interpreter's lock for long
-_PR_SET_PDEATHSIG = 1
+STOOD_STILL_S = 1.0  # between two turns of the thread: this process was stopped, or its interpreter's lock was held
+WORDS = 2000  # characters of another rank's that are shown
 
 
 @dataclass
@@ -74,9 +81,19 @@ class Beat:
 
     @classmethod
     def decode(cls, text: bytes) -> Beat:
-        """From the store."""
-        fields = json.loads(text)
-        return cls(**{**fields, "process": Process(**fields["process"])})
+        """From the store. Raises ValueError where it is no beat."""
+        try:
+            beat = cls(**json.loads(text))
+            beat.process = Process.model_validate(beat.process)
+            numbers = (beat.count, beat.step, beat.segment, beat.frozen or 0, beat.left or 0)
+            texts = (beat.phase, beat.run or "", beat.asked or "", beat.words or "", beat.process.host)
+            if not all(isinstance(n, int) for n in numbers) or not all(isinstance(t, str) for t in texts):
+                raise ValueError("fields of a wrong type")
+        except (TypeError, AttributeError) as error:
+            raise ValueError(str(error)) from error
+        beat.phase, beat.asked, beat.words = printable(beat.phase), _maybe(beat.asked), _maybe(beat.words)
+        beat.process.host = printable(beat.process.host)
+        return beat
 
     @property
     def where(self) -> str:
@@ -106,7 +123,8 @@ class Watchdog:
         self._signals = StopSignals()
         self._lock = threading.Condition()
         self._own = Beat(0, this_process(), "starting", 0, 0)
-        self._progress_at = time.monotonic()
+        self._clock = AwakeClock()
+        self._progress_at = self._clock.now()
         self._stop_at: int | None = None  # the last segment, agreed on
         self._lost: NanogptError | None = None
         self._lost_at = 0.0
@@ -119,8 +137,8 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         self._signals.__enter__()
         if self._thread is not None:
-            if "TORCHELASTIC_RUN_ID" in os.environ:
-                die_with_parent()
+            if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, which does not tie its children; our launcher does
+                die_with_parent(os.getppid())
             self._thread.start()
         return self
 
@@ -165,7 +183,7 @@ class Watchdog:
 
     def enter(self, phase: str) -> None:
         """From here on the rank is `phase`."""
-        self._own.phase, self._progress_at = phase, time.monotonic()
+        self._own.phase, self._progress_at = phase, self._clock.now()
 
     def boundary(self, step: int | None = None) -> str | None:
         """A segment is over, and another one begins unless this returns why the run is to stop here, on all ranks.
@@ -173,7 +191,7 @@ class Watchdog:
         Every rank calls it at the same places. `step`: steps done; None leaves it. Raises `Lost`.
         """
         self.check()
-        self._progress_at = time.monotonic()
+        self._progress_at = self._clock.now()
         if step is not None:
             self._own.step = step
         if self._thread is None:
@@ -214,7 +232,7 @@ class Watchdog:
     def expect(self, rank: int, process: Process) -> None:
         """That rank has been there, as this process: from now on it is to be heard of."""
         if rank != self.rank and rank not in self._peers:
-            self._heard_at[rank] = time.monotonic()
+            self._heard_at[rank] = self._clock.now()
             self._peers.setdefault(rank, Beat(0, process, "starting", 0, 0))
 
     @property
@@ -225,32 +243,33 @@ class Watchdog:
     # --- the thread ---
 
     def _watch(self) -> None:
-        began = time.monotonic()
+        began = answered = self._clock.tick(STOOD_STILL_S)
         beat_at = began - BEAT_S
         store: dist.Store | None = None
-        answered = began
+        unanswered = 0  # beats in a row
         while True:
             leaving = self._closing.wait(POLL_S)
-            now = time.monotonic()
-            if now - beat_at > 2 * BEAT_S + STORE_TIMEOUT_S:  # this process itself stood still
-                self._heard_at = dict.fromkeys(self._heard_at, now)
-                answered = began = now
+            now = self._clock.tick(STOOD_STILL_S)
+            self._progress_at = min(self._progress_at, now)  # the main thread may have looked before the tick
             self._hear_signals()
             if leaving or now - beat_at >= BEAT_S or self._own.asked:
                 beat_at = now
                 try:
                     store = store or connect(STORE_TIMEOUT_S)
                     self._exchange(store, now)
-                    answered = time.monotonic()
+                    if unanswered:  # nobody could be heard
+                        self._heard_at = dict.fromkeys(self._heard_at, now)
+                    answered, unanswered = now, 0
                 except RuntimeError as error:  # torch's DistError is one
-                    store = None
-                    if now - answered > self._silence():
+                    store, unanswered = None, unanswered + 1
+                    if unanswered > 1 and self._clock.now() - answered > self._silence():
                         self._give_up(RunError(f"{self._name()}: the run's launcher does not answer ({_first(error)})"))
+                now = self._clock.tick(2 * STORE_TIMEOUT_S)  # waiting for the store is no standing still
             if leaving:
                 return
             self._agree()
             if self._lost is None:
-                self._look_for_losses(began, now)
+                self._look_for_losses(began, now, heard=not unanswered)
                 self._look_at_progress(now)
             elif now - self._lost_at > (LEAVING_S + CLEANING_S if self._noticed else LEAVING_S):
                 self._leave_by_force()
@@ -272,7 +291,10 @@ class Watchdog:
             rank for rank in others if (rank in self._peers and self._peers[rank].count) or store.check([_key(rank)])
         ]
         for rank, found in zip(known, store.multi_get([_key(rank) for rank in known]) if known else (), strict=True):
-            beat = Beat.decode(found)
+            try:
+                beat = Beat.decode(found)
+            except ValueError:  # not that rank's word: as if it had said nothing
+                continue
             if rank not in self._peers or beat.count != self._peers[rank].count:
                 self._heard_at[rank] = now
             self._peers[rank] = beat
@@ -292,7 +314,8 @@ class Watchdog:
                 self._stop_at = max(self._own.frozen, *found)
                 self._lock.notify_all()
 
-    def _look_for_losses(self, began: float, now: float) -> None:
+    def _look_for_losses(self, began: float, now: float, *, heard: bool) -> None:
+        """`heard`: the store has answered, so that others could be heard."""
         for rank in range(self.size):
             peer = self._peers.get(rank)
             if rank == self.rank:
@@ -311,7 +334,7 @@ class Watchdog:
                 # It may have said goodbye since the last beat: it counts as lost at the second look.
                 if now - self._heard_at[rank] > 2 * BEAT_S:
                     self._give_up(Lost(f"{_named(rank, peer)} has died {self._where(peer)}"))
-            elif now - self._heard_at[rank] > self._silence(peer):
+            elif heard and now - self._heard_at[rank] > self._silence(peer):
                 self._give_up(
                     Lost(
                         f"{_named(rank, peer)} has been silent for {self._silence(peer):g} s {self._where(peer)}"
@@ -344,7 +367,7 @@ class Watchdog:
 
     def _give_up(self, lost: NanogptError) -> None:
         if self._lost is None:
-            self._lost, self._lost_at = lost, time.monotonic()
+            self._lost, self._lost_at = lost, self._clock.now()
             with self._lock:
                 self._lock.notify_all()
 
@@ -376,14 +399,11 @@ class Watchdog:
             return
         if self._first_living() != self.rank or 0 not in self._peers or self._peers[0].run is None:
             return
-        log = Path(self._peers[0].run) / "log.txt"
-        if log.exists():
-            with log.open("a", encoding="utf-8") as file:
-                file.write(f"run failed: {text}\n")
+        _append_to_log(Path(self._peers[0].run), f"run failed: {text}\n")
 
     def _first_living(self, host: str | None = None) -> int:
         """The first rank (of this host) that is not known to be silent or gone."""
-        now = time.monotonic()
+        now = self._clock.now()
         for rank in range(self.size):
             peer = self._peers.get(rank)
             if rank == self.rank:
@@ -399,10 +419,10 @@ class Watchdog:
         """On this host: nobody else might be left to do it, and a stopped process holds its GPU for ever."""
         if self._first_living(self._own.process.host) != self.rank:
             return
-        now = time.monotonic()
+        now = self._clock.now()
         for rank, peer in self._peers.items():
             silent = now - self._heard_at[rank] > self.limits.silence_seconds
-            if silent and peer.left is None and process_lives(peer.process):
+            if silent and peer.left is None and process_lives(peer.process) and _is_sibling(peer.process.pid):
                 with contextlib.suppress(OSError):
                     os.kill(peer.process.pid, signal.SIGKILL)
                     say(f"{_named(rank, peer)}: killed")
@@ -411,31 +431,54 @@ class Watchdog:
 # --- parts ----------------------------------------------------------------------------------------------------------
 
 
+_served: list[dist.Store] = []  # by this process
+_serving = threading.Lock()
+
+
 def connect(timeout_s: float) -> dist.Store:
-    """A connection of its own to the rendezvous' store, from torchrun's environment. Raises RuntimeError."""
+    """A connection of its own to the launcher's store, from the environment. Raises RuntimeError."""
     env = os.environ
     if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
-        raise RuntimeError("MASTER_ADDR and MASTER_PORT are not set: start it by torchrun or nanogpt launch")
-    # With a static rendezvous rank 0 hosts the store, as it will for the process group: both share it.
-    hosts = env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and env.get("RANK") == "0"
-    timeout = datetime.timedelta(seconds=timeout_s)
+        raise RuntimeError("MASTER_ADDR and MASTER_PORT are not set: start it by nanogpt launch or torchrun")
+    address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and env.get("RANK") == "0":
+        with _serving:  # no launcher that does, as where srun starts the ranks: rank 0, at that address alone
+            if not _served:
+                try:
+                    _served.append(serve(listen(address, port)))
+                except (OSError, RunError) as error:
+                    raise RuntimeError(f"cannot listen at {address} port {port}: {error}") from error
     store = dist.TCPStore(
-        env["MASTER_ADDR"],
-        int(env["MASTER_PORT"]),
-        is_master=hosts,
-        timeout=timeout,
-        wait_for_workers=False,
-        multi_tenant=True,
+        address, port, is_master=False, timeout=datetime.timedelta(seconds=timeout_s), wait_for_workers=False
     )
     prefix = f"nanogpt/{env.get('TORCHELASTIC_RUN_ID', '')}/{env.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     return dist.PrefixStore(prefix, store)
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the launcher dies, whatever state this one is in then (Linux)."""
-    with contextlib.suppress(OSError, AttributeError):
-        libc: Any = ctypes.CDLL(None, use_errno=True)
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+def printable(text: str) -> str:
+    """One line without control characters, as `text` may be anybody's."""
+    return "".join(c if c.isprintable() else " " for c in "; ".join(text[:WORDS].splitlines()))
+
+
+def _maybe(text: str | None) -> str | None:
+    return None if text is None else printable(text)
+
+
+def _append_to_log(run: Path, text: str) -> None:
+    """Where the run's log is a file of this user's; another's word of where it is would lead elsewhere."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with contextlib.suppress(FileNotFoundError), os.fdopen(os.open(run / "log.txt", flags), "w") as file:
+        status = os.fstat(file.fileno())
+        if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_nlink == 1:
+            file.write(text)
+
+
+def _is_sibling(pid: int) -> bool:
+    """Whether this rank's launcher has started that process too."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) == os.getppid()
+    except (OSError, IndexError):
+        return False
 
 
 def _key(rank: int) -> str:

@@ -1,22 +1,28 @@
-"""The processes of a run: rank, world size and device, from torchrun's environment."""
+"""The processes of a run: rank, world size and device, from the launcher's environment."""
 
 from __future__ import annotations
 
+import datetime
+import json
 import os
 import socket
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from pydantic import TypeAdapter
 
 from nanogpt.errors import InputError, RunError
+from nanogpt.launch.watchdog import connect
 from nanogpt.optim.communication import Communicator
 from nanogpt.spec import RunSpec
 
 T = TypeVar("T")
+JOIN_TIMEOUT_S = 300.0  # for an answer of the store
+TIMEOUT_MARGIN_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -34,13 +40,35 @@ class World:
         """Rank 0 writes the run's directory."""
         return self.rank == 0
 
-    def gather(self, value: T) -> list[T]:
-        """`value` of every rank, in their order. Every rank calls it; for small things that can be pickled."""
+    def gather(self, value: T, kind: Any = None) -> list[T]:
+        """`value` of every rank, in their order. Every rank calls it; for small things.
+
+        They travel as JSON: nothing that came from a socket is unpickled.
+
+        Args:
+            value: plain, a dataclass or a pydantic model.
+            kind: its type, where that is more than its class, as for `tuple[Path, int]`.
+
+        Raises:
+            RunError: what came from another rank is of another kind.
+        """
         if self.size == 1:
             return [value]
-        values: list[T | None] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return cast("list[T]", values)
+        adapter: TypeAdapter[T] = TypeAdapter(type(value) if kind is None else kind)
+        text = json.dumps(adapter.dump_python(value, mode="json")).encode()
+        longest = max(int(length) for length in self._all_gather(torch.tensor([len(text)])))
+        own = torch.frombuffer(bytearray(text.ljust(longest)), dtype=torch.uint8)
+        try:
+            return [adapter.validate_python(json.loads(bytes(found.tolist()))) for found in self._all_gather(own)]
+        except ValueError as error:
+            raise RunError(f"rank {self.rank}: what another rank sent cannot be read: {error}") from error
+
+    def _all_gather(self, own: torch.Tensor) -> list[torch.Tensor]:
+        """On the CPU. All ranks' have one shape."""
+        own = own.to(self.device)
+        found = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(found, own)
+        return [tensor.cpu() for tensor in found]
 
     def synchronize(self) -> None:
         """Wait until the device has done all it was given."""
@@ -49,7 +77,7 @@ class World:
 
 
 def started_as() -> tuple[int, int, int]:
-    """Rank, world size and local rank of this process, as torchrun told it; 0, 1, 0 without torchrun."""
+    """Rank, world size and local rank of this process, as the launcher told it; 0, 1, 0 without one."""
     env = os.environ
     return int(env.get("RANK", "0")), int(env.get("WORLD_SIZE", "1")), int(env.get("LOCAL_RANK", "0"))
 
@@ -59,10 +87,10 @@ def check_world(spec: RunSpec) -> torch.device:
     _, size, local_rank = started_as()
     if size != spec.world_size:
         hardware = spec.hardware
-        nodes = f"--nnodes {hardware.nodes} " if hardware.nodes > 1 else ""
+        nodes = f"--nnodes {hardware.nodes} --rdzv-endpoint NODE:29500 " if hardware.nodes > 1 else ""
         raise InputError(
-            f"hardware: the recipe wants {_processes(spec.world_size)}, found {size}. Use torchrun {nodes}"
-            f"--nproc-per-node {hardware.gpus_per_node} -m nanogpt train RECIPE, or a recipe for {size}"
+            f"hardware: the recipe wants {_processes(spec.world_size)}, found {size}. Use nanogpt launch"
+            f" {nodes}--nproc-per-node {hardware.gpus_per_node} RECIPE, or a recipe for {size}"
             f" (--set hardware.gpus_per_node={size})"
         )
     return _device(spec, local_rank)
@@ -76,7 +104,7 @@ def _processes(count: int) -> str:
 def join_world(spec: RunSpec) -> Iterator[World]:
     """Take this process's place among the spec's processes, and leave it at the end.
 
-    Started by torchrun where the world size is above 1 (RANK, WORLD_SIZE, LOCAL_RANK in the environment).
+    Started by a launcher where the world size is above 1 (RANK, WORLD_SIZE, LOCAL_RANK in the environment).
 
     Raises:
         InputError: the number of processes is not the recipe's, or there is no GPU for a recipe that wants one.
@@ -90,9 +118,16 @@ def join_world(spec: RunSpec) -> Iterator[World]:
     if size == 1:
         yield World(rank, size, local_rank, device, Communicator())
         return
+    # Of the limits on waiting the watchdog's come first: they leave out time in which the job is suspended.
+    limit = datetime.timedelta(seconds=spec.watchdog.phase_seconds + TIMEOUT_MARGIN_S)
     try:
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None
+            "nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore("group", connect(JOIN_TIMEOUT_S)),
+            rank=rank,
+            world_size=size,
+            timeout=limit,
+            device_id=device if device.type == "cuda" else None,
         )
     except (RuntimeError, ValueError) as error:
         raise RunError(f"rank {rank} on {socket.gethostname()}: cannot join the other processes: {error}") from error

@@ -16,9 +16,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter
+
 from nanogpt.data.shards import read_count
 from nanogpt.errors import InputError, RunError
-from nanogpt.launch.watchdog import POLL_S, Watchdog, connect
+from nanogpt.launch.watchdog import POLL_S, Watchdog, connect, printable
 from nanogpt.runs.data_files import describe_shards
 from nanogpt.runs.provenance import package_versions, source_sha256
 from nanogpt.runs.record import Process
@@ -46,6 +48,16 @@ class Start:
     shards: dict[str, str] = field(default_factory=dict)  # size and digest by name
     resumes: str | None = None  # the newest checkpoint
     refusal: str | None = None  # why this rank cannot start
+
+    @classmethod
+    def decode(cls, text: bytes) -> Start:
+        """From the store. Raises ValueError where no rank of a run can have written it."""
+        start = _STARTS.validate_json(text)
+        start.host = printable(start.host)
+        return start
+
+
+_STARTS = TypeAdapter(Start)
 
 
 def describe_start(spec: RunSpec, files: Sequence[Path], host: str, resumes: str | None = None) -> Start:
@@ -161,11 +173,16 @@ def agree(prepare: Callable[[], Start], watch: Watchdog) -> None:
             if time.monotonic() > until:
                 raise RunError(f"rank {watch.rank} on {host}: {', '.join(missing)}: no word; not all ranks came")
             time.sleep(POLL_S / 2)
-        starts = [Start(**json.loads(store.get(key))) for key in keys]
+        starts = [Start.decode(store.get(key)) for key in keys]
         for rank, found in enumerate(starts):
             watch.expect(rank, Process(**found.process))
     except RuntimeError as error:
         raise RunError(f"rank {watch.rank} on {host}: cannot join the other processes: {error}") from error
+    except ValueError as error:
+        raise RunError(
+            f"rank {watch.rank} on {host}: the launcher's store holds what no rank wrote, so somebody else on the node"
+            f" or in its network writes to it: {error}"
+        ) from error
     try:
         compare_starts(starts)
     except InputError:

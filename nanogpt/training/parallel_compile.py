@@ -24,7 +24,7 @@ import torch
 from nanogpt.cache.compile_cache import CompileCache, compiled_code_of
 from nanogpt.console import say
 from nanogpt.data.batches import MicroBatch, cu_seqlens_length
-from nanogpt.launch.watchdog import die_with_parent
+from nanogpt.launch.tied import tied_command
 from nanogpt.launch.world import World, join_world
 from nanogpt.spec import RunSpec
 from nanogpt.training.build import build_model
@@ -150,7 +150,7 @@ class Helper:
         threads = max(1, len(os.sched_getaffinity(0)) // (count + 1))
         with self._output.open("w") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "nanogpt.training.parallel_compile", str(root), str(index)],
+                tied_command("nanogpt.training.parallel_compile", str(root), str(index)),
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -183,7 +183,6 @@ class Helper:
 
 def main(root: str, index: str) -> None:
     """A helper: the spec, as JSON, comes on standard input."""
-    die_with_parent()
     spec = RunSpec.model_validate_json(sys.stdin.read())
     with join_world(spec) as world, compiled_code_of(Path(root), world):
         implementations, _ = choose_implementations(spec, world.device)

@@ -285,7 +285,7 @@ class SomeRanks(World):
     other: tuple[bool, Path | None] = (True, None)
     other_found = False
 
-    def gather(self, value):  # type: ignore[no-untyped-def]
+    def gather(self, value, kind=None):  # type: ignore[no-untyped-def]
         return [value, self.other if isinstance(value, tuple) else self.other_found]
 
 

@@ -1,4 +1,4 @@
-"""`nanogpt launch`: how its arguments are read and what its exit codes mean. Real ranks: tests/distributed."""
+"""`nanogpt launch`: how its arguments are read and what its exit codes mean. Real ranks: tests/launch."""
 
 from __future__ import annotations
 
@@ -7,24 +7,68 @@ from typing import Any
 
 import pytest
 
-from nanogpt.errors import REQUEUE_EXIT_CODE
+from nanogpt.errors import REQUEUE_EXIT_CODE, InputError
 from nanogpt.launch.launcher import exit_code, parse
+from nanogpt.launch.meeting import Meeting
 
 TERM, USR1, KILL = -15, -10, -9
 
 
-def test_torchruns_options_and_those_of_train() -> None:
-    args = parse(["--nnodes", "2", "--nproc-per-node=4", "--rdzv-id", "7", "8xh100", "--steps", "9", "--out", "x"])
-    assert (args.nnodes, args.nproc_per_node, args.rdzv_id, args.module) == ("2", "4", "7", True)
-    assert (args.training_script, args.grace) == ("nanogpt", 600)
-    assert args.training_script_args == ["train", "8xh100", "--steps", "9", "--out", "x"]
-    assert "SIGTERM" not in args.signals_to_handle
+def test_options_and_those_of_train() -> None:
+    several = ["--nnodes", "2", "--rdzv-endpoint=n0:7", "--nproc-per-node=4", "--rdzv-id", "7"]
+    options = parse([*several, "8xh100", "--steps", "9", "--out", "x"])
+    assert options.meeting == Meeting(2, 4, "n0", 7, run_id="7")
+    assert (options.train, options.grace_s) == (["8xh100", "--steps", "9", "--out", "x"], 600)
 
 
 def test_arguments_that_begin_with_an_option() -> None:
-    args = parse(["--standalone", "--grace", "30", "--", "--resume", "runs/x", "--set", "a=1"])
-    assert (args.standalone, args.grace) == (True, 30)
-    assert args.training_script_args == ["train", "--resume", "runs/x", "--set", "a=1"]
+    options = parse(["--standalone", "--grace", "30", "--", "--resume", "runs/x", "--set", "a=1"])
+    assert (options.meeting, options.grace_s) == (Meeting(), 30)
+    assert options.train == ["--resume", "runs/x", "--set", "a=1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "meeting"),
+    [
+        ("", Meeting()),
+        ("--nproc_per_node 2", Meeting(1, 2)),
+        ("--standalone --rdzv-backend c10d --max-restarts 0", Meeting()),
+        ("--nnodes 2:2 --rdzv-backend static --node-rank 1 --master-addr n0", Meeting(2, 1, "n0", 29500, node=1)),
+        ("--nnodes=2 --master_addr=n0 --master_port=5", Meeting(2, 1, "n0", 5)),
+        ("--nnodes=2 --rdzv-endpoint=[fd00::1]:5", Meeting(2, 1, "fd00::1", 5)),
+        ("--nnodes=2 --rdzv-endpoint=fd00::1", Meeting(2, 1, "fd00::1", 29500)),
+        ("--nnodes=2 --rdzv-endpoint=n0 --local-addr 10.0.0.1", Meeting(2, 1, "n0", 29500, local_address="10.0.0.1")),
+        (
+            "--nnodes=2 --rdzv-endpoint=n0:1 --rdzv-conf is_host=true,join_timeout=9",
+            Meeting(2, 1, "n0", 1, is_first=True, join_s=9),
+        ),
+        ("--rdzv-endpoint=127.0.0.1:77", Meeting(1, 1, "127.0.0.1", 77)),
+    ],
+)
+def test_where_and_with_how_many(options: str, meeting: Meeting) -> None:
+    assert parse([*options.split(), "demo"]).meeting == meeting
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--nnodes=2", "where do they meet? Give all of them --rdzv-endpoint"),
+        ("--nnodes=1:4 --rdzv-endpoint=n0:1", "--nnodes 1:4: expected a number"),
+        ("--nnodes=0", "--nnodes 0: expected a number from 1 on"),
+        ("--nproc-per-node=many", "--nproc-per-node many: expected a number"),
+        ("--nnodes=2 --rdzv-endpoint=n0:1 --node-rank=2", "--node-rank 2: expected 0 to 1"),
+        ("--nnodes=2 --rdzv-endpoint=n0:x", "--rdzv-endpoint n0:x: expected HOST:PORT"),
+        ("--nnodes=2 --standalone", "--standalone is one node"),
+        ("--rdzv-conf=join_timeout=soon", "--rdzv-conf join_timeout=soon: expected"),
+        ("--rdzv-backend=etcd", "invalid choice: 'etcd'"),
+        ("--max-restarts=3", "invalid choice: 3"),
+        ("--tee=3", "unrecognized arguments: --tee=3. `nanogpt launch --help` lists"),
+    ],
+)
+def test_options_that_are_refused(options: str, words: str) -> None:
+    with pytest.raises(InputError) as error:
+        parse([*options.split(), "demo"])
+    assert words in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +76,7 @@ def test_arguments_that_begin_with_an_option() -> None:
     [
         ([], False, 0),
         ([75, 75], False, REQUEUE_EXIT_CODE),
-        ([75, TERM], False, REQUEUE_EXIT_CODE),  # torchrun ended a rank that was about to
+        ([75, TERM], False, REQUEUE_EXIT_CODE),  # a rank was ended that was about to
         ([TERM, TERM], True, REQUEUE_EXIT_CODE),  # before they had handlers
         ([TERM, TERM], False, 1),
         ([75, USR1], True, REQUEUE_EXIT_CODE),
@@ -53,7 +97,7 @@ def test_help(nanogpt: Callable[..., Any]) -> None:
     assert nanogpt("launch").code == 0
 
 
-def test_torchrun_refuses_an_option(nanogpt: Callable[..., Any]) -> None:
+def test_an_unknown_option(nanogpt: Callable[..., Any]) -> None:
     outcome = nanogpt("launch", "--no-such-option", "8xh100")
     assert outcome.code == 2
     assert "--no-such-option" in outcome.err

@@ -100,7 +100,7 @@ def test_where_a_run_goes_and_where_its_data_are(
         ((), "name a RECIPE"),
         (("nothing.yaml",), "nothing.yaml: no such recipe"),
         (("1xh100", "--set", "hardware.gpu=a1000"), "--set hardware.gpu=a1000: hardware.gpu: "),
-        (("8xh100",), "the recipe wants 8 processes, found 1. Use torchrun --nproc-per-node 8"),
+        (("8xh100",), "the recipe wants 8 processes, found 1. Use nanogpt launch --nproc-per-node 8"),
         (("demo",), "no fineweb_train_*.bin there"),
         (("--resume", "nowhere"), "nowhere: no such run directory"),
         (("demo", "--steps", "0"), "--steps"),

@@ -10,13 +10,16 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from nanogpt.errors import InputError, RunError
+from nanogpt.launch.awake import AwakeClock
 from nanogpt.launch.signals import StopSignals
 from nanogpt.launch.watchdog import Beat, Lost, Watchdog, connect
+from nanogpt.runs.record import _started_ticks, this_process
 from nanogpt.spec import WatchdogSpec
 
 PATIENCE_S = 120.0
@@ -105,6 +108,75 @@ def test_a_rank_that_stops_beating_is_named(store: dist.TCPStore) -> None:
         while time.monotonic() < until:
             watch.boundary()
             time.sleep(0.01)
+
+
+def test_another_users_words_lead_to_no_log_and_to_no_process(store: dist.TCPStore, tmp_path: Path) -> None:
+    """Who writes into the store says what rank 0 is, where its run is, and that it is silent."""
+    diary, theirs = tmp_path / "diary", tmp_path / "theirs"
+    diary.write_text("mine\n")
+    theirs.mkdir()
+    (theirs / "log.txt").symlink_to(diary)
+    with subprocess.Popen(["sleep", "1000"], start_new_session=True) as bystander:
+        process = this_process()
+        process.pid, process.started_ticks = bystander.pid, _started_ticks(bystander.pid)
+        forged = Beat(5, process, "\x1b[2Jtraining", 1, 1, run=str(theirs), words="a\nb")
+        watch = Watchdog(1, 2, WatchdogSpec(silence_seconds=4.0))
+        with pytest.raises(Lost, match=r"has been silent for 4 s") as error, watch:
+            connect(10).set("beat/0", forged.encode())
+            until = time.monotonic() + PATIENCE_S
+            while time.monotonic() < until:
+                watch.boundary()
+                time.sleep(0.01)
+        assert bystander.poll() is None
+        bystander.kill()
+    assert diary.read_text() == "mine\n"
+    assert str(error.value).isprintable()
+
+
+def test_the_log_of_a_lost_rank_is_told(store: dist.TCPStore, tmp_path: Path) -> None:
+    """By the first rank that lives."""
+    (tmp_path / "log.txt").write_text("step:1\n")
+    silent = Beat(5, this_process(), "training", 41, 41, run=str(tmp_path))
+    silent.process.host, silent.process.boot_id = "elsewhere", "another boot"
+    watch = Watchdog(1, 2, WatchdogSpec(silence_seconds=4.0))
+    with pytest.raises(Lost), watch:
+        connect(10).set("beat/0", silent.encode())
+        until = time.monotonic() + PATIENCE_S
+        while time.monotonic() < until:
+            watch.boundary()
+            time.sleep(0.01)
+    assert (tmp_path / "log.txt").read_text().startswith("step:1\nrun failed: rank 0 on elsewhere")
+
+
+@pytest.mark.parametrize("text", ["", "no JSON", "[]", "{}", '{"count": 1}', '{"process": {"pid": "x"}}'])
+def test_what_is_no_beat_is_no_word_of_a_rank(store: dist.TCPStore, text: str) -> None:
+    with pytest.raises(ValueError):
+        Beat.decode(text.encode())
+    watches = [Watchdog(rank, 2) for rank in range(2)]
+
+    def body(watch: Watchdog) -> int:
+        if watch.rank == 0:
+            connect(10).set("beat/1", text)  # until rank 1's own comes over it
+            watch._signals._seen = "SIGUSR1"
+        for step in range(100_000):
+            time.sleep(0.01)
+            if watch.boundary(step + 1):
+                return step
+        raise AssertionError("never asked to stop")
+
+    first, second = in_threads(watches, body)
+    assert isinstance(first, int) and first == second
+
+
+def test_time_in_which_a_process_stands_still_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    at = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: at)
+    clock = AwakeClock()
+    began = clock.tick(1.0)
+    at += 0.5
+    assert clock.tick(1.0) - began == 0.5
+    at += 3600
+    assert clock.tick(1.0) - began == clock.now() - began == 1.5
 
 
 def test_hanging_is_told_from_silence_and_names_who_is_behind(store: dist.TCPStore) -> None:

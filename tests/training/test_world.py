@@ -52,8 +52,8 @@ def test_the_place_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("recipe", "size", "message"),
     [
-        ("8xh100", 1, "wants 8 processes, found 1. Use torchrun --nproc-per-node 8 -m nanogpt train RECIPE"),
-        ("1xh100", 2, "wants 1 process, found 2. Use torchrun --nproc-per-node 1 -m nanogpt train RECIPE"),
+        ("8xh100", 1, "wants 8 processes, found 1. Use nanogpt launch --nproc-per-node 8 RECIPE"),
+        ("1xh100", 2, "wants 1 process, found 2. Use nanogpt launch --nproc-per-node 1 RECIPE"),
     ],
 )
 def test_another_world_size(monkeypatch: pytest.MonkeyPatch, recipe: str, size: int, message: str) -> None:
@@ -66,7 +66,7 @@ def test_another_world_size(monkeypatch: pytest.MonkeyPatch, recipe: str, size: 
 
 def test_another_world_size_on_several_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = load_recipe("4xh100", ["hardware.nodes=2"])
-    with pytest.raises(InputError, match="torchrun --nnodes 2 --nproc-per-node 4 "):
+    with pytest.raises(InputError, match="nanogpt launch --nnodes 2 --rdzv-endpoint NODE:29500 --nproc-per-node 4 "):
         check_world(spec)
 
 
