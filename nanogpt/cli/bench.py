@@ -81,8 +81,8 @@ def profile(
 ) -> None:
     """Where a training step's time goes on the GPU, kernel by kernel, in each stage of RECIPE.
 
-    On several GPUs, torchrun --standalone --nproc-per-node N -m nanogpt bench profile RECIPE also tells how much of
-    the communication is exposed.
+    On several GPUs, nanogpt launch --nproc-per-node N --bench profile RECIPE also tells how much of the communication
+    is exposed.
     """
     from nanogpt.bench import exposed
     from nanogpt.bench.profile import as_table, parts_table, profile_stages
@@ -150,7 +150,7 @@ def communication(
 ) -> None:
     """The gradient of each table of rows over ranks, whole or by touched rows: milliseconds and bytes in each stage.
 
-    torchrun --standalone --nproc-per-node N -m nanogpt bench communication RECIPE
+    nanogpt launch --nproc-per-node N --bench communication RECIPE
     """
     from nanogpt.bench.communication import as_table, time_row_table
     from nanogpt.errors import InputError
@@ -161,7 +161,9 @@ def communication(
     if not spec.model.row_tables():
         raise InputError(f"bench communication: the model of {recipe} has no table of rows; name a recipe of a record")
     if spec.world_size == 1:
-        raise InputError(f"bench communication: {recipe} runs on one process; name a recipe for several, by torchrun")
+        raise InputError(
+            f"bench communication: {recipe} runs on one process; name a recipe for several, by nanogpt launch"
+        )
     with join_world(spec) as world:
         for table in spec.model.row_tables():
             timings = list(time_row_table(spec, table, world, repeats=repeats))

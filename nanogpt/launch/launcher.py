@@ -65,8 +65,9 @@ class Options:
     """What a launcher is to do."""
 
     meeting: Meeting
-    train: Sequence[str]  # arguments of `nanogpt train`
+    train: Sequence[str]  # arguments of the command
     grace_s: float = GRACE_S
+    command: str = "train"  # of nanogpt: train or bench
 
 
 def launch(arguments: Sequence[str]) -> int:
@@ -137,7 +138,8 @@ def parse(arguments: Sequence[str]) -> Options:
     add("--rdzv-conf", default="")
     add("--local-addr")
     add("--max-restarts", type=int, choices=(0,))
-    add("--grace", type=float, default=GRACE_S)
+    add("--grace", type=float)
+    add("--bench", action="store_true")
     ours, of_train = list(arguments), []
     if separated := "--" in ours:
         at = ours.index("--")
@@ -145,7 +147,9 @@ def parse(arguments: Sequence[str]) -> Options:
     else:
         parser.add_argument("train", nargs=argparse.REMAINDER)
     args = parser.parse_args(ours)
-    return Options(_meeting(args), of_train if separated else args.train, args.grace)
+    grace = args.grace if args.grace is not None else 0.0 if args.bench else GRACE_S  # bench has nothing to keep
+    command = "bench" if args.bench else "train"
+    return Options(_meeting(args), of_train if separated else args.train, grace, command)
 
 
 def _meeting(args: argparse.Namespace) -> Meeting:
@@ -243,7 +247,7 @@ def _started(options: Options, place: Place, directory: Path, signals: _Signals)
     """This node's ranks; none is left in the end."""
     environ = {"OMP_NUM_THREADS": "1", **os.environ, LAUNCH_DIRECTORY: str(directory)}
     if options.meeting.nodes == 1:  # what ranks say to one another stays on the node
-        environ = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", **environ}
+        environ = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "=lo", **environ}
     ranks: Ranks = {}
     try:
         for local_rank in range(options.meeting.processes):
@@ -252,7 +256,7 @@ def _started(options: Options, place: Place, directory: Path, signals: _Signals)
             own = place.environment(local_rank)
             try:
                 ranks[int(own["RANK"])] = subprocess.Popen(
-                    tied_command("nanogpt", "train", *options.train),
+                    tied_command("nanogpt", options.command, *options.train),
                     stdin=subprocess.DEVNULL,
                     env={**environ, **own},
                     start_new_session=True,

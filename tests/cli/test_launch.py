@@ -27,6 +27,12 @@ def test_arguments_that_begin_with_an_option() -> None:
     assert options.train == ["--resume", "runs/x", "--set", "a=1"]
 
 
+def test_benchmarks_of_several_gpus() -> None:
+    options = parse(["--nproc-per-node=2", "--bench", "profile", "2xh100", "--rows", "3"])
+    assert (options.command, options.train) == ("bench", ["profile", "2xh100", "--rows", "3"])
+    assert options.grace_s == 0
+
+
 @pytest.mark.parametrize(
     ("options", "meeting"),
     [
