@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from nanogpt.errors import InputError
 from nanogpt.runs.directory import RECORD_NAME, is_run
 from nanogpt.runs.display import ms_text
-from nanogpt.runs.metrics import UNFINISHED, RunMetrics, read_metrics, run_metrics
+from nanogpt.runs.metrics import UNFINISHED, RunMetrics, iter_metrics, run_metrics
 from nanogpt.runs.record import Record, live_state, read_record
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def _metrics(path: Path, name: str, problems: list[str]) -> RunMetrics | None:
     if not file.exists():
         return None
     try:
-        return run_metrics(read_metrics(file), name)
+        return run_metrics(iter_metrics(file), name)
     except InputError as error:
         problems.append(str(error))
         return None
