@@ -1,8 +1,9 @@
 """What is known of kjj0/fineweb10B-gpt2 whoever delivers it: the sha256 of its shards, which no mirror can change.
 
 The hashes are the hub's LFS ids at `REVISION`, which its API and a shard's LFS pointer show. They were taken from what
-others have published of them, and only where two lists at least agree that are not made from each other: of the
-validation shard and the first nine three. Shards without one are trusted on first use: their manifest entry is the hash that the hub, or HF_ENDPOINT, announced at the first download.
+others have published of them, and only where two lists at least agree that are not made from each other (three, of the
+validation shard and the first nine). Shards without one are trusted on first use: their manifest entry is the hash that
+the hub, or HF_ENDPOINT, announced at the first download.
 """
 
 from __future__ import annotations
