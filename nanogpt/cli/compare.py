@@ -16,20 +16,25 @@ def compare(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,
 ) -> None:
-    """Show time, loss and ms/step of RUNs side by side, and what they differ in: spec, code, hardware, data."""
+    """Show time, loss and ms/step of RUNs side by side, and what they differ in: spec, code, hardware, data.
+
+    Exit code 1: a run cannot be read; the others are shown.
+    """
     import json
 
     from nanogpt.console import say
     from nanogpt.runs.compare import comparison_data, comparison_table
-    from nanogpt.runs.loaded import load_runs, plot_runs
+    from nanogpt.runs.loaded import load_readable_runs, plot_runs, say_unreadable
     from nanogpt.runs.table import print_table
 
-    loaded = load_runs(runs)
+    loaded, unreadable = load_readable_runs(runs)
+    say_unreadable(unreadable)
     data = comparison_data(loaded)
     for path in out or ():
         plot_runs(loaded, path)
         say(f"Plot: {path}")
     if as_json:
         typer.echo(json.dumps(data, indent=2))
-        return
-    print_table(comparison_table(data))
+    else:
+        print_table(comparison_table(data))
+    raise typer.Exit(1 if unreadable else 0)

@@ -20,11 +20,16 @@ def plot(
         ),
     ] = None,
 ) -> None:
-    """Draw validation and training loss of runs, finished or not, against steps and against training time."""
-    from nanogpt.runs.loaded import load_runs, plot_runs
+    """Draw validation and training loss of runs, finished or not, against steps and against training time.
 
-    loaded = load_runs(runs)
+    Exit code 1: a run cannot be read; the others are drawn.
+    """
+    from nanogpt.runs.loaded import load_readable_runs, plot_runs, say_unreadable
+
+    loaded, unreadable = load_readable_runs(runs)
+    say_unreadable(unreadable)
     if out is None:
         out = (loaded[0].path if len(loaded) == 1 else Path()) / "loss.png"
     plot_runs(loaded, out)
     typer.echo(str(out))
+    raise typer.Exit(1 if unreadable else 0)

@@ -22,16 +22,17 @@ def significance(
     """Test that the mean validation loss of RUNs is below the target (one-sided t-test).
 
     The runs must agree in spec (except seed, name, output and data directory), code and hardware. Exit code 1: not
-    shown.
+    shown, or a run cannot be read and was left out.
     """
     import json
 
     from nanogpt.console import say
-    from nanogpt.runs.loaded import load_runs
+    from nanogpt.runs.loaded import load_readable_runs, say_unreadable
     from nanogpt.runs.significance import repeated_seeds, runs_significance, significance_data, significance_table
     from nanogpt.runs.table import print_table
 
-    loaded = load_runs(runs, need_records=True)
+    loaded, unreadable = load_readable_runs(runs, need_records=True)
+    say_unreadable(unreadable)
     result = runs_significance(loaded, target=target, alpha=alpha)
     if as_json:
         typer.echo(json.dumps(significance_data(result, loaded), indent=2))
@@ -43,4 +44,4 @@ def significance(
                 f"Note: several runs have seed {', '.join(map(str, seeds))}: they differ by rounding alone, which"
                 " understates the spread. Give each run its own: --set training.seed=N"
             )
-    raise typer.Exit(0 if result.significant else 1)
+    raise typer.Exit(0 if result.significant and not unreadable else 1)

@@ -6,11 +6,13 @@ Notable features:
   1, 2, 4 and 8 GPUs see the same tokens.
 - The next step is built in a background thread, and the next shard read in another, while the GPU computes.
 - Shapes depend on the micro-batch size alone, `cu_seqlens` included, so nothing is compiled twice.
+- What was read is hashed in the background as well, from memory: a run can say what it was trained on.
 - The position in the data can be saved and resumed at any step.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -73,6 +75,7 @@ class TrainBatches:
             without.
         epochs: Passes over the files; None repeats for ever. The speedrun makes one pass at most.
         run_tokens: Tokens that the whole run will take, if known: a data set that is smaller is refused at once.
+        hashed: Hash each shard in the background once it is read, for `sha256`.
         extras: Called with the inputs of every slot, (T,) uint16, while a step is built.
         kept_extras: Names of those that are also kept on the host, of all ranks' slots in order, in `step_extras` for
             the step that was handed out last.
@@ -97,6 +100,7 @@ class TrainBatches:
         prefetch: bool = True,
         epochs: int | None = 1,
         run_tokens: int | None = None,
+        hashed: bool = False,
         extras: Extras = no_extras,
         kept_extras: Collection[str] = (),
     ):
@@ -119,6 +123,9 @@ class TrainBatches:
         self._builder = ThreadPoolExecutor(1, "next-step") if prefetch else None
         self._reader = ThreadPoolExecutor(1, "next-shard") if prefetch else None
         self._pending: tuple[_Request, Future[_Step]] | None = None
+        self._hashed = hashed
+        self._to_hash: list[ShardDocuments] = []  # steps were made of them; the last one is the present one
+        self._hashes: dict[str, list[str]] = {}
         self._closed = False
         self._position = _START
         self._extras = extras
@@ -195,6 +202,18 @@ class TrainBatches:
         self._position = _START
         self.wait_seconds = 0.0
 
+    def sha256(self) -> dict[str, list[str]]:
+        """sha256 of each shard that steps were made of since the start or the last `restart`, by name.
+
+        From the bytes that were read; more than one where a later pass read others. Finishes reading and hashing: to be
+        called when time does not matter. Empty without `hashed`. Raises `ShardError` where a shard cannot be read.
+        """
+        self._drop_pending()
+        for shard in self._to_hash:
+            shard.hash()
+        self._note_hashes()
+        return self._hashes
+
     def close(self) -> None:
         """End the background threads and wait for them. May be called again; `next_step` may not."""
         self._closed = True
@@ -235,6 +254,7 @@ class TrainBatches:
         for shard in self._shards.values():
             shard.stop()
         self._shards.clear()
+        self._to_hash, self._hashes = [], {}
 
     def _build(self, position: _Position, request: _Request, host: _HostStep) -> _Step:
         following = self._following(position)
@@ -243,6 +263,9 @@ class TrainBatches:
 
         position, plan = self._plan(position, request)
         shard = self._shard(position.shard)
+        if self._hashed and (not self._to_hash or self._to_hash[-1] is not shard):
+            self._note_hashes()
+            self._to_hash.append(shard)
         self._check_documents(shard, position, plan, request)
         kept: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in self._kept_extras}
         for slot in range(self._slots) if kept else self._own_slots:
@@ -314,7 +337,15 @@ class TrainBatches:
             if not shard.read_ahead and self._reader is not None:
                 shard.read_ahead = True
                 # What goes wrong there goes wrong again, and is raised, where the tokens are wanted.
-                self._reader.submit(shard.read_all)
+                self._reader.submit(shard.hash if self._hashed else shard.read_all)
+
+    def _note_hashes(self) -> None:
+        """Keep the hashes that are known, and let those shards go."""
+        for shard in self._to_hash:
+            known = self._hashes.setdefault(shard.path.name, [])
+            if shard.sha256 is not None and shard.sha256 not in known:
+                known.append(shard.sha256)
+        self._to_hash = [shard for shard in self._to_hash if shard.sha256 is None]
 
     def _following(self, position: _Position) -> _Position:
         """The start of the next shard, in the next pass after the last one."""
@@ -338,7 +369,8 @@ class ValBatches:
     Piece p, the tokens from `p * micro_batch_tokens` on plus one for the last target, is slot `p % slots` of its
     group, and belongs to rank `p % world_size`. Documents are not cut at a maximum; they begin at BOS tokens, and a
     piece that begins inside a document counts that rest as one. Iterating starts anew each time. A shard that ends
-    early is followed by the next. Everything is read and checked here, by every rank alike.
+    early is followed by the next. Everything is read and checked here, by every rank alike; `sha256` is of the stream
+    as it was read: `tokens` + 1 little-endian uint16.
 
     Args:
         files: The validation shards; every rank names the same.
@@ -379,6 +411,7 @@ class ValBatches:
             )
         paths = _sorted_shards(files, "validation")
         stream = read_stream(paths, tokens + 1)
+        self.sha256 = hashlib.sha256(stream.view(np.uint8).data).hexdigest()
         self._tokens = micro_batch_tokens
         self._copier = _Copier(torch.device(device), extras)
         self._pieces: list[tuple[Tokens, npt.NDArray[np.int64]]] = []

@@ -5,6 +5,8 @@ of 100 M tokens (200 MB) each. A run needs 9 training shards at most.
 
 - A shard takes its name only when its sha256 is the hub's and its header fits; until then it is a partial file in
   `.prep-fineweb/`, which the next start continues.
+- For the first shards the package knows the sha256 itself (nanogpt/data/official.py): a mirror that serves others is
+  refused. For the rest the first download's counts for good.
 - What was verified is remembered in `manifest.json` (see nanogpt/data/manifest.py). A complete directory needs neither
   network nor write permission.
 - A lock per shard keeps two processes apart; that a file is whole does not depend on the lock (see `Hub.fetch`).
@@ -15,20 +17,23 @@ from __future__ import annotations
 import os
 import shutil
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from nanogpt.console import human_bytes, progress, say
+from nanogpt.data import official
 from nanogpt.data.hub import Hub, RemoteFile, Report, disk_errors
 from nanogpt.data.manifest import (
+    MANIFEST,
     REPOSITORY,
     WORK_DIRECTORY,
     Entry,
     ShardCheck,
     check_shard,
     file_sha256,
+    known_sha256,
     read_manifest,
     shard_lock,
     update_manifest,
@@ -130,6 +135,7 @@ def download(
         )
         wanted = [name for name in names if checks[name].state != "valid"]
         remote = _describe(hub, wanted, _revision(directory, names), workers)
+        _refuse_others(directory, hub, remote)
         todo = _Todo(directory, hub, remote, frozenset(n for n in wanted if checks[n].state == "corrupt"), stop)
         todo.make_room()
         settled = todo.settle_all(wanted, workers)
@@ -222,7 +228,7 @@ class _Todo:
             entry = read_manifest(self.directory).get(name)
             check = check_shard(path, entry, rehash=name in self.corrupt, stop=self.stop)
             if check.state == "unverified":
-                check = check_shard(path, _as_entry(file), rehash=True, stop=self.stop)
+                check = check_shard(path, self._as_entry(file), rehash=True, stop=self.stop)
             if check.state == "valid" and check.entry is not None:
                 update_manifest(self.directory, {name: check.entry})
                 report(file.bytes)
@@ -263,7 +269,7 @@ class _Todo:
                 partial_path.unlink()
             except FileNotFoundError:
                 # Only where locks do not work: another process has finished this very partial file.
-                check = check_shard(path, _as_entry(file), rehash=True, stop=self.stop)
+                check = check_shard(path, self._as_entry(file), rehash=True, stop=self.stop)
                 if check.state == "valid" and check.tokens is not None:
                     return check.tokens
                 continue
@@ -292,16 +298,16 @@ class _Todo:
                 f"{file.name}: the hub's own file ({self.hub.endpoint}, {REPOSITORY}) is no token shard: {detail}"
             ) from error
         partial_path.replace(path)
-        entry = Entry(file.sha256, file.bytes, tokens, path.stat().st_mtime_ns, file.revision)
+        status = path.stat()
+        entry = replace(self._as_entry(file), tokens=tokens, mtime_ns=status.st_mtime_ns, ctime_ns=status.st_ctime_ns)
         update_manifest(self.directory, {file.name: entry})
         return tokens
 
+    def _as_entry(self, file: RemoteFile) -> Entry:
+        return Entry(file.sha256, file.bytes, 0, 0, file.revision, endpoint=self.hub.endpoint)
+
     def _partial(self, name: str) -> Path:
         return self.work / f"{name}.partial"
-
-
-def _as_entry(file: RemoteFile) -> Entry:
-    return Entry(file.sha256, file.bytes, 0, 0, file.revision)
 
 
 def _meter(advance: Report) -> Report:
@@ -318,9 +324,29 @@ def _meter(advance: Report) -> Report:
 
 
 def _revision(directory: Path, names: list[str]) -> str:
-    """The revision that the shards here came from, so that the set stays one; else the newest."""
-    manifest = read_manifest(directory)
-    return next((manifest[name].revision for name in names if name in manifest), "main")
+    """The revision that the shards here came from, so that the set stays one; else the one that is pinned."""
+    entries = {name: entry for name, entry in read_manifest(directory).items() if name in names}
+    known = (entry.revision for name, entry in entries.items() if known_sha256(name, entry) == entry.sha256)
+    return next(known, official.REVISION)
+
+
+def _refuse_others(directory: Path, hub: Hub, remote: dict[str, RemoteFile]) -> None:
+    """Raise `RunError` where the hub announces another sha256 than is known, before anything is downloaded.
+
+    Known is what the package has, for other shards what the manifest has from the first download.
+    """
+    manifest, found = read_manifest(directory), []
+    for name, file in remote.items():
+        known = official.SHA256.get(name) or known_sha256(name, manifest.get(name))
+        if known not in (None, file.sha256):
+            of_manifest = f"{directory / MANIFEST} has, from its first download,"
+            whose = "the data set's is" if name in official.SHA256 else of_manifest
+            found.append(f"{name}: {hub.endpoint} announces sha256 {file.sha256}, {whose} {known}")
+    if found:
+        raise RunError(
+            f"{'; '.join(found)}. These are not the shards of {REPOSITORY}, nothing was downloaded. Unset HF_ENDPOINT,"
+            " or name another mirror"
+        )
 
 
 def _check_present(

@@ -1,7 +1,9 @@
 """What is known of the shards in a directory: the manifest of verified files, the checks, and the locks.
 
-`manifest.json` beside the shards keeps, for each, the hub's sha256, length, token count and revision, and the time of
-the file's last change. A file whose length and time are as remembered is taken as verified, any other is hashed.
+`manifest.json` beside the shards keeps, for each, its sha256, length, token count, revision, whence it came, and two
+times: of the last change of its content, which can be set back, and of anything, which the kernel keeps. A file whose
+length and times are as remembered is taken as verified, any other is hashed. Where the package itself knows a shard's
+sha256 (nanogpt/data/official.py), no manifest says otherwise; the others are trusted on first use.
 """
 
 from __future__ import annotations
@@ -14,11 +16,12 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from nanogpt.console import say
+from nanogpt.data import official
 from nanogpt.data.shards import ShardError, missing_target, read_count
 from nanogpt.data.workers import FatalError, Stop
 from nanogpt.errors import RunError
@@ -32,22 +35,24 @@ NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP})
 
 @dataclass(frozen=True)
 class Entry:
-    """What the manifest remembers of a shard that was verified against the hub's sha256."""
+    """What the manifest remembers of a shard that was verified: against the package's sha256, else the hub's."""
 
     sha256: str
     bytes: int
     tokens: int
     mtime_ns: int
     revision: str
+    ctime_ns: int | None = None  # None: written by a version that did not keep it; the file is hashed
+    endpoint: str | None = None  # the hub, or the mirror, that announced the sha256
 
 
 @dataclass(frozen=True)
 class ShardCheck:
     """What a look at one shard file found.
 
-    `state` is "valid" (header, length and the hub's sha256 fit), "unverified" (a whole shard that the manifest does
+    `state` is "valid" (header, length and the known sha256 fit), "unverified" (a whole shard that the manifest does
     not know, such as one of own text), "corrupt" or "missing"; `detail` says why in the last two cases. `sha256` is
-    the manifest's.
+    the known one.
     """
 
     name: str
@@ -73,8 +78,8 @@ def read_manifest(directory: Path) -> dict[str, Entry]:
 def verify_directory(directory: Path, *, rehash: bool = False) -> list[ShardCheck]:
     """Check every shard of a directory, and every one that its manifest names; sorted by name.
 
-    Reads headers and the manifest only, unless a file's length or time of change differs from the manifest's: then it
-    is hashed. Writes nothing and needs no network.
+    Reads headers and the manifest only, unless one of a file's times of change differs from the manifest's: then it is
+    hashed. Writes nothing and needs no network.
 
     Args:
         directory: where the shards are.
@@ -97,21 +102,21 @@ def check_shard(path: Path, entry: Entry | None, *, rehash: bool = False, stop: 
         RunError: the file exists and cannot be read.
         Stopped: `stop` was set during hashing.
     """
-    remembered = entry.sha256 if entry else None
+    remembered = known_sha256(path.name, entry)
     try:
         tokens = read_count(path)
         status = path.stat()
-        if entry is None:
+        if entry is None or remembered is None:
             return ShardCheck(path.name, "unverified", tokens)
         if status.st_size != entry.bytes:
             detail = f"{status.st_size} bytes long, the hub's file has {entry.bytes}"
             return ShardCheck(path.name, "corrupt", tokens, remembered, detail)
-        if rehash or status.st_mtime_ns != entry.mtime_ns:
+        now = replace(entry, sha256=remembered, tokens=tokens, mtime_ns=status.st_mtime_ns, ctime_ns=status.st_ctime_ns)
+        if rehash or (now.sha256, now.mtime_ns, now.ctime_ns) != (entry.sha256, entry.mtime_ns, entry.ctime_ns):
             digest = file_sha256(path, stop)
-            if digest != entry.sha256:
-                detail = f"sha256 is {digest}, the hub's is {entry.sha256}"
+            if digest != remembered:
+                detail = f"sha256 is {digest}, the hub's is {remembered}"
                 return ShardCheck(path.name, "corrupt", tokens, remembered, detail)
-        now = Entry(entry.sha256, entry.bytes, tokens, status.st_mtime_ns, entry.revision)
         return ShardCheck(path.name, "valid", tokens, remembered, entry=now)
     except ShardError as error:
         if isinstance(error.__cause__, FileNotFoundError):
@@ -122,6 +127,14 @@ def check_shard(path: Path, entry: Entry | None, *, rehash: bool = False, stop: 
         return ShardCheck(path.name, "corrupt", None, remembered, str(error).removeprefix(f"{path}: "))
     except OSError as error:
         raise RunError(f"{path}: cannot be read: {error.strerror}. Check its permissions and the disk") from error
+
+
+def known_sha256(name: str, entry: Entry | None) -> str | None:
+    """What the shard `name` of FineWeb has to have: the package's own hash, else what its manifest entry remembers.
+
+    Without an entry None: nobody has said that a file of this name is to be FineWeb's.
+    """
+    return None if entry is None else official.SHA256.get(name, entry.sha256)
 
 
 def file_sha256(path: Path, stop: Stop | None = None) -> str:
@@ -152,7 +165,10 @@ def update_manifest(directory: Path, entries: dict[str, Entry]) -> None:
                 {
                     "format": 1,
                     "repository": REPOSITORY,
-                    "shards": {name: asdict(shards[name]) for name in sorted(shards)},
+                    "shards": {
+                        name: asdict(shards[name]) | {"trust": "pinned" if name in official.SHA256 else "first use"}
+                        for name in sorted(shards)
+                    },
                 },
                 indent=2,
             )
@@ -206,8 +222,8 @@ def shard_lock(path: Path, name: str, *, wait: bool, stop: Stop | None) -> Itera
 
 
 def _entry(fields: dict[str, Any]) -> Entry:
-    entry = Entry(**fields)
-    numbers = (entry.bytes, entry.tokens, entry.mtime_ns)
+    entry = Entry(**{key: value for key, value in fields.items() if key != "trust"})  # for people; the package knows
+    numbers = (entry.bytes, entry.tokens, entry.mtime_ns, entry.ctime_ns or 0)
     if not all(isinstance(number, int) for number in numbers) or not SHA256.fullmatch(entry.sha256):
         raise ValueError(f"found {fields}")
     return entry

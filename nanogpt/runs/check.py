@@ -7,16 +7,17 @@ figures to be trusted comes on top: hardware as claimed, no interruption, a know
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from nanogpt.data.manifest import MANIFEST, REPOSITORY, read_manifest
-from nanogpt.data.shards import train_name
+from nanogpt.data import official
+from nanogpt.data.manifest import MANIFEST, REPOSITORY, Entry, read_manifest
+from nanogpt.data.shards import HEADER_BYTES, TOKEN_BYTES, train_name
+from nanogpt.runs.consistency import contradictions
 from nanogpt.runs.loaded import IDENTITY_KEYS, LoadedRun, show
 from nanogpt.runs.record import DataFile, Record
 from nanogpt.runs.reference import load_shipped, under
@@ -61,6 +62,7 @@ def check_run(run: LoadedRun) -> list[Check]:
         ("hardware", _hardware),
         ("no interruption", _interruptions),
         ("code", _code),
+        ("files agree", _files_agree),
     )
     checks = [Check("finished", *_finished(run)), Check(TARGET_RULE, *_target(run)), Check("recipe", *_recipe(run))]
     for rule, function in rules:
@@ -122,15 +124,17 @@ def _speedrun() -> RunSpec:
 
 
 def _validation_tokens(run: LoadedRun, record: Record) -> tuple[State, str]:
-    official = _speedrun().evaluation.tokens
+    wanted = _speedrun().evaluation.tokens
     if record.data is None:
         return "unknown", "the record does not say what was read"
     counts = {"the record": record.data.val_tokens, "the spec": run.spec.evaluation.tokens}
     for source, count in counts.items():
-        if count != official:
-            return "failed", f"{count:,} validation tokens by {source}, official are {official:,}"
+        if count != wanted:
+            return "failed", f"{count:,} validation tokens by {source}, official are {wanted:,}"
     stream = record.data.val_stream_sha256
-    return "passed", f"the first {official:,} tokens" + (f", sha256 {stream[:12]}" if stream else "")
+    if stream is None:
+        return "unknown", "the record does not say which tokens were read"
+    return "passed", f"the first {wanted:,} tokens, sha256 {stream[:12]}"
 
 
 def _validation_shards(run: LoadedRun, record: Record) -> tuple[State, str]:
@@ -141,58 +145,88 @@ def _training_shards(run: LoadedRun, record: Record) -> tuple[State, str]:
     state, evidence = _shards(run, record, "train")
     if state == "passed" and record.data is not None:
         names = [file.name for file in record.data.train]
-        official = [train_name(index) for index in range(1, len(names) + 1)]
-        if names != official:
+        official_names = [train_name(index) for index in range(1, len(names) + 1)]
+        if names != official_names:
             return "failed", f"read in another order than the data set's: {', '.join(names[:5])}"
+        tokens = sum((file.bytes - HEADER_BYTES) // TOKEN_BYTES for file in record.data.train)
+        if tokens < run.spec.training.total_tokens:
+            return (
+                "failed",
+                f"{tokens:,} tokens in {len(names)} shards, the run took {run.spec.training.total_tokens:,}",
+            )
+        in_validation = {file.sha256 for file in record.data.val}
+        if shared := [file.name for file in record.data.train if file.sha256 in in_validation]:
+            return "failed", f"{shared[0]} is a validation shard by its sha256"
     return state, evidence
 
 
 def _shards(run: LoadedRun, record: Record, kind: str) -> tuple[State, str]:
-    """Shards are official where prep-fineweb's manifest, which holds the hub's sha256, vouches for them."""
+    """Shards are official by the sha256 of what was read: the package's own, else that of prep-fineweb's manifest."""
     files: list[DataFile] = [] if record.data is None else getattr(record.data, kind)
     if record.data is None or not files:
         return "unknown", "the record does not say which shards were read"
     directory = Path(record.data.directory)
-    repository, revisions, problem = _manifest_now(directory, files)
-    if problem:
-        return "failed", problem
-    own = [file.name for file in files if file.sha256_from == "text.json"]
-    if own:
-        return "failed", f"own text, not {REPOSITORY}: {', '.join(own[:3])}, by text.json in {directory}"
+    manifest = _manifest_now(directory)
+    counts: dict[str, int] = {}
     for file in files:
-        if file.sha256 is None:
-            return "unknown", f"{file.name}: its sha256 is not in the record"
-        if file.sha256_from != "manifest.json" and file.name not in revisions:
-            return "failed", (
-                f"{file.name}: sha256 {file.sha256[:12]}, for which no manifest of {REPOSITORY} vouches; verify with"
-                f" prep-fineweb --dir {directory} and run again"
+        how, evidence = _one_shard(file, directory, manifest)
+        if how in ("failed", "unknown"):
+            return cast("State", how), evidence
+        counts[how] = counts.get(how, 0) + 1
+    for what in ("name", "sha256"):
+        values = [getattr(file, what) for file in files]
+        if again := [file.name for file in files if values.count(getattr(file, what)) > 1]:
+            return "failed", f"the same {what} more than once: {', '.join(again[:3])}"
+    named = ", ".join(f"{file.name} {str(file.sha256)[:12]}" for file in files[:2]) + (
+        ", ..." if len(files) > 2 else ""
+    )
+    trust = " and ".join(f"{count} {how}" for how, count in counts.items())
+    return "passed", f"{len(files)} of {REPOSITORY}, {trust}: {named}"
+
+
+def _one_shard(file: DataFile, directory: Path, manifest: dict[str, Entry]) -> tuple[str, str]:
+    """(failed or unknown, why) or (whose word its sha256 is, "")."""
+    if file.sha256 is None:
+        return "unknown", f"{file.name}: its sha256 is not in the record"
+    if "text.json" in (file.sha256_from, file.expected_from):
+        return "failed", f"own text, not {REPOSITORY}: {file.name}, by text.json in {directory}"
+    if file.also_read:
+        return "failed", str(file.contradiction)
+    if (pinned := official.SHA256.get(file.name)) is not None:
+        if file.sha256 != pinned:
+            return "failed", f"{file.name}: read with sha256 {file.sha256[:12]}, the data set's is {pinned[:12]}"
+        if file.bytes != official.SHARD_BYTES:
+            return (
+                "failed",
+                f"{file.name}: {file.bytes:,} bytes by the record, the data set's has {official.SHARD_BYTES:,}",
             )
-    count = f"{len(files)} {'shard' if len(files) == 1 else 'shards'}"
-    named = ", ".join(f"{file.name} {str(file.sha256)[:12]}" for file in files[:2])
-    at = sorted(set(revisions.values()))
-    vouched = f"as {repository} at {', '.join(one[:12] for one in at)} has it" if at else "by prep-fineweb's manifest"
-    return "passed", f"{count} {vouched}: {named}" + (", ..." if len(files) > 2 else "")
+    elif file.contradiction:
+        return "failed", str(file.contradiction)
+    if file.sha256_from == "manifest.json":
+        return (
+            "unknown",
+            f"{file.name}: an older record with the manifest's word for its sha256: nobody hashed what was read",
+        )
+    if pinned is not None:
+        return "as this package pins them", ""
+    now = manifest.get(file.name)
+    if now is not None and now.sha256 != file.sha256:
+        return "failed", f"{file.name}: read with sha256 {file.sha256[:12]}, the manifest has {now.sha256[:12]} by now"
+    if now is None and file.expected_from != "manifest.json":
+        return "failed", (
+            f"{file.name}: sha256 {file.sha256[:12]}, for which no manifest of {REPOSITORY} vouches; verify with"
+            f" prep-fineweb --dir {directory} and run again"
+        )
+    return "as they were first downloaded (not pinned)", ""
 
 
-def _manifest_now(directory: Path, files: Sequence[DataFile]) -> tuple[str, dict[str, str], str | None]:
-    """(repository, revision of each file that the directory's manifest has with the same sha256, what contradicts)."""
-    path = directory / MANIFEST
+def _manifest_now(directory: Path) -> dict[str, Entry]:
+    """prep-fineweb's manifest where the run's shards were; empty where they are gone, or another data set's."""
     try:
-        repository = str(json.loads(path.read_text(encoding="utf-8")).get("repository"))
+        repository = json.loads((directory / MANIFEST).read_text(encoding="utf-8")).get("repository")
     except (OSError, ValueError, AttributeError):
-        return REPOSITORY, {}, None  # the directory may be elsewhere by now
-    if repository != REPOSITORY:
-        return repository, {}, f"{path}: shards of {repository}, not of {REPOSITORY}"
-    entries = read_manifest(directory)
-    revisions = {}
-    for file in files:
-        entry = entries.get(file.name)
-        if entry is None or file.sha256 is None:
-            continue
-        if entry.sha256 != file.sha256:
-            return repository, {}, f"{file.name}: read with sha256 {file.sha256[:12]}, the hub's is {entry.sha256[:12]}"
-        revisions[file.name] = entry.revision
-    return repository, revisions, None
+        return {}
+    return read_manifest(directory) if repository == REPOSITORY else {}
 
 
 # --- of the computation ---
@@ -254,8 +288,8 @@ def _own_source() -> str:
 def _disagreements(run: LoadedRun, record: Record) -> list[str]:
     """Where metrics, log and record tell different times, or one that cannot be."""
     found = []
-    times = [float(entry.get("train_time_ms") or 0) for entry in run.metrics.steps]
-    if any(later < earlier for earlier, later in itertools.pairwise(times)):
+    times = run.metrics.steps.column("train_time_ms")
+    if (times[1:] < times[:-1]).any():
         found.append("the clock of metrics.jsonl runs backwards")
     if record.record_seconds is None:
         return found
@@ -263,7 +297,7 @@ def _disagreements(run: LoadedRun, record: Record) -> list[str]:
     end = run.metrics.end or {}
     for name, ms in (
         ("metrics.jsonl", end.get("train_time_ms")),
-        ("its last evaluation", (run.metrics.evaluations or [{}])[-1].get("train_time_ms")),
+        ("its last evaluation", ([{}, *run.metrics.evaluations[-1:]])[-1].get("train_time_ms")),
     ):
         if ms is not None and abs(float(ms) - of_record) > CLOCK_TOLERANCE_MS:
             found.append(f"{float(ms) / 1000:.3f} s by {name}, {record.record_seconds:.3f} s by record.json")
@@ -331,6 +365,17 @@ def _code(run: LoadedRun, record: Record) -> tuple[State, str]:
     if code.commit:
         return "unknown", f"commit {code.commit[:12]}, whether clean is not known; {source}"
     return "unknown", f"no commit known; {source}"
+
+
+def _files_agree(run: LoadedRun, record: Record) -> tuple[State, str]:
+    """What one run's files say of each other; nobody can tell from them that they were not invented together."""
+    if run.why_unfinished:
+        return "unknown", "the run has not finished"
+    found = contradictions(run, record)
+    if found:
+        return "failed", "; ".join(found[:4]) + (f"; {len(found) - 4} more" if len(found) > 4 else "")
+    steps, evaluations = len(run.metrics.steps), len(run.metrics.evaluations)
+    return "passed", f"record, metrics, log and spec tell the same of {steps:,} steps and {evaluations} evaluations"
 
 
 # --- for people ---

@@ -76,8 +76,9 @@ def comparison_table(data: dict[str, Any]) -> RenderableType:
     for stage in sorted({stage["stage"] for run in runs for stage in run["stages"]}):
         found = [next((s["ms_per_step"] for s in run["stages"] if s["stage"] == stage), None) for run in runs]
         _numbers(table, f"ms/step, stage {stage + 1}", found, ms_text, "{:+.2f}")
-    for step in sorted({evaluation["step"] for run in runs for evaluation in run["evaluations"]}):
-        found = [next((e["val_loss"] for e in run["evaluations"] if e["step"] == step), None) for run in runs]
+    losses = [{evaluation["step"]: evaluation["val_loss"] for evaluation in run["evaluations"]} for run in runs]
+    for step in sorted(set().union(*losses)):
+        found = [of_run.get(step) for of_run in losses]
         _numbers(table, f"loss at step {step:,}", found, "{:.4f}".format, "{:+.4f}")
     if any(run["interruptions"] for run in runs):
         table.add_row("interruptions", *(show(run["interruptions"]) for run in runs))

@@ -1,8 +1,8 @@
-"""The token shards of a run for its record: sizes, sha256, and the hash of the validation stream.
+"""The token shards of a run for its record: what they are to be, and what was read.
 
-Hashes that prep-fineweb and prep-text have left are taken over where the files are as they left them. The rest is
-hashed in a thread of its own, which stands still while the run's clock runs: before training (a compiling run has
-minutes) and after it.
+What they are to be, prep-fineweb's and prep-text's manifests say, and for the first shards of FineWeb the package. None
+of them is believed: training shards are hashed as they are read (`TrainBatches.sha256`), validation shards before
+training, the rest in a thread of its own that stands still while the run's clock runs.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
 
-from nanogpt.data.manifest import read_manifest
+from nanogpt.data import official
+from nanogpt.data.manifest import known_sha256, read_manifest
 from nanogpt.data.shards import HEADER_BYTES, TOKEN_BYTES
 from nanogpt.data.text_shards import MANIFEST as TEXT_MANIFEST
 from nanogpt.runs.record import DataFile
@@ -22,11 +25,10 @@ BLOCK_BYTES = 1 << 20
 
 
 def describe_shards(paths: Sequence[Path]) -> list[DataFile]:
-    """Names, sizes, and the sha256 that a manifest beside the shards knows, where the file is the one it speaks of.
+    """Names, sizes, and the sha256 that the shards are to have, where somebody says so.
 
-    The shards are in one directory. prep-fineweb's manifest has size and time of change of each file; prep-text's has
-    the count of tokens, and takes its name after the shards have taken theirs: a file that changed later is another
-    one. Raises OSError.
+    The shards are in one directory. prep-fineweb's manifest speaks of names. prep-text's has the count of tokens, and
+    takes its name after the shards have taken theirs: a file that changed later is another one. Raises OSError.
     """
     if not paths:
         return []
@@ -37,13 +39,42 @@ def describe_shards(paths: Sequence[Path]) -> list[DataFile]:
     for path in paths:
         status = path.stat()
         shard = DataFile(name=path.name, bytes=status.st_size)
-        entry = fineweb.get(path.name)
-        if entry is not None and (entry.bytes, entry.mtime_ns) == (status.st_size, status.st_mtime_ns):
-            shard.sha256, shard.sha256_from = entry.sha256, "manifest.json"
+        known = known_sha256(path.name, fineweb.get(path.name))
+        if known is not None:
+            shard.expected_sha256 = known
+            shard.expected_from = "pinned" if path.name in official.SHA256 else "manifest.json"
         elif (path.name, status.st_size) in text and status.st_mtime_ns <= written_ns:
-            shard.sha256, shard.sha256_from = text[path.name, status.st_size], "text.json"
+            shard.expected_sha256, shard.expected_from = text[path.name, status.st_size], "text.json"
         shards.append(shard)
     return shards
+
+
+def refusal(directory: Path, shards: Sequence[DataFile], stream_sha256: str | None, read: Sequence[str]) -> str | None:
+    """Why no run may be validated on these shards, once they are hashed; None: nothing speaks against it.
+
+    Args:
+        directory: theirs.
+        shards: the validation shards.
+        stream_sha256: of the validation stream in those files.
+        read: of the stream as each rank has read it.
+    """
+    for shard in shards:
+        if (problem := shard.contradiction) is not None:
+            way_out = (
+                f"make it anew with prep-text, or remove {TEXT_MANIFEST}"
+                if shard.expected_from == "text.json"
+                else f"run prep-fineweb --dir {directory}, or remove manifest.json if it is not to be FineWeb's"
+            )
+            return f"{directory / problem}. Losses on it could not be compared: {way_out}"
+    others = {digest for digest in read if digest != (stream_sha256 or read[0])}
+    if others:
+        ranks = ", ".join(str(rank) for rank, digest in enumerate(read) if digest in others)
+        return (
+            f"{directory}: the validation tokens that rank {ranks} read are not those of the files that rank 0 sees:"
+            f" sha256 {min(others)[:12]}, not {str(stream_sha256 or read[0])[:12]}. The nodes' shards differ, or"
+            " changed just now: copy them anew"
+        )
+    return None
 
 
 def _text_manifest(path: Path) -> tuple[dict[tuple[str, int], str], int]:
@@ -62,15 +93,18 @@ class OffClockHashes:
     """Hashes files in a thread that `pause` holds up, to the end of the block it has in hand.
 
     Args:
-        wanted: whole files, in the order in which they are to be hashed.
-        val_files: the validation shards, sorted; the first `val_tokens` + 1 tokens of their stream are hashed first.
+        wanted: whole files, in the order in which they are to be hashed; `add` takes more.
+        val_files: the validation shards, sorted. First those that make up the first `val_tokens` + 1 tokens are hashed,
+            whole, and in the same pass these tokens.
         val_tokens: targets of an evaluation.
     """
 
     def __init__(self, wanted: Sequence[Path], val_files: Sequence[Path], val_tokens: int):
         self.sha256: dict[Path, str] = {}
         self.val_stream_sha256: str | None = None
-        self._wanted = list(wanted)
+        self._validation = threading.Event()
+        self._wanted: SimpleQueue[Path | None] = SimpleQueue()  # None: no more will come
+        self.add(wanted)
         self._val_files, self._val_tokens = list(val_files), val_tokens
         self._go = threading.Event()
         self._go.set()
@@ -82,6 +116,15 @@ class OffClockHashes:
         """Begin."""
         self._thread.start()
 
+    def add(self, files: Iterable[Path]) -> None:
+        """Hash these as well, before `finish` is called."""
+        for file in files:
+            self._wanted.put(file)
+
+    def wait_for_validation(self) -> None:
+        """Return once the validation stream and its shards are hashed, or cannot be."""
+        self._validation.wait()
+
     def pause(self) -> None:
         """Return once the thread stands still."""
         self._go.clear()
@@ -90,6 +133,7 @@ class OffClockHashes:
 
     def finish(self, timeout_s: float) -> None:
         """Go on, and wait for the rest or until the time is up."""
+        self._wanted.put(None)
         self._go.set()
         self._thread.join(timeout_s)
 
@@ -101,43 +145,49 @@ class OffClockHashes:
     def stop(self) -> None:
         """End where it stands."""
         self._stopped = True
+        self._wanted.put(None)
         self._go.set()
 
     def _work(self) -> None:
         try:
-            self.val_stream_sha256 = self._hash_stream()
-            for path in self._wanted:
-                digest = self._hash([(path, 0, path.stat().st_size)])
-                if digest is not None:
+            self._hash_validation()
+            self._validation.set()
+            while (path := self._wanted.get()) is not None:
+                if path not in self.sha256 and (digest := self._hash(path)) is not None:
                     self.sha256[path] = digest
         except OSError:
             pass  # what is not known is not in the record; training reads the same files and says what is wrong
+        finally:
+            self._validation.set()
 
-    def _hash_stream(self) -> str | None:
-        left = TOKEN_BYTES * (self._val_tokens + 1)
-        parts = []
+    def _hash_validation(self) -> None:
+        left, stream = TOKEN_BYTES * (self._val_tokens + 1), hashlib.sha256()
         for path in self._val_files:
+            if not left:
+                break
             part = min(left, path.stat().st_size - HEADER_BYTES)
-            parts.append((path, HEADER_BYTES, part))
+            digest = self._hash(path, stream, HEADER_BYTES, HEADER_BYTES + part)
+            if digest is None:
+                return
+            self.sha256[path] = digest
             left -= part
-        return self._hash(parts) if not left else None
+        if not left:
+            self.val_stream_sha256 = stream.hexdigest()
 
-    def _hash(self, parts: Sequence[tuple[Path, int, int]]) -> str | None:
-        """sha256 of (file, first byte, bytes), one after the other; None where it was stopped or a file is short."""
-        digest = hashlib.sha256()
+    def _hash(self, path: Path, part: Any = None, first: int = 0, last: int = 0) -> str | None:
+        """sha256 of a file; its bytes from `first` up to `last` go into `part` too. None where it was stopped."""
+        digest, position = hashlib.sha256(), 0
         buffer = memoryview(bytearray(BLOCK_BYTES))
-        for path, first, size in parts:
-            with path.open("rb", buffering=0) as file:
-                file.seek(first)
-                left = size
-                while left:
-                    self._go.wait()
-                    if self._stopped:
-                        return None
-                    with self._turn:
-                        count = file.readinto(buffer[: min(left, BLOCK_BYTES)])
-                        digest.update(buffer[:count])
-                    if not count:
-                        return None
-                    left -= count
-        return digest.hexdigest()
+        with path.open("rb", buffering=0) as file:
+            while True:
+                self._go.wait()
+                if self._stopped:
+                    return None
+                with self._turn:
+                    count = file.readinto(buffer)
+                    digest.update(buffer[:count])
+                    if part is not None:
+                        part.update(buffer[max(first - position, 0) : max(min(last - position, count), 0)])
+                if not count:
+                    return digest.hexdigest()
+                position += count

@@ -15,10 +15,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nanogpt.console import say
 from nanogpt.errors import InputError
 from nanogpt.runs.directory import RECORD_NAME, is_run
 from nanogpt.runs.display import ms_text
-from nanogpt.runs.metrics import UNFINISHED, RunMetrics, read_metrics, run_metrics
+from nanogpt.runs.metrics import UNFINISHED, RunMetrics, iter_metrics, run_metrics
 from nanogpt.runs.record import Record, live_state, read_record
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def list_runs(directory: Path | str) -> list[RunRow]:
         what = "is a file" if directory.exists() else "no such directory"
         raise InputError(f"{directory}: {what}; expected a directory of runs (nanogpt train --out DIR, NANOGPT_RUNS)")
     try:
-        rows = [run_row(path) for path in _find(directory, DEPTH)]
+        rows = [_row_whatever_happens(path) for path in _find(directory, DEPTH)]
     except OSError as error:
         raise InputError(f"{directory}: cannot be read: {error}") from error
     oldest = datetime.datetime.min.replace(tzinfo=datetime.UTC)
@@ -92,8 +93,19 @@ def _find(directory: Path, depth: int) -> Iterator[Path]:
         yield directory
     elif depth:
         for child in sorted(directory.iterdir()):
-            if not child.name.startswith(".") and child.is_dir():
-                yield from _find(child, depth - 1)
+            try:
+                if not child.name.startswith(".") and child.is_dir():
+                    yield from _find(child, depth - 1)
+            except OSError as error:  # of this one; the others are there
+                say(f"{child}: cannot be read: {error.strerror}")
+
+
+def _row_whatever_happens(path: Path) -> RunRow:
+    """`run_row`; a run whose files hold what nobody has thought of is a row too, and hides no other."""
+    try:
+        return run_row(path)
+    except Exception as error:
+        return RunRow(path.name, path, UNFINISHED, problem=f"cannot be read: {type(error).__name__}: {error}")
 
 
 def run_row(path: Path) -> RunRow:
@@ -175,7 +187,7 @@ def _metrics(path: Path, name: str, problems: list[str]) -> RunMetrics | None:
     if not file.exists():
         return None
     try:
-        return run_metrics(read_metrics(file), name)
+        return run_metrics(iter_metrics(file), name)
     except InputError as error:
         problems.append(str(error))
         return None

@@ -77,22 +77,49 @@ def load_runs(paths: Iterable[Path], *, need_records: bool = False) -> list[Load
 
     Raises `InputError` for what is no run, or with `need_records` for a run without a record.
     """
+    runs, unreadable = load_readable_runs(paths, need_records=need_records)
+    if unreadable:
+        raise unreadable[0]
+    return runs
+
+
+def load_readable_runs(
+    paths: Iterable[Path], *, need_records: bool = False
+) -> tuple[list[LoadedRun], list[InputError]]:
+    """The runs of these that can be read, and why the others cannot. Raises `InputError` where none can."""
     unique = list({path.resolve(): path for path in paths}.values())
     names = [path.resolve().name for path in unique]
-    runs = []
+    runs, unreadable = [], []
     for path, name in zip(unique, names, strict=True):
-        directory = RunDirectory.open(path)
-        record = None
-        if need_records or (path / RECORD_NAME).exists():
-            try:
-                record = read_record(path)
-            except InputError as error:
-                if need_records:
-                    raise
-                say(f"{error}; going on without the record")
         label = name if names.count(name) == 1 else str(path)
-        runs.append(LoadedRun(label, path, directory.spec(), read_run(path), record))
-    return runs
+        try:
+            runs.append(_load(label, path, need_record=need_records))
+        except InputError as error:
+            unreadable.append(error)
+    if unreadable and not runs:
+        raise unreadable[0]
+    return runs, unreadable
+
+
+def say_unreadable(unreadable: Sequence[InputError]) -> None:
+    """Tell which runs were left out."""
+    for error in unreadable:
+        say(f"left out: {error}")
+
+
+def _load(label: str, path: Path, *, need_record: bool) -> LoadedRun:
+    directory = RunDirectory.open(path)
+    record = None
+    try:
+        if need_record or (path / RECORD_NAME).exists():
+            record = read_record(path)
+    except InputError as error:
+        if need_record:
+            raise
+        say(f"{error}; going on without the record")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    return LoadedRun(label, path, directory.spec(), read_run(path), record)
 
 
 def plot_runs(runs: Sequence[LoadedRun], path: Path) -> None:

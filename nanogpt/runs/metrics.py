@@ -12,51 +12,179 @@ Each line is a JSON object whose `kind` is one of
 
 `step` counts the steps done, `tokens` those trained on, both since the run's start. A loss that was not finite is null.
 A run that was resumed appends to the same file; what it had done after the checkpoint stands there twice.
+
+A long run has a million lines: they are read one by one, and kept as columns of numbers (`Records`), a hundred bytes a
+step.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterable
+import math
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn, overload
 
 from nanogpt.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 Record = dict[str, Any]
 
 UNFINISHED = "unfinished"
 
 
+LONGEST_LINE = 1 << 20
+LARGEST = 1 << 53  # what a double counts to
+_WHOLE = ("step", "total_steps", "stage", "tokens", "world_size", "resumed_at")
+_NUMBERS = (*_WHOLE, "train_loss", "val_loss", "train_time_ms", "step_avg_ms", "data_wait_ms", "lr_factor")
+
+
 def read_metrics(path: Path) -> list[Record]:
-    """All records of a metrics.jsonl, in the order in which they were written.
+    """All records of a metrics.jsonl at once. Raises as `iter_metrics` does."""
+    return list(iter_metrics(path))
+
+
+def iter_metrics(path: Path) -> Iterator[Record]:
+    """The records of a metrics.jsonl, in the order in which they were written.
 
     A last line without its newline, which a killed run may leave, is read if it is whole and left out if not.
 
     Raises:
-        InputError: no such file, or a line before the last that is no JSON object.
+        InputError: no such file, a line before the last that is no JSON object, or a value that is not of its key.
     """
     try:
-        lines = path.read_bytes().split(b"\n")
+        with path.open("rb") as file:
+            for number in itertools.count(1):
+                line = file.readline(LONGEST_LINE)
+                if not line:
+                    return
+                if line.strip() and (record := _record(path, number, line)) is not None:
+                    yield record
     except OSError as error:
         raise InputError(f"{path}: metrics cannot be read: {error.strerror}; expected the metrics of a run") from error
-    records: list[Record] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
+
+
+def _record(path: Path, number: int, line: bytes) -> Record | None:
+    """The line's record; None for the last one where it is not whole."""
+    try:
+        record = json.loads(line, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        if not line.endswith(b"\n") and len(line) < LONGEST_LINE:
+            return None
+        shown = line.rstrip(b"\n")[:60].decode("utf-8", errors="replace")
+        raise InputError(f"{path}:{number}: expected a JSON object, found {shown!r}; delete the line to read the rest")
+    for key in _NUMBERS:
+        value = record.get(key)
+        if value is None:
             continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if isinstance(record, dict):
-            records.append(record)
-        elif number < len(lines):
-            shown = line[:60].decode("utf-8", errors="replace")
+        kind = int if key in _WHOLE else int | float
+        if isinstance(value, bool) or not isinstance(value, kind) or not abs(value) < LARGEST:
+            wanted = "a whole number" if key in _WHOLE else "a number"
             raise InputError(
-                f"{path}:{number}: expected a JSON object, found {shown!r}; delete the line to read the rest"
+                f"{path}:{number}: {key}: expected {wanted}, found {str(value)[:60]!r}; delete the line to read on"
             )
-    return records
+    return record
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+class Records(Sequence[Record]):
+    """Records of one kind by step, each step once: a sequence of dicts that are made when they are looked at."""
+
+    def __init__(self) -> None:
+        self._steps = array("q")
+        self._shapes = array("l")  # which keys a record has, in their order
+        self._keys: dict[tuple[str, ...], int] = {}
+        self._numbers: dict[str, array[float]] = {}  # NaN: null, or not in the record
+        self._with_fractions: set[str] = set()
+        self._others: dict[str, dict[int, Any]] = {}  # what is neither number nor null, by place
+        self._shape_keys: list[tuple[str, ...]] = []
+        self._sorted = True
+
+    def append(self, record: Record) -> None:
+        """Add a record with an int as `step`; a later one of the same step takes its place."""
+        place, keys = len(self._steps), tuple(record)
+        self._sorted = self._sorted and (not place or record["step"] > self._steps[-1])
+        self._steps.append(record["step"])
+        self._shapes.append(self._keys.setdefault(keys, len(self._keys)))
+        for key, value in record.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                column = self._numbers.setdefault(key, array("d"))
+                column.extend(itertools.repeat(math.nan, place - len(column)))
+                column.append(value)
+                if isinstance(value, float):
+                    self._with_fractions.add(key)
+            elif value is not None:
+                self._others.setdefault(key, {})[place] = value
+
+    def settle(self) -> None:
+        """Put the records in the order of their steps, the later one of two where both have one step."""
+        if self._sorted:
+            return
+        order = sorted(range(len(self._steps)), key=self._steps.__getitem__)  # keeps the order of equal steps
+        last = [place for place, after in itertools.pairwise([*order, -1]) if after < 0 or self._differ(place, after)]
+        new = Records()
+        for place in last:
+            new.append(self[place])
+        self.__dict__ = new.__dict__
+
+    def _differ(self, one: int, other: int) -> bool:
+        return self._steps[one] != self._steps[other]
+
+    def drop_after(self, step: int) -> None:
+        """Take back what came after `step`."""
+        self.settle()
+        kept = bisect_right(self._steps, step)
+        columns: list[array[Any]] = [self._steps, self._shapes, *self._numbers.values()]
+        for column in columns:
+            del column[kept:]
+        for others in self._others.values():
+            for place in [place for place in others if place >= kept]:
+                del others[place]
+
+    def column(self, key: str) -> npt.NDArray[np.float64]:
+        """A key's numbers, (n,); NaN where a record has none."""
+        import numpy as np
+
+        found = np.full(len(self), np.nan)
+        known = self._numbers.get(key, array("d"))
+        found[: len(known)] = known
+        return found
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        place = range(len(self))[index]
+        if len(self._shape_keys) < len(self._keys):
+            self._shape_keys = list(self._keys)
+        return {key: self._value(key, place) for key in self._shape_keys[self._shapes[place]]}
+
+    def _value(self, key: str, place: int) -> Any:
+        if place in self._others.get(key, ()):
+            return self._others[key][place]
+        column = self._numbers.get(key, ())
+        value = column[place] if place < len(column) else math.nan
+        if math.isnan(value):
+            return None
+        return value if key in self._with_fractions else int(value)
 
 
 @dataclass
@@ -66,9 +194,9 @@ class RunMetrics:
     name: str
     start: Record = field(default_factory=dict)  # the last start record
     starts: int = 0  # 1, and 1 more for each resume
-    steps: list[Record] = field(default_factory=list)  # by step
-    evaluations: list[Record] = field(default_factory=list)  # by step
-    checkpoints: list[Record] = field(default_factory=list)  # by step
+    steps: Records = field(default_factory=Records)
+    evaluations: Records = field(default_factory=Records)
+    checkpoints: Records = field(default_factory=Records)
     end: Record | None = None  # of the last start; None while the run goes on, and after a kill
 
     @property
@@ -98,30 +226,27 @@ def run_metrics(records: Iterable[Record], name: str = "run") -> RunMetrics:
     later one counts. Kinds that are not known are left out.
     """
     run = RunMetrics(name)
-    by_kind: dict[str, dict[int, Record]] = {"step": {}, "evaluation": {}, "checkpoint": {}}
+    by_kind = {"step": run.steps, "evaluation": run.evaluations, "checkpoint": run.checkpoints}
     for record in records:
         kind = record.get("kind")
         if kind == "start":
             run.start, run.end = record, None
             run.starts += 1
             run.name = str(record.get("name") or name)
-            kept = record.get("resumed_at") or 0
             for entries in by_kind.values():
-                for step in [step for step in entries if step > kept]:
-                    del entries[step]
+                entries.drop_after(record.get("resumed_at") or 0)
         elif kind == "end":
             run.end = record
-        elif kind in by_kind and isinstance(record.get("step"), int):
-            by_kind[kind][record["step"]] = record
-    run.steps, run.evaluations, run.checkpoints = (
-        [entries[step] for step in sorted(entries)] for entries in by_kind.values()
-    )
+        elif isinstance(kind, str) and kind in by_kind and isinstance(record.get("step"), int):
+            by_kind[kind].append(record)
+    for entries in by_kind.values():
+        entries.settle()
     return run
 
 
 def read_run(path: Path) -> RunMetrics:
-    """The run of which `path` is the directory. Raises `InputError` as `RunDirectory.open` and `read_metrics` do."""
+    """The run of which `path` is the directory. Raises `InputError` as `RunDirectory.open` and `iter_metrics` do."""
     from nanogpt.runs.directory import RunDirectory
 
     run = RunDirectory.open(path)
-    return run_metrics(read_metrics(run.metrics_path), name=run.path.resolve().name)
+    return run_metrics(iter_metrics(run.metrics_path), name=run.path.resolve().name)

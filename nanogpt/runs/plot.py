@@ -1,5 +1,7 @@
 """The loss plot: validation and training loss of runs against steps and against training time, as PNG or SVG.
 
+A curve of a million steps is drawn as the lowest and the highest of every few: no more points than can be told apart.
+
 Drawn without a display and without pyplot's global state. matplotlib is imported when something is drawn.
 """
 
@@ -12,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanogpt.errors import InputError, RunError
-from nanogpt.runs.metrics import Record, RunMetrics
+from nanogpt.runs.metrics import Records, RunMetrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".svg")
+MOST_POINTS = 4_000  # of a curve; a picture is 1,650 pixels wide
 
 # Okabe and Ito's palette: told apart with every kind of colour vision. Its yellow is too pale for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -130,12 +133,22 @@ _STYLE: Any = {
 }
 
 
-def _points(records: Sequence[Record], x: str, y: str) -> list[tuple[float, float]]:
-    return [
-        (float(record[x]), float(record[y]))
-        for record in records
-        if record.get(x) is not None and record.get(y) is not None
-    ]
+def _points(records: Records, x: str, y: str) -> list[tuple[float, float]]:
+    """(x, y) of the records that have both, thinned out to `MOST_POINTS`; the extremes and the last stay."""
+    import numpy as np
+
+    xs, ys = records.column(x), records.column(y)
+    known = ~(np.isnan(xs) | np.isnan(ys))
+    xs, ys = xs[known], ys[known]
+    if len(xs) > MOST_POINTS:
+        size = -(-2 * len(xs) // MOST_POINTS)
+        kept = {0, len(xs) - 1}
+        for first in range(0, len(xs), size):
+            part = ys[first : first + size]
+            kept |= {first + int(part.argmin()), first + int(part.argmax())}
+        order = sorted(kept)
+        xs, ys = xs[order], ys[order]
+    return list(zip(xs.tolist(), ys.tolist(), strict=True))
 
 
 def _draw(axes: Axes, runs: Mapping[str, RunMetrics], x: str, scale: float) -> None:
@@ -226,8 +239,10 @@ def _time_unit(runs: Mapping[str, RunMetrics]) -> tuple[float, str]:
 
 
 def _title(label: str, run: RunMetrics) -> str:
-    final = _points(run.evaluations[-1:], "step", "val_loss")
-    return f"{label}: validation loss {final[0][1]:.4f} after {final[0][0]:,.0f} steps" if final else label
+    final = _points(run.evaluations, "step", "val_loss")
+    if not final or final[-1][0] != run.evaluations[-1]["step"]:
+        return label
+    return f"{label}: validation loss {final[-1][1]:.4f} after {final[-1][0]:,.0f} steps"
 
 
 def save(figure: Figure, path: Path) -> None:

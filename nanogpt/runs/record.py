@@ -163,11 +163,29 @@ class DataFile(Part):
     name: str
     bytes: int
     sha256: str | None = Field(default=None, description="None: not known (yet); hashing waits while the clock runs")
-    sha256_from: Literal["manifest.json", "text.json", "file"] | None = Field(
+    sha256_from: Literal["read", "file", "manifest.json", "text.json"] | None = Field(
         default=None,
-        description="who says so: prep-fineweb's or prep-text's manifest, for a file of unchanged size and time; or the"
-        " file itself, hashed anew",
+        description="what was hashed: the bytes as the run read them, or the file before training or after it; in older"
+        " records a manifest's word for a file of unchanged size and time",
     )
+    expected_sha256: str | None = Field(default=None, description="None: nobody says what the file is to be")
+    expected_from: Literal["pinned", "manifest.json", "text.json"] | None = Field(
+        default=None,
+        description="who says so: this package, prep-fineweb's manifest (trusted on first use), or prep-text's",
+    )
+    also_read: list[str] = Field(
+        default_factory=list, description="other sha256 under this name: on another node, or in a later pass"
+    )
+
+    @property
+    def contradiction(self) -> str | None:
+        """How what was read is not what it is to be."""
+        if self.also_read:
+            return f"{self.name}: read with sha256 {str(self.sha256)[:12]}, and with {self.also_read[0][:12]}"
+        if None in (self.sha256, self.expected_sha256) or self.sha256 == self.expected_sha256:
+            return None
+        whose = {"pinned": "the data set's is"}.get(str(self.expected_from), f"{self.expected_from} has")
+        return f"{self.name}: read with sha256 {str(self.sha256)[:12]}, {whose} {str(self.expected_sha256)[:12]}"
 
 
 class Data(Part):
@@ -179,7 +197,8 @@ class Data(Part):
     val_tokens: int = Field(description="targets of an evaluation")
     val_stream_sha256: str | None = Field(
         default=None,
-        description="of the validation stream's first val_tokens + 1 tokens as little-endian uint16; None: not yet",
+        description="of the validation stream's first val_tokens + 1 tokens as little-endian uint16, as all ranks read"
+        " them; None: not yet",
     )
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanogpt.data.manifest import MANIFEST, REPOSITORY, read_manifest
+from nanogpt.data.manifest import MANIFEST, REPOSITORY, known_sha256, read_manifest
 from nanogpt.recipe import load_recipe, shipped_recipes
 from nanogpt.spec import ReferenceSpec, RunSpec
 from nanogpt.spec_differences import spec_differences
@@ -119,6 +119,8 @@ def why_not_fineweb(directory: Path, spec: RunSpec) -> str | None:
             entry = entries.get(file.name)
             if entry is None:
                 return f"{file}: not in the manifest of downloaded shards"
+            if known_sha256(file.name, entry) != entry.sha256:
+                return f"{file}: {path} has sha256 {entry.sha256[:12]}, which is not the data set's"
             if file.stat().st_size != entry.bytes:
                 return f"{file}: {file.stat().st_size} bytes, the hub's file has {entry.bytes}"
     return None

@@ -18,6 +18,7 @@ from typing import Any
 from nanogpt.console import markdown_table
 from nanogpt.errors import InputError, RunError
 from nanogpt.runs.check import TARGET_RULE, Check, check_run, recipe_changes
+from nanogpt.runs.consistency import contradictions_between
 from nanogpt.runs.directory import LOG_NAME, METRICS_NAME, RECORD_NAME, SPEC_NAME
 from nanogpt.runs.loaded import LoadedRun, plot_runs, show
 from nanogpt.runs.record import Record
@@ -25,6 +26,16 @@ from nanogpt.runs.reference import load_shipped
 from nanogpt.runs.significance import Significance, repeated_seeds, runs_significance, significance_data
 
 UNOFFICIAL = "UNOFFICIAL"
+# Rules that a run of this package has the evidence for: without it there is no record.
+NEEDED = (
+    "validation tokens",
+    "validation shards",
+    "training shards",
+    "compiler flags",
+    "hardware",
+    "no interruption",
+    "files agree",
+)
 COPIED = (LOG_NAME, RECORD_NAME, METRICS_NAME, SPEC_NAME)
 
 
@@ -78,6 +89,13 @@ def prepare(runs: Sequence[LoadedRun], fields: Fields, *, unofficial: bool = Fal
         # The rule speaks of the mean: of several runs one may be above.
         if check.state == "failed" and (check.rule != TARGET_RULE or len(runs) == 1)
     ]
+    objections += [
+        f"{label}: {check.rule} is not known: {check.evidence}"
+        for label, found in checks.items()
+        for check in found
+        if check.state == "unknown" and check.rule in NEEDED
+    ]
+    objections += contradictions_between(runs)
     if not result.significant:
         objections.append(f"significance: {result.verdict()}")
     if objections and not unofficial:
@@ -177,7 +195,7 @@ def caveats(submission: Submission) -> list[str]:
         f"{label}: {check.rule} is not known: {check.evidence}"
         for label, checks in submission.checks.items()
         for check in checks
-        if check.state == "unknown"
+        if check.state == "unknown" and check.rule not in NEEDED
     ]
     seeds = repeated_seeds(submission.runs)
     if seeds:

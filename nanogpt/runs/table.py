@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
+LARGEST_GAP = 10_000  # steps between two records that count one by one
+
 
 def run_summary(run: RunMetrics) -> dict[str, Any]:
     """What a run came to, as data that JSON can hold. What is not known is None.
@@ -53,7 +55,7 @@ def stage_summaries(run: RunMetrics) -> list[dict[str, Any]]:
     """
     begin: Record = {"step": 0, "tokens": 0, "train_time_ms": 0.0}
     stages: dict[int, _Stage] = {}
-    for before, after in itertools.pairwise([begin, *run.steps]):
+    for before, after in itertools.pairwise(itertools.chain([begin], run.steps)):
         stages.setdefault(int(after.get("stage") or 0), _Stage()).add(before, after)
     return [{"stage": number, **stage.summary()} for number, stage in sorted(stages.items())]
 
@@ -76,7 +78,7 @@ class _Stage:
             self.tokens += int(after["tokens"]) - int(before["tokens"])
         if after.get("train_time_ms") is not None and before.get("train_time_ms") is not None:
             ms = float(after["train_time_ms"]) - float(before["train_time_ms"])
-            self.ms += [ms / steps] * steps
+            self.ms += [ms / steps] * min(steps, LARGEST_GAP)
 
     def summary(self) -> dict[str, Any]:
         pairs = [(a + b) / 2 for a, b in itertools.pairwise(self.ms)] or self.ms

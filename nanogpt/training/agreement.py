@@ -79,7 +79,8 @@ def _describe_files(files: Sequence[Path]) -> Iterator[tuple[str, str]]:
     for group in by_directory.values():
         for path, shard in zip(group, describe_shards(group), strict=True):
             count = read_count(path)
-            digest = f"sha256 {shard.sha256[:16]}" if shard.sha256 else f"samples' hash {_sample(path, shard.bytes)}"
+            known = shard.expected_sha256
+            digest = f"sha256 {known[:16]}" if known else f"samples' hash {_sample(path, shard.bytes)}"
             yield shard.name, f"{count} tokens, {digest}"
 
 

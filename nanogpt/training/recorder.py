@@ -11,7 +11,7 @@ import os
 import resource
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,8 @@ from nanogpt.console import say
 from nanogpt.errors import InputError, Interrupted, RunError
 from nanogpt.launch.world import World, started_as
 from nanogpt.recipe import dump_spec, load_recipe
-from nanogpt.runs.data_files import OffClockHashes, describe_shards
+from nanogpt.runs.consistency import SPEC_HEAD
+from nanogpt.runs.data_files import OffClockHashes, describe_shards, refusal
 from nanogpt.runs.directory import FLOAT_DIGITS, RECORD_NAME, RunDirectory
 from nanogpt.runs.known_variables import compiler_variables, known_variables
 from nanogpt.runs.provenance import (
@@ -162,6 +163,7 @@ class RunRecorder:
             self._take_hashes()
             if kind is None:
                 self._write()
+                self._warn_of_data()
         if self.run:
             self.run.close()
 
@@ -188,7 +190,7 @@ class RunRecorder:
     # --- what the trainer tells ---
 
     def reads(self, train_files: Sequence[Path], val_files: Sequence[Path]) -> None:
-        """The shards that are there. Those that no manifest vouches for are hashed while the clock stands."""
+        """The shards that are there. Those of the validation are hashed now, what else is not yet known at the end."""
         record = self._record
         if record is None:
             return
@@ -203,15 +205,19 @@ class RunRecorder:
             )
         except OSError:
             return  # the trainer is about to meet it too
-        wanted, left = [], self.spec.training.total_tokens
-        for shard in record.data.train:
-            if left > 0 and shard.sha256 is None:
-                wanted.append(self._data_directory / shard.name)
-            left -= shard.bytes // 2
-        unknown = [self._data_directory / shard.name for shard in record.data.val if shard.sha256 is None]
-        self._hashes = OffClockHashes([*unknown, *wanted, *self._image()], val_files, tokens)
+        self._hashes = OffClockHashes([*val_files, *self._image()], val_files, tokens)
         self._hashes.start()
         self._write()
+
+    def validates(self, stream_sha256: Sequence[str]) -> str | None:
+        """What each rank has read of the validation stream, as its sha256; returns why the run is to be refused."""
+        record, hashes = self._record, self._hashes
+        if record is None or record.data is None or hashes is None:
+            return None
+        hashes.wait_for_validation()
+        self._take_hashes()
+        record.data.val_stream_sha256 = stream_sha256[0]
+        return refusal(self._data_directory, record.data.val, hashes.val_stream_sha256, stream_sha256)
 
     def built(
         self, ranks: Sequence[Rank], implementations: Implementations, reasons: Sequence[str], *, compiled: bool
@@ -281,13 +287,21 @@ class RunRecorder:
             self._record.train_seconds = round(elapsed_ms / 1000, 6)
             self._write()
 
-    def trained(self, *, late_graphs: int, shards_read: int, memory: Sequence[tuple[int, int]]) -> None:
+    def trained(
+        self,
+        *,
+        late_graphs: int,
+        shards_read: int,
+        memory: Sequence[tuple[int, int]],
+        read_sha256: Sequence[Mapping[str, Sequence[str]]] = (),
+    ) -> None:
         """All steps and the last validation are done.
 
         Args:
             late_graphs: compiled since the clock started.
             shards_read: training shards that have been read from, from the first.
             memory: most bytes allocated and reserved on each rank's GPU; zeros on CPUs.
+            read_sha256: by rank, the sha256 of training shards as they were read.
         """
         record = self._record
         if record is None or self.run is None:
@@ -297,6 +311,12 @@ class RunRecorder:
         self._ask_compiler()
         if record.data:
             record.data.train = record.data.train[:shards_read]
+            for shard in record.data.train:
+                read = list(dict.fromkeys(digest for of_rank in read_sha256 for digest in of_rank.get(shard.name, ())))
+                if read:
+                    shard.sha256, *shard.also_read = read
+                    shard.sha256_from = "read"
+            self._hash_the_rest(record.data)
         record.peak_resident_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         allocated, reserved = (max(values) for values in zip(*memory, strict=True))
         if allocated:
@@ -343,7 +363,7 @@ class RunRecorder:
         if earlier is None or earlier.code.source_sha256 != code.source_sha256:
             run.log(source_text(training_sources()))
             spec = dump_spec(self.spec)
-            run.log(f"{RULE}\nspec.yaml: the resolved recipe of this run\n{RULE}\n{spec}{RULE}")
+            run.log(f"{RULE}\n{SPEC_HEAD}\n{RULE}\n{spec}{RULE}")
             base = self._record.base_recipe
             for difference in self._record.spec_differences:
                 run.log(f"{difference.key}: {_short(difference.run)} ({base}: {_short(difference.base)})")
@@ -369,15 +389,26 @@ class RunRecorder:
             return []
         return [Path(container.image)]
 
+    def _hash_the_rest(self, data: Data) -> None:
+        """Of the training shards those that this start has not read whole: read before it was resumed, say."""
+        rest = [self._data_directory / shard.name for shard in data.train if shard.sha256 is None]
+        if rest and self._hashes:
+            self._hashes.add(rest)
+
+    def _warn_of_data(self) -> None:
+        data = self._record.data if self._record else None
+        for shard in (*data.train, *data.val) if data else ():
+            if (problem := shard.contradiction) is not None:
+                say(f"warning: {self._data_directory / problem}: no result can come of this run")
+
     def _take_hashes(self) -> None:
         record, hashes = self._record, self._hashes
         if record is None or hashes is None:
             return
         if record.data:
-            record.data.val_stream_sha256 = hashes.val_stream_sha256
             for shard in (*record.data.train, *record.data.val):
                 digest = hashes.sha256.get(self._data_directory / shard.name)
-                if digest is not None:
+                if digest is not None and shard.sha256 is None:
                     shard.sha256, shard.sha256_from = digest, "file"
         if record.container and (digest := hashes.sha256.get(Path(record.container.image))):
             record.container.sha256 = digest

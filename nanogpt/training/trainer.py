@@ -215,6 +215,7 @@ class Trainer:
                 train_files,
                 epochs=spec.data.epochs,
                 run_tokens=spec.training.total_tokens,
+                hashed=run is not None and world.local_rank == 0,
                 kept_extras={touched.extra for touched in self.touched.values()},
                 **place,
             )
@@ -240,6 +241,9 @@ class Trainer:
             touched=self.touched,
             keep_gradients=capture,
         )
+        refused = world.gather(self.recorder.validates(world.gather(self.val_batches.sha256)))[0]
+        if refused is not None:
+            raise InputError(refused)
         ranks = world.gather(describe_rank(world))
         if world.is_main and (warning := unlike_devices(ranks)):
             say(warning)
@@ -364,6 +368,7 @@ class Trainer:
             late_graphs=late_graphs,
             shards_read=position["shard"] + 1 if position["epoch"] == 0 else self.train_shards,
             memory=self.world.gather(memory),
+            read_sha256=self.world.gather(self.train_batches.sha256()),
         )
 
     def _say(self, lines: Sequence[str]) -> None:

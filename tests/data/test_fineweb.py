@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import json
 import os
 import pty
 import re
@@ -19,11 +20,13 @@ from types import SimpleNamespace
 
 import pytest
 from hub_server import COMMIT, Fault, HubServer, shard_bytes
-from prep_runs import COMMAND, ONE, SHARD_BYTES, THREE, TWO, VAL, Here, Prep, Run, partial, whole
+from prep_runs import COMMAND, ONE, PINNED, SHARD_BYTES, THREE, TWO, VAL, Here, Prep, Run, partial, whole
 
-from nanogpt.data.fineweb import default_directory, download, read_manifest, shard_names
+from nanogpt.data import official
+from nanogpt.data.fineweb import default_directory, download, read_manifest, shard_names, verify_directory
 from nanogpt.data.hub import _retry_after
-from nanogpt.data.shards import header_bytes
+from nanogpt.data.manifest import SHA256
+from nanogpt.data.shards import header_bytes, train_name
 from nanogpt.data.surroundings import is_private_way
 from nanogpt.errors import InputError
 
@@ -57,6 +60,55 @@ def test_downloads_verifies_and_is_quick_the_second_time(hub: HubServer, prep: P
     assert prep.run(chunks=3).states()[TWO] == "downloaded"
     assert {one.name for one in hub.seen} == {TWO}
     assert {one.revision for one in hub.seen} == {COMMIT, ""}
+
+
+def test_a_mirror_does_not_vouch_for_itself(hub: HubServer, prep: Prep, data: Path) -> None:
+    run = prep.start(command=PINNED).wait()
+    assert run.code == 1
+    assert f"{VAL}: {hub.endpoint} announces sha256 {hashlib.sha256(hub.files[VAL]).hexdigest()}, the data" in run.err
+    assert official.REVISION in {one.revision for one in hub.seen}
+    assert not [one for one in hub.seen if one.method == "GET"] and not list(data.glob("*.bin"))
+
+
+def test_what_is_not_pinned_is_trusted_on_first_use(hub: HubServer, here: Here, data: Path) -> None:
+    assert here.run(data, chunks=2).code == 0
+    entries = json.loads((data / "manifest.json").read_text())["shards"]
+    assert {(entry["trust"], entry["endpoint"]) for entry in entries.values()} == {("first use", hub.endpoint)}
+    first = hub.files[ONE]
+    (data / ONE).unlink()
+    hub.files[ONE] = shard_bytes(99)
+    run = here.run(data, chunks=2)
+    assert run.code == 1 and "has, from its first download," in run.err and not (data / ONE).exists()
+    hub.files[ONE] = first
+    assert here.run(data, chunks=2).states() == {VAL: "present", ONE: "downloaded", TWO: "present"}
+
+
+def test_a_manifest_does_not_overrule_the_package(
+    hub: HubServer, here: Here, filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mirror's shard of a time without pins: it is corrupt, whatever the manifest says, and the right one is got."""
+    right = shard_bytes(99)
+    monkeypatch.setattr(official, "SHA256", {ONE: hashlib.sha256(right).hexdigest()})
+    assert [check.name for check in verify_directory(filled) if check.state == "corrupt"] == [ONE]
+    assert here.run(filled).code == 1  # the mirror still serves its own
+    hub.files[ONE] = right
+    assert here.run(filled).states() == {VAL: "present", ONE: "refetched"}
+    assert whole(hub, filled, ONE)
+    assert json.loads((filled / "manifest.json").read_text())["shards"][ONE]["trust"] == "pinned"
+
+
+def test_the_pinned_hashes_are_hashes() -> None:
+    from importlib import reload
+
+    pinned = reload(official).SHA256
+    assert list(pinned) == [VAL, *(train_name(index) for index in range(1, 19))]
+    assert len(set(pinned.values())) == 19 and all(SHA256.fullmatch(sha256) for sha256 in pinned.values())
+    # No digit slips unseen: the sha256 over the lines of such a list.
+    listed = "".join(f"{sha256}  {name}\n" for name, sha256 in pinned.items())
+    assert (
+        hashlib.sha256(listed.encode()).hexdigest()
+        == "089beb315d6fc015d5898a25d8764f89abae8245ccae0298478fccd45a3a001d"
+    )
 
 
 def test_environment_gives_chunks_and_directory(hub: HubServer, data: Path) -> None:

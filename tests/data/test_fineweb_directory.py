@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import resource
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,20 +24,29 @@ from prep_runs import COMMAND, ONE, SHARD_BYTES, THREE, TWO, VAL, Here, Prep, un
 
 from nanogpt.data import fineweb, manifest, workers
 from nanogpt.data.fineweb import read_manifest, verify_directory
+from nanogpt.data.manifest import update_manifest
 from nanogpt.data.shards import read_count
 
 # What is here
 
 
-def flip(path: Path, *, keep_time: bool = False) -> None:
-    """Change one token of a shard."""
+def flip(path: Path, *, keep_time: bool = False, unseen: bool = False) -> None:
+    """Change one token of a shard; `keep_time` sets its time back, `unseen` is a disk that loses a bit by itself."""
     status = path.stat()
     with path.open("r+b") as file:
         file.seek(5000)
         byte = file.read(1)
         file.seek(5000)
         file.write(bytes([byte[0] ^ 1]))
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + (0 if keep_time else 1_000_000_000)))
+
+    def set_time() -> bool:
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + (0 if keep_time or unseen else 1_000_000_000)))
+        return path.stat().st_ctime_ns != status.st_ctime_ns  # a clock that ticks every few milliseconds
+
+    until(set_time)
+    if unseen:
+        entry = read_manifest(path.parent)[path.name]
+        update_manifest(path.parent, {path.name: replace(entry, ctime_ns=path.stat().st_ctime_ns)})
 
 
 def test_corrupt_files_are_fetched_again(hub: HubServer, here: Here, filled: Path) -> None:
@@ -53,11 +64,34 @@ def test_corrupt_files_are_fetched_again(hub: HubServer, here: Here, filled: Pat
 
 def test_verify_flag_hashes_files_that_look_unchanged(hub: HubServer, here: Here, filled: Path) -> None:
     data = filled
-    flip(data / ONE, keep_time=True)
+    flip(data / ONE, unseen=True)
     assert here.run(data).states()[ONE] == "present"  # this is what --verify is for
     run = here.run(data, "--verify")
     assert run.states() == {VAL: "present", ONE: "refetched"}
     assert whole(hub, data, ONE)
+
+
+def test_a_time_that_was_set_back_hides_nothing(hub: HubServer, here: Here, filled: Path) -> None:
+    flip(filled / ONE, keep_time=True)
+    assert {check.name for check in verify_directory(filled) if check.state == "corrupt"} == {ONE}
+    assert here.run(filled).states() == {VAL: "present", ONE: "refetched"}
+    assert whole(hub, filled, ONE)
+
+
+def test_a_manifest_of_an_earlier_version_is_taken_after_hashing(hub: HubServer, here: Here, filled: Path) -> None:
+    path = filled / "manifest.json"
+    kept = json.loads(path.read_text())
+    old = {
+        name: {key: entry[key] for key in ("sha256", "bytes", "tokens", "mtime_ns", "revision")}
+        for name, entry in kept["shards"].items()
+    }
+    path.write_text(json.dumps({**kept, "shards": old}))
+    assert here.run(filled, chunks=3).states() == dict.fromkeys([VAL, ONE, TWO, THREE], "present")
+    assert hub.seen == []
+    now = read_manifest(filled)
+    assert {name: entry.ctime_ns for name, entry in now.items()} == {
+        name: (filled / name).stat().st_ctime_ns for name in now
+    }
 
 
 def test_corrupt_file_is_named_even_without_network(hub: HubServer, prep: Prep, filled: Path) -> None:
@@ -104,7 +138,7 @@ def test_verify_directory(hub: HubServer, prep: Prep, filled: Path) -> None:
     data = filled
     (data / VAL).unlink()
     flip(data / ONE)
-    flip(data / TWO, keep_time=True)
+    flip(data / TWO, unseen=True)
     (data / "fineweb_train_000007.bin").write_bytes(shard_bytes(7, 10))
     (data / "fineweb_train_000008.bin").write_bytes(b"no shard")
     before = sorted(path.stat().st_mtime_ns for path in data.rglob("*"))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import datetime
 import json
+import shutil
 
 import pytest
 from made_runs import BEGAN, change_record, loaded, made_run
 
+from nanogpt.data import official
 from nanogpt.data.manifest import REPOSITORY
 from nanogpt.runs.check import check_run, failed
 from nanogpt.runs.loaded import load_runs
@@ -36,6 +38,7 @@ def test_a_run_in_order(tmp_path, nanogpt):
             "hardware",
             "no interruption",
             "code",
+            "files agree",
         ),
         "passed",
     )
@@ -69,8 +72,12 @@ OWN_SETTING = {"dynamo.recompile_limit": SettingChange(default="8", found="64")}
         ("compiler flags", {"compilation__environment": {"TORCHINDUCTOR_CACHE_DIR": "/tmp"}}, "passed", "defaults"),
         ("compiler flags", {"compilation": None}, "unknown", "how the run was compiled"),
         ("timing", {"compilation__late_graphs": 2}, "failed", "2 graphs were compiled after the clock had started"),
-        ("timing", {"record_seconds": 92.0}, "failed", "93.000 s by log.txt, 92.000 s by record.json"),
-        ("timing", {"record_seconds": None}, "unknown", "how the clock ended"),
+        (
+            "timing",
+            {"record_seconds": 92.0, "train_seconds": 92.0},
+            "failed",
+            "93.000 s by log.txt, 92.000 s by record.json",
+        ),
         (
             "timing",
             {"ended": BEGAN + datetime.timedelta(seconds=430)},
@@ -81,7 +88,6 @@ OWN_SETTING = {"dynamo.recompile_limit": SettingChange(default="8", found="64")}
         ("code", {"code__clean": False, "code__changed_files": ["a.py"]}, "failed", "with changes: a.py"),
         ("code", {"code__clean": None}, "unknown", "whether clean is not known"),
         ("code", {"code__clean": None, "code__commit": None}, "unknown", "no commit known"),
-        ("hardware", {"hardware__world_size": 4}, "failed", "claimed 1 x 8 h100"),
         ("hardware", {"hardware__ranks": []}, "unknown", "on which devices"),
     ],
 )
@@ -106,6 +112,17 @@ def test_devices(tmp_path, device, state):
     run = made_run(tmp_path / "run")
     ranks = [rank.model_copy(update={"device": device}) for rank in loaded(run)[0].record.hardware.ranks]
     assert of(change_record(run, hardware__ranks=ranks), "hardware").state == state
+
+
+def test_a_clock_that_has_no_end(tmp_path):
+    run = change_record(made_run(tmp_path / "run"), record_seconds=None)
+    assert (of(run, "timing").state, of(run, "files agree").state) == ("unknown", "failed")
+
+
+def test_another_world_size(tmp_path):
+    run = change_record(made_run(tmp_path / "run"), hardware__world_size=4)
+    assert of(run, "hardware").evidence.startswith("claimed 1 x 8 h100, found 8 processes")
+    assert of(run, "files agree").evidence == "world size: 4 by record.json, 8 by spec.yaml"
 
 
 def test_one_device_for_two_ranks(tmp_path):
@@ -134,44 +151,78 @@ def test_target_and_end(tmp_path, nanogpt):
     assert of(own, "target").state == "failed"
 
 
-def test_own_text_and_unverified_shards(tmp_path):
+def changed(files, **changes):
+    """The first of the files changed, the others as they are."""
+    return [files[0].model_copy(update=changes), *files[1:]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "state", "evidence"),
+    [
+        ({"sha256": "f" * 64}, "failed", "read with sha256 ffffffffffff, the data set's is "),
+        ({"sha256": "f" * 64, "expected_sha256": None, "expected_from": None}, "failed", "the data set's is "),
+        ({"also_read": ["e" * 64]}, "failed", ", and with eeeeeeeeeeee"),
+        ({"bytes": 1_001_024}, "failed", "1,001,024 bytes by the record, the data set's has 200,001,024"),
+        ({"sha256_from": "text.json"}, "failed", f"own text, not {REPOSITORY}: "),
+        ({"expected_from": "text.json"}, "failed", f"own text, not {REPOSITORY}: "),
+        ({"sha256": None}, "unknown", "its sha256 is not in the record"),
+        ({"sha256_from": "manifest.json"}, "unknown", "nobody hashed what was read"),
+        (
+            {"expected_sha256": None, "expected_from": None, "sha256_from": "file"},
+            "passed",
+            "as this package pins them",
+        ),
+    ],
+)
+def test_shards(tmp_path, changes, state, evidence):
     run = made_run(tmp_path / "run")
     data = loaded(run)[0].record.data
-    own = [file.model_copy(update={"sha256_from": "text.json"}) for file in data.val]
-    change_record(run, data__val=own)
-    assert of(run, "validation shards").evidence.startswith(f"own text, not {REPOSITORY}: fineweb_val_000000.bin")
-    hashed = [file.model_copy(update={"sha256_from": "file"}) for file in data.val]
-    change_record(run, data__val=hashed)
-    assert (of(run, "validation shards").state, of(run, "training shards").state) == ("failed", "passed")
-    change_record(run, data__val=[DataFile(name="fineweb_val_000000.bin", bytes=1)])
-    assert of(run, "validation shards").state == "unknown"
-    change_record(run, data__val=data.val, data__train=data.train[1:])
-    assert "in another order than the data set's: fineweb_train_000002.bin" in of(run, "training shards").evidence
+    change_record(run, data__val=changed(data.val, **changes), data__train=changed(data.train, **changes))
+    for rule in ("validation shards", "training shards"):
+        found = of(run, rule)
+        assert (found.state, evidence in found.evidence) == (state, True), found
 
 
-def test_the_manifest_beside_the_shards(tmp_path):
+def test_shards_that_are_not_each_its_own(tmp_path):
     run = made_run(tmp_path / "run")
-    record = loaded(run)[0].record
-    shards = {
-        file.name: {"sha256": file.sha256, "bytes": file.bytes, "tokens": 1, "mtime_ns": 1, "revision": "abc123"}
-        for file in (*record.data.train, *record.data.val)
-    }
-    directory = tmp_path / "shards"
+    train, val = loaded(run)[0].record.data.train, loaded(run)[0].record.data.val
+    change_record(run, data__train=train[1:])
+    assert "in another order than the data set's: fineweb_train_000002.bin" in of(run, "training shards").evidence
+    change_record(run, data__train=train[:4])
+    assert "400,000,000 tokens in 4 shards, the run took 412,876,800" in of(run, "training shards").evidence
+    change_record(run, data__train=[*train[:4], train[3]])
+    assert "the same name more than once: fineweb_train_000004.bin" in of(run, "training shards").evidence
+    # Shards that are not pinned, as their first download had them.
+    first = {"expected_from": "manifest.json", "sha256_from": "read", "bytes": 200_001_024}
+    for sha256, evidence in ((train[0].sha256, "the same sha256 more"), (val[0].sha256, "is a validation shard")):
+        later = DataFile(name="fineweb_train_000019.bin", sha256=sha256, expected_sha256=sha256, **first)
+        names = [file.name for file in train] + [f"fineweb_train_{number:06d}.bin" for number in range(6, 19)]
+        pinned = [changed(train, name=name, sha256=official.SHA256[name], expected_sha256=None)[0] for name in names]
+        change_record(run, data__train=[*pinned, later])
+        assert evidence in of(run, "training shards").evidence
+
+
+def test_shards_that_are_not_pinned(tmp_path):
+    run, directory = made_run(tmp_path / "run"), tmp_path / "shards"
+    train = loaded(run)[0].record.data.train
+    names = [f"fineweb_train_{number:06d}.bin" for number in range(1, 20)]
+    files = [changed(train, name=name, sha256=official.SHA256.get(name, "a" * 64))[0] for name in names]
+    for file in files:
+        file.expected_from = file.expected_sha256 = None
     directory.mkdir()
-    change_record(run, data__directory=str(directory))
-    manifest = directory / "manifest.json"
-    manifest.write_text(json.dumps({"repository": REPOSITORY, "shards": shards}))
-    assert of(run, "validation shards").evidence == (
-        f"1 shard as {REPOSITORY} at abc123 has it: fineweb_val_000000.bin ffffffffffff"
+    change_record(run, data__directory=str(directory), data__train=files)
+    assert "aaaaaaaaaaaa, for which no manifest" in of(run, "training shards").evidence
+    entry = {"sha256": "a" * 64, "bytes": 200_001_024, "tokens": 1, "mtime_ns": 1, "revision": "abc123"}
+    manifest = {"repository": REPOSITORY, "shards": {names[-1]: entry}}
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    assert of(run, "training shards").evidence.startswith(
+        f"19 of {REPOSITORY}, 18 as this package pins them and 1 as they were first downloaded (not pinned): "
     )
-    shards["fineweb_val_000000.bin"]["sha256"] = "a" * 64
-    manifest.write_text(json.dumps({"repository": REPOSITORY, "shards": shards}))
-    assert of(run, "validation shards").evidence == (
-        "fineweb_val_000000.bin: read with sha256 ffffffffffff, the hub's is aaaaaaaaaaaa"
-    )
-    assert of(run, "training shards").state == "passed"
-    manifest.write_text(json.dumps({"repository": "someone/else", "shards": shards}))
-    assert "shards of someone/else" in of(run, "training shards").evidence
+    entry["sha256"] = "b" * 64
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    assert "read with sha256 aaaaaaaaaaaa, the manifest has bbbbbbbbbbbb by now" in of(run, "training shards").evidence
+    (directory / "manifest.json").write_text(json.dumps({**manifest, "repository": "someone/else"}))
+    assert of(run, "training shards").state == "failed"
 
 
 def test_a_changed_recipe_is_allowed_and_shown(tmp_path):
@@ -198,5 +249,71 @@ def test_a_run_without_a_record(tmp_path, nanogpt):
     run = made_run(tmp_path / "run", with_record=False)
     states = {check.rule: check.state for check in check_run(load_runs([run])[0])}
     assert states["finished"] == states["target"] == states["recipe"] == "passed"
-    assert [state for state in states.values() if state != "passed"] == ["unknown"] * 8
+    assert [state for state in states.values() if state != "passed"] == ["unknown"] * 9
     assert nanogpt("check", run).code == 0
+
+
+def edit(path, old, new, count=1):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, count))
+
+
+SPEC, METRICS, LOG = "spec.yaml", "metrics.jsonl", "log.txt"
+# (file, text, what is put in its place), or changes of the record.
+EDITS = {
+    "spec.yaml has sha256": (SPEC, "name: speedrun", "name:  speedrun"),
+    "seed: 3 by record.json, 0 by spec.yaml": {"seed": 3},
+    "tokens: 7, of a finished run 412876800": {"tokens": 7},
+    "final validation loss: 3.2776 by metrics.jsonl, 3.2 by record.json": {"val_loss": 3.2},
+    "its times are not in their order": {"created": BEGAN + datetime.timedelta(hours=1)},
+    "1,554 steps, the run has 1,555; the first that is missing is of step 700": (METRICS, '"step": 700,', None),
+    "7 evaluations, the run has 8": (METRICS, '"val_loss": 4.56', None),
+    "steps of other stages": (METRICS, '"stage": 1', '"stage": 2'),
+    "tokens at step 1": (METRICS, '"tokens": 131072,', '"tokens": 262144,'),
+    "step_avg_ms is not the time by the steps": (METRICS, '"step_avg_ms": 59', '"step_avg_ms": 49'),
+    "metrics.jsonl begins at 2026-02-01": (METRICS, '"time": "2026-03', '"time": "2026-02'),
+    "metrics.jsonl: name: other": (METRICS, '"name": "', '"name": "other'),
+    "the code that ran is not in it": (LOG, "trainer.py", "runner.py"),
+    "trainer.py is not what its sha256 says": (LOG, "pass\n", "fail\n"),
+    "its spec is not that of spec.yaml": (LOG, "seed: 0", "seed: 1"),
+    "source sha256 666666666666": (LOG, f"source sha256 {'5' * 64}", f"source sha256 {'6' * 64}"),
+    "1 starts, at other times or places": (LOG, " on node1, world", " on node2, world"),
+    "its validations are not those": (LOG, "val_loss:3.877", "val_loss:3.777"),
+    "the times of its steps are not those": (LOG, "step:60/1555 train_time:3588", "step:60/1555 train_time:3548"),
+    "no log.txt that can be read": (LOG, "", None),
+}
+
+
+@pytest.fixture(scope="module")
+def in_order(tmp_path_factory):
+    return made_run(tmp_path_factory.mktemp("made") / "run")
+
+
+@pytest.mark.parametrize("evidence", EDITS)
+def test_files_that_contradict_each_other(in_order, tmp_path, evidence):
+    run = shutil.copytree(in_order, tmp_path / "run")
+    assert of(run, "files agree").state == "passed"
+    change = EDITS[evidence]
+    if isinstance(change, dict):
+        change_record(run, **change)
+    else:
+        name, old, new = change
+        if new is not None:
+            edit(run / name, old, new, 100)
+        elif old:
+            lines = (run / name).read_text().splitlines(keepends=True)
+            (run / name).write_text("".join(line for line in lines if old not in line))
+        else:
+            (run / name).unlink()
+    found = of(run, "files agree")
+    assert (found.state, evidence in found.evidence) == ("failed", True), found
+
+
+def test_the_code_of_this_package_is_compared_line_by_line(in_order, tmp_path):
+    run = shutil.copytree(in_order, tmp_path / "run")
+    edit(run / "log.txt", f"source sha256 {'5' * 64}", f"source sha256 {source_sha256()}")
+    record = loaded(run)[0].record
+    starts = [record.starts[0].model_copy(update={"source_sha256": source_sha256()})]
+    change_record(run, code__source_sha256=source_sha256(), starts=starts)
+    assert of(run, "files agree").evidence == "log.txt: its code is not that of the source that record.json names"

@@ -17,17 +17,19 @@ import pytest
 import torch
 from tiny_runs import make_data, python, tiny_spec, train, write_recipe
 
+from nanogpt.data import official
 from nanogpt.data.manifest import Entry, update_manifest
 from nanogpt.data.shards import read_tokens, write_tokens
 from nanogpt.errors import InputError, RunError
 from nanogpt.recipe import load_recipe
-from nanogpt.runs.data_files import OffClockHashes, describe_shards
+from nanogpt.runs.data_files import OffClockHashes, describe_shards, refusal
 from nanogpt.runs.directory import RunDirectory
 from nanogpt.runs.listing import run_row
 from nanogpt.runs.metrics import read_run
 from nanogpt.runs.provenance import code_state, container_of, package_directory, slurm_job, source_sha256
 from nanogpt.runs.record import (
     Container,
+    DataFile,
     Process,
     Record,
     live_state,
@@ -102,7 +104,9 @@ def test_the_data_of_a_run_are_hashed_and_only_what_was_read_is_named(finished: 
     assert [file.name for file in found.train] == ["fineweb_train_000001.bin", "fineweb_train_000002.bin"]
     for file in (*found.train, *found.val):
         content = (data / file.name).read_bytes()
-        assert (file.bytes, file.sha256, file.sha256_from) == (len(content), sha256(content), "file")
+        how = "read" if file in found.train else "file"
+        assert (file.bytes, file.sha256, file.sha256_from) == (len(content), sha256(content), how)
+        assert (file.expected_sha256, file.contradiction) == (None, None)
     stream = read_tokens(data / "fineweb_val_000000.bin")[: 256 + 1].astype("<u2").tobytes()
     assert (found.val_tokens, found.val_stream_sha256) == (256, sha256(stream))
 
@@ -422,26 +426,123 @@ def test_compiler_settings_off_their_default_are_found() -> None:
 # --- data -------------------------------------------------------------------------------------------------------
 
 
-def test_hashes_are_taken_over_from_manifests_for_files_as_they_were_left(tmp_path: Path) -> None:
-    paths = [tmp_path / f"fineweb_train_{index:06d}.bin" for index in (1, 2, 3)]
+def test_manifests_say_what_shards_are_to_be_and_not_what_they_are(tmp_path: Path) -> None:
+    paths = [tmp_path / f"fineweb_train_{index:06d}.bin" for index in (1, 99, 2, 3)]
     for index, path in enumerate(paths):
         write_tokens(path, read_tokens_of(index))
-    status, known = paths[0].stat(), "a" * 64
-    update_manifest(tmp_path, {paths[0].name: Entry(known, status.st_size, 100, status.st_mtime_ns, "main")})
-    shards = [{"name": path.name, "tokens": 100, "sha256": f"b{path.name[-5]}"} for path in paths[1:]]
+    for path in paths[:2]:
+        status, known = path.stat(), "a" * 64
+        update_manifest(tmp_path, {path.name: Entry(known, status.st_size, 100, status.st_mtime_ns, "main")})
+    shards = [{"name": path.name, "tokens": 100, "sha256": f"b{path.name[-5]}"} for path in paths[2:]]
     (tmp_path / "text.json").write_text(json.dumps({"shards": shards}))
 
     def found() -> list[tuple[str | None, str | None]]:
-        return [(one.sha256, one.sha256_from) for one in describe_shards(paths)]
+        described = describe_shards(paths)
+        assert {one.sha256 for one in described} == {None}
+        return [(one.expected_sha256, one.expected_from) for one in described]
 
-    assert found() == [(known, "manifest.json"), ("b2", "text.json"), ("b3", "text.json")]
+    of_fineweb = [(official.SHA256[paths[0].name], "pinned"), ("a" * 64, "manifest.json")]
+    assert found() == [*of_fineweb, ("b2", "text.json"), ("b3", "text.json")]
     later = (tmp_path / "text.json").stat().st_mtime_ns + 1_000_000
-    for path in (paths[0], paths[1]):  # touched since
+    for path in paths[:3]:  # touched since
         os.utime(path, ns=(later, later))
-    write_tokens(paths[2], read_tokens_of(5)[:50])  # another length
+    write_tokens(paths[3], read_tokens_of(5)[:50])  # another length
     old = (tmp_path / "text.json").stat().st_mtime_ns - 1_000_000
-    os.utime(paths[2], ns=(old, old))
-    assert found() == [(None, None)] * 3
+    os.utime(paths[3], ns=(old, old))
+    assert found() == [*of_fineweb, (None, None), (None, None)]
+
+
+@pytest.fixture
+def fineweb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Small shards that prep-fineweb's manifest vouches for; the first training shard and the validation are pinned."""
+    directory = make_data(tmp_path / "fineweb", train_tokens=(2_000, 20_000))
+    entries, pinned = {}, {}
+    for path in sorted(directory.glob("*.bin")):
+        status, digest = path.stat(), sha256(path.read_bytes())
+        entries[path.name] = Entry(digest, status.st_size, 1, status.st_mtime_ns, "main", status.st_ctime_ns)
+        if "000002" not in path.name:
+            pinned[path.name] = digest
+    update_manifest(directory, entries)
+    monkeypatch.setattr(official, "SHA256", pinned)
+    return directory
+
+
+def flip(path: Path, at: int = -1) -> None:
+    """Change one byte and set the time back."""
+    status, content = path.stat(), bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_a_run_on_shards_as_they_are_to_be(fineweb: Path, tmp_path: Path) -> None:
+    train(SPEC, fineweb, tmp_path / "run")
+    data = read_record(tmp_path / "run").data
+    assert data
+    assert [(file.sha256_from, file.expected_from) for file in (*data.train, *data.val)] == [
+        ("read", "pinned"),
+        ("read", "manifest.json"),
+        ("file", "pinned"),
+    ]
+    assert all(file.sha256 == file.expected_sha256 for file in (*data.train, *data.val))
+
+
+@pytest.mark.parametrize("at", [1024, -1])  # the first token, and one that no evaluation reads
+def test_a_changed_validation_shard_ends_the_run_at_its_start(fineweb: Path, tmp_path: Path, at: int) -> None:
+    flip(fineweb / "fineweb_val_000000.bin", at)
+    with pytest.raises(InputError, match=r"val_000000.bin: read with .*, the data set's is .*: run prep-fineweb"):
+        train(SPEC, fineweb, tmp_path / "run")
+    record = read_record(tmp_path / "run")
+    assert (record.state, record.steps, record.clock_started) == ("failed", 0, None)
+    assert record.data and record.data.val[0].contradiction
+
+
+@pytest.mark.parametrize(("name", "whose"), [("000001", "the data set's is"), ("000002", "manifest.json has")])
+def test_a_changed_training_shard_is_in_the_record(
+    fineweb: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, whose: str
+) -> None:
+    path = fineweb / f"fineweb_train_{name}.bin"
+    flip(path, 1500)
+    train(SPEC, fineweb, tmp_path / "run")
+    data = read_record(tmp_path / "run").data
+    assert data
+    changed = {file.name: file for file in data.train}[path.name]
+    assert (changed.sha256, changed.sha256_from) == (sha256(path.read_bytes()), "read")
+    assert changed.contradiction and whose in changed.contradiction
+    assert f"warning: {fineweb}/{changed.contradiction}" in capsys.readouterr().err
+    assert [bool(file.contradiction) for file in data.train].count(True) == 1
+
+
+def test_a_shard_that_is_changed_while_the_run_goes_on_is_recorded_as_it_was_read(
+    fineweb: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes in memory count: the file is another one when the run is over."""
+    path = fineweb / "fineweb_train_000001.bin"
+    before = sha256(path.read_bytes())
+    whole = recorder_module.RunRecorder.evaluation
+
+    def evaluation(self: RunRecorder, val_loss: float, step: int, *rest: Any) -> None:
+        if step == 8:  # the second shard is in use, the first read whole
+            flip(path)
+        whole(self, val_loss, step, *rest)
+
+    monkeypatch.setattr(recorder_module.RunRecorder, "evaluation", evaluation)
+    train(SPEC, fineweb, tmp_path / "run")
+    data = read_record(tmp_path / "run").data
+    assert data and sha256(path.read_bytes()) != before
+    assert (data.train[0].sha256, data.train[0].sha256_from, data.train[0].contradiction) == (before, "read", None)
+
+
+def test_why_validation_is_refused(tmp_path: Path) -> None:
+    shard = DataFile(name="val.bin", bytes=1, sha256="a" * 64, expected_sha256="a" * 64, expected_from="text.json")
+    assert refusal(tmp_path, [shard], "c" * 64, ["c" * 64] * 2) is None
+    other = refusal(tmp_path, [shard], "c" * 64, ["c" * 64, "c" * 64, "d" * 64])
+    assert other and "the validation tokens that rank 2 read are not those of the files that rank 0 sees" in other
+    shard.sha256 = "b" * 64
+    changed = refusal(tmp_path, [shard], "c" * 64, ["c" * 64])
+    assert changed and "text.json has aaaaaaaaaaaa. Losses on it could not be compared: make it anew" in changed
+    shard.sha256, shard.also_read = "a" * 64, ["e" * 64]
+    assert shard.contradiction == "val.bin: read with sha256 aaaaaaaaaaaa, and with eeeeeeeeeeee"
 
 
 def read_tokens_of(seed: int) -> Any:
@@ -463,6 +564,12 @@ def test_hashing_stands_still_while_it_is_paused(tmp_path: Path) -> None:
     assert hashes.sha256 == done == {}
     hashes.finish(30)
     assert hashes.sha256 == {big: sha256(big.read_bytes())}
+
+    more = OffClockHashes([], [], val_tokens=-1)
+    more.start()
+    more.add([big])
+    more.finish(30)
+    assert more.sha256 == hashes.sha256
 
     stopped = OffClockHashes([big], [], val_tokens=-1)
     stopped.pause()

@@ -11,6 +11,7 @@ import torch
 from made_runs import RECORD_67
 from tiny_runs import make_data, tiny_spec, train, write_recipe
 
+from nanogpt.data import official
 from nanogpt.data.manifest import REPOSITORY, file_sha256
 from nanogpt.data.shards import train_name, val_name, write_tokens
 from nanogpt.recipe import load_recipe
@@ -18,6 +19,14 @@ from nanogpt.runs import reference as module
 from nanogpt.runs.metrics import read_run
 from nanogpt.runs.reference import ReferenceWatch, compare_loss, spread_at, why_off
 from nanogpt.spec import ReferenceCurve, ReferenceSpec
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_pinned():
+    """The shards of these tests are not those whose sha256 the package knows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(official, "SHA256", {})
+        yield
 
 
 @pytest.fixture
@@ -133,6 +142,11 @@ def test_off_for_other_data(shards):
     assert why_off(spec, shards).endswith(f"shards of someone/else, not of {REPOSITORY}")
     (shards / "manifest.json").write_text("[1")
     assert why_off(spec, shards).endswith("no manifest of downloaded shards")
+
+
+def test_off_for_shards_that_a_mirror_has_changed(shards, monkeypatch):
+    monkeypatch.setattr(official, "SHA256", {val_name(): "a" * 64})
+    assert why_off(load_recipe("speedrun"), shards).endswith(", which is not the data set's")
 
 
 def test_a_watch_says_why_it_is_off(shards):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import statistics
 
 import mpmath
@@ -103,7 +104,7 @@ def test_repeated_seeds_are_noted(tmp_path, nanogpt):
 def test_a_run_counts_once(tmp_path):
     run = made_run(tmp_path / "run")
     assert [one.label for one in loaded(run, tmp_path / "." / "run")] == ["run"]
-    copy = made_run(tmp_path / "copy")
+    copy = shutil.copytree(run, tmp_path / "copy")
     with pytest.raises(InputError, match=r"copy: a copy of .*run, loss for loss"):
         runs_significance(loaded(run, copy))
 

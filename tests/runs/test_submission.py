@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import shutil
 import statistics
 
 import pytest
-from made_runs import BIGRAM, SMEAR, SPARSE_BIGRAM, change_record, made_run, made_runs
+from made_runs import BEGAN, BIGRAM, SMEAR, SPARSE_BIGRAM, change_record, loaded, made_run, made_runs
 
 from nanogpt.recipe import load_recipe
 
@@ -30,7 +32,7 @@ def test_a_record(tmp_path, nanogpt, runs):
     assert row in text.splitlines() and text.startswith("# Bigrams \\| hashed\n")
     assert "UNOFFICIAL" not in text
     assert "n = 6, mean validation loss 3.27757" in text
-    assert "| run-3 | 3 | 3.2791 | 93.030 s | 4711 | 2026-03-01 12:08:33 | c0ffee000000 |" in text
+    assert "| run-3 | 3 | 3.2791 | 93.030 s | 4711 | 2026-03-01 12:38:33 | c0ffee000000 |" in text
     assert "- Hardware: 8 x NVIDIA H100 80GB HBM3" in text
 
     data = json.loads((out / "submission.json").read_text())
@@ -103,8 +105,10 @@ def test_one_run_is_no_record(tmp_path, nanogpt, runs):
 def test_notes_tell_what_was_changed_and_what_is_not_known(tmp_path, nanogpt):
     runs = []
     for seed, loss in enumerate((3.2770, 3.2772, 3.2771)):
-        run = made_run(tmp_path / f"run-{seed}", loss, seed=seed // 2, overrides=["model.softcap.cap=24"])
-        runs.append(change_record(run, code__clean=None, code__source_sha256="7" * 64))
+        began = BEGAN + datetime.timedelta(hours=seed)
+        overrides = ["model.softcap.cap=24"]
+        run = made_run(tmp_path / f"run-{seed}", loss, seed=seed // 2, overrides=overrides, began=began)
+        runs.append(change_record(run, code__clean=None))
     done = submit(nanogpt, runs, tmp_path / "out")
     assert done.code == 0
     assert "Caveat: run-0: code is not known: commit c0ffee000000, whether clean is not known" in done.err
@@ -139,3 +143,51 @@ def test_a_place_that_takes_nothing(tmp_path, nanogpt, runs):
     (tmp_path / "file").write_text("")
     done = submit(nanogpt, runs, tmp_path / "file" / "out")
     assert done.code == 1 and "the submission cannot be written" in done.err
+
+
+def test_invented_runs_are_no_record(tmp_path, nanogpt, runs):
+    """What was taken for a record once: hashes of nobody's, no code in the log, steps that nobody counted."""
+    for run in runs:
+        data = loaded(run)[0].record.data
+        shards = [file.model_copy(update={"sha256": f"{number:064x}"}) for number, file in enumerate(data.train, 1)]
+        change_record(run, spec_sha256="0" * 64, data__train=shards)
+        lines = [line for line in (run / "log.txt").read_text().splitlines(keepends=True) if "val_loss" in line]
+        (run / "log.txt").write_text("".join(lines))
+    refused = submit(nanogpt, runs, tmp_path / "out")
+    assert refused.code == 2 and not (tmp_path / "out").exists()
+    for run in runs:
+        assert f"{run.name}: training shards: fineweb_train_000001.bin: read with sha256 000000000000" in refused.err
+        assert f"{run.name}: files agree: spec.yaml has sha256 " in refused.err
+    assert "the code that ran is not in it" in refused.err
+    assert submit(nanogpt, runs, tmp_path / "out", "--unofficial").code == 0
+
+
+def test_what_is_not_known_of_the_data_is_no_record(tmp_path, nanogpt, runs):
+    data = loaded(runs[2])[0].record.data
+    change_record(runs[2], data__val=[data.val[0].model_copy(update={"sha256": None})])
+    refused = submit(nanogpt, runs, tmp_path / "out")
+    assert "run-2: validation shards is not known: fineweb_val_000000.bin: its sha256 is not in the" in refused.err
+
+
+def test_copied_runs_are_no_record(tmp_path, nanogpt, runs):
+    """Another final loss and other times, of a run that was there before."""
+    copy = shutil.copytree(runs[0], tmp_path / "copy")
+    for name in ("metrics.jsonl", "log.txt"):
+        (copy / name).write_text((copy / name).read_text().replace("3.2756", "3.2751").replace("93000", "93001"))
+    change_record(copy, val_loss=3.2751)
+    refused = submit(nanogpt, [*runs, copy], tmp_path / "out")
+    assert "run-0 and copy: 6 of 7 validation losses are the same to the last digit: a run counts once" in refused.err
+    assert "run-0 and copy: 1,555 of 1,555 training losses are the same" in refused.err
+    assert "run-0 and copy: one process (1 on node1) wrote both" in refused.err
+
+
+def test_runs_do_not_train_at_the_same_time_on_one_gpu(tmp_path, nanogpt, runs):
+    soon = BEGAN + datetime.timedelta(seconds=30)
+    other = made_run(tmp_path / "other", 3.2771, seed=9, began=soon)
+    refused = submit(nanogpt, [*runs, other], tmp_path / "out")
+    assert "run-0 and other: trained at one time, 2026-03-01 12:06:40+00:00 and 2026-03-01 12:07:10" in refused.err
+    ranks = [
+        rank.model_copy(update={"device_uuid": f"GPU-{8 + rank.rank}"})
+        for rank in loaded(other)[0].record.hardware.ranks
+    ]
+    assert submit(nanogpt, [*runs, change_record(other, hardware__ranks=ranks)], tmp_path / "out").code == 0
