@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from nanogpt.data.shards import HEADER_BYTES, TOKEN_BYTES, ShardError, Tokens
 from nanogpt.errors import InputError
+from nanogpt.files import open_regular
 
 PIECE_TOKENS = 1 << 20  # read and scanned at once: 2 MiB, under a millisecond from the page cache
 _FIRST_WINDOW = 2048  # documents looked at first when dealing a step; doubled until they suffice
@@ -171,7 +172,7 @@ class ShardDocuments:
         piece = self.tokens[first:last]
         try:
             if self._file is None:
-                self._file = self.path.open("rb")
+                self._file = open_regular(self.path)
                 self._file.seek(HEADER_BYTES + TOKEN_BYTES * first)
             got = self._file.readinto(piece.view(np.uint8).data)
         except OSError as error:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nanogpt.data.manifest import MANIFEST, REPOSITORY, read_manifest
 from nanogpt.data.shards import train_name
+from nanogpt.files import read_regular
 from nanogpt.runs.loaded import IDENTITY_KEYS, LoadedRun, show
 from nanogpt.runs.record import DataFile, Record
 from nanogpt.runs.reference import load_shipped, under
@@ -178,7 +179,7 @@ def _manifest_now(directory: Path, files: Sequence[DataFile]) -> tuple[str, dict
     """(repository, revision of each file that the directory's manifest has with the same sha256, what contradicts)."""
     path = directory / MANIFEST
     try:
-        repository = str(json.loads(path.read_text(encoding="utf-8")).get("repository"))
+        repository = str(json.loads(read_regular(path)).get("repository"))
     except (OSError, ValueError, AttributeError):
         return REPOSITORY, {}, None  # the directory may be elsewhere by now
     if repository != REPOSITORY:
@@ -283,7 +284,7 @@ def _disagreements(run: LoadedRun, record: Record) -> list[str]:
 def _last_in_log(path: Path) -> tuple[float, float] | None:
     """(milliseconds, validation loss) of the log's last evaluation."""
     try:
-        text = (path / "log.txt").read_text(encoding="utf-8", errors="replace")
+        text = read_regular(path / "log.txt").decode("utf-8", errors="replace")
     except OSError:
         return None
     lines = re.findall(r"^step:\d+/\d+ val_loss:(\d+\.\d+) train_time:(\d+)ms", text, re.MULTILINE)

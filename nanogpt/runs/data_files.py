@@ -16,6 +16,7 @@ from pathlib import Path
 from nanogpt.data.manifest import read_manifest
 from nanogpt.data.shards import HEADER_BYTES, TOKEN_BYTES
 from nanogpt.data.text_shards import MANIFEST as TEXT_MANIFEST
+from nanogpt.files import open_regular, read_regular
 from nanogpt.runs.record import DataFile
 
 BLOCK_BYTES = 1 << 20
@@ -49,7 +50,7 @@ def describe_shards(paths: Sequence[Path]) -> list[DataFile]:
 def _text_manifest(path: Path) -> tuple[dict[tuple[str, int], str], int]:
     """sha256 by name and size of the shards that prep-text wrote, and when, in ns; empty where there is no file."""
     try:
-        shards = json.loads(path.read_bytes())["shards"]
+        shards = json.loads(read_regular(path))["shards"]
         known = {
             (str(one["name"]), HEADER_BYTES + TOKEN_BYTES * int(one["tokens"])): str(one["sha256"]) for one in shards
         }
@@ -127,7 +128,7 @@ class OffClockHashes:
         digest = hashlib.sha256()
         buffer = memoryview(bytearray(BLOCK_BYTES))
         for path, first, size in parts:
-            with path.open("rb", buffering=0) as file:
+            with open_regular(path) as file:
                 file.seek(first)
                 left = size
                 while left:

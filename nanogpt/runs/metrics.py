@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.errors import InputError
+from nanogpt.files import read_regular
 
 Record = dict[str, Any]
 
@@ -38,7 +39,7 @@ def read_metrics(path: Path) -> list[Record]:
         InputError: no such file, or a line before the last that is no JSON object.
     """
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = read_regular(path).split(b"\n")
     except OSError as error:
         raise InputError(f"{path}: metrics cannot be read: {error.strerror}; expected the metrics of a run") from error
     records: list[Record] = []
