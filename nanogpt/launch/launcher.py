@@ -200,7 +200,7 @@ class _Signals:
         from torch.distributed.elastic.multiprocessing import SignalException
 
         if number == signal.SIGINT and self.asked == "SIGINT":
-            raise SignalException("second Ctrl-C", sigval=signal.SIGKILL)
+            raise SignalException("second Ctrl-C", sigval=signal.SIGINT)
         self.ask(signal.Signals(number).name)
 
     def ask(self, name: str) -> None:
