@@ -23,6 +23,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from nanogpt.errors import InputError
+from nanogpt.files import read_regular
 from nanogpt.spec import CosineSchedule, CrossCheckError, RunSpec
 
 KeyPath = tuple[str | int, ...]
@@ -109,6 +110,8 @@ def find_recipe(name: str | Path) -> Path:
         shipped = shipped_recipes() / candidate
         if path.parent in (Path(), Path("recipes")) and shipped.is_file():
             return shipped
+    if path.exists():  # reading it says what it is
+        return path
     known = sorted(file.stem for file in shipped_recipes().glob("*.yaml"))
     close = difflib.get_close_matches(path.stem, known, n=1)
     hint = f" Did you mean {close[0]}?" if close else ""
@@ -249,7 +252,7 @@ def schema_text(*, resolved: bool = False) -> str:
 def _read(path: Path, chain: tuple[Path, ...]) -> _Source:
     """The recipe at `path` laid over its bases; `chain`: the recipes that led here."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path).decode("utf-8")
     except UnicodeDecodeError as error:
         raise RecipeError([f"{path}: is not UTF-8 text: {error.reason} at byte {error.start}"]) from None
     except OSError as error:

@@ -226,10 +226,10 @@ def losses(path: Path) -> tuple[dict[int, float], dict[int, float]]:
 
 
 def newest_state(path: Path) -> dict[str, Any]:
-    """The newest checkpoint of the run at `path`, without its time."""
+    """The newest checkpoint of the run at `path`, without its time and whose it is."""
     state = load_newest_checkpoint(RunDirectory.open(path).checkpoint_directory)
     assert state is not None
-    del state["elapsed_ms"]
+    del state["elapsed_ms"], state["run"]
     return state
 
 

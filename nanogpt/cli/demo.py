@@ -114,9 +114,10 @@ def prepare_data(directory: Path, val_tokens: int) -> None:
 def data_state(directory: Path, val_tokens: int) -> str:
     """`ready`; `stale` where shards of the embedded corpus are not as they should be; or `other`."""
     from nanogpt.data.tokenizer import RANKS_SHA256
+    from nanogpt.files import read_regular
 
     try:
-        manifest = json.loads((directory / "text.json").read_bytes())
+        manifest = json.loads(read_regular(directory / "text.json"))
         if [one["path"] for one in manifest["inputs"]] != ["embedded"]:
             return "other"
         whole = (

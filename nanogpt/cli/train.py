@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -50,20 +51,22 @@ def train(
 
     On several GPUs: nanogpt launch --standalone --nproc-per-node N RECIPE, or torchrun ... -m nanogpt train RECIPE.
 
-    SIGTERM or SIGUSR1 ends the run after its step, with a checkpoint and exit code 75; --resume goes on.
+    SIGTERM, SIGUSR1 or Ctrl-C ends the run after its step, with a checkpoint and exit code 75; --resume goes on.
     """
     wait_briefly()
+    from nanogpt.background import GivenUp, Worker, wait_for
     from nanogpt.console import say
-    from nanogpt.errors import InputError
+    from nanogpt.errors import InputError, Interrupted
     from nanogpt.launch.watchdog import Watchdog
     from nanogpt.launch.world import started_as
     from nanogpt.recipe import load_recipe
+    from nanogpt.runs.claim import RunClaim
     from nanogpt.runs.directory import RunDirectory
     from nanogpt.spec import RunSpec
     from nanogpt.training.agreement import Start, agree, describe_start
     from nanogpt.training.checkpoint import list_checkpoints
     from nanogpt.training.recorder import create_run
-    from nanogpt.training.resume import check_not_running, resumed_spec
+    from nanogpt.training.resume import check_checkpoints, check_not_running, resumed_spec
     from nanogpt.training.trainer import check_start, default_data_directory, train_run
 
     if resume is not None and out is not None:
@@ -73,7 +76,7 @@ def train(
     rank, size, _ = started_as()
     is_main = rank == 0
 
-    with Watchdog(rank, size) as watch:
+    with ExitStack() as stack, Watchdog(rank, size) as watch:
         run: RunDirectory | None = None
         spec: RunSpec | None = None
 
@@ -90,10 +93,25 @@ def train(
             watch.limits = spec.watchdog
             data = data or default_data_directory(spec)
             files = check_start(spec, data)
+            if run is not None and is_main:
+                stack.enter_context(RunClaim(run.path, asked=lambda: watch.asked))
+                check_checkpoints(run, spec)
             checkpoints = list_checkpoints(run.checkpoint_directory) if run else []
             return describe_start(spec, files, watch.host, checkpoints[-1].name if checkpoints else None)
 
-        agree(prepare, watch)
+        def prepare_or_stop() -> Start:
+            worker = Worker("preparing")
+            prepared = worker.submit(prepare)
+            worker.close(0)
+            try:
+                return wait_for(prepared, lambda: watch.asked)
+            except GivenUp as error:
+                raise Interrupted(
+                    f"{error}: the run stopped before its first step, while it waited for a file of {resume or recipe}"
+                    f" or its data ({data or 'data.directory'}); nothing is to be saved; start it again"
+                ) from None
+
+        agree(prepare_or_stop, watch)
         assert spec is not None and data is not None
         if run is None and is_main:
             run = create_run(out or Path(spec.output.directory or os.environ.get("NANOGPT_RUNS") or "runs"), spec)

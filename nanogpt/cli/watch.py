@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nanogpt.cli.status import RunsOption, runs_directories
+from nanogpt.files import open_regular
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -106,7 +107,7 @@ def view(job: Job, log: Path | None) -> Group:
 def last_lines(path: Path, count: int = LOG_LINES) -> list[str]:
     """The file's last lines; none where it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             file.seek(max(0, path.stat().st_size - 200 * count))
             return file.read().decode("utf-8", errors="replace").splitlines()[-count:]
     except OSError:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,9 +25,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from nanogpt.background import GivenUp, Worker, wait_for
 from nanogpt.data.documents_index import ShardDocuments, StepPlan
 from nanogpt.data.shards import HEADER_BYTES, ShardError, Tokens, read_count
-from nanogpt.errors import InputError
+from nanogpt.errors import InputError, RunError
+from nanogpt.files import open_regular
 
 BOS = 50256  # GPT-2's <|endoftext|>
 
@@ -79,6 +81,7 @@ class TrainBatches:
         extras: Called with the inputs of every slot, (T,) uint16, while a step is built.
         kept_extras: Names of those that are also kept on the host, of all ranks' slots in order, in `step_extras` for
             the step that was handed out last.
+        asked: Says why the run is to stop, if it is: then nobody waits for ever for a file system that does not answer.
 
     Only the files' headers are read here, and nothing by `restart`: the first `next_step` opens the first shard, so
     that a clock started before it covers the opening. All methods belong to one thread.
@@ -103,6 +106,7 @@ class TrainBatches:
         hashed: bool = False,
         extras: Extras = no_extras,
         kept_extras: Collection[str] = (),
+        asked: Callable[[], str | None] = lambda: None,
     ):
         _check_ranks(slots, rank, world_size)
         if epochs is not None and epochs < 1:
@@ -119,9 +123,9 @@ class TrainBatches:
 
         self._copier = _Copier(torch.device(device), extras)
         self._shards: dict[int, ShardDocuments] = {}
-        # One thread each. The pools' threads end with the interpreter, also without `close`.
-        self._builder = ThreadPoolExecutor(1, "next-step") if prefetch else None
-        self._reader = ThreadPoolExecutor(1, "next-shard") if prefetch else None
+        self._asked = asked
+        self._builder = Worker("next-step") if prefetch else None
+        self._reader = Worker("next-shard") if prefetch else None
         self._pending: tuple[_Request, Future[_Step]] | None = None
         self._hashed = hashed
         self._to_hash: list[ShardDocuments] = []  # steps were made of them; the last one is the present one
@@ -146,6 +150,7 @@ class TrainBatches:
             InputError: the data are used up, or a slot has more documents than `cu_seqlens` has room for, or the
                 arguments do not fit the slots.
             ShardError: a shard cannot be read.
+            RunError: the run is to stop, and the step has not come for `nanogpt.background.GRACE_S` since.
         """
         began = time.perf_counter()
         if self._closed:
@@ -159,7 +164,8 @@ class TrainBatches:
 
         step = self._take_pending(request)
         if step is None:
-            step = self._build(self._position, request, self._host_step(request))
+            arguments = self._position, request, self._host_step(request)
+            step = self._build(*arguments) if self._builder is None else self._wait(self._submit(*arguments))
         self._position = step.after
         self.step_extras = step.extras
         batches = self._copier.hand_out(step.host, max_document_tokens)
@@ -167,7 +173,7 @@ class TrainBatches:
             # Pinned memory is asked for here: the background threads make no CUDA calls, so they can disturb neither
             # a graph capture nor the choice of device.
             host = self._host_step(request)
-            self._pending = request, self._builder.submit(self._build, self._position, request, host)
+            self._pending = request, self._submit(self._position, request, host)
         self.wait_seconds += time.perf_counter() - began
         return batches
 
@@ -215,12 +221,13 @@ class TrainBatches:
         return self._hashes
 
     def close(self) -> None:
-        """End the background threads and wait for them. May be called again; `next_step` may not."""
-        self._closed = True
-        self._forget()
-        for pool in (self._builder, self._reader):
-            if pool is not None:
-                pool.shutdown(wait=True, cancel_futures=True)
+        """End the background threads; one that hangs is left behind. May be called again; `next_step` may not."""
+        if not self._closed:
+            self._closed = True
+            self._forget()
+            for worker in (self._builder, self._reader):
+                if worker is not None:
+                    worker.close(_CLOSING_S)
 
     def __enter__(self) -> TrainBatches:
         return self
@@ -231,14 +238,29 @@ class TrainBatches:
     def _host_step(self, request: _Request) -> _HostStep:
         return self._copier.host_step(len(self._own_slots), request.tokens, request.bounds)
 
-    # -- building a step: in the builder's thread, or in the caller's while the builder is idle ------------------
+    def _submit(self, position: _Position, request: _Request, host: _HostStep) -> Future[_Step]:
+        assert self._builder is not None
+        return self._builder.submit(self._build, position, request, host)
+
+    def _wait(self, future: Future[_Step]) -> _Step:
+        try:
+            return wait_for(future, self._asked)
+        except GivenUp as error:
+            position = self._position
+            raise RunError(
+                f"{error}: step {position.steps + 1} waits for tokens of {self._files[position.shard].parent}, which"
+                " does not answer. The run ended without a checkpoint of where it was: resume it once the files can be"
+                " read"
+            ) from None
+
+    # -- building a step: in the builder's thread, or in the caller's where there is none -------------------------
 
     def _take_pending(self, request: _Request) -> _Step | None:
         """The prefetched step if it is the one asked for; in any case the builder is idle afterwards."""
         if self._pending is not None and self._pending[0] == request:
             future = self._pending[1]
             self._pending = None
-            return future.result()
+            return self._wait(future)
         self._drop_pending()
         return None
 
@@ -246,8 +268,8 @@ class TrainBatches:
         if self._pending is not None:
             future = self._pending[1]
             self._pending = None
-            if not future.cancel():
-                future.exception()  # waits; what went wrong there is not wanted
+            if not future.cancel():  # what goes wrong there is not wanted
+                wait([future], _CLOSING_S if self._closed else None)
 
     def _forget(self) -> None:
         self._drop_pending()
@@ -440,6 +462,7 @@ class ValBatches:
 
 # -- parts ---------------------------------------------------------------------------------------------------
 
+_CLOSING_S = 3.0
 _MORE_DATA = "Get more shards (prep-fineweb --chunks N) or prepare more text (prep-text)"
 
 
@@ -574,7 +597,7 @@ def read_stream(paths: Sequence[Path], wanted: int) -> Tokens:
     parts: list[Tokens] = []
     for path, count in zip(paths, counts, strict=True):
         take = min(count, wanted)
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             file.seek(HEADER_BYTES)
             part = np.fromfile(file, dtype="<u2", count=take)
         if part.size != take:

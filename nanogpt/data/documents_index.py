@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from nanogpt.data.shards import HEADER_BYTES, TOKEN_BYTES, ShardError, Tokens
 from nanogpt.errors import InputError
+from nanogpt.files import open_regular
 
 PIECE_TOKENS = 1 << 20  # read and scanned at once: 2 MiB, under a millisecond from the page cache
 _HASHED_TOKENS = 4 * PIECE_TOKENS  # at once, without Python's lock
@@ -190,7 +191,7 @@ class ShardDocuments:
         piece = self.tokens[first:last]
         try:
             if self._file is None:
-                self._file = self.path.open("rb")
+                self._file = open_regular(self.path)
                 self._header = self._file.read(HEADER_BYTES)
                 self._file.seek(HEADER_BYTES + TOKEN_BYTES * first)
             got = self._file.readinto(piece.view(np.uint8).data)

@@ -25,6 +25,7 @@ from nanogpt.data import official
 from nanogpt.data.shards import ShardError, missing_target, read_count
 from nanogpt.data.workers import FatalError, Stop
 from nanogpt.errors import RunError
+from nanogpt.files import open_regular, read_regular
 
 REPOSITORY = "kjj0/fineweb10B-gpt2"
 MANIFEST = "manifest.json"
@@ -66,7 +67,7 @@ class ShardCheck:
 def read_manifest(directory: Path) -> dict[str, Entry]:
     """The manifest's shards by name; empty where there is none or it cannot be understood."""
     try:
-        shards = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["shards"]
+        shards = json.loads(read_regular(directory / MANIFEST))["shards"]
         return {str(name): _entry(fields) for name, fields in shards.items()}
     except FileNotFoundError:
         return {}
@@ -141,7 +142,7 @@ def file_sha256(path: Path, stop: Stop | None = None) -> str:
     """A file's sha256 in hexadecimal, read anew."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(4 << 20))
-    with path.open("rb", buffering=0) as file:
+    with open_regular(path) as file:
         while count := file.readinto(buffer):
             if stop is not None:
                 stop.check()

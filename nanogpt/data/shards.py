@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nanogpt.errors import InputError
+from nanogpt.files import open_regular
 
 MAGIC = 20240520
 VERSION = 1
@@ -67,7 +68,7 @@ def read_count(path: Path) -> int:
         ShardError: missing or unreadable file, wrong magic or version, or a length that does not fit the count.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             head = file.read(HEADER_BYTES)
             length = os.fstat(file.fileno()).st_size
     except OSError as error:
@@ -89,7 +90,7 @@ def read_count(path: Path) -> int:
 def read_tokens(path: Path) -> Tokens:
     """Read a whole shard into memory: (count,) uint16. Raises `ShardError` as `read_count` does."""
     count = read_count(path)
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         file.seek(HEADER_BYTES)
         tokens = np.fromfile(file, dtype="<u2", count=count)
     if tokens.size != count:

@@ -1,13 +1,15 @@
-"""SIGTERM and SIGUSR1: please finish the step, write a checkpoint and stop.
+"""SIGTERM, SIGUSR1 and the first Ctrl-C: please finish the step, write a checkpoint and stop.
 
 SIGTERM has a handler. SIGUSR1 is blocked and asked for: Slurm sends it to every process of a job, the compiler's
 workers too, and these inherit the blocking, where a handler would be reset to the default, death. The launcher's word
 (`nanogpt.launch.launcher`) counts as a signal. A second signal changes nothing: launcher, batch script and user may
-all send one. Ctrl-C and SIGKILL end a run at once.
+all send one. A second Ctrl-C ends a run at once, as a KeyboardInterrupt, and a third without any last word.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import threading
 from types import FrameType
@@ -15,20 +17,24 @@ from typing import Any
 
 from nanogpt.launch.launcher import asked_to_stop, take_pending
 
+INTERRUPT_EXIT_CODE = 130
+
 
 class StopSignals:
     """Notes that a signal came; a context manager. Outside of the main thread it only hears the launcher."""
 
     def __init__(self) -> None:
         self._seen: str | None = None
+        self._interrupts = 0
         self._old: dict[int, Any] = {}
         self._mask: set[signal.Signals | int] = set()
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             # A thread that is older than this may have SIGUSR1 unblocked: hence the handler of it too.
-            for number in (signal.SIGTERM, signal.SIGUSR1):
-                self._old[number] = signal.signal(number, self._handle)
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+                if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # in a shell's background
+                    self._old[number] = signal.signal(number, self._handle)
             self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
         return self
 
@@ -41,7 +47,16 @@ class StopSignals:
             self._old = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._seen = self._seen or signal.Signals(number).name
+        if number == signal.SIGINT:
+            self._interrupts += 1
+            if self._interrupts == 2:
+                _say_now("Second Ctrl-C: ending at once, without a checkpoint of this step")
+                raise KeyboardInterrupt("second Ctrl-C: ended at once, without a checkpoint of that step")
+            if self._interrupts > 2:
+                os._exit(INTERRUPT_EXIT_CODE)
+            if "RANK" not in os.environ:  # a launcher speaks for all
+                _say_now("Ctrl-C: the step is finished, then comes a checkpoint; once more ends the run at once")
+        self._seen = self._seen or ("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
 
     def seen(self) -> str | None:
         """The first signal that has come so far, by name, and if it was to the launcher. Takes microseconds."""
@@ -52,3 +67,9 @@ class StopSignals:
                 launcher = asked_to_stop()
                 self._seen = None if launcher is None else f"{launcher} to the launcher"
         return self._seen
+
+
+def _say_now(line: str) -> None:
+    """From a handler, which may have interrupted a `print`."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{line}\n".encode())

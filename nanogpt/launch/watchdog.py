@@ -307,6 +307,8 @@ class Watchdog:
             return
         with self._lock:
             if self._own.frozen is None:
+                if self.rank == 0:
+                    say(f"{self._own.asked}: the step is finished, then comes a checkpoint")
                 self._own.frozen = self._own.segment
             reports = [self._peers[r].frozen if r in self._peers else None for r in range(self.size) if r != self.rank]
             found = [report for report in reports if report is not None]

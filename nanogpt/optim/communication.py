@@ -112,10 +112,10 @@ class Communicator:
         self.shard(full).copy_(shard)
         return self.gather(full).wait()
 
-    def broadcast(self, tensor: Tensor) -> None:
-        """Rank 0's values to every rank, in place."""
+    def broadcast(self, tensor: Tensor, source: int = 0) -> None:
+        """Rank `source`'s values to every rank, in place."""
         if self.size > 1:
-            dist.broadcast(_bytes(tensor), src=0, group=self.group)
+            dist.broadcast(_bytes(tensor), src=source, group=self.group)
 
     def barrier(self) -> None:
         """Wait for every rank."""

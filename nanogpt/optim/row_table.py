@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -125,6 +125,20 @@ class TouchedRows:
         """The gradient came from elsewhere: until it is cleared, any row may be in it."""
         self.clear()
         self._known = False
+
+    def state(self) -> dict[str, Any] | None:
+        """The rows of all ranks, for a checkpoint; None where they are not known."""
+        if not self._known:
+            return None
+        return {"shape": list(self._mask.shape), "mask": torch.from_numpy(np.packbits(self._mask))}
+
+    def load_state(self, state: dict[str, Any] | None) -> None:
+        """Go on from `state`; one of another number of ranks, or None, says nothing of this one's gradient."""
+        self.forget()
+        if state is not None and tuple(state["shape"]) == self._mask.shape:
+            bits = np.unpackbits(state["mask"].numpy(), count=self._mask.size)
+            self._mask[:] = bits.reshape(self._mask.shape).astype(np.bool_)
+            self._known = True
 
     def prepare(self) -> None:
         """All batches of the gradient are added: bring the lists to the device, ahead of their use."""

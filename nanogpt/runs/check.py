@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from nanogpt.data import official
 from nanogpt.data.manifest import MANIFEST, REPOSITORY, Entry, read_manifest
 from nanogpt.data.shards import HEADER_BYTES, TOKEN_BYTES, train_name
+from nanogpt.files import read_regular
 from nanogpt.runs.consistency import contradictions
 from nanogpt.runs.loaded import IDENTITY_KEYS, LoadedRun, show
 from nanogpt.runs.record import DataFile, Record
@@ -223,7 +224,7 @@ def _one_shard(file: DataFile, directory: Path, manifest: dict[str, Entry]) -> t
 def _manifest_now(directory: Path) -> dict[str, Entry]:
     """prep-fineweb's manifest where the run's shards were; empty where they are gone, or another data set's."""
     try:
-        repository = json.loads((directory / MANIFEST).read_text(encoding="utf-8")).get("repository")
+        repository = json.loads(read_regular(directory / MANIFEST)).get("repository")
     except (OSError, ValueError, AttributeError):
         return {}
     return read_manifest(directory) if repository == REPOSITORY else {}
@@ -317,7 +318,7 @@ def _disagreements(run: LoadedRun, record: Record) -> list[str]:
 def _last_in_log(path: Path) -> tuple[float, float] | None:
     """(milliseconds, validation loss) of the log's last evaluation."""
     try:
-        text = (path / "log.txt").read_text(encoding="utf-8", errors="replace")
+        text = read_regular(path / "log.txt").decode("utf-8", errors="replace")
     except OSError:
         return None
     lines = re.findall(r"^step:\d+/\d+ val_loss:(\d+\.\d+) train_time:(\d+)ms", text, re.MULTILINE)

@@ -19,6 +19,7 @@ from nanogpt.data import official
 from nanogpt.data.manifest import known_sha256, read_manifest
 from nanogpt.data.shards import HEADER_BYTES, TOKEN_BYTES
 from nanogpt.data.text_shards import MANIFEST as TEXT_MANIFEST
+from nanogpt.files import open_regular, read_regular
 from nanogpt.runs.record import DataFile
 
 BLOCK_BYTES = 1 << 20
@@ -80,7 +81,7 @@ def refusal(directory: Path, shards: Sequence[DataFile], stream_sha256: str | No
 def _text_manifest(path: Path) -> tuple[dict[tuple[str, int], str], int]:
     """sha256 by name and size of the shards that prep-text wrote, and when, in ns; empty where there is no file."""
     try:
-        shards = json.loads(path.read_bytes())["shards"]
+        shards = json.loads(read_regular(path))["shards"]
         known = {
             (str(one["name"]), HEADER_BYTES + TOKEN_BYTES * int(one["tokens"])): str(one["sha256"]) for one in shards
         }
@@ -178,7 +179,7 @@ class OffClockHashes:
         """sha256 of a file; its bytes from `first` up to `last` go into `part` too. None where it was stopped."""
         digest, position = hashlib.sha256(), 0
         buffer = memoryview(bytearray(BLOCK_BYTES))
-        with path.open("rb", buffering=0) as file:
+        with open_regular(path) as file:
             while True:
                 self._go.wait()
                 if self._stopped:

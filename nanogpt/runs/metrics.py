@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, overload
 
 from nanogpt.errors import InputError
+from nanogpt.files import open_regular
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,7 +61,7 @@ def iter_metrics(path: Path) -> Iterator[Record]:
         InputError: no such file, a line before the last that is no JSON object, or a value that is not of its key.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             for number in itertools.count(1):
                 line = file.readline(LONGEST_LINE)
                 if not line:

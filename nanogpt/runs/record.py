@@ -22,6 +22,7 @@ from typing import Any, Literal
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from nanogpt.errors import InputError
+from nanogpt.files import read_regular
 from nanogpt.runs.directory import LOG_NAME, METRICS_NAME, RECORD_NAME, RunDirectory, write_whole
 
 SCHEMA_VERSION = 1
@@ -246,6 +247,7 @@ class Record(Part):
 
     schema_version: int = SCHEMA_VERSION
     name: str
+    run_id: str | None = Field(default=None, description="random, made at the first start; checkpoints name it")
     state: State = Field(default="running", description="as the run itself knows it: see `live_state`")
     reason: str | None = Field(default=None, description="why it failed or was interrupted")
 
@@ -320,7 +322,7 @@ def read_record(run_path: Path | str) -> Record:
     """
     path = RunDirectory.open(run_path).path / RECORD_NAME
     try:
-        text = path.read_bytes()
+        text = read_regular(path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such record; the run is older than records, or its directory is a copy") from None
     except OSError as error:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.data.manifest import MANIFEST, REPOSITORY, known_sha256, read_manifest
+from nanogpt.files import read_regular
 from nanogpt.recipe import load_recipe, shipped_recipes
 from nanogpt.spec import ReferenceSpec, RunSpec
 from nanogpt.spec_differences import spec_differences
@@ -105,7 +106,7 @@ def why_not_fineweb(directory: Path, spec: RunSpec) -> str | None:
     """
     path = directory / MANIFEST
     try:
-        repository = json.loads(path.read_text(encoding="utf-8")).get("repository")
+        repository = json.loads(read_regular(path)).get("repository")
     except (OSError, ValueError, AttributeError):
         return f"{path}: no manifest of downloaded shards"
     if repository != REPOSITORY:

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter
 
 from nanogpt.data.shards import read_count
-from nanogpt.errors import InputError, RunError
+from nanogpt.errors import InputError, Interrupted, RunError
+from nanogpt.files import open_regular
 from nanogpt.launch.watchdog import POLL_S, Watchdog, connect, printable
 from nanogpt.runs.data_files import describe_shards
 from nanogpt.runs.provenance import package_versions, source_sha256
@@ -48,6 +49,7 @@ class Start:
     shards: dict[str, str] = field(default_factory=dict)  # size and digest by name
     resumes: str | None = None  # the newest checkpoint
     refusal: str | None = None  # why this rank cannot start
+    interrupted: bool = False  # by a signal, rather
 
     @classmethod
     def decode(cls, text: bytes) -> Start:
@@ -87,7 +89,7 @@ def _describe_files(files: Sequence[Path]) -> Iterator[tuple[str, str]]:
 def _sample(path: Path, size: int) -> str:
     """A hash of the file's start, middle and end."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         for at in (0, size // 2, max(0, size - SAMPLE_BYTES)):
             file.seek(at)
             digest.update(file.read(SAMPLE_BYTES))
@@ -118,11 +120,16 @@ def _other_kind(one: str, two: str) -> bool:
 
 
 def compare_starts(starts: Sequence[Start]) -> None:
-    """Raise `InputError`, the same words on every rank, where not all are to run the same or one cannot start."""
+    """Raise `InputError`, the same words on every rank, where not all are to run the same or one cannot start.
+
+    Or `Interrupted`, where a signal has come to one that waited for a file.
+    """
     refusals: dict[str, list[int]] = {}
     for rank, start in enumerate(starts):
         if start.refusal is not None:
             refusals.setdefault(start.refusal, []).append(rank)
+    if stopped := [start.refusal for start in starts if start.interrupted]:
+        raise Interrupted(stopped[0] or "")
     if refusals:
         everywhere = len(refusals) == 1 and len(next(iter(refusals.values()))) == len(starts)
         lines = [
@@ -152,7 +159,7 @@ def agree(prepare: Callable[[], Start], watch: Watchdog) -> None:
     """Run `prepare` on every rank and compare what it gives; see the module. One process only runs it.
 
     Raises:
-        InputError: `prepare` did on some rank, or the ranks differ: on all ranks, in the same words.
+        InputError, Interrupted: `prepare` did on some rank, or the ranks differ: on all ranks, in the same words.
         RunError: the others do not come, or are lost on the way.
     """
     if watch.size == 1:
@@ -161,8 +168,8 @@ def agree(prepare: Callable[[], Start], watch: Watchdog) -> None:
     host = watch.host
     try:
         start = prepare()
-    except InputError as error:
-        start = Start(host, refusal=str(error))
+    except (InputError, Interrupted) as error:
+        start = Start(host, refusal=str(error), interrupted=isinstance(error, Interrupted))
     start.process = watch.process.model_dump()
     try:
         store = connect(watch.limits.phase_seconds)
@@ -186,7 +193,7 @@ def agree(prepare: Callable[[], Start], watch: Watchdog) -> None:
         ) from error
     try:
         compare_starts(starts)
-    except InputError:
+    except (InputError, Interrupted):
         _leave_together(store, watch, several_nodes=len({start.host for start in starts}) > 1)
         raise
 

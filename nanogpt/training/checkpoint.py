@@ -13,15 +13,20 @@ import pickle
 import re
 import zipfile
 import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from nanogpt.console import say
 from nanogpt.errors import InputError, RunError
+from nanogpt.files import open_regular
 
-FORMAT = 1
+FORMAT = 2
+_READ = (1, FORMAT)  # 1 had the mean of the ranks' pending gradients
 _DAMAGE = (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.PickleError, zlib.error, zipfile.BadZipFile)
 _NAME = re.compile(r"^step-(\d{6,})\.pt$")
 
@@ -76,25 +81,55 @@ def save_checkpoint(directory: Path, step: int, state: dict[str, Any], *, keep: 
     return path
 
 
-def load_newest_checkpoint(directory: Path) -> dict[str, Any] | None:
+def extra_state(model: nn.Module) -> dict[str, Any]:
+    """What the model's modules keep beside their tensors: small plain data, which may be each rank's own."""
+    return {name: value for name, value in model.state_dict().items() if name.endswith(_EXTRA_STATE_KEY_SUFFIX)}
+
+
+def model_state_of_rank(state: Mapping[str, Any], rank: int, size: int) -> dict[str, Any]:
+    """The model's part of a checkpoint, with this rank's own `extra_state` where it was written by as many ranks."""
+    by_rank = state.get("extra_state_by_rank", ())
+    return {**state["model"], **(by_rank[rank] if len(by_rank) == size else {})}
+
+
+def load_newest_checkpoint(
+    directory: Path, check: Callable[[Path, dict[str, Any]], None] | None = None, *, every_byte: bool = True
+) -> dict[str, Any] | None:
     """The newest checkpoint that can be read, on the CPU; None where there is none.
 
-    One that is damaged (every byte is checked) is reported and passed over. Raises `InputError` where none of those
-    there can be read.
+    One that is damaged is reported and passed over.
+
+    Args:
+        directory: of the run's checkpoints.
+        check: raises for one that is not to be used (`nanogpt.training.ownership`).
+        every_byte: compare all checksums; otherwise the tensors are not read yet.
+
+    Raises:
+        InputError: none of those there can be read, or the newest is of another version, or not of the step that its
+            name says.
     """
     files = list_checkpoints(directory)
     for file in reversed(files):
         try:
-            with zipfile.ZipFile(file) as archive:  # torch itself ignores the checksums that it writes
-                damaged = archive.testzip()
+            with open_regular(file) as opened, zipfile.ZipFile(opened) as archive:
+                damaged = archive.testzip() if every_byte else None  # torch ignores the checksums that it writes
             if damaged:
                 raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
             state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+                raise ValueError("has no step")
         except _DAMAGE as error:
             say(f"{file}: not a readable checkpoint ({error}); trying the one before")
             continue
-        if state.get("format") != FORMAT:
+        if state.get("format") not in _READ:
             raise InputError(f"{file}: checkpoint format {state.get('format')}, this version reads format {FORMAT}")
+        if file.name != checkpoint_name(state["step"]):
+            raise InputError(
+                f"{file}: is the checkpoint after step {state['step']}, its name says another. Give it its name back"
+                f" ({checkpoint_name(state['step'])}), or move it away"
+            )
+        if check is not None:
+            check(file, state)
         return state
     if files:
         raise InputError(f"{directory}: none of its {len(files)} checkpoints can be read")

@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import os
 import resource
+import secrets
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,7 @@ from nanogpt.console import say
 from nanogpt.errors import InputError, Interrupted, RunError
 from nanogpt.launch.world import World, started_as
 from nanogpt.recipe import dump_spec, load_recipe
+from nanogpt.runs.claim import RunClaim
 from nanogpt.runs.consistency import SPEC_HEAD
 from nanogpt.runs.data_files import OffClockHashes, describe_shards, refusal
 from nanogpt.runs.directory import FLOAT_DIGITS, RECORD_NAME, RunDirectory
@@ -57,6 +60,7 @@ from nanogpt.runs.record import (
 )
 from nanogpt.spec import RunSpec
 from nanogpt.spec_differences import spec_differences
+from nanogpt.training.ownership import named_run
 
 if TYPE_CHECKING:
     from nanogpt.models.language_model import Implementations
@@ -73,6 +77,7 @@ def first_record(spec: RunSpec) -> Record:
     world_size = started_as()[1]
     return Record(
         name=spec.name,
+        run_id=secrets.token_hex(8),
         created=now,
         updated=now,
         starts=[
@@ -126,6 +131,7 @@ class RunRecorder:
         self.run = run if started_as()[0] == 0 else None
         self.resume = resume
         self._record: Record | None = None
+        self._claim = ExitStack()
         self._hashes: OffClockHashes | None = None
         self._data_directory = Path()
         self._nvidia_smi: subprocess.Popen[str] | None = None
@@ -133,13 +139,20 @@ class RunRecorder:
 
     def __enter__(self) -> RunRecorder:
         if self.run:
-            self._record, earlier = self._begin(self.run)
-            self._write()
-            self._open_log(self.run, earlier)
+            with ExitStack() as stack:
+                stack.enter_context(RunClaim(self.run.path))
+                self._record, earlier = self._begin(self.run)
+                self._write()
+                self._open_log(self.run, earlier)
+                self._claim = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         """After the trainer, which has told how the run ended unless it could not be built."""
+        with self._claim:
+            self._leave(kind, error)
+
+    def _leave(self, kind: type[BaseException] | None, error: BaseException | None) -> None:
         record = self._record
         if record is not None and record.state == "running":
             state = end_state(kind)
@@ -172,13 +185,16 @@ class RunRecorder:
         try:
             old = read_record(run.path)
         except InputError:  # none, or damaged
-            return first_record(self.spec), None
+            new = first_record(self.spec)
+            new.run_id = (self.resume and named_run(run.checkpoint_directory)) or new.run_id
+            return new, None
         if not self.resume:
             fresh = old.state == "running" and old.starts[-1].process == this_process()
             return (old if fresh else first_record(self.spec)), None
         new = first_record(self.spec)
         new.name, new.created, new.clock_started = old.name, old.created, old.clock_started
         new.spec_sha256 = old.spec_sha256
+        new.run_id = old.run_id or named_run(run.checkpoint_directory) or new.run_id
         last = old.starts[-1]
         if last.state == "running":
             last.state, last.ended = "killed", last_written(run.path, old)

@@ -11,8 +11,8 @@ from nanogpt.runs.directory import RunDirectory
 from nanogpt.runs.record import process_lives, read_record
 from nanogpt.spec import RunSpec
 from nanogpt.spec_differences import spec_differences
-
-CHANGEABLE = ("data.directory", "hardware", "runtime", "checkpoint", "watchdog", "output")
+from nanogpt.training.checkpoint import load_newest_checkpoint
+from nanogpt.training.ownership import CHANGEABLE, deciding_differences, owner_check
 
 
 def resumed_spec(
@@ -29,11 +29,7 @@ def resumed_spec(
     if recipe is not None:
         differences = list(spec_differences(spec, load_recipe(recipe, overrides, steps)))
         _refuse(run, differences, recipe, "resume without a recipe, or with the one and the --set of its start")
-    differences = [
-        (key, *values)
-        for key, *values in spec_differences(run.spec(), spec)
-        if not any(f"{key}.".startswith(f"{changeable}.") for changeable in CHANGEABLE)
-    ]
+    differences = list(deciding_differences(run.spec(), spec))
     _refuse(run, differences, "the command line", f"a resumed run may change {', '.join(CHANGEABLE)}; start a new one")
     return spec
 
@@ -50,6 +46,11 @@ def check_not_running(run: RunDirectory) -> None:
             f"{run.path}: process {process.pid} on {process.host} is still at it; two at once would spoil its files."
             f" End that one first (kill {process.pid}), or start a run of its own"
         )
+
+
+def check_checkpoints(run: RunDirectory, spec: RunSpec) -> None:
+    """Refuse a newest checkpoint that is not the run's before anything is built. Raises `InputError`."""
+    load_newest_checkpoint(run.checkpoint_directory, owner_check(run, spec, tell=False), every_byte=False)
 
 
 def _refuse(run: RunDirectory, differences: Sequence[tuple[Any, ...]], source: str, way_out: str) -> None:

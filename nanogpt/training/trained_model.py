@@ -13,6 +13,7 @@ from nanogpt.runs.directory import RunDirectory
 from nanogpt.spec import RunSpec
 from nanogpt.training.build import build_model
 from nanogpt.training.checkpoint import load_newest_checkpoint
+from nanogpt.training.ownership import owner_check
 from nanogpt.training.schedule import Schedule
 
 
@@ -37,7 +38,7 @@ def load_trained_model(
     """
     run = RunDirectory.open(run_directory)
     spec = run.spec()
-    checkpoint = load_newest_checkpoint(run.checkpoint_directory)
+    checkpoint = load_newest_checkpoint(run.checkpoint_directory, owner_check(run, spec, tell=False))
     if checkpoint is None:
         raise InputError(f"{run.path}: has no checkpoint; a run with checkpoint.at_end: true in its recipe writes one")
     model = build_model(spec, device=device, implementations=implementations)

@@ -43,13 +43,20 @@ from nanogpt.runs.reference import ReferenceWatch
 from nanogpt.runs.tracker import check_tracker
 from nanogpt.spec import RunSpec
 from nanogpt.training.build import build_model
-from nanogpt.training.checkpoint import import_ahead_of_saving, load_newest_checkpoint, save_checkpoint
+from nanogpt.training.checkpoint import (
+    extra_state,
+    import_ahead_of_saving,
+    load_newest_checkpoint,
+    model_state_of_rank,
+    save_checkpoint,
+)
 from nanogpt.training.clock import Clock
 from nanogpt.training.compilation import compiled_graphs, recompilation_reasons
 from nanogpt.training.devices import unlike_devices
 from nanogpt.training.end_of_run import EndOfRun
 from nanogpt.training.implementations import captures_graphs, choose_implementations, compile_whole, compiles
 from nanogpt.training.micro_step import MicroStep
+from nanogpt.training.ownership import owner, owner_check
 from nanogpt.training.parallel_compile import compile_in_parallel
 from nanogpt.training.recorder import RunRecorder, describe_rank, end_state
 from nanogpt.training.report import Reporter
@@ -217,6 +224,7 @@ class Trainer:
                 run_tokens=spec.training.total_tokens,
                 hashed=run is not None and world.local_rank == 0,
                 kept_extras={touched.extra for touched in self.touched.values()},
+                asked=lambda: self.watch.asked,
                 **place,
             )
         with self.startup.phase("attention library"):
@@ -524,9 +532,12 @@ class Trainer:
         failure: RunError | None = None
         with self.watch.phase("writing a checkpoint"):
             optimizer_state = self.optimizer.state_dict()
+            extra_states = self.world.gather(extra_state(self.model))
             if self.run_directory is not None and self.world.is_main:
                 state = {
+                    "run": owner(self.run_directory, self.spec),
                     "model": self.model.state_dict(),
+                    "extra_state_by_rank": extra_states,
                     "optimizer": optimizer_state,
                     "batches": self.train_batches.state_dict(),
                     "end_of_run": self.end_of_run.state_dict(),
@@ -556,18 +567,18 @@ class Trainer:
         raise Interrupted(f"{reason}: the run stopped after step {self.next_step}, its state is saved{way_on}")
 
     def _nothing_done(self, reason: str) -> Interrupted:
-        return Interrupted(f"{reason}: the run stopped before its first step; start it again")
+        return Interrupted(f"{reason}: the run stopped before its first step; nothing is to be saved; start it again")
 
     def _load_checkpoint(self) -> bool:
         """Take over the newest checkpoint of the run's directory, if there is one."""
-        directory = self.run_directory and self.run_directory.checkpoint_directory
-        state = load_newest_checkpoint(directory) if directory else None
+        run = self.run_directory
+        state = load_newest_checkpoint(run.checkpoint_directory, owner_check(run, self.spec)) if run else None
         self._check_same_everywhere("resumes at step", state["step"] if state else 0)
         if state is None:
             return False
         self.next_step = state["step"]
         self._windows_of = max(self.next_step - 1, 0)
-        self.model.load_state_dict(state["model"])
+        self.model.load_state_dict(model_state_of_rank(state, self.world.rank, self.world.size))
         self.optimizer.load_state_dict(state["optimizer"])
         self.train_batches.load_state_dict(state["batches"])
         self.end_of_run.load_state_dict(state.get("end_of_run", []))

@@ -16,7 +16,7 @@ from nanogpt.runs.record import read_record
 
 pytestmark = pytest.mark.timeout(900)
 
-ALL_S = 60.0
+ALL_S = 150.0  # a busy machine is slow
 SILENCE = "watchdog={silence_seconds: 10}"  # the default's 20 s: test_two_nodes.py
 HOST = os.uname().nodename
 

@@ -28,7 +28,7 @@ pytestmark = [
 
 ADDRESSES = ("10.231.77.1", "10.231.77.2")
 PORT = 29517
-ALL_S = 60.0
+ALL_S = 150.0  # a busy machine is slow
 
 
 def ip(*arguments: str) -> None:

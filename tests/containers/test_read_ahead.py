@@ -43,11 +43,16 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleTyp
     module = load("image_start")
     reader = tmp_path / "reader.py"
     note = f"open({str(tmp_path / 'ran')!r}, 'a').write(' '.join(sys.argv[1:]) + '|' + open(3).read())"
-    reader.write_text(f"import sys, time\n{note}\ntime.sleep(1)\n")
+    ended = tmp_path / "may-end"
+    reader.write_text(
+        f"import os, sys, time\n{note}\nuntil = time.monotonic() + 300\n"
+        f"while not os.path.exists({str(ended)!r}) and time.monotonic() < until: time.sleep(0.01)\n"
+    )
     (tmp_path / "pieces").write_text("0 1 x\n")  # its times are alike, as of a file in an image
     monkeypatch.setattr(module, "READ_AHEAD", str(reader))
     monkeypatch.setattr(module, "PIECES", str(tmp_path / "pieces"))
     yield module
+    ended.touch()
 
 
 def test_matplotlib_s_directory_is_taken_only_if_it_is_mine(start: ModuleType, tmp_path: Path) -> None:
@@ -187,7 +192,7 @@ def test_the_reader_leaves_quietly_when_nobody_needs_it(tmp_path: Path) -> None:
 def runs(tmp_path: Path, expected: int) -> list[str]:
     """What the reader of `start` was given each time that it ran, as soon as there are so many."""
     noted = tmp_path / "ran"
-    end = time.monotonic() + 20
+    end = time.monotonic() + 150
     while time.monotonic() < end and (not noted.exists() or len(noted.read_text().splitlines()) < expected):
         time.sleep(0.05)
     return noted.read_text().splitlines() if noted.exists() else []
@@ -201,9 +206,15 @@ def test_an_import_of_torch_starts_one_reader_however_many_import(start: Any, tm
     for _ in range(3):
         assert finder.find_spec("torch", None) is None
     assert runs(tmp_path, 1) == [f"3 {os.getpid()}|0 1 x"]
-    time.sleep(1.5)
-    start.read_ahead()  # the first one has ended, and its lock with it
-    assert runs(tmp_path, 2) == [f"3 {os.getpid()}|0 1 x"] * 2
+    start.read_ahead()
+    assert len(runs(tmp_path, 1)) == 1
+    (tmp_path / "may-end").touch()
+    (tmp_path / "ran").rename(tmp_path / "ran-first")
+    until = time.monotonic() + 150
+    while not (tmp_path / "ran").exists() and time.monotonic() < until:  # the first one has its lock to its end
+        start.read_ahead()
+        time.sleep(0.05)
+    assert runs(tmp_path, 1)[:1] == [f"3 {os.getpid()}|0 1 x"]
 
 
 def test_unpacked_or_without_a_list_nothing_starts(start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

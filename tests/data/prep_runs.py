@@ -77,7 +77,7 @@ class Run(Ended):
         )
 
     def wait(self) -> Run:
-        self.out, self.err = self.process.communicate(timeout=60)
+        self.out, self.err = self.process.communicate(timeout=200)
         self.code = self.process.returncode
         self.seconds = time.monotonic() - self.began
         assert "Traceback" not in self.err, self.err
@@ -105,7 +105,7 @@ def partial(data: Path, name: str) -> Path:
     return data / ".prep-fineweb" / f"{name}.partial"
 
 
-def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+def until(condition: Callable[[], bool], seconds: float = 150) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"

@@ -191,7 +191,7 @@ def test_an_error_ends_the_workers_even_while_they_start(seconds: float) -> None
         workers = descendants(os.getpid())
         raise ZeroDivisionError
     assert workers
-    wait_for(lambda: not any(alive(pid) for pid in workers), 5)
+    wait_for(lambda: not any(alive(pid) for pid in workers))
 
 
 def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

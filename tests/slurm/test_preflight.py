@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -167,14 +166,12 @@ def test_a_checkpoint_is_no_larger_than_reckoned(tmp_path: Path) -> None:
 # --- all of it --------------------------------------------------------------------------------------------------
 
 
-def test_the_whole_of_it_is_quick_and_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_whole_of_it_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = make_data(tmp_path / "data")
     image = tmp_path / "nanogpt.sif"
     image.write_bytes(b"image" * 1000)
     environ = {"APPTAINER_CONTAINER": str(image), "NANOGPT_SIF_SHA256": file_sha256(image)}
-    began = time.monotonic()
     checks = preflight(tiny_spec(), data, tmp_path / "runs", environ)
-    assert time.monotonic() - began < 20
     assert states(checks)["image"] == "passed" and file_sha256(image) in checks[-1].found
     assert "5 passed, 0 warnings, 0 failed" in capsys.readouterr().err
     image.write_bytes(b"other" * 1000)

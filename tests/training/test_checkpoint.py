@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shutil
 import signal
@@ -26,8 +27,11 @@ from tiny_runs import (
 )
 
 from nanogpt.errors import InputError, RunError
+from nanogpt.optim.communication import Communicator
+from nanogpt.optim.pending import pending_gradient
 from nanogpt.runs.directory import RunDirectory
 from nanogpt.runs.metrics import read_metrics, read_run
+from nanogpt.runs.record import read_record
 from nanogpt.training import checkpoint
 from nanogpt.training.checkpoint import FORMAT, list_checkpoints, load_newest_checkpoint, save_checkpoint
 from nanogpt.training.trainer import Trainer
@@ -264,6 +268,85 @@ def test_another_format_is_named(tmp_path: Path) -> None:
     torch.save({"format": FORMAT + 1, "step": 3}, tmp_path / "step-000003.pt")
     with pytest.raises(InputError, match=rf"checkpoint format {FORMAT + 1}, this version reads format {FORMAT}"):
         load_newest_checkpoint(tmp_path)
+
+
+def test_a_pipe_in_a_checkpoints_place_keeps_nobody_waiting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_checkpoint(tmp_path, 3, SMALL, keep=5)
+    os.mkfifo(tmp_path / "step-000006.pt")
+    state = load_newest_checkpoint(tmp_path)
+    assert state is not None and state["step"] == 3
+    assert "is a pipe, expected a file" in capsys.readouterr().err
+
+
+# -- whose it is -----------------------------------------------------------------------------------------------------
+
+
+def rewritten(file: Path, change: Any) -> None:
+    state = torch.load(file, weights_only=True)
+    change(state)
+    torch.save(state, file)
+
+
+def test_a_checkpoint_of_another_seed_is_refused(nanogpt: Any, data: Path, tmp_path: Path) -> None:
+    settings = "checkpoint={every: 5, keep: 9, at_end: false}"
+    for seed in (0, 1):
+        train(tiny_spec(settings, f"training.seed={seed}"), data, tmp_path / f"run{seed}")
+    foreign, own = (tmp_path / f"run{seed}" / "checkpoints" / "step-000010.pt" for seed in (1, 0))
+    shutil.copy(foreign, own)
+    before = (tmp_path / "run0" / "metrics.jsonl").read_bytes()
+    outcome = nanogpt("train", "--resume", tmp_path / "run0", "--data", data)
+    assert outcome.code == 2
+    assert f"{own}: is a checkpoint of the run run1 (id " in outcome.err
+    assert (tmp_path / "run0" / "metrics.jsonl").read_bytes() == before
+    (tmp_path / "run0" / "record.json").unlink()  # the recipe still tells
+    outcome = nanogpt("train", "--resume", tmp_path / "run0", "--data", data)
+    assert outcome.code == 2
+    assert f"{own}: is a checkpoint of another recipe." in outcome.err
+    assert "training.seed: 1 in the checkpoint, 0 in the run" in outcome.err
+    own.unlink()  # the way out
+    assert nanogpt("train", "--resume", tmp_path / "run0", "--data", data).code == 0
+    # A run whose record was lost goes on under the id that its checkpoints name.
+    named = torch.load(own.with_name("step-000005.pt"), weights_only=True)["run"]["id"]
+    assert read_record(tmp_path / "run0").run_id == named
+
+
+def test_a_checkpoint_of_another_step_than_its_name_says_is_refused(tmp_path: Path) -> None:
+    file = save_checkpoint(tmp_path, 3, SMALL, keep=5)
+    file.rename(tmp_path / "step-000006.pt")
+    with pytest.raises(InputError, match=r"step-000006.pt: is the checkpoint after step 3, .* \(step-000003.pt\)"):
+        load_newest_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_of_an_older_version_is_taken_with_a_line(
+    whole: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It names no run, and has the mean of all ranks' pending gradients, by name."""
+    path = stopped_after(whole, 5, tmp_path / "run")
+
+    def age(state: dict[str, Any]) -> None:
+        del state["run"], state["extra_state_by_rank"]
+        state["format"] = 1
+        if "pending_gradients" in state["optimizer"]:
+            (kept,) = state["optimizer"]["pending_gradients"]
+            state["optimizer"].pop("touched")
+            one_rank = [kept]
+            state["optimizer"]["pending_gradients"] = {
+                label: pending_gradient(one_rank, label, Communicator()) for label in kept
+            }
+            assert "lm_head" in kept
+
+    rewritten(path / "checkpoints" / "step-000005.pt", age)
+    train(RunDirectory.open(path).spec(), data, path, resume=True)
+    assert "step-000005.pt: names no run, as an older version wrote it" in capsys.readouterr().err
+    assert losses(path) == losses(whole)
+    assert_same(newest_state(path), newest_state(whole))
+
+
+def test_each_rank_has_its_own_scales_back() -> None:
+    state = {"model": {"w": 1, "mlp._extra_state": "of 0"}}
+    state["extra_state_by_rank"] = [{"mlp._extra_state": "of 0"}, {"mlp._extra_state": "of 1"}]  # type: ignore[assignment]
+    assert checkpoint.model_state_of_rank(state, 1, 2) == {"w": 1, "mlp._extra_state": "of 1"}
+    assert checkpoint.model_state_of_rank(state, 3, 4) == state["model"]
 
 
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
+import socket
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny_runs import assert_same, losses, make_data, newest_state, python, tiny_spec, train, write_recipe
 
+from nanogpt.data.manifest import read_manifest
+from nanogpt.data.shards import train_name
 from nanogpt.errors import REQUEUE_EXIT_CODE, Interrupted, RunError
+from nanogpt.runs.listing import run_row
 from nanogpt.runs.metrics import read_run
 from nanogpt.runs.record import read_record
 from nanogpt.training import trainer as trainer_module
@@ -20,6 +30,7 @@ from nanogpt.training.trainer import Trainer
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 AT_END = "checkpoint.at_end=true"
+PATIENCE_S = 150.0
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +88,7 @@ def test_during_warm_up_nothing_is_lost_and_nothing_saved(
     path = tmp_path / "run"
     with monkeypatch.context() as patch:
         signal_in_call(patch, "train_step", 2, signal.SIGTERM)
-        with pytest.raises(Interrupted, match="before its first step; start it again"):
+        with pytest.raises(Interrupted, match="before its first step; nothing is to be saved"):
             train(tiny_spec(AT_END, "training.warmup=true"), data, path)
     assert not list_checkpoints(path / "checkpoints")
     assert read_run(path).state == "interrupted"
@@ -119,6 +130,115 @@ def test_an_interruption_that_cannot_be_saved_is_a_failure(
     with pytest.raises(RunError, match="disk full"):
         train(tiny_spec("checkpoint.on_failure=continue"), data, tmp_path / "run")
     assert read_run(tmp_path / "run").state == "failed"
+
+
+@pytest.mark.parametrize(("after", "code"), [(3, REQUEUE_EXIT_CODE), (None, 130)])
+def test_ctrl_c_once_and_twice(data: Path, tmp_path: Path, after: int | None, code: int) -> None:
+    """In step 4; the second one, where there is one, right after the first."""
+    recipe = write_recipe(tmp_path / "tiny.yaml", tiny_spec())
+    script = SIGNALLED.replace(
+        "(signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1)", f"[signal.SIGINT] * {1 if after else 2}"
+    )
+    done = python(
+        "-c", textwrap.dedent(script), "train", str(recipe), "--data", str(data), "--out", str(tmp_path / "runs")
+    )
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Ctrl-C: the step is finished, then comes a checkpoint; once more ends the run at once\n" in done.stderr
+    (path,) = (tmp_path / "runs").iterdir()
+    row, files = run_row(path), [file.name for file in list_checkpoints(path / "checkpoints")]
+    assert row.state == "interrupted"
+    if after:
+        assert "Ctrl-C: the run stopped after step 4, its state is saved; go on with: nanogpt train" in done.stderr
+        assert files == ["step-000004.pt"]
+        assert "Ctrl-C: the run stopped after step 4" in (row.reason or "")
+    else:
+        assert "Second Ctrl-C: ending at once, without a checkpoint of this step\n" in done.stderr
+        assert files == []
+        assert "after step 3: second Ctrl-C: ended at once" in (row.reason or "")
+
+
+# A shard that never answers, as on a mount whose server is gone.
+HANGING = """
+    import sys, threading
+    from nanogpt import background
+    from nanogpt.cli.main import main
+    from nanogpt.data import documents_index
+    from nanogpt.training import agreement
+    background.GRACE_S = 0.5
+    def never(path):
+        print("waiting", flush=True)
+        threading.Event().wait()
+    if {starting}:
+        agreement.read_count = never
+    documents_index.open_regular = never
+    main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("starting", [False, True])
+def test_a_file_that_does_not_answer_keeps_no_signal_from_ending_the_run(tmp_path: Path, starting: bool) -> None:
+    shards = make_data(tmp_path / "data", (1700, 1300))
+    recipe = write_recipe(tmp_path / "tiny.yaml", tiny_spec())
+    script = textwrap.dedent(HANGING.replace("{starting}", str(starting)))
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, "train", recipe, "--data", shards, "--out", tmp_path / "runs"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "waiting\n"
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=PATIENCE_S)
+    assert "Traceback" not in told
+    if starting:
+        assert process.returncode == REQUEUE_EXIT_CODE, told
+        assert "SIGTERM: the run stopped before its first step, while it waited for a file of " in told
+        assert not (tmp_path / "runs").exists()
+    else:
+        assert process.returncode == 1, told
+        assert re.search(rf"SIGTERM: step 1 waits for tokens of {shards}, which does not answer", told)
+        (path,) = (tmp_path / "runs").iterdir()
+        assert read_run(path).state == "failed"
+
+
+def test_what_is_no_file_is_refused_at_once(data: Path, tmp_path: Path, nanogpt: Callable[..., Any]) -> None:
+    """Nobody ever writes into these pipes: reading one would never end."""
+    recipe = write_recipe(tmp_path / "tiny.yaml", tiny_spec())
+    shards = make_data(tmp_path / "data", (1700, 1300))
+    name = train_name(2)
+    for make, kind in ((os.mkfifo, "a pipe"), (make_socket, "a socket"), (os.mkdir, "a directory")):
+        (shards / name).unlink()
+        make(shards / name)
+        outcome = nanogpt("train", recipe, "--data", shards, "--out", tmp_path / "runs")
+        assert outcome.code == 2
+        assert f"{shards / name}: cannot be read: is {kind}, expected a file" in outcome.err
+        shutil.move(shards / name, tmp_path / kind)
+        (shards / name).touch()
+    pipe = tmp_path / "a pipe"
+    outcome = nanogpt("train", pipe, "--data", data)
+    assert outcome.code == 2
+    assert f"{pipe}: cannot be read: is a pipe, expected a file" in outcome.err
+
+    train(tiny_spec(), data, tmp_path / "run")
+    for file in ("metrics.jsonl", "record.json"):
+        (tmp_path / "run" / file).unlink()
+        os.mkfifo(tmp_path / "run" / file)
+    row = run_row(tmp_path / "run")
+    assert "metrics.jsonl: metrics cannot be read: is a pipe" in (row.problem or "")
+    assert "record.json: cannot be read: is a pipe" in (row.problem or "")
+    os.mkfifo(data / "manifest.json")
+    try:
+        assert read_manifest(data) == {}
+    finally:
+        (data / "manifest.json").unlink()
+
+
+def make_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(path.parent.parent / "s"))  # its name has to be short
+    (path.parent.parent / "s").rename(path)
 
 
 SIGNALLED = """

@@ -184,10 +184,17 @@ def test_hanging_is_told_from_silence_and_names_who_is_behind(store: dist.TCPSto
     watches = [Watchdog(rank, 2, limits) for rank in range(2)]
     release = threading.Event()
 
+    steps = (8, 5)
+
     def body(watch: Watchdog) -> None:
-        watch.training(0)
-        for step in range(8 if watch.rank == 0 else 5):
+        for step in range(steps[watch.rank]):
             watch.boundary(step + 1)
+        other = 1 - watch.rank
+        until = time.monotonic() + PATIENCE_S
+        while other not in watch._peers or watch._peers[other].segment < steps[other]:  # heard of, at its last step
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        watch.training(steps[watch.rank])
         while not release.wait(0.05):
             watch.check()  # a collective in which nothing happens, seen from the outside
 

@@ -23,6 +23,7 @@ from nanogpt.optim.communication import Communicator, Pending, RankOf, completed
 from nanogpt.optim.normuon import normuon_update, second_moment_dim
 from nanogpt.optim.normuon_adam.spec import NorMuonAdamRates, NorMuonAdamSpec
 from nanogpt.optim.normuon_adam.step_order import ParameterPlan, updated_together
+from nanogpt.optim.pending import gather_pending, pending_gradient
 from nanogpt.optim.row_table import Rows, TouchedRows, average_touched_shard
 from nanogpt.parameters import NorMuon, Parameter
 
@@ -278,17 +279,15 @@ class NorMuonAdam:
     def state_dict(self) -> dict[str, Any]:
         """Full tensors, whatever the world size.
 
-        Also the gradients that Adam's parameters have gathered so far, and those whose update is still to come.
+        Also the gradients that Adam's parameters have gathered so far, by rank (`nanogpt.optim.pending`, with the rows
+        that `touched` knows of them), and those whose update is still to come.
         """
         tensors = {
             label: {name: self._full(self.plans[label], own) for name, own in state.items()}
             for label, state in self.state.items()
         }
-        pending = {}
-        for label in self.spec.adam.groups if self.gathering else ():
-            gradient = self.parameters[label].grad
-            if gradient is not None:
-                pending[label] = self.communicator.average(gradient.clone()).wait()
+        gathered = ((label, self.parameters[label].grad) for label in (self.spec.adam.groups if self.gathering else ()))
+        pending = gather_pending(self.communicator, {label: grad for label, grad in gathered if grad is not None})
         waiting = {}
         for label, (reduction, rates) in self.waiting.items():
             own = reduction.wait()
@@ -299,6 +298,7 @@ class NorMuonAdam:
             "adam_counts": dict(self.adam_counts),
             "tied": self.tied,
             "pending_gradients": pending,
+            "touched": {label: touched.state() for label, touched in self.touched.items()} if pending else {},
             "waiting": waiting,
         }
 
@@ -317,18 +317,21 @@ class NorMuonAdam:
                 own = self.communicator.shard(full) if self.plans[label].sharded else full
                 self.state[label][name].copy_(own)
         for label, touched in self.touched.items():
-            if label in state["pending_gradients"]:
-                touched.forget()
+            if state["pending_gradients"]:
+                touched.load_state(state.get("touched", {}).get(label))
             else:
                 touched.clear()
         self.waiting = {}
         for label, kept in state.get("waiting", {}).items():
             own = self._own(self.plans[label], kept["gradient"]).to(self.parameters[label], copy=True)
             self.waiting[label] = completed(own), NorMuonAdamRates(lr_factor=kept["lr_factor"])
-        self.gathering = bool(state["pending_gradients"])
+        pending = state["pending_gradients"]
+        self.gathering = bool(pending)
         for label, parameter in self.parameters.items():
             self._clear(label)
-            if (gradient := state["pending_gradients"].get(label)) is None:
+            old = isinstance(pending, dict)  # an older checkpoint: the mean over ranks, by label
+            gradient = pending.get(label) if old else pending_gradient(pending, label, self.communicator)
+            if gradient is None:
                 continue
             if parameter.grad is None:
                 parameter.grad = torch.empty_like(parameter)

@@ -1,0 +1,55 @@
+"""Opening a file that has to be one: a pipe, a socket or a device in its place would keep the reader waiting."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from io import BufferedReader
+from pathlib import Path
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+class NotRegularError(OSError):
+    """What is there is no regular file; `strerror` says what it is."""
+
+
+def open_regular(path: Path | str) -> BufferedReader:
+    """The file at `path`, for reading bytes. Never waits for a writer.
+
+    Raises:
+        OSError: it cannot be opened; a `NotRegularError` where it is something other than a file.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket, or a device without a driver
+            raise _not_regular(path, Path(path).stat().st_mode) from error
+        raise
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            raise _not_regular(path, mode)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_regular(path: Path | str) -> bytes:
+    """The whole file. Raises as `open_regular` does."""
+    with open_regular(path) as file:
+        return file.read()
+
+
+def _not_regular(path: Path | str, mode: int) -> NotRegularError:
+    kind = _KINDS.get(stat.S_IFMT(mode), "no regular file")
+    code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+    return NotRegularError(code, f"is {kind}, expected a file", os.fspath(path))
