@@ -27,7 +27,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,10 @@ from nanogpt.errors import REQUEUE_EXIT_CODE, InputError, NanogptError
 if TYPE_CHECKING:
     import argparse
 
+    from nanogpt.spec import HardwareSpec
+
+    ChooseHardware = Callable[[Sequence[str]], tuple[HardwareSpec, Sequence[str]]]
+
 LAUNCH_DIRECTORY = "NANOGPT_LAUNCH_DIR"  # a directory that this launcher and its ranks share
 STOP_NAME = "stop"  # in it: the signal's name, once a stop has been asked for
 GRACE_S = 600.0
@@ -45,21 +49,26 @@ STOPPED_S = 25.0  # a rank in state T for so long is killed: later than other ra
 _POLL_S = 0.5
 
 
-def launch(arguments: Sequence[str]) -> int:
+def launch(arguments: Sequence[str], choose: ChooseHardware | None = None) -> int:
     """Run torchrun on `nanogpt train` and return the exit code; see the module.
 
     Args:
         arguments: torchrun's options, then the arguments of `nanogpt train`. These begin with the recipe, or after
             a `--`.
+        choose: from the arguments of `nanogpt train` to the hardware, and to arguments that say it to the ranks; asked
+            where torchrun's options name no number of processes. None: as torchrun, which starts one.
 
     Raises:
-        InputError: torchrun's options do not fit together.
+        InputError: torchrun's options do not fit together, or not the hardware; and what `choose` raises.
     """
     import torch.distributed.run as torchrun
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     args = parse(arguments)
+    if choose is not None and args.nproc_per_node is None:
+        _start_on(args, choose)
+    args.nproc_per_node = args.nproc_per_node or "1"
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's own choice, without its warning
     with tempfile.TemporaryDirectory(prefix="nanogpt-launch-") as name, _Signals(Path(name)) as signals:
         os.environ[LAUNCH_DIRECTORY] = name
@@ -87,11 +96,16 @@ def launch(arguments: Sequence[str]) -> int:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """torchrun's own reading of `arguments`, its program being `-m nanogpt train`; `grace` is our option."""
+    """torchrun's own reading of `arguments`, its program being `-m nanogpt train`; `grace` is our option.
+
+    `nproc_per_node` is None where it is not said.
+    """
     from torch.distributed.run import get_args_parser
 
     parser = get_args_parser()
     parser.prog = "nanogpt launch"
+    if not os.environ.get("PET_NPROC_PER_NODE"):  # torchrun's own
+        parser.set_defaults(nproc_per_node=None)
     parser.add_argument(
         "--grace", type=float, default=GRACE_S, help="Seconds that ranks have after SIGTERM or SIGUSR1 before SIGKILL."
     )
@@ -105,6 +119,26 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     args.training_script, args.training_script_args = "nanogpt", ["train", *of_train]
     args.signals_to_handle = "SIGQUIT,SIGHUP"  # the others are ours
     return args
+
+
+def _start_on(args: argparse.Namespace, choose: ChooseHardware) -> None:
+    """A process a GPU of the hardware that `choose` tells, on this machine if torchrun's options name no others."""
+    from torch.distributed.run import get_args_parser
+
+    from nanogpt.hardware import shape
+
+    hardware, said = choose(args.training_script_args[1:])
+    args.nproc_per_node = str(hardware.gpus_per_node)
+    if args.nnodes != get_args_parser().get_default("nnodes"):
+        return  # how many nodes come, the ranks see
+    if hardware.nodes > 1:
+        raise InputError(
+            f"nanogpt launch: {shape(hardware)} is {hardware.nodes} nodes, which have to meet. Start it on each of them"
+            f" with --nnodes {hardware.nodes} --rdzv-backend c10d --rdzv-endpoint NODE:29500 --rdzv-id JOB before the"
+            " recipe, or as a Slurm job: slurm/run.sh RECIPE"
+        )
+    args.standalone = args.standalone or not args.rdzv_endpoint
+    args.training_script_args += said
 
 
 def exit_code(failures: Mapping[int, int], *, stop_asked: bool = False) -> int:
