@@ -2,7 +2,8 @@
 
 A recipe may name a `base` (a path beside itself). Mappings are merged key by key, lists and values replace; a mapping
 whose `kind` differs from the base's replaces it whole. Every value remembers the file and line it came from, so that
-an error can point there. Command-line overrides (`--set training.stages.0.batch_tokens=65536`) come last.
+an error can point there. Command-line overrides (`--set training.stages.0.batch_tokens=65536`) come last, after
+`--on 4xh200`, which replaces `hardware`. That may also be left open: then it is filled in from what is at hand.
 """
 
 from __future__ import annotations
@@ -24,12 +25,16 @@ from pydantic_core import ErrorDetails
 
 from nanogpt.errors import InputError
 from nanogpt.files import read_regular
-from nanogpt.spec import CosineSchedule, CrossCheckError, RunSpec
+from nanogpt.hardware import Fill, parse_shape, shape, split_shape
+from nanogpt.spec import CosineSchedule, CrossCheckError, HardwareSpec, RunSpec
 
 KeyPath = tuple[str | int, ...]
 
 # Keys of older recipes and runs, and what they are called now.
 RENAMED: Mapping[KeyPath, str] = {("runtime", "bigram_gradient"): "row_gradients"}
+
+# What a recipe that leaves hardware open is checked for where nothing is started: the machine of public records.
+USUAL = HardwareSpec(gpu="h100", gpus_per_node=8)
 
 
 class RecipeError(InputError):
@@ -112,39 +117,72 @@ def find_recipe(name: str | Path) -> Path:
             return shipped
     if path.exists():  # reading it says what it is
         return path
+    if parts := _recipe_and_shape(path.name):
+        recipe, on = parts
+        raise InputError(
+            f"{name}: a recipe no longer says hardware in its name. Type {recipe} --on {on}, as in"
+            f" `nanogpt train {recipe} --on {on}`"
+        )
     known = sorted(file.stem for file in shipped_recipes().glob("*.yaml"))
     close = difflib.get_close_matches(path.stem, known, n=1)
     hint = f" Did you mean {close[0]}?" if close else ""
     raise InputError(f"{name}: no such recipe.{hint} Shipped recipes: {', '.join(known)}.")
 
 
-def load_recipe(name: str | Path, overrides: Iterable[str] = (), steps: int | None = None) -> RunSpec:
-    """Resolve a recipe to a validated `RunSpec`.
+def _recipe_and_shape(file_name: str) -> tuple[str, str] | None:
+    """The shipped recipe and the hardware that a name such as `record89-4xh200.yaml` is made of."""
+    parts = split_shape(file_name.removesuffix(".yaml"))
+    return parts if parts and (shipped_recipes() / f"{parts[0]}.yaml").is_file() else None
+
+
+def load_recipe(
+    name: str | Path,
+    overrides: Iterable[str] = (),
+    steps: int | None = None,
+    *,
+    on: str | None = None,
+    fill: Fill | None = None,
+) -> RunSpec:
+    """Resolve a recipe to a validated `RunSpec`; see `resolve_recipe`."""
+    return resolve_recipe(name, overrides, steps, on=on, fill=fill)[0]
+
+
+def resolve_recipe(
+    name: str | Path,
+    overrides: Iterable[str] = (),
+    steps: int | None = None,
+    *,
+    on: str | None = None,
+    fill: Fill | None = None,
+) -> tuple[RunSpec, set[str]]:
+    """Resolve a recipe to a validated `RunSpec`, and the keys of `hardware` that it leaves open.
+
+    Nothing is open where type and number of GPUs are said, by the recipe, `on` or `overrides`.
 
     Args:
         name: path of the recipe, or the name of a shipped one.
         overrides: `key.path=value` strings; values are YAML.
         steps: shorten the schedule in proportion to this many steps.
+        on: hardware in place of the recipe's, such as `4xh200`.
+        fill: says what is left open of the hardware; None: as `USUAL`, for recipes that are only looked at.
 
     Raises:
         RecipeError: every problem found, each with file, line and key.
-        InputError: no such recipe.
+        InputError: no such recipe, or no such hardware; and what `fill` raises.
     """
-    source = _read(find_recipe(name), ())
-    problems: list[str] = []
-    for override in overrides:
-        try:
-            _override(source, override)
-        except RecipeError as error:
-            problems += error.problems
-    if problems:
-        raise RecipeError(problems)
-    _rename(source)
+    source = _laid_over(name, overrides, on)
+    left_open = _left_open(source)
+    if left_open:
+        _fill_in(source, fill or _as_usual, left_open)
     try:
         spec = RunSpec.model_validate(source.data)
-        return spec if steps is None else shorten(spec, steps)
+        return (spec if steps is None else shorten(spec, steps)), left_open
     except ValidationError as error:
-        raise RecipeError(list(dict.fromkeys(_explain(error, source)))) from None
+        problems = list(dict.fromkeys(_explain(error, source)))
+        if left_open and fill is None and _fits(source, gpus_per_node=1):
+            why = f" (checked for {shape(USUAL)}, as {name} leaves hardware open: --on says another)"
+            problems = [f"{problem}{why}" for problem in problems]
+        raise RecipeError(problems) from None
     except CrossCheckError as error:
         raise RecipeError([f"--steps {steps}: {text}" for _, text in error.problems]) from None
 
@@ -189,10 +227,10 @@ def shorten(spec: RunSpec, total_steps: int) -> RunSpec:
     return RunSpec.model_validate(data)
 
 
-def dump_spec(spec: RunSpec) -> str:
-    """The fully resolved spec as YAML that `load_recipe` reads back to an equal spec."""
+def dump_spec(spec: RunSpec, exclude: Mapping[str, Any] | None = None) -> str:
+    """The fully resolved spec as YAML that `load_recipe` reads back to an equal spec; `exclude` is Pydantic's."""
     return yaml.dump(
-        spec.model_dump(mode="json"),
+        spec.model_dump(mode="json", exclude=exclude),
         Dumper=_Dumper,
         sort_keys=False,
         width=110,
@@ -246,7 +284,57 @@ def schema_text(*, resolved: bool = False) -> str:
     return json.dumps(recipe_schema(resolved=resolved), indent=1) + "\n"
 
 
+# --- hardware ---------------------------------------------------------------------------------------------------
+
+
+def _left_open(source: _Source) -> set[str]:
+    stated = source.data.get("hardware") or {}
+    if not isinstance(stated, dict):
+        return set()
+    missing = HardwareSpec.model_fields.keys() - stated.keys()
+    return set(missing) if missing & {"gpu", "gpus_per_node"} else set()
+
+
+def _fill_in(source: _Source, fill: Fill, left_open: set[str]) -> None:
+    stated = source.data["hardware"] = dict(source.data.get("hardware") or {})
+    values, place = fill(stated)
+    for key in left_open & values.keys():
+        stated[key] = values[key]
+        source.places["hardware", key] = place
+
+
+def _as_usual(stated: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    return USUAL.model_dump(exclude={"nodes"}), f"hardware as {shape(USUAL)}"
+
+
+def _fits(source: _Source, **hardware: Any) -> bool:
+    """Whether the recipe is valid with other hardware."""
+    try:
+        RunSpec.model_validate({**source.data, "hardware": {**source.data["hardware"], **hardware}})
+    except ValidationError:
+        return False
+    return True
+
+
 # --- reading ----------------------------------------------------------------------------------------------------
+
+
+def _laid_over(name: str | Path, overrides: Iterable[str], on: str | None) -> _Source:
+    """The recipe over its bases, then `on`, then `overrides`."""
+    source = _read(find_recipe(name), ())
+    if on is not None:
+        source.data["hardware"] = parse_shape(on)
+        _come_from(source, ("hardware",), f"--on {on}")
+    problems: list[str] = []
+    for override in overrides:
+        try:
+            _override(source, override)
+        except RecipeError as error:
+            problems += error.problems
+    if problems:
+        raise RecipeError(problems)
+    _rename(source)
+    return source
 
 
 def _read(path: Path, chain: tuple[Path, ...]) -> _Source:
@@ -285,6 +373,13 @@ def _find_base(path: Path, name: str, place: str) -> Path:
         return beside
     if Path(name).name == name and (shipped_recipes() / name).is_file():
         return shipped_recipes() / name
+    if parts := _recipe_and_shape(Path(name).name):
+        raise RecipeError(
+            [
+                f"{place}: base: a recipe no longer says hardware in its name. Write base: {parts[0]}.yaml, and start"
+                f" it with --on {parts[1]}"
+            ]
+        )
     names = sorted({file.name for folder in (beside.parent, shipped_recipes()) for file in folder.glob("*.yaml")})
     close = difflib.get_close_matches(beside.name, names, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
@@ -424,6 +519,11 @@ def _override(source: _Source, text: str) -> None:
             parent = parent[key]
         else:
             parent = parent[key]
+    _come_from(source, path, place)
+
+
+def _come_from(source: _Source, path: KeyPath, place: str) -> None:
+    """Note that all at `path` is from `place` now."""
     for old_path in [p for p in source.places if p[: len(path)] == path]:
         del source.places[old_path]
     source.places[path] = place

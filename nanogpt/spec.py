@@ -163,7 +163,7 @@ class DataSpec(Strict):
 
 
 class HardwareSpec(Strict):
-    """What the run is started on; world size = nodes * gpus_per_node."""
+    """What the run is started on, which a recipe may leave open for --on; world size = nodes * gpus_per_node."""
 
     gpu: GpuType = Field(description="GPU type; cpu runs the plain path")
     gpus_per_node: Count = Field(description="processes a node, one a GPU")

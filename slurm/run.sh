@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # A recipe on a Slurm cluster, by torchrun inside the image, one container a node. Two ways:
 #
-#   sbatch slurm/run.sh RECIPE [--set KEY=VALUE]...        with the resources below, which fit 8 GPUs on one node
-#   slurm/run.sh [--runs N] [--dry-run] RECIPE [--set KEY=VALUE]... [-- SBATCH OPTIONS]
+#   sbatch slurm/run.sh RECIPE [--on 8xh200] [--set KEY=VALUE]...    with the resources below: 8 GPUs on one node
+#   slurm/run.sh [--runs N] [--dry-run] RECIPE [--on 4xh200] [--set KEY=VALUE]... [-- SBATCH OPTIONS]
 #       checks the recipe, works out the resources, prints the sbatch command and submits it; --dry-run only prints,
 #       --runs N makes an array of N runs with a seed of its own each
 #   either with --resume RUN in RECIPE's place: the run goes on from its newest checkpoint
+#   --on 4xh200, or 2x4xh100 for two nodes: the hardware in the recipe's place; a job that is there already knows its own
 #
 # Partition and account: SBATCH_PARTITION, SBATCH_ACCOUNT, or sbatch's options. GPU_TYPE and NUM_GPUS (of a node) change
-# the recipe's. NCCL_*, OMP_NUM_THREADS and FINEWEB_CHUNKS go through; NCCL_IB_DISABLE is 1 by default on one node.
+# the recipe's hardware without --on. NCCL_*, OMP_NUM_THREADS and FINEWEB_CHUNKS go through; NCCL_IB_DISABLE is 1 by default on one node.
 # NANOGPT_STAGE=DIR copies image and shards to DIR on each node first. Image and site: see slurm/in_image.sh. More:
 # docs/cluster.md.
 #SBATCH --job-name=nanogpt

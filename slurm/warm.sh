@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # A recipe's code compiled ahead of its runs, on one GPU of their type, or here and now without sbatch:
 #
-#   sbatch slurm/warm.sh RECIPE [--set KEY=VALUE]...      as nanogpt warm
+#   sbatch slurm/warm.sh RECIPE [--on 8xh100] [--set KEY=VALUE]...      as nanogpt warm; --on: of the runs to come
 #
 # The file goes where runs look for it: NANOGPT_CACHE, else cache beside the runs. Name the GPU type where a cluster has
-# several: sbatch --gres=gpu:h100:1 slurm/warm.sh 8xh100
+# several: sbatch --gres=gpu:h100:1 slurm/warm.sh record89 --on 8xh100
 #SBATCH --job-name=nanogpt-warm
 #SBATCH --nodes=1
 #SBATCH --ntasks=1

@@ -18,6 +18,7 @@ from nanogpt.recipe import (
     find_recipe,
     load_recipe,
     recipe_schema,
+    resolve_recipe,
     shipped_recipes,
 )
 from nanogpt.spec import RunSpec
@@ -468,8 +469,49 @@ def test_a_part_that_is_missing_and_a_kind_that_is_missing(recipe):
         "recipe.yaml:1: optimizer: is missing; add it, or inherit it with `base: speedrun.yaml`",
         "recipe.yaml:1: training: is missing; add it, or inherit it with `base: speedrun.yaml`",
         "recipe.yaml:1: evaluation: is missing; add it, or inherit it with `base: speedrun.yaml`",
-        "recipe.yaml:3: hardware.gpus_per_node: is missing; add it, or inherit it with `base: speedrun.yaml`",
     ]
+
+
+# --- hardware -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["speedrun", "record89", "record89-fp8-backward", "gpt2"])
+def test_recipes_of_a_model_leave_hardware_open(name):
+    asked = []
+
+    def fill(stated):
+        asked.append(dict(stated))
+        return {"gpu": "a100", "gpus_per_node": 4, "nodes": 1}, "at hand"
+
+    assert load_recipe(name, fill=fill).hardware.model_dump() == {"gpu": "a100", "gpus_per_node": 4, "nodes": 1}
+    spec, left_open = resolve_recipe(name, ["hardware.gpu=h200"], fill=fill)
+    assert (spec.hardware.gpu, spec.world_size, left_open) == ("h200", 4, {"gpus_per_node", "nodes"})
+    assert asked == [{}, {"gpu": "h200"}]
+    spec, left_open = resolve_recipe(name, on="2x4xh100", fill=fill)
+    assert (spec.hardware.nodes, spec.hardware.gpus_per_node, left_open) == (2, 4, set())
+    assert len(asked) == 2
+    assert load_recipe(name, ["hardware.gpu=h200"], on="2x4xh100").hardware.gpu == "h200"
+
+
+@pytest.mark.parametrize("name", ["demo", "4xh200"])
+def test_a_recipe_that_says_its_hardware_is_not_filled(name):
+    def fill(stated):
+        raise AssertionError(stated)
+
+    assert load_recipe(name, fill=fill) == load_recipe(name)
+    assert load_recipe(name, on="1xa100", fill=fill).hardware.gpu == "a100"
+
+
+def test_what_does_not_fit_names_where_it_came_from(recipe):
+    def fill(stated):
+        return {"gpu": "h100", "gpus_per_node": 3}, "hardware at hand"
+
+    with pytest.raises(RecipeError, match=r"^hardware at hand: hardware.gpus_per_node: 1 x 3 makes a world size of 3"):
+        load_recipe("speedrun", fill=fill)
+    path = recipe("base: speedrun.yaml\ntraining: {slots: 2}\n")
+    assert "recipe.yaml:2: training.slots: is 2" in problem_of(path) and "checked for 8xh100" in problem_of(path)
+    assert load_recipe(path, on="2xh100").world_size == 2
+    assert "checked for" not in problem_of(recipe("base: speedrun.yaml\nmodel: {width: 640}\n"))
 
 
 def test_too_few_steps():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nanogpt.cli.validate import RecipeArgument, SetOption
+from nanogpt.cli.validate import OnOption, RecipeArgument, SetOption
 
 if TYPE_CHECKING:
     from nanogpt.training.trainer import Trainer
@@ -24,6 +24,7 @@ bench = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode
 def step(
     recipe: RecipeArgument,
     overrides: SetOption = None,
+    on: OnOption = None,
     steps: Annotated[int, typer.Option(help="Steps timed in each stage.", min=2)] = 20,
     warmup: Annotated[int, typer.Option(help="Steps before them, not timed.", min=2)] = 6,
     data: Annotated[Path | None, typer.Option(help="Directory of token shards; made-up tokens if not given.")] = None,
@@ -32,7 +33,7 @@ def step(
     """Milliseconds a training step in each stage of RECIPE, with tokens/s, model FLOP utilisation and peak memory."""
     from nanogpt.bench.steps import as_json, as_table, time_stages
 
-    with _trainer(recipe, overrides, data) as trainer:
+    with _trainer(recipe, overrides, on, data) as trainer:
         timings = []
         for timing in time_stages(trainer, steps=steps, warmup_steps=warmup):
             timings.append(timing)
@@ -45,16 +46,17 @@ def step(
 
 
 @contextmanager
-def _trainer(recipe: str, overrides: list[str] | None, data: Path | None) -> Iterator[Trainer]:
+def _trainer(recipe: str, overrides: list[str] | None, on: str | None, data: Path | None) -> Iterator[Trainer]:
     """The recipe's trainer, ready to step, on `data` or on made-up tokens."""
     from nanogpt.bench.steps import write_made_up_shards
     from nanogpt.cache.compile_cache import cache_directory, compile_cache
+    from nanogpt.cluster.at_hand import at_hand
     from nanogpt.launch.world import join_world
     from nanogpt.recipe import load_recipe
     from nanogpt.training.implementations import compiles
     from nanogpt.training.trainer import Trainer
 
-    spec = load_recipe(recipe, [*(overrides or ()), "data.epochs=null"])
+    spec = load_recipe(recipe, [*(overrides or ()), "data.epochs=null"], on=on, fill=at_hand(os.environ))
     with tempfile.TemporaryDirectory() as scratch, join_world(spec) as world:
         if data is None:
             data = Path(scratch)
@@ -75,6 +77,7 @@ def _trainer(recipe: str, overrides: list[str] | None, data: Path | None) -> Ite
 def profile(
     recipe: RecipeArgument,
     overrides: SetOption = None,
+    on: OnOption = None,
     warmup: Annotated[int, typer.Option(help="Steps before the profiled ones, in each stage.", min=2)] = 4,
     rows: Annotated[int, typer.Option(help="Kernels listed for each stage.", min=1)] = 25,
     traces: Annotated[Path | None, typer.Option(help="Keep every rank's Chrome traces in this directory.")] = None,
@@ -88,9 +91,9 @@ def profile(
     from nanogpt.bench.profile import as_table, parts_table, profile_stages
     from nanogpt.errors import InputError
 
-    with _trainer(recipe, overrides, None) as trainer:
+    with _trainer(recipe, overrides, on, None) as trainer:
         if trainer.world.device.type != "cuda":
-            raise InputError(f"bench profile: {recipe} runs on a CPU; name a recipe for a GPU")
+            raise InputError(f"bench profile: {recipe} runs on a CPU; say a GPU, --on 1xh100")
         if traces is not None:
             traces.mkdir(parents=True, exist_ok=True)
         stages = []
@@ -146,6 +149,7 @@ def kernels(
 def communication(
     recipe: RecipeArgument,
     overrides: SetOption = None,
+    on: OnOption = None,
     repeats: Annotated[int, typer.Option(help="Times that each is timed.", min=1)] = 20,
 ) -> None:
     """The gradient of each table of rows over ranks, whole or by touched rows: milliseconds and bytes in each stage.
@@ -153,16 +157,18 @@ def communication(
     nanogpt launch --nproc-per-node N --bench communication RECIPE
     """
     from nanogpt.bench.communication import as_table, time_row_table
+    from nanogpt.cluster.at_hand import at_hand
     from nanogpt.errors import InputError
     from nanogpt.launch.world import join_world
     from nanogpt.recipe import load_recipe
 
-    spec = load_recipe(recipe, overrides or ())
+    spec = load_recipe(recipe, overrides or (), on=on, fill=at_hand(os.environ))
     if not spec.model.row_tables():
         raise InputError(f"bench communication: the model of {recipe} has no table of rows; name a recipe of a record")
     if spec.world_size == 1:
         raise InputError(
-            f"bench communication: {recipe} runs on one process; name a recipe for several, by nanogpt launch"
+            f"bench communication: {recipe} runs on one process here; it takes several:"
+            f" nanogpt launch --bench --nproc-per-node 4 communication {recipe} --on 4xh100"
         )
     with join_world(spec) as world:
         for table in spec.model.row_tables():

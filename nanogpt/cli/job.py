@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from nanogpt.cli.submit import DataOption, OutOption, RecipeOrResume, ResumeOption
-from nanogpt.cli.validate import SetOption, StepsOption
+from nanogpt.cli.validate import OnOption, SetOption, StepsOption
 
 job = typer.Typer(
     add_completion=False,
@@ -31,6 +31,7 @@ def plan(
     recipe: RecipeOrResume = None,
     overrides: SetOption = None,
     steps: StepsOption = None,
+    on: OnOption = None,
     data: DataOption = None,
     out: OutOption = None,
     resume: ResumeOption = None,
@@ -42,7 +43,7 @@ def plan(
 
     if runs is not None:
         raise InputError("--runs: makes an array of jobs; start slurm/run.sh --runs N RECIPE without sbatch before it")
-    words = plan_step(RunArguments(recipe, overrides or (), steps, data, out, resume), os.environ)
+    words = plan_step(RunArguments(recipe, overrides or (), steps, data, out, resume, on), os.environ)
     sys.stdout.write("".join(f"{word}\0" for word in words))
 
 
@@ -51,6 +52,7 @@ def stage(
     recipe: RecipeOrResume = None,
     overrides: SetOption = None,
     steps: StepsOption = None,
+    on: OnOption = None,
     data: DataOption = None,
     out: OutOption = None,
     resume: ResumeOption = None,
@@ -59,7 +61,7 @@ def stage(
     from nanogpt.cluster.job_step import RunArguments
     from nanogpt.cluster.staging import stage as copy
 
-    arguments = RunArguments(recipe, overrides or (), steps, data, out, resume).with_environment(os.environ)
+    arguments = RunArguments(recipe, overrides or (), steps, data, out, resume, on).with_environment(os.environ)
     spec = arguments.spec()
     directory = arguments.data_directory(spec)
     shards = sorted({*directory.glob(spec.data.train_files), *directory.glob(spec.data.val_files)})
@@ -79,6 +81,7 @@ def node(
     recipe: RecipeOrResume = None,
     overrides: SetOption = None,
     steps: StepsOption = None,
+    on: OnOption = None,
     data: DataOption = None,
     out: OutOption = None,
     resume: ResumeOption = None,
@@ -89,7 +92,7 @@ def node(
     from nanogpt.cluster.staging import check_staged, stage_directory
     from nanogpt.console import say
 
-    arguments = RunArguments(recipe, overrides or (), steps, data, out, resume)
+    arguments = RunArguments(recipe, overrides or (), steps, data, out, resume, on)
     spec, words = arguments.spec(), arguments.words()
     on_cpu = spec.hardware.gpu == "cpu"
     if nodes == 1:
@@ -150,6 +153,7 @@ def requeue(
     recipe: RecipeOrResume = None,
     overrides: SetOption = None,
     steps: StepsOption = None,
+    on: OnOption = None,
     data: DataOption = None,
     out: OutOption = None,
     resume: ResumeOption = None,
@@ -161,7 +165,7 @@ def requeue(
     from nanogpt.console import say
     from nanogpt.errors import RunError
 
-    arguments = RunArguments(recipe, overrides or (), steps, data, out, resume).with_environment(os.environ)
+    arguments = RunArguments(recipe, overrides or (), steps, data, out, resume, on).with_environment(os.environ)
     refusal = requeue_refusal(arguments.output_directory(arguments.spec()), os.environ)
     if refusal:
         raise RunError(f"not requeued: {refusal}")

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import typer.core
+import typer.main
+
+if TYPE_CHECKING:
+    from nanogpt.spec import HardwareSpec
 
 
 class _AsGiven(typer.core.TyperCommand):
@@ -27,11 +33,15 @@ def launch(
 ) -> None:
     """Train on several GPUs or nodes: options named as torchrun's, then the arguments of `nanogpt train`.
 
-    nanogpt launch --standalone --nproc-per-node 8 8xh100
+    nanogpt launch record89                  # on the GPUs of this machine, or record89 --on 4xh200
 
-    nanogpt launch --nnodes 2 --nproc-per-node 4 --rdzv-endpoint NODE:29500 --rdzv-id JOB RECIPE, on each node
+    nanogpt launch --nnodes 2 --rdzv-endpoint NODE:29500 --rdzv-id JOB 2x4xh100     # on each node
 
-    nanogpt launch --standalone --nproc-per-node 8 -- --resume RUN_DIR
+    nanogpt launch -- --resume RUN_DIR
+
+    nanogpt launch --nnodes 2 --rdzv-backend c10d --rdzv-endpoint NODE:29500 --rdzv-id JOB 2x4xh100
+
+    Without --nproc-per-node there is a process a GPU: of --on, of the recipe, or of those at hand.
 
     --nproc-per-node N: processes on this node; gpu: as many as it has GPUs. --standalone: one node (the default).
 
@@ -45,7 +55,22 @@ def launch(
     """
     from nanogpt.launch.launcher import launch as run
 
-    sys.exit(run(arguments or ()))
+    sys.exit(run(arguments or (), _hardware))
+
+
+def _hardware(arguments: Sequence[str]) -> tuple[HardwareSpec, list[str]]:
+    """What `nanogpt train` with these arguments is to run on, and what to add to them so that every rank knows."""
+    from nanogpt.cli.train import train
+    from nanogpt.cluster.at_hand import at_hand
+    from nanogpt.cluster.job_step import RunArguments
+
+    alone = typer.Typer(add_completion=False, rich_markup_mode=None)
+    alone.command()(train)
+    with typer.main.get_command(alone).make_context("nanogpt train", list(arguments)) as context:
+        said = context.params
+    given = RunArguments(said["recipe"], said["overrides"] or (), said["steps"], resume=said["resume"], on=said["on"])
+    settled = given.settled(at_hand(os.environ))
+    return settled.spec().hardware, [] if settled.on == given.on else [f"--on={settled.on}"]
 
 
 launch.command_class = _AsGiven  # type: ignore[attr-defined]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 
 from nanogpt.cli.submit import DataOption, OutOption
-from nanogpt.cli.validate import RecipeArgument, SetOption, StepsOption
+from nanogpt.cli.validate import OnOption, RecipeArgument, SetOption, StepsOption
 
 
 def preflight(
     recipe: RecipeArgument,
     overrides: SetOption = None,
     steps: StepsOption = None,
+    on: OnOption = None,
     data: DataOption = None,
     out: OutOption = None,
 ) -> None:
@@ -19,10 +20,12 @@ def preflight(
 
     slurm/run.sh does so on every node of a job. Exit code 2 if a check failed.
     """
+    from nanogpt.cluster.at_hand import at_hand
     from nanogpt.cluster.job_step import RunArguments
     from nanogpt.cluster.preflight import preflight as check
     from nanogpt.cluster.preflight import raise_for_failures
 
-    arguments = RunArguments(recipe, overrides or (), steps, data, out).with_environment(os.environ)
+    arguments = RunArguments(recipe, overrides or (), steps, data, out, on=on).with_environment(os.environ)
+    arguments = arguments.settled(at_hand(os.environ))
     spec = arguments.spec()
     raise_for_failures(check(spec, arguments.data_directory(spec), arguments.output_directory(spec), os.environ))

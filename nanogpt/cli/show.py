@@ -6,32 +6,40 @@ from typing import Annotated
 
 import typer
 
-from nanogpt.cli.validate import RecipeArgument, SetOption, StepsOption
+from nanogpt.cli.validate import LookedAtOnOption, RecipeArgument, SetOption, StepsOption
 
 
 def show(
     recipe: RecipeArgument,
     overrides: SetOption = None,
     steps: StepsOption = None,
+    on: LookedAtOnOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of YAML.")] = False,
 ) -> None:
-    """Print a recipe with everything it inherits, as YAML that is itself a recipe."""
-    from nanogpt.recipe import dump_spec, load_recipe
+    """Print a recipe with everything it inherits, as YAML that is itself a recipe.
 
-    spec = load_recipe(recipe, overrides or (), steps)
-    typer.echo(spec.model_dump_json(indent=2) + "\n" if as_json else dump_spec(spec), nl=False)
+    Hardware that the recipe leaves open is left out.
+    """
+    from nanogpt.recipe import dump_spec, resolve_recipe
+    from nanogpt.spec import HardwareSpec
+
+    spec, left_open = resolve_recipe(recipe, overrides or (), steps, on=on)
+    hidden = {"hardware": left_open if left_open < set(HardwareSpec.model_fields) else True} if left_open else None
+    text = spec.model_dump_json(indent=2, exclude=hidden) + "\n" if as_json else dump_spec(spec, exclude=hidden)
+    typer.echo(text, nl=False)
 
 
 def recipes() -> None:
     """List the recipes that come with the package."""
-    from nanogpt.recipe import load_recipe, shipped_recipes
+    from nanogpt.recipe import resolve_recipe, shipped_recipes
 
     rows = [("recipe", "model", "gpu", "world size", "steps", "tokens")]
     for path in sorted(shipped_recipes().glob("*.yaml"), key=lambda path: path.stem):
-        spec = load_recipe(path)
+        spec, left_open = resolve_recipe(path)
         training, hardware = spec.training, spec.hardware
         steps, tokens = f"{training.total_steps:,}", f"{training.total_tokens:,}"
-        rows.append((path.stem, spec.model.kind, hardware.gpu, str(spec.world_size), steps, tokens))
+        machine = ("any", "any") if left_open else (hardware.gpu, str(spec.world_size))
+        rows.append((path.stem, spec.model.kind, *machine, steps, tokens))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         cells = [

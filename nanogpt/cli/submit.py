@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from nanogpt.cli.validate import SetOption, StepsOption
+from nanogpt.cli.validate import LookedAtOnOption, SetOption, StepsOption
 
 RecipeOrResume = Annotated[
     str | None,
@@ -37,6 +37,7 @@ def submit(
     ] = None,
     overrides: SetOption = None,
     steps: StepsOption = None,
+    on: LookedAtOnOption = None,
     data: DataOption = None,
     out: OutOption = None,
     resume: ResumeOption = None,
@@ -50,6 +51,7 @@ def submit(
 
     Started by slurm/run.sh, outside of a job. Partition and account: SBATCH_PARTITION, SBATCH_ACCOUNT, or after `--`.
     """
+    from nanogpt.cluster.at_hand import to_be_said
     from nanogpt.cluster.job_step import SCRIPTS, RunArguments
     from nanogpt.cluster.outside import ask_or_fail
     from nanogpt.cluster.preflight import check_shards, raise_for_failures
@@ -60,7 +62,8 @@ def submit(
     scripts = os.environ.get(SCRIPTS)
     if scripts is None:
         raise InputError("submit: start it by slurm/run.sh RECIPE, which has sbatch at hand outside of the image")
-    arguments = RunArguments(recipe, overrides or (), steps, data, out, resume).with_environment(os.environ)
+    arguments = RunArguments(recipe, overrides or (), steps, data, out, resume, on).with_environment(os.environ)
+    arguments = arguments.settled(to_be_said)
     spec = arguments.spec()
     shards = check_shards(spec, arguments.data_directory(spec))
     if dry_run:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from nanogpt.cli.threads import wait_briefly
-from nanogpt.cli.validate import SetOption, StepsOption
+from nanogpt.cli.validate import OnOption, SetOption, StepsOption
 
 
 def train(
@@ -22,6 +22,7 @@ def train(
     ] = None,
     overrides: SetOption = None,
     steps: StepsOption = None,
+    on: OnOption = None,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -43,18 +44,19 @@ def train(
     resume: Annotated[
         Path | None,
         typer.Option(
-            "--resume", metavar="RUN_DIR", help="Go on from this run's newest checkpoint, at any world size (--set)."
+            "--resume", metavar="RUN_DIR", help="Go on from this run's newest checkpoint, on any hardware (--on)."
         ),
     ] = None,
 ) -> None:
     """Train RECIPE; checkpoints, log and metrics go to a directory of the run's own.
 
-    On several GPUs: nanogpt launch --standalone --nproc-per-node N RECIPE, or torchrun ... -m nanogpt train RECIPE.
+    On several GPUs: nanogpt launch RECIPE, or torchrun ... -m nanogpt train RECIPE.
 
     SIGTERM, SIGUSR1 or Ctrl-C ends the run after its step, with a checkpoint and exit code 75; --resume goes on.
     """
     wait_briefly()
     from nanogpt.background import GivenUp, Worker, wait_for
+    from nanogpt.cluster.at_hand import at_hand
     from nanogpt.console import say
     from nanogpt.errors import InputError, Interrupted
     from nanogpt.launch.watchdog import Watchdog
@@ -86,10 +88,10 @@ def train(
                 run = RunDirectory.open(resume)
                 if is_main:
                     check_not_running(run)
-                spec = resumed_spec(run, recipe, overrides or (), steps)
+                spec = resumed_spec(run, recipe, overrides or (), steps, on=on)
             else:
                 assert recipe is not None
-                spec = load_recipe(recipe, overrides or (), steps)
+                spec = load_recipe(recipe, overrides or (), steps, on=on, fill=at_hand(os.environ))
             watch.limits = spec.watchdog
             data = data or default_data_directory(spec)
             files = check_start(spec, data)

@@ -16,6 +16,24 @@ SetOption = Annotated[
         help="Override a value, for example --set training.stages.0.batch_tokens=65536. May be repeated.",
     ),
 ]
+OnOption = Annotated[
+    str | None,
+    typer.Option(
+        "--on",
+        metavar="[NODESx]GPUSxTYPE",
+        help="Hardware to run on, such as 4xh200, or 2x4xh100 for two nodes of four.",
+        show_default="the recipe's, else the GPUs at hand",
+    ),
+]
+LookedAtOnOption = Annotated[
+    str | None,
+    typer.Option(
+        "--on",
+        metavar="[NODESx]GPUSxTYPE",
+        help="For this hardware, such as 4xh200, or 2x4xh100 for two nodes of four.",
+        show_default="the recipe's, if it says one",
+    ),
+]
 StepsOption = Annotated[
     int | None,
     typer.Option("--steps", min=1, metavar="N", help="Shorten the schedule in proportion to this many steps."),
@@ -28,22 +46,23 @@ def validate(
     ],
     overrides: SetOption = None,
     steps: StepsOption = None,
+    on: LookedAtOnOption = None,
 ) -> None:
     """Check recipes: one line for each that is valid; every error with file, line and key; exit code 2 for any."""
     from nanogpt.errors import InputError
-    from nanogpt.recipe import load_recipe
+    from nanogpt.recipe import resolve_recipe
 
     errors = []
     for recipe in recipes:
         try:
-            spec = load_recipe(recipe, overrides or (), steps)
+            spec, left_open = resolve_recipe(recipe, overrides or (), steps, on=on)
         except InputError as error:
             errors.append(str(error))
             continue
         training = spec.training
         typer.echo(
             f"{recipe}: valid: {spec.name}, {training.total_steps:,} steps, {training.total_tokens:,} tokens,"
-            f" world size {spec.world_size}"
+            f" {'hardware open (--on)' if left_open else f'world size {spec.world_size}'}"
         )
     if errors:
         raise InputError("\n".join(dict.fromkeys(errors)))

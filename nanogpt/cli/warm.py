@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from nanogpt.cli.validate import RecipeArgument, SetOption
+from nanogpt.cli.validate import OnOption, RecipeArgument, SetOption
 
 
 def warm(
     recipe: RecipeArgument,
     overrides: SetOption = None,
+    on: OnOption = None,
     world_sizes: Annotated[
         list[int] | None,
         typer.Option(
             "--world-size",
             metavar="N",
             help="Also for runs on so many GPUs. Repeatable.",
-            show_default="the recipe's",
+            show_default="that of --on or the recipe",
         ),
     ] = None,
     out: Annotated[
@@ -35,15 +37,18 @@ def warm(
 ) -> None:
     """Compile what RECIPE needs, on one GPU of its type and made-up tokens, and keep it for its runs.
 
+    --on is what the runs will be on: `nanogpt warm record89 --on 8xh100` needs one H100.
+
     A run finds the file by all that decides the code: versions, GPU type, this package's source, the recipe. Nothing
     else of a run happens: no directory, no data, no training.
     """
+    from nanogpt.cluster.at_hand import at_hand
+    from nanogpt.hardware import shape
     from nanogpt.recipe import load_recipe
     from nanogpt.training.warm import warm_cache
 
-    spec = load_recipe(recipe, overrides or ())
-    alone = load_recipe(
-        recipe, [*(overrides or ()), "hardware.gpus_per_node=1", "hardware.nodes=1", "data.epochs=null"]
-    )
-    for line in warm_cache(alone, world_sizes=world_sizes or [spec.world_size], directory=out, fresh=fresh):
+    spec = load_recipe(recipe, overrides or (), on=on, fill=at_hand(os.environ))
+    alone = [*(overrides or ()), "hardware.gpus_per_node=1", "hardware.nodes=1", "data.epochs=null"]
+    on_one = load_recipe(recipe, alone, on=shape(spec.hardware))
+    for line in warm_cache(on_one, world_sizes=world_sizes or [spec.world_size], directory=out, fresh=fresh):
         typer.echo(line)

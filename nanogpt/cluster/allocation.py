@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from nanogpt.cluster.job_runs import job_name_for_slurm
 from nanogpt.cluster.outside import ask_or_fail
 from nanogpt.cluster.request import JobRequest
+from nanogpt.spec import GPU_TYPES
 
 _NODE_LINE = re.compile(r"^ *Nodes=(\S+) .*?\bGRES=(\S*)", re.MULTILINE)
 _GPUS = re.compile(r"gpu(?::(?P<type>[^:,()]+))??:(?P<count>\d+)(?=[,(]|$)")
@@ -52,6 +53,11 @@ class Allocation:
 def same_type(found: str, wanted: str) -> bool:
     """Whether a GPU that a site or the driver calls `found` is a `wanted`: `nvidia_h100_80gb_hbm3`, `H100-PCIe`."""
     return wanted in re.split(r"[^a-z0-9]+", found.lower())
+
+
+def known_type(found: str) -> str | None:
+    """The one of GPU_TYPES that a GPU called `found` is."""
+    return next((gpu for gpu in GPU_TYPES if gpu != "cpu" and same_type(found, gpu)), None)
 
 
 def read_allocation(environ: Mapping[str, str]) -> Allocation:

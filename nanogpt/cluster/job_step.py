@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nanogpt.cluster.allocation import read_allocation
+from nanogpt.cluster.at_hand import of_the_job
 from nanogpt.cluster.job_runs import continuation
 from nanogpt.cluster.rendezvous import rendezvous
 from nanogpt.cluster.request import environment_overrides, job_request, sbatch_command, shown
@@ -18,7 +19,8 @@ from nanogpt.cluster.staging import staged_data, staged_image
 from nanogpt.console import say
 from nanogpt.data import fineweb
 from nanogpt.errors import InputError
-from nanogpt.recipe import load_recipe
+from nanogpt.hardware import Fill, shape
+from nanogpt.recipe import load_recipe, resolve_recipe
 from nanogpt.runs.directory import RunDirectory
 from nanogpt.spec import RunSpec
 from nanogpt.training.resume import resumed_spec
@@ -37,18 +39,31 @@ class RunArguments:
     data: Path | None = None
     out: Path | None = None
     resume: Path | None = None  # a run to go on with
+    on: str | None = None  # hardware in place of the recipe's: 4xh200
 
     def with_environment(self, environ: Mapping[str, str]) -> RunArguments:
-        """The same with GPU_TYPE and NUM_GPUS taken in; a `--set` of the user's wins."""
+        """The same with GPU_TYPE and NUM_GPUS taken in; a `--on` or `--set` of the user's wins."""
+        if self.on is not None:
+            return self
         return replace(self, overrides=[*environment_overrides(environ), *self.overrides])
+
+    def settled(self, fill: Fill) -> RunArguments:
+        """The same with `on` said, by `fill`, where the recipe leaves its hardware open.
+
+        Raises `InputError` with every problem of the recipe, and what `fill` raises.
+        """
+        if self.resume is not None or self.recipe is None:
+            return self
+        spec, left_open = resolve_recipe(self.recipe, self.overrides, self.steps, on=self.on, fill=fill)
+        return replace(self, on=shape(spec.hardware)) if left_open else self
 
     def spec(self) -> RunSpec:
         """The resolved recipe, or the resumed run's. Raises `InputError` with every problem."""
         if self.resume is not None:
-            return resumed_spec(RunDirectory.open(self.resume), self.recipe, self.overrides, self.steps)
+            return resumed_spec(RunDirectory.open(self.resume), self.recipe, self.overrides, self.steps, on=self.on)
         if self.recipe is None:
             raise InputError("name a RECIPE (`nanogpt recipes` lists them), or a run to go on with by --resume")
-        return load_recipe(self.recipe, self.overrides, self.steps)
+        return load_recipe(self.recipe, self.overrides, self.steps, on=self.on)
 
     def data_directory(self, spec: RunSpec) -> Path:
         """Where the shards are."""
@@ -64,6 +79,7 @@ class RunArguments:
         """As on a command line."""
         words = [] if self.recipe is None else [self.recipe]
         words += [] if self.resume is None else [f"--resume={self.resume}"]
+        words += [] if self.on is None else [f"--on={self.on}"]
         words += [f"--set={override}" for override in self.overrides]
         words += [] if self.steps is None else [f"--steps={self.steps}"]
         words += [] if self.data is None else [f"--data={self.data}"]
@@ -79,7 +95,7 @@ def plan_step(arguments: RunArguments, environ: Mapping[str, str]) -> list[str]:
     """
     from nanogpt.cluster.preflight import check_files, raise_for_failures
 
-    arguments = arguments.with_environment(environ)
+    arguments = arguments.with_environment(environ).settled(of_the_job(environ))
     spec = arguments.spec()
     request = job_request(spec)
     allocation = read_allocation(environ)
@@ -110,7 +126,7 @@ def plan_step(arguments: RunArguments, environ: Mapping[str, str]) -> list[str]:
     if going_on.run is not None or arguments.resume is not None:
         resume = going_on.run.path if going_on.run else arguments.resume
         changes = () if arguments.resume is None else arguments.overrides  # the run's spec has those of its start
-        train = RunArguments(None, changes, resume=resume).words()
+        train = RunArguments(None, changes, resume=resume, on=arguments.on if arguments.resume else None).words()
     else:
         overrides = list(arguments.overrides)
         if task is not None:

@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import get_args
 
 from nanogpt.cluster import bandwidth
-from nanogpt.cluster.allocation import same_type
+from nanogpt.cluster.allocation import known_type, same_type
 from nanogpt.cluster.gpus import Gpu, GpuProcess, gpu_processes, oldest_driver, version_numbers, visible_gpus
 from nanogpt.console import human_bytes, say
 from nanogpt.data.manifest import file_sha256, verify_directory
 from nanogpt.errors import InputError, RunError
+from nanogpt.hardware import largest_count, shape
 from nanogpt.image.build_checks import Check, Status
 from nanogpt.spec import RunSpec
 
@@ -103,16 +104,20 @@ def _number_and_type(spec: RunSpec, gpus: Sequence[Gpu]) -> Iterable[Check]:
     names = [gpu.name for gpu in gpus]
     found = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names)) or "none"
     wanted = f"{hardware.gpus_per_node} x {hardware.gpu}"
+    types = {gpu for gpu in map(known_type, names) if gpu}
+    there = largest_count(len(gpus), hardware.nodes)
+    here = shape(hardware.model_copy(update={"gpus_per_node": there, "gpu": max(types, default=hardware.gpu)}))
     ask_for = f"Ask for --gres=gpu:{hardware.gpu}:{hardware.gpus_per_node}"
     if len(gpus) < hardware.gpus_per_node:
-        yield Check("GPUs", "failed", f"the recipe wants {wanted}, found {found}", f"{ask_for}, or take another recipe")
+        advice = f"{ask_for}, or run on fewer: --on {here}" if there else ask_for
+        yield Check("GPUs", "failed", f"the recipe wants {wanted}, found {found}", advice)
         return
     wrong = [name for name in dict.fromkeys(names) if not same_type(name, hardware.gpu)]
     if wrong:
-        advice = f"{ask_for}, or say what there is: --set hardware.gpu=..., GPU_TYPE=..."
+        advice = f"{ask_for}, or say what there is: {f'--on {here}' if types else '--set hardware.gpu=...'}"
         yield Check("GPUs", "failed", f"the recipe wants {wanted}, found {found}", advice)
     elif len(gpus) > hardware.gpus_per_node:
-        advice = "The rest idles; NUM_GPUS and the recipes for more GPUs use them"
+        advice = f"The rest idles; --on {here} uses more" if there > hardware.gpus_per_node else "The rest idles"
         yield Check("GPUs", "warning", f"the recipe uses {wanted} of {found}", advice)
     elif len(set(names)) > 1:
         yield Check("GPUs", "warning", f"of several kinds: {found}", "The slowest sets the pace of all")

@@ -47,6 +47,9 @@ from nanogpt.launch.awake import AwakeClock
 from nanogpt.launch.meeting import JOIN_S, Cancelled, Meeting, Place, meet
 from nanogpt.launch.private import private_directory
 from nanogpt.launch.tied import tied_command
+from nanogpt.spec import HardwareSpec
+
+ChooseHardware = Callable[[Sequence[str]], tuple[HardwareSpec, Sequence[str]]]
 
 LAUNCH_DIRECTORY = "NANOGPT_LAUNCH_DIR"  # a directory that this launcher and its ranks share
 PREFIX = "nanogpt-launch-"  # of its name
@@ -70,17 +73,20 @@ class Options:
     command: str = "train"  # of nanogpt: train or bench
 
 
-def launch(arguments: Sequence[str]) -> int:
+def launch(arguments: Sequence[str], choose: ChooseHardware | None = None) -> int:
     """Run the ranks of this node and return the exit code; see the module. Main thread only.
 
     Args:
         arguments: of the launcher, then those of `nanogpt train`. These begin with the recipe, or after a `--`.
 
+        choose: from the arguments of `nanogpt train` to the hardware, and to arguments that say it to the ranks; asked
+            where the options name no number of processes. None: one process.
+
     Raises:
-        InputError: the options do not fit together, or the address is wrong.
+        InputError: the options do not fit together, or not the hardware; the address is wrong; what `choose` raises.
         RunError: the nodes do not meet, or the machine has no room for the launch directory or the ranks.
     """
-    options = parse(arguments)
+    options = parse(arguments, choose)
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(_Signals())
         try:
@@ -119,7 +125,7 @@ class _Parser(argparse.ArgumentParser):
         )
 
 
-def parse(arguments: Sequence[str]) -> Options:
+def parse(arguments: Sequence[str], choose: ChooseHardware | None = None) -> Options:
     """Read the launcher's arguments. Raises `InputError`."""
     parser = _Parser(prog="nanogpt launch", allow_abbrev=False, add_help=False)
 
@@ -127,8 +133,8 @@ def parse(arguments: Sequence[str]) -> Options:
         parser.add_argument(name, *({name.replace("-", "_").replace("__", "--", 1)} - {name}), **settings)
 
     add("--standalone", action="store_true")
-    add("--nnodes", default="1")
-    add("--nproc-per-node", default="1")
+    add("--nnodes")
+    add("--nproc-per-node")
     add("--node-rank", type=int)
     add("--master-addr")
     add("--master-port", type=int, default=29500)
@@ -147,9 +153,34 @@ def parse(arguments: Sequence[str]) -> Options:
     else:
         parser.add_argument("train", nargs=argparse.REMAINDER)
     args = parser.parse_args(ours)
+    if not separated:
+        of_train = args.train
+    if choose is not None and args.nproc_per_node is None and not args.bench:
+        of_train = [*of_train, *_start_on(args, of_train, choose)]
+    args.nnodes, args.nproc_per_node = args.nnodes or "1", args.nproc_per_node or "1"
     grace = args.grace if args.grace is not None else 0.0 if args.bench else GRACE_S  # bench has nothing to keep
     command = "bench" if args.bench else "train"
-    return Options(_meeting(args), of_train if separated else args.train, grace, command)
+    return Options(_meeting(args), of_train, grace, command)
+
+
+def _start_on(args: argparse.Namespace, of_train: Sequence[str], choose: ChooseHardware) -> Sequence[str]:
+    """A process for each GPU of the hardware that `choose` tells, on this machine if the options name no others.
+
+    Returns what tells the ranks the same.
+    """
+    from nanogpt.hardware import shape
+
+    hardware, said = choose(of_train)
+    args.nproc_per_node = str(hardware.gpus_per_node)
+    if args.nnodes is not None:
+        return ()  # how many nodes come, the ranks see
+    if hardware.nodes > 1:
+        raise InputError(
+            f"nanogpt launch: {shape(hardware)} is {hardware.nodes} nodes, which have to meet. Start it on each of them"
+            f" with --nnodes {hardware.nodes} --rdzv-endpoint NODE:29500 --rdzv-id JOB before the recipe, or as a Slurm"
+            " job: slurm/run.sh RECIPE"
+        )
+    return said
 
 
 def _meeting(args: argparse.Namespace) -> Meeting:

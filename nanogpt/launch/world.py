@@ -16,9 +16,10 @@ import torch.distributed as dist
 from pydantic import TypeAdapter
 
 from nanogpt.errors import InputError, RunError
+from nanogpt.hardware import shape
 from nanogpt.launch.watchdog import connect
 from nanogpt.optim.communication import Communicator
-from nanogpt.spec import RunSpec
+from nanogpt.spec import WORLD_SIZES, RunSpec
 
 T = TypeVar("T")
 JOIN_TIMEOUT_S = 300.0  # for an answer of the store
@@ -86,18 +87,29 @@ def check_world(spec: RunSpec) -> torch.device:
     """This process's device. Raises `InputError` where processes or GPUs are not those that the spec wants."""
     _, size, local_rank = started_as()
     if size != spec.world_size:
-        hardware = spec.hardware
-        nodes = f"--nnodes {hardware.nodes} --rdzv-endpoint NODE:29500 " if hardware.nodes > 1 else ""
-        raise InputError(
-            f"hardware: the recipe wants {_processes(spec.world_size)}, found {size}. Use nanogpt launch"
-            f" {nodes}--nproc-per-node {hardware.gpus_per_node} RECIPE, or a recipe for {size}"
-            f" (--set hardware.gpus_per_node={size})"
-        )
+        raise InputError(_other_world_size(spec, size))
     return _device(spec, local_rank)
 
 
-def _processes(count: int) -> str:
-    return "1 process" if count == 1 else f"{count} processes"
+def _other_world_size(spec: RunSpec, size: int) -> str:
+    hardware = spec.hardware
+    nodes = f"--nnodes {hardware.nodes} " if hardware.nodes > 1 else ""
+    per_node = f"{nodes}--nproc-per-node {hardware.gpus_per_node}"
+    if spec.world_size == 1:
+        wanted, start = "1 process", "`nanogpt train RECIPE` without torchrun is one"
+    else:
+        wanted = f"{spec.world_size} processes"
+        options = f"{per_node} --rdzv-endpoint NODE:29500 --rdzv-id JOB " if nodes else ""
+        start = (
+            f"`nanogpt launch {options}RECIPE`{' on each node' if nodes else ''} starts them (a benchmark's with"
+            f" --bench {per_node}), slurm/run.sh RECIPE a job of them"
+        )
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    there = shape(hardware.model_copy(update={"gpus_per_node": here, "nodes": max(1, size // here)}))
+    fits = size in WORLD_SIZES and spec.training.slots % size == 0
+    return f"hardware: the recipe wants {wanted}, found {size}. {start}" + (
+        f"; --on {there} runs on what there is" if fits else ""
+    )
 
 
 @contextmanager

@@ -21,6 +21,7 @@ import torch
 
 from nanogpt.console import say
 from nanogpt.errors import InputError, Interrupted, RunError
+from nanogpt.hardware import shape
 from nanogpt.launch.world import World, started_as
 from nanogpt.recipe import dump_spec, load_recipe
 from nanogpt.runs.claim import RunClaim
@@ -72,8 +73,9 @@ def first_record(spec: RunSpec) -> Record:
     """What is known of a run before anything of it has been built: this process, its code, its job."""
     container = container_of(os.environ)
     code, slurm, now = code_state(container), slurm_job(os.environ), utc_now()
-    base = load_recipe(spec.model.kind)  # the shipped recipes without a base are named for their models
     hardware = spec.hardware
+    # The shipped recipes without a base are named for their models, and leave hardware open.
+    base = load_recipe(spec.model.kind, on=shape(hardware))
     world_size = started_as()[1]
     return Record(
         name=spec.name,

@@ -16,18 +16,24 @@ from nanogpt.training.ownership import CHANGEABLE, deciding_differences, owner_c
 
 
 def resumed_spec(
-    run: RunDirectory, recipe: str | None = None, overrides: Sequence[str] = (), steps: int | None = None
+    run: RunDirectory,
+    recipe: str | None = None,
+    overrides: Sequence[str] = (),
+    steps: int | None = None,
+    *,
+    on: str | None = None,
 ) -> RunSpec:
-    """The spec to go on with: the run's own with `overrides`, which may touch what is in CHANGEABLE only.
+    """The spec to go on with: the run's own on hardware `on`, with `overrides`, which may touch CHANGEABLE only.
 
-    `recipe`, if given, must come to the same with the same overrides and steps.
+    `recipe`, if given, must come to the same with the same hardware, overrides and steps.
 
     Raises:
         InputError: it does not, or an override would make it another run; the message has a line for each difference.
     """
-    spec = load_recipe(run.spec_path.absolute(), overrides, steps)
+    spec = load_recipe(run.spec_path.absolute(), overrides, steps, on=on)
     if recipe is not None:
-        differences = list(spec_differences(spec, load_recipe(recipe, overrides, steps)))
+        again = load_recipe(recipe, overrides, steps, on=on, fill=lambda _: (spec.hardware.model_dump(), str(run.path)))
+        differences = list(spec_differences(spec, again))
         _refuse(run, differences, recipe, "resume without a recipe, or with the one and the --set of its start")
     differences = list(deciding_differences(run.spec(), spec))
     _refuse(run, differences, "the command line", f"a resumed run may change {', '.join(CHANGEABLE)}; start a new one")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nanogpt.cli.launch import _hardware
 from nanogpt.errors import REQUEUE_EXIT_CODE, InputError
 from nanogpt.launch.launcher import exit_code, parse
 from nanogpt.launch.meeting import Meeting
@@ -75,6 +77,45 @@ def test_options_that_are_refused(options: str, words: str) -> None:
     with pytest.raises(InputError) as error:
         parse([*options.split(), "demo"])
     assert words in str(error.value)
+
+
+@pytest.fixture
+def four_h200(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\nfor i in 0 1 2 3; do echo $i, GPU-$i, NVIDIA H200, 580.95.05, 143771, 1; done\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    for name in ("CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE", "PET_NPROC_PER_NODE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "processes", "said"),
+    [
+        (["record89"], 4, ["--on=4xh200"]),
+        (["record89", "--on", "2xh200", "--steps", "9"], 2, []),
+        (["--", "--set", "hardware.gpu=a100", "gpt2"], 4, ["--on=4xa100"]),
+        (["8xh100"], 8, []),
+        (["demo"], 1, []),
+    ],
+)
+def test_a_process_a_gpu(four_h200: None, arguments: list[str], processes: int, said: list[str]) -> None:
+    options = parse(arguments, _hardware)
+    assert (options.meeting.nodes, options.meeting.processes) == (1, processes)
+    assert list(options.train) == [*(argument for argument in arguments if argument != "--"), *said]
+
+
+def test_several_nodes_meet_by_torchruns_options(four_h200: None) -> None:
+    options = parse(["--nnodes", "2", "--rdzv-endpoint", "n1:29500", "record89"], _hardware)
+    assert (options.meeting.nodes, options.meeting.processes) == (2, 4)
+    assert list(options.train) == ["record89"]  # ranks see how many nodes have come
+    with pytest.raises(InputError, match=r"2x4xh100 is 2 nodes.*--nnodes 2.*slurm/run\.sh"):
+        parse(["2x4xh100"], _hardware)
+
+
+def test_what_train_does_not_take_is_refused_before_anything_starts(nanogpt: Callable[..., Any]) -> None:
+    outcome = nanogpt("launch", "demo", "--no-such-option")
+    assert outcome.code == 2 and "No such option" in outcome.err
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ def test_validate_says_what_a_recipe_is(nanogpt):
     outcome = nanogpt("validate", "recipes/speedrun.yaml", "2xa100")
     assert outcome == (
         0,
-        "recipes/speedrun.yaml: valid: speedrun, 1,555 steps, 412,876,800 tokens, world size 8\n"
+        "recipes/speedrun.yaml: valid: speedrun, 1,555 steps, 412,876,800 tokens, hardware open (--on)\n"
         "2xa100: valid: speedrun-2xa100, 1,555 steps, 412,876,800 tokens, world size 2\n",
         "",
     )
@@ -30,7 +30,7 @@ def test_validate_with_overrides_and_fewer_steps(nanogpt):
         "validate", "speedrun", "--set", "training.stages.0.batch_tokens=65536", "--set", "name=mine", "--steps", "4"
     )
     tokens = 65_536 + 262_144 + 2 * 393_216
-    assert outcome.out == f"speedrun: valid: mine, 4 steps, {tokens:,} tokens, world size 8\n"
+    assert outcome.out == f"speedrun: valid: mine, 4 steps, {tokens:,} tokens, hardware open (--on)\n"
 
 
 def test_validate_goes_on_after_an_error_and_names_all(nanogpt, tmp_path):
@@ -70,6 +70,45 @@ def test_show_applies_overrides_and_steps(nanogpt):
     assert (training["seed"], training["stages"][0]["steps"], training["lr_schedule"]["warmup_steps"]) == (5, 100, 10)
 
 
+def test_what_is_looked_at_keeps_its_hardware_open_unless_it_is_said(nanogpt):
+    def shown(*arguments):
+        return json.loads(nanogpt("show", *arguments, "--json").out).get("hardware")
+
+    assert shown("record89") is None
+    assert shown("record89", "--set", "hardware.gpu=h200") == {"gpu": "h200"}
+    assert shown("record89", "--on", "4xH200") == {"gpu": "h200", "gpus_per_node": 4, "nodes": 1}
+    assert shown("8xh100", "--on", "2x2xa100", "--set", "hardware.gpu=h200") == {
+        "gpu": "h200", "gpus_per_node": 2, "nodes": 2
+    }  # fmt: skip
+    assert nanogpt("validate", "record89", "--on", "4xh200").out.endswith("tokens, world size 4\n")
+
+
+@pytest.mark.parametrize(
+    ("on", "message"),
+    [
+        ("h200", "--on h200: expected GPUs x type, such as 4xh200"),
+        ("4xl40s", "--on 4xl40s: l40s is not a type that is known"),
+        ("3xh100", "--on 3xh100: hardware.gpus_per_node: 1 x 3 makes a world size of 3"),
+        ("0xh100", "--on 0xh100: hardware.gpus_per_node: must be greater than or equal to 1, found 0"),
+    ],
+)
+def test_hardware_that_cannot_be_meant(nanogpt, on, message):
+    outcome = nanogpt("validate", "record89", "--on", on)
+    assert (outcome.code, outcome.out) == (2, "") and message in outcome.err
+
+
+@pytest.mark.parametrize("name", ["record89-4xh200", "recipes/record89-4xh200.yaml"])
+def test_a_recipe_s_name_with_hardware_in_it_says_what_to_type(nanogpt, tmp_path, name):
+    for command in ("validate", "train", "warm", "preflight"):
+        outcome = nanogpt(command, name)
+        assert outcome.code == 2 and "nanogpt train record89 --on 4xh200" in outcome.err
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("name: mine\nbase: record89-fp8-backward-8xh100.yaml\n")
+    outcome = nanogpt("validate", mine)
+    assert outcome.err.startswith(f"{mine}:2: base: ") and "base: record89-fp8-backward.yaml" in outcome.err
+    assert "--on 8xh100" in outcome.err
+
+
 def test_show_of_a_wrong_recipe_prints_nothing_but_the_error(nanogpt):
     outcome = nanogpt("show", "speedrun", "--set", "training.seed=x")
     assert (outcome.code, outcome.out) == (2, "")
@@ -86,4 +125,4 @@ def test_recipes_lists_all(nanogpt):
     assert header.split() == ["recipe", "model", "gpu", "world", "size", "steps", "tokens"]
     assert [row.split()[0] for row in rows] == SHIPPED
     assert ["4xh200", "speedrun", "h200", "4", "1,555", "412,876,800"] in [row.split() for row in rows]
-    assert ["record89-4xh200", "record89", "h200", "4", "1,285", "338,821,120"] in [row.split() for row in rows]
+    assert ["record89", "record89", "any", "any", "1,285", "338,821,120"] in [row.split() for row in rows]

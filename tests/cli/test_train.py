@@ -11,9 +11,11 @@ import pytest
 from tiny_runs import assert_same, losses, make_data, newest_state, python, tiny_spec, train, write_recipe
 
 from nanogpt.models.speedrun.model import Speedrun
-from nanogpt.recipe import load_recipe
+from nanogpt.recipe import dump_spec, load_recipe
+from nanogpt.runs.directory import RunDirectory
 from nanogpt.runs.metrics import read_run
 from nanogpt.runs.record import read_record, this_process, write_record
+from nanogpt.training.resume import resumed_spec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -98,9 +100,10 @@ def test_where_a_run_goes_and_where_its_data_are(
     ("arguments", "message"),
     [
         ((), "name a RECIPE"),
+        (("record89-4xh200",), "nanogpt train record89 --on 4xh200"),
         (("nothing.yaml",), "nothing.yaml: no such recipe"),
         (("1xh100", "--set", "hardware.gpu=a1000"), "--set hardware.gpu=a1000: hardware.gpu: "),
-        (("8xh100",), "the recipe wants 8 processes, found 1. Use nanogpt launch --nproc-per-node 8"),
+        (("8xh100",), "the recipe wants 8 processes, found 1. `nanogpt launch RECIPE` starts them"),
         (("demo",), "no fineweb_train_*.bin there"),
         (("--resume", "nowhere"), "nowhere: no such run directory"),
         (("demo", "--steps", "0"), "--steps"),
@@ -272,3 +275,11 @@ def test_the_module_needs_no_torch_until_it_trains() -> None:
     """So that `nanogpt --help` and the shell's completion stay quick."""
     code = "import sys, nanogpt.cli.train, nanogpt.cli.sample, nanogpt.cli.evaluate; print('torch' in sys.modules)"
     assert python("-c", code).stdout == "False\n"
+
+
+def test_a_run_goes_on_on_other_hardware_and_open_recipes_take_its_own(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "runs", tiny_spec())
+    assert resumed_spec(run, on="2xcpu").world_size == 2
+    (tmp_path / "open.yaml").write_text(dump_spec(tiny_spec(), exclude={"hardware": True}))
+    assert resumed_spec(run, str(tmp_path / "open.yaml")) == run.spec()
+    assert resumed_spec(run, str(tmp_path / "open.yaml"), on="2xcpu").world_size == 2

@@ -1,6 +1,6 @@
 """What the end of a run is worth: one run, its last weights, and other ends of it on the same validation tokens.
 
-    python tests/gpu/end_of_run.py RECIPE --data DIR --out DIR [--steps N] [--set KEY=VALUE]... \
+    python tests/gpu/end_of_run.py RECIPE --data DIR --out DIR [--on 1xh100] [--steps N] [--set KEY=VALUE]... \
         [--average 8 16 32] [--before 4 8 16] [--windows 6:20 6:28]
 
 The run is an ordinary one, in a directory of its own. `--average N` evaluates the mean of the weights that each of the
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanogpt.cluster.at_hand import at_hand
 from nanogpt.console import markdown_table
 from nanogpt.launch.world import started_as
 from nanogpt.models.language_model import Windows
@@ -123,13 +125,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("recipe")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--on", metavar="[NODESx]GPUSxTYPE")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--average", type=int, nargs="*", default=[])
     parser.add_argument("--before", type=int, nargs="*", default=[])
     parser.add_argument("--windows", type=blocks, nargs="*", default=[])
     chosen = parser.parse_args(arguments)
-    spec = load_recipe(chosen.recipe, chosen.overrides, steps=chosen.steps)
+    spec = load_recipe(chosen.recipe, chosen.overrides, steps=chosen.steps, on=chosen.on, fill=at_hand(os.environ))
     if not all(1 <= count <= spec.training.total_steps for count in chosen.average):
         parser.error(f"--average: from 1 to the {spec.training.total_steps} steps of the run")
     if not all(0 <= count < spec.training.total_steps for count in chosen.before):

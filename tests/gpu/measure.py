@@ -4,7 +4,7 @@
 
 `--on GPU NAME...`: these measurements one after another on that GPU; several `--on` run at the same time, so give those
 that need a quiet host a GPU whose neighbours only train. `--on 0,1,2,3 NAME...` measures on four GPUs at once, with the
-recipes for four. Each has a log in OUT, and its compile cache, runs and traces there; what fails is a line of the
+recipes on four. Each has a log in OUT, and its compile cache, runs and traces there; what fails is a line of the
 table, and the next one goes on. At `--limit` seconds what still runs is ended, so that a machine that is lent for a
 time gives its results back. In the end the runs are compared.
 
@@ -45,7 +45,7 @@ from nanogpt.runs.metrics import read_run
 
 EVALUATION = ("--set", "evaluation.tokens=2097152", "--set", "data.epochs=null")
 DETERMINISTIC = ("--set", "runtime.deterministic=true")
-MODELS = ("", "record89-", "record89-fp8-backward-")  # of which a name begins with the longest that fits
+MODELS = ("", "record89-", "record89-fp8-backward-")  # of which a name begins with the longest that fits; "": speedrun
 END_OF_RUN = str(Path(__file__).with_name("end_of_run.py"))
 BEFORE = ("1", "2", "4", "8", "12", "16", "24", "32", "48")
 ENDS = ("--average", "2", "8", "--before", *BEFORE, "--windows", "6:16", "8:20")
@@ -62,21 +62,21 @@ def measurements(
     plain = [argument for setting in PLAIN for argument in ("--set", f"runtime.{setting}")]
     found: dict[str, tuple[str, ...]] = {}
     for name in MODELS:
-        recipe = f"{name}{count}x{gpu}"
+        recipe = (name.removesuffix("-") or "speedrun", "--on", f"{count}x{gpu}")
         found |= {
-            f"{name}fast": ("train", recipe, "--steps", str(steps), *EVALUATION),  # cold where it is the first
-            f"{name}again": ("train", recipe, "--steps", str(steps), *EVALUATION),
-            f"{name}plain": ("train", recipe, "--steps", str(steps), *EVALUATION, *plain),
-            f"{name}whole": ("train", recipe, *EVALUATION),
-            f"{name}full": (END_OF_RUN, recipe, *EVALUATION, *ENDS),
-            f"{name}warm": ("train", recipe, "--steps", "40", *EVALUATION),
-            f"{name}deterministic": ("train", recipe, "--steps", "40", *EVALUATION, *DETERMINISTIC),  # cold, if first
-            f"{name}deterministic-again": ("train", recipe, "--steps", "40", *EVALUATION, *DETERMINISTIC),
-            f"{name}step": ("bench", "step", recipe, "--steps", "12", "--warmup", "4"),
-            f"{name}profile": ("bench", "profile", recipe, "--rows", "60"),
+            f"{name}fast": ("train", *recipe, "--steps", str(steps), *EVALUATION),  # cold where it is the first
+            f"{name}again": ("train", *recipe, "--steps", str(steps), *EVALUATION),
+            f"{name}plain": ("train", *recipe, "--steps", str(steps), *EVALUATION, *plain),
+            f"{name}whole": ("train", *recipe, *EVALUATION),
+            f"{name}full": (END_OF_RUN, *recipe, *EVALUATION, *ENDS),
+            f"{name}warm": ("train", *recipe, "--steps", "40", *EVALUATION),
+            f"{name}deterministic": ("train", *recipe, "--steps", "40", *EVALUATION, *DETERMINISTIC),  # cold, if first
+            f"{name}deterministic-again": ("train", *recipe, "--steps", "40", *EVALUATION, *DETERMINISTIC),
+            f"{name}step": ("bench", "step", *recipe, "--steps", "12", "--warmup", "4"),
+            f"{name}profile": ("bench", "profile", *recipe, "--rows", "60"),
         }
         if count > 1:
-            found[f"{name}communication"] = ("bench", "communication", recipe)
+            found[f"{name}communication"] = ("bench", "communication", *recipe)
     for idea, settings in (ideas or {}).items():
         arguments = [argument for setting in settings for argument in ("--set", setting)]
         for end, like in (("", "fast"), ("-step", "step"), ("-profile", "profile")):
@@ -251,7 +251,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--on", nargs="+", action="append", required=True, metavar=("GPU", "NAME"))
     parser.add_argument("--idea", nargs="+", action="append", default=[], metavar=("NAME", "KEY=VALUE"))
-    parser.add_argument("--recipe-gpu", default="h100", help="h100, h200 or a100: of the recipes")
+    parser.add_argument("--recipe-gpu", default="h100", help="h100, h200 or a100: that of the machine")
     parser.add_argument("--steps", type=int, default=300, help="of the runs that are compared")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds")
     chosen = parser.parse_args()

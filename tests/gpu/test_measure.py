@@ -121,18 +121,19 @@ def test_several_gpus_are_one_run_of_their_recipe(tmp_path: Path):
     queue = measure.Queue("0,1,2,3", [], tmp_path, tmp_path / "data", commands)
     launch = ["--standalone", "--nproc-per-node", "4"]
     ranks = ["-m", "torch.distributed.run", *launch]
+    speedrun = ["speedrun", "--on", "4xh100"]
 
     def arguments(name: str) -> list[str]:
         return queue._arguments(measure.Name.parse(name))
 
-    assert arguments("record89-whole:1")[:7] == ["-m", "nanogpt", "launch", *launch, "record89-4xh100"]
+    assert arguments("record89-whole:1")[:7] == ["-m", "nanogpt", "launch", *launch, "record89"]
     assert arguments("whole")[-4:] == ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "runs/whole")]
-    assert arguments("full")[:7] == [*ranks, end_of_run.__file__, "4xh100"]
+    assert arguments("full")[:9] == [*ranks, end_of_run.__file__, *speedrun]
     assert arguments("profile") == [
-        *ranks, "-m", "nanogpt", "bench", "profile", "4xh100", "--rows", "60",
+        *ranks, "-m", "nanogpt", "bench", "profile", *speedrun, "--rows", "60",
         "--traces", str(tmp_path / "traces/profile")
     ]  # fmt: skip
-    assert arguments("communication") == [*ranks, "-m", "nanogpt", "bench", "communication", "4xh100"]
+    assert arguments("communication") == [*ranks, "-m", "nanogpt", "bench", "communication", *speedrun]
     assert queue._environment()["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
 
 
@@ -140,7 +141,7 @@ def test_a_full_schedule_is_run_by_the_script_of_its_ends(tmp_path: Path, capsys
     queue = measure.Queue("0", [], tmp_path, tmp_path / "data", measure.measurements("h100", 300))
     script, recipe, *options = queue._arguments(measure.Name.parse("record89-full:1"))
     assert Path(script) == Path(end_of_run.__file__)
-    assert recipe == "record89-1xh100" and "training.seed=1" in options
+    assert recipe == "record89" and options[:2] == ["--on", "1xh100"] and "training.seed=1" in options
     with pytest.raises(SystemExit):  # for that average alone: everything else is understood
         end_of_run.main([recipe, *options, "--average", "0"])
     assert "--average: from 1 to the 1285 steps of the run" in capsys.readouterr().err
@@ -155,7 +156,7 @@ def test_an_idea_is_the_fast_run_and_the_benchmarks_with_its_settings():
         assert commands[name] == commands[f"{model}fast"] + ends
         assert commands[f"{name}-step"] == commands[f"{model}step"] + ends
         assert commands[f"{name}-profile"] == commands[f"{model}profile"] + ends
-        assert f"{model}1xh200" in commands[name]
+        assert commands[name][1:4] == (model.removesuffix("-") or "speedrun", "--on", "1xh200")
 
 
 @pytest.mark.usefixtures("slow_python")

@@ -50,8 +50,11 @@ def test_number_and_type_are_compared_with_the_recipe(smi: Smi) -> None:
     checks = check_gpus(load_recipe("8xh200"), {})
     assert states(checks)["GPUs"] == "failed"
     assert "wants 8 x h200, found 4 x NVIDIA H200" in checks[0].found and "gpu:h200:8" in checks[0].advice
-    assert states(check_gpus(load_recipe("2xh200"), {}))["GPUs"] == "warning"
-    assert states(check_gpus(load_recipe("4xh100"), {}))["GPUs"] == "failed"
+    assert checks[0].advice.endswith("run on fewer: --on 4xh200")
+    checks = check_gpus(load_recipe("2xh200"), {})
+    assert states(checks)["GPUs"] == "warning" and "--on 4xh200 uses more" in checks[0].advice
+    checks = check_gpus(load_recipe("4xh100"), {})
+    assert states(checks)["GPUs"] == "failed" and checks[0].advice.endswith("say what there is: --on 4xh200")
     smi(gpus("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe"))
     (check,) = [check for check in check_gpus(load_recipe("2xh100"), {}) if check.name == "GPUs"]
     assert check.status == "warning" and "several kinds" in check.found

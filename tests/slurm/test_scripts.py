@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 from other_user import ME, as_other, needs_root, shared_place
 from recorded import ONE_NODE, SQUEUE, program
-from tiny_runs import make_data
+from tiny_runs import make_data, tiny_spec
+
+from nanogpt.recipe import dump_spec
 
 HERE = Path(__file__).parent
 SCRIPTS = HERE.parents[1] / "slurm"
@@ -88,6 +90,20 @@ def test_dry_run_submits_nothing(run: Run, place: Path) -> None:
     assert done.stdout.strip().endswith("--set=hardware.gpu=h100 --set=hardware.gpus_per_node=4")
     assert "no such directory" in done.stderr  # the shards are not there: said, not refused
     assert not (place / "bin" / "calls").exists() and not (place / "logs").exists()
+
+
+def test_hardware_is_said_on_the_command_line(run: Run, place: Path) -> None:
+    done = run("run.sh", "--dry-run", "record89", "--on", "2x4xh100", "--", "--time=20", NUM_GPUS="8")
+    assert done.returncode == 0, done.stderr
+    assert "sbatch --job-name=record89 --nodes=2" in done.stdout and "--gres=gpu:h100:4 " in done.stdout
+    assert done.stdout.strip().endswith(f" --time=20 {SCRIPTS}/run.sh record89 --on=2x4xh100")
+    done = run("run.sh", "--dry-run", "record89", GPU_TYPE="h200", NUM_GPUS="2")
+    assert "--gres=gpu:h200:2 " in done.stdout, done.stderr
+    done = run("run.sh", "record89", GPU_TYPE="h200")
+    assert done.returncode == 2 and "leaves it open. Say what it runs on: --on 8xh100" in done.stderr
+    done = run("run.sh", "record89-8xh200")
+    assert done.returncode == 2 and "record89 --on 8xh200" in done.stderr
+    assert not (place / "bin" / "calls").exists()
 
 
 def test_nothing_is_queued_that_cannot_run(run: Run, place: Path) -> None:
@@ -202,6 +218,19 @@ def test_in_a_job_run_sh_starts_one_step(run: Run, place: Path) -> None:
     assert srun.endswith("demo --steps=20 --out runs --data data")
 
 
+def test_in_a_job_open_hardware_is_that_of_the_job(run: Run, place: Path) -> None:
+    (place / "tiny.yaml").write_text(dump_spec(tiny_spec(), exclude={"hardware": True}))
+    environment = job_environment(place)
+    done = run("run.sh", "tiny.yaml", "--data=data", **environment)
+    assert done.returncode == 0, done.stderr
+    assert "hardware: 2 x h200, of job 7" in done.stderr
+    (srun,) = re.findall("^srun (.*)$", (place / "bin" / "calls").read_text(), re.MULTILINE)
+    assert " --ranks=2 " in srun and srun.endswith(" tiny.yaml --on=2xh200 --out runs --data data")
+    done = run("run.sh", "tiny.yaml", "--on=4xh200", "--data=data", **environment)
+    assert done.returncode == 2 and "4 GPUs a node needed, 2 allocated on n1" in done.stderr
+    assert "--gres=gpu:h200:4" in done.stderr and "tiny.yaml --on=4xh200" in done.stderr
+
+
 def test_a_task_of_an_array_has_its_own_seed(run: Run, place: Path) -> None:
     environment = {**job_environment(place), "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "4"}
     run("run.sh", "demo", "--set=training.seed=10", "--data=data", **environment)
@@ -266,14 +295,14 @@ def test_a_copy_in_slurm_s_spool_finds_the_others(run: Run, place: Path, script:
 
 
 def test_a_run_goes_on_in_a_new_job(run: Run, place: Path) -> None:
-    from tiny_runs import tiny_spec
-
     from nanogpt.runs.directory import RunDirectory
 
     path = RunDirectory.create(place / "runs", tiny_spec()).path.relative_to(place)
     done = run("run.sh", "--dry-run", f"--resume={path}", "--set=hardware.gpus_per_node=4", "--data=data")
     assert "--cpus-per-task=8" in done.stdout, done.stderr
     assert done.stdout.strip().endswith(f"--resume={path} --set=hardware.gpus_per_node=4 --data=data")
+    done = run("run.sh", "--dry-run", f"--resume={path}", "--on=2xcpu", "--data=data")
+    assert "--cpus-per-task=4" in done.stdout, done.stderr
     done = run("run.sh", f"--resume={path}", "--set=checkpoint.every=5", "--data=data", **job_environment(place))
     assert done.returncode == 0, done.stderr
     assert f"--resume={path} --set=checkpoint.every=5 --data data" in (place / "bin" / "calls").read_text()

@@ -75,7 +75,7 @@ def test_tables_get_no_other_gradient(monkeypatch):
     ("recipe", "override", "gigabytes", "expected"),
     [
         ("1xh100", "", 85, True),
-        ("record89-1xh200", "", 150, True),
+        ("record89", "hardware.gpu=h200", 150, True),
         ("1xa100", "", 42, False),
         ("1xh100", "runtime.cuda_graphs=off", 85, False),
         ("1xh100", "runtime.compile=off", 85, False),

@@ -17,7 +17,7 @@ from nanogpt.recipe import load_recipe
 
 @pytest.fixture(autouse=True)
 def no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -52,8 +52,8 @@ def test_the_place_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("recipe", "size", "message"),
     [
-        ("8xh100", 1, "wants 8 processes, found 1. Use nanogpt launch --nproc-per-node 8 RECIPE"),
-        ("1xh100", 2, "wants 1 process, found 2. Use nanogpt launch --nproc-per-node 1 RECIPE"),
+        ("8xh100", 1, "wants 8 processes, found 1. `nanogpt launch RECIPE` starts them"),
+        ("1xh100", 2, "wants 1 process, found 2. `nanogpt train RECIPE` without torchrun is one"),
     ],
 )
 def test_another_world_size(monkeypatch: pytest.MonkeyPatch, recipe: str, size: int, message: str) -> None:
@@ -61,12 +61,13 @@ def test_another_world_size(monkeypatch: pytest.MonkeyPatch, recipe: str, size: 
     with pytest.raises(InputError) as error, join_world(load_recipe(recipe)):
         pass
     assert message in str(error.value)
-    assert f"--set hardware.gpus_per_node={size}" in str(error.value)
+    assert f"--on {size}xh100 " in str(error.value)
+    assert ("slurm/run.sh RECIPE" in str(error.value)) == (recipe == "8xh100")
 
 
 def test_another_world_size_on_several_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = load_recipe("4xh100", ["hardware.nodes=2"])
-    with pytest.raises(InputError, match="nanogpt launch --nnodes 2 --rdzv-endpoint NODE:29500 --nproc-per-node 4 "):
+    with pytest.raises(InputError, match=r"nanogpt launch --nnodes 2 --nproc-per-node 4 .*on each node"):
         check_world(spec)
 
 

@@ -1,0 +1,45 @@
+"""What a run is started on, as it is typed: `4xh200`, or with nodes first, `2x4xh100`.
+
+A recipe may leave hardware open, whole or in part. `--on` says it; without, a `Fill` does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from nanogpt.errors import InputError
+from nanogpt.spec import GPU_TYPES, WORLD_SIZES, HardwareSpec
+
+# From the keys of `hardware` that are stated to values for others, and the place that messages about these name.
+Fill = Callable[[Mapping[str, Any]], tuple[dict[str, Any], str]]
+
+EXAMPLES = "4xh200, or nodes first, 2x4xh100"
+_SHAPE = re.compile(r"(?:(?P<nodes>\d+)x)?(?P<count>\d+)x(?P<gpu>[a-z]\w*)")
+
+
+def parse_shape(text: str) -> dict[str, Any]:
+    """`hardware` of a recipe for `2x4xh100`. Raises `InputError`; counts are not judged."""
+    match = _SHAPE.fullmatch(text.strip().lower())
+    if match is None or match["gpu"] not in GPU_TYPES:
+        what = "expected GPUs x type" if match is None else f"{match['gpu']} is not a type that is known"
+        raise InputError(f"--on {text}: {what}, such as {EXAMPLES}; types: {', '.join(GPU_TYPES)}")
+    return {"gpu": match["gpu"], "gpus_per_node": int(match["count"]), "nodes": int(match["nodes"] or 1)}
+
+
+def shape(hardware: HardwareSpec) -> str:
+    """`2x4xh100`, which `--on` takes."""
+    nodes = f"{hardware.nodes}x" if hardware.nodes > 1 else ""
+    return f"{nodes}{hardware.gpus_per_node}x{hardware.gpu}"
+
+
+def split_shape(name: str) -> tuple[str, str] | None:
+    """`record89` and `4xh200` of `record89-4xh200`; None of other names."""
+    start, dash, end = name.rpartition("-")
+    return (start, end) if dash and _SHAPE.fullmatch(end) else None
+
+
+def largest_count(gpus: int, nodes: int = 1) -> int:
+    """GPUs a node that a run on `nodes` nodes of `gpus` takes; 0 where no world size fits."""
+    return max((size // nodes for size in WORLD_SIZES if size % nodes == 0 and size // nodes <= gpus), default=0)
