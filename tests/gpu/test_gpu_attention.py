@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nanogpt.bench.kernels import document_ends
 from nanogpt.kernels.attention import BACKENDS, attention, import_failure, select_attention_backend
 from nanogpt.kernels.attention_plain import attention_dense, attention_plain
+from nanogpt.kernels.bench import document_ends
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 
-from nanogpt.bench.kernels import document_ends
 from nanogpt.data.batches import MicroBatch
+from nanogpt.kernels.bench import document_ends
 from nanogpt.kernels.cross_entropy import head_loss
 from nanogpt.kernels.fp8_mlp import (
     current_scale,
