@@ -180,7 +180,8 @@ def check_attention(environ: Mapping[str, str]) -> Check:
     if torch.version.cuda is None:
         return Check(name, "passed", "plain, the only one for CPUs")
     if torch.cuda.is_available():
-        choice = select_attention_backend("auto", torch.cuda.get_device_capability())
+        capability = torch.cuda.get_device_capability()
+        choice = select_attention_backend("auto", capability, head_dim=128, dtype=torch.bfloat16)
         status: Status = "warning" if choice.backend == "plain" else "passed"
         return Check(name, status, choice.reason, "Without a fast backend a run takes many times as long.")
     backend = "fa3" if environ.get("NANOGPT_FLASH_ATTN") else "fa4"

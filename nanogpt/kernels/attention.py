@@ -71,8 +71,8 @@ def select_attention_backend(
     requested: str,
     capability: tuple[int, int] | None,
     *,
-    head_dim: int = 128,
-    dtype: torch.dtype = torch.bfloat16,
+    head_dim: int,
+    dtype: torch.dtype,
     import_failure: Callable[[str], str | None] = import_failure,
 ) -> AttentionChoice:
     """The backend for `requested`, a name of BACKENDS or `auto`.

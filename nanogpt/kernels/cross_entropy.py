@@ -40,7 +40,7 @@ _LOG2_E = math.log2(math.e)
 MAX_CAP = 64.0  # exp(64) * 50,304 is still far below fp32's largest number
 
 
-def softcap(logits: Tensor, cap: float = 23.0, shift: float = 5.0, scale: float = 7.5) -> Tensor:
+def softcap(logits: Tensor, cap: float, shift: float, scale: float) -> Tensor:
     """Squash logits of any shape into (0, cap): `cap * sigmoid((logits + shift) / scale)`, at least fp32."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return cap * torch.sigmoid((logits + shift) / scale)
@@ -54,9 +54,9 @@ def head_loss_reference(
     *,
     prefixes: Tensor | None = None,  # (T,) int64
     prefix_weight: Tensor | None = None,  # () fp32
-    cap: float = 23.0,
-    shift: float = 5.0,
-    scale: float = 7.5,
+    cap: float,
+    shift: float,
+    scale: float,
 ) -> Tensor:
     """The definition of `head_loss` by plain autograd. Holds several (T, V) tensors: for tests and small inputs."""
     z = softcap(x @ lm_head, cap, shift, scale)
@@ -80,9 +80,9 @@ def head_loss(
     *,
     prefixes: Tensor | None = None,  # (T,) int64, the next token's prefix, -1 where it has none
     prefix_weight: Tensor | None = None,  # () fp32, on x's device; given if and only if `prefixes` are
-    cap: float = 23.0,
-    shift: float = 5.0,
-    scale: float = 7.5,
+    cap: float,
+    shift: float,
+    scale: float,
     precision: Precision = "bf16",
     plain: bool = False,
 ) -> Tensor:
@@ -130,9 +130,9 @@ def head_mean_loss(
     lm_head: Tensor,  # (D, V)
     targets: Tensor,  # (T,) int64
     *,
-    cap: float = 23.0,
-    shift: float = 5.0,
-    scale: float = 7.5,
+    cap: float,
+    shift: float,
+    scale: float,
     plain: bool = False,
 ) -> Tensor:
     """Evaluation: the mean cross-entropy of the next token alone, without gradient, in the inputs' precision.
@@ -159,9 +159,9 @@ def head_token_losses(
     lm_head: Tensor,  # (D, V)
     targets: Tensor,  # (T,) int64
     *,
-    cap: float = 23.0,
-    shift: float = 5.0,
-    scale: float = 7.5,
+    cap: float,
+    shift: float,
+    scale: float,
 ) -> Tensor:
     """Evaluation token by token: what `head_mean_loss` is the mean of, (T,) in nats, fp32 (fp64 for fp64 inputs).
 

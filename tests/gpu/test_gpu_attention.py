@@ -119,6 +119,7 @@ def test_compiles_whole_and_never_again_for_new_documents(backend):
 
 
 def test_auto_selects_a_library_that_runs_here():
-    choice = select_attention_backend("auto", torch.cuda.get_device_capability())
+    capability = torch.cuda.get_device_capability()
+    choice = select_attention_backend("auto", capability, head_dim=128, dtype=torch.bfloat16)
     print(choice.reason)
     assert choice.backend != "plain" or torch.cuda.get_device_capability()[0] < 8

@@ -29,7 +29,7 @@ def bench_cases(device: torch.device | str = "cuda", backends: tuple[str, ...] |
     """Forward, and forward with backward, at the shapes of the record; `backends` defaults to what `auto` takes."""
     if backends is None:
         capability = torch.cuda.get_device_capability(device)
-        backends = (select_attention_backend("auto", capability).backend,)
+        backends = (select_attention_backend("auto", capability, head_dim=128, dtype=torch.bfloat16).backend,)
     for (tokens, heads, longest, window), backend in itertools.product(SHAPES, backends):
         ends = [
             end * (2 if heads == 3 else 1)

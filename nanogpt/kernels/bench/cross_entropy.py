@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +23,10 @@ def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
     from nanogpt.kernels.cross_entropy_triton import loss_and_gradient
 
     width, vocab = 768, 50_304
-    kernel = functools.partial(loss_and_gradient, cap=23.0, shift=5.0, scale=7.5)
+    softcap: dict[str, Any] = {"cap": 23.0, "shift": 5.0, "scale": 7.5}
+    kernel = functools.partial(loss_and_gradient, **softcap)
     lm_head = (0.1 * torch.randn(width, vocab, device=device)).bfloat16().requires_grad_()
-    reference = torch.compile(head_loss_reference, dynamic=False)
+    reference = torch.compile(functools.partial(head_loss_reference, **softcap), dynamic=False)
 
     def train(function: Callable[..., Tensor], *inputs: Tensor) -> object:
         return torch.autograd.grad(function(*inputs), inputs[:2])
@@ -40,7 +42,7 @@ def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
             yield BenchCase(
                 f"head loss {precision}, forward + backward",
                 shape,
-                functools.partial(train, functools.partial(head_loss, precision=precision), *inputs),
+                functools.partial(train, functools.partial(head_loss, **softcap, precision=precision), *inputs),
                 functools.partial(train, reference, *inputs),
                 flops=6 * tokens * width * vocab / rate,
                 bytes=4 * (tokens + vocab) * width,
@@ -65,7 +67,7 @@ def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
     yield BenchCase(
         "head loss, evaluation",
         f"{tokens:,} x {width} x {vocab:,}",
-        functools.partial(head_mean_loss, x, lm_head.detach(), targets),
+        functools.partial(head_mean_loss, x, lm_head.detach(), targets, **softcap),
         None,
         flops=2 * tokens * width * vocab,
         bytes=2 * (tokens + vocab) * width,
