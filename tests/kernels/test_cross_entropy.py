@@ -129,17 +129,22 @@ def test_mean_loss_is_the_first_term():
     assert relative_error(mean, head_loss_reference(x, lm_head, targets, one, **SOFTCAP).detach() / 300) < 1e-12
 
 
+def test_fp8_scales_are_the_public_ones():
+    """Spelled out: another power of two would round most numbers alike, and no comparison of results would see it."""
+    assert (X_SCALE, W_SCALE, GRAD_SCALE) == (100 / 448, 1.6 / 448, 0.75 / 448)
+
+
 @pytest.mark.parametrize("terms", [1, 3])
 def test_fp8_emulation_equals_its_formula(terms):
     """The specified roundings, written around autograd: e4m3 in, bf16 logits, e5m2 logit gradient."""
     x, lm_head, targets, weights = head_inputs(48, 32, 160, terms=terms, dtype=torch.bfloat16)
     grad_scale = 0.125
-    x8 = (x.detach().float() / X_SCALE).to(torch.float8_e4m3fn).float() * X_SCALE
-    w8 = (lm_head.detach().float() / W_SCALE).to(torch.float8_e4m3fn).float() * W_SCALE
+    x8 = (x.detach().float() / (100 / 448)).to(torch.float8_e4m3fn).float() * (100 / 448)
+    w8 = (lm_head.detach().float() / (1.6 / 448)).to(torch.float8_e4m3fn).float() * (1.6 / 448)
     logits = (x8 @ w8).bfloat16().float().requires_grad_()
     loss = head_loss_reference(logits, torch.eye(160), targets, weights, **SOFTCAP)
     (g,) = torch.autograd.grad(grad_scale * loss, logits)
-    grad_s = grad_scale * GRAD_SCALE
+    grad_s = grad_scale * 0.75 / 448
     g8 = (g / grad_s).to(torch.float8_e5m2).float() * grad_s
     out, dx, dw = loss_and_gradients(head_loss, x, lm_head, targets, weights, factor=grad_scale, precision="fp8")
     assert relative_error(out, loss.detach()) < 1e-6
