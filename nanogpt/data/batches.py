@@ -31,7 +31,6 @@ from nanogpt.data.shards import HEADER_BYTES, ShardError, Tokens, read_count
 from nanogpt.errors import InputError, RunError
 from nanogpt.files import open_regular
 
-
 # What a micro-batch brings besides its tokens (T,), by name, T numbers each: computed while it is built.
 Extras = Callable[[Tokens], Mapping[str, npt.NDArray[Any]]]
 

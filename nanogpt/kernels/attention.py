@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nanogpt.errors import InputError
+from nanogpt.gpus import runs_on
 from nanogpt.kernels.attention_flash import LOADERS, attention_flash, flash_library
 from nanogpt.kernels.attention_plain import attention_plain
 
@@ -114,11 +115,11 @@ def _hardware_obstacle(
 ) -> str | None:
     if capability is None:
         return "it needs a CUDA GPU"
-    if backend == "fa4" and capability[0] < 9:
+    if backend == "fa4" and not runs_on("fa4", capability):
         return "its backward pass needs sm_90 or newer"
-    if backend == "fa3" and capability[0] != 9:
+    if backend == "fa3" and not runs_on("fa3", capability):
         return "it needs sm_90"
-    if capability[0] < 8:
+    if not runs_on(backend, capability):
         return "it needs sm_80 or newer"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it computes in bf16 or fp16, not {dtype}"

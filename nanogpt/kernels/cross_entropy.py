@@ -27,7 +27,6 @@ from torch import Tensor
 
 from nanogpt.kernels.dispatch import runs_kernel
 from nanogpt.kernels.fp8_head import (
-    FP8_CAPABILITY,
     GRAD_SCALE,
     W_SCALE,
     X_SCALE,
@@ -192,9 +191,7 @@ def _check(x: Tensor, lm_head: Tensor, targets: Tensor, cap: float) -> None:
 def _runs_kernel(x: Tensor, lm_head: Tensor, fp8: bool) -> bool:
     """Whether the Triton kernels take these tensors: bf16 on a GPU, with sizes that fill whole vectors."""
     if fp8:
-        return runs_kernel(x, lm_head, capability=FP8_CAPABILITY[0]) and not any(
-            size % 16 for size in (*x.shape, lm_head.shape[1])
-        )
+        return runs_kernel(x, lm_head, capability=9) and not any(size % 16 for size in (*x.shape, lm_head.shape[1]))
     return runs_kernel(x, lm_head, capability=8) and lm_head.shape[1] % 8 == 0
 
 
