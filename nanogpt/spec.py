@@ -8,10 +8,11 @@ are given in blocks here (`StageSpec.window_blocks`) and are in tokens everywher
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
+from nanogpt.gpus import GpuName, types_with
 from nanogpt.models import ModelSpec
 from nanogpt.models.stage_loss import StageLoss
 from nanogpt.optim import OPTIMIZERS, OptimizerSpec
@@ -29,8 +30,6 @@ from nanogpt.spec_fields import (
 
 WORLD_SIZES = (1, 2, 4, 8)
 _MODEL: TypeAdapter[Any] = TypeAdapter(ModelSpec)
-GpuType = Literal["h100", "h200", "a100", "cpu"]
-GPU_TYPES: tuple[str, ...] = get_args(GpuType)
 
 
 class CrossCheckError(ValueError):
@@ -165,7 +164,7 @@ class DataSpec(Strict):
 class HardwareSpec(Strict):
     """What the run is started on, which a recipe may leave open for --on; world size = nodes * gpus_per_node."""
 
-    gpu: GpuType = Field(description="GPU type; cpu runs the plain path")
+    gpu: GpuName = Field(description="GPU type; cpu runs the plain path")
     gpus_per_node: Count = Field(description="processes a node, one a GPU")
     nodes: Count = 1
 
@@ -392,14 +391,13 @@ def _cross_checks(spec: RunSpec) -> Iterator[Problem]:
 
 
 def _runtime_problems(runtime: RuntimeSpec, gpu: str) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    cuda, hopper = ("h100", "h200", "a100"), ("h100", "h200")
     for key, value, gpus in (
-        ("attention", "fa4", hopper),
-        ("attention", "fa3", hopper),
-        ("attention", "fa2", cuda),
-        ("attention", "varlen", cuda),
-        ("head_precision", "fp8", hopper),
-        ("mlp_precision", "fp8", (*hopper, "cpu")),  # emulated there
+        ("attention", "fa4", types_with("fa4")),
+        ("attention", "fa3", types_with("fa3")),
+        ("attention", "fa2", types_with("fa2")),
+        ("attention", "varlen", types_with("varlen")),
+        ("head_precision", "fp8", types_with("fp8")),
+        ("mlp_precision", "fp8", (*types_with("fp8"), "cpu")),  # emulated there
     ):
         if getattr(runtime, key) == value and gpu not in gpus:
             yield ("runtime", key), f"{value} needs hardware.gpu {' or '.join(gpus)}, found {gpu}"

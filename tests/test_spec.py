@@ -1,15 +1,16 @@
 """The run spec: the specification's constants number by number, bounds, cross-checks, shortening."""
 
 import copy
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from nanogpt.gpus import GpuName
 from nanogpt.recipe import load_recipe, shipped_recipes, shorten
-from nanogpt.spec import GPU_TYPES, WORLD_SIZES, CosineSchedule, CrossCheckError, RunSpec
+from nanogpt.spec import WORLD_SIZES, CosineSchedule, CrossCheckError, RunSpec
 
 SPEEDRUN = load_recipe("speedrun")
 RECORD89 = load_recipe("record89")
@@ -441,7 +442,7 @@ def test_several_problems_come_together():
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-@pytest.mark.parametrize("gpu", GPU_TYPES)
+@pytest.mark.parametrize("gpu", get_args(GpuName))
 def test_every_world_size_and_gpu_type(gpu, world_size):
     data = changed(SPEEDRUN, "hardware", {"gpu": gpu, "gpus_per_node": world_size})
     spec = RunSpec.model_validate(data)

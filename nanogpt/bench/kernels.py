@@ -1,42 +1,20 @@
 """Measuring kernels: each against its plain equal, and against what the machine can do.
 
-A kernel's module may define `bench_cases(device) -> Iterator[BenchCase]`; the cases of all of them are in
-`all_bench_cases`. The floor of a case is the larger of its operations over the measured rate of a large matrix product
-and its bytes over the measured rate of a large copy.
+The cases are those of the modules of `nanogpt.kernels.bench`. The floor of a case is the larger of its operations over
+the measured rate of a large matrix product and its bytes over the measured rate of a large copy.
 """
 
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
-MODULES = (
-    "attention",
-    "head_mixing",
-    "relu_squared_mlp",
-    "fp8_mlp",
-    "cross_entropy",
-    "row_gradients",
-    "symmetric_matmul",
-    "transpose",
-)
-
-
-@dataclass(frozen=True)
-class BenchCase:
-    """One kernel at one shape. `fast` and `plain` run it once on inputs that they hold."""
-
-    name: str
-    shape: str
-    fast: Callable[[], object]
-    plain: Callable[[], object] | None
-    flops: float
-    """Multiplications and additions that the result needs (what a kernel computes beyond them counts against it)."""
-    bytes: float
-    """Each input read once, each output written once."""
+from nanogpt.kernels import bench
+from nanogpt.kernels.bench import BenchCase
 
 
 @dataclass(frozen=True)
@@ -92,19 +70,6 @@ def _captured(function: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def document_ends(tokens: int, longest: int, entries: int) -> list[int]:
-    """Ends of made-up documents with about the lengths of FineWeb's, padded with `tokens` to `entries` numbers.
-
-    Lengths are log-normal with median 500, cut at `longest` tokens; the draw is fixed.
-    """
-    generator = torch.Generator().manual_seed(0)
-    ends: list[int] = []
-    while not ends or ends[-1] < tokens:
-        length = int(500 * torch.randn((), generator=generator).exp())
-        ends.append(min((ends[-1] if ends else 0) + min(max(length, 8), longest), tokens))
-    return ends + [tokens] * (entries - len(ends))
-
-
 def machine_rates(device: torch.device | str = "cuda") -> MachineRates:
     """Measures the two ceilings; takes about a second and 8 GiB of device memory.
 
@@ -126,10 +91,8 @@ def floor_ms(case: BenchCase, rates: MachineRates) -> float:
 
 def all_bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
     """The cases of every kernel, one at a time: inputs live only while their case is in hand."""
-    for name in MODULES:
-        module = importlib.import_module(f"nanogpt.kernels.{name}")
-        if hasattr(module, "bench_cases"):
-            yield from module.bench_cases(device)
+    for module in pkgutil.iter_modules(bench.__path__, f"{bench.__name__}."):
+        yield from importlib.import_module(module.name).bench_cases(device)
 
 
 def run_cases(cases: Iterable[BenchCase], rates: MachineRates) -> Iterator[BenchResult]:

@@ -20,11 +20,10 @@ import torch
 
 from nanogpt.console import human_bytes, markdown_table
 from nanogpt.data.shards import train_name, val_name, write_tokens
+from nanogpt.gpus import GPU_TYPES
 from nanogpt.launch.world import World
 from nanogpt.spec import RunSpec
 from nanogpt.training.trainer import Trainer
-
-BF16_PEAK_FLOPS = {"h100": 989e12, "h200": 989e12, "a100": 312e12}  # dense, by the data sheets
 
 
 @dataclass(frozen=True)
@@ -90,12 +89,12 @@ def time_stages(trainer: Trainer, *, steps: int, warmup_steps: int) -> Iterator[
 
 
 def _utilization(spec: RunSpec, settings: Any, milliseconds: float) -> float | None:
-    peak = BF16_PEAK_FLOPS.get(spec.hardware.gpu)
-    if peak is None:
+    gpu = GPU_TYPES.get(spec.hardware.gpu)
+    if gpu is None:
         return None
     windows = settings.windows
     flops = spec.model.training_flops(settings.batch_tokens, short=windows.short, long=windows.long)
-    return flops / (milliseconds / 1000) / (peak * spec.world_size)
+    return flops / (milliseconds / 1000) / (gpu.speed.flops * spec.world_size)
 
 
 def _time_each(calls: list[Callable[[], object]], world: World) -> list[float]:

@@ -65,6 +65,7 @@ COMMANDS = (
     Command("warm", "nanogpt.cli.warm:warm", "Speed", "Compile a recipe's code ahead of its runs."),
     Command("cache", "nanogpt.cli.cache:cache", "Speed", "List and prune the files of compiled code."),
     Command("bench", "nanogpt.cli.bench:bench", "Speed", "Time the kernels, or a training step of a recipe."),
+    Command("experiment", "nanogpt.cli.experiment:experiment", "Speed", "Try ideas against a recipe, seed by seed."),
     Command("doctor", "nanogpt.cli.doctor:doctor", "Help", "Check that everything here is fit for a run."),
     Command("version", "nanogpt.cli.version:version", "Help", "Print the versions that a report of a problem needs."),
 )

@@ -17,10 +17,9 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from nanogpt.cluster.gpus import OLDEST_DRIVER
+from nanogpt.gpus import GPU_TYPES, OLDEST_DRIVER, nearest_type, runs_on
 from nanogpt.image.build_checks import Check, Status
 
-CAPABILITIES = {(8, 0): "A100", (9, 0): "H100, H200"}
 SHARED_MEMORY_NEEDED = 1 << 30  # NCCL and the batches' workers
 # Heads of 128, as the kernels like them, and next to nothing else.
 TINY = (
@@ -154,10 +153,10 @@ def check_gpu(*, require_gpu: bool, devices: Path = Path("/dev"), environ: Mappi
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     capability = torch.cuda.get_device_capability()
     found = f"{len(names)} x {names[0]} (sm_{capability[0]}{capability[1]}), {judged.found}"
-    if capability[0] < 8:
-        return Check("GPU", "failed", found, "The kernels need an A100, H100 or newer (sm_80).")
-    if capability not in CAPABILITIES:
-        known = ", ".join(CAPABILITIES.values())
+    known = ", ".join(name.upper() for name in GPU_TYPES)
+    if not runs_on("triton", capability):
+        return Check("GPU", "failed", found, f"The kernels need sm_80 or newer: {known}.")
+    if capability not in {gpu.capability for gpu in GPU_TYPES.values()}:
         return Check("GPU", "warning", found, f"Runs are tried on {known}; on others speed is not known.")
     return Check("GPU", "passed", found)
 
@@ -180,7 +179,8 @@ def check_attention(environ: Mapping[str, str]) -> Check:
     if torch.version.cuda is None:
         return Check(name, "passed", "plain, the only one for CPUs")
     if torch.cuda.is_available():
-        choice = select_attention_backend("auto", torch.cuda.get_device_capability())
+        capability = torch.cuda.get_device_capability()
+        choice = select_attention_backend("auto", capability, head_dim=128, dtype=torch.bfloat16)
         status: Status = "warning" if choice.backend == "plain" else "passed"
         return Check(name, status, choice.reason, "Without a fast backend a run takes many times as long.")
     backend = "fa3" if environ.get("NANOGPT_FLASH_ATTN") else "fa4"
@@ -280,7 +280,7 @@ def _train_two_steps(directory: Path) -> tuple[str, float]:
     overrides = list(TINY)
     device = "the CPU"
     if torch.cuda.is_available():
-        gpu = "a100" if torch.cuda.get_device_capability()[0] == 8 else "h100"
+        gpu = nearest_type(torch.cuda.get_device_capability())
         overrides += [f"hardware.gpu={gpu}", "runtime.dtype=bf16", "runtime.compile=off"]
         device = torch.cuda.get_device_name()
     spec = load_recipe("demo", overrides)

@@ -10,13 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nanogpt.errors import RunError
+from nanogpt.gpus import OLDEST_DRIVER
 
 GPU_FIELDS = ("index", "uuid", "name", "driver_version", "memory.total", "memory.used")
 APP_FIELDS = ("gpu_uuid", "pid", "process_name", "used_memory")
 TIMEOUT_S = 15.0
-
-# The oldest Linux driver for each major version of CUDA: within one, newer toolkits run on older drivers.
-OLDEST_DRIVER = {11: (450, 80), 12: (525, 60), 13: (580, 65)}
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from nanogpt.cluster.gpus import Gpu, GpuProcess, gpu_processes, oldest_driver, 
 from nanogpt.console import human_bytes, say
 from nanogpt.data.manifest import file_sha256, verify_directory
 from nanogpt.errors import InputError, RunError
+from nanogpt.gpus import GPU_TYPES
 from nanogpt.hardware import largest_count, shape
 from nanogpt.image.build_checks import Check, Status
 from nanogpt.spec import RunSpec
@@ -32,10 +33,6 @@ from nanogpt.spec import RunSpec
 USED_MIB_WARNING, USED_MIB_FAILED = 1024, 8192  # a GPU that nobody uses has some hundred MiB in use
 MIB = 1 << 20
 HASH_PATIENCE_S = 10.0
-# GB/s of one direction between two GPUs of a node, which their kind should give with room; copies reach 80 % and more
-# of the link (NVLink 4: 450, NVLink 3: 300, PCIe 5 x16: 63, PCIe 4 x16: 32).
-SXM_GB_S = {"h100": 280, "h200": 280, "a100": 180}
-PCIE_GB_S = {"h100": 20, "h200": 20, "a100": 10}
 WEIGHT_BYTES = 12  # of a parameter in a checkpoint: weight and two moments in fp32
 
 
@@ -190,7 +187,8 @@ def check_links(
     except RunError as error:
         return Check("GPU links", "failed", str(error), "Check `nvidia-smi topo -m` and dmesg; leave this node out")
     pcie = any("pcie" in gpu.name.lower() for gpu in gpus)
-    expected = (PCIE_GB_S if pcie else SXM_GB_S)[spec.hardware.gpu]
+    kind = GPU_TYPES[spec.hardware.gpu]
+    expected = kind.pcie if pcie else kind.nvlink
     worst = min(range(len(rates)), key=rates.__getitem__)
     found = f"{'PCIe' if pcie else 'NVLink'}: {rates[worst]:.0f} GB/s from GPU {worst} to the next, the slowest"
     if rates[worst] >= expected:

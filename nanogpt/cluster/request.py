@@ -10,22 +10,21 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from nanogpt.errors import InputError
-from nanogpt.spec import GPU_TYPES, RunSpec
+from nanogpt.gpus import GPU_TYPES, GpuName
+from nanogpt.spec import RunSpec
 
-CPUS_PER_GPU = 15
-MEMORY_PER_GPU_GB = 24
 CPUS_PER_CPU_RANK = 2
 MEMORY_PER_CPU_RANK_GB = 4
 STOP_SIGNAL = "B:USR1@120"  # to the batch script alone: in the image's step it would kill squashfuse
 LOG = "logs/%x-%j.out"
 
 # A start from nothing: staging, compiling (10 minutes), warm-up; then the steps at a speed that no healthy machine
-# fails to reach: FLOP/s a GPU in the matrices, forward and backward. 8 x H100 do 400e12 each.
-START_MINUTES = {"cpu": 10}
-START_MINUTES_GPU = 30
-SLOW_FLOPS = {"h200": 150e12, "h100": 150e12, "a100": 60e12, "cpu": 5e9}
+# fails to reach (`GpuType.slow_flops`), forward and backward. 8 x H100 do 400e12 each.
+START_MINUTES_CPU, START_MINUTES_GPU = 10, 30
+SLOW_FLOPS_CPU = 5e9
 ROUND_MINUTES = 10
 
 # An option that the user has set by sbatch's variable is left to it: on the command line it would win.
@@ -75,24 +74,25 @@ class JobRequest:
 def job_request(spec: RunSpec) -> JobRequest:
     """The resources that `spec` needs."""
     hardware = spec.hardware
-    ranks, on_cpu = hardware.gpus_per_node, hardware.gpu == "cpu"
+    ranks, kind = hardware.gpus_per_node, GPU_TYPES.get(hardware.gpu)
     return JobRequest(
         name=spec.name,
         nodes=hardware.nodes,
         gpu=hardware.gpu,
-        gpus_per_node=0 if on_cpu else ranks,
-        cpus_per_node=ranks * (CPUS_PER_CPU_RANK if on_cpu else CPUS_PER_GPU),
-        memory_gb=ranks * (MEMORY_PER_CPU_RANK_GB if on_cpu else MEMORY_PER_GPU_GB),
+        gpus_per_node=ranks if kind else 0,
+        cpus_per_node=ranks * (kind.cpus if kind else CPUS_PER_CPU_RANK),
+        memory_gb=ranks * (kind.host_memory_gb if kind else MEMORY_PER_CPU_RANK_GB),
         minutes=_minutes(spec),
     )
 
 
 def _minutes(spec: RunSpec) -> int:
-    model, gpu = spec.model, spec.hardware.gpu
+    model, kind = spec.model, GPU_TYPES.get(spec.hardware.gpu)
     evaluations = spec.training.total_steps // spec.evaluation.every + 2
     evaluated = spec.evaluation.tokens * evaluations // 3  # forward only, a third
     flops = model.training_flops(spec.training.total_tokens + evaluated, short=0, long=0)
-    minutes = START_MINUTES.get(gpu, START_MINUTES_GPU) + flops / (SLOW_FLOPS[gpu] * spec.world_size) / 60
+    start, speed = (START_MINUTES_GPU, kind.slow_flops) if kind else (START_MINUTES_CPU, SLOW_FLOPS_CPU)
+    minutes = start + flops / (speed * spec.world_size) / 60
     return ROUND_MINUTES * math.ceil(minutes / ROUND_MINUTES)
 
 
@@ -125,8 +125,8 @@ def environment_overrides(environ: Mapping[str, str]) -> list[str]:
     overrides = []
     gpu, count = environ.get("GPU_TYPE", "").strip(), environ.get("NUM_GPUS", "").strip()
     if gpu:
-        if gpu.lower() not in GPU_TYPES:
-            raise InputError(f"GPU_TYPE: found {gpu!r}, expected one of {', '.join(GPU_TYPES)}; or unset GPU_TYPE")
+        if gpu.lower() not in (known := get_args(GpuName)):
+            raise InputError(f"GPU_TYPE: found {gpu!r}, expected one of {', '.join(known)}; or unset GPU_TYPE")
         overrides.append(f"hardware.gpu={gpu.lower()}")
     if count:
         if not count.isdigit():

@@ -31,9 +31,6 @@ from nanogpt.data.shards import HEADER_BYTES, ShardError, Tokens, read_count
 from nanogpt.errors import InputError, RunError
 from nanogpt.files import open_regular
 
-BOS = 50256  # GPT-2's <|endoftext|>
-
-
 # What a micro-batch brings besides its tokens (T,), by name, T numbers each: computed while it is built.
 Extras = Callable[[Tokens], Mapping[str, npt.NDArray[Any]]]
 
@@ -95,10 +92,10 @@ class TrainBatches:
         self,
         files: Sequence[Path],
         *,
-        slots: int = 8,
+        slots: int,
         rank: int = 0,
         world_size: int = 1,
-        bos: int = BOS,
+        bos: int,
         device: torch.device | str = "cpu",
         prefetch: bool = True,
         epochs: int | None = 1,
@@ -417,10 +414,10 @@ class ValBatches:
         *,
         tokens: int,
         micro_batch_tokens: int,
-        slots: int = 8,
+        slots: int,
         rank: int = 0,
         world_size: int = 1,
-        bos: int = BOS,
+        bos: int,
         device: torch.device | str = "cpu",
         extras: Extras = no_extras,
     ):

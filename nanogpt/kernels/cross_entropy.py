@@ -19,18 +19,14 @@ Since 0 < z < cap, exp(z) cannot overflow in fp32 for any cap up to `MAX_CAP`, s
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanogpt.bench.kernels import BenchCase
 from nanogpt.kernels.dispatch import runs_kernel
 from nanogpt.kernels.fp8_head import (
-    FP8_CAPABILITY,
     GRAD_SCALE,
     W_SCALE,
     X_SCALE,
@@ -43,7 +39,7 @@ _LOG2_E = math.log2(math.e)
 MAX_CAP = 64.0  # exp(64) * 50,304 is still far below fp32's largest number
 
 
-def softcap(logits: Tensor, cap: float = 23.0, shift: float = 5.0, scale: float = 7.5) -> Tensor:
+def softcap(logits: Tensor, cap: float, shift: float, scale: float) -> Tensor:
     """Squash logits of any shape into (0, cap): `cap * sigmoid((logits + shift) / scale)`, at least fp32."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return cap * torch.sigmoid((logits + shift) / scale)
@@ -57,9 +53,9 @@ def head_loss_reference(
     *,
     prefixes: Tensor | None = None,  # (T,) int64
     prefix_weight: Tensor | None = None,  # () fp32
-    cap: float = 23.0,
-    shift: float = 5.0,
-    scale: float = 7.5,
+    cap: float,
+    shift: float,
+    scale: float,
 ) -> Tensor:
     """The definition of `head_loss` by plain autograd. Holds several (T, V) tensors: for tests and small inputs."""
     z = softcap(x @ lm_head, cap, shift, scale)
@@ -83,9 +79,9 @@ def head_loss(
     *,
     prefixes: Tensor | None = None,  # (T,) int64, the next token's prefix, -1 where it has none
     prefix_weight: Tensor | None = None,  # () fp32, on x's device; given if and only if `prefixes` are
-    cap: float = 23.0,
-    shift: float = 5.0,
-    scale: float = 7.5,
+    cap: float,
+    shift: float,
+    scale: float,
     precision: Precision = "bf16",
     plain: bool = False,
 ) -> Tensor:
@@ -133,9 +129,9 @@ def head_mean_loss(
     lm_head: Tensor,  # (D, V)
     targets: Tensor,  # (T,) int64
     *,
-    cap: float = 23.0,
-    shift: float = 5.0,
-    scale: float = 7.5,
+    cap: float,
+    shift: float,
+    scale: float,
     plain: bool = False,
 ) -> Tensor:
     """Evaluation: the mean cross-entropy of the next token alone, without gradient, in the inputs' precision.
@@ -162,9 +158,9 @@ def head_token_losses(
     lm_head: Tensor,  # (D, V)
     targets: Tensor,  # (T,) int64
     *,
-    cap: float = 23.0,
-    shift: float = 5.0,
-    scale: float = 7.5,
+    cap: float,
+    shift: float,
+    scale: float,
 ) -> Tensor:
     """Evaluation token by token: what `head_mean_loss` is the mean of, (T,) in nats, fp32 (fp64 for fp64 inputs).
 
@@ -195,9 +191,7 @@ def _check(x: Tensor, lm_head: Tensor, targets: Tensor, cap: float) -> None:
 def _runs_kernel(x: Tensor, lm_head: Tensor, fp8: bool) -> bool:
     """Whether the Triton kernels take these tensors: bf16 on a GPU, with sizes that fill whole vectors."""
     if fp8:
-        return runs_kernel(x, lm_head, capability=FP8_CAPABILITY[0]) and not any(
-            size % 16 for size in (*x.shape, lm_head.shape[1])
-        )
+        return runs_kernel(x, lm_head, capability=9) and not any(size % 16 for size in (*x.shape, lm_head.shape[1]))
     return runs_kernel(x, lm_head, capability=8) and lm_head.shape[1] % 8 == 0
 
 
@@ -405,65 +399,3 @@ def _plain_backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[T
 
 
 _plain_head_loss.register_autograd(_plain_backward, setup_context=_plain_setup)
-
-
-# ---------------------------------------------------------------- measuring
-
-
-def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
-    """The head's loss, forward and backward, at the record's micro-batches; the kernel inside it; and evaluation.
-
-    The plain equal of the first is `head_loss_reference` compiled. FP8 products count half their operations, since the
-    machine's rate is that of bf16.
-    """
-    from nanogpt.kernels.cross_entropy_triton import loss_and_gradient
-
-    width, vocab = 768, 50_304
-    kernel = functools.partial(loss_and_gradient, cap=23.0, shift=5.0, scale=7.5)
-    lm_head = (0.1 * torch.randn(width, vocab, device=device)).bfloat16().requires_grad_()
-    reference = torch.compile(head_loss_reference, dynamic=False)
-
-    def train(function: Callable[..., Tensor], *inputs: Tensor) -> object:
-        return torch.autograd.grad(function(*inputs), inputs[:2])
-
-    for tokens, terms in ((16_384, 3), (32_768, 2), (49_152, 1)):
-        x = torch.randn(tokens, width, device=device).bfloat16().requires_grad_()
-        targets = torch.randint(vocab, (tokens,), device=device)
-        weights = torch.ones(terms, device=device)
-        inputs = (x, lm_head, targets, weights)
-        shape = f"{tokens:,} x {width} x {vocab:,}, {terms} targets"
-        precisions: tuple[tuple[Precision, int], ...] = (("fp8", 2), ("bf16", 1))
-        for precision, rate in precisions:
-            yield BenchCase(
-                f"head loss {precision}, forward + backward",
-                shape,
-                functools.partial(train, functools.partial(head_loss, precision=precision), *inputs),
-                functools.partial(train, reference, *inputs),
-                flops=6 * tokens * width * vocab / rate,
-                bytes=4 * (tokens + vocab) * width,
-            )
-        with torch.no_grad():
-            logits = x @ lm_head
-        for name, dtype, number_bytes in (("e5m2", torch.float8_e5m2, 3), ("bf16", torch.bfloat16, 4)):
-            grad = torch.empty_like(logits, dtype=dtype)
-            yield BenchCase(
-                f"cross-entropy with {name} gradient, from logits",
-                f"{tokens:,} x {vocab:,}, {terms} targets",
-                functools.partial(kernel, logits, targets, weights, grad),
-                None,
-                flops=0,
-                bytes=number_bytes * tokens * vocab,
-            )
-        del logits, grad
-
-    tokens = 262_144
-    x = torch.randn(tokens, width, device=device).bfloat16()
-    targets = torch.randint(vocab, (tokens,), device=device)
-    yield BenchCase(
-        "head loss, evaluation",
-        f"{tokens:,} x {width} x {vocab:,}",
-        functools.partial(head_mean_loss, x, lm_head.detach(), targets),
-        None,
-        flops=2 * tokens * width * vocab,
-        bytes=2 * (tokens + vocab) * width,
-    )

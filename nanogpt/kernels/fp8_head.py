@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from nanogpt.errors import InputError
+from nanogpt.gpus import runs_on
 
 Precision = Literal["bf16", "fp8"]
 
 X_SCALE = 100 / 448  # e4m3 scale of the head's input
 W_SCALE = 1.6 / 448  # e4m3 scale of the head's weights
 GRAD_SCALE = 0.75 / 448  # e5m2 scale of the logit gradient, for an incoming gradient of 1
-FP8_CAPABILITY = (9, 0)
 
 
 def select_head_precision(
@@ -55,7 +55,7 @@ def select_head_precision(
             return "fp8", "requested; emulated on a CPU"
         return "bf16", "FP8 needs a GPU and bf16 activations"
     shown = f"compute capability {capability[0]}.{capability[1]}"
-    if capability < FP8_CAPABILITY:
+    if not runs_on("fp8", capability):
         obstacle = f"{shown}, and FP8 products need 9.0 (Hopper) or newer"
     elif not (products_work or fp8_products_work)():
         obstacle = f"{shown}, but a trial of PyTorch's FP8 products failed"

@@ -15,14 +15,12 @@ The backward pass sums each key's gradient over the queries that see it, in one 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanogpt.bench.kernels import BenchCase, document_ends
 from nanogpt.kernels.attention_plain import first_visible_key
 from nanogpt.kernels.dispatch import run_time_number, runs_kernel
 
@@ -242,38 +240,3 @@ def _scores(q: Tensor, k: Tensor, hidden: Tensor, scale: float, wide: torch.dtyp
     """(blocks, query, head, key), scaled, minus infinity where hidden."""
     scores = torch.einsum("nqhd,nkhd->nqhk", q.to(wide), k.to(wide)) * scale
     return scores.masked_fill(hidden[:, :, None], -torch.inf)
-
-
-# ---------------------------------------------------------------- measuring
-
-
-def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
-    """Forward, and forward with backward, at the record's micro-batches; the plain equal is this file's."""
-    window, heads, head_dim = 112, 6, 128
-    for tokens in (16_384, 32_768, 49_152):
-        q, k, v, y, grad = (torch.randn(tokens, heads, head_dim, device=device, dtype=torch.bfloat16) for _ in range(5))
-        w1, w2 = (torch.randn(tokens, heads, device=device, dtype=torch.bfloat16) for _ in range(2))
-        ends = torch.tensor([0, *document_ends(tokens, 2_048, 127)], dtype=torch.int32, device=device)
-        inputs = tuple(x.requires_grad_() for x in (y, q, k, v, w1, w2))
-
-        def run(
-            function: Callable[..., Tensor],
-            train: bool,
-            inputs: tuple[Tensor, ...] = inputs,
-            ends: Tensor = ends,
-            grad: Tensor = grad,
-        ) -> object:
-            with torch.set_grad_enabled(train):
-                out = function(*inputs, ends, window=window, scale=0.1)
-            return torch.autograd.grad(out, inputs, grad) if train else out
-
-        product = 2 * tokens * window * heads * head_dim
-        for train, name, products, tensors in ((False, "forward", 2, 5), (True, "forward + backward", 7, 14)):
-            yield BenchCase(
-                f"head mixing, {name}",
-                f"{tokens:,} x {heads} x {head_dim}, window {window}",
-                functools.partial(run, mix_heads, train),
-                functools.partial(run, functools.partial(mix_heads, plain=True), train),
-                flops=products * product,
-                bytes=tensors * tokens * heads * head_dim * 2,
-            )

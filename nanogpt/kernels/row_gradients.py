@@ -9,14 +9,11 @@ fp32, added to the table's row and rounded once. Nothing is added atomically, an
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from nanogpt.bench.kernels import BenchCase
 from nanogpt.kernels.dispatch import runs_kernel
 
 
@@ -58,31 +55,3 @@ def add_rows_plain(table: Tensor, order: RowOrder, grads: Tensor) -> None:
     wide = torch.promote_types(table.dtype, torch.float32)
     total = torch.ops.aten.embedding_dense_backward(grads.to(wide), order.rows, table.shape[0], -1, False)
     table.add_(total)
-
-
-def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
-    """A value table and the bigram table at the record's micro-batches, rows as frequent as text has them."""
-    width = 768
-    for tokens in (16_384, 32_768, 49_152):
-        for name, size, skew in (("tokens", 50_304, 1.0), ("bigrams", 251_520, 0.5)):
-            uniform = torch.rand(tokens, device=device)
-            order = row_order((size ** (uniform**skew)).long().clamp(max=size - 1))
-            table, grads = (torch.randn(n, width, device=device, dtype=torch.bfloat16) for n in (size, tokens))
-            touched = int(order.sorted.unique().numel())
-
-            def run(
-                function: Callable[[Tensor, RowOrder, Tensor], None],
-                table: Tensor = table,
-                order: RowOrder = order,
-                grads: Tensor = grads,
-            ) -> None:
-                function(table, order, grads)
-
-            yield BenchCase(
-                f"rows of {name} added",
-                f"{tokens:,} x {width} into {size:,}, {touched:,} touched",
-                functools.partial(run, add_rows),
-                functools.partial(run, add_rows_plain),
-                flops=0,
-                bytes=2 * width * (tokens + 2 * touched),
-            )

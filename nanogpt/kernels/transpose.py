@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from nanogpt.bench.kernels import BenchCase
 from nanogpt.kernels.dispatch import runs_kernel
 
 
@@ -54,22 +50,3 @@ def _transpose_add(src: Tensor, dst: Tensor) -> None:
     from nanogpt.kernels.transpose_triton import transpose_into
 
     transpose_into(src, dst, True)
-
-
-def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
-    """Head to embedding and back: (768, 50304) and (50304, 768)."""
-    for m, n in ((768, 50_304), (50_304, 768)):
-        src = torch.randn(m, n, device=device, dtype=torch.bfloat16)
-        dst = torch.randn(n, m, device=device, dtype=torch.bfloat16)
-        for name, fast, plain, passes in (
-            ("copy", transpose_copy, transpose_copy_plain, 2),
-            ("add", transpose_add, transpose_add_plain, 3),
-        ):
-            yield BenchCase(
-                f"transposed {name}",
-                f"{m:,} x {n:,}",
-                functools.partial(fast, src, dst),
-                functools.partial(plain, src, dst),
-                flops=0,
-                bytes=passes * src.nbytes,
-            )

@@ -123,7 +123,7 @@ def run_ranks(loaders: list[TrainBatches], requests: list[Request], slots: int =
 
 @contextmanager
 def ranks(files: list[Path], world_size: int, **options: Any) -> Iterator[list[TrainBatches]]:
-    loaders = [TrainBatches(files, rank=r, world_size=world_size, bos=B, **options) for r in range(world_size)]
+    loaders = [TrainBatches(files, rank=r, world_size=world_size, slots=8, bos=B, **options) for r in range(world_size)]
     try:
         yield loaders
     finally:
@@ -272,7 +272,7 @@ def test_every_step_is_built_in_the_background() -> None:
             built_in.append(threading.current_thread().name)
             return super()._build(*args)
 
-    with on_disk([SHARD * 2, SHARD * 2]) as files, Watched(files, bos=B) as loader:
+    with on_disk([SHARD * 2, SHARD * 2]) as files, Watched(files, slots=8, bos=B) as loader:
         for tokens, maximum in [(4, 6), (4, 6), (4, 6), (16, 12), (16, 12)]:
             loader.next_step(8 * tokens, maximum)
     assert set(built_in) == {"next-step"}
@@ -352,8 +352,8 @@ def test_a_step_larger_than_every_shard() -> None:
 def test_too_few_tokens_for_the_run_are_refused_before_it() -> None:
     with on_disk([SHARD]) as files:
         with pytest.raises(InputError, match=r"465 tokens; the run takes 1,000\..*--chunks"):
-            TrainBatches(files, bos=B, run_tokens=1000)
-        TrainBatches(files, bos=B, run_tokens=1000, epochs=3).close()
+            TrainBatches(files, slots=8, bos=B, run_tokens=1000)
+        TrainBatches(files, slots=8, bos=B, run_tokens=1000, epochs=3).close()
 
 
 @pytest.mark.parametrize("prefetch", [True, False])
@@ -410,16 +410,16 @@ def test_a_shard_that_vanishes_is_named() -> None:
 def test_wrong_arguments(tmp_path: Path) -> None:
     with on_disk([SHARD]) as files:
         with pytest.raises(InputError, match="no shards found; run prep-fineweb"):
-            TrainBatches([])
+            TrainBatches([], slots=8, bos=B)
         with pytest.raises(ShardError, match="cannot be read"):
-            TrainBatches([tmp_path / "absent.bin"])
+            TrainBatches([tmp_path / "absent.bin"], slots=8, bos=B)
         with pytest.raises(InputError, match=r"world size: 3, must divide the 8 slots"):
-            TrainBatches(files, world_size=3)
+            TrainBatches(files, slots=8, bos=B, world_size=3)
         with pytest.raises(InputError, match=r"rank: 2, must lie in 0\.\.1"):
-            TrainBatches(files, world_size=2, rank=2)
+            TrainBatches(files, slots=8, bos=B, world_size=2, rank=2)
         with pytest.raises(InputError, match="epochs: 0"):
-            TrainBatches(files, epochs=0)
-        with TrainBatches(files, bos=B) as loader:
+            TrainBatches(files, slots=8, bos=B, epochs=0)
+        with TrainBatches(files, slots=8, bos=B) as loader:
             with pytest.raises(InputError, match=r"batch_tokens: 100, must be a positive multiple of the 8 slots"):
                 loader.next_step(100, 12)
             with pytest.raises(InputError, match="maximum document length: 0"):
@@ -455,7 +455,7 @@ def test_a_position_in_other_data_is_refused() -> None:
 
 def test_close_ends_the_threads() -> None:
     before = set(threading.enumerate())
-    with on_disk([SHARD, SHARD]) as files, TrainBatches(files, bos=B) as loader:
+    with on_disk([SHARD, SHARD]) as files, TrainBatches(files, slots=8, bos=B) as loader:
         loader.next_step(8 * 4, 6)
         assert set(threading.enumerate()) > before
         loader.close()
@@ -469,7 +469,7 @@ def test_a_program_that_never_closes_ends(tmp_path: Path) -> None:
         from pathlib import Path
         from nanogpt.data.batches import TrainBatches
         index.PIECE_TOKENS = 1000
-        batches = TrainBatches(list(Path({str(tmp_path)!r}).iterdir()), bos={B})
+        batches = TrainBatches(list(Path({str(tmp_path)!r}).iterdir()), slots=8, bos={B})
         print(len(batches.next_step(8 * 4, 6)), flush=True)
         raise SystemExit(3)
     """
@@ -503,7 +503,9 @@ def test_validation_is_the_contiguous_stream(shards: list[list[int]], world_size
     with on_disk(shards) as files:
 
         def loader(rank: int) -> ValBatches:
-            return ValBatches(files, tokens=tokens, micro_batch_tokens=size, rank=rank, world_size=world_size, bos=B)
+            return ValBatches(
+                files, tokens=tokens, micro_batch_tokens=size, rank=rank, world_size=world_size, slots=8, bos=B
+            )
 
         if len(stream) < tokens + 1:
             with pytest.raises(InputError, match=rf"of {len(stream)} tokens, {tokens + 1} are needed"):
@@ -521,7 +523,7 @@ def test_validation_is_the_contiguous_stream(shards: list[list[int]], world_size
 
 def test_validation_documents_are_not_cut_and_have_the_right_types(tmp_path: Path) -> None:
     files = write_shards(tmp_path, [[1, 2, B, *([3] * 4000)], [4, B, *([5] * 4500)]], val_name)
-    batches = list(ValBatches(files, tokens=8192, micro_batch_tokens=1024, bos=B))
+    batches = list(ValBatches(files, tokens=8192, micro_batch_tokens=1024, slots=8, bos=B))
     assert [batch.cu_seqlens.unique().tolist() for batch in batches] == [
         [0, 2, 1024], [0, 1024], [0, 1024], [0, 4003 + 1 - 3 * 1024, 1024], *[[0, 1024]] * 4
     ]  # fmt: skip
@@ -536,16 +538,16 @@ def test_validation_documents_are_not_cut_and_have_the_right_types(tmp_path: Pat
 def test_wrong_validation_data(tmp_path: Path) -> None:
     files = write_shards(tmp_path, [[B] * 2049], val_name)
     with pytest.raises(InputError, match=r"1,000 tokens, must be a positive multiple of 8 slots of 64 tokens \(512\)"):
-        ValBatches(files, tokens=1000, micro_batch_tokens=64, bos=B)
+        ValBatches(files, tokens=1000, micro_batch_tokens=64, slots=8, bos=B)
     with pytest.raises(InputError, match=r"of 2,049 tokens, 2,561 are needed.*--val-tokens"):
-        ValBatches(files, tokens=2560, micro_batch_tokens=64, bos=B)
+        ValBatches(files, tokens=2560, micro_batch_tokens=64, slots=8, bos=B)
     with pytest.raises(InputError, match=r"tokens 0 to 256 hold 256 documents; cu_seqlens has room for 127"):
-        ValBatches(files, tokens=2048, micro_batch_tokens=256, bos=B)
-    assert len(ValBatches(files, tokens=1016, micro_batch_tokens=127, bos=B)) == 8
+        ValBatches(files, tokens=2048, micro_batch_tokens=256, slots=8, bos=B)
+    assert len(ValBatches(files, tokens=1016, micro_batch_tokens=127, slots=8, bos=B)) == 8
     with pytest.raises(InputError, match="validation data: no shards found"):
-        ValBatches([], tokens=512, micro_batch_tokens=64)
+        ValBatches([], tokens=512, micro_batch_tokens=64, slots=8, bos=B)
     with pytest.raises(InputError, match="world size: 5"):
-        ValBatches(files, tokens=512, micro_batch_tokens=64, world_size=5)
+        ValBatches(files, tokens=512, micro_batch_tokens=64, slots=8, bos=B, world_size=5)
 
 
 # -- speed -----------------------------------------------------------------------------------------------------------
@@ -565,13 +567,13 @@ def test_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for world_size in (1, 8):
         for batch_tokens in (131_072, 262_144, 393_216):
             steps = 12_000_000 // batch_tokens
-            with TrainBatches([path], world_size=world_size, prefetch=False) as loader:
+            with TrainBatches([path], slots=8, bos=bos, world_size=world_size, prefetch=False) as loader:
                 times = []
                 for _ in range(steps):
                     began = time.thread_time()
                     loader.next_step(batch_tokens, 2048)
                     times.append(1e3 * (time.thread_time() - began))
-            with TrainBatches([path], world_size=world_size) as loader:
+            with TrainBatches([path], slots=8, bos=bos, world_size=world_size) as loader:
                 loader.next_step(batch_tokens, 2048)
                 opened = 1e3 * loader.wait_seconds
                 for _ in range(steps):

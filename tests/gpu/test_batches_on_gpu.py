@@ -38,7 +38,7 @@ def test_training_batches_equal_those_on_the_cpu_while_the_device_is_busy(shard:
     work = torch.randn(4096, 4096, device="cuda")
     got: list[MicroBatch] = []
     sizes = [131_072] * 6 + [262_144] * 4
-    with TrainBatches([shard], device="cuda", prefetch=prefetch) as batches:
+    with TrainBatches([shard], slots=8, bos=BOS, device="cuda", prefetch=prefetch) as batches:
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -50,14 +50,15 @@ def test_training_batches_equal_those_on_the_cpu_while_the_device_is_busy(shard:
                 got += [MicroBatch(b.inputs + 0, b.targets + 0, b.cu_seqlens + 0, b.max_seqlen) for b in step]
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    with TrainBatches([shard]) as batches:
+    with TrainBatches([shard], slots=8, bos=BOS) as batches:
         expected = [batch for size in sizes for batch in batches.next_step(size, 2048)]
     assert len(got) == len(expected) == 80
     assert all(same(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_validation_batches_equal_those_on_the_cpu(shard: Path) -> None:
-    options = {"tokens": 2_097_152, "micro_batch_tokens": 131_072, "world_size": 2, "rank": 1}
+    place = {"slots": 8, "bos": BOS, "world_size": 2, "rank": 1}
+    options = {"tokens": 2_097_152, "micro_batch_tokens": 131_072, **place}
     got = list(ValBatches([shard], device="cuda", **options))
     expected = list(ValBatches([shard], **options))
     assert len(got) == 8

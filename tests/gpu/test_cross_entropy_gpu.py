@@ -95,7 +95,7 @@ def test_nan_in_a_single_logit_reaches_the_loss():
 def test_head_at_the_record_shapes(tokens, terms, precision):
     x, lm_head, targets = head_inputs(tokens)
     weights = token_weights(terms)
-    loss = head_loss(x, lm_head, targets, weights, precision=precision)
+    loss = head_loss(x, lm_head, targets, weights, **CONSTANTS, precision=precision)
     grads = torch.autograd.grad(loss * 0.125, (x, lm_head))
 
     def by_chunks(dtype, fp8):
@@ -121,7 +121,7 @@ def test_head_at_the_record_shapes(tokens, terms, precision):
 def test_zero_weights(precision):
     """The start of a run with a zero head: uniform predictions, no gradient in x."""
     x, lm_head, targets = head_inputs(4_096, logit_std=0.0)
-    loss = head_loss(x, lm_head, targets, token_weights(1), precision=precision)
+    loss = head_loss(x, lm_head, targets, token_weights(1), **CONSTANTS, precision=precision)
     dx, dw = torch.autograd.grad(loss, (x, lm_head))
     assert abs(loss.item() / 4_096 - torch.tensor(float(VOCAB)).log().item()) < 1e-5
     assert not dx.any() and dw.isfinite().all() and dw.any()
@@ -146,7 +146,9 @@ def test_any_incoming_gradient(precision):
     x, lm_head, targets = head_inputs(512)
     weights = token_weights(2)
     once, many = (
-        torch.autograd.grad(factor * head_loss(x, lm_head, targets, weights, precision=precision), (x, lm_head))
+        torch.autograd.grad(
+            factor * head_loss(x, lm_head, targets, weights, **CONSTANTS, precision=precision), (x, lm_head)
+        )
         for factor in (1.0, 0.3)
     )
     assert all(relative_error(b, 0.3 * a.double()) < 3e-3 for a, b in zip(once, many, strict=True))
@@ -157,7 +159,9 @@ def test_compiles_whole_without_recompilation_or_host_sync(precision):
     x, lm_head, targets = head_inputs(1_024)
 
     def step(x, lm_head, targets, weights):
-        return head_loss(torch.nn.functional.rms_norm(x, (WIDTH,)), lm_head, targets, weights, precision=precision)
+        return head_loss(
+            torch.nn.functional.rms_norm(x, (WIDTH,)), lm_head, targets, weights, **CONSTANTS, precision=precision
+        )
 
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, dynamic=False)
@@ -185,14 +189,14 @@ def test_evaluation_at_validation_size():
     x, lm_head, targets = head_inputs(262_144)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    loss = head_mean_loss(x.detach(), lm_head.detach(), targets)
+    loss = head_mean_loss(x.detach(), lm_head.detach(), targets, **CONSTANTS)
     peak = torch.cuda.max_memory_allocated() - before
     print(f"evaluation of 262,144 tokens: {peak / 1e9:.1f} GB above its inputs")
     assert peak < 4e9
     part = slice(0, 8_192)
     with torch.no_grad():
-        reference = head_loss_reference(x[part], lm_head, targets[part], token_weights(1)) / 8_192
-        same = head_mean_loss(x[part], lm_head, targets[part])
+        reference = head_loss_reference(x[part], lm_head, targets[part], token_weights(1), **CONSTANTS) / 8_192
+        same = head_mean_loss(x[part], lm_head, targets[part], **CONSTANTS)
     assert relative_error(same, reference) < 1e-6
     assert abs(loss.item() - reference.item()) < 0.05
 

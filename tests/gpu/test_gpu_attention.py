@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nanogpt.bench.kernels import document_ends
 from nanogpt.kernels.attention import BACKENDS, attention, import_failure, select_attention_backend
 from nanogpt.kernels.attention_plain import attention_dense, attention_plain
+from nanogpt.kernels.bench import document_ends
 
 pytestmark = [
     pytest.mark.gpu,
@@ -119,6 +119,7 @@ def test_compiles_whole_and_never_again_for_new_documents(backend):
 
 
 def test_auto_selects_a_library_that_runs_here():
-    choice = select_attention_backend("auto", torch.cuda.get_device_capability())
+    capability = torch.cuda.get_device_capability()
+    choice = select_attention_backend("auto", capability, head_dim=128, dtype=torch.bfloat16)
     print(choice.reason)
     assert choice.backend != "plain" or torch.cuda.get_device_capability()[0] < 8

@@ -14,8 +14,8 @@ from nanogpt.cluster.allocation import same_type
 from nanogpt.cluster.bandwidth import measure_apart
 from nanogpt.cluster.gpus import gpu_processes, visible_gpus
 from nanogpt.cluster.preflight import preflight
+from nanogpt.gpus import GPU_TYPES
 from nanogpt.recipe import load_recipe
-from nanogpt.spec import GPU_TYPES
 
 pytestmark = pytest.mark.gpu
 

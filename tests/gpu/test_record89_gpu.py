@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 
-from nanogpt.bench.kernels import document_ends
 from nanogpt.data.batches import MicroBatch
+from nanogpt.kernels.bench import document_ends
 from nanogpt.kernels.cross_entropy import head_loss
 from nanogpt.kernels.fp8_mlp import (
     current_scale,
@@ -313,15 +313,16 @@ def test_prefixes_in_the_kernel(precision, terms):
     prefixes = torch.randint(0, vocab, (tokens,), device="cuda")
     prefixes[::3], prefixes[1], prefixes[2] = -1, targets[1], targets[min(4, tokens - 1)]
     weights = torch.tensor([1.0, 0.5, 0.25][:terms], device="cuda")
-    options = {"prefixes": prefixes, "prefix_weight": torch.tensor(0.25, device="cuda"), "precision": precision}
+    constants = {"cap": 23.0, "shift": 5.0, "scale": 7.5, "precision": precision}
+    with_prefixes = {"prefixes": prefixes, "prefix_weight": torch.tensor(0.25, device="cuda")}
     inputs = [t.requires_grad_() for t in (x, lm_head)]
     results = []
     for plain in (False, True):
-        loss = head_loss(*inputs, targets, weights, **options, plain=plain)
+        loss = head_loss(*inputs, targets, weights, **with_prefixes, **constants, plain=plain)
         results.append((loss, *torch.autograd.grad(loss, inputs)))
     for name, a, b in zip(("loss", "dx", "dW"), *results, strict=True):
         assert relative_error(a, b) < (1e-4 if name == "loss" else 1e-2), name
-    without = head_loss(*inputs, targets, weights, precision=precision)
+    without = head_loss(*inputs, targets, weights, **constants)
     assert relative_error(without, results[0][0]) > 1e-2
 
 

@@ -289,6 +289,10 @@ def test_library_operations_are_registered_correctly():
 H100, A100, B200, T4, CPU = (9, 0), (8, 0), (10, 0), (7, 5), None
 
 
+def selected(requested, capability, **options):
+    return select_attention_backend(requested, capability, **{"head_dim": 128, "dtype": torch.bfloat16} | options)
+
+
 def installed(*names: str):
     return lambda backend: None if backend in names else f"ModuleNotFoundError: no {backend}"
 
@@ -309,36 +313,36 @@ def installed(*names: str):
     ],
 )
 def test_auto_takes_the_fastest_that_runs(capability, libraries, expected):
-    choice = select_attention_backend("auto", capability, import_failure=installed(*libraries))
+    choice = selected("auto", capability, import_failure=installed(*libraries))
     assert choice.backend == expected
     assert choice.reason.startswith(expected)
 
 
 def test_the_reason_names_what_was_passed_over():
-    choice = select_attention_backend("auto", H100, import_failure=installed("varlen"))
+    choice = selected("auto", H100, import_failure=installed("varlen"))
     assert "sm_90" in choice.reason
     assert "not fa4: ModuleNotFoundError: no fa4" in choice.reason
 
 
 def test_auto_needs_half_precision_and_supported_heads():
     everything = installed(*BACKENDS)
-    choice = select_attention_backend("auto", H100, dtype=torch.float32, import_failure=everything)
+    choice = selected("auto", H100, dtype=torch.float32, import_failure=everything)
     assert choice.backend == "plain"
     assert "float32" in choice.reason
-    assert select_attention_backend("auto", H100, head_dim=20, import_failure=everything).backend == "plain"
+    assert selected("auto", H100, head_dim=20, import_failure=everything).backend == "plain"
 
 
 def test_an_explicit_backend_is_kept_or_refused():
     everything = installed(*BACKENDS)
     for backend in BACKENDS:
-        assert select_attention_backend(backend, H100, import_failure=everything).backend == backend
-    assert select_attention_backend("plain", CPU, import_failure=installed()).backend == "plain"
+        assert selected(backend, H100, import_failure=everything).backend == backend
+    assert selected("plain", CPU, import_failure=installed()).backend == "plain"
     with pytest.raises(InputError, match=r"'fa4' cannot run here: its backward pass needs sm_90"):
-        select_attention_backend("fa4", A100, import_failure=everything)
+        selected("fa4", A100, import_failure=everything)
     with pytest.raises(InputError, match=r"'fa3' cannot run here: ModuleNotFoundError: no fa3; use auto"):
-        select_attention_backend("fa3", H100, import_failure=installed("varlen"))
+        selected("fa3", H100, import_failure=installed("varlen"))
     with pytest.raises(InputError, match="'fa5' does not exist; use auto or one of fa4, "):
-        select_attention_backend("fa5", H100, import_failure=everything)
+        selected("fa5", H100, import_failure=everything)
     with pytest.raises(InputError, match="'fa5' does not exist"):
         attention(*make_inputs(16)[:3], cumulative([16]), max_seqlen=16, window=4, scale=0.1, backend="fa5")
 

@@ -20,6 +20,7 @@ from nanogpt.kernels.fp8_head import (
 )
 
 HALVED = (1.0, 0.5, 0.25)
+SOFTCAP = {"cap": 23.0, "shift": 5.0, "scale": 7.5}
 
 
 def head_inputs(tokens=37, width=16, vocab=96, *, terms=3, dtype=torch.float64, logit_std=3.0):
@@ -34,15 +35,15 @@ def relative_error(out, reference):
 
 
 def loss_and_gradients(function, x, lm_head, targets, weights, factor=0.125, **options):
-    loss = function(x, lm_head, targets, weights, **options)
+    loss = function(x, lm_head, targets, weights, **SOFTCAP | options)
     return loss.detach(), *torch.autograd.grad(factor * loss, (x, lm_head))
 
 
 def test_softcap_by_hand():
-    assert softcap(torch.tensor(-5.0), 23.0, 5.0, 7.5) == 11.5
-    assert softcap(torch.tensor(2.5).bfloat16(), 23.0, 5.0, 7.5).item() == pytest.approx(23 / (1 + 2.718281828**-1))
-    assert softcap(torch.zeros(2).bfloat16()).dtype == torch.float32
-    assert softcap(torch.zeros(2).double()).dtype == torch.float64
+    assert softcap(torch.tensor(-5.0), **SOFTCAP) == 11.5
+    assert softcap(torch.tensor(2.5).bfloat16(), **SOFTCAP).item() == pytest.approx(23 / (1 + 2.718281828**-1))
+    assert softcap(torch.zeros(2).bfloat16(), **SOFTCAP).dtype == torch.float32
+    assert softcap(torch.zeros(2).double(), **SOFTCAP).dtype == torch.float64
 
 
 def test_definition_by_hand():
@@ -53,9 +54,11 @@ def test_definition_by_hand():
     by_hand = -(p[0, 1].log() + p[1, 0].log() + p[2, 1].log()) - 0.5 * (p[0, 0].log() + p[1, 1].log())
     eye, targets = torch.eye(2, dtype=torch.float64), torch.tensor([1, 0, 1])
     for function in (head_loss, head_loss_reference):
-        assert function(logits, eye, targets, torch.tensor([1.0, 0.5])).item() == pytest.approx(by_hand.item())
+        assert function(logits, eye, targets, torch.tensor([1.0, 0.5]), **SOFTCAP).item() == pytest.approx(
+            by_hand.item()
+        )
     next_token = -(p[0, 1].log() + p[1, 0].log() + p[2, 1].log()) / 3
-    assert head_mean_loss(logits, eye, targets).item() == pytest.approx(next_token.item())
+    assert head_mean_loss(logits, eye, targets, **SOFTCAP).item() == pytest.approx(next_token.item())
 
 
 @pytest.mark.parametrize("terms", [1, 2, 3])
@@ -70,7 +73,9 @@ def test_fp64_equals_definition(tokens, terms):
 
 def test_gradcheck():
     x, lm_head, targets, weights = head_inputs(7, 4, 11)
-    assert torch.autograd.gradcheck(lambda x, w: head_loss(x, w, targets, weights, cap=15.0), (x, lm_head))
+    assert torch.autograd.gradcheck(
+        lambda x, w: head_loss(x, w, targets, weights, **SOFTCAP | {"cap": 15.0}), (x, lm_head)
+    )
 
 
 @pytest.mark.parametrize(("dtype", "loss_error", "gradient_error"), [("float32", 1e-6, 1e-5), ("bfloat16", 1e-6, 4e-3)])
@@ -104,24 +109,29 @@ def test_a_nan_weight_makes_the_loss_nan():
     x, lm_head, targets, weights = head_inputs(20, dtype=torch.float32)
     with torch.no_grad():
         lm_head[3, 5] = float("nan")
-    assert head_loss(x, lm_head, targets, weights).isnan()
+    assert head_loss(x, lm_head, targets, weights, **SOFTCAP).isnan()
 
 
 def test_only_one_input_needs_a_gradient():
     x, lm_head, targets, weights = head_inputs()
     _, dx, dw = loss_and_gradients(head_loss, x, lm_head, targets, weights, factor=1.0)
-    assert torch.equal(torch.autograd.grad(head_loss(x, lm_head.detach(), targets, weights), x)[0], dx)
-    assert torch.equal(torch.autograd.grad(head_loss(x.detach(), lm_head, targets, weights), lm_head)[0], dw)
+    assert torch.equal(torch.autograd.grad(head_loss(x, lm_head.detach(), targets, weights, **SOFTCAP), x)[0], dx)
+    assert torch.equal(torch.autograd.grad(head_loss(x.detach(), lm_head, targets, weights, **SOFTCAP), lm_head)[0], dw)
     with torch.no_grad():
-        assert not head_loss(x, lm_head, targets, weights).requires_grad
+        assert not head_loss(x, lm_head, targets, weights, **SOFTCAP).requires_grad
 
 
 def test_mean_loss_is_the_first_term():
     x, lm_head, targets, _ = head_inputs(300)
     one = torch.ones(1)
-    mean = head_mean_loss(x, lm_head, targets)
+    mean = head_mean_loss(x, lm_head, targets, **SOFTCAP)
     assert not mean.requires_grad
-    assert relative_error(mean, head_loss_reference(x, lm_head, targets, one).detach() / 300) < 1e-12
+    assert relative_error(mean, head_loss_reference(x, lm_head, targets, one, **SOFTCAP).detach() / 300) < 1e-12
+
+
+def test_fp8_scales_are_the_public_ones():
+    """Spelled out: another power of two would round most numbers alike, and no comparison of results would see it."""
+    assert (X_SCALE, W_SCALE, GRAD_SCALE) == (100 / 448, 1.6 / 448, 0.75 / 448)
 
 
 @pytest.mark.parametrize("terms", [1, 3])
@@ -129,12 +139,12 @@ def test_fp8_emulation_equals_its_formula(terms):
     """The specified roundings, written around autograd: e4m3 in, bf16 logits, e5m2 logit gradient."""
     x, lm_head, targets, weights = head_inputs(48, 32, 160, terms=terms, dtype=torch.bfloat16)
     grad_scale = 0.125
-    x8 = (x.detach().float() / X_SCALE).to(torch.float8_e4m3fn).float() * X_SCALE
-    w8 = (lm_head.detach().float() / W_SCALE).to(torch.float8_e4m3fn).float() * W_SCALE
+    x8 = (x.detach().float() / (100 / 448)).to(torch.float8_e4m3fn).float() * (100 / 448)
+    w8 = (lm_head.detach().float() / (1.6 / 448)).to(torch.float8_e4m3fn).float() * (1.6 / 448)
     logits = (x8 @ w8).bfloat16().float().requires_grad_()
-    loss = head_loss_reference(logits, torch.eye(160), targets, weights)
+    loss = head_loss_reference(logits, torch.eye(160), targets, weights, **SOFTCAP)
     (g,) = torch.autograd.grad(grad_scale * loss, logits)
-    grad_s = grad_scale * GRAD_SCALE
+    grad_s = grad_scale * 0.75 / 448
     g8 = (g / grad_s).to(torch.float8_e5m2).float() * grad_s
     out, dx, dw = loss_and_gradients(head_loss, x, lm_head, targets, weights, factor=grad_scale, precision="fp8")
     assert relative_error(out, loss.detach()) < 1e-6
@@ -161,8 +171,8 @@ def test_compiled_whole_without_recompilation():
     """Dynamo takes a model around the loss as one graph, whatever the weights' values."""
     x, lm_head, targets, weights = head_inputs(40, dtype=torch.float32)
 
-    def step(x, lm_head, targets, weights):
-        return head_loss(2 * x, lm_head, targets, weights)
+    def step(x, lm_head, targets, weights, **constants):
+        return head_loss(2 * x, lm_head, targets, weights, **constants)
 
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=False)
@@ -172,7 +182,7 @@ def test_compiled_whole_without_recompilation():
             expected = loss_and_gradients(step, x, lm_head, targets, weights)
             out = loss_and_gradients(compiled, x, lm_head, targets, weights)
             assert all(relative_error(a, b) < 1e-6 for a, b in zip(out, expected, strict=True))
-    assert compiled(x, lm_head, targets, weights[:2]).isfinite()
+    assert compiled(x, lm_head, targets, weights[:2], **SOFTCAP).isfinite()
 
 
 def some_prefixes(targets, vocab=96):
@@ -198,6 +208,7 @@ def test_prefixes_by_hand():
             torch.tensor([1.0, 0.5]),
             prefixes=prefixes,
             prefix_weight=torch.tensor(0.3),
+            **SOFTCAP,
         )
         assert loss.item() == pytest.approx(by_hand.item())
 
@@ -222,9 +233,9 @@ def test_prefixes_enter_loss_and_gradients(terms):
 def test_prefixes_and_their_weight_come_together():
     x, lm_head, targets, weights = head_inputs()
     with pytest.raises(ValueError, match="both or neither"):
-        head_loss(x, lm_head, targets, weights, prefixes=targets)
+        head_loss(x, lm_head, targets, weights, **SOFTCAP, prefixes=targets)
     with pytest.raises(ValueError, match=r"torch\.int32: expected"):
-        head_loss(x, lm_head, targets, weights, prefixes=targets.int(), prefix_weight=torch.tensor(0.1))
+        head_loss(x, lm_head, targets, weights, **SOFTCAP, prefixes=targets.int(), prefix_weight=torch.tensor(0.1))
 
 
 @pytest.mark.parametrize("with_prefixes", [True, False])
@@ -233,7 +244,7 @@ def test_prefixes_and_their_weight_come_together():
 def test_custom_operation_is_well_formed(fp8, need_grad, with_prefixes):
     x, lm_head, targets, weights = head_inputs(24, dtype=torch.bfloat16)
     prefixes = (some_prefixes(targets), torch.tensor(0.25)) if with_prefixes else ()
-    options = {"cap": 23.0, "shift": 5.0, "scale": 7.5, "fp8": fp8, "need_grad": need_grad}
+    options = {**SOFTCAP, "fp8": fp8, "need_grad": need_grad}
     if not need_grad:
         x, lm_head = x.detach(), lm_head.detach()
     torch.library.opcheck(cross_entropy._plain_head_loss, (x, lm_head, targets, weights, *prefixes), options)
@@ -257,6 +268,7 @@ def test_wrong_arguments_are_named(change, message):
         "lm_head": torch.zeros(4, 6),
         "targets": torch.zeros(5, dtype=torch.int64),
         "weights": torch.ones(1),
+        **SOFTCAP,
     }
     with pytest.raises(ValueError) as error:
         head_loss(**{**arguments, **change})
@@ -300,7 +312,7 @@ def test_logits_never_exist_whole():
             return out
 
     x, lm_head, targets, weights = (t.detach() for t in head_inputs(tokens, 8, vocab, dtype=torch.float32))
-    options = {"cap": 23.0, "shift": 5.0, "scale": 7.5, "fp8": False, "need_grad": True}
+    options = {**SOFTCAP, "fp8": False, "need_grad": True}
     with Sizes():
         cross_entropy._plain_head_loss._init_fn(x, lm_head, targets, weights, **options)
     assert 0 < largest <= 256 * vocab

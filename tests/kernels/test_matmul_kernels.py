@@ -1,16 +1,11 @@
-"""The plain equals of the matrix kernels, what the dispatch promises on a CPU, and the benchmark's arithmetic."""
+"""The plain equals of the matrix kernels, and what the dispatch promises on a CPU."""
 
 from __future__ import annotations
-
-import itertools
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nanogpt.bench import kernels as kernel_bench
-from nanogpt.kernels.attention import _visible_pairs
-from nanogpt.kernels.attention_plain import first_visible_key
 from nanogpt.kernels.dispatch import runs_kernel
 from nanogpt.kernels.relu_squared_mlp import (
     _relu_squared_backward,
@@ -117,34 +112,3 @@ def test_kernels_are_chosen_by_capability_and_dtype(monkeypatch, device_capabili
         x = torch.empty(16, 16, device="cuda", dtype=dtype)
         assert runs_kernel(x, x, capability=minimum) is expected
         assert not runs_kernel(x, torch.empty(16, dtype=torch.float32, device="cuda"), capability=minimum)
-
-
-# --- the benchmark's arithmetic ---
-
-
-def test_made_up_documents_fill_the_stream():
-    ends = kernel_bench.document_ends(16_384, 2_048, 127)
-    lengths = [b - a for a, b in itertools.pairwise([0, *ends])]
-    assert (len(ends), ends[-1]) == (127, 16_384)
-    assert max(lengths) <= 2_048
-    assert sum(length > 0 for length in lengths) > 15
-    assert ends == kernel_bench.document_ends(16_384, 2_048, 127)
-
-
-@pytest.mark.parametrize("window", [0, 7, 100])
-def test_visible_pairs_are_counted_exactly(window):
-    ends = [1, 20, 64, 64]
-    cu_seqlens = torch.tensor([0, *ends], dtype=torch.int32)
-    first = first_visible_key(cu_seqlens, 64, window)
-    assert _visible_pairs(ends, window) == (torch.arange(64) - first + 1).sum().item()
-
-
-def test_the_floor_is_the_slower_of_arithmetic_and_memory():
-    rates = kernel_bench.MachineRates(matmul_flops=800e12, copy_bytes=4e12)
-    case = kernel_bench.BenchCase("product", "2 x 2", lambda: None, None, flops=800e9, bytes=2e9)
-    assert kernel_bench.floor_ms(case, rates) == pytest.approx(1.0)
-    case = kernel_bench.BenchCase("copy", "2 x 2", lambda: None, None, flops=800e9, bytes=8e9)
-    assert kernel_bench.floor_ms(case, rates) == pytest.approx(2.0)
-    row = kernel_bench.as_row(kernel_bench.BenchResult(case, 4.0, 3.9, 4.1, 8.0, 2.0))
-    assert row == "| copy | 2 x 2 | 4,000 | 3,900-4,100 | 8,000 | 2.00 | 2,000 | 50% |"
-    assert row.count("|") == kernel_bench.TABLE_HEAD.splitlines()[0].count("|")

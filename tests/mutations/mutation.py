@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
 
 SPEEDRUN = "nanogpt/models/speedrun/model.py"
 RECORD89 = "nanogpt/models/record89/model.py"
@@ -22,6 +25,7 @@ ATTENTION = "nanogpt/kernels/attention_plain.py"
 HEADS = "nanogpt/layers/attention.py"
 CONNECTIONS = "nanogpt/layers/dense_connections.py"
 MIXING = "nanogpt/kernels/head_mixing.py"
+FP8_HEAD = "nanogpt/kernels/fp8_head.py"
 FP8_MLP = "nanogpt/kernels/fp8_mlp.py"
 FP8_SCALES = "nanogpt/layers/fp8_mlp.py"
 PREFIXES = "nanogpt/data/prefixes.py"
@@ -64,6 +68,7 @@ _TESTS: dict[str, tuple[str, ...]] = {
     ),
     CONNECTIONS: ("tests/models/test_record89.py",),
     MIXING: ("tests/kernels/test_head_mixing.py", "tests/models/test_record89.py"),
+    FP8_HEAD: ("tests/kernels/test_cross_entropy.py",),
     FP8_MLP: ("tests/layers/test_fp8_mlp.py",),
     FP8_SCALES: ("tests/layers/test_fp8_mlp.py",),
     PREFIXES: ("tests/data/test_prefixes.py",),
@@ -133,3 +138,17 @@ class Mutations(list[Mutation]):
     def add(self, mechanism: str, file: str, what: str, *changes: tuple[str, str]) -> None:
         """One line of the table: mechanism, where, and what is changed."""
         self.append(Mutation(mechanism, what, file, changes))
+
+
+def mutated(mutation: Mutation, root: Path) -> str:
+    """The file's new text. Raises ValueError unless each old text occurs exactly once: the table follows the code."""
+    text = (root / mutation.file).read_text()
+    for old, new in mutation.changes:
+        if text.count(old) != 1:
+            raise ValueError(
+                f"{mutation.mechanism}, {mutation.what}: {text.count(old)} times in {mutation.file}: {old!r}"
+            )
+        text = text.replace(old, new)
+    if mutation.file.endswith(".py"):
+        compile(text, mutation.file, "exec")
+    return text

@@ -33,10 +33,9 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402
 import torch.utils.checkpoint  # noqa: E402, F401
-from mutation import Mutation  # noqa: E402
+from mutation import ROOT, Mutation, mutated  # noqa: E402
 from table import MUTATIONS  # noqa: E402
 
-ROOT = Path(__file__).parents[2]
 COPIED = ("nanogpt", "recipes", "tests", "pyproject.toml")
 TIMEOUT_SECONDS = 900
 
@@ -48,20 +47,6 @@ def copy_project(target: Path) -> None:
             shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__", "embedded"))
         else:
             shutil.copy2(ROOT / name, target / name)
-
-
-def mutated(mutation: Mutation, root: Path) -> str:
-    """The file's new text. Raises ValueError unless each old text occurs exactly once: the table follows the code."""
-    text = (root / mutation.file).read_text()
-    for old, new in mutation.changes:
-        if text.count(old) != 1:
-            raise ValueError(
-                f"{mutation.mechanism}, {mutation.what}: {text.count(old)} times in {mutation.file}: {old!r}"
-            )
-        text = text.replace(old, new)
-    if mutation.file.endswith(".py"):
-        compile(text, mutation.file, "exec")
-    return text
 
 
 def obstacle(mutation: Mutation) -> str | None:

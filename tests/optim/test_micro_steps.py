@@ -66,7 +66,7 @@ def test_gradients_are_summed_over_micro_steps_and_between_adam_steps(shards: Pa
         losses = [trainer.train_step(settings)[0].item() for settings in steps]
 
         extras = spec.model.batch_extras
-        with TrainBatches([shards / train_name(1)], bos=BOS, extras=extras) as loader:
+        with TrainBatches([shards / train_name(1)], slots=8, bos=BOS, extras=extras) as loader:
             expected, per_step = {n: torch.zeros_like(p) for n, p in trainer.model.named_parameters()}, []
             for settings, loss in zip(steps, losses, strict=True):
                 total = torch.zeros(())

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
-import end_of_run
 import pytest
 import torch
-from tiny_runs import make_data, tiny_spec, write_recipe
+from tiny_runs import make_data, python, tiny_spec, write_recipe
 
+from nanogpt.experiment import ends
 from nanogpt.models.language_model import Windows
 from nanogpt.runs.metrics import read_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class Remembering(end_of_run.EndOfRun):
+class Remembering(ends.TrainerWithEnds):
     """Keeps the weights of every step, and evaluates what was asked for by hand."""
 
     expected: tuple[tuple[str, float], ...] = ()
@@ -50,32 +49,34 @@ class Remembering(end_of_run.EndOfRun):
         return result
 
 
-def test_ends_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setattr(end_of_run, "EndOfRun", Remembering)
+def test_ends_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nanogpt: Callable):
+    monkeypatch.setattr(ends, "TrainerWithEnds", Remembering)
     data = make_data(tmp_path / "data")
     recipe = write_recipe(tmp_path / "tiny.yaml", tiny_spec("training.warmup=true"))
     asked_for = ["--average", "1", "3", "--before", "0", "2", "--windows", "2:5"]
-    end_of_run.main([str(recipe), "--data", str(data), "--out", str(tmp_path / "runs"), *asked_for])
+    done = nanogpt("experiment", "ends", recipe, "--data", data, "--out", tmp_path / "runs", *asked_for)
+    assert done.code == 0, done.err
     [path] = (tmp_path / "runs").iterdir()
-    ends = dict(json.loads((path / "ends.json").read_text()))
+    found = dict(json.loads((path / "ends.json").read_text()))
     final = read_run(path).evaluations[-1]["val_loss"]
-    assert ends.pop("the last weights") == ends["mean of the last 1"] == pytest.approx(final, abs=1e-6)
-    assert ends == pytest.approx(dict(Remembering.expected), abs=1e-6)
-    assert ends.pop("0 steps before") == ends["mean of the last 1"]
-    assert len(set(ends.values())) == 4
-    assert f"| mean of the last 1 | {final:.4f} | +0.0000 |" in capsys.readouterr().out
+    assert found.pop("the last weights") == found["mean of the last 1"] == pytest.approx(final, abs=1e-6)
+    assert found == pytest.approx(dict(Remembering.expected), abs=1e-6)
+    assert found.pop("0 steps before") == found["mean of the last 1"]
+    assert len(set(found.values())) == 4
+    assert f"| mean of the last 1 | {final:.4f} | +0.0000 |" in done.out
 
 
+@pytest.mark.slow
 def test_ends_of_a_run_on_two_ranks_are_those_of_one(tmp_path: Path):
     data = make_data(tmp_path / "data")
     found = []
     for ranks in (1, 2):
         recipe = write_recipe(tmp_path / f"{ranks}.yaml", tiny_spec(f"hardware.gpus_per_node={ranks}"))
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2] if ranks == 2 else []
         places = ["--data", data, "--out", tmp_path / f"runs-{ranks}"]
         asked_for = ["--average", 3, "--before", 2, "--windows", "2:5"]
-        command = [sys.executable, *launcher, end_of_run.__file__, recipe, *places, *asked_for]
-        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, timeout=300)
+        call = [*launcher, "-m", "nanogpt", "experiment", "ends", recipe, *places, *asked_for]
+        done = python(*map(str, call), timeout=300)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("| mean of the last 3 |") == 1  # rank 0 tells
         [path] = (tmp_path / f"runs-{ranks}").iterdir()
@@ -87,14 +88,14 @@ def test_ends_of_a_run_on_two_ranks_are_those_of_one(tmp_path: Path):
 @pytest.mark.parametrize(
     ("wrong", "problem"),
     [
-        (("--average", "13"), "from 1 to the 12 steps"),
-        (("--before", "12"), "from 0 to one less than the 12 steps"),
+        (("--average", "13"), "--average 13: expected 1 to the 12 steps"),
+        (("--before", "12"), "--before 12: expected 0 to one less than the 12 steps"),
+        (("--windows", "6"), "--windows 6: expected SHORT:LONG"),
+        (("--windows", "6:4"), "--windows 6:4: expected SHORT:LONG"),
+        ((), "no fineweb_train_*.bin there"),
     ],
 )
-def test_more_steps_than_there_are_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: tuple[str, str], problem: str
-):
+def test_wrong_ends_are_refused_before_the_run(tmp_path: Path, nanogpt: Callable, wrong: tuple[str, ...], problem: str):
     recipe = write_recipe(tmp_path / "tiny.yaml", tiny_spec())
-    with pytest.raises(SystemExit):
-        end_of_run.main([str(recipe), "--data", str(tmp_path), "--out", str(tmp_path), *wrong])
-    assert problem in capsys.readouterr().err
+    done = nanogpt("experiment", "ends", recipe, "--data", tmp_path, "--out", tmp_path / "runs", *wrong)
+    assert done.code == 2 and problem in done.err and not (tmp_path / "runs").exists()

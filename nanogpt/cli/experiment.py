@@ -1,0 +1,228 @@
+"""`nanogpt experiment`: an idea against the recipe that it changes, on the GPUs of one machine."""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import typer.core
+
+from nanogpt.cli.threads import wait_briefly
+from nanogpt.cli.validate import RecipeArgument, SetOption, StepsOption
+
+experiment = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, help=__doc__)
+
+RUNS = Path("runs")
+DataOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        metavar="DIR",
+        help="Directory of the token shards.",
+        show_default="data.directory of the recipe, else NANOGPT_DATA, else data/fineweb10B",
+    ),
+]
+AverageOption = Annotated[
+    list[int] | None,
+    typer.Option("--average", metavar="N...", help="End: the mean of the weights of the last N steps, for each N."),
+]
+BeforeOption = Annotated[
+    list[int] | None,
+    typer.Option("--before", metavar="N...", help="End: the weights of N steps before the last."),
+]
+WindowsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--windows",
+        metavar="SHORT:LONG...",
+        help="End: the last weights with these attention windows, in blocks.",
+    ),
+]
+
+
+class _TakesLists(typer.core.TyperCommand):
+    """Some options take all arguments up to the next option."""
+
+    joined = ("--gpus", "--idea")  # to one value, which `_named_list` takes apart
+    repeated = ("--average", "--before", "--windows")
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given: list[str] = []
+        at = 0
+        while at < len(args):
+            flag = args[at]
+            at += 1
+            if flag not in (*self.joined, *self.repeated):
+                given.append(flag)
+                continue
+            values = list(itertools.takewhile(lambda argument: not argument.startswith("--"), args[at:]))
+            at += len(values)
+            for value in [shlex.join(values)] if flag in self.joined else values:
+                given += [flag, value]
+        return super().parse_args(ctx, given)
+
+
+@experiment.command("run", cls=_TakesLists)
+def run(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory of all results.", show_default=False)],
+    recipe: RecipeArgument,
+    gpus: Annotated[
+        list[str],
+        typer.Option(
+            "--gpus",
+            metavar="GPU[,GPU...] NAME...",
+            help="Measure these one after another on that GPU, or on those together. May be repeated: side by side.",
+        ),
+    ],
+    idea: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--idea",
+            metavar="NAME KEY=VALUE...",
+            help="Adds NAME, NAME-step and NAME-profile: fast and the benchmarks with these settings. May be repeated.",
+        ),
+    ] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--also",
+            metavar="PREFIX=RECIPE",
+            help="Measurements of another recipe: PREFIX-fast, PREFIX-step, ... May be repeated.",
+        ),
+    ] = None,
+    overrides: SetOption = None,
+    data: DataOption = None,
+    steps: Annotated[
+        int, typer.Option("--steps", min=1, metavar="N", help="Steps of the runs that are compared.")
+    ] = 300,
+    limit: Annotated[
+        float | None, typer.Option("--limit", min=0, metavar="SECONDS", help="End what still runs after this time.")
+    ] = None,
+    average: AverageOption = None,
+    before: BeforeOption = None,
+    windows: WindowsOption = None,
+) -> None:
+    """Measure RECIPE, and ideas against it, on the GPUs of this machine; the tables come at the end.
+
+    Of RECIPE there are: fast, its run in --steps steps; again, the same; plain, without fused kernels and 8-bit
+    numbers; whole, the whole schedule; full, that with other ends (--average, --before, --windows); warm, 40 steps;
+    deterministic and deterministic-again, 40 steps that should have the same bits; step, profile, communication and
+    kernels, of `nanogpt bench`.
+
+    fast:1 is fast with seed 1, and is compared with the idea's :1. fast:1@100 ends with the first evaluation at or
+    after step 100.
+
+    nanogpt experiment run OUT record89-1xh100 --idea late optimizer.normuon.lr=0.02 --gpus 0 fast:1 late:1 --gpus 1
+    fast:2 late:2
+
+    The same call again measures what is not finished. Each NAME has a log, OUT/NAME.txt, and a result, OUT/NAME.json;
+    its runs are in OUT/runs/NAME, the tables in OUT/report.md. Exit code 1 where a measurement failed.
+    """
+    from nanogpt.console import say
+    from nanogpt.errors import InputError, RunError
+    from nanogpt.experiment.comparison import report, runs_to_compare
+    from nanogpt.experiment.measurements import measurements
+    from nanogpt.experiment.queues import Place, make_queues, run_queues
+    from nanogpt.runs.compare import comparison_data, comparison_table
+    from nanogpt.runs.directory import write_whole
+    from nanogpt.runs.loaded import load_runs
+    from nanogpt.runs.table import print_table
+
+    recipes = {"": recipe}
+    for text in also or ():
+        prefix, equals, other = text.partition("=")
+        if not (prefix and equals and other):
+            raise InputError(f"--also {text}: expected PREFIX=RECIPE")
+        recipes[f"{prefix}-"] = other
+    ideas = dict(_named_list("--idea", text, "NAME KEY=VALUE...") for text in idea or ())
+    options = []
+    for flag, values in (("--average", average), ("--before", before), ("--windows", windows)):
+        options += [part for value in values or () for part in (flag, str(value))]
+    known = measurements(recipes, steps=steps, settings=overrides or (), ideas=ideas, end_options=options)
+    place = Place(out.resolve(), None if data is None else data.resolve())
+    queues = make_queues([_named_list("--gpus", text, "GPU NAME...") for text in gpus], known, place)
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        place.out.mkdir(parents=True, exist_ok=True)
+        outcomes = run_queues(queues, limit)
+        lines = report(place, list(recipes), ideas, outcomes)
+        write_whole(place.out / "report.md", "\n".join(lines) + "\n")
+    except OSError as error:
+        raise RunError(f"{out}: cannot be written: {error.strerror}; name another OUT") from error
+    for prefix in recipes:
+        if len(paths := runs_to_compare(place, prefix)) > 1:
+            try:
+                print_table(comparison_table(comparison_data(load_runs(paths))))
+            except InputError as error:  # one that was cut off has little to show
+                say(str(error))
+    typer.echo("\n".join(lines))
+    if any(outcome.code != 0 for outcome in outcomes):
+        raise typer.Exit(1)
+
+
+def _stop(number: int, frame: object) -> None:
+    from nanogpt.errors import Interrupted
+
+    raise Interrupted("SIGTERM: what ran has been ended; the same call again measures what is not finished")
+
+
+def _named_list(flag: str, text: str, form: str) -> tuple[str, list[str]]:
+    from nanogpt.errors import InputError
+
+    first, *rest = shlex.split(text) or [""]
+    if not rest:
+        raise InputError(f"{flag} {first}: expected {form}")
+    return first, rest
+
+
+@experiment.command("ends", cls=_TakesLists)
+def ends(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    steps: StepsOption = None,
+    data: DataOption = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the run's directory is made.")] = Path(
+        "runs"
+    ),
+    average: AverageOption = None,
+    before: BeforeOption = None,
+    windows: WindowsOption = None,
+) -> None:
+    """Train RECIPE, then evaluate other ends of the run on the same validation tokens, and write RUN_DIR/ends.json.
+
+    Weights are kept on the GPU for each: a bf16 copy, or for an average an fp32 one.
+
+    On several GPUs: torchrun --standalone --nproc-per-node N -m nanogpt experiment ends RECIPE ...
+    """
+    wait_briefly()
+    from nanogpt.experiment.ends import Ends, ends_table, train_with_ends
+    from nanogpt.launch.world import started_as
+    from nanogpt.recipe import load_recipe
+    from nanogpt.training.recorder import create_run
+    from nanogpt.training.trainer import check_start, default_data_directory
+
+    spec = load_recipe(recipe, overrides or (), steps)
+    chosen = Ends(average or (), before or (), [_blocks(text) for text in windows or ()])
+    chosen.check(spec.training.total_steps)
+    data = data or default_data_directory(spec)
+    check_start(spec, data)
+    run = create_run(out, spec) if started_as()[0] == 0 else None
+    found: Sequence[tuple[str, float]] = train_with_ends(spec, chosen, run=run, data_directory=data)
+    if run is not None:
+        typer.echo("\n".join(ends_table(found)))
+        typer.echo(f"Run directory: {run.path}")
+
+
+def _blocks(text: str) -> tuple[int, int]:
+    """(6, 20) of "6:20"."""
+    from nanogpt.errors import InputError
+
+    short, _, long = text.partition(":")
+    if not (short.isdecimal() and long.isdecimal() and 0 < int(short) <= int(long)):
+        raise InputError(f"--windows {text}: expected SHORT:LONG in blocks, such as 6:20")
+    return int(short), int(long)

@@ -1,0 +1,76 @@
+"""Timing attention at the shapes of the record, on the backend that `auto` takes."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from nanogpt.kernels.attention import attention, select_attention_backend
+from nanogpt.kernels.bench import BenchCase, document_ends
+
+# (tokens, heads, longest document, window): the record's stages on one of eight slots, unpaired short, paired short,
+# and long windows.
+SHAPES = tuple(
+    shape
+    for tokens, short, long in ((16_384, 128, 384), (32_768, 384, 896), (49_152, 640, 1_408))
+    for shape in (
+        (tokens, 6, 2_048, short),
+        (2 * tokens, 3, 4_096, short),
+        (tokens, 6, 2_048, long),
+    )
+)
+
+
+def bench_cases(device: torch.device | str = "cuda", backends: tuple[str, ...] | None = None) -> Iterator[BenchCase]:
+    """Forward, and forward with backward, at the shapes of the record; `backends` defaults to what `auto` takes."""
+    if backends is None:
+        capability = torch.cuda.get_device_capability(device)
+        backends = (select_attention_backend("auto", capability, head_dim=128, dtype=torch.bfloat16).backend,)
+    for (tokens, heads, longest, window), backend in itertools.product(SHAPES, backends):
+        ends = [
+            end * (2 if heads == 3 else 1)
+            for end in document_ends(tokens * heads // 6, 2_048, -(-(tokens * heads // 6) // 38_400) * 128 - 1)
+        ]
+        pairs = visible_pairs(ends, window)
+        cu_seqlens = torch.tensor([0, *ends], dtype=torch.int32, device=device)
+        q, k, v, grad = (torch.randn(tokens, heads, 128, device=device, dtype=torch.bfloat16) for _ in range(4))
+        q, k = (torch.nn.functional.rms_norm(x, (128,)).requires_grad_() for x in (q, k))
+        v.requires_grad_()
+
+        def run(
+            backend: str,
+            train: bool,
+            inputs: tuple[Tensor, Tensor, Tensor] = (q, k, v),
+            cu_seqlens: Tensor = cu_seqlens,
+            max_seqlen: int = longest,
+            window: int = window,
+            grad: Tensor = grad,
+        ) -> object:
+            with torch.set_grad_enabled(train):
+                out = attention(*inputs, cu_seqlens, max_seqlen=max_seqlen, window=window, scale=0.1, backend=backend)
+            return torch.autograd.grad(out, inputs, grad) if train else out
+
+        shape = f"{tokens:,} x {heads} x 128, window {window:,}"
+        for train, name, products, tensors in ((False, "forward", 2, 4), (True, "forward + backward", 7, 12)):
+            yield BenchCase(
+                f"attention {backend}, {name}",
+                shape,
+                functools.partial(run, backend, train),
+                None if backend == "plain" else functools.partial(run, "plain", train),
+                flops=2 * products * pairs * heads * 128,
+                bytes=tensors * tokens * heads * 128 * 2,
+            )
+
+
+def visible_pairs(ends: list[int], window: int) -> int:
+    """Query-key pairs that documents ending at `ends` and the window leave."""
+    pairs, start = 0, 0
+    for end in ends:
+        length, start = end - start, end
+        full = min(length, window + 1)
+        pairs += full * (full + 1) // 2 + (length - full) * (window + 1)
+    return pairs
