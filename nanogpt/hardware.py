@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nanogpt.errors import InputError
-from nanogpt.spec import GPU_TYPES, WORLD_SIZES, HardwareSpec
+from nanogpt.gpus import GPU_TYPES
+from nanogpt.spec import WORLD_SIZES, HardwareSpec
 
 # From the keys of `hardware` that are stated to values for others, and the place that messages about these name.
 Fill = Callable[[Mapping[str, Any]], tuple[dict[str, Any], str]]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from nanogpt.cluster.job_runs import job_name_for_slurm
 from nanogpt.cluster.outside import ask_or_fail
 from nanogpt.cluster.request import JobRequest
-from nanogpt.spec import GPU_TYPES
+from nanogpt.gpus import GPU_TYPES
 
 _NODE_LINE = re.compile(r"^ *Nodes=(\S+) .*?\bGRES=(\S*)", re.MULTILINE)
 _GPUS = re.compile(r"gpu(?::(?P<type>[^:,()]+))??:(?P<count>\d+)(?=[,(]|$)")

@@ -13,8 +13,9 @@ from nanogpt.cluster.allocation import known_type, read_allocation
 from nanogpt.cluster.gpus import visible_gpus
 from nanogpt.console import say
 from nanogpt.errors import InputError, RunError
+from nanogpt.gpus import GPU_TYPES
 from nanogpt.hardware import EXAMPLES, Fill, largest_count
-from nanogpt.spec import GPU_TYPES, WORLD_SIZES
+from nanogpt.spec import WORLD_SIZES
 
 OPEN = "hardware: the recipe leaves it open"
 
