@@ -17,12 +17,11 @@ from typing import Any
 
 from nanogpt.console import markdown_table
 from nanogpt.errors import InputError, RunError
-from nanogpt.runs.check import TARGET_RULE, Check, check_run, recipe_changes
+from nanogpt.runs.check import TARGET_LOSS, TARGET_RULE, Check, check_run, recipe_changes
 from nanogpt.runs.consistency import contradictions_between
 from nanogpt.runs.directory import LOG_NAME, METRICS_NAME, RECORD_NAME, SPEC_NAME
 from nanogpt.runs.loaded import LoadedRun, plot_runs, show
 from nanogpt.runs.record import Record
-from nanogpt.runs.reference import load_shipped
 from nanogpt.runs.significance import Significance, repeated_seeds, runs_significance, significance_data
 
 UNOFFICIAL = "UNOFFICIAL"
@@ -80,7 +79,7 @@ def prepare(runs: Sequence[LoadedRun], fields: Fields, *, unofficial: bool = Fal
         InputError: runs that are unfinished or differ in spec, code or hardware, at any rate; runs that fail a rule or
             the test, unless `unofficial`.
     """
-    result = runs_significance(runs, target=load_shipped("speedrun").evaluation.target_loss)
+    result = runs_significance(runs, target=TARGET_LOSS)
     checks = {run.label: check_run(run) for run in runs}
     objections = [
         f"{label}: {check.rule}: {check.evidence}"
@@ -160,7 +159,7 @@ def submission_data(submission: Submission) -> dict[str, Any]:
             "date": _date(submission),
             "hardware": _hardware(first),
             "config_difference": [
-                {"key": key, "speedrun": there, "run": here} for key, there, here in recipe_changes(first.spec)
+                {"key": key, "record": there, "run": here} for key, there, here in recipe_changes(first.spec)
             ],
             "caveats": caveats(submission),
             "runs": [_run_notes(run) for run in submission.runs],
@@ -251,7 +250,7 @@ def submission_text(submission: Submission) -> str:
     lines += ["", f"n = {result.n}, mean validation loss {result.mean:.5f}{spread}: {result.verdict()}.", ""]
     lines += ["## Local notes", "", f"- Hardware: {_hardware(runs[0])}"]
     changes = recipe_changes(runs[0].spec)
-    lines += ["- Config: the shipped speedrun" + (", changed:" if changes else "")]
+    lines += [f"- Config: the shipped {runs[0].spec.model.kind}" + (", changed:" if changes else "")]
     lines += [f"  - `{key}`: {show(there)} -> {show(here)}" for key, there, here in changes]
     lines += [f"- Caveat: {caveat}" for caveat in caveats(submission)]
     lines += [

@@ -229,7 +229,7 @@ def test_a_changed_recipe_is_allowed_and_shown(tmp_path):
     run = made_run(tmp_path / "run", overrides=["training.lr_schedule.end_factor=0.15", "hardware.gpus_per_node=4"])
     found = of(run, "recipe")
     assert found.state == "passed"
-    assert found.evidence == "changed recipe (allowed): training.lr_schedule.end_factor: 0.1 -> 0.15"
+    assert found.evidence == "departs from the shipped speedrun (allowed): training.lr_schedule.end_factor: 0.1 -> 0.15"
     assert "warmup is off" in of(made_run(tmp_path / "cold", overrides=["training.warmup=false"]), "timing").evidence
 
 
