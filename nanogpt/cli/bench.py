@@ -84,7 +84,7 @@ def profile(
 ) -> None:
     """Where a training step's time goes on the GPU, kernel by kernel, in each stage of RECIPE.
 
-    On several GPUs, nanogpt launch --nproc-per-node N --bench profile RECIPE also tells how much of the communication
+    On several GPUs, nanogpt launch --bench profile RECIPE also tells how much of the communication
     is exposed.
     """
     from nanogpt.bench import exposed
@@ -154,7 +154,7 @@ def communication(
 ) -> None:
     """The gradient of each table of rows over ranks, whole or by touched rows: milliseconds and bytes in each stage.
 
-    nanogpt launch --nproc-per-node N --bench communication RECIPE
+    nanogpt launch --bench communication RECIPE
     """
     from nanogpt.bench.communication import as_table, time_row_table
     from nanogpt.cluster.at_hand import at_hand
@@ -168,7 +168,7 @@ def communication(
     if spec.world_size == 1:
         raise InputError(
             f"bench communication: {recipe} runs on one process here; it takes several:"
-            f" nanogpt launch --bench --nproc-per-node 4 communication {recipe} --on 4xh100"
+            f" nanogpt launch --bench communication {recipe} --on 4xh100"
         )
     with join_world(spec) as world:
         for table in spec.model.row_tables():

@@ -39,11 +39,8 @@ def launch(
 
     nanogpt launch -- --resume RUN_DIR
 
-    nanogpt launch --nnodes 2 --rdzv-backend c10d --rdzv-endpoint NODE:29500 --rdzv-id JOB 2x4xh100
-
-    Without --nproc-per-node there is a process a GPU: of --on, of the recipe, or of those at hand.
-
-    --nproc-per-node N: processes on this node; gpu: as many as it has GPUs. --standalone: one node (the default).
+    --nproc-per-node N: processes on this node; gpu: as many as it has GPUs. Without it there is one a GPU: of --on, of
+    the recipe, or, where that leaves hardware open, of those at hand. --standalone: one node (the default).
 
     --nnodes N: nodes. --rdzv-endpoint HOST:PORT (or --master-addr, --master-port): where they meet, the first node's
     address in the cluster's network. --rdzv-id ID: keeps runs apart. --node-rank I: this node's number; without it
@@ -58,17 +55,26 @@ def launch(
     sys.exit(run(arguments or (), _hardware))
 
 
-def _hardware(arguments: Sequence[str]) -> tuple[HardwareSpec, list[str]]:
-    """What `nanogpt train` with these arguments is to run on, and what to add to them so that every rank knows."""
+def _hardware(command: str, arguments: Sequence[str]) -> tuple[HardwareSpec, list[str]]:
+    """What `nanogpt COMMAND` with these arguments is to run on, and what to add to them so that every rank knows."""
+    from nanogpt.cli.bench import bench
     from nanogpt.cli.train import train
     from nanogpt.cluster.at_hand import at_hand
     from nanogpt.cluster.job_step import RunArguments
+    from nanogpt.errors import InputError
 
     alone = typer.Typer(add_completion=False, rich_markup_mode=None)
     alone.command()(train)
-    with typer.main.get_command(alone).make_context("nanogpt train", list(arguments)) as context:
+    reader, arguments = typer.main.get_command(bench if command == "bench" else alone), list(arguments)
+    if isinstance(reader, typer.core.TyperGroup):  # of its commands the one that is named
+        known = reader.commands.get(arguments.pop(0) if arguments else "")
+        if known is None or not any(parameter.name == "recipe" for parameter in known.params):
+            raise InputError("nanogpt launch --bench: goes on with step, profile or communication, and a RECIPE")
+        reader = known
+    with reader.make_context(f"nanogpt {command}", arguments) as context:
         said = context.params
-    given = RunArguments(said["recipe"], said["overrides"] or (), said["steps"], resume=said["resume"], on=said["on"])
+    steps = said["steps"] if command == "train" else None  # those of `bench` are others
+    given = RunArguments(said["recipe"], said["overrides"] or (), steps, resume=said.get("resume"), on=said["on"])
     settled = given.settled(at_hand(os.environ))
     return settled.spec().hardware, [] if settled.on == given.on else [f"--on={settled.on}"]
 

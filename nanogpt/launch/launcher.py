@@ -39,7 +39,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from nanogpt.console import say
 from nanogpt.errors import REQUEUE_EXIT_CODE, InputError, NanogptError, RunError
@@ -47,9 +47,11 @@ from nanogpt.launch.awake import AwakeClock
 from nanogpt.launch.meeting import JOIN_S, Cancelled, Meeting, Place, meet
 from nanogpt.launch.private import private_directory
 from nanogpt.launch.tied import tied_command
-from nanogpt.spec import HardwareSpec
 
-ChooseHardware = Callable[[Sequence[str]], tuple[HardwareSpec, Sequence[str]]]
+if TYPE_CHECKING:  # every command imports this module, and `nanogpt --help` needs no specs
+    from nanogpt.spec import HardwareSpec
+
+    ChooseHardware = Callable[[str, Sequence[str]], tuple[HardwareSpec, Sequence[str]]]
 
 LAUNCH_DIRECTORY = "NANOGPT_LAUNCH_DIR"  # a directory that this launcher and its ranks share
 PREFIX = "nanogpt-launch-"  # of its name
@@ -78,9 +80,8 @@ def launch(arguments: Sequence[str], choose: ChooseHardware | None = None) -> in
 
     Args:
         arguments: of the launcher, then those of `nanogpt train`. These begin with the recipe, or after a `--`.
-
-        choose: from the arguments of `nanogpt train` to the hardware, and to arguments that say it to the ranks; asked
-            where the options name no number of processes. None: one process.
+        choose: from the command, train or bench, and its arguments to the hardware, and to arguments that say it to
+            the ranks; asked where the options name no number of processes. None: one process.
 
     Raises:
         InputError: the options do not fit together, or not the hardware; the address is wrong; what `choose` raises.
@@ -155,22 +156,18 @@ def parse(arguments: Sequence[str], choose: ChooseHardware | None = None) -> Opt
     args = parser.parse_args(ours)
     if not separated:
         of_train = args.train
-    if choose is not None and args.nproc_per_node is None and not args.bench:
-        of_train = [*of_train, *_start_on(args, of_train, choose)]
+    command = "bench" if args.bench else "train"
+    if choose is not None and args.nproc_per_node is None:
+        of_train = [*of_train, *_start_on(args, *choose(command, of_train))]
     args.nnodes, args.nproc_per_node = args.nnodes or "1", args.nproc_per_node or "1"
     grace = args.grace if args.grace is not None else 0.0 if args.bench else GRACE_S  # bench has nothing to keep
-    command = "bench" if args.bench else "train"
     return Options(_meeting(args), of_train, grace, command)
 
 
-def _start_on(args: argparse.Namespace, of_train: Sequence[str], choose: ChooseHardware) -> Sequence[str]:
-    """A process for each GPU of the hardware that `choose` tells, on this machine if the options name no others.
-
-    Returns what tells the ranks the same.
-    """
+def _start_on(args: argparse.Namespace, hardware: HardwareSpec, said: Sequence[str]) -> Sequence[str]:
+    """A process for each GPU of `hardware`, on this machine if the options name no others; what the ranks are told."""
     from nanogpt.hardware import shape
 
-    hardware, said = choose(of_train)
     args.nproc_per_node = str(hardware.gpus_per_node)
     if args.nnodes is not None:
         return ()  # how many nodes come, the ranks see

@@ -93,16 +93,14 @@ def check_world(spec: RunSpec) -> torch.device:
 
 def _other_world_size(spec: RunSpec, size: int) -> str:
     hardware = spec.hardware
-    nodes = f"--nnodes {hardware.nodes} " if hardware.nodes > 1 else ""
-    per_node = f"{nodes}--nproc-per-node {hardware.gpus_per_node}"
+    nodes = f"--nnodes {hardware.nodes} --rdzv-endpoint NODE:29500 --rdzv-id JOB " if hardware.nodes > 1 else ""
     if spec.world_size == 1:
-        wanted, start = "1 process", "`nanogpt train RECIPE` without torchrun is one"
+        wanted, start = "1 process", "`nanogpt train RECIPE` without a launcher is one"
     else:
         wanted = f"{spec.world_size} processes"
-        options = f"{per_node} --rdzv-endpoint NODE:29500 --rdzv-id JOB " if nodes else ""
         start = (
-            f"`nanogpt launch {options}RECIPE`{' on each node' if nodes else ''} starts them (a benchmark's with"
-            f" --bench {per_node}), slurm/run.sh RECIPE a job of them"
+            f"`nanogpt launch {nodes}RECIPE`{' on each node' if nodes else ''} starts them (--bench first, and"
+            " it starts `nanogpt bench`), slurm/run.sh RECIPE a job of them"
         )
     here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     there = shape(hardware.model_copy(update={"gpus_per_node": here, "nodes": max(1, size // here)}))

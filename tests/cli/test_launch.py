@@ -97,12 +97,14 @@ def four_h200(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["--", "--set", "hardware.gpu=a100", "gpt2"], 4, ["--on=4xa100"]),
         (["8xh100"], 8, []),
         (["demo"], 1, []),
+        (["--bench", "profile", "record89", "--rows", "3"], 4, ["--on=4xh200"]),
+        (["--bench", "step", "record89", "--steps", "2", "--on", "2xh100"], 2, []),
     ],
 )
 def test_a_process_a_gpu(four_h200: None, arguments: list[str], processes: int, said: list[str]) -> None:
     options = parse(arguments, _hardware)
     assert (options.meeting.nodes, options.meeting.processes) == (1, processes)
-    assert list(options.train) == [*(argument for argument in arguments if argument != "--"), *said]
+    assert list(options.train) == [*(argument for argument in arguments if argument not in ("--", "--bench")), *said]
 
 
 def test_several_nodes_meet_by_torchruns_options(four_h200: None) -> None:
@@ -111,6 +113,13 @@ def test_several_nodes_meet_by_torchruns_options(four_h200: None) -> None:
     assert list(options.train) == ["record89"]  # ranks see how many nodes have come
     with pytest.raises(InputError, match=r"2x4xh100 is 2 nodes.*--nnodes 2.*slurm/run\.sh"):
         parse(["2x4xh100"], _hardware)
+
+
+def test_benchmarks_without_a_recipe_are_not_launched(four_h200: None) -> None:
+    for arguments in (["--bench", "kernels"], ["--bench", "nothing"], ["--bench"]):
+        with pytest.raises(InputError, match="goes on with step, profile or communication"):
+            parse(arguments, _hardware)
+    assert parse(["--bench", "--nproc-per-node=2", "kernels"], _hardware).meeting == Meeting(1, 2)
 
 
 def test_what_train_does_not_take_is_refused_before_anything_starts(nanogpt: Callable[..., Any]) -> None:

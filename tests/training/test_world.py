@@ -53,7 +53,7 @@ def test_the_place_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -
     ("recipe", "size", "message"),
     [
         ("8xh100", 1, "wants 8 processes, found 1. `nanogpt launch RECIPE` starts them"),
-        ("1xh100", 2, "wants 1 process, found 2. `nanogpt train RECIPE` without torchrun is one"),
+        ("1xh100", 2, "wants 1 process, found 2. `nanogpt train RECIPE` without a launcher is one"),
     ],
 )
 def test_another_world_size(monkeypatch: pytest.MonkeyPatch, recipe: str, size: int, message: str) -> None:
@@ -67,7 +67,7 @@ def test_another_world_size(monkeypatch: pytest.MonkeyPatch, recipe: str, size: 
 
 def test_another_world_size_on_several_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = load_recipe("4xh100", ["hardware.nodes=2"])
-    with pytest.raises(InputError, match=r"nanogpt launch --nnodes 2 --nproc-per-node 4 .*on each node"):
+    with pytest.raises(InputError, match=r"nanogpt launch --nnodes 2 --rdzv-endpoint NODE:29500 .*on each node"):
         check_world(spec)
 
 
