@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shlex
 import signal
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import typer
 import typer.core
 
 from nanogpt.cli.threads import wait_briefly
-from nanogpt.cli.validate import RecipeArgument, SetOption, StepsOption
+from nanogpt.cli.validate import OnOption, RecipeArgument, SetOption, StepsOption
 
 experiment = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, help=__doc__)
 
@@ -109,6 +110,8 @@ def run(
 ) -> None:
     """Measure RECIPE, and ideas against it, on the GPUs of this machine; the tables come at the end.
 
+    How many GPUs a run is on, --gpus says; their type the recipe, or, where it leaves hardware open, the machine.
+
     Of RECIPE there are: fast, its run in --steps steps; again, the same; plain, without fused kernels and 8-bit
     numbers; whole, the whole schedule; full, that with other ends (--average, --before, --windows); warm, 40 steps;
     deterministic and deterministic-again, 40 steps that should have the same bits; step, profile, communication and
@@ -117,7 +120,7 @@ def run(
     fast:1 is fast with seed 1, and is compared with the idea's :1. fast:1@100 ends with the first evaluation at or
     after step 100.
 
-    nanogpt experiment run OUT record89-1xh100 --idea late optimizer.normuon.lr=0.02 --gpus 0 fast:1 late:1 --gpus 1
+    nanogpt experiment run OUT record89 --idea late optimizer.normuon.lr=0.02 --gpus 0 fast:1 late:1 --gpus 1
     fast:2 late:2
 
     The same call again measures what is not finished. Each NAME has a log, OUT/NAME.txt, and a result, OUT/NAME.json;
@@ -185,6 +188,7 @@ def ends(
     recipe: RecipeArgument,
     overrides: SetOption = None,
     steps: StepsOption = None,
+    on: OnOption = None,
     data: DataOption = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the run's directory is made.")] = Path(
         "runs"
@@ -200,13 +204,14 @@ def ends(
     On several GPUs: torchrun --standalone --nproc-per-node N -m nanogpt experiment ends RECIPE ...
     """
     wait_briefly()
+    from nanogpt.cluster.at_hand import at_hand
     from nanogpt.experiment.ends import Ends, ends_table, train_with_ends
     from nanogpt.launch.world import started_as
     from nanogpt.recipe import load_recipe
     from nanogpt.training.recorder import create_run
     from nanogpt.training.trainer import check_start, default_data_directory
 
-    spec = load_recipe(recipe, overrides or (), steps)
+    spec = load_recipe(recipe, overrides or (), steps, on=on, fill=at_hand(os.environ))
     chosen = Ends(average or (), before or (), [_blocks(text) for text in windows or ()])
     chosen.check(spec.training.total_steps)
     data = data or default_data_directory(spec)

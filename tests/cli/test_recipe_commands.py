@@ -80,6 +80,7 @@ def test_what_is_looked_at_keeps_its_hardware_open_unless_it_is_said(nanogpt):
     assert shown("8xh100", "--on", "2x2xa100", "--set", "hardware.gpu=h200") == {
         "gpu": "h200", "gpus_per_node": 2, "nodes": 2
     }  # fmt: skip
+    assert shown("demo", "--on", "2xcpu") == {"gpu": "cpu", "gpus_per_node": 2, "nodes": 1}
     assert nanogpt("validate", "record89", "--on", "4xh200").out.endswith("tokens, world size 4\n")
 
 

@@ -23,7 +23,7 @@ from nanogpt.experiment.measurements import Name, measurements
 from nanogpt.experiment.queues import Outcome, Place, Queue, kill_tree, make_queues
 from nanogpt.runs.metrics import read_run
 
-RECIPES = {"": "1xh100", "record89-": "record89-1xh100", "record89-fp8-": "record89-fp8-backward-1xh100"}
+RECIPES = {"": "1xh100", "record89-": "record89", "record89-fp8-": "record89-fp8-backward"}
 
 
 def known(steps: int = 300, **options: object) -> dict:
@@ -256,7 +256,7 @@ def test_several_gpus_are_one_run(tmp_path: Path):
     def command(name: str) -> list[str]:
         return arguments(queue.command(Name.parse(name)))
 
-    assert command("record89-whole:1")[:6] == ["nanogpt", "launch", *launch, "record89-1xh100"]
+    assert command("record89-whole:1")[:6] == ["nanogpt", "launch", *launch, "record89"]
     assert "hardware.gpus_per_node=4" in command("record89-whole:1")
     assert command("full")[:8] == [*ranks, "experiment", "ends"] and command("full")[-2:] == ["--before", "2"]
     profile = command("profile")
