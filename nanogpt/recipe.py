@@ -26,7 +26,7 @@ from pydantic_core import ErrorDetails
 from nanogpt.errors import InputError
 from nanogpt.files import read_regular
 from nanogpt.hardware import Fill, parse_shape, shape, split_shape
-from nanogpt.spec import CosineSchedule, CrossCheckError, HardwareSpec, RunSpec
+from nanogpt.spec import CrossCheckError, HardwareSpec, RunSpec
 
 KeyPath = tuple[str | int, ...]
 
@@ -219,8 +219,7 @@ def shorten(spec: RunSpec, total_steps: int) -> RunSpec:
         stage_data["steps"] = steps
     data["evaluation"]["every"] = scaled(spec.evaluation.every, at_least=1)
     schedule = data["training"]["lr_schedule"]
-    name = "warmup_steps" if isinstance(training.lr_schedule, CosineSchedule) else "ramp_steps"
-    schedule[name] = scaled(schedule[name])
+    schedule.update({name: scaled(steps) for name, steps in schedule.items() if name.endswith("_steps")})
     for entry in data["training"]["end"]:
         entry["last_steps"] = scaled(entry["last_steps"], at_least=1)
     data["optimizer"] = spec.optimizer.shortened(scaled, total_steps)

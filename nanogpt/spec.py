@@ -164,7 +164,7 @@ class DataSpec(Strict):
 class HardwareSpec(Strict):
     """What the run is started on, which a recipe may leave open for --on; world size = nodes * gpus_per_node."""
 
-    gpu: GpuName = Field(description="GPU type; cpu runs the plain path")
+    gpu: GpuName = Field(description="GPU type; cpu runs the plain implementations")
     gpus_per_node: Count = Field(description="processes a node, one a GPU")
     nodes: Count = 1
 

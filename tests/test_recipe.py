@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nanogpt.errors import InputError
+from nanogpt.hardware import shape
 from nanogpt.recipe import (
     RecipeError,
     dump_spec,
@@ -618,3 +619,8 @@ def test_resolved_specs_fit_the_resolved_schema(name):
     del data["training"]["seed"]
     with pytest.raises(jsonschema.ValidationError, match="seed"):
         resolved.validate(data)
+
+
+@pytest.mark.parametrize("typed", ["1xcpu", "2xcpu", "4xh200", "2x4xh100"])
+def test_every_type_of_hardware_can_be_typed(typed):
+    assert shape(load_recipe("record89", on=typed).hardware) == typed

@@ -73,7 +73,7 @@ def _captured(function: Callable[[], object]) -> Callable[[], object]:
 def machine_rates(device: torch.device | str = "cuda") -> MachineRates:
     """Measures the two ceilings; takes about a second and 8 GiB of device memory.
 
-    Not captured: a copy in a graph takes another path, seen at two thirds of the rate.
+    Not captured: a copy in a graph is made another way, seen at two thirds of the rate.
     """
     a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(a)

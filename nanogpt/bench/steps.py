@@ -117,7 +117,7 @@ def _time_each(calls: list[Callable[[], object]], world: World) -> list[float]:
 
 
 def as_table(timings: list[StageTiming], trainer: Trainer) -> str:
-    """The timings as a Markdown table, under a line for each path that was chosen."""
+    """The timings as a Markdown table, under a line for each implementation that was chosen."""
     columns = [
         "stage",
         "tokens a step",

@@ -38,7 +38,7 @@ OFF = "off"
 IMAGE_DIRECTORY = Path("/opt/nanogpt/cache")  # files that a container's image brings along; looked at second
 PRIVATE_PREFIX = "nanogpt-compiled-"
 CUTE_DSL_FOLDER = "tmp.cute-dsl"  # not kept: FlashAttention keeps the same code itself, and its key names the place
-FEW_KERNELS = 8  # of Triton: compiling so many takes about as long as writing the file
+FEW_KERNELS = 8  # of Triton: compiling this many takes about as long as writing the file
 
 
 def cache_directory(runs: Path | str | None = None) -> Path | None:

@@ -83,7 +83,7 @@ def count_contents(names: Collection[str]) -> dict[str, int]:
 
 
 def write_pack(path: Path, root: Path, *, key: Mapping[str, Any], key_sha256: str, recipe: str) -> Header:
-    """Put the files below `root` into the cache file `path`, in place of one that is there. Raises OSError."""
+    """Put the files below `root` into the cache file `path`, replacing one that is there. Raises OSError."""
     files = kept_files(root)
     size, body = 0, io.BytesIO()
     with (

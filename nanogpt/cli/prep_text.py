@@ -36,7 +36,7 @@ def prep_text(
         typer.Option(
             "--document-tokens",
             min=2,
-            help="Cut longer documents into several of at most so many tokens; training uses 2,048 of each.",
+            help="Cut longer documents into several of at most N tokens; training uses 2,048 of each.",
             show_default="whole documents",
         ),
     ] = None,

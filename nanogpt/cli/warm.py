@@ -20,7 +20,7 @@ def warm(
         typer.Option(
             "--world-size",
             metavar="N",
-            help="Also for runs on so many GPUs. Repeatable.",
+            help="Also for runs on N GPUs. Repeatable.",
             show_default="that of --on or the recipe",
         ),
     ] = None,

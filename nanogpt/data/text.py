@@ -123,7 +123,7 @@ def prepare_text(
         directory: made if it is missing. It must hold no shards, unless `force`.
         val_tokens: the least number of validation tokens; a tenth of all, at most 10,485,761, if None.
         shard_tokens: the most tokens of a training shard; only a longer document makes a longer shard.
-        document_tokens: cut longer documents into several of at most so many tokens, BOS included. They keep to one
+        document_tokens: cut longer documents into several of at most this many tokens, BOS included. They keep to one
             side of the split. None leaves documents whole.
         min_tokens: leave out documents of fewer tokens, BOS included, after that cut.
         unique: leave out copies of a text that came before.

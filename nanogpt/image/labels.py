@@ -52,7 +52,7 @@ class Built:
 
 
 def read_definition(path: Path, values: Mapping[str, str] | None = None) -> Definition:
-    """Parse a definition file, with `values` in place of the defaults of its arguments.
+    """Parse a definition file, with `values` instead of the defaults of its arguments.
 
     Raises:
         InputError: it cannot be read, has no Bootstrap or From, or names an argument that has no value.

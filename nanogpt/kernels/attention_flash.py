@@ -27,7 +27,7 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 class Call(NamedTuple):
-    """What attention is of, with numbers in place of tensors for window and scale."""
+    """What attention is of, with numbers instead of tensors for window and scale."""
 
     q: Tensor  # (T, H, D), like k and v
     k: Tensor

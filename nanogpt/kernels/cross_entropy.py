@@ -10,9 +10,9 @@ For T tokens, width D and V vocabulary columns (padding included, all of them co
 dropped, their softmax included. One more term may be asked for, whose targets are given outright: the next token's
 prefix, `prefix_weight * (logsumexp(z[t]) - z[t, prefixes[t]])` wherever `prefixes[t]` is not -1.
 
-Logits never exist whole on the plain path: it works through chunks of tokens and takes the gradient in the forward
-pass, while a chunk's logits are at hand (the idea of Liger's fused linear cross-entropy). `head_loss_reference` is the
-same thing in a few lines of autograd, and what tests trust.
+Logits never exist whole in the plain implementation: it works through chunks of tokens and takes the gradient in the
+forward pass, while a chunk's logits are at hand (the idea of Liger's fused linear cross-entropy). `head_loss_reference`
+is the same thing in a few lines of autograd, and what tests trust.
 
 Since 0 < z < cap, exp(z) cannot overflow in fp32 for any cap up to `MAX_CAP`, so no running maximum is kept.
 """
@@ -97,7 +97,7 @@ def head_loss(
     is emulated: the same roundings around fp32 products.
 
     bf16 tensors on a GPU take the Triton kernel; fp8 its products in 8 bits where the GPU is Hopper or newer and T, D
-    and V are multiples of 16. Everything else goes the plain path, and with `plain` everything does.
+    and V are multiples of 16. Everything else is computed in plain PyTorch, and with `plain` everything is.
 
     The values of `weights` and `prefix_weight` may change from call to call without recompilation; the number K and
     whether there are prefixes are part of the compiled code.
@@ -271,7 +271,7 @@ def _bf16_backward(ctx: Any, incoming: Tensor | None, *_: Tensor | None) -> tupl
 _bf16_head_loss.register_autograd(_bf16_backward, setup_context=_bf16_setup)
 
 
-# ---------------------------------------------------------------- plain path, chunk by chunk
+# ---------------------------------------------------------------- plain implementation, chunk by chunk
 
 # On a CPU: the gradient's products take 256 tokens at a time, to amortise adding to the (D, V) gradient; logits are
 # made for 64 (13 MB, which malloc recycles where larger blocks would be mapped and zeroed anew), and worked on

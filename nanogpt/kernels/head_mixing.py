@@ -25,7 +25,7 @@ from nanogpt.kernels.attention_plain import first_visible_key
 from nanogpt.kernels.dispatch import run_time_number, runs_kernel
 
 WEIGHT_EPS = 1e-6
-_CHUNK_BLOCKS = 64  # of `window` queries, worked on at a time: bounds the memory of the plain path
+_CHUNK_BLOCKS = 64  # of `window` queries, worked on at a time: bounds the memory of the plain implementation
 
 
 def normalized_weights(w1: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
 
 _mix_heads.register_autograd(_backward, setup_context=_setup)
 
-# ---------------------------------------------------------------- plain path
+# ---------------------------------------------------------------- plain implementation
 
 
 class _Blocks:

@@ -1,6 +1,6 @@
 """Half-truncated rotary position embedding, its paired form, and YaRN (Peng et al., 2023) for longer windows.
 
-Only the first `rotated` channels of a head are turned; the rest keep frequency 0. Channels are paired as neighbours
+Only the first `rotated` channels of a head are rotated; the rest keep frequency 0. Channels are paired as neighbours
 (2j, 2j+1). Positions run over the flat stream of a micro-batch and never restart at a document.
 """
 
@@ -92,9 +92,9 @@ class Rotary(nn.Module):
         else:
             cos = self.cos[:tokens].view(tokens, 1, rotated)
             sin = self.signed_sin[:tokens].view(tokens, 1, rotated)
-        turned, still = x[..., :rotated], x[..., rotated:]
-        swapped = turned.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-        return torch.cat((cos * turned + sin * swapped, still), dim=-1).view(tokens, heads, head_dim)
+        leading, still = x[..., :rotated], x[..., rotated:]
+        swapped = leading.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        return torch.cat((cos * leading + sin * swapped, still), dim=-1).view(tokens, heads, head_dim)
 
 
 def shift_still_keys(k: Tensor, rotated: int) -> Tensor:

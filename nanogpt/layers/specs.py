@@ -41,9 +41,9 @@ class MuddSpec(Strict):
 class MlpFp8Spec(Strict):
     """Scales of the MLP's products where they run in 8 bits (`runtime.mlp_precision`)."""
 
-    activation_headroom: Positive = Field(description="the next micro-batch may be so many times as large as this one")
+    activation_headroom: Positive = Field(description="factor by which the next micro-batch may exceed this one")
     weight_headroom: Annotated[Positive, NOT_COMPILED] = Field(
-        description="the next step's weights may be so many times as large as these"
+        description="factor by which the next step's weights may exceed these"
     )
     bootstrap_steps: Annotated[Index, NOT_COMPILED] = Field(
         description="steps after which the down weights' scale is still measured afresh"

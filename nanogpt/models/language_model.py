@@ -22,7 +22,7 @@ Precision = Literal["bf16", "fp8"]
 
 @dataclass(frozen=True)
 class Windows:
-    """Left attention windows in tokens: a query sees itself and so many tokens before it."""
+    """Left attention windows in tokens: a query sees itself and this many tokens before it."""
 
     short: int
     long: int

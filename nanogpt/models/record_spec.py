@@ -139,7 +139,7 @@ class RecordModelSpec(BaseModelSpec):
             )
 
     def _layer_problems(self, key: str, *, needs_attention: bool = True) -> Iterator[Problem]:
-        """The list of layers `key`: each once, in the model, and (unless told otherwise) one that has attention."""
+        """The list of layers `key`: each once, in the model and, where `needs_attention`, one that has attention."""
         layers: list[int] = getattr(self, key)
         if len(set(layers)) != len(layers):
             yield (key,), f"names a layer twice: {layers}"

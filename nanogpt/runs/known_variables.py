@@ -64,7 +64,7 @@ def known_variables(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def compiler_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """The compilers' variables, sorted; in place of a value that may be anything, `HIDDEN`."""
+    """The compilers' variables, sorted; instead of a value that may be anything, `HIDDEN`."""
     return {
         name: value if COMPILERS_WORDS.fullmatch(name) or SWITCH.fullmatch(value) else HIDDEN
         for name, value in sorted(environ.items())

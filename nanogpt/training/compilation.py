@@ -81,7 +81,7 @@ class CompiledFunction:
 
 
 def compiled_functions() -> list[CompiledFunction]:
-    """What each compiled function of this process cost, the dearest first."""
+    """What each compiled function of this process cost, most expensive first."""
     from torch._dynamo.utils import get_compilation_metrics
 
     found: dict[str, CompiledFunction] = {}

@@ -42,7 +42,7 @@ Numbers = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 
 TEXT_LENGTH = 50  # characters of a document that are shown
-TEXT_TOKENS = 200  # enough for so many: a character takes up to four
+TEXT_TOKENS = 200  # enough for TEXT_LENGTH: a character takes up to four
 SHOWN_TOKENS = 10  # of a document that is in no text known here
 
 

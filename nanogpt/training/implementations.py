@@ -12,7 +12,7 @@ from nanogpt.kernels.fp8_head import select_head_precision
 from nanogpt.models.language_model import Implementations, Precision
 from nanogpt.spec import RunSpec
 
-# A recording keeps its activations' memory, and the next stage's first call is not recorded: 15 GB and 28 side by side.
+# A captured graph keeps its activations' memory while the next stage's first call runs uncaptured: 15 GB beside 28.
 GRAPHS_MEMORY = 60_000_000_000
 
 

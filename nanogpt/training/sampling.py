@@ -13,7 +13,7 @@ from nanogpt.errors import InputError
 from nanogpt.spec import RunSpec
 from nanogpt.training.trained_model import load_trained_model
 
-PIECE = 16  # contexts are read in multiples of so many tokens
+PIECE = 16  # contexts are read in multiples of this many tokens
 
 
 def sample_text(

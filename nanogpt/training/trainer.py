@@ -139,7 +139,7 @@ def train_run(
         data_directory: the shards.
         resume: go on from the run directory's newest checkpoint, or from the start where there is none.
         watch: over the other ranks and for signals, already entered; None makes one.
-        make_trainer: called in place of `Trainer`, for an experiment with one of its own.
+        make_trainer: called instead of `Trainer`, for an experiment with one of its own.
 
     Raises:
         InputError: no shards, too few tokens, a world size or a device other than the spec's.
@@ -474,7 +474,7 @@ class Trainer:
     def warm_up(self) -> None:
         """Compile, run the steps around each stage change on real batches, then put everything back as it was.
 
-        Of a step's micro-steps the first two: one compiles, one is recorded. Each stage evaluates once.
+        Of a step's micro-steps the first two: one compiles, one is captured. Each stage evaluates once.
         """
         with self.startup.phase("compiling, by several processes"):
             self.compile_in_parallel()

@@ -1,4 +1,4 @@
-"""The DC correction on a CPU: plain path and backward pass against the definition, roundings, reproducibility."""
+"""The DC correction on a CPU: forward and backward against the definition, roundings, reproducibility."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gradients added to a table row by row: the plain path, and the kernels by Triton's interpreter."""
+"""Gradients added to a table row by row: in plain PyTorch, and the kernels by Triton's interpreter."""
 
 from __future__ import annotations
 

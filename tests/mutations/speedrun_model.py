@@ -108,7 +108,7 @@ _add(
     "rotary channels",
     ROTARY,
     "halves instead of neighbours",
-    ("swapped = turned.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)", "swapped = turned.roll(rotated // 2, -1)"),
+    ("swapped = leading.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)", "swapped = leading.roll(rotated // 2, -1)"),
 )
 _add("YaRN", ROTARY, "no frequency changes", ("self.frequency.mul_(ratio + keep * (1 - ratio))", "pass"))
 _add("YaRN", ROTARY, "kept and interpolated swapped", ("ratio + keep * (1 - ratio)", "1 - keep * (1 - ratio)"))

@@ -178,14 +178,14 @@ class DenseRecord89:
         if v_add is not None:
             v = v + v_add.view(T, HEADS, head_dim)
 
-        def turned(x: Tensor) -> Tensor:
+        def rotated(x: Tensor) -> Tensor:
             heads = []
             for n in range(HEADS):
                 positions = [2 * t + n % 2 if i in PAIRED else t for t in range(T)]
                 heads.append(rotate(x[:, n], positions, self.frequencies))
             return torch.stack(heads, dim=1)
 
-        q, k = turned(q), turned(k)
+        q, k = rotated(q), rotated(k)
         if i in LONG:
             half = head_dim // 2
             k = torch.stack([torch.cat((k[t, :, :half], k[max(t - 1, 0), :, half:]), dim=-1) for t in range(T)])

@@ -12,7 +12,7 @@ The speedrun's model (see `nanogpt.models.speedrun.model`) with
 - MLPs whose products can run in 8-bit floats.
 
 Two quirks of the public code are left out, a token or two of a micro-batch each: at token 1 its bigram hash reads a
-constant in place of token 0, and the gradient keeps the softmax of multi-token targets beyond the end.
+constant instead of token 0, and the gradient keeps the softmax of multi-token targets beyond the end.
 """
 
 from __future__ import annotations

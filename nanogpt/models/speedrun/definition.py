@@ -112,14 +112,14 @@ class DenseSpeedrun:
             share = torch.stack([2 * sigma(u[:, :GATE_INPUTS] @ ve_gate[n]) for n in range(HEADS)], dim=1)
             v = v + share[:, :, None] * ve.view(T, HEADS, head_dim)
 
-        def turned(x: Tensor) -> Tensor:
+        def rotated(x: Tensor) -> Tensor:
             heads = []
             for n in range(HEADS):
                 positions = [2 * t + n % 2 if paired else t for t in range(T)]
                 heads.append(rotate(x[:, n], positions, self.frequencies))
             return torch.stack(heads, dim=1)
 
-        q, k = turned(q), turned(k)
+        q, k = rotated(q), rotated(k)
         if shifted:
             half = head_dim // 2
             k = torch.stack([torch.cat((k[t, :, :half], k[max(t - 1, 0), :, half:]), dim=-1) for t in range(T)])
