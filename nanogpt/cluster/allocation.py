@@ -57,7 +57,7 @@ def same_type(found: str, wanted: str) -> bool:
 
 def known_type(found: str) -> str | None:
     """The one of GPU_TYPES that a GPU called `found` is."""
-    return next((gpu for gpu in GPU_TYPES if gpu != "cpu" and same_type(found, gpu)), None)
+    return next((gpu for gpu in GPU_TYPES if same_type(found, gpu)), None)
 
 
 def read_allocation(environ: Mapping[str, str]) -> Allocation:

@@ -13,7 +13,7 @@ from nanogpt.cluster.allocation import known_type, read_allocation
 from nanogpt.cluster.gpus import visible_gpus
 from nanogpt.console import say
 from nanogpt.errors import InputError, RunError
-from nanogpt.gpus import GPU_TYPES
+from nanogpt.gpus import GPU_NAMES, GPU_TYPES
 from nanogpt.hardware import EXAMPLES, Fill, largest_count
 from nanogpt.spec import WORLD_SIZES
 
@@ -96,7 +96,7 @@ def _type_of(names: Iterable[str]) -> str:
         raise InputError(f"{OPEN}, and the GPUs here are of several types: {', '.join(kinds)}. {_say_it(1)}")
     (gpu,) = types
     if gpu is None:
-        known = ", ".join(gpu for gpu in GPU_TYPES if gpu != "cpu")
+        known = ", ".join(GPU_TYPES)
         raise InputError(
             f"{OPEN}, and {kinds[0]} is none of the types that are known: {known}. Name the one that is most like it:"
             " --set hardware.gpu=a100 (h100 for one that has Hopper's kernels); the number of GPUs is still found"
@@ -105,7 +105,7 @@ def _type_of(names: Iterable[str]) -> str:
 
 
 def _say_it(count: int) -> str:
-    types = ", ".join(GPU_TYPES)
+    types = ", ".join(GPU_NAMES)
     return f"Say what it runs on: --on {count}xh100, {EXAMPLES} (types: {types}; a CPU trains the recipe demo)"
 
 
