@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shlex
 import signal
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import typer
 import typer.core
 
 from nanogpt.cli.threads import wait_briefly
-from nanogpt.cli.validate import RecipeArgument, SetOption, StepsOption
+from nanogpt.cli.validate import OnOption, RecipeArgument, SetOption, StepsOption
 
 experiment = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, help=__doc__)
 
@@ -117,12 +118,13 @@ def run(
     fast:1 is fast with seed 1, and is compared with the idea's :1. fast:1@100 ends with the first evaluation at or
     after step 100.
 
-    nanogpt experiment run OUT record89-1xh100 --idea late optimizer.normuon.lr=0.02 --gpus 0 fast:1 late:1 --gpus 1
+    nanogpt experiment run OUT record89 --idea late optimizer.normuon.lr=0.02 --gpus 0 fast:1 late:1 --gpus 1
     fast:2 late:2
 
     The same call again measures what is not finished. Each NAME has a log, OUT/NAME.txt, and a result, OUT/NAME.json;
     its runs are in OUT/runs/NAME, the tables in OUT/report.md. Exit code 1 where a measurement failed.
     """
+    from nanogpt.cluster.at_hand import at_hand
     from nanogpt.console import say
     from nanogpt.errors import InputError, RunError
     from nanogpt.experiment.comparison import report, runs_to_compare
@@ -143,7 +145,14 @@ def run(
     options = []
     for flag, values in (("--average", average), ("--before", before), ("--windows", windows)):
         options += [part for value in values or () for part in (flag, str(value))]
-    known = measurements(recipes, steps=steps, settings=overrides or (), ideas=ideas, end_options=options)
+    known = measurements(
+        recipes,
+        steps=steps,
+        settings=overrides or (),
+        ideas=ideas,
+        end_options=options,
+        fill=at_hand(os.environ),
+    )
     place = Place(out.resolve(), None if data is None else data.resolve())
     queues = make_queues([_named_list("--gpus", text, "GPU NAME...") for text in gpus], known, place)
     signal.signal(signal.SIGTERM, _stop)
@@ -183,6 +192,7 @@ def _named_list(flag: str, text: str, form: str) -> tuple[str, list[str]]:
 @experiment.command("ends", cls=_TakesLists)
 def ends(
     recipe: RecipeArgument,
+    on: OnOption = None,
     overrides: SetOption = None,
     steps: StepsOption = None,
     data: DataOption = None,
@@ -197,16 +207,17 @@ def ends(
 
     Weights are kept on the GPU for each: a bf16 copy, or for an average an fp32 one.
 
-    On several GPUs: torchrun --standalone --nproc-per-node N -m nanogpt experiment ends RECIPE ...
+    On several GPUs: nanogpt launch --nproc-per-node N --experiment ends RECIPE ...
     """
     wait_briefly()
+    from nanogpt.cluster.at_hand import at_hand
     from nanogpt.experiment.ends import Ends, ends_table, train_with_ends
     from nanogpt.launch.world import started_as
     from nanogpt.recipe import load_recipe
     from nanogpt.training.recorder import create_run
     from nanogpt.training.trainer import check_start, default_data_directory
 
-    spec = load_recipe(recipe, overrides or (), steps)
+    spec = load_recipe(recipe, overrides or (), steps, on=on, fill=at_hand(os.environ))
     chosen = Ends(average or (), before or (), [_blocks(text) for text in windows or ()])
     chosen.check(spec.training.total_steps)
     data = data or default_data_directory(spec)

@@ -70,7 +70,7 @@ class Options:
     meeting: Meeting
     train: Sequence[str]  # arguments of the command
     grace_s: float = GRACE_S
-    command: str = "train"  # of nanogpt: train or bench
+    command: str = "train"  # of nanogpt: train, bench or experiment
 
 
 def launch(arguments: Sequence[str], choose: ChooseHardware | None = None) -> int:
@@ -145,7 +145,9 @@ def parse(arguments: Sequence[str], choose: ChooseHardware | None = None) -> Opt
     add("--local-addr")
     add("--max-restarts", type=int, choices=(0,))
     add("--grace", type=float)
-    add("--bench", action="store_true")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--bench", action="store_true")
+    other.add_argument("--experiment", action="store_true")
     ours, of_train = list(arguments), []
     if separated := "--" in ours:
         at = ours.index("--")
@@ -153,13 +155,14 @@ def parse(arguments: Sequence[str], choose: ChooseHardware | None = None) -> Opt
     else:
         parser.add_argument("train", nargs=argparse.REMAINDER)
     args = parser.parse_args(ours)
+    command = "bench" if args.bench else "experiment" if args.experiment else "train"
     if not separated:
         of_train = args.train
-    if choose is not None and args.nproc_per_node is None and not args.bench:
+    if choose is not None and args.nproc_per_node is None and command == "train":
         of_train = [*of_train, *_start_on(args, of_train, choose)]
     args.nnodes, args.nproc_per_node = args.nnodes or "1", args.nproc_per_node or "1"
-    grace = args.grace if args.grace is not None else 0.0 if args.bench else GRACE_S  # bench has nothing to keep
-    command = "bench" if args.bench else "train"
+    grace = GRACE_S if command == "train" else 0.0  # others have nothing to keep
+    grace = grace if args.grace is None else args.grace
     return Options(_meeting(args), of_train, grace, command)
 
 
