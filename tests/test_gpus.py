@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import pytest
 
-from nanogpt.gpus import GPU_TYPES, GpuName, device_speed, nearest_type, runs_on, types_with
+from nanogpt.gpus import GPU_NAMES, GPU_TYPES, device_speed, nearest_type, runs_on, types_with
 
 
 def test_every_name_that_a_recipe_may_give_has_its_row():
-    assert (*GPU_TYPES, "cpu") == get_args(GpuName)
+    assert (*GPU_TYPES, "cpu") == GPU_NAMES
     assert all(name == gpu.name for name, gpu in GPU_TYPES.items())
 
 

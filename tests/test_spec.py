@@ -1,14 +1,14 @@
 """The run spec: the specification's constants number by number, bounds, cross-checks, shortening."""
 
 import copy
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from nanogpt.gpus import GpuName
+from nanogpt.gpus import GPU_NAMES
 from nanogpt.recipe import load_recipe, shipped_recipes, shorten
 from nanogpt.spec import WORLD_SIZES, CosineSchedule, CrossCheckError, RunSpec
 
@@ -442,7 +442,7 @@ def test_several_problems_come_together():
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-@pytest.mark.parametrize("gpu", get_args(GpuName))
+@pytest.mark.parametrize("gpu", GPU_NAMES)
 def test_every_world_size_and_gpu_type(gpu, world_size):
     data = changed(SPEEDRUN, "hardware", {"gpu": gpu, "gpus_per_node": world_size})
     spec = RunSpec.model_validate(data)

@@ -126,6 +126,7 @@ def run(
     The same call again measures what is not finished. Each NAME has a log, OUT/NAME.txt, and a result, OUT/NAME.json;
     its runs are in OUT/runs/NAME, the tables in OUT/report.md. Exit code 1 where a measurement failed.
     """
+    from nanogpt.cluster.at_hand import at_hand
     from nanogpt.console import say
     from nanogpt.errors import InputError, RunError
     from nanogpt.experiment.comparison import report, runs_to_compare
@@ -146,7 +147,14 @@ def run(
     options = []
     for flag, values in (("--average", average), ("--before", before), ("--windows", windows)):
         options += [part for value in values or () for part in (flag, str(value))]
-    known = measurements(recipes, steps=steps, settings=overrides or (), ideas=ideas, end_options=options)
+    known = measurements(
+        recipes,
+        steps=steps,
+        settings=overrides or (),
+        ideas=ideas,
+        end_options=options,
+        fill=at_hand(os.environ),
+    )
     place = Place(out.resolve(), None if data is None else data.resolve())
     queues = make_queues([_named_list("--gpus", text, "GPU NAME...") for text in gpus], known, place)
     signal.signal(signal.SIGTERM, _stop)
@@ -186,6 +194,7 @@ def _named_list(flag: str, text: str, form: str) -> tuple[str, list[str]]:
 @experiment.command("ends", cls=_TakesLists)
 def ends(
     recipe: RecipeArgument,
+    on: OnOption = None,
     overrides: SetOption = None,
     steps: StepsOption = None,
     on: OnOption = None,
@@ -201,7 +210,7 @@ def ends(
 
     Weights are kept on the GPU for each: a bf16 copy, or for an average an fp32 one.
 
-    On several GPUs: torchrun --standalone --nproc-per-node N -m nanogpt experiment ends RECIPE ...
+    On several GPUs: nanogpt launch --nproc-per-node N --experiment ends RECIPE ...
     """
     wait_briefly()
     from nanogpt.cluster.at_hand import at_hand

@@ -48,7 +48,8 @@ def launch(
     --rdzv-conf join_timeout=SECONDS (600), is_host=true|false.
 
     SIGTERM and SIGUSR1 end the run after its step, with a checkpoint and exit code 75. --grace SECONDS: how long that
-    may take (600). --bench: the arguments are those of `nanogpt bench`, as in --bench profile 4xh100.
+    may take (600). --bench: the arguments are those of `nanogpt bench`, as in --bench profile 4xh100. --experiment: of
+    `nanogpt experiment`, as in --experiment ends 4xh100.
     """
     from nanogpt.launch.launcher import launch as run
 

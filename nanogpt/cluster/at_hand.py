@@ -13,8 +13,8 @@ from nanogpt.cluster.allocation import known_type, read_allocation
 from nanogpt.cluster.gpus import visible_gpus
 from nanogpt.console import say
 from nanogpt.errors import InputError, RunError
-from nanogpt.gpus import GPU_TYPES
-from nanogpt.hardware import EXAMPLES, TYPES, Fill, largest_count
+from nanogpt.gpus import GPU_NAMES, GPU_TYPES
+from nanogpt.hardware import EXAMPLES, Fill, largest_count
 from nanogpt.spec import WORLD_SIZES
 
 OPEN = "hardware: the recipe leaves it open"
@@ -105,7 +105,7 @@ def _type_of(names: Iterable[str]) -> str:
 
 
 def _say_it(count: int) -> str:
-    types = ", ".join(TYPES)
+    types = ", ".join(GPU_NAMES)
     return f"Say what it runs on: --on {count}xh100, {EXAMPLES} (types: {types}; a CPU trains the recipe demo)"
 
 

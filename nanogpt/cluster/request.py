@@ -10,10 +10,9 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 from nanogpt.errors import InputError
-from nanogpt.gpus import GPU_TYPES, GpuName
+from nanogpt.gpus import GPU_NAMES, GPU_TYPES
 from nanogpt.spec import RunSpec
 
 CPUS_PER_CPU_RANK = 2
@@ -125,8 +124,8 @@ def environment_overrides(environ: Mapping[str, str]) -> list[str]:
     overrides = []
     gpu, count = environ.get("GPU_TYPE", "").strip(), environ.get("NUM_GPUS", "").strip()
     if gpu:
-        if gpu.lower() not in (known := get_args(GpuName)):
-            raise InputError(f"GPU_TYPE: found {gpu!r}, expected one of {', '.join(known)}; or unset GPU_TYPE")
+        if gpu.lower() not in GPU_NAMES:
+            raise InputError(f"GPU_TYPE: found {gpu!r}, expected one of {', '.join(GPU_NAMES)}; or unset GPU_TYPE")
         overrides.append(f"hardware.gpu={gpu.lower()}")
     if count:
         if not count.isdigit():

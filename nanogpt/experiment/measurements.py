@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nanogpt.errors import InputError
+from nanogpt.hardware import Fill
 from nanogpt.recipe import dump_spec, load_recipe
 
 SHORT_STEPS = 40  # of runs that tell of the start, or of bits
@@ -64,9 +65,8 @@ class Measurement:
         """The same on so many GPUs of one machine, with this seed if there is one."""
         if self.recipe is None:
             return self
-        machine = (f"hardware.gpus_per_node={ranks}", "hardware.nodes=1")
         seeds = () if seed is None else (f"training.seed={seed}",)
-        return replace(self, settings=(*machine, *self.settings, *seeds))
+        return replace(self, settings=(*on_one_node(ranks), *self.settings, *seeds))
 
     def arguments(self, runs: Path, traces: Path, data: Path | None) -> list[str]:
         """What follows `nanogpt`."""
@@ -96,6 +96,11 @@ class Measurement:
         return hashlib.sha256(repr(measured).encode()).hexdigest()
 
 
+def on_one_node(ranks: int) -> tuple[str, str]:
+    """Settings for so many GPUs of one machine."""
+    return f"hardware.gpus_per_node={ranks}", "hardware.nodes=1"
+
+
 def measurements(
     recipes: Mapping[str, str],
     *,
@@ -103,6 +108,7 @@ def measurements(
     settings: Sequence[str] = (),
     ideas: Mapping[str, Sequence[str]] | None = None,
     end_options: Sequence[str] = (),
+    fill: Fill | None = None,
 ) -> dict[str, Measurement]:
     """All of them by name.
 
@@ -112,15 +118,16 @@ def measurements(
         settings: of every recipe.
         ideas: settings by name; each belongs to the recipe of the longest prefix that its name has.
         end_options: of `nanogpt experiment ends`.
+        fill: says what GPU a recipe is for that leaves it open.
 
     Raises:
         InputError: an idea has the name of a measurement.
     """
     found = {"kernels": Measurement(("bench", "kernels"))}
     for prefix, recipe in recipes.items():
-        base = tuple(settings)
-        cpu = load_recipe(recipe, base).hardware.gpu == "cpu"
-        plain = (*base, *PLAIN, f"runtime.attention={'plain' if cpu else 'varlen'}")
+        gpu = load_recipe(recipe, (*settings, *on_one_node(1)), fill=fill).hardware.gpu
+        base = (*settings, f"hardware.gpu={gpu}")
+        plain = (*base, *PLAIN, f"runtime.attention={'plain' if gpu == 'cpu' else 'varlen'}")
         short = min(SHORT_STEPS, steps)
         of_recipe = {
             "fast": Measurement(TRAIN, recipe, base, steps=steps),  # cold where it is the first

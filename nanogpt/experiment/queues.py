@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from nanogpt.errors import InputError
-from nanogpt.experiment.measurements import TRAIN, Measurement, Name
+from nanogpt.experiment.measurements import Measurement, Name
 from nanogpt.runs.directory import write_whole
 from nanogpt.runs.metrics import read_run
 
@@ -150,10 +150,9 @@ class Queue:
         arguments = measurement.arguments(place.runs(name.file), place.traces(name.file), place.data)
         if self.ranks == 1 or measurement.recipe is None:
             return [sys.executable, "-m", "nanogpt", *arguments]
-        several = ["--standalone", "--nproc-per-node", str(self.ranks)]
-        if measurement.command == TRAIN:
-            return [sys.executable, "-m", "nanogpt", "launch", *several, *arguments[1:]]
-        return [sys.executable, "-m", "torch.distributed.run", *several, "-m", "nanogpt", *arguments]
+        what, *rest = arguments
+        of_ranks = rest if what == "train" else [f"--{what}", *rest]
+        return [sys.executable, "-m", "nanogpt", "launch", "--nproc-per-node", str(self.ranks), *of_ranks]
 
     def _wait(self, process: subprocess.Popen[bytes], name: Name) -> int:
         """The exit code; 0 where it has come to the step at which it is to end, and was ended."""

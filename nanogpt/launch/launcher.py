@@ -72,7 +72,7 @@ class Options:
     meeting: Meeting
     train: Sequence[str]  # arguments of the command
     grace_s: float = GRACE_S
-    command: str = "train"  # of nanogpt: train or bench
+    command: str = "train"  # of nanogpt: train, bench or experiment
 
 
 def launch(arguments: Sequence[str], choose: ChooseHardware | None = None) -> int:
@@ -146,7 +146,9 @@ def parse(arguments: Sequence[str], choose: ChooseHardware | None = None) -> Opt
     add("--local-addr")
     add("--max-restarts", type=int, choices=(0,))
     add("--grace", type=float)
-    add("--bench", action="store_true")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--bench", action="store_true")
+    other.add_argument("--experiment", action="store_true")
     ours, of_train = list(arguments), []
     if separated := "--" in ours:
         at = ours.index("--")
@@ -154,13 +156,14 @@ def parse(arguments: Sequence[str], choose: ChooseHardware | None = None) -> Opt
     else:
         parser.add_argument("train", nargs=argparse.REMAINDER)
     args = parser.parse_args(ours)
+    command = "bench" if args.bench else "experiment" if args.experiment else "train"
     if not separated:
         of_train = args.train
-    command = "bench" if args.bench else "train"
-    if choose is not None and args.nproc_per_node is None:
+    if choose is not None and args.nproc_per_node is None and command != "experiment":
         of_train = [*of_train, *_start_on(args, *choose(command, of_train))]
     args.nnodes, args.nproc_per_node = args.nnodes or "1", args.nproc_per_node or "1"
-    grace = args.grace if args.grace is not None else 0.0 if args.bench else GRACE_S  # bench has nothing to keep
+    grace = GRACE_S if command == "train" else 0.0  # others have nothing to keep
+    grace = grace if args.grace is None else args.grace
     return Options(_meeting(args), of_train, grace, command)
 
 

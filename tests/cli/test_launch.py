@@ -32,6 +32,8 @@ def test_arguments_that_begin_with_an_option() -> None:
 def test_benchmarks_of_several_gpus() -> None:
     options = parse(["--nproc-per-node=2", "--bench", "profile", "2xh100", "--rows", "3"])
     assert (options.command, options.train) == ("bench", ["profile", "2xh100", "--rows", "3"])
+    options = parse(["--nproc-per-node=2", "--experiment", "ends", "2xh100", "--before", "3"])
+    assert (options.command, options.train) == ("experiment", ["ends", "2xh100", "--before", "3"])
     assert options.grace_s == 0
 
 

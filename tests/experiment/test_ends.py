@@ -72,10 +72,10 @@ def test_ends_of_a_run_on_two_ranks_are_those_of_one(tmp_path: Path):
     found = []
     for ranks in (1, 2):
         recipe = write_recipe(tmp_path / f"{ranks}.yaml", tiny_spec(f"hardware.gpus_per_node={ranks}"))
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2] if ranks == 2 else []
+        launcher = ["launch", "--nproc-per-node", 2, "--experiment"] if ranks == 2 else ["experiment"]
         places = ["--data", data, "--out", tmp_path / f"runs-{ranks}"]
         asked_for = ["--average", 3, "--before", 2, "--windows", "2:5"]
-        call = [*launcher, "-m", "nanogpt", "experiment", "ends", recipe, *places, *asked_for]
+        call = ["-m", "nanogpt", *launcher, "ends", recipe, *places, *asked_for]
         done = python(*map(str, call), timeout=300)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("| mean of the last 3 |") == 1  # rank 0 tells

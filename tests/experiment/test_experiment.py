@@ -23,11 +23,12 @@ from nanogpt.experiment.measurements import Name, measurements
 from nanogpt.experiment.queues import Outcome, Place, Queue, kill_tree, make_queues
 from nanogpt.runs.metrics import read_run
 
-RECIPES = {"": "1xh100", "record89-": "record89", "record89-fp8-": "record89-fp8-backward"}
+RECIPES = {"": "speedrun", "record89-": "record89", "record89-fp8-": "record89-fp8-backward"}
 
 
 def known(steps: int = 300, **options: object) -> dict:
-    return measurements(RECIPES, steps=steps, **options)
+    """Of an H100."""
+    return measurements(RECIPES, steps=steps, fill=lambda stated: ({"gpu": "h100"}, "here"), **options)
 
 
 def arguments(command: list[str]) -> list[str]:
@@ -114,7 +115,7 @@ def test_what_runs_at_the_limit_is_ended_and_nothing_begins_after_it(tmp_path: P
 
 @pytest.fixture
 def launcher(tmp_path: Path) -> Iterator[tuple[subprocess.Popen, Path]]:
-    """A process that has one in a session of its own, as torchrun has ranks; and the file with that one's id."""
+    """A process that has one in a session of its own, as a launcher has ranks; and the file with that one's id."""
     pid = tmp_path / "pid"
     script = (
         "import pathlib, subprocess, time\n"
@@ -240,7 +241,7 @@ def test_the_same_bits_or_not(tmp_path: Path):
 def test_seed_data_and_directory_are_part_of_the_command(tmp_path: Path):
     queue = Queue("0", [], known(), Place(tmp_path, tmp_path / "data"))
     fast = arguments(queue.command(Name.parse("fast:2")))
-    assert fast[:3] == ["nanogpt", "train", "1xh100"] and fast[-1] == "training.seed=2"
+    assert fast[:3] == ["nanogpt", "train", "speedrun"] and fast[-1] == "training.seed=2"
     at = fast.index("--out")
     assert fast[at : at + 4] == ["--out", str(tmp_path / "runs/fast-2"), "--data", str(tmp_path / "data")]
     step = arguments(queue.command(Name.parse("step:2")))
@@ -250,17 +251,16 @@ def test_seed_data_and_directory_are_part_of_the_command(tmp_path: Path):
 
 def test_several_gpus_are_one_run(tmp_path: Path):
     queue = Queue("0,1,2,3", [], known(end_options=("--before", "2")), Place(tmp_path, None))
-    launch = ["--standalone", "--nproc-per-node", "4"]
-    ranks = ["torch.distributed.run", *launch, "-m", "nanogpt"]
+    launch = ["nanogpt", "launch", "--nproc-per-node", "4"]
 
     def command(name: str) -> list[str]:
         return arguments(queue.command(Name.parse(name)))
 
-    assert command("record89-whole:1")[:6] == ["nanogpt", "launch", *launch, "record89"]
+    assert command("record89-whole:1")[:5] == [*launch, "record89"]
     assert "hardware.gpus_per_node=4" in command("record89-whole:1")
-    assert command("full")[:8] == [*ranks, "experiment", "ends"] and command("full")[-2:] == ["--before", "2"]
+    assert command("full")[:6] == [*launch, "--experiment", "ends"] and command("full")[-2:] == ["--before", "2"]
     profile = command("profile")
-    assert profile[:9] == [*ranks, "bench", "profile", "1xh100"] and str(tmp_path / "traces/profile") in profile
+    assert profile[:7] == [*launch, "--bench", "profile", "speedrun"] and str(tmp_path / "traces/profile") in profile
     assert queue._environment()["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
 
 
@@ -271,9 +271,16 @@ def test_an_idea_is_the_fast_run_and_the_benchmarks_with_its_settings():
     for name, prefix in models.items():
         for end, like in (("", "fast"), ("-step", "step"), ("-profile", "profile")):
             idea, base = found[f"{name}{end}"], found[f"{prefix}{like}"]
-            assert base.settings == ("data.epochs=null",)
+            assert base.settings == ("data.epochs=null", "hardware.gpu=h100")
             assert idea.settings == (*base.settings, *settings)
             assert (idea.command, idea.recipe, idea.options) == (base.command, RECIPES[prefix], base.options)
+
+
+def test_the_gpu_of_a_recipe_that_leaves_it_open_is_filled_in():
+    found = measurements({"": "record89"}, steps=300, fill=lambda stated: ({"gpu": "h200"}, "here"))
+    assert found["whole"].on(2, None).settings == (
+        "hardware.gpus_per_node=2", "hardware.nodes=1", "hardware.gpu=h200"
+    )  # fmt: skip
 
 
 def test_an_idea_with_a_name_that_is_taken_is_refused():
