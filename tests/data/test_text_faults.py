@@ -112,24 +112,30 @@ def test_a_run_killed_while_its_shards_take_their_names_can_be_repeated(tmp_path
     new = write_jsonl(tmp_path / "new.jsonl", some_texts(100))
     prepare_text([new], tmp_path / "whole", val_tokens=300, shard_tokens=1000, quiet=True)
     whole = contents(tmp_path / "whole")
-    for nth in (1, 2, 3, len(whole) + 1):
+    count = 1 + len(whole)
+    for nth in (1, 2, 3, 4, *range(-1, -4, -1)):
         out = tmp_path / f"out{nth}"
         prepare_text([old], out, val_tokens=300, shard_tokens=1000, quiet=True)
         before = contents(out)
-        with running(KILLED_WHILE_PUBLISHING, new, out, str(nth)) as process:
+        # The new manifest in its folder, the old set out of the way, the new one; -1 is the very last.
+        steps = nth if nth > 0 else count + len(before) + 1 + nth
+        with running(KILLED_WHILE_PUBLISHING, new, out, str(steps)) as process:
             assert process.wait() == -signal.SIGKILL
-        left = {path.name: path.read_bytes() for path in out.glob("*.bin")}
-        if nth == 1:  # nothing is touched before the new set is whole
-            assert left == {name: data for name, data in before.items() if name.endswith(".bin")}
+        left = contents_of_files(out)
+        if nth in (1, 2):  # nothing is touched before the new set is whole, and the old one is still a set
+            assert contents_of_files(out) == list(before)
+            with pytest.raises(InputError, match="--force"):
+                prepare_text([new], out, val_tokens=300, shard_tokens=1000, quiet=True)
         else:
             assert "text.json" not in contents_of_files(out)
-            assert left.items() <= whole.items()
+            # None to train with, until it is all there.
+            assert (text_shards.val_name() in left) == (nth in (3, -1))
             prepare_text([new], out, val_tokens=300, shard_tokens=1000, quiet=True)
             assert contents(out) == whole
 
 
 def contents_of_files(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir() if path.is_file()]
+    return sorted(path.name for path in folder.iterdir() if path.is_file())
 
 
 def test_sets_are_not_mixed(tmp_path: Path) -> None:
@@ -148,7 +154,7 @@ def test_sets_are_not_mixed(tmp_path: Path) -> None:
     prepare_text([second], tmp_path / "alone", shard_tokens=1000, quiet=True)
     assert contents(out) == contents(tmp_path / "alone") | {"notes.bin": b"mine"}
     (tmp_path / "alone" / "text.json").unlink()  # shards from elsewhere, such as FineWeb's, are a set too
-    with pytest.raises(InputError, match=r"fineweb_train_000001\.bin, \.\.\."):
+    with pytest.raises(InputError, match=r"fineweb_val_000000\.bin, \.\.\."):
         prepare_text([second], tmp_path / "alone", quiet=True)
 
 
