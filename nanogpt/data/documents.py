@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from importlib.util import find_spec
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -69,7 +69,7 @@ CHANGED = "changed while it was read; leave the input alone and run again"
 UTF8_BOM = b"\xef\xbb\xbf"
 
 JSON_SPACE = "\ufeff \t\r\n"  # and the mark that files joined into one may have in the middle
-JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+JSON_VALUES = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[,\[{]', re.DOTALL)
 DECODER = json.JSONDecoder()
 
 Kind = Literal["text", "lines", "json", "parquet"]
@@ -421,7 +421,16 @@ def _parquet_units(file: SourceFile, field: str, skips: Skips) -> Iterator[Unit]
                     done = file.size * len(values) // max(1, meta.num_rows)
                     yield ValuesUnit(file.input, done, file.path, row + 1, values, field)
                     row += len(values)
-    except (OSError, pa.ArrowException) as error:
+    # Of what is wrong with a file, pyarrow finds some by meeting names, sizes and numbers that cannot be.
+    except (
+        OSError,
+        pa.ArrowException,
+        DamagedFileError,
+        ValueError,
+        LookupError,
+        ArithmeticError,
+        MemoryError,
+    ) as error:
         why = str(error).partition("\n")[0]
         place = f"{file.path}:{row + 1}" if row else file.path
         skips.add("damaged from some place on", place, note=listed([why], longest=200), named=file.explicit)
@@ -438,11 +447,8 @@ def _batch_rows(file: SourceFile, group: int, field: str) -> int:
     from pyarrow import parquet
 
     with parquet.ParquetFile(file.path, memory_map=False, buffer_size=READ_BYTES, read_dictionary=[field]) as table:
-        columns = table.metadata.row_group(group)
-        chunk = next(
-            one for one in map(columns.column, range(columns.num_columns)) if one.path_in_schema.split(".")[0] == field
-        )
-        row_bytes = max(1, chunk.total_uncompressed_size // max(1, chunk.num_values))
+        meta = table.metadata.row_group(group)  # not .column(i), which ends the process where a file is damaged
+        row_bytes = max(1, meta.total_byte_size // max(1, meta.num_rows))
         rows = max(1, min(8192, UNIT_BYTES // row_bytes))
         first = next(table.iter_batches(1, row_groups=[group], columns=[field], use_threads=False), None)
         if first is not None and pa.types.is_dictionary(first.column(0).type):
@@ -538,9 +544,12 @@ def _read_record(line: bytes, place: str, field: str) -> Document | Skip:
 
 
 def _values(line: bytes) -> int:
-    """About how many values a record holds, from above; where that may be many, without what is in strings."""
-    commas = sum(map(line.count, (b",", b"[", b"{")))
-    return commas if commas <= MAX_VALUES else sum(map(JSON_STRING.sub(b"", line).count, (b",", b"[", b"{")))
+    """About how many values a record holds, from above; where that may be too many, without what is in strings."""
+    count = sum(map(line.count, (b",", b"[", b"{")))
+    if count > MAX_VALUES:
+        marks = (match for match in JSON_VALUES.finditer(line) if not match[0].startswith(b'"'))
+        count = sum(1 for _ in islice(marks, MAX_VALUES + 1))
+    return count
 
 
 def _fields(record: object) -> str:

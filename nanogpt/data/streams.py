@@ -13,6 +13,7 @@ import re
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ READ_BYTES = 512 * 1024  # of a plain file at a time
 FEED_BYTES = 4096  # of compressed bytes at a time: no more than these stand before a damaged place unread
 ZSTD_FEED_BYTES = 256  # the library knows no limit of its own: 4 bytes can give 128 KiB, so these give 8 MiB
 PIECE_BYTES = 1 << 20  # decompressed bytes at a time
+MAX_DEPTH = 1000  # of JSON in JSON, as of Python's parser
 MAX_WINDOW = 128 << 20  # that a decompressor may hold: what `zstd --long` and `xz -9` need, and no more
 
 Block = tuple[bytes, int]  # (contents, bytes of the file read so far)
@@ -112,11 +114,23 @@ class _Gzip:
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         while True:
-            piece = self._stream.decompress(data, PIECE_BYTES)
+            before = self._stream.copy()
+            try:
+                piece = self._stream.decompress(data, PIECE_BYTES)
+            except zlib.error:
+                yield from self._before_error(before, data)
+                raise
             yield piece
             data = self._stream.unconsumed_tail
             if self.eof or (not data and len(piece) < PIECE_BYTES):
                 return
+
+    @staticmethod
+    def _before_error(stream: Any, data: bytes) -> Iterator[bytes]:
+        """What the library has made of `data` when it meets the error, and keeps to itself."""
+        with suppress(zlib.error):
+            for index in range(len(data)):
+                yield stream.decompress(data[index : index + 1])
 
 
 class _Stdlib:
@@ -273,8 +287,12 @@ class _Values:
         start = at = 0
         while at < len(block):
             if self._in_string:
-                match = _REST_OF_STRING.match(block, at)
-                at = match.end() if match else at
+                end = block.find(b'"', at)
+                if block.find(b"\\", at, end if end >= 0 else len(block)) < 0:
+                    at = end if end >= 0 else len(block)
+                else:
+                    match = _REST_OF_STRING.match(block, at)
+                    at = match.end() if match else at
                 if block[at : at + 1] == b"\\":
                     block, self._carried = block[:at], block[at:]
                 elif at < len(block):
@@ -293,6 +311,8 @@ class _Values:
                     raise DamagedFileError("something follows the end of the array")
                 self._depth += 1
                 self.open = True
+                if self._depth > MAX_DEPTH:
+                    raise DamagedFileError(f"nested deeper than {MAX_DEPTH} levels")
             elif mark == b",":
                 if self._array and self._depth == 0:
                     yield self._take(block[start : at - 1])

@@ -56,6 +56,7 @@ KINDS: dict[str, bytes] = {
     "packed.parquet": table("zstd"),
 }
 SUMMED = (".gz", ".bz2", ".xz", ".zst")  # damage does not go unseen
+KNOWN = {"packed.parquet": [2677]}  # beyond the usual ones: what once went wrong
 INTERESTING = [b"\0", b"\xff", b"\xff\xfe", b"\xef\xbb\xbf", b"\n", b'"', b"\\", b"[", b"]", b"{", b"}", b",", b"\r\n"]
 
 
@@ -120,7 +121,7 @@ def test_damaged_files(
     path.write_bytes(whole)
     assert read(path)[0] == (["\n".join(TEXTS)] if name == "a.txt" else TEXTS)
     read_whole = lost = 0
-    for seed in range(count):
+    for seed in [*range(count), *KNOWN.get(name, [])]:
         rng = random.Random(f"{name} {seed}")
         data = damaged(whole, rng)
         path.write_bytes(data)
@@ -148,8 +149,7 @@ def test_damaged_files(
                 patch.setattr(documents, "UNIT_BYTES", rng.choice([1, 50, 1000]))
                 assert read(path) == (texts, skips), seed
     assert lost > count // 20  # it was damage
-    if name not in ("a.parquet", "packed.parquet"):
-        assert lost < count or name.endswith(SUMMED)
+    assert read_whole or name.endswith(SUMMED)
     print(f"{name}: {count} damaged files, {read_whole} read whole, something of {lost} lost")
 
 
