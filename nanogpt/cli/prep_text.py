@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -18,7 +21,8 @@ def prep_text(
         list[str] | None,
         typer.Argument(
             metavar="PATH...",
-            help="Folders, and files: text (.txt, .md, source code), .jsonl, .jsonl.gz, .jsonl.zst, .parquet.",
+            help="Folders, and files: text (.txt, .md, source code), .jsonl, .ndjson and .json, also with .gz, .zst,"
+            " .xz or .bz2, and .parquet.",
         ),
     ] = None,
     embedded: Annotated[bool, typer.Option("--embedded", help="Also the prose that ships with the package.")] = False,
@@ -59,31 +63,70 @@ def prep_text(
         int | None, typer.Option("--workers", min=1, help="Processes.", show_default="cores, fewer for little text")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the shards in --dir, all of them.")] = False,
+    keep_damaged: Annotated[
+        bool,
+        typer.Option(
+            "--keep-damaged",
+            help="Make shards of what can be read, also where a file named here is damaged; all good records before a"
+            " damaged place are used.",
+        ),
+    ] = False,
 ) -> None:
     """Tokenize own text into validation and training shards.
 
-    A text file is a document, and so is each record of JSON lines and Parquet. Folders are walked; what is hidden,
-    binary, empty or not UTF-8 is left out and counted. Validation takes whole documents by a hash of their text, so the
-    same input gives the same shards everywhere. text.json, beside the shards, says what they hold.
+    A text file is a document, and so is each record of JSON and Parquet; a .json file holds an array of objects, one
+    object, or a record a line. Folders are walked; what is hidden, binary, empty, damaged or not UTF-8 in them is left
+    out and counted. Where a file that is named cannot be read, or not to its end, all reasons are told, no shards are
+    written, and the exit code is 1; --keep-damaged makes shards of the rest. Validation takes whole documents by a hash
+    of their text, so the same input gives the same shards everywhere. text.json, beside the shards, tells of them.
     """
     from nanogpt.data import text
 
     inputs: list[str | Path] = [*(paths or []), *([text.embedded_corpus()] if embedded else [])]
-    summary = text.prepare_text(
-        inputs,
-        directory,
-        val_tokens=val_tokens,
-        shard_tokens=shard_tokens,
-        document_tokens=document_tokens,
-        min_tokens=min_tokens,
-        unique=unique,
-        shuffle=shuffle,
-        field=field,
-        suffixes=suffix or (),
-        workers=workers,
-        force=force,
-    )
+    with _cleaning_up():
+        summary = text.prepare_text(
+            inputs,
+            directory,
+            val_tokens=val_tokens,
+            shard_tokens=shard_tokens,
+            document_tokens=document_tokens,
+            min_tokens=min_tokens,
+            unique=unique,
+            shuffle=shuffle,
+            field=field,
+            suffixes=suffix or (),
+            workers=workers,
+            force=force,
+            keep_damaged=keep_damaged,
+        )
     print(text.table(summary), flush=True)
+
+
+class _Stopped(NanogptError):
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}: nothing is written; run the same command again")
+        self.exit_code = 128 + number
+
+
+@contextmanager
+def _cleaning_up() -> Iterator[None]:
+    """Let a signal end the work as an error does, so that nothing half done is left; a second one ends it at once."""
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before: dict[int, object] = {}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def stop(number: int, _frame: object) -> NoReturn:
+        restore()
+        raise _Stopped(number)
+
+    before.update((number, signal.signal(number, stop)) for number in numbers)
+    try:
+        yield
+    finally:
+        restore()
 
 
 def text_main() -> None:

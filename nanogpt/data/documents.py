@@ -2,12 +2,13 @@
 
 - A text file (`TEXT_SUFFIXES`) is one document. A folder is walked depth first, names in the order
   of their characters.
-- JSON lines (`.jsonl`, plain, `.gz` or `.zst`) and Parquet hold a document a record, in one field.
+- JSON (`JSON_SUFFIXES`, plain or compressed) and Parquet hold a document a record, in one field. `.jsonl` and
+  `.ndjson` are lines; `.json` may as well be one array of objects, or objects one after another.
 - The work is cut into units of about half a megabyte that any process can turn into documents on its own:
-  `plan` makes them, `read_unit` reads one. Neither ever holds more than `MAX_RECORD` of text.
+  `plan` makes them, `read_unit` reads one. Neither ever holds more than `MAX_RECORD` of text, whatever is in a file.
 - A text file above `LARGE_FILE` is checked once from end to end, then read in segments. They are cut where
   GPT-2's pattern starts a new piece whatever comes before, so the tokens are those of the whole file.
-- What cannot be used is never fatal: it is left out, with a reason, and counted (`Skips`).
+- What cannot be used is left out, with a reason, and counted (`Skips`), apart where the user named the file.
 """
 
 from __future__ import annotations
@@ -21,13 +22,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from importlib.util import find_spec
-from itertools import pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from nanogpt.data.skips import Skip, Skips, printable
-from nanogpt.data.streams import DamagedFileError, line_blocks, read_blocks
-from nanogpt.data.tokenizer import UTF8_PIECE_START
+from nanogpt.data.skips import Skip, Skips, listed, printable
+from nanogpt.data.streams import (
+    COMPRESSED_SUFFIXES,
+    DamagedFileError,
+    line_blocks,
+    peek,
+    read_blocks,
+    record_blocks,
+    wide_encoding,
+)
+from nanogpt.data.tokenizer import TEXT_PIECE_START, UTF8_PIECE_START
 from nanogpt.errors import InputError, RunError
 
 if TYPE_CHECKING:
@@ -43,7 +52,8 @@ _SOURCE = """
 PROSE_SUFFIXES = tuple(_PROSE.split())
 SOURCE_SUFFIXES = tuple(_SOURCE.split())
 TEXT_SUFFIXES = frozenset(PROSE_SUFFIXES + SOURCE_SUFFIXES)
-JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+LINES_SUFFIXES = (".jsonl", ".ndjson")
+JSON_SUFFIXES = (*LINES_SUFFIXES, ".json")
 PARQUET_SUFFIXES = (".parquet",)
 UNREAD_FOLDERS = frozenset({"__pycache__", "CVS", "_darcs"})  # and every hidden one: .git, .hg, .svn, .venv
 
@@ -51,14 +61,18 @@ READ_BYTES = 1024 * 1024  # of a large file at a time
 UNIT_BYTES = 512 * 1024
 LARGE_FILE = 4 * 1024 * 1024
 MAX_RECORD = 32 * 1024 * 1024
-MAX_SEGMENT = 16 * 1024 * 1024
+MAX_SEGMENT = 8 * 1024 * 1024
+MAX_UNBROKEN = 4 * 1024 * 1024  # characters without a place to cut: the tokenizer takes 55 bytes of memory for each
+COMPLEX_RECORD = 1024 * 1024  # bytes from which on a record's values are counted before it is parsed
+MAX_VALUES = 1024 * 1024  # in a record: each takes up to 100 bytes
 CHANGED = "changed while it was read; leave the input alone and run again"
 UTF8_BOM = b"\xef\xbb\xbf"
 
-JSON_SPACE = " \t\r\n"
+JSON_SPACE = "\ufeff \t\r\n"  # and the mark that files joined into one may have in the middle
+JSON_VALUES = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[,\[{]', re.DOTALL)
 DECODER = json.JSONDecoder()
 
-Kind = Literal["text", "jsonl", "parquet"]
+Kind = Literal["text", "lines", "json", "parquet"]
 Kinds = dict[str, Kind]  # suffix -> how to read such a file
 
 
@@ -111,7 +125,7 @@ class SegmentUnit(Unit):
 
 @dataclass(slots=True)
 class LinesUnit(Unit):
-    """Whole lines of JSON; `line` is the number of the first one."""
+    """Whole lines of JSON, or records a line each; `line` is the number of the first one."""
 
     path: str
     line: int
@@ -129,6 +143,13 @@ class ValuesUnit(Unit):
     field: str
 
 
+def held_bytes(unit: Unit) -> int:
+    """How much text a unit holds itself, rather than the names of files."""
+    if isinstance(unit, LinesUnit):
+        return len(unit.data)
+    return sum(len(value or b"") for value in unit.values) if isinstance(unit, ValuesUnit) else 0
+
+
 def text_key(text: bytes) -> int:
     """64 bits of BLAKE2b of a document's UTF-8 text: what decides between validation and training."""
     return int.from_bytes(blake2b(text, digest_size=8).digest(), "little")
@@ -137,9 +158,9 @@ def text_key(text: bytes) -> int:
 def suffix_of(name: str) -> str:
     """The suffix that says how a file is read, in lower case: `.txt`, `.jsonl.gz`, or "" where there is none."""
     lower = name.lower()
-    if lower.endswith((".gz", ".zst")):
-        return next((suffix for suffix in JSONL_SUFFIXES if lower.endswith(suffix)), "")
     dot = lower.rfind(".")
+    if lower.endswith(COMPRESSED_SUFFIXES):
+        dot = max(0, lower.rfind(".", 0, dot))
     return lower[dot:] if dot > 0 else ""
 
 
@@ -158,9 +179,12 @@ def find_files(
     Raises:
         InputError: a path is missing, or is a file of a suffix that is not known; a reader is not installed.
     """
-    kinds: Kinds = dict.fromkeys([*TEXT_SUFFIXES, *(suffix.lower() for suffix in suffixes)], "text")
-    kinds.update(dict.fromkeys(JSONL_SUFFIXES, "jsonl"))
+    kinds: Kinds = dict.fromkeys(TEXT_SUFFIXES, "text")
+    for suffix in JSON_SUFFIXES:
+        kind: Kind = "lines" if suffix in LINES_SUFFIXES else "json"
+        kinds.update(dict.fromkeys([suffix, *(suffix + packed for packed in COMPRESSED_SUFFIXES)], kind))
     kinds.update(dict.fromkeys(PARQUET_SUFFIXES, "parquet"))
+    kinds.update(dict.fromkeys([suffix.lower() for suffix in suffixes], "text"))  # what the user says goes last
     for suffix in suffixes:
         if not re.fullmatch(r"\.[^./\s]+", suffix):
             raise InputError(f"--suffix {suffix!r}: expected a dot and a name, such as .log")
@@ -180,7 +204,7 @@ def find_files(
         for name, real_name, size, kind in found:
             if real_name in seen:
                 skips.add("given twice", name)
-            elif size == 0:
+            elif size == 0 and kind != "parquet" and not name.lower().endswith(COMPRESSED_SUFFIXES):
                 skips.add("empty", name)
             else:
                 files.append(SourceFile(name, size, kind, index, explicit))
@@ -195,11 +219,14 @@ def _explicit(path: str, real: str, kinds: Kinds) -> tuple[str, str, int, Kind]:
     kind = kinds.get(suffix_of(path))
     if kind is None:
         suffix = os.path.splitext(path)[1]  # noqa: PTH122
-        records = " ".join(JSONL_SUFFIXES + PARQUET_SUFFIXES)
         way_out = f"if it is plain text, add --suffix {suffix}" if suffix else "rename it if it is plain text"
+        if suffix.lower() in COMPRESSED_SUFFIXES:
+            suffix = suffix_of(path) or suffix
+            way_out = "of compressed files only JSON is read: unpack it first"
         raise InputError(
-            f"{printable(path)}: the suffix {suffix!r} is not known; known are {records} and for text"
-            f" {' '.join(PROSE_SUFFIXES)} and those of source code; {way_out}"
+            f"{printable(path)}: the suffix {suffix!r} is not known; known are {' '.join(JSON_SUFFIXES)}, also with"
+            f" {' '.join(COMPRESSED_SUFFIXES)}, {' '.join(PARQUET_SUFFIXES)}, and for text {' '.join(PROSE_SUFFIXES)}"
+            f" and those of source code; {way_out}"
         )
     return path, real, os.stat(real).st_size, kind  # noqa: PTH116
 
@@ -223,8 +250,8 @@ def _walk(top: str, real_top: str, excluded: str, kinds: Kinds, skips: Skips) ->
         try:
             with os.scandir(path) as scan:
                 entries = sorted(scan, key=lambda entry: entry.name, reverse=True)
-        except OSError:
-            skips.add("cannot be read", path)
+        except OSError as error:
+            skips.add("cannot be read", path, note=error.strerror or "", named=path == (top.rstrip("/") or "/"))
             continue
         below: list[tuple[str, str]] = []
         for entry in entries:
@@ -292,10 +319,10 @@ def plan(files: Iterable[SourceFile], field: str, skips: Skips) -> Iterator[Unit
         yield from flush()
         if file.kind == "text":
             yield from _segments(file, skips)
-        elif file.kind == "jsonl":
-            yield from _jsonl_units(file, field, skips)
-        else:
+        elif file.kind == "parquet":
             yield from _parquet_units(file, field, skips)
+        else:
+            yield from _json_units(file, field, skips)
     yield from flush()
 
 
@@ -309,12 +336,15 @@ def _segments(file: SourceFile, skips: Skips) -> list[Unit]:
     try:
         with Path(file.path).open("rb", buffering=0) as stream:
             while block := stream.read(READ_BYTES):
+                if offset == 0 and (wide := wide_encoding(block)):
+                    skips.add(f"{wide}, not UTF-8", file.path, named=file.explicit)
+                    return []
                 if offset == 0 and block.startswith(UTF8_BOM):
                     start = len(UTF8_BOM)
                     block = block[start:]
                     offset = start
                 if b"\0" in block:
-                    skips.add("binary (NUL bytes)", file.path)
+                    skips.add("binary (NUL bytes)", file.path, named=file.explicit)
                     return []
                 decoder.decode(block)
                 digest.update(block)
@@ -324,15 +354,15 @@ def _segments(file: SourceFile, skips: Skips) -> list[Unit]:
                     if match:
                         cuts.append(offset + match.start())
                     elif offset + len(block) - (cuts[-1] if cuts else start) > MAX_SEGMENT:
-                        skips.add(f"no space or line end in {MAX_SEGMENT >> 20} MiB", file.path)
+                        skips.add(f"no space or line end in {MAX_SEGMENT >> 20} MiB", file.path, named=file.explicit)
                         return []
                 offset += len(block)
         decoder.decode(b"", final=True)
     except UnicodeDecodeError:
-        skips.add("not UTF-8", file.path)
+        skips.add("not UTF-8", file.path, named=file.explicit)
         return []
-    except OSError:
-        skips.add("cannot be read", file.path)
+    except OSError as error:
+        skips.add("cannot be read", file.path, note=error.strerror or "", named=file.explicit)
         return []
     if blank:
         skips.add("empty", file.path)
@@ -342,21 +372,27 @@ def _segments(file: SourceFile, skips: Skips) -> list[Unit]:
     return [SegmentUnit(file.input, b - a, file.path, a, b, key, a == start) for a, b in pairwise(edges)]
 
 
-def _jsonl_units(file: SourceFile, field: str, skips: Skips) -> Iterator[Unit]:
+def _json_units(file: SourceFile, field: str, skips: Skips) -> Iterator[Unit]:
     line = 1
     told = 0
     try:
-        for data, lines, done in line_blocks(read_blocks(Path(file.path)), UNIT_BYTES, MAX_RECORD):
+        head, blocks = peek(read_blocks(Path(file.path)), 4, lambda block: False)
+        if wide := wide_encoding(head):
+            skips.add(f"{wide}, not UTF-8", file.path, named=file.explicit)
+            return
+        cut = line_blocks if file.kind == "lines" else record_blocks
+        for data, lines, done in cut(blocks, UNIT_BYTES, MAX_RECORD):
             if data is None:
-                skips.add(f"record above {MAX_RECORD >> 20} MiB", f"{file.path}:{line}")
+                skips.add(f"record above {MAX_RECORD >> 20} MiB", f"{file.path}:{line}", named=file.explicit)
             else:
                 yield LinesUnit(file.input, done - told, file.path, line, data, field)
                 told = done
             line += lines
-    except OSError:
-        skips.add("cannot be read", file.path)
-    except DamagedFileError:
-        skips.add("damaged from some place on", f"{file.path}:{line}")
+    except OSError as error:
+        skips.add("cannot be read", file.path, note=error.strerror or "", named=file.explicit)
+    except DamagedFileError as error:
+        place = f"{file.path}:{line}"
+        skips.add("damaged from some place on", place, note=str(error), named=file.explicit)
 
 
 def _parquet_units(file: SourceFile, field: str, skips: Skips) -> Iterator[Unit]:
@@ -365,28 +401,60 @@ def _parquet_units(file: SourceFile, field: str, skips: Skips) -> Iterator[Unit]
 
     row = 0
     try:
-        with parquet.ParquetFile(file.path, memory_map=False) as table:
+        with parquet.ParquetFile(file.path, memory_map=False, buffer_size=READ_BYTES) as table:
             meta, schema = table.metadata, table.schema_arrow
             column = schema.get_field_index(field)
             kind = schema.field(column).type if column >= 0 else None
             if kind is None or not _is_text(kind):
-                if not file.explicit:
-                    skips.add(f"no text in a column {field!r}", file.path)
-                    return
                 found = f"is {kind}, expected a string" if kind else "is missing"
+                if not file.explicit:
+                    skips.add(f"no text in a column {field!r}", file.path, note=f"its columns: {listed(schema.names)}")
+                    return
                 raise InputError(
                     f"{printable(file.path)}: the column {field!r} {found}; its columns are"
-                    f" {', '.join(schema.names)}; choose one with --field"
+                    f" {listed(schema.names)}; choose one with --field"
                 )
-            row_bytes = max(1, 3 * file.size // max(1, meta.num_rows))
-            batch_rows = max(1, min(8192, UNIT_BYTES // row_bytes))
-            for batch in table.iter_batches(batch_rows, columns=[field], use_threads=False):
-                values = batch.column(0).cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
-                done = file.size * len(values) // max(1, meta.num_rows)
-                yield ValuesUnit(file.input, done, file.path, row + 1, values, field)
-                row += len(values)
-    except (OSError, pa.ArrowException):
-        skips.add("damaged from some place on", f"{file.path}:{row + 1}" if row else file.path)
+            for group in range(meta.num_row_groups):
+                batch_rows = _batch_rows(file, group, field)
+                for batch in table.iter_batches(batch_rows, row_groups=[group], columns=[field], use_threads=False):
+                    values = batch.column(0).cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
+                    done = file.size * len(values) // max(1, meta.num_rows)
+                    yield ValuesUnit(file.input, done, file.path, row + 1, values, field)
+                    row += len(values)
+    # Of what is wrong with a file, pyarrow finds some by meeting names, sizes and numbers that cannot be.
+    except (
+        OSError,
+        pa.ArrowException,
+        DamagedFileError,
+        ValueError,
+        LookupError,
+        ArithmeticError,
+        MemoryError,
+    ) as error:
+        why = str(error).partition("\n")[0]
+        place = f"{file.path}:{row + 1}" if row else file.path
+        skips.add("damaged from some place on", place, note=listed([why], longest=200), named=file.explicit)
+
+
+def _batch_rows(file: SourceFile, group: int, field: str) -> int:
+    """How many rows of a row group are about a unit of text.
+
+    In a dictionary a long text is stored once for any number of rows, so its longest one counts, up to `MAX_RECORD` in
+    all: the dictionary comes with the first row.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(file.path, memory_map=False, buffer_size=READ_BYTES, read_dictionary=[field]) as table:
+        meta = table.metadata.row_group(group)  # not .column(i), which ends the process where a file is damaged
+        row_bytes = max(1, meta.total_byte_size // max(1, meta.num_rows))
+        rows = max(1, min(8192, UNIT_BYTES // row_bytes))
+        first = next(table.iter_batches(1, row_groups=[group], columns=[field], use_threads=False), None)
+        if first is not None and pa.types.is_dictionary(first.column(0).type):
+            longest = pc.max(pc.binary_length(first.column(0).dictionary)).as_py() or 1
+            rows = max(1, min(rows, MAX_RECORD // longest))
+    return rows
 
 
 def _is_text(kind: pyarrow.DataType) -> bool:
@@ -421,6 +489,10 @@ def read_unit(unit: Unit) -> Iterator[Document | Skip]:
 def _checked(text: str, utf8: bytes, place: str) -> Document | Skip:
     if len(utf8) > MAX_RECORD:
         return Skip(f"record above {MAX_RECORD >> 20} MiB", place)
+    if len(text) > MAX_UNBROKEN:
+        cuts = (match.start() for match in TEXT_PIECE_START.finditer(text))
+        if any(b - a > MAX_UNBROKEN for a, b in pairwise(chain([0], cuts, [len(text)]))):
+            return Skip(f"no space or line end in {MAX_UNBROKEN >> 20} MiB", place)
     return Document(text, len(utf8), text_key(utf8)) if text and not text.isspace() else Skip("empty", place)
 
 
@@ -441,10 +513,12 @@ def _read_file(path: str) -> Document | Skip:
         with Path(path).open("rb", buffering=0) as stream:
             size = os.fstat(stream.fileno()).st_size
             utf8 = stream.read(size) if size <= LARGE_FILE else b""
-    except OSError:
-        return Skip("cannot be read", path)
+    except OSError as error:
+        return Skip("cannot be read", path, error.strerror or "")
     if len(utf8) != size:
         raise RunError(f"{printable(path)}: {CHANGED}")
+    if wide := wide_encoding(utf8):
+        return Skip(f"{wide}, not UTF-8", path)
     if b"\0" in utf8:
         return Skip("binary (NUL bytes)", path)
     utf8 = utf8.removeprefix(UTF8_BOM)
@@ -455,16 +529,35 @@ def _read_file(path: str) -> Document | Skip:
 
 
 def _read_record(line: bytes, place: str, field: str) -> Document | Skip:
+    if len(line) > COMPLEX_RECORD and _values(line) > MAX_VALUES:
+        return Skip(f"record of more than {MAX_VALUES:,} values", place)
     try:
         record = _load(line.decode().strip(JSON_SPACE))
         text = record.get(field) if isinstance(record, dict) else None
         if not isinstance(text, str):
-            return Skip(f"no text in field {field!r}", place)
+            return Skip(f"no text in field {field!r}", place, _fields(record))
         return _checked(text, text.encode(), place)
     except UnicodeError:  # of the line, or a lone surrogate written as an escape
         return Skip("not UTF-8", place)
     except (ValueError, RecursionError):
         return Skip("not JSON", place)
+
+
+def _values(line: bytes) -> int:
+    """About how many values a record holds, from above; where that may be too many, without what is in strings."""
+    count = sum(map(line.count, (b",", b"[", b"{")))
+    if count > MAX_VALUES:
+        marks = (match for match in JSON_VALUES.finditer(line) if not match[0].startswith(b'"'))
+        count = sum(1 for _ in islice(marks, MAX_VALUES + 1))
+    return count
+
+
+def _fields(record: object) -> str:
+    """What a record has where the field that was asked for is missing."""
+    if not isinstance(record, dict):
+        return "it is no object"
+    text = [name for name, value in record.items() if isinstance(value, str)]
+    return f"its fields with text: {listed(text)}" if text else f"its fields, none with text: {listed(record)}"
 
 
 def _load(line: str) -> object:

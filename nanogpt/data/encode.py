@@ -30,11 +30,13 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from nanogpt.data.documents import SegmentUnit, Unit, read_unit
+from nanogpt.data.documents import SegmentUnit, Unit, held_bytes, read_unit
 from nanogpt.data.shards import Tokens
 from nanogpt.data.skips import Skip
 from nanogpt.data.tokenizer import BOS, encode_text, gpt2_encoding
 from nanogpt.errors import NanogptError, RunError
+
+HELD_BYTES = 128 << 20  # of text that waits for all workers: no more than four of the longest records
 
 # Numeric libraries start a thread a core when they are imported: 64 workers on 64 cores need none of them.
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -198,18 +200,22 @@ class Encoder:
         self._process.wait()
 
     def encode(self, units: Iterable[Unit]) -> Iterator[Encoded]:
-        """The units' tokens in the units' order; no more than two units a worker are held at a time."""
+        """The units' tokens in order; no more than two units a worker and `HELD_BYTES` are held at a time."""
         if self._threads is None:
             for unit in units:
                 yield encode_unit(unit, self.document_tokens)
             return
-        waiting: deque[Future[Encoded]] = deque()
+        waiting: deque[tuple[Future[Encoded], int]] = deque()
+        held = 0
         for unit in units:
-            waiting.append(self._threads.submit(self._encode, unit))
-            if len(waiting) >= 2 * self.workers:
-                yield waiting.popleft().result()
+            waiting.append((self._threads.submit(self._encode, unit), held_bytes(unit)))
+            held += waiting[-1][1]
+            while len(waiting) >= 2 * self.workers or (waiting and held > HELD_BYTES):
+                future, size = waiting.popleft()
+                yield future.result()
+                held -= size
         while waiting:
-            yield waiting.popleft().result()
+            yield waiting.popleft()[0].result()
 
     def _encode(self, unit: Unit) -> Encoded:
         connection = self._idle.get()

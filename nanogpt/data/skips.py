@@ -3,40 +3,57 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
 KEPT_EXAMPLES = 3
+KEPT_LOSSES = 10
+# Read, and nothing is in them; whatever else is left out of a file that the user named is a loss.
+HARMLESS = ("empty", "given twice", "no text in ")
 
 
 class Skip(NamedTuple):
-    """Something that was left out: why, and where it stands (`file` or `file:line`)."""
+    """Something that was left out: why, where it stands (`file` or `file:line`), and what is to be said of it."""
 
     reason: str
     place: str
+    note: str = ""
 
 
 @dataclass
 class Skips:
-    """How many things were left out for each reason, and the first places of each."""
+    """How many things were left out for each reason, and the first places of each.
+
+    `losses` are those that the user named and that could not be read, `first_losses` the first of them, in words.
+    """
 
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    losses: int = 0
+    first_losses: list[str] = field(default_factory=list)
 
-    def add(self, reason: str, place: str, count: int = 1) -> None:
-        """Count one more, or `count`; an empty `place` is no example."""
+    def add(self, reason: str, place: str, *, note: str = "", count: int = 1, named: bool = False) -> None:
+        """Count one more, or `count`; an empty `place` is no example. `named`: the user named the file it is in."""
         if not count:
             return
         self.counts[reason] = self.counts.get(reason, 0) + count
         examples = self.examples.setdefault(reason, [])
         if place and len(examples) < KEPT_EXAMPLES:
-            examples.append(printable(place))
+            examples.append(printable(place) + (f" ({note})" if note else ""))
+        if named and not reason.startswith(HARMLESS):
+            self.losses += count
+            if len(self.first_losses) < KEPT_LOSSES:
+                self.first_losses.append(f"{printable(place)}: {reason}" + (f" ({note})" if note else ""))
 
     @classmethod
     def joined(cls, *parts: Skips) -> Skips:
         """The sum of `parts`, reasons in alphabetical order."""
         reasons = sorted({reason for part in parts for reason in part.counts})
-        joined = cls()
+        joined = cls(losses=sum(part.losses for part in parts))
+        for part in parts:
+            joined.first_losses += part.first_losses[: KEPT_LOSSES - len(joined.first_losses)]
         for reason in reasons:
             places = [place for part in parts for place in part.examples.get(reason, [])]
             joined.counts[reason] = sum(part.counts.get(reason, 0) for part in parts)
@@ -47,3 +64,11 @@ class Skips:
 def printable(path: str) -> str:
     """`path` with those bytes that are not UTF-8 written as `\\xNN`."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def listed(names: Iterable[str], most: int = 10, longest: int = 40) -> str:
+    """Names that a file gives, fit to be shown: control characters escaped, long ones and long lists cut."""
+    shown = [
+        name if name.isprintable() else ascii(name) for name in (name[:longest] for name in islice(names, most + 1))
+    ]
+    return ", ".join(shown[:most]) + (", ..." if len(shown) > most else "")

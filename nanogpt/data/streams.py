@@ -1,100 +1,417 @@
-"""Reading lines of any number from a file, plain or compressed, in blocks of bounded size."""
+"""Reading records of any number from a file, plain or compressed, in blocks of bounded size.
+
+Whatever a file holds, no step gives out more than a few megabytes, and what is held is bounded by the longest record
+that is wanted: a small file can stand for terabytes.
+"""
 
 from __future__ import annotations
 
+import bz2
+import codecs
+import lzma
+import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-READ_BYTES = 64 * 1024  # of compressed bytes: one read of gzip gives at most 1,032 times as much
+READ_BYTES = 512 * 1024  # of a plain file at a time
+FEED_BYTES = 4096  # of compressed bytes at a time: no more than these stand before a damaged place unread
+ZSTD_FEED_BYTES = 256  # the library knows no limit of its own: 4 bytes can give 128 KiB, so these give 8 MiB
+PIECE_BYTES = 1 << 20  # decompressed bytes at a time
+MAX_DEPTH = 1000  # of JSON in JSON, as of Python's parser
+MAX_WINDOW = 128 << 20  # that a decompressor may hold: what `zstd --long` and `xz -9` need, and no more
+
+Block = tuple[bytes, int]  # (contents, bytes of the file read so far)
+
+MAGIC = {
+    ".gz": (b"\x1f\x8b",),
+    ".bz2": (b"BZh",),
+    ".xz": (b"\xfd7zXZ\0",),
+    ".zst": (b"\x28\xb5\x2f\xfd", *(bytes([kind]) + b"\x2a\x4d\x18" for kind in range(0x50, 0x60))),  # skippable frames
+}
+COMPRESSED_SUFFIXES = (".gz", ".zst", ".xz", ".bz2")
+WIDE_MARKS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
 
 
 class DamagedFileError(Exception):
-    """A compressed file ends early or is not what its name says."""
+    """A file ends early or is not what its name says. What came before that has been given out."""
 
 
-def read_blocks(path: Path) -> Iterator[tuple[bytes, int]]:
-    """The contents of a file, `.gz` and `.zst` decompressed, as (block, bytes of the file read so far).
+def wide_encoding(head: bytes) -> str | None:
+    """UTF-16 or UTF-32, where a text that starts with `head` has a byte order mark of it."""
+    return next((name for mark, name in WIDE_MARKS if head.startswith(mark)), None)
+
+
+def peek(blocks: Iterator[Block], limit: int, wanted: Callable[[bytes], bool] = bool) -> tuple[bytes, Iterator[Block]]:
+    """The contents up to a block that is `wanted`, or up to `limit` bytes; and all blocks anew.
+
+    An error of `blocks` is raised where the blocks returned come to it.
+    """
+    held: list[Block] = []
+    length = 0
+    failed: Exception | None = None
+    try:
+        for block in blocks:
+            held.append(block)
+            length += len(block[0])
+            if length >= limit or wanted(block[0]):
+                break
+    except (DamagedFileError, OSError) as error:
+        failed = error
+
+    def rest() -> Iterator[Block]:
+        if failed:
+            raise failed
+        yield from blocks
+
+    return b"".join(block for block, _ in held), chain(held, rest())
+
+
+def read_blocks(path: Path) -> Iterator[Block]:
+    """The contents of a file, decompressed where its suffix says so.
 
     Raises:
-        DamagedFileError: the compressed data are cut off or wrong. What came before it has been given out.
+        DamagedFileError: the compressed data are cut off or wrong, or need more memory than `MAX_WINDOW`.
         OSError: the file cannot be read.
     """
-    name = path.name.lower()
-    with path.open("rb", buffering=0) as file:
-        if name.endswith(".gz"):
-            yield from _decompress(file, lambda: zlib.decompressobj(wbits=31), zlib.error)
-        elif name.endswith(".zst"):
-            import zstandard
-
-            decompressor = zstandard.ZstdDecompressor()
-            yield from _decompress(file, decompressor.decompressobj, zstandard.ZstdError)
-        else:
-            done = 0
-            while block := file.read(8 * READ_BYTES):
-                done += len(block)
-                yield block, done
+    suffix = path.suffix.lower()
+    with path.open("rb", buffering=READ_BYTES) as file:
+        if suffix in MAGIC:
+            yield from _decompress(file, suffix)
+            return
+        done = 0
+        while block := file.read(READ_BYTES):
+            done += len(block)
+            yield block, done
 
 
-def _decompress(file: Any, start: Any, error: type[Exception]) -> Iterator[tuple[bytes, int]]:
-    """Members (gzip) or frames (zstd) one after another, each with its own decompressor."""
-    stream = start()
+class _Member(Protocol):
+    """One gzip member, xz or bzip2 stream, or zstd frame. `rest`: what follows its end, once `eof`."""
+
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def rest(self) -> bytes: ...
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """What `data` decompress to, in pieces; all of them must be taken."""
+
+
+class _Gzip:
+    def __init__(self) -> None:
+        self._stream = zlib.decompressobj(wbits=31)
+
+    eof = property(lambda self: self._stream.eof)
+    rest = property(lambda self: self._stream.unused_data)
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        while True:
+            before = self._stream.copy()
+            try:
+                piece = self._stream.decompress(data, PIECE_BYTES)
+            except zlib.error:
+                yield from self._before_error(before, data)
+                raise
+            yield piece
+            data = self._stream.unconsumed_tail
+            if self.eof or (not data and len(piece) < PIECE_BYTES):
+                return
+
+    @staticmethod
+    def _before_error(stream: Any, data: bytes) -> Iterator[bytes]:
+        """What the library has made of `data` when it meets the error, and keeps to itself."""
+        with suppress(zlib.error):
+            for index in range(len(data)):
+                yield stream.decompress(data[index : index + 1])
+
+
+class _Stdlib:
+    """bzip2 and xz, which share an interface."""
+
+    def __init__(self, suffix: str) -> None:
+        self._stream: Any = (
+            bz2.BZ2Decompressor()
+            if suffix == ".bz2"
+            else lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MAX_WINDOW + PIECE_BYTES)
+        )
+
+    eof = property(lambda self: self._stream.eof)
+    rest = property(lambda self: self._stream.unused_data)
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        yield self._stream.decompress(data, PIECE_BYTES)
+        while not (self.eof or self._stream.needs_input):
+            yield self._stream.decompress(b"", PIECE_BYTES)
+
+
+class _Zstd:
+    def __init__(self) -> None:
+        import zstandard
+
+        self._stream = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).decompressobj()
+        self.rest = b""
+
+    eof = property(lambda self: self._stream.eof)
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        for start in range(0, len(data), ZSTD_FEED_BYTES):
+            end = start + ZSTD_FEED_BYTES
+            yield self._stream.decompress(data[start:end])
+            if self.eof:
+                self.rest = self._stream.unused_data + data[end:]
+                return
+
+
+def _decompress(file: Any, suffix: str) -> Iterator[Block]:
+    """Members one after another, each with its own decompressor; zeros between and after them are padding."""
+    errors: tuple[type[Exception], ...] = (zlib.error, lzma.LZMAError, OSError, EOFError, ValueError)
+    if suffix == ".zst":
+        import zstandard
+
+        errors = (zstandard.ZstdError,)
+
+    def start() -> _Member:
+        return _Gzip() if suffix == ".gz" else _Zstd() if suffix == ".zst" else _Stdlib(suffix)
+
+    member = start()
     done = 0
-    try:
-        while chunk := file.read(READ_BYTES):
-            done += len(chunk)
-            while chunk:
-                if stream.eof:
-                    chunk = chunk.lstrip(b"\0")  # padding, which gzip allows
-                    if not chunk:
-                        break
-                    stream = start()
-                block = stream.decompress(chunk)
-                if block:
-                    yield block, done
-                chunk = stream.unused_data if stream.eof else b""
-    except error as cause:
-        raise DamagedFileError(str(cause)) from cause
-    if not stream.eof:
+    while chunk := file.read(FEED_BYTES):
+        if not done and not chunk.startswith(MAGIC[suffix]):
+            raise DamagedFileError(f"it holds something else than {suffix} data")
+        done += len(chunk)
+        while chunk:
+            if member.eof:
+                chunk = chunk.lstrip(b"\0")
+                if not chunk:
+                    break
+                member = start()
+            pieces = member.feed(chunk)
+            while True:
+                try:
+                    piece = next(pieces, None)
+                except errors as error:
+                    raise DamagedFileError(_why(str(error))) from error
+                if piece is None:
+                    break
+                if piece:
+                    yield piece, done
+            chunk = member.rest if member.eof else b""
+    if not member.eof:
         raise DamagedFileError("the compressed data end early")
 
 
-def line_blocks(
-    blocks: Iterable[tuple[bytes, int]], size: int, longest: int
-) -> Iterator[tuple[bytes | None, int, int]]:
+def _why(message: str) -> str:
+    if "too much memory" in message or "limit exceeded" in message:
+        return f"decompressing it needs a window above {MAX_WINDOW >> 20} MiB; compress it again without --long or so"
+    return message
+
+
+def line_blocks(blocks: Iterable[Block], size: int, longest: int) -> Iterator[tuple[bytes | None, int, int]]:
     """Gather blocks into pieces of whole lines, of about `size` bytes.
 
     Yields:
         (lines, number of lines, bytes of the file read so far), with None for the lines where a single one
         is longer than `longest` bytes. The last line need not end with a newline.
+
+    Raises:
+        DamagedFileError, OSError: as `blocks` does, after all whole lines before that.
     """
     held: list[bytes] = []  # whole lines, but for the tail of the last block
     length = tail = done = 0  # bytes held; bytes held since the last newline
     dropping = False
-    for read, done in blocks:
-        block = read
-        if dropping:
-            end = block.find(b"\n")
-            if end < 0:
-                continue
-            yield None, 1, done
-            dropping = False
-            block = block[end + 1 :]
-        held.append(block)
-        length += len(block)
-        newline = block.rfind(b"\n")
-        tail = tail + len(block) if newline < 0 else len(block) - newline - 1
-        if tail == length:
-            if length > longest:
-                held, length, tail, dropping = [], 0, 0, True
-        elif length >= size:
-            data = b"".join(held)
-            lines, rest = data[: length - tail], data[length - tail :]
-            held, length = [rest], tail
+    try:
+        for read, done in blocks:
+            block = read
+            if dropping:
+                end = block.find(b"\n")
+                if end < 0:
+                    continue
+                yield None, 1, done
+                dropping = False
+                block = block[end + 1 :]
+            held.append(block)
+            length += len(block)
+            newline = block.rfind(b"\n")
+            tail = tail + len(block) if newline < 0 else len(block) - newline - 1
+            if tail == length:
+                if length > longest:
+                    held, length, tail, dropping = [], 0, 0, True
+            elif length >= size:
+                data = b"".join(held)
+                lines, rest = data[: length - tail], data[length - tail :]
+                held, length = [rest], tail
+                yield lines, lines.count(b"\n"), done
+    except (DamagedFileError, OSError):
+        if length > tail:
+            lines = b"".join(held)[: length - tail]
             yield lines, lines.count(b"\n"), done
+        raise
     if dropping:
         yield None, 1, done
     elif length:
         data = b"".join(held)
         yield data, data.count(b"\n") + (tail > 0), done
+
+
+_SPACE = b" \t\r\n"
+_REST_OF_STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
+_MARK = re.compile(rb'["\[\]{},]')
+
+
+class _Values:
+    """Cuts JSON into values without parsing it: those of one array, after its bracket, or one after another.
+
+    Only brackets and strings count, so a value may still be wrong. Never more than `longest` bytes are held.
+    """
+
+    def __init__(self, longest: int, *, array: bool) -> None:
+        self.open = array  # whether anything is to come: the array's end, or that of a value
+        self._longest, self._array = longest, array
+        self._depth = 0
+        self._in_string = False
+        self._carried = b""  # a backslash whose sign has not come
+        self._held: list[bytes] = []
+        self._length = 0
+
+    def feed(self, block: bytes) -> Iterator[bytes | None]:
+        """The values that end in `block`; None for one that is too long."""
+        block, self._carried = self._carried + block, b""
+        start = at = 0
+        while at < len(block):
+            if self._in_string:
+                end = block.find(b'"', at)
+                if block.find(b"\\", at, end if end >= 0 else len(block)) < 0:
+                    at = end if end >= 0 else len(block)
+                else:
+                    match = _REST_OF_STRING.match(block, at)
+                    at = match.end() if match else at
+                if block[at : at + 1] == b"\\":
+                    block, self._carried = block[:at], block[at:]
+                elif at < len(block):
+                    self._in_string = False
+                    at += 1
+                continue
+            match = _MARK.search(block, at)
+            if match is None:
+                break
+            at = match.end()
+            mark = match[0]
+            if mark == b'"':
+                self._in_string = True
+            elif mark in b"[{":
+                if self._array and not self.open:
+                    raise DamagedFileError("something follows the end of the array")
+                self._depth += 1
+                self.open = True
+                if self._depth > MAX_DEPTH:
+                    raise DamagedFileError(f"nested deeper than {MAX_DEPTH} levels")
+            elif mark == b",":
+                if self._array and self._depth == 0:
+                    yield self._take(block[start : at - 1])
+                    start = at
+            elif self._depth:
+                self._depth -= 1
+                if self._depth == 0 and not self._array:
+                    yield self._take(block[start:at])
+                    self.open = False
+                    start = at
+            elif self._array:
+                yield self._take(block[start : at - 1])
+                self.open = False
+                start = at
+        self._hold(block[start:])
+
+    def _hold(self, part: bytes) -> None:
+        self._length += len(part)
+        if self._length <= self._longest:
+            self._held.append(part)
+        else:
+            self._held.clear()
+
+    def _take(self, part: bytes) -> bytes | None:
+        self._hold(part)
+        value = b"".join(self._held) if self._length <= self._longest else None
+        self._held.clear()
+        self._length = 0
+        return value
+
+    def end(self) -> bytes | None:
+        """What follows the last value; white space where all is well."""
+        if self._array and self.open:
+            raise DamagedFileError("its array is not closed")
+        rest = self._take(self._carried)
+        if self._array and (rest is None or rest.strip(_SPACE)):
+            raise DamagedFileError("something follows the end of the array")
+        return rest
+
+
+def _records(blocks: Iterator[Block], longest: int, *, array: bool) -> Iterator[tuple[bytes | None, int]]:
+    values = _Values(longest, array=array)
+    started = done = 0
+    for read, done in blocks:
+        block = read
+        if not started:
+            block = block.lstrip(codecs.BOM_UTF8 + _SPACE)
+            started = len(block)
+            block = block[array:]
+        for value in values.feed(block):
+            yield value, done
+    rest = values.end()
+    if rest is None or rest.strip(_SPACE):
+        yield rest, done
+
+
+def record_blocks(blocks: Iterator[Block], size: int, longest: int) -> Iterator[tuple[bytes | None, int, int]]:
+    """`line_blocks` of a `.json` file: of one array, a record an element; of objects one after another; or of lines.
+
+    They are lines where the first line holds a whole value. A record of several lines is given out as one.
+
+    Raises:
+        DamagedFileError, OSError: as `blocks` does, or an array is not closed; after all whole records before that.
+    """
+    blank = codecs.BOM_UTF8 + _SPACE
+    head, blocks = peek(blocks, longest, lambda block: bool(block.strip(blank)))
+    first = head.lstrip(blank)[:1]
+    lines = first not in (b"[", b"{")
+    if first == b"{":
+        started = False
+
+        def ends_line(block: bytes) -> bool:
+            nonlocal started
+            block = block if started else block.lstrip(blank)
+            started = started or bool(block)
+            return b"\n" in block
+
+        head, blocks = peek(blocks, longest, ends_line)
+        line = _Values(longest, array=False)
+        deque(line.feed(head.lstrip(blank).partition(b"\n")[0]), maxlen=0)
+        lines = not line.open
+    if lines:
+        yield from line_blocks(blocks, size, longest)
+        return
+    held: list[bytes] = []
+    length = done = 0
+    try:
+        for record, done in _records(blocks, longest, array=first == b"["):
+            if held and (record is None or length >= size):
+                yield b"\n".join(held), len(held), done
+                held, length = [], 0
+            if record is None:
+                yield None, 1, done
+            else:
+                held.append(record.replace(b"\n", b"\r"))  # white space too, and as wrong as it inside a string
+                length += len(record)
+    except (DamagedFileError, OSError):
+        if held:
+            yield b"\n".join(held), len(held), done
+        raise
+    if held:
+        yield b"\n".join(held), len(held), done

@@ -29,10 +29,10 @@ from typing import Any
 import numpy as np
 
 from nanogpt.console import human_bytes, progress
-from nanogpt.data.documents import SourceFile, find_files, plan
+from nanogpt.data.documents import JSON_SUFFIXES, SourceFile, find_files, plan
 from nanogpt.data.embedded import embedded_corpus
 from nanogpt.data.encode import Encoded, Encoder, available_cores
-from nanogpt.data.skips import Skips, printable
+from nanogpt.data.skips import Skip, Skips, printable
 from nanogpt.data.text_shards import (
     DROPPED,
     Keys,
@@ -50,7 +50,7 @@ from nanogpt.data.text_shards import (
     writing_to,
 )
 from nanogpt.data.tokenizer import RANKS_SHA256
-from nanogpt.errors import InputError
+from nanogpt.errors import InputError, RunError
 
 __all__ = ["Input", "Part", "Shard", "Summary", "embedded_corpus", "prepare_text"]
 
@@ -114,6 +114,7 @@ def prepare_text(
     suffixes: Sequence[str] = (),
     workers: int | None = None,
     force: bool = False,
+    keep_damaged: bool = False,
     quiet: bool = False,
 ) -> Summary:
     """Tokenize `paths` into validation and training shards in `directory`.
@@ -132,11 +133,13 @@ def prepare_text(
         suffixes: further suffixes of plain text, such as ".log".
         workers: processes; as many as there are cores, and fewer for little text, if None.
         force: replace the shards in `directory`, all of them, once the new ones are whole.
+        keep_damaged: make shards of what can be read, although something of the files in `paths` cannot. What is only
+            found in a folder is always left out and counted.
         quiet: show no progress.
 
     Raises:
         InputError: a path, a flag or the input as a whole is wrong; `directory` holds shards already.
-        RunError: writing failed, or a file changed while it was read.
+        RunError: writing failed, a file changed while it was read, or a file in `paths` could not be read whole.
     """
     start = time.perf_counter()
     directory = Path(directory)
@@ -159,33 +162,52 @@ def prepare_text(
     check_free(directory, force)
     found, planned, read = Skips(), Skips(), Skips()  # apart, so that their order does not depend on the workers
     files = find_files(paths, found, suffixes=suffixes, exclude=directory)
+    files_given = {file.input for file in files if file.explicit}
     if workers is None:
         workers = max(1, min(available_cores(), _text_estimate(files) // WORKER_BYTES))
 
     with writing_to(directory, force) as staging, Encoder(workers, document_tokens) as encoder:
         spool = Spool(staging)
         tally = _Tally(len(paths))
+        textless: dict[int, Skip] = {}  # of the files that the user named, the first record without the field
         with _bytes_done(sum(file.size for file in files), quiet) as advance:
             for encoded in encoder.encode(plan(files, field, planned)):
                 spool.write(encoded.tokens)
                 tally.add(encoded)
                 for skip in encoded.skipped:
-                    read.add(*skip)
+                    named = encoded.input in files_given
+                    read.add(skip.reason, skip.place, note=skip.note, named=named)
+                    if named and skip.reason.startswith("no text in "):
+                        textless.setdefault(encoded.input, skip)
                 advance(encoded.done)
         spool.rewind()
+        if not keep_damaged:
+            _check_whole(Skips.joined(found, planned, read))
+            for index, skip in sorted(textless.items()):
+                if not tally.documents_of(index):
+                    raise InputError(
+                        f"{printable(skip.place)}: {skip.reason}, nor in any other record of the file; {skip.note};"
+                        " choose one with --field"
+                    )
         lengths, keys, ordinals = tally.documents()
         kept = np.ones(lengths.size, dtype=bool)
         left = Skips()
         if unique and lengths.size:
             kept = first_copies(keys, ordinals)
-            left.add("copy of a text before it", "", int((~kept).sum()))
+            left.add("copy of a text before it", "", count=int((~kept).sum()))
         if min_tokens is not None:
             short = kept & (lengths < min_tokens)
             kept &= ~short
-            left.add(f"shorter than {min_tokens} tokens", "", int(short.sum()))
+            left.add(f"shorter than {min_tokens} tokens", "", count=int(short.sum()))
         skips = Skips.joined(found, planned, read, left)
         if not kept.any():
-            left_out = ", ".join(f"{count} {reason}" for reason, count in skips.counts.items()) or "nothing"
+            left_out = (
+                ", ".join(
+                    f"{count} {reason}" + (f", first {skips.examples[reason][0]}" if skips.examples[reason] else "")
+                    for reason, count in skips.counts.items()
+                )
+                or "nothing"
+            )
             names = " ".join(printable(str(path)) for path in paths)
             raise InputError(f"no documents in {names}; left out: {left_out}")
         if val_tokens is None:
@@ -219,14 +241,30 @@ def prepare_text(
             "shuffle": shuffle,
             "field": field,
             "suffixes": list(suffixes),
+            "keep_damaged": keep_damaged,
         }
         publish(staging, directory, shards, _manifest(summary, settings))
     return summary
 
 
+def _check_whole(skips: Skips) -> None:
+    """Raise `RunError` if something that the user named could not be read."""
+    if not skips.losses:
+        return
+    more = skips.losses - len(skips.first_losses)
+    lines = [*skips.first_losses, *([f"... and {more} more"] if more else [])]
+    raise RunError(
+        "what you named could not all be read, so nothing is written:\n  "
+        + "\n  ".join(lines)
+        + "\nmend these or leave them out, or make shards of what can be read: --keep-damaged"
+    )
+
+
 def _text_estimate(files: Sequence[SourceFile]) -> int:
     """About how many bytes of text the files hold, from their sizes and suffixes."""
-    return sum(f.size * (1 if f.kind == "text" or f.path.lower().endswith(".jsonl") else COMPRESSION) for f in files)
+    return sum(
+        f.size * (1 if f.kind == "text" or f.path.lower().endswith(JSON_SUFFIXES) else COMPRESSION) for f in files
+    )
 
 
 @contextmanager
@@ -256,6 +294,9 @@ class _Tally:
             self._ordinals.append(encoded.ordinals)
         documents = 0 if encoded.continued else encoded.lengths.size
         self._sums[encoded.input] += (documents, encoded.tokens.size, encoded.text_bytes)
+
+    def documents_of(self, index: int) -> int:
+        return int(self._sums[index, 0])
 
     def documents(self) -> tuple[Lengths, Keys, Ordinals]:
         none = np.empty(0, dtype=np.int64)

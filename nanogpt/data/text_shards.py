@@ -27,7 +27,7 @@ from nanogpt.errors import InputError, RunError
 
 MANIFEST = "text.json"
 STAGING = ".prep-text.partial"
-SHARDS = ("fineweb_train_*.bin", "fineweb_val_*.bin")
+SHARDS = ("fineweb_val_*.bin", "fineweb_train_*.bin")
 SPOOL_TOKENS = 1 << 26
 COPY_TOKENS = 1 << 21
 MAX_SHARD_TOKENS = 2**31 - 1  # the header counts in int32
@@ -272,9 +272,10 @@ def check_free(directory: Path, force: bool) -> None:
     if directory.exists() and not directory.is_dir():
         raise InputError(f"--dir {directory}: is a file, expected a folder")
     present = _present(directory)
-    # A staged manifest means that a run was killed while its shards took their names: whatever part of the set is
-    # here, and of the one that it replaced, is nobody's.
-    if present and not force and not (directory / STAGING / MANIFEST).exists():
+    # A staged manifest, and none beside the shards, means that a run was killed while its shards took their names:
+    # whatever part of the set is here, and of the one that it replaced, is nobody's.
+    cut_off = (directory / STAGING / MANIFEST).exists() and not (directory / MANIFEST).exists()
+    if present and not force and not cut_off:
         raise InputError(
             f"{directory} holds {len(present)} file(s) of a data set already ({present[0].name}, ...); sets are not"
             " mixed: choose another --dir, or add --force to replace them all"
@@ -295,10 +296,17 @@ def writing_to(directory: Path, force: bool) -> Iterator[Path]:
             directory.mkdir(parents=True, exist_ok=True)
             lock = os.open(directory, os.O_RDONLY)
             stack.callback(os.close, lock)
-            _lock(lock, directory)
+            locked = _lock(lock, directory)
             check_free(directory, force)
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir()
+            if locked:
+                shutil.rmtree(staging, ignore_errors=True)
+            try:
+                staging.mkdir()
+            except FileExistsError as error:
+                raise RunError(
+                    f"{staging} is there: another prep-text is writing to {directory}, or was killed. The file system"
+                    " has no locks that would tell; if none is running, remove that folder"
+                ) from error
             stack.callback(shutil.rmtree, staging, ignore_errors=True)
             yield staging
         except OSError as error:
@@ -306,7 +314,8 @@ def writing_to(directory: Path, force: bool) -> Iterator[Path]:
             raise RunError(f"{directory}: writing failed: {error}{full}") from error
 
 
-def _lock(descriptor: int, directory: Path) -> None:
+def _lock(descriptor: int, directory: Path) -> bool:
+    """Whether the lock is held; not so on a file system without locks of folders, such as NFS."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -314,28 +323,42 @@ def _lock(descriptor: int, directory: Path) -> None:
             f"{directory}: another prep-text is writing to it; wait for it or choose another --dir"
         ) from error
     except OSError:
-        pass  # a file system without locks: nothing but the user's care keeps two runs apart
+        return False
+    return True
 
 
 def _present(directory: Path) -> list[Path]:
-    """The files of a set in `directory`, the manifest first so that it is the first to go."""
-    shards = sorted(path for pattern in SHARDS for path in directory.glob(pattern))
+    """The files of a set in `directory`, the manifest first and validation next so that they are the first to go."""
+    shards = [path for pattern in SHARDS for path in sorted(directory.glob(pattern))]
     return [path for path in [directory / MANIFEST] if path.exists()] + shards
 
 
 def publish(staging: Path, directory: Path, shards: tuple[Shard, ...], manifest: dict[str, Any]) -> None:
-    """Put the staged set in the place of whatever set `directory` holds; the manifest takes its name last."""
+    """Put the staged set in the place of whatever set `directory` holds, or leave that one as it was.
+
+    The manifest takes its name last.
+    """
     with (staging / "manifest").open("w", encoding="ascii") as file:
         json.dump(manifest, file, indent=2)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
     (staging / "manifest").replace(staging / MANIFEST)
-    for path in _present(directory):
-        path.unlink()
-    for shard in shards:
-        (staging / shard.name).replace(directory / shard.name)
-    (staging / MANIFEST).replace(directory / MANIFEST)
+    old = staging / "old"
+    old.mkdir()
+    moves = [(path, old / path.name) for path in _present(directory)]
+    # Validation comes last, so that a set cut off in the middle, with no time to undo it, is none to train with.
+    moves += [(staging / name, directory / name) for name in [*(shard.name for shard in reversed(shards)), MANIFEST]]
+    moved = 0
+    try:
+        for source, target in moves:
+            source.replace(target)
+            moved += 1
+    except BaseException:
+        for source, target in reversed(moves[: moved + 1]):
+            with suppress(OSError):  # the last move may have been done or not
+                target.replace(source)
+        raise
     with suppress(OSError):
         descriptor = os.open(directory, os.O_RDONLY)
         try:

@@ -215,7 +215,7 @@ def make_tree(top: Path, texts: list[str], per_folder: int = 10) -> Path:
 def test_workers_units_and_listing_order_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = some_texts(200)
     tree = make_tree(tmp_path / "tree", texts)
-    (tree / "part03" / "bad.txt").write_bytes(b"\xff\xfe")
+    (tree / "part03" / "bad.txt").write_bytes(b"\xff")
     lines = write_jsonl(tmp_path / "more.jsonl", some_texts(100, seed=1))
     lines.write_bytes(lines.read_bytes() + b'{"text": \n{"text": "\xff"}\n' + b'{"text": "last", "n": 1}')
     large = tmp_path / "large.txt"
@@ -228,7 +228,9 @@ def test_workers_units_and_listing_order_change_nothing(tmp_path: Path, monkeypa
         monkeypatch.setattr(documents, "UNIT_BYTES", unit)
         monkeypatch.setattr(documents.os, "scandir", scandir)
         out = tmp_path / f"out{number}"
-        summary = prepare_text([tree, lines, large], out, shard_tokens=3000, workers=workers, quiet=True)
+        summary = prepare_text(
+            [tree, lines, large], out, shard_tokens=3000, workers=workers, keep_damaged=True, quiet=True
+        )
         assert summary.skipped == {"not JSON": 1, "not UTF-8": 2}
         sets.append(contents(out))
     assert len(sets[0]) > 4
@@ -399,7 +401,7 @@ def test_a_large_file_is_checked_to_its_end_first(
         monkeypatch.setattr(documents, name, value)
     (tmp_path / "large.txt").write_bytes(bad)
     lines = write_jsonl(tmp_path / "a.jsonl", some_texts(4))
-    summary = prepare_text([tmp_path / "large.txt", lines], tmp_path / "out", quiet=True)
+    summary = prepare_text([tmp_path / "large.txt", lines], tmp_path / "out", keep_damaged=True, quiet=True)
     assert summary.skipped == {reason: 1}
     assert summary.val.documents + summary.train.documents == 4
 
@@ -413,6 +415,11 @@ def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
 
 def test_cli_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     lines = write_jsonl(tmp_path / "a.jsonl", some_texts(3))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_jsonl(folder / "c.jsonl", some_texts(3))
+    packed = tmp_path / "a.txt.gz"
+    packed.write_bytes(gzip.compress(b"text"))
     image = tmp_path / "image.png"
     image.write_bytes(b"png")
     empty = tmp_path / "empty"
@@ -424,13 +431,18 @@ def test_cli_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     out = tmp_path / "out"
     cases: list[tuple[list[str | Path], str]] = [
         ([tmp_path / "missing", "--dir", out], "missing: no such file or folder"),
-        ([image, "--dir", out], "image.png: the suffix '.png' is not known; known are .jsonl .jsonl.gz"),
+        ([image, "--dir", out], "image.png: the suffix '.png' is not known; known are .jsonl .ndjson .json, also with"),
         ([image, "--dir", out], "add --suffix .png"),
         ([empty, "--dir", out], "left out: 1 not UTF-8"),
         (["--dir", out], "no input: give files or folders, or --embedded"),
         ([lines, "--dir", out, "--val-tokens", "5000"], "--val-tokens 5000: the input has "),
         ([single, "--dir", out], "would take all 1 (4 tokens), so none is left for training"),
-        ([lines, "--dir", out, "--field", "body"], "left out: 3 no text in field 'body'"),
+        ([packed, "--dir", out], "the suffix '.txt.gz' is not known"),
+        ([packed, "--dir", out], "of compressed files only JSON is read: unpack it first"),
+        ([lines, "--dir", out, "--field", "body"], "no text in field 'body', nor in any other record of the file; its"),
+        ([lines, "--dir", out, "--field", "body"], "its fields with text: text; choose one with --field"),
+        ([folder, "--dir", out, "--field", "body"], "left out: 3 no text in field 'body', first"),
+        ([folder, "--dir", out, "--field", "body"], "c.jsonl:1 (its fields with text: text)"),
         ([columns, "--dir", out], "the column 'text' is int64, expected a string; its columns are id, text"),
         ([columns, "--dir", out, "--field", "x"], "the column 'x' is missing; its columns are id, text"),
         ([lines, "--dir", single], "single.txt: is a file, expected a folder"),

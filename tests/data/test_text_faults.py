@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -112,24 +113,30 @@ def test_a_run_killed_while_its_shards_take_their_names_can_be_repeated(tmp_path
     new = write_jsonl(tmp_path / "new.jsonl", some_texts(100))
     prepare_text([new], tmp_path / "whole", val_tokens=300, shard_tokens=1000, quiet=True)
     whole = contents(tmp_path / "whole")
-    for nth in (1, 2, 3, len(whole) + 1):
+    count = 1 + len(whole)
+    for nth in (1, 2, 3, -2, -1):
         out = tmp_path / f"out{nth}"
         prepare_text([old], out, val_tokens=300, shard_tokens=1000, quiet=True)
         before = contents(out)
-        with running(KILLED_WHILE_PUBLISHING, new, out, str(nth)) as process:
+        # The new manifest in its folder, the old set out of the way, the new one; -1 is the very last.
+        steps = nth if nth > 0 else count + len(before) + 1 + nth
+        with running(KILLED_WHILE_PUBLISHING, new, out, str(steps)) as process:
             assert process.wait() == -signal.SIGKILL
-        left = {path.name: path.read_bytes() for path in out.glob("*.bin")}
-        if nth == 1:  # nothing is touched before the new set is whole
-            assert left == {name: data for name, data in before.items() if name.endswith(".bin")}
+        left = contents_of_files(out)
+        if nth in (1, 2):  # nothing is touched before the new set is whole, and the old one is still a set
+            assert contents_of_files(out) == list(before)
+            with pytest.raises(InputError, match="--force"):
+                prepare_text([new], out, val_tokens=300, shard_tokens=1000, quiet=True)
         else:
             assert "text.json" not in contents_of_files(out)
-            assert left.items() <= whole.items()
+            # None to train with, until it is all there.
+            assert (text_shards.val_name() in left) == (nth in (3, -1))
             prepare_text([new], out, val_tokens=300, shard_tokens=1000, quiet=True)
             assert contents(out) == whole
 
 
 def contents_of_files(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir() if path.is_file()]
+    return sorted(path.name for path in folder.iterdir() if path.is_file())
 
 
 def test_sets_are_not_mixed(tmp_path: Path) -> None:
@@ -148,8 +155,147 @@ def test_sets_are_not_mixed(tmp_path: Path) -> None:
     prepare_text([second], tmp_path / "alone", shard_tokens=1000, quiet=True)
     assert contents(out) == contents(tmp_path / "alone") | {"notes.bin": b"mine"}
     (tmp_path / "alone" / "text.json").unlink()  # shards from elsewhere, such as FineWeb's, are a set too
-    with pytest.raises(InputError, match=r"fineweb_train_000001\.bin, \.\.\."):
+    with pytest.raises(InputError, match=r"fineweb_val_000000\.bin, \.\.\."):
         prepare_text([second], tmp_path / "alone", quiet=True)
+
+
+PREP = "from nanogpt.cli.prep_text import text_main; text_main()"
+STOPS = """
+import os, signal
+from nanogpt.data import text_shards
+write, count = text_shards.Spool.write, 0
+def write_and_stop(self, tokens):
+    global count
+    write(self, tokens)
+    count += 1
+    if count == 3:
+        os.kill(os.getpid(), signal.SIGSTOP)
+text_shards.Spool.write = write_and_stop
+"""
+
+
+def state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("command", [PREP, "from nanogpt.cli.main import main; main()"])
+def test_a_signal_leaves_nothing_and_no_worker(
+    many_lines: Path, tmp_path: Path, number: signal.Signals, command: str
+) -> None:
+    out = tmp_path / "out"
+    name = [] if command == PREP else ["prep-text"]
+    with running(STOPS + command, *name, many_lines, "--dir", out, "--workers", "2") as process:
+        wait_for(lambda: state(process.pid) == "T")
+        workers = descendants(process.pid)
+        assert len(workers) == 3
+        process.send_signal(number)
+        process.send_signal(signal.SIGCONT)
+        _, stderr = process.communicate()
+    assert process.returncode == 128 + number
+    assert stderr.splitlines()[-1].endswith(f"stopped by {number.name}: nothing is written; run the same command again")
+    assert "Traceback" not in stderr
+    assert list(out.iterdir()) == []
+    wait_for(lambda: not any(alive(pid) for pid in workers), 20)
+
+
+def test_a_second_run_into_the_same_directory_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
+    write_jsonl(one, ["word " * 200_000, *some_texts(9), "more " * 200_000, *some_texts(9)] * 2)
+    write_jsonl(other, some_texts(40))
+    with running(STOPS + PREP, one, "--dir", out, "--workers", "1") as first:
+        wait_for(lambda: state(first.pid) == "T")
+        with running(PREP, other, "--dir", out, "--force") as second:
+            _, stderr = second.communicate()
+        assert second.returncode == 1
+        assert f"{out}: another prep-text is writing to it" in stderr
+        first.send_signal(signal.SIGCONT)
+        _, stderr = first.communicate()
+        assert first.returncode == 0, stderr
+    assert sum(len(shard) for shard in [read_set(out)[0], *read_set(out)[1]]) == 40
+
+
+def test_without_locks_a_folder_in_use_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(text_shards.fcntl, "flock", no_locks)
+    source = write_jsonl(tmp_path / "a.jsonl", some_texts(40))
+    out = tmp_path / "out"
+    with text_shards.writing_to(out, force=False) as staging:
+        (staging / "spool_000000").write_text("in use")
+        with pytest.raises(RunError, match=r"partial is there: another prep-text.* or was killed.*remove that folder"):
+            prepare_text([source], out, force=True, quiet=True)
+        assert (staging / "spool_000000").read_text() == "in use"
+    prepare_text([source], out, quiet=True)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()])
+def test_an_error_while_shards_take_their_names_leaves_the_old_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    old = write_jsonl(tmp_path / "old.jsonl", some_texts(60, seed=5))
+    new = write_jsonl(tmp_path / "new.jsonl", some_texts(60))
+    out = tmp_path / "out"
+    prepare_text([old], out, val_tokens=300, shard_tokens=500, quiet=True)
+    before = contents(out)
+    replace = Path.replace
+    count = 0
+
+    def fail_at(nth: int) -> Any:
+        def replace_or_fail(self: Path, target: Path) -> Path:
+            nonlocal count
+            count += 1
+            if count == nth:
+                raise error
+            return replace(self, target)
+
+        return replace_or_fail
+
+    for nth in (1, 2, 3, len(before) + 1, len(before) + 2, len(before) + 4):
+        count = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", fail_at(nth))
+            with pytest.raises((RunError, KeyboardInterrupt)):
+                prepare_text([new], out, val_tokens=300, shard_tokens=500, force=True, quiet=True)
+        assert count >= nth
+        assert contents(out) == before
+
+
+FULL = """
+mount -t tmpfs -o size=$1k tmpfs "$2" || exit 99
+"$3" -c "$4" "$5" --dir "$2/out" --workers 1
+code=$?
+ls -A "$2/out"
+exit $code
+"""
+
+
+def test_a_full_disk_at_any_moment_leaves_nothing(tmp_path: Path, many_lines: Path) -> None:
+    """A real file system of so many KiB: too small for the spool, for the shards beside it, and just large enough."""
+    source = tmp_path / "some.jsonl"
+    source.write_bytes(b"".join(many_lines.read_bytes().splitlines(keepends=True)[:1000]))
+    (tmp_path / "disk").mkdir()
+    prepare_text([source], tmp_path / "whole", quiet=True)
+    need = sum(map(len, contents(tmp_path / "whole").values())) // 1024
+    for size in (need // 3, need + 200, 2 * need + 200):
+        arguments = [size, tmp_path / "disk", sys.executable, PREP, source]
+        done = subprocess.run(
+            ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", FULL, "sh", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode not in (0, 1) or "unshare:" in done.stderr:
+            pytest.skip(f"no file system can be mounted here: {done.stderr}")
+        if size < 2 * need:
+            assert done.returncode == 1, size
+            assert "writing failed: [Errno 28] No space left on device" in done.stderr
+            assert done.stderr.endswith("free some room or choose another --dir\n")
+            assert done.stdout == ""
+        else:
+            assert done.returncode == 0, done.stderr
 
 
 def test_two_runs_at_once_do_not_share_a_directory(tmp_path: Path) -> None:

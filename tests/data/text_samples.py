@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from nanogpt.data.shards import read_tokens
-from nanogpt.data.tokenizer import BOS
+from nanogpt.data.tokenizer import BOS, gpt2_encoding
 
 WORDS = ["alpha", "beta", "gamma", "delta", "<|endoftext|>", "don't", "12", "é", "語", "\n", "", ";"]
 
@@ -45,3 +45,9 @@ def jsonl(texts: list[str]) -> bytes:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def documents_of(folder: Path) -> list[str]:
+    """The texts of all documents of a set, validation first."""
+    val, train = read_set(folder)
+    return [gpt2_encoding().decode(one) for shard in [val, *train] for one in shard]
