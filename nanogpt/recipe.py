@@ -227,7 +227,7 @@ def shorten(spec: RunSpec, total_steps: int) -> RunSpec:
     return RunSpec.model_validate(data)
 
 
-def dump_spec(spec: RunSpec, exclude: Mapping[str, Any] | None = None) -> str:
+def dump_spec(spec: RunSpec, exclude: Mapping[str, Any] | None = None, *, ascii_only: bool = False) -> str:
     """The fully resolved spec as YAML that `load_recipe` reads back to an equal spec; `exclude` is Pydantic's."""
     return yaml.dump(
         spec.model_dump(mode="json", exclude=exclude),
@@ -235,7 +235,7 @@ def dump_spec(spec: RunSpec, exclude: Mapping[str, Any] | None = None) -> str:
         sort_keys=False,
         width=110,
         default_flow_style=None,
-        allow_unicode=True,
+        allow_unicode=not ascii_only,
     )
 
 

@@ -40,11 +40,12 @@ def plan(
     """Check the job against RECIPE and print its srun command, each word ended by a NUL; nothing if it is done."""
     from nanogpt.cluster.job_step import RunArguments, plan_step
     from nanogpt.errors import InputError
+    from nanogpt.terminal import verbatim
 
     if runs is not None:
         raise InputError("--runs: makes an array of jobs; start slurm/run.sh --runs N RECIPE without sbatch before it")
     words = plan_step(RunArguments(recipe, overrides or (), steps, data, out, resume, on), os.environ)
-    sys.stdout.write("".join(f"{word}\0" for word in words))
+    verbatim(sys.stdout).write("".join(f"{word}\0" for word in words))
 
 
 @job.command()

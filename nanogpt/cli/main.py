@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import itertools
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -19,8 +18,8 @@ import typer
 import typer.core
 import typer.main
 
-from nanogpt.errors import NanogptError
-from nanogpt.launch.launcher import leave_message
+from nanogpt.cli.entry import run_command
+from nanogpt.console import say
 
 
 class Command(NamedTuple):
@@ -129,21 +128,17 @@ def _say_which_code() -> None:
     """In an image, where NANOGPT_SRC names a checkout: that its code runs, and not the image's."""
     source = os.environ.get("NANOGPT_SRC")
     if source and os.environ.get("LOCAL_RANK", "0") == "0" and Path(__file__).is_relative_to(Path(source).absolute()):
-        print(f"nanogpt: the code of {source} runs (NANOGPT_SRC)", file=sys.stderr, flush=True)
+        say(f"nanogpt: the code of {source} runs (NANOGPT_SRC)")
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line `argv` (None: that of the process) and exit; a user's error is a message, no traceback."""
-    _say_which_code()
-    try:
+
+    def work() -> None:
+        _say_which_code()
         app()(args=None if argv is None else list(argv), prog_name="nanogpt")
-    except NanogptError as error:
-        if not leave_message(error):
-            print(error, file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(0)
+
+    run_command("", work)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
-from nanogpt.console import say
-from nanogpt.errors import NanogptError
+from nanogpt.cli.entry import run_command
 
 
 def prep_text(
@@ -86,10 +84,6 @@ def prep_text(
     print(text.table(summary), flush=True)
 
 
-def text_main() -> None:
+def text_main() -> NoReturn:
     """The console script `prep-text`."""
-    try:
-        typer.run(prep_text)
-    except NanogptError as error:
-        say(f"prep-text: {error}")
-        sys.exit(error.exit_code)
+    run_command("prep-text", lambda: typer.run(prep_text))

@@ -34,10 +34,9 @@ def status(
 
     From squeue and sacct; where sacct is not configured, jobs that have ended are known by their runs.
     """
-    from rich.console import Console
-
     from nanogpt.cluster.jobs import jobs_table, my_jobs
     from nanogpt.console import say
+    from nanogpt.runs.table import print_rows
 
     found = my_jobs(runs_directories(directory))
     if as_json:
@@ -53,6 +52,6 @@ def status(
         say("no jobs")
         return
     table = jobs_table(found.jobs)
-    Console(width=max(Console().width, Console(width=1000).measure(table).maximum)).print(table)
+    print_rows(table)
     if not found.history:
         say("sacct is not configured here: jobs that have ended are listed by their runs")

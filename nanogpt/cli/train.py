@@ -122,10 +122,9 @@ def train(
         train_run(spec, run=run, data_directory=data, resume=resume is not None, watch=watch)
 
         if run is not None and is_main:
-            from rich.console import Console
-
             from nanogpt.runs.metrics import read_run
             from nanogpt.runs.table import run_summary, run_table
+            from nanogpt.terminal import rich_console
 
-            Console().print(run_table(run_summary(read_run(run.path))))
+            rich_console().print(run_table(run_summary(read_run(run.path))))
             typer.echo(f"Run directory: {run.path}")

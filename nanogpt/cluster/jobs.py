@@ -15,6 +15,7 @@ from nanogpt.errors import InputError, RunError
 from nanogpt.runs.display import ms_text
 from nanogpt.runs.listing import RunRow, list_runs, run_row
 from nanogpt.runs.metrics import read_run
+from nanogpt.terminal import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -210,8 +211,8 @@ def jobs_table(jobs: Sequence[Job]) -> Table:
             "" if run is None or run.ms_per_step is None else ms_text(run.ms_per_step),
             "" if left is None else duration(left),
             job.left if job.live else "",
-            Text(job.node_list or job.partition),
-            Text(run.name if run else job.name),
+            Text(printable(job.node_list or job.partition)),
+            Text(printable(run.name if run else job.name)),
         )
     return table
 
