@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from nanogpt.cli.entry import run_command
+from nanogpt.cli.entry import click_command, run_command
 
 
 def build_flash_attn(
@@ -35,6 +35,4 @@ def build_flash_attn(
 
 def main() -> NoReturn:
     """The command `build-flash-attn`."""
-    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.command()(build_flash_attn)
-    run_command("", lambda: app(prog_name="build-flash-attn", standalone_mode=True))
+    run_command("", lambda: click_command(build_flash_attn, "build-flash-attn")(prog_name="build-flash-attn"))

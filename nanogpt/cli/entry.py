@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import sys
+import typing
 from collections.abc import Callable
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
+
+import typer
+import typer.main
 
 from nanogpt.console import say
+from nanogpt.environment import expanded_path
 from nanogpt.errors import InputError, NanogptError, RunError
 from nanogpt.launch.launcher import leave_message
 from nanogpt.terminal import terminal
@@ -52,6 +59,42 @@ def run_command(name: str, work: Callable[[], object]) -> NoReturn:
             say(f"{name or 'nanogpt'}: {problem}")
             code = code or 1
     sys.exit(code)
+
+
+def click_command(loaded: Any, name: str) -> Any:
+    """The command of a function, whose signature and docstring are its options and help, or of a Typer application.
+
+    In the directories and files that its options name, `~` and `$VARIABLE` are expanded where the shell has not done
+    it: `--data=~/shards` would make a directory `~`.
+    """
+    if not isinstance(loaded, typer.Typer):
+        single = typer.Typer(add_completion=False, rich_markup_mode=None)
+        single.command(name, cls=getattr(loaded, "command_class", None))(loaded)
+        loaded = single
+    for command in loaded.registered_commands:
+        if command.callback is not None and not hasattr(command.callback, "__wrapped__"):
+            command.callback = _with_paths_expanded(command.callback)
+    return typer.main.get_command(loaded)
+
+
+def _with_paths_expanded(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(**values: Any) -> Any:
+        return function(**{name: _expanded(value, function, name) for name, value in values.items()})
+
+    return call
+
+
+def _expanded(value: Any, function: Callable[..., Any], name: str) -> Any:
+    if isinstance(value, list):
+        return [_expanded(item, function, name) for item in value]
+    text = str(value)
+    # A name with a $ may well be meant; one that begins with ~ can be written ./~.
+    if not isinstance(value, Path) or not (text.startswith("~") or ("$" in text and not os.path.lexists(text))):
+        return value
+    info = typing.get_args(typing.get_type_hints(function, include_extras=True)[name])[1]
+    flags = [word for word in (info.default, *(info.param_decls or ())) if str(word).startswith("--")]
+    return expanded_path(text, "/".join([*flags, *([info.envvar] if info.envvar else [])]) or info.metavar or name)
 
 
 def _exit_code(name: str, work: Callable[[], object]) -> int:

@@ -92,16 +92,17 @@ def node(
     from nanogpt.cluster.preflight import preflight, raise_for_failures
     from nanogpt.cluster.staging import check_staged, stage_directory
     from nanogpt.console import say
+    from nanogpt.environment import number_of
 
     arguments = RunArguments(recipe, overrides or (), steps, data, out, resume, on)
     spec, words = arguments.spec(), arguments.words()
     on_cpu = spec.hardware.gpu == "cpu"
     if nodes == 1:
         os.environ.setdefault("NCCL_IB_DISABLE", "1")  # nothing to find, and seconds to look for it
-    cpus = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE")
+    cpus = number_of("SLURM_CPUS_PER_TASK", 0) or number_of("SLURM_CPUS_ON_NODE", 0)
     if on_cpu and cpus:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, int(cpus) // ranks)))
-    index = int(os.environ.get("SLURM_NODEID", "0"))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpus // ranks)))
+    index = number_of("SLURM_NODEID", 0, most=nodes - 1)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # one that comes early waits for the launcher
     stage, shards = os.environ.get("NANOGPT_STAGE"), arguments.data_directory(spec)
     if stage and shards.is_relative_to(stage_directory(Path(stage))):

@@ -16,9 +16,8 @@ from typing import Any, NamedTuple, NoReturn
 
 import typer
 import typer.core
-import typer.main
 
-from nanogpt.cli.entry import run_command
+from nanogpt.cli.entry import click_command, run_command
 from nanogpt.console import say
 
 
@@ -77,11 +76,7 @@ class _Commands(typer.core.TyperGroup):
         for command in COMMANDS:
             if command.name == cmd_name:
                 loaded = command.load()
-                if isinstance(loaded, typer.Typer):  # a command with commands of its own
-                    return typer.main.get_command(loaded)
-                single = typer.Typer(add_completion=False, rich_markup_mode=None)
-                single.command(cmd_name, cls=getattr(loaded, "command_class", None))(loaded)
-                return typer.main.get_command(single)
+                return click_command(loaded, cmd_name)
         return None
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:

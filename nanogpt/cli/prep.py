@@ -7,7 +7,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from nanogpt.cli.entry import run_command
+from nanogpt.cli.entry import click_command, run_command
 
 
 def prep_fineweb(
@@ -49,4 +49,4 @@ def prep_fineweb(
 
 def fineweb_main() -> NoReturn:
     """The console script `prep-fineweb`."""
-    run_command("prep-fineweb", lambda: typer.run(prep_fineweb))
+    run_command("prep-fineweb", lambda: click_command(prep_fineweb, "prep-fineweb")(prog_name="prep-fineweb"))

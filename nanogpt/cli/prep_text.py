@@ -7,7 +7,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from nanogpt.cli.entry import run_command
+from nanogpt.cli.entry import click_command, run_command
 
 
 def prep_text(
@@ -86,4 +86,4 @@ def prep_text(
 
 def text_main() -> NoReturn:
     """The console script `prep-text`."""
-    run_command("prep-text", lambda: typer.run(prep_text))
+    run_command("prep-text", lambda: click_command(prep_text, "prep-text")(prog_name="prep-text"))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from nanogpt.environment import path_of
 
 RunsOption = Annotated[
     Path | None,
@@ -23,7 +24,7 @@ RunsOption = Annotated[
 
 def runs_directories(directory: Path | None) -> list[Path]:
     """Where runs are looked for."""
-    return [directory or Path(os.environ.get("NANOGPT_RUNS") or "runs")]
+    return [directory or path_of("NANOGPT_RUNS") or Path("runs")]
 
 
 def status(

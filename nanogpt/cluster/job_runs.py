@@ -5,6 +5,7 @@ A requeued job keeps its id, so its runs are those whose record names that id an
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,7 @@ class Continuation:
 def continuation(parent: Path, environ: Mapping[str, str]) -> Continuation:
     """What the job that `environ` tells of is to do. Only a job that was requeued has anything to go on with."""
     restarts = environ.get("SLURM_RESTART_COUNT", "0")
-    if not restarts.isdigit() or int(restarts) == 0:
+    if not re.fullmatch("0*[1-9][0-9]*", restarts):
         return Continuation("start")
     runs = runs_of_job(parent, environ["SLURM_JOB_ID"], environ.get("SLURM_CLUSTER_NAME"))
     for run in reversed(runs):

@@ -5,7 +5,6 @@ Everything that can be refused without a GPU is refused here, on the first node,
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from nanogpt.data import fineweb
 from nanogpt.errors import InputError
 from nanogpt.hardware import Fill, shape
 from nanogpt.recipe import load_recipe, resolve_recipe
-from nanogpt.runs.directory import RunDirectory
+from nanogpt.runs.directory import RunDirectory, output_directory
 from nanogpt.spec import RunSpec
 from nanogpt.training.resume import resumed_spec
 
@@ -73,7 +72,7 @@ class RunArguments:
         """Where run directories are made."""
         if self.resume is not None:
             return self.resume.parent
-        return self.out or Path(spec.output.directory or os.environ.get("NANOGPT_RUNS") or "runs")
+        return self.out or output_directory(spec)
 
     def words(self) -> list[str]:
         """As on a command line."""

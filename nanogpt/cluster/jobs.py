@@ -85,7 +85,7 @@ def parse_squeue(text: str) -> list[Job]:
         if len(parts) == len(SQUEUE_FIELDS):
             job, raw, state, elapsed, left, partition, nodes, reason, node_list, directory, name = parts
             reason = "" if reason in ("None", "(null)") else reason
-            count = int(nodes) if nodes.isdigit() else 0
+            count = int(nodes) if nodes.isdecimal() else 0
             jobs.append(Job(job, raw, state, elapsed, left, partition, count, reason, node_list, Path(directory), name))
     return jobs
 
@@ -99,7 +99,7 @@ def parse_sacct(text: str) -> list[Job]:
             job, raw, state, elapsed, partition, nodes, node_list, code, name = parts
             word = state.split()[0] if state else ""  # "CANCELLED by 1000"
             reason = "" if code in ("0:0", "") else f"exit code {code.partition(':')[0]}"
-            count = int(nodes) if nodes.isdigit() else 0
+            count = int(nodes) if nodes.isdecimal() else 0
             jobs.append(Job(job, raw, word, elapsed, "", partition, count, reason, node_list, None, name))
     return jobs
 

@@ -358,7 +358,7 @@ def _signal(process: subprocess.Popen[bytes], number: int) -> None:
 
 def _is_stopped(process: subprocess.Popen[bytes]) -> bool:
     try:
-        return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+        return Path(f"/proc/{process.pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] == "T"
     except OSError:
         return False
 
