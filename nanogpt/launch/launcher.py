@@ -386,7 +386,7 @@ def exit_code(failures: Mapping[int, int], *, stop_asked: bool = False) -> int:
 def leave_message(error: NanogptError) -> bool:
     """Hand the last word of this rank to its launcher, to be printed once for all; False where there is none."""
     directory, rank = os.environ.get(LAUNCH_DIRECTORY), os.environ.get("RANK")
-    if directory is None or rank is None:
+    if directory is None or rank is None or not rank.isdecimal():
         return False
     name = f"message-{int(rank):04d}.json"
     partial = Path(directory) / f".{name}"

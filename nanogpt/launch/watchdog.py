@@ -42,6 +42,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from nanogpt.console import say
+from nanogpt.environment import number_of
 from nanogpt.errors import REQUEUE_EXIT_CODE, InputError, NanogptError, RunError
 from nanogpt.launch.awake import AwakeClock
 from nanogpt.launch.launcher import leave_message
