@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from nanogpt.errors import InputError
@@ -55,12 +56,27 @@ def path_of(variable: str) -> Path | None:
     return expanded_path(text, variable) if text else None
 
 
-def number_of(variable: str, default: int | None = None, *, least: int = 0, most: int = 2**31 - 1) -> int:
-    """The whole number that an environment variable holds; `default` where it is not set, or empty.
+def value_of(variable: str, environ: Mapping[str, str] | None = None) -> str:
+    """What an environment variable holds. Raises `InputError` where it is not set, or empty."""
+    value = (os.environ if environ is None else environ).get(variable)
+    if not value:
+        raise InputError(f"{variable}: is not set; whoever starts this sets it: Slurm, or slurm/run.sh")
+    return value
+
+
+def number_of(
+    variable: str,
+    default: int | None = None,
+    *,
+    least: int = 0,
+    most: int = 2**31 - 1,
+    environ: Mapping[str, str] | None = None,
+) -> int:
+    """The whole number that a variable of `environ` (None: the process's) holds; `default` where there is none.
 
     Raises `InputError` for anything else, and where it is not set and there is no default.
     """
-    text = os.environ.get(variable, "").strip()
+    text = (os.environ if environ is None else environ).get(variable, "").strip()
     if not text and default is not None:
         return default
     if re.fullmatch("[0-9]{1,10}", text, re.ASCII) and least <= int(text) <= most:

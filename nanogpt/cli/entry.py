@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable
@@ -53,6 +54,9 @@ def run_command(name: str, work: Callable[[], object]) -> NoReturn:
     """
     # Pictures go to files: a notebook's choice of a screen to draw on is not for this process, and may not be there.
     os.environ["MPLBACKEND"] = "agg"
+    for size in ("COLUMNS", "LINES"):  # libraries take any digit for a number
+        if not re.fullmatch("[0-9]{1,4}", os.environ.get(size, "80")):
+            del os.environ[size]
     with terminal() as streams:
         code = _exit_code(name, work)
         if problem := streams.problem():

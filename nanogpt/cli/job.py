@@ -61,14 +61,15 @@ def stage(
     """Copy image and shards to this node's disk, NANOGPT_STAGE, unless they are there."""
     from nanogpt.cluster.job_step import RunArguments
     from nanogpt.cluster.staging import stage as copy
+    from nanogpt.environment import expanded_path, value_of
 
     arguments = RunArguments(recipe, overrides or (), steps, data, out, resume, on).with_environment(os.environ)
     spec = arguments.spec()
     directory = arguments.data_directory(spec)
     shards = sorted({*directory.glob(spec.data.train_files), *directory.glob(spec.data.val_files)})
     copy(
-        Path(os.environ["NANOGPT_STAGE"]),
-        image=Path(os.environ["NANOGPT_SIF"]),
+        expanded_path(value_of("NANOGPT_STAGE"), "NANOGPT_STAGE"),
+        image=Path(value_of("NANOGPT_SIF")),
         shards=shards,
         manifests=sorted(directory.glob("*.json")),
     )

@@ -192,7 +192,7 @@ class TrainBatches:
         try:
             position = _Position(**{key: int(state[key]) for key in _Position._fields})
             name = state["file"]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"saved data position: {state!r} is not one of TrainBatches.state_dict") from error
         if min(position) < 0 or position.shard >= len(self._files) or self._files[position.shard].name != name:
             raise InputError(

@@ -87,6 +87,8 @@ def started_as() -> tuple[int, int, int]:
             f"RANK {rank}, LOCAL_RANK {local_rank}, WORLD_SIZE {size}: expected LOCAL_RANK <= RANK < WORLD_SIZE, as"
             " torchrun sets them; start it by torchrun or nanogpt launch, or unset them"
         )
+    if size > 1:
+        number_of("MASTER_PORT", 0, most=65535)
     return rank, size, local_rank
 
 

@@ -49,6 +49,7 @@ from nanogpt.training.checkpoint import (
     load_newest_checkpoint,
     model_state_of_rank,
     save_checkpoint,
+    taken_over,
 )
 from nanogpt.training.clock import Clock
 from nanogpt.training.compilation import compiled_graphs, recompilation_reasons
@@ -588,13 +589,20 @@ class Trainer:
         self._check_same_everywhere("resumes at step", state["step"] if state else 0)
         if state is None:
             return False
+        assert run is not None
+        if not 0 <= state["step"] <= self.schedule.total_steps:
+            raise InputError(
+                f"{run.checkpoint_directory}: its newest checkpoint is that of step {state['step']}, the run has"
+                f" {self.schedule.total_steps}; remove it if it is another run's"
+            )
         self.next_step = state["step"]
         self._windows_of = max(self.next_step - 1, 0)
-        self.model.load_state_dict(model_state_of_rank(state, self.world.rank, self.world.size))
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.train_batches.load_state_dict(state["batches"])
-        self.end_of_run.load_state_dict(state.get("end_of_run", []))
-        self.clock = Clock(self.world, state["elapsed_ms"])
+        with taken_over(run.checkpoint_directory):
+            self.model.load_state_dict(model_state_of_rank(state, self.world.rank, self.world.size))
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.train_batches.load_state_dict(state["batches"])
+            self.end_of_run.load_state_dict(state.get("end_of_run", []))
+            self.clock = Clock(self.world, float(state["elapsed_ms"]))
         return True
 
     def _check_same_everywhere(self, what: str, value: int) -> None:
