@@ -6,9 +6,10 @@ No torch is needed here. A new type is a row of `GPU_TYPES` and its name in `Gpu
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 GpuName = Literal["h100", "h200", "a100", "cpu"]  # what hardware.gpu can be
+GPU_NAMES: tuple[str, ...] = get_args(GpuName)
 Capability = tuple[int, int]  # CUDA's compute capability
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nanogpt.errors import InputError
-from nanogpt.gpus import GPU_TYPES
+from nanogpt.gpus import GPU_NAMES
 from nanogpt.spec import WORLD_SIZES, HardwareSpec
 
 # From the keys of `hardware` that are stated to values for others, and the place that messages about these name.
@@ -23,9 +23,9 @@ _SHAPE = re.compile(r"(?:(?P<nodes>\d+)x)?(?P<count>\d+)x(?P<gpu>[a-z]\w*)")
 def parse_shape(text: str) -> dict[str, Any]:
     """`hardware` of a recipe for `2x4xh100`. Raises `InputError`; counts are not judged."""
     match = _SHAPE.fullmatch(text.strip().lower())
-    if match is None or match["gpu"] not in GPU_TYPES:
+    if match is None or match["gpu"] not in GPU_NAMES:
         what = "expected GPUs x type" if match is None else f"{match['gpu']} is not a type that is known"
-        raise InputError(f"--on {text}: {what}, such as {EXAMPLES}; types: {', '.join(GPU_TYPES)}")
+        raise InputError(f"--on {text}: {what}, such as {EXAMPLES}; types: {', '.join(GPU_NAMES)}")
     return {"gpu": match["gpu"], "gpus_per_node": int(match["count"]), "nodes": int(match["nodes"] or 1)}
 
 
