@@ -289,7 +289,7 @@ def test_a_file_that_cannot_be_read(recipe, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", refuse)  # a real mode would not stop root
+    monkeypatch.setattr("nanogpt.recipe.open_regular", refuse)  # a real mode would not stop root
     assert problem_of(path) == "recipe.yaml: cannot be read: Permission denied"
 
 

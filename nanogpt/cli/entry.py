@@ -18,7 +18,6 @@ import typer.main
 from nanogpt.console import say
 from nanogpt.environment import expanded_path
 from nanogpt.errors import InputError, NanogptError, RunError
-from nanogpt.launch.launcher import leave_message
 from nanogpt.terminal import terminal
 
 # What is wrong with a name that somebody gave; anything else is the machine's.
@@ -122,6 +121,8 @@ def _exit_code(name: str, work: Callable[[], object]) -> int:
 
 
 def _tell(name: str, error: NanogptError) -> int:
+    from nanogpt.launch.launcher import leave_message
+
     if not leave_message(error):
         say(f"{name}: {error}" if name else str(error))
     return error.exit_code
