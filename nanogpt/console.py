@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
+from nanogpt.terminal import printable, rich_console
+
 Advance = Callable[[int], None]
 
 
@@ -47,7 +49,6 @@ def progress(
     """
     stream = stream or sys.stderr
     if stream.isatty():
-        from rich.console import Console
         from rich.progress import (
             BarColumn,
             DownloadColumn,
@@ -60,13 +61,13 @@ def progress(
 
         amount = (DownloadColumn(), TransferSpeedColumn()) if bytes_unit else (MofNCompleteColumn(),)
         with Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.fields[shown]}", markup=False),
             BarColumn(),
             *amount,
             TimeRemainingColumn(),
-            console=Console(file=stream),
+            console=rich_console(stream),
         ) as bar:
-            task = bar.add_task(description, total=total)
+            task = bar.add_task("", total=total, shown=printable(description))
             yield lambda n: bar.advance(task, n)
         return
 

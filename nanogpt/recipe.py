@@ -24,7 +24,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from nanogpt.errors import InputError
-from nanogpt.files import read_regular
+from nanogpt.files import open_regular
 from nanogpt.hardware import Fill, parse_shape, shape, split_shape
 from nanogpt.spec import CrossCheckError, HardwareSpec, RunSpec
 
@@ -42,7 +42,9 @@ class RecipeError(InputError):
 
     def __init__(self, problems: Sequence[str]):
         self.problems = list(problems)
-        super().__init__("\n".join(problems))
+        told = self.problems[:MAX_PROBLEMS]
+        more = len(self.problems) - len(told)
+        super().__init__("\n".join([*told, *([f"and {more} more of such problems"] if more else [])]))
 
 
 class _Loader(yaml.SafeLoader):
@@ -79,7 +81,13 @@ for _name, _regexp, _first in _SCALARS:
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_regexp})$"), list(_first))
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
 
-MAX_NODES = 100_000
+# The longest recipe here has 2 % of these.
+MAX_BYTES = 256 * 1024
+MAX_NODES = 10_000  # values
+MAX_DEPTH = 40
+MAX_KEY = 200  # characters
+MAX_BASES = 20
+MAX_PROBLEMS = 40  # told at once
 
 
 @dataclass
@@ -109,7 +117,7 @@ def find_recipe(name: str | Path) -> Path:
     Raises `InputError` naming the recipes there are.
     """
     path = Path(name)
-    if path.is_file():
+    if _is_file(path):
         return path
     for candidate in (path.name, f"{path.name}.yaml"):
         shipped = shipped_recipes() / candidate
@@ -127,6 +135,14 @@ def find_recipe(name: str | Path) -> Path:
     close = difflib.get_close_matches(path.stem, known, n=1)
     hint = f" Did you mean {close[0]}?" if close else ""
     raise InputError(f"{name}: no such recipe.{hint} Shipped recipes: {', '.join(known)}.")
+
+
+def _is_file(path: Path) -> bool:
+    """Whether `path` is a file. Raises `InputError` where that cannot be told."""
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
 
 
 def _recipe_and_shape(file_name: str) -> tuple[str, str] | None:
@@ -226,7 +242,7 @@ def shorten(spec: RunSpec, total_steps: int) -> RunSpec:
     return RunSpec.model_validate(data)
 
 
-def dump_spec(spec: RunSpec, exclude: Mapping[str, Any] | None = None) -> str:
+def dump_spec(spec: RunSpec, exclude: Mapping[str, Any] | None = None, *, ascii_only: bool = False) -> str:
     """The fully resolved spec as YAML that `load_recipe` reads back to an equal spec; `exclude` is Pydantic's."""
     return yaml.dump(
         spec.model_dump(mode="json", exclude=exclude),
@@ -234,7 +250,7 @@ def dump_spec(spec: RunSpec, exclude: Mapping[str, Any] | None = None) -> str:
         sort_keys=False,
         width=110,
         default_flow_style=None,
-        allow_unicode=True,
+        allow_unicode=not ascii_only,
     )
 
 
@@ -339,7 +355,11 @@ def _laid_over(name: str | Path, overrides: Iterable[str], on: str | None) -> _S
 def _read(path: Path, chain: tuple[Path, ...]) -> _Source:
     """The recipe at `path` laid over its bases; `chain`: the recipes that led here."""
     try:
-        text = read_regular(path).decode("utf-8")
+        with open_regular(path) as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise RecipeError([f"{path}: is larger than the {MAX_BYTES:,} bytes that a recipe can have"])
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise RecipeError([f"{path}: is not UTF-8 text: {error.reason} at byte {error.start}"]) from None
     except OSError as error:
@@ -360,6 +380,8 @@ def _read(path: Path, chain: tuple[Path, ...]) -> _Source:
     if base_path.resolve() in chain:
         names = " -> ".join(file.name for file in (*chain, base_path))
         raise RecipeError([f"{place}: base: recipes inherit in a circle: {names}"])
+    if len(chain) > MAX_BASES:
+        raise RecipeError([f"{place}: base: more than {MAX_BASES} recipes inherit from one another"])
     base = _read(base_path, chain)
     _merge(base, source, ())
     return base
@@ -368,8 +390,11 @@ def _read(path: Path, chain: tuple[Path, ...]) -> _Source:
 def _find_base(path: Path, name: str, place: str) -> Path:
     """`name` beside the recipe at `path`, else the shipped recipe of that name."""
     beside = path.parent / name
-    if beside.is_file():
-        return beside
+    try:
+        if beside.is_file():
+            return beside
+    except OSError as error:
+        raise RecipeError([f"{place}: base: {beside}: {error.strerror}"]) from None
     if Path(name).name == name and (shipped_recipes() / name).is_file():
         return shipped_recipes() / name
     if parts := _recipe_and_shape(Path(name).name):
@@ -405,7 +430,9 @@ def _parse(text: str, name: str, place: Callable[[int], str]) -> _Source:
         nonlocal nodes
         nodes += 1
         if nodes > MAX_NODES:
-            raise RecipeError([f"{name}: more than {MAX_NODES} values; does an alias contain itself?"])
+            raise RecipeError([f"{name}: more than {MAX_NODES:,} values, a recipe has no more; is it one?"])
+        if len(path) > MAX_DEPTH:
+            raise RecipeError([f"{name}: nested more than {MAX_DEPTH} deep; does an alias contain itself?"])
         here = place(node.start_mark.line + 1)
         places.setdefault(path, here)
         if isinstance(node, yaml.SequenceNode):
@@ -413,8 +440,8 @@ def _parse(text: str, name: str, place: Callable[[int], str]) -> _Source:
         if not isinstance(node, yaml.MappingNode):
             try:
                 return loader.construct_object(node, deep=True)
-            except ValueError as error:
-                problems.append(f"{here}: {_dotted(path)}: {error}")
+            except (ValueError, LookupError, AttributeError, TypeError) as error:  # of a tag that does not fit
+                problems.append(f"{here}: {_dotted(path)}: cannot be read as {node.tag.rpartition(':')[2]}: {error}")
                 return None
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
@@ -423,6 +450,9 @@ def _parse(text: str, name: str, place: Callable[[int], str]) -> _Source:
                 problems.append(f"{here}: a key must be a plain word, found a {key_node.id}")
                 continue
             key = str(key_node.value)
+            if len(key) > MAX_KEY:
+                problems.append(f"{here}: a key of {len(key):,} characters, {MAX_KEY} are the most: {key[:40]}...")
+                continue
             dotted = _dotted((*path, key))
             if key == "<<":
                 problems.append(
@@ -442,7 +472,7 @@ def _parse(text: str, name: str, place: Callable[[int], str]) -> _Source:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise RecipeError([*problems, f"{place(line)}: not valid YAML: {error.problem}"]) from None
     except RecursionError:
-        raise RecipeError([f"{name}: nested too deeply; does an alias contain itself?"]) from None
+        raise RecipeError([f"{name}: nested more than {MAX_DEPTH} deep; does an alias contain itself?"]) from None
     finally:
         loader.dispose()
     if problems:
@@ -480,9 +510,12 @@ def _merge(base: _Source, child: _Source, path: KeyPath) -> None:
             _merge(base, child, here)
             continue
         base_map[key] = value
-        for old_path in [p for p in base.places if p[: len(here)] == here]:
-            del base.places[old_path]
-        base.places.update({p: place for p, place in child.places.items() if p[: len(here)] == here})
+        if isinstance(old, dict | list):
+            for old_path in [p for p in base.places if p[: len(here)] == here]:
+                del base.places[old_path]
+        if isinstance(value, dict | list):
+            base.places.update({p: place for p, place in child.places.items() if p[: len(here)] == here})
+        base.places[here] = child.places[here]
 
 
 def _get(data: Any, path: KeyPath) -> Any:
@@ -577,6 +610,8 @@ def _explain_one(details: ErrorDetails, source: _Source) -> str:
     if kind == "literal_error":
         allowed = re.findall(r"'([^']*)'", details["ctx"]["expected"])
         return f"{place}: {name}: found {_show(found)}{_nearest(str(found), allowed)}; allowed: {', '.join(allowed)}"
+    if kind == "value_error":
+        return f"{place}: {name}: {details['ctx']['error']}, found {_show(found)}"
     message = _MESSAGES.get(kind) or re.sub(r"^\w+ should", "must", details["msg"])
     return f"{place}: {name}: {message}, found {_show(found)}"
 

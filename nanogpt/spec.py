@@ -20,12 +20,18 @@ from nanogpt.registry import kind_of, specs_of
 from nanogpt.spec_fields import (
     NOT_COMPILED,
     Count,
+    Directory,
+    Few,
+    FilePattern,
     Fraction,
     Index,
+    Name,
     NonNegative,
     Positive,
     Problem,
+    Seconds,
     Strict,
+    Tokens,
 )
 
 WORLD_SIZES = (1, 2, 4, 8)
@@ -54,7 +60,9 @@ class StageSpec(StageLoss):
     """A stretch of steps with one batch size, one pair of windows and the same terms of the loss."""
 
     steps: Annotated[Count, NOT_COMPILED]
-    batch_tokens: Count = Field(description="tokens a step over all ranks and micro-steps")
+    batch_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] = Field(
+        description="tokens a step over all ranks and micro-steps"
+    )
     window_blocks: WindowBlocks
     lr_factor: Annotated[Positive, NOT_COMPILED]
     max_document_tokens: Count | None = Field(default=None, description="null: training.max_document_tokens")
@@ -101,14 +109,16 @@ class TrainingSpec(Strict):
     )
     max_document_tokens: Count
     window_block: Annotated[Count, NOT_COMPILED] = Field(description="tokens in a window block")
-    stages: list[StageSpec] = Field(min_length=1, description="the scheduled steps")
+    stages: list[StageSpec] = Field(min_length=1, max_length=1000, description="the scheduled steps")
     extension: StageSpec | None = Field(description="steps after the schedule has ended; null for none")
     final_window_blocks: Annotated[WindowBlocks, NOT_COMPILED] = Field(
         description="windows of the last validation, without a YaRN step"
     )
     lr_schedule: Annotated[LearningRateSchedule, NOT_COMPILED]
     end: Annotated[list[AverageWeights], NOT_COMPILED] = Field(
-        default=[], description="what happens after the last step and before the last validation, in order"
+        default=[],
+        max_length=100,
+        description="what happens after the last step and before the last validation, in order",
     )
     warmup: Annotated[bool, NOT_COMPILED] = Field(
         description="run the steps around each stage change once before the clock starts"
@@ -141,7 +151,7 @@ class EvaluationSpec(Strict):
     every: Annotated[Count, NOT_COMPILED] = Field(
         description="steps between validations; step 0 and the end are always validated"
     )
-    tokens: Annotated[Count, NOT_COMPILED] = Field(description="validation tokens, from the stream's start")
+    tokens: Annotated[Tokens, NOT_COMPILED] = Field(description="validation tokens, from the stream's start")
     micro_batch_tokens: Count
     target_loss: Annotated[Positive | None, NOT_COMPILED] = Field(
         description="the run is a success at this loss or below; null: no target"
@@ -154,9 +164,11 @@ class EvaluationSpec(Strict):
 class DataSpec(Strict):
     """Where the token shards are."""
 
-    directory: str | None = Field(default=None, description="shard directory; null: NANOGPT_DATA, else data/fineweb10B")
-    train_files: str = "fineweb_train_*.bin"
-    val_files: str = "fineweb_val_*.bin"
+    directory: Directory | None = Field(
+        default=None, description="shard directory; null: NANOGPT_DATA, else data/fineweb10B"
+    )
+    train_files: FilePattern = "fineweb_train_*.bin"
+    val_files: FilePattern = "fineweb_val_*.bin"
     bos: Annotated[int, Field(ge=0, le=65535)] = 50256
     epochs: Count | None = Field(default=1, description="passes over the training shards; null repeats for ever")
 
@@ -165,8 +177,8 @@ class HardwareSpec(Strict):
     """What the run is started on, which a recipe may leave open for --on; world size = nodes * gpus_per_node."""
 
     gpu: GpuName = Field(description="GPU type; cpu runs the plain implementations")
-    gpus_per_node: Count = Field(description="processes a node, one a GPU")
-    nodes: Count = 1
+    gpus_per_node: Few = Field(description="processes a node, one a GPU")
+    nodes: Few = 1
 
 
 class RuntimeSpec(Strict):
@@ -198,7 +210,7 @@ class CheckpointSpec(Strict):
 
     every: Count | None = Field(default=None, description="steps between checkpoints; null: none on the way")
     at_end: bool = Field(default=True, description="write one after the last step")
-    keep: Count = Field(default=2, description="checkpoints kept; older ones are deleted once a newer one is whole")
+    keep: Few = Field(default=2, description="checkpoints kept; older ones are deleted once a newer one is whole")
     on_failure: Literal["continue", "stop"] = Field(
         default="continue",
         description="what a run does that cannot write one (disk full): the earlier ones stay whole either way",
@@ -208,11 +220,11 @@ class CheckpointSpec(Strict):
 class WatchdogSpec(Strict):
     """When the ranks of a run give up on one another, in seconds; a run on one process waits for nobody."""
 
-    silence_seconds: Positive = Field(
+    silence_seconds: Seconds = Field(
         default=20.0, description="a process that has not been heard of for so long is dead or stopped"
     )
-    step_seconds: Positive = Field(default=300.0, description="a rank that is at one step for so long hangs")
-    phase_seconds: Positive = Field(
+    step_seconds: Seconds = Field(default=300.0, description="a rank that is at one step for so long hangs")
+    phase_seconds: Seconds = Field(
         default=3600.0, description="likewise for starting, compiling, a validation, a checkpoint"
     )
 
@@ -220,7 +232,7 @@ class WatchdogSpec(Strict):
 class OutputSpec(Strict):
     """Where the run's directory is made."""
 
-    directory: str | None = Field(
+    directory: Directory | None = Field(
         default=None, description="parent of run directories; null: NANOGPT_RUNS, else ./runs"
     )
     log_every: Count = Field(default=1, description="steps between lines of the log; evaluations are always logged")
@@ -232,19 +244,21 @@ class OutputSpec(Strict):
 class ReferenceCurve(Strict):
     """Validation losses of a published run."""
 
-    name: str
+    name: Name
     points: list[Annotated[tuple[Index, Positive], Field(strict=False)]] = Field(
-        min_length=1, description="(steps done, validation loss in nats), the end last"
+        min_length=1, max_length=1000, description="(steps done, validation loss in nats), the end last"
     )
 
 
 class ReferenceSpec(Strict):
     """What the shipped recipe `recipe` is known to give on FineWeb; off for runs that differ from it in result."""
 
-    recipe: str = Field(description="the shipped recipe that the curves belong to")
-    curves: list[ReferenceCurve] = Field(min_length=1, description="a run is held against the first")
+    recipe: Name = Field(description="the shipped recipe that the curves belong to")
+    curves: list[ReferenceCurve] = Field(min_length=1, max_length=20, description="a run is held against the first")
     spread: list[Annotated[tuple[Index, Positive], Field(strict=False)]] = Field(
-        min_length=1, description="(steps done, standard deviation of the loss from run to run), linear in between"
+        min_length=1,
+        max_length=1000,
+        description="(steps done, standard deviation of the loss from run to run), linear in between",
     )
 
 
@@ -333,6 +347,8 @@ def _cross_checks(spec: RunSpec) -> Iterator[Problem]:
             f"is {training.slots}, must be a multiple of the world size {spec.world_size}",
         )
 
+    if spec.data.bos >= spec.model.vocab_size:
+        yield ("data", "bos"), f"is {spec.data.bos}, outside of the vocabulary of {spec.model.vocab_size} tokens"
     yield from _runtime_problems(spec.runtime, hardware.gpu)
     if spec.runtime.mlp_precision == "fp8" and not spec.model.fp8_mlp:
         yield ("runtime", "mlp_precision"), f"is fp8, which the MLP of a {spec.model.kind} model cannot do"

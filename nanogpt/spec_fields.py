@@ -9,13 +9,39 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-Count = Annotated[int, Field(ge=1)]
-Index = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+from nanogpt.environment import MAX_NAME_BYTES, expanded
+
+# Beyond these a value is a slip of the finger, and not for the memory of the machine that checks a recipe to find out.
+MOST = 10**8  # steps, say
+LARGEST = 1e12
+
+
+def _file_pattern(text: str) -> str:
+    if "/" in text or "**" in text or "\0" in text or text in (".", ".."):
+        raise ValueError("must be the name of files of one directory, with * and ?; where they are: data.directory")
+    if len(text.encode()) > MAX_NAME_BYTES:
+        raise ValueError(f"is longer than the {MAX_NAME_BYTES} bytes that a file's name has")
+    return text
+
+
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Index = Annotated[int, Field(ge=0, le=MOST)]
+Few = Annotated[int, Field(ge=1, le=1024)]  # layers, processes
+Padding = Annotated[int, Field(ge=0, le=1024)]
+Size = Annotated[int, Field(ge=1, le=2**20)]  # of one side of a matrix
+Tokens = Annotated[int, Field(ge=1, le=10**13)]
+Vocabulary = Annotated[int, Field(ge=1, le=2**17)]  # shards have two bytes a token; some padding
+Positive = Annotated[float, Field(gt=0, le=LARGEST, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False)]
+Finite = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(gt=0, le=1e8, allow_inf_nan=False)]  # three years
+Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_BYTES)]
+Names = Annotated[list[Name], Field(max_length=1024)]
+Layers = Annotated[list[Index], Field(max_length=1024)]
+Directory = Annotated[str, Field(min_length=1), AfterValidator(expanded)]
+FilePattern = Annotated[Name, AfterValidator(_file_pattern)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 # Not strict, since YAML has lists only; what is inside stays strict.
@@ -28,7 +54,7 @@ Problem = tuple[tuple[str | int, ...], str]  # path below a part of the spec, me
 class Strict(BaseModel):
     """Base of every part of a spec: unknown keys are refused, "12" and true are no numbers, nothing can be changed."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=(), str_max_length=10_000)
 
 
 @dataclass(frozen=True)

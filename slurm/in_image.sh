@@ -56,6 +56,8 @@ if [[ -n ${NANOGPT_SITE:-} ]]; then
 fi
 
 PASS='^(SLURM|SLURMD|SBATCH|NCCL|NANOGPT|NVIDIA|CUDA|OMP|TORCH|PYTORCH|TRITON|UCX|GLOO|WANDB|HF)_|^(FINEWEB_CHUNKS|GPU_TYPE|NUM_GPUS|GPU_DEVICE_ORDINAL|USER|LOGNAME|TERM|COLUMNS|LINES|TZ|NO_COLOR|TMPDIR|(https?|no|all)_proxy|(HTTPS?|NO|ALL)_PROXY|SSL_CERT_FILE|SSL_CERT_DIR|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE)$'
+# Directories of the site that recipes and NANOGPT_* may name, as $SCRATCH/shards: shown inside under the same names.
+PLACES='^[A-Z]*(SCRATCH|WORK|WORKDIR|PROJECT)$'
 root=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 if [[ -n ${TMPDIR:-} && ! (-d $TMPDIR && -w $TMPDIR) ]]; then # often the login node's, which a job has brought along
@@ -93,9 +95,14 @@ NANOGPT_SIF=$(realpath "$sif")
 export NANOGPT_SIF
 
 prefix=APPTAINERENV_
+places=()
 if [[ ${APPTAINER##*/} == singularity* ]]; then prefix=SINGULARITYENV_; fi
 while IFS= read -r name; do
     if [[ $name =~ $PASS ]]; then export "$prefix$name=${!name}"; fi
+    if [[ $name =~ $PLACES && ${!name} == /* ]]; then
+        export "$prefix$name=${!name}"
+        places+=("${!name}")
+    fi
 done < <(compgen -e)
 if [[ -n ${NANOGPT_SRC:-} ]]; then export "${prefix}PYTHONPATH=$NANOGPT_SRC"; fi
 
@@ -147,7 +154,7 @@ for directory in "$PWD" "$root" "${data[@]}" "${NANOGPT_RUNS:-runs}" "${NANOGPT_
 done
 for directory in "${data[@]}"; do show_targets "$directory"; done
 for file in "${TMPDIR:-}" "${HF_HOME:-}" "${HF_TOKEN_PATH:-}" "${SSL_CERT_FILE:-}" "${SSL_CERT_DIR:-}" \
-    "${REQUESTS_CA_BUNDLE:-}" "${CURL_CA_BUNDLE:-}"; do
+    "${REQUESTS_CA_BUNDLE:-}" "${CURL_CA_BUNDLE:-}" "${places[@]}"; do
     if [[ -d $file ]]; then
         show "$file" && show_targets "$file"
     elif [[ -e $file ]]; then

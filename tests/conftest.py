@@ -21,6 +21,17 @@ hypothesis.settings.register_profile("nanogpt", deadline=None, print_blob=True, 
 hypothesis.settings.load_profile("nanogpt")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How long the fuzzers of bad input search."""
+    parser.addoption("--fuzz", type=int, default=1, metavar="N", help="N times as many examples of bad input")
+
+
+@pytest.fixture(scope="session")
+def fuzz(request: pytest.FixtureRequest) -> int:
+    """The multiplier of a fuzzer's number of examples, 1 by default."""
+    return max(1, request.config.getoption("--fuzz"))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked `gpu` where there is no CUDA device."""
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]

@@ -27,6 +27,7 @@ from nanogpt.cache.key import cache_key, key_sha256
 from nanogpt.cache.pack import SUFFIX, Header, Pack, PackError, count_contents, kept_files, peek, write_pack
 from nanogpt.cache.tuning import FOLDER, kept_tuning
 from nanogpt.console import human_bytes
+from nanogpt.environment import path_of
 from nanogpt.launch.private import make_private
 from nanogpt.spec import RunSpec
 
@@ -43,12 +44,9 @@ FEW_KERNELS = 8  # of Triton: compiling this many takes about as long as writing
 
 def cache_directory(runs: Path | str | None = None) -> Path | None:
     """Where cache files are: NANOGPT_CACHE, else `cache` in the directory of the `runs`; None: NANOGPT_CACHE is off."""
-    named = os.environ.get(VARIABLE)
-    if named == OFF:
+    if os.environ.get(VARIABLE) == OFF:
         return None
-    if named:
-        return Path(named)
-    return Path(runs or os.environ.get("NANOGPT_RUNS") or "runs") / "cache"
+    return path_of(VARIABLE) or Path(runs or path_of("NANOGPT_RUNS") or "runs") / "cache"
 
 
 class CompileCache:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
-from nanogpt.errors import NanogptError
+from nanogpt.cli.entry import click_command, run_command
 
 
 def build_flash_attn(
@@ -36,13 +35,4 @@ def build_flash_attn(
 
 def main() -> NoReturn:
     """The command `build-flash-attn`."""
-    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.command()(build_flash_attn)
-    try:
-        app(prog_name="build-flash-attn", standalone_mode=True)
-    except NanogptError as error:
-        print(error, file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(0)
+    run_command("", lambda: click_command(build_flash_attn, "build-flash-attn")(prog_name="build-flash-attn"))

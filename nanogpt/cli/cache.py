@@ -30,10 +30,9 @@ def _directory(directory: Path | None) -> Path:
 @cache.command("ls")
 def ls(directory: DirectoryArgument = None) -> None:
     """List the files, the newest first: size, age, what they are for, and whether they can be used."""
-    from rich.console import Console
-
     from nanogpt.cache.listing import files_table, list_files
     from nanogpt.console import say
+    from nanogpt.runs.table import print_rows
 
     place = _directory(directory)
     files = list_files(place)
@@ -41,7 +40,7 @@ def ls(directory: DirectoryArgument = None) -> None:
         say(f"{place}: no cache files")
         return
     table = files_table(files)
-    Console(width=max(Console().width, Console(width=1000).measure(table).maximum)).print(table)
+    print_rows(table)
 
 
 @cache.command("prune")

@@ -141,12 +141,11 @@ def _sha256(path: Path) -> str | None:
 
 def show_result(run_path: Path, spec: RunSpec, data: Path, final_loss: float) -> float:
     """Print the run's tables and draw its plot; returns how far the loss ended below the unigram cross-entropy."""
-    from rich.console import Console
-
     from nanogpt.runs.metrics import read_run
     from nanogpt.runs.plot import Reference, plot_loss
     from nanogpt.runs.table import run_summary, run_table
     from nanogpt.runs.unigram import unigram_cross_entropy
+    from nanogpt.terminal import rich_console
 
     unigram = unigram_cross_entropy(
         list(data.glob(spec.data.train_files)),
@@ -156,7 +155,7 @@ def show_result(run_path: Path, spec: RunSpec, data: Path, final_loss: float) ->
     )
     run = read_run(run_path)
     summary = run_summary(run)
-    console = Console()
+    console = rich_console()
     console.print()
     console.print(run_table(summary))
     console.print(_comparison(spec, summary["first_val_loss"], final_loss, unigram))

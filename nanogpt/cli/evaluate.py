@@ -60,11 +60,11 @@ def evaluate(
         raise InputError(f"--out: {out}: expected a file's name in a directory that is there")
     directories = [run] if other is None else [run, other]
     evaluation = evaluate_runs(directories, data_directory=data, tokens=tokens, device=device)
-    for line in as_lines(evaluation, documents):
-        typer.echo(line)
     if out is not None:
         try:
             write_whole(out, json.dumps(as_json(evaluation), indent=1) + "\n")
         except OSError as error:
             raise RunError(f"{out}: cannot be written: {error.strerror}; name another file with --out") from error
         say(f"All documents: {out}")
+    for line in as_lines(evaluation, documents):
+        typer.echo(line)

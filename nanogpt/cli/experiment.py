@@ -197,7 +197,6 @@ def ends(
     on: OnOption = None,
     overrides: SetOption = None,
     steps: StepsOption = None,
-    on: OnOption = None,
     data: DataOption = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the run's directory is made.")] = Path(
         "runs"

@@ -40,11 +40,12 @@ def plan(
     """Check the job against RECIPE and print its srun command, each word ended by a NUL; nothing if it is done."""
     from nanogpt.cluster.job_step import RunArguments, plan_step
     from nanogpt.errors import InputError
+    from nanogpt.terminal import verbatim
 
     if runs is not None:
         raise InputError("--runs: makes an array of jobs; start slurm/run.sh --runs N RECIPE without sbatch before it")
     words = plan_step(RunArguments(recipe, overrides or (), steps, data, out, resume, on), os.environ)
-    sys.stdout.write("".join(f"{word}\0" for word in words))
+    verbatim(sys.stdout).write("".join(f"{word}\0" for word in words))
 
 
 @job.command()
@@ -60,14 +61,15 @@ def stage(
     """Copy image and shards to this node's disk, NANOGPT_STAGE, unless they are there."""
     from nanogpt.cluster.job_step import RunArguments
     from nanogpt.cluster.staging import stage as copy
+    from nanogpt.environment import expanded_path, value_of
 
     arguments = RunArguments(recipe, overrides or (), steps, data, out, resume, on).with_environment(os.environ)
     spec = arguments.spec()
     directory = arguments.data_directory(spec)
     shards = sorted({*directory.glob(spec.data.train_files), *directory.glob(spec.data.val_files)})
     copy(
-        Path(os.environ["NANOGPT_STAGE"]),
-        image=Path(os.environ["NANOGPT_SIF"]),
+        expanded_path(value_of("NANOGPT_STAGE"), "NANOGPT_STAGE"),
+        image=Path(value_of("NANOGPT_SIF")),
         shards=shards,
         manifests=sorted(directory.glob("*.json")),
     )
@@ -91,16 +93,17 @@ def node(
     from nanogpt.cluster.preflight import preflight, raise_for_failures
     from nanogpt.cluster.staging import check_staged, stage_directory
     from nanogpt.console import say
+    from nanogpt.environment import number_of
 
     arguments = RunArguments(recipe, overrides or (), steps, data, out, resume, on)
     spec, words = arguments.spec(), arguments.words()
     on_cpu = spec.hardware.gpu == "cpu"
     if nodes == 1:
         os.environ.setdefault("NCCL_IB_DISABLE", "1")  # nothing to find, and seconds to look for it
-    cpus = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE")
+    cpus = number_of("SLURM_CPUS_PER_TASK", 0) or number_of("SLURM_CPUS_ON_NODE", 0)
     if on_cpu and cpus:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, int(cpus) // ranks)))
-    index = int(os.environ.get("SLURM_NODEID", "0"))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpus // ranks)))
+    index = number_of("SLURM_NODEID", 0, most=nodes - 1)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # one that comes early waits for the launcher
     stage, shards = os.environ.get("NANOGPT_STAGE"), arguments.data_directory(spec)
     if stage and shards.is_relative_to(stage_directory(Path(stage))):

@@ -10,17 +10,15 @@ from __future__ import annotations
 import importlib
 import itertools
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import typer
 import typer.core
-import typer.main
 
-from nanogpt.errors import NanogptError
-from nanogpt.launch.launcher import leave_message
+from nanogpt.cli.entry import click_command, run_command
+from nanogpt.console import say
 
 
 class Command(NamedTuple):
@@ -78,11 +76,7 @@ class _Commands(typer.core.TyperGroup):
         for command in COMMANDS:
             if command.name == cmd_name:
                 loaded = command.load()
-                if isinstance(loaded, typer.Typer):  # a command with commands of its own
-                    return typer.main.get_command(loaded)
-                single = typer.Typer(add_completion=False, rich_markup_mode=None)
-                single.command(cmd_name, cls=getattr(loaded, "command_class", None))(loaded)
-                return typer.main.get_command(single)
+                return click_command(loaded, cmd_name)
         return None
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -129,21 +123,17 @@ def _say_which_code() -> None:
     """In an image, where NANOGPT_SRC names a checkout: that its code runs, and not the image's."""
     source = os.environ.get("NANOGPT_SRC")
     if source and os.environ.get("LOCAL_RANK", "0") == "0" and Path(__file__).is_relative_to(Path(source).absolute()):
-        print(f"nanogpt: the code of {source} runs (NANOGPT_SRC)", file=sys.stderr, flush=True)
+        say(f"nanogpt: the code of {source} runs (NANOGPT_SRC)")
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line `argv` (None: that of the process) and exit; a user's error is a message, no traceback."""
-    _say_which_code()
-    try:
+
+    def work() -> None:
+        _say_which_code()
         app()(args=None if argv is None else list(argv), prog_name="nanogpt")
-    except NanogptError as error:
-        if not leave_message(error):
-            print(error, file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(0)
+
+    run_command("", work)
 
 
 if __name__ == "__main__":

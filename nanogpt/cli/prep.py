@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
-from nanogpt.console import say
-from nanogpt.errors import NanogptError
+from nanogpt.cli.entry import click_command, run_command
 
 
 def prep_fineweb(
@@ -49,10 +47,6 @@ def prep_fineweb(
     print(fineweb.table(outcomes), flush=True)
 
 
-def fineweb_main() -> None:
+def fineweb_main() -> NoReturn:
     """The console script `prep-fineweb`."""
-    try:
-        typer.run(prep_fineweb)
-    except NanogptError as error:
-        say(f"prep-fineweb: {error}")
-        sys.exit(error.exit_code)
+    run_command("prep-fineweb", lambda: click_command(prep_fineweb, "prep-fineweb")(prog_name="prep-fineweb"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from nanogpt.console import say
+from nanogpt.cli.entry import click_command, run_command
 from nanogpt.errors import NanogptError
 
 
@@ -129,10 +128,6 @@ def _cleaning_up() -> Iterator[None]:
         restore()
 
 
-def text_main() -> None:
+def text_main() -> NoReturn:
     """The console script `prep-text`."""
-    try:
-        typer.run(prep_text)
-    except NanogptError as error:
-        say(f"prep-text: {error}")
-        sys.exit(error.exit_code)
+    run_command("prep-text", lambda: click_command(prep_text, "prep-text")(prog_name="prep-text"))

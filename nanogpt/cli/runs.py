@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -32,9 +31,11 @@ def runs(
     import json
 
     from nanogpt.console import say
+    from nanogpt.environment import path_of
     from nanogpt.runs.listing import filter_runs, list_runs, runs_table, sort_runs
+    from nanogpt.runs.table import print_rows
 
-    directory = directory or Path(os.environ.get("NANOGPT_RUNS") or "runs")
+    directory = directory or path_of("NANOGPT_RUNS") or Path("runs")
     rows = sort_runs(filter_runs(list_runs(directory), filters or ()), sort)
     if as_json:
         typer.echo(json.dumps([row.as_json() for row in rows], indent=1))
@@ -42,11 +43,8 @@ def runs(
     if not rows:
         say(f"{directory}: no runs" + (" that fit the filters" if filters else ""))
         return
-    from rich.console import Console
-
     table = runs_table(rows)
-    # A row stays one line where nobody looks, as in a job's output; a narrow terminal wraps it.
-    Console(width=max(Console().width, Console(width=1000).measure(table).maximum)).print(table)
+    print_rows(table)
     for row in rows:
         for text in (row.reason, row.problem):
             if text:

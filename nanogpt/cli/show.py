@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
@@ -22,11 +23,14 @@ def show(
     """
     from nanogpt.recipe import dump_spec, resolve_recipe
     from nanogpt.spec import HardwareSpec
+    from nanogpt.terminal import speaks_unicode
 
     spec, left_open = resolve_recipe(recipe, overrides or (), steps, on=on)
     hidden = {"hardware": left_open if left_open < set(HardwareSpec.model_fields) else True} if left_open else None
-    text = spec.model_dump_json(indent=2, exclude=hidden) + "\n" if as_json else dump_spec(spec, exclude=hidden)
-    typer.echo(text, nl=False)
+    if as_json:
+        typer.echo(json.dumps(spec.model_dump(mode="json", exclude=hidden), indent=2))
+    else:
+        typer.echo(dump_spec(spec, hidden, ascii_only=not speaks_unicode()), nl=False)
 
 
 def recipes() -> None:

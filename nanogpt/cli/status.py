@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from nanogpt.environment import path_of
 
 RunsOption = Annotated[
     Path | None,
@@ -23,7 +24,7 @@ RunsOption = Annotated[
 
 def runs_directories(directory: Path | None) -> list[Path]:
     """Where runs are looked for."""
-    return [directory or Path(os.environ.get("NANOGPT_RUNS") or "runs")]
+    return [directory or path_of("NANOGPT_RUNS") or Path("runs")]
 
 
 def status(
@@ -34,10 +35,9 @@ def status(
 
     From squeue and sacct; where sacct is not configured, jobs that have ended are known by their runs.
     """
-    from rich.console import Console
-
     from nanogpt.cluster.jobs import jobs_table, my_jobs
     from nanogpt.console import say
+    from nanogpt.runs.table import print_rows
 
     found = my_jobs(runs_directories(directory))
     if as_json:
@@ -53,6 +53,6 @@ def status(
         say("no jobs")
         return
     table = jobs_table(found.jobs)
-    Console(width=max(Console().width, Console(width=1000).measure(table).maximum)).print(table)
+    print_rows(table)
     if not found.history:
         say("sacct is not configured here: jobs that have ended are listed by their runs")

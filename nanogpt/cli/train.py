@@ -63,7 +63,7 @@ def train(
     from nanogpt.launch.world import started_as
     from nanogpt.recipe import load_recipe
     from nanogpt.runs.claim import RunClaim
-    from nanogpt.runs.directory import RunDirectory
+    from nanogpt.runs.directory import RunDirectory, output_directory
     from nanogpt.spec import RunSpec
     from nanogpt.training.agreement import Start, agree, describe_start
     from nanogpt.training.checkpoint import list_checkpoints
@@ -116,16 +116,15 @@ def train(
         agree(prepare_or_stop, watch)
         assert spec is not None and data is not None
         if run is None and is_main:
-            run = create_run(out or Path(spec.output.directory or os.environ.get("NANOGPT_RUNS") or "runs"), spec)
+            run = create_run(out or output_directory(spec), spec)
         if run is not None and is_main:
             say(f"Run directory: {run.path}")
         train_run(spec, run=run, data_directory=data, resume=resume is not None, watch=watch)
 
         if run is not None and is_main:
-            from rich.console import Console
-
             from nanogpt.runs.metrics import read_run
             from nanogpt.runs.table import run_summary, run_table
+            from nanogpt.terminal import rich_console
 
-            Console().print(run_table(run_summary(read_run(run.path))))
+            rich_console().print(run_table(run_summary(read_run(run.path))))
             typer.echo(f"Run directory: {run.path}")

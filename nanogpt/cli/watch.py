@@ -28,16 +28,16 @@ def watch(
 
     The queue is asked every five looks only. Without a terminal, a line whenever something has changed.
     """
-    from rich.console import Console
     from rich.live import Live
 
     from nanogpt.cluster.jobs import find_job, log_path, refresh
     from nanogpt.errors import InputError
+    from nanogpt.terminal import rich_console
 
     places = runs_directories(directory)
     job = find_job(job_id, places)
     log = log_path(job_id)
-    console = Console()
+    console = rich_console()
     looks, last = 0, ""
     with Live(console=console, auto_refresh=False, transient=False) if console.is_terminal else _Lines() as live:
         while True:
@@ -95,12 +95,17 @@ def view(job: Job, log: Path | None) -> Group:
     from rich.text import Text
 
     from nanogpt.cluster.jobs import jobs_table
+    from nanogpt.terminal import printable
 
     parts: list[Any] = [jobs_table([job])]
     if job.run is not None and job.run.total_steps:
         parts.append(ProgressBar(total=job.run.total_steps, completed=job.run.steps))
     if log is not None:
-        parts += [Text(""), Text(str(log), style="dim"), *(Text(line, no_wrap=True) for line in last_lines(log))]
+        parts += [
+            Text(""),
+            Text(str(log), style="dim"),
+            *(Text(printable(line), no_wrap=True) for line in last_lines(log)),
+        ]
     return Group(*parts)
 
 

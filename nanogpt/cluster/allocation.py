@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from nanogpt.cluster.job_runs import job_name_for_slurm
 from nanogpt.cluster.outside import ask_or_fail
 from nanogpt.cluster.request import JobRequest
+from nanogpt.environment import value_of
 from nanogpt.gpus import GPU_TYPES
 
 _NODE_LINE = re.compile(r"^ *Nodes=(\S+) .*?\bGRES=(\S*)", re.MULTILINE)
@@ -67,7 +68,7 @@ def read_allocation(environ: Mapping[str, str]) -> Allocation:
         RunError: Slurm does not answer.
     """
     job = job_name_for_slurm(environ)
-    nodes = host_names(environ["SLURM_JOB_NODELIST"])
+    nodes = host_names(value_of("SLURM_JOB_NODELIST", environ))
     return Allocation(job, nodes, parse_gpus(ask_or_fail("scontrol", "show", "job", "--details", job)))
 
 

@@ -70,7 +70,7 @@ def parse_processes(text: str) -> list[GpuProcess]:
     return [
         GpuProcess(uuid, int(pid), name, _number(used))
         for uuid, pid, name, used in _rows(text, len(APP_FIELDS))
-        if pid.isdigit()
+        if pid.isdecimal()
     ]
 
 
@@ -90,7 +90,7 @@ def _rows(text: str, columns: int) -> list[Sequence[str]]:
 
 
 def _number(text: str) -> int | None:
-    return int(text) if text.isdigit() else None
+    return int(text) if text.isdecimal() else None
 
 
 def _nvidia_smi(query: str) -> str:

@@ -5,11 +5,13 @@ A requeued job keeps its id, so its runs are those whose record names that id an
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from nanogpt.environment import value_of
 from nanogpt.errors import InputError
 from nanogpt.runs.directory import CHECKPOINTS_NAME, is_run
 from nanogpt.runs.record import Record, read_record
@@ -56,9 +58,9 @@ class Continuation:
 def continuation(parent: Path, environ: Mapping[str, str]) -> Continuation:
     """What the job that `environ` tells of is to do. Only a job that was requeued has anything to go on with."""
     restarts = environ.get("SLURM_RESTART_COUNT", "0")
-    if not restarts.isdigit() or int(restarts) == 0:
+    if not re.fullmatch("0*[1-9][0-9]*", restarts):
         return Continuation("start")
-    runs = runs_of_job(parent, environ["SLURM_JOB_ID"], environ.get("SLURM_CLUSTER_NAME"))
+    runs = runs_of_job(parent, value_of("SLURM_JOB_ID", environ), environ.get("SLURM_CLUSTER_NAME"))
     for run in reversed(runs):
         if run.record.state == "finished":
             return Continuation("nothing", run, f"job was requeued after its run {run.path} had finished")
@@ -74,7 +76,7 @@ def requeue_refusal(parent: Path, environ: Mapping[str, str]) -> str | None:
 
     A run that got no further since its last start would not the next time: the time limit is too short for a start.
     """
-    runs = runs_of_job(parent, environ["SLURM_JOB_ID"], environ.get("SLURM_CLUSTER_NAME"))
+    runs = runs_of_job(parent, value_of("SLURM_JOB_ID", environ), environ.get("SLURM_CLUSTER_NAME"))
     if not runs:
         return f"no run of this job in {parent}"
     run = runs[-1]
@@ -92,4 +94,4 @@ def requeue_refusal(parent: Path, environ: Mapping[str, str]) -> str | None:
 def job_name_for_slurm(environ: Mapping[str, str]) -> str:
     """`120_3` for a task of an array, whose own id would also mean the whole array, else `123`."""
     array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
-    return f"{array}_{task}" if array and task else environ["SLURM_JOB_ID"]
+    return f"{array}_{task}" if array and task else value_of("SLURM_JOB_ID", environ)

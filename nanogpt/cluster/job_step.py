@@ -5,7 +5,6 @@ Everything that can be refused without a GPU is refused here, on the first node,
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,10 +17,11 @@ from nanogpt.cluster.request import environment_overrides, job_request, sbatch_c
 from nanogpt.cluster.staging import staged_data, staged_image
 from nanogpt.console import say
 from nanogpt.data import fineweb
+from nanogpt.environment import number_of, value_of
 from nanogpt.errors import InputError
 from nanogpt.hardware import Fill, shape
 from nanogpt.recipe import load_recipe, resolve_recipe
-from nanogpt.runs.directory import RunDirectory
+from nanogpt.runs.directory import RunDirectory, output_directory
 from nanogpt.spec import RunSpec
 from nanogpt.training.resume import resumed_spec
 
@@ -73,7 +73,7 @@ class RunArguments:
         """Where run directories are made."""
         if self.resume is not None:
             return self.resume.parent
-        return self.out or Path(spec.output.directory or os.environ.get("NANOGPT_RUNS") or "runs")
+        return self.out or output_directory(spec)
 
     def words(self) -> list[str]:
         """As on a command line."""
@@ -101,7 +101,7 @@ def plan_step(arguments: RunArguments, environ: Mapping[str, str]) -> list[str]:
     allocation = read_allocation(environ)
     misfits = allocation.misfits(request)
     if misfits:
-        command = sbatch_command(request, f"{environ[SCRIPTS]}/run.sh", arguments.words(), environ={})
+        command = sbatch_command(request, f"{value_of(SCRIPTS, environ)}/run.sh", arguments.words(), environ={})
         raise InputError(
             "\n".join(
                 [
@@ -110,7 +110,7 @@ def plan_step(arguments: RunArguments, environ: Mapping[str, str]) -> list[str]:
                     f"  allocated: {allocation.described()}",
                     "Submit it so (with your partition and account), or let the script work it out, without sbatch:",
                     f"  {shown(command)}",
-                    f"  {shown([f'{environ[SCRIPTS]}/run.sh', *arguments.words()])}",
+                    f"  {shown([f'{value_of(SCRIPTS, environ)}/run.sh', *arguments.words()])}",
                 ]
             )
         )
@@ -130,7 +130,7 @@ def plan_step(arguments: RunArguments, environ: Mapping[str, str]) -> list[str]:
     else:
         overrides = list(arguments.overrides)
         if task is not None:
-            overrides.append(f"training.seed={spec.training.seed + int(task)}")
+            overrides.append(f"training.seed={spec.training.seed + number_of('SLURM_ARRAY_TASK_ID', environ=environ)}")
         train = [*replace(arguments, overrides=overrides, data=None, out=None).words(), "--out", str(out)]
 
     stage = environ.get("NANOGPT_STAGE")
@@ -139,12 +139,12 @@ def plan_step(arguments: RunArguments, environ: Mapping[str, str]) -> list[str]:
         data = staged_data(Path(stage), data)
         local = [
             "env",
-            f"NANOGPT_SIF={staged_image(Path(stage), Path(environ['NANOGPT_SIF']))}",
+            f"NANOGPT_SIF={staged_image(Path(stage), Path(value_of('NANOGPT_SIF', environ)))}",
             f"NANOGPT_STAGED_BELOW={Path(stage)}",  # in_image.sh looks whose it is
         ]
     meeting = []
     if request.nodes > 1:
-        meeting = [f"--endpoint={rendezvous(allocation.nodes, int(environ['SLURM_JOB_ID'])).endpoint}"]
+        meeting = [f"--endpoint={rendezvous(allocation.nodes, number_of('SLURM_JOB_ID', environ=environ)).endpoint}"]
     cpus = environ.get("SLURM_CPUS_PER_TASK") or environ.get("SLURM_CPUS_ON_NODE")
     return [
         "srun",
@@ -155,7 +155,7 @@ def plan_step(arguments: RunArguments, environ: Mapping[str, str]) -> list[str]:
         "--kill-on-bad-exit=0",
         f"--wait={WAIT_S}",
         *local,
-        f"{environ[SCRIPTS]}/in_image.sh",
+        f"{value_of(SCRIPTS, environ)}/in_image.sh",
         "nanogpt",
         "job",
         "node",

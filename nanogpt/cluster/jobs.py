@@ -15,6 +15,7 @@ from nanogpt.errors import InputError, RunError
 from nanogpt.runs.display import ms_text
 from nanogpt.runs.listing import RunRow, list_runs, run_row
 from nanogpt.runs.metrics import read_run
+from nanogpt.terminal import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -84,7 +85,7 @@ def parse_squeue(text: str) -> list[Job]:
         if len(parts) == len(SQUEUE_FIELDS):
             job, raw, state, elapsed, left, partition, nodes, reason, node_list, directory, name = parts
             reason = "" if reason in ("None", "(null)") else reason
-            count = int(nodes) if nodes.isdigit() else 0
+            count = int(nodes) if nodes.isdecimal() else 0
             jobs.append(Job(job, raw, state, elapsed, left, partition, count, reason, node_list, Path(directory), name))
     return jobs
 
@@ -98,7 +99,7 @@ def parse_sacct(text: str) -> list[Job]:
             job, raw, state, elapsed, partition, nodes, node_list, code, name = parts
             word = state.split()[0] if state else ""  # "CANCELLED by 1000"
             reason = "" if code in ("0:0", "") else f"exit code {code.partition(':')[0]}"
-            count = int(nodes) if nodes.isdigit() else 0
+            count = int(nodes) if nodes.isdecimal() else 0
             jobs.append(Job(job, raw, word, elapsed, "", partition, count, reason, node_list, None, name))
     return jobs
 
@@ -210,8 +211,8 @@ def jobs_table(jobs: Sequence[Job]) -> Table:
             "" if run is None or run.ms_per_step is None else ms_text(run.ms_per_step),
             "" if left is None else duration(left),
             job.left if job.live else "",
-            Text(job.node_list or job.partition),
-            Text(run.name if run else job.name),
+            Text(printable(job.node_list or job.partition)),
+            Text(printable(run.name if run else job.name)),
         )
     return table
 

@@ -43,7 +43,13 @@ def ask(*command: str, timeout_s: float = 60.0) -> Answer:
         return Answer(NOT_FOUND, "", f"{command[0]}: not found on this machine")
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=timeout_s, check=False
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+            timeout=timeout_s,
+            check=False,
         )
     except subprocess.TimeoutExpired as error:
         raise RunError(
@@ -67,9 +73,9 @@ def ask_or_fail(*command: str) -> str:
 
 def _through(relay: Path, command: tuple[str, ...]) -> Answer:
     with os.fdopen(_writer(relay / "ask"), "wb") as file:
-        file.write(b"".join(argument.encode() + b"\0" for argument in command))
+        file.write(b"".join(os.fsencode(argument) + b"\0" for argument in command))
     code = (relay / "answer").read_text(encoding="utf-8").strip()  # waits for the command to end
-    if not code.isdigit():
+    if not code.isdecimal():
         raise RunError(f"{relay}: the relay of slurm/nanogpt.sh ended while {command[0]} ran; start it again")
     out, err = ((relay / name).read_text(encoding="utf-8", errors="replace") for name in ("out", "err"))
     return Answer(int(code), out, err)

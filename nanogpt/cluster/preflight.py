@@ -23,7 +23,9 @@ from nanogpt.cluster import bandwidth
 from nanogpt.cluster.allocation import known_type, same_type
 from nanogpt.cluster.gpus import Gpu, GpuProcess, gpu_processes, oldest_driver, version_numbers, visible_gpus
 from nanogpt.console import human_bytes, say
-from nanogpt.data.manifest import file_sha256, verify_directory
+from nanogpt.data.manifest import ShardCheck, file_sha256, verify_directory
+from nanogpt.data.shards import ShardError, check_shard_tokens
+from nanogpt.data.tokenizer import VOCAB_SIZE
 from nanogpt.errors import InputError, RunError
 from nanogpt.gpus import GPU_TYPES
 from nanogpt.hardware import largest_count, shape
@@ -242,10 +244,31 @@ def _shards(spec: RunSpec, data: Path) -> Iterable[Check]:
         elif found < tokens:
             text = f"{data}: {found:,} tokens, the run needs {tokens:,}"
             yield Check(f"{kind} shards", "failed", text, "Get more: prep-fineweb --chunks N, prep-text")
+        elif unread := _unreadable(spec, data, checks, spec.training.total_tokens if kind == "training" else tokens):
+            yield Check(f"{kind} shards", "failed", unread, again)
         else:
             verified = sum(one.state == "valid" for one in checks)
             text = f"{len(checks)} with {found:,} tokens, {verified} of them verified by sha256"
             yield Check(f"{kind} shards", "passed", text)
+
+
+def _unreadable(spec: RunSpec, data: Path, checks: Sequence[ShardCheck], needed: int) -> str:
+    """What the model cannot read of the shards with the `needed` first tokens; more are checked when a run reads them.
+
+    Those that the hub's sha256 vouches for have GPT-2's tokens.
+    """
+    known = spec.model.vocab_size >= VOCAB_SIZE and spec.data.bos == VOCAB_SIZE - 1
+    problems = []
+    for one in checks:
+        if needed <= 0:
+            break
+        needed -= one.tokens or 0
+        if not (known and one.state == "valid"):
+            try:
+                check_shard_tokens(data / one.name, spec.model.vocab_size, spec.data.bos)
+            except ShardError as error:
+                problems.append(str(error))
+    return "; ".join(problems)
 
 
 _NUMBERED = re.compile(r"^(.*_)(\d{6})(\.bin)$")

@@ -7,6 +7,7 @@ two together. Partition, account and the like are the site's: SBATCH_* variables
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -128,7 +129,7 @@ def environment_overrides(environ: Mapping[str, str]) -> list[str]:
             raise InputError(f"GPU_TYPE: found {gpu!r}, expected one of {', '.join(GPU_NAMES)}; or unset GPU_TYPE")
         overrides.append(f"hardware.gpu={gpu.lower()}")
     if count:
-        if not count.isdigit():
+        if not re.fullmatch("[0-9]{1,6}", count):
             raise InputError(f"NUM_GPUS: found {count!r}, expected the GPUs of a node, such as 8; or unset NUM_GPUS")
         overrides.append(f"hardware.gpus_per_node={int(count)}")
     return overrides

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from nanogpt.background import GivenUp, Worker, wait_for
 from nanogpt.data.documents_index import ShardDocuments, StepPlan
-from nanogpt.data.shards import HEADER_BYTES, ShardError, Tokens, read_count
+from nanogpt.data.shards import HEADER_BYTES, ShardError, Tokens, check_tokens, read_count
 from nanogpt.errors import InputError, RunError
 from nanogpt.files import open_regular
 
@@ -68,6 +68,7 @@ class TrainBatches:
         rank: This process's rank.
         world_size: Number of ranks; divides `slots`.
         bos: The token that starts every document.
+        vocab_size: Tokens from this one on are refused, when they are read.
         device: Where micro-batches go. On CUDA they are copied from pinned memory on a stream of their own, which
             the current stream waits for; the host never waits.
         prefetch: Build the next step and read the next shard in background threads. The batches are the same
@@ -96,6 +97,7 @@ class TrainBatches:
         rank: int = 0,
         world_size: int = 1,
         bos: int,
+        vocab_size: int = 1 << 16,
         device: torch.device | str = "cpu",
         prefetch: bool = True,
         epochs: int | None = 1,
@@ -113,6 +115,7 @@ class TrainBatches:
         self._own_slots = range(rank, slots, world_size)
         self._slots = slots
         self._bos = bos
+        self._vocab_size = vocab_size
         self._epochs = epochs
         self._run_tokens = run_tokens
         if run_tokens is not None and epochs is not None and run_tokens > epochs * sum(self._counts):
@@ -146,7 +149,7 @@ class TrainBatches:
         Raises:
             InputError: the data are used up, or a slot has more documents than `cu_seqlens` has room for, or the
                 arguments do not fit the slots.
-            ShardError: a shard cannot be read.
+            ShardError: a shard cannot be read, or has a token outside of the vocabulary.
             RunError: the run is to stop, and the step has not come for `nanogpt.background.GRACE_S` since.
         """
         began = time.perf_counter()
@@ -189,7 +192,7 @@ class TrainBatches:
         try:
             position = _Position(**{key: int(state[key]) for key in _Position._fields})
             name = state["file"]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"saved data position: {state!r} is not one of TrainBatches.state_dict") from error
         if min(position) < 0 or position.shard >= len(self._files) or self._files[position.shard].name != name:
             raise InputError(
@@ -345,7 +348,7 @@ class TrainBatches:
 
     def _shard(self, index: int) -> ShardDocuments:
         if index not in self._shards:
-            self._shards[index] = ShardDocuments(self._files[index], self._counts[index], self._bos)
+            self._shards[index] = ShardDocuments(self._files[index], self._counts[index], self._bos, self._vocab_size)
         return self._shards[index]
 
     def _read_ahead(self, position: _Position) -> None:
@@ -399,11 +402,12 @@ class ValBatches:
         rank: This process's rank.
         world_size: Number of ranks; divides `slots`.
         bos: The token that starts every document.
+        vocab_size: Tokens from this one on are refused.
         device: Where micro-batches go.
         extras: As for `TrainBatches`.
 
     Raises:
-        ShardError: a file is missing or not a shard.
+        ShardError: a file is missing or not a shard, or has a token outside of the vocabulary.
         InputError: no files, too few tokens, sizes that do not divide, or more documents in a piece than
             `cu_seqlens` has room for.
     """
@@ -418,6 +422,7 @@ class ValBatches:
         rank: int = 0,
         world_size: int = 1,
         bos: int,
+        vocab_size: int = 1 << 16,
         device: torch.device | str = "cpu",
         extras: Extras = no_extras,
     ):
@@ -429,7 +434,7 @@ class ValBatches:
                 f"{micro_batch_tokens:,} tokens ({slots * micro_batch_tokens:,})"
             )
         paths = _sorted_shards(files, "validation")
-        stream = read_stream(paths, tokens + 1)
+        stream = read_stream(paths, tokens + 1, vocab_size)
         self.sha256 = hashlib.sha256(stream.view(np.uint8).data).hexdigest()
         self._tokens = micro_batch_tokens
         self._copier = _Copier(torch.device(device), extras)
@@ -577,11 +582,11 @@ def _sorted_shards(files: Sequence[Path], kind: str) -> list[Path]:
     return sorted(Path(file) for file in files)
 
 
-def read_stream(paths: Sequence[Path], wanted: int) -> Tokens:
+def read_stream(paths: Sequence[Path], wanted: int, vocab_size: int = 1 << 16) -> Tokens:
     """The first `wanted` tokens of the validation shards one after another, (wanted,) uint16.
 
     Raises:
-        ShardError: a file is missing or not a shard.
+        ShardError: a file is missing or not a shard, or has a token from `vocab_size` on.
         InputError: too few tokens.
     """
     counts = [read_count(path) for path in paths]
@@ -599,6 +604,7 @@ def read_stream(paths: Sequence[Path], wanted: int) -> Tokens:
             part = np.fromfile(file, dtype="<u2", count=take)
         if part.size != take:
             raise ShardError(f"{path}: {part.size:,} tokens could be read of {take:,}: the file changed while read")
+        check_tokens(path, part, vocab_size)
         parts.append(part)
         wanted -= take
         if not wanted:

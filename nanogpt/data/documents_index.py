@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from nanogpt.data.shards import HEADER_BYTES, TOKEN_BYTES, ShardError, Tokens
+from nanogpt.data.shards import HEADER_BYTES, TOKEN_BYTES, ShardError, Tokens, check_tokens
 from nanogpt.errors import InputError
 from nanogpt.files import open_regular
 
@@ -86,16 +86,18 @@ def deal(starts: Positions, ends: Positions, *, slots: int, tokens: int, max_doc
 class ShardDocuments:
     """A shard of `count` tokens and the positions of its documents, both known up to where it has been read.
 
-    Nothing is read before `grow`, `read_all` or `plan`. `tokens` is (count,) uint16, valid as far as read.
+    Nothing is read before `grow`, `read_all` or `plan`. `tokens` is (count,) uint16, valid as far as read: each is
+    below `vocab_size`.
     """
 
-    def __init__(self, path: Path, count: int, bos: int):
+    def __init__(self, path: Path, count: int, bos: int, vocab_size: int = 1 << 16):
         self.sha256: str | None = None  # of what was read; see `hash`
         self.path = path
         self.count = count
         self.tokens: Tokens = np.empty(count, dtype="<u2")
         self.read_ahead = False  # set by the owner once somebody reads the rest in the background
         self._bos = bos
+        self._vocab_size = vocab_size
         self._starts: Positions = np.empty(1024, dtype=np.int64)
         self._known = (self._starts, 0)  # replaced as one, so that it can be read without the lock
         self._file: BufferedReader | None = None
@@ -110,7 +112,8 @@ class ShardDocuments:
         """Return when more than `beyond` tokens are read, or all: read a piece, or wait for who is reading it.
 
         Raises:
-            ShardError: the file cannot be read, or ends before the count that its header promised.
+            ShardError: the file cannot be read, ends before the count that its header promised, or has a token outside
+                of the vocabulary.
         """
         with self._changed:
             while self._reading and self._read <= beyond:
@@ -205,6 +208,11 @@ class ShardDocuments:
                 f"{self.path}: ends after {found:,} tokens, its header promised {self.count:,}: the file changed after "
                 "the run began; run prep-fineweb (or prep-text) again"
             )
+        try:
+            check_tokens(self.path, piece, self._vocab_size, first)
+        except ShardError:
+            self._close()  # who asks again reads this piece again
+            raise
         if last == self.count:
             self._close()
         self._publish(np.flatnonzero(piece == self._bos) + first)

@@ -14,7 +14,6 @@ of 100 M tokens (200 MB) each. A run needs 9 training shards at most.
 
 from __future__ import annotations
 
-import os
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -41,6 +40,7 @@ from nanogpt.data.manifest import (
 )
 from nanogpt.data.shards import ShardError, read_count, train_name, val_name
 from nanogpt.data.workers import Done, FatalError, Interrupted, Stop, Stopped, in_parallel
+from nanogpt.environment import path_of
 from nanogpt.errors import InputError, NanogptError, RunError
 
 TRAIN_SHARDS = 103
@@ -73,7 +73,7 @@ class DownloadError(RunError):
 
 def default_directory() -> Path:
     """Where the shards are unless a flag says otherwise: NANOGPT_DATA, else `data/fineweb10B` here."""
-    return Path(os.environ.get("NANOGPT_DATA") or Path("data") / "fineweb10B")
+    return path_of("NANOGPT_DATA") or Path("data") / "fineweb10B"
 
 
 def shard_names(chunks: int) -> list[str]:

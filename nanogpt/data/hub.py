@@ -298,7 +298,7 @@ def _retry_after(error: Exception) -> float | None:
     """Seconds that the answer asks to wait: Retry-After (seconds or a date), or the hub's RateLimit header."""
     headers = getattr(getattr(error, "response", None), "headers", {})
     value = headers.get("Retry-After", "").strip()
-    if value.isdigit():
+    if value.isdecimal():
         return float(value)
     if value:
         with suppress(ValueError):

@@ -21,6 +21,7 @@ HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
 TOKEN_BYTES = 2
 MAXSYMLINKS = 40  # Linux's own bound
+CHECKED_TOKENS = 1 << 18  # at once: what is read stays in the processor's cache until it is looked at
 
 Tokens = npt.NDArray[np.uint16]
 
@@ -84,6 +85,51 @@ def read_count(path: Path) -> int:
     expected = HEADER_BYTES + TOKEN_BYTES * count
     if count < 0 or length != expected:
         raise ShardError(f"{path}: the header promises {count} tokens ({expected} bytes), the file has {length} bytes")
+    return count
+
+
+def check_tokens(path: Path, tokens: Tokens, vocab_size: int, first: int = 0) -> None:
+    """Refuse tokens that a model of `vocab_size` does not know; `tokens` are those of the shard from `first` on.
+
+    Raises:
+        ShardError: naming the first such token and its place.
+    """
+    if tokens.size and tokens.max() >= vocab_size:
+        place = int(np.argmax(tokens >= vocab_size))
+        raise ShardError(
+            f"{path}: token {first + place:,} (from 0) is {tokens[place]}, the vocabulary is 0..{vocab_size - 1}"
+            " (model.vocab_size): the shard is damaged, or another tokenizer's. Get it anew (prep-fineweb --verify,"
+            " prep-text), or leave it out"
+        )
+
+
+def check_shard_tokens(path: Path, vocab_size: int, bos: int) -> int:
+    """Read a whole shard, some MiB at a time, and return its count of tokens.
+
+    Raises:
+        ShardError: as `read_count`, or a token outside of the vocabulary, or no `bos`, which begins each document.
+    """
+    count = read_count(path)
+    buffer = np.empty(CHECKED_TOKENS, dtype="<u2")
+    found = done = 0
+    try:
+        with open_regular(path) as file:
+            file.seek(HEADER_BYTES)
+            while done < count:
+                piece = buffer[: count - done]
+                got = file.readinto(piece.view(np.uint8).data) // TOKEN_BYTES
+                if not got:
+                    raise ShardError(f"{path}: {done:,} tokens could be read of {count:,}: the file changed while read")
+                check_tokens(path, piece[:got], vocab_size, done)
+                found = found or bool((piece[:got] == bos).any())
+                done += got
+    except OSError as error:
+        raise ShardError(f"{path}: cannot be read: {error.strerror}") from error
+    if not found:
+        raise ShardError(
+            f"{path}: has no token {bos}, with which each document begins (data.bos): it is another tokenizer's, or no"
+            " text. Make it with prep-text, or leave it out"
+        )
     return count
 
 

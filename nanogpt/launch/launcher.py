@@ -358,7 +358,7 @@ def _signal(process: subprocess.Popen[bytes], number: int) -> None:
 
 def _is_stopped(process: subprocess.Popen[bytes]) -> bool:
     try:
-        return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+        return Path(f"/proc/{process.pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] == "T"
     except OSError:
         return False
 
@@ -386,7 +386,7 @@ def exit_code(failures: Mapping[int, int], *, stop_asked: bool = False) -> int:
 def leave_message(error: NanogptError) -> bool:
     """Hand the last word of this rank to its launcher, to be printed once for all; False where there is none."""
     directory, rank = os.environ.get(LAUNCH_DIRECTORY), os.environ.get("RANK")
-    if directory is None or rank is None:
+    if directory is None or rank is None or not rank.isdecimal():
         return False
     name = f"message-{int(rank):04d}.json"
     partial = Path(directory) / f".{name}"

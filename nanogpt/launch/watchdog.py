@@ -42,6 +42,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from nanogpt.console import say
+from nanogpt.environment import number_of
 from nanogpt.errors import REQUEUE_EXIT_CODE, InputError, NanogptError, RunError
 from nanogpt.launch.awake import AwakeClock
 from nanogpt.launch.launcher import leave_message
@@ -442,7 +443,7 @@ def connect(timeout_s: float) -> dist.Store:
     env = os.environ
     if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
         raise RuntimeError("MASTER_ADDR and MASTER_PORT are not set: start it by nanogpt launch or torchrun")
-    address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    address, port = env["MASTER_ADDR"], number_of("MASTER_PORT", least=1, most=65535)
     if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and env.get("RANK") == "0":
         with _serving:  # no launcher that does, as where srun starts the ranks: rank 0, at that address alone
             if not _served:
@@ -478,7 +479,7 @@ def _append_to_log(run: Path, text: str) -> None:
 def _is_sibling(pid: int) -> bool:
     """Whether this rank's launcher has started that process too."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) == os.getppid()
+        return int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[1]) == os.getppid()
     except (OSError, IndexError):
         return False
 

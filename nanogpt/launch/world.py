@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from pydantic import TypeAdapter
 
+from nanogpt.environment import number_of
 from nanogpt.errors import InputError, RunError
 from nanogpt.hardware import shape
 from nanogpt.launch.watchdog import connect
@@ -78,9 +79,17 @@ class World:
 
 
 def started_as() -> tuple[int, int, int]:
-    """Rank, world size and local rank of this process, as the launcher told it; 0, 1, 0 without one."""
-    env = os.environ
-    return int(env.get("RANK", "0")), int(env.get("WORLD_SIZE", "1")), int(env.get("LOCAL_RANK", "0"))
+    """Rank, world size and local rank of this process, as the launcher told it; 0, 1, 0 without."""
+    size = number_of("WORLD_SIZE", 1, least=1)
+    rank, local_rank = number_of("RANK", 0), number_of("LOCAL_RANK", 0)
+    if rank >= size or local_rank > rank:
+        raise InputError(
+            f"RANK {rank}, LOCAL_RANK {local_rank}, WORLD_SIZE {size}: expected LOCAL_RANK <= RANK < WORLD_SIZE, as"
+            " torchrun sets them; start it by torchrun or nanogpt launch, or unset them"
+        )
+    if size > 1:
+        number_of("MASTER_PORT", 0, most=65535)
+    return rank, size, local_rank
 
 
 def check_world(spec: RunSpec) -> torch.device:

@@ -6,14 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from nanogpt.spec_fields import NOT_COMPILED, Count, Finite, Index, NonNegative, Positive, Strict
+from nanogpt.spec_fields import NOT_COMPILED, Finite, Index, NonNegative, Positive, Size, Strict
 
 
 class RotarySpec(Strict):
     """Half-truncated rotary embedding and YaRN's rule for longer windows."""
 
     base: Annotated[Positive, NOT_COMPILED] = Field(description="frequencies are (1/base)^(j/(n-1)), j = 0..n-1")
-    frequencies: Count = Field(description="n; 2 n channels of a head are rotated, the rest are left alone")
+    frequencies: Size = Field(description="n; 2 n channels of a head are rotated, the rest are left alone")
     yarn_low: Annotated[Positive, NOT_COMPILED] = Field(
         description="rotations in the old window below which a frequency is interpolated fully"
     )
@@ -34,7 +34,7 @@ class SoftcapSpec(Strict):
 class MuddSpec(Strict):
     """The small nets that make a token's connections and gates: `scale * (W2 gelu(W1 x) + b)`."""
 
-    hidden: Count
+    hidden: Size
     scale: Positive = Field(description="of the connections; the gates' scale starts here and is learned")
 
 

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from nanogpt.models.stage_loss import StageLoss
 from nanogpt.parameters import Parameter
-from nanogpt.spec_fields import NOT_COMPILED, Count, Problem, Strict
+from nanogpt.spec_fields import NOT_COMPILED, Few, Problem, Size, Strict, Vocabulary
 
 Tokens = npt.NDArray[np.uint16]
 
@@ -32,11 +32,13 @@ class BaseModelSpec(Strict):
     capturable: ClassVar[bool] = False  # its compiled micro-steps can be captured as CUDA graphs
 
     kind: str
-    vocab_size: Annotated[Count, NOT_COMPILED]  # sampling alone reads it
-    padded_vocab_size: Count = Field(description="rows of the embeddings and columns of the head; all enter the loss")
-    layers: Count
-    width: Count
-    heads: Count
+    vocab_size: Annotated[Vocabulary, NOT_COMPILED]  # sampling alone reads it
+    padded_vocab_size: Vocabulary = Field(
+        description="rows of the embeddings and columns of the head; all enter the loss"
+    )
+    layers: Few
+    width: Size
+    heads: Few
 
     def parameters(self) -> tuple[Parameter, ...]:
         """The table of parameters, in the order of reduction."""

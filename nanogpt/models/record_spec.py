@@ -12,7 +12,7 @@ from pydantic import Field
 
 from nanogpt.layers.specs import RotarySpec, SoftcapSpec
 from nanogpt.models.model_spec import BaseModelSpec, RowTableSpec, Tokens
-from nanogpt.spec_fields import NOT_COMPILED, Count, Index, Positive, Problem, Strict
+from nanogpt.spec_fields import NOT_COMPILED, Count, Few, Index, Layers, Padding, Positive, Problem, Size, Strict
 
 BIGRAM_ROWS = "bigram rows"  # the batch's extra
 
@@ -30,19 +30,19 @@ class RecordModelSpec(BaseModelSpec):
     fp8_head: ClassVar[bool] = True
     capturable: ClassVar[bool] = True
 
-    head_dim: Count
-    mlp_expansion: Count
-    mlp_bank_padding: Index = Field(description="unused entries of the MLP bank, so that its matrices shard evenly")
-    attention_free_layers: list[Index]
-    long_window_layers: list[Index]
-    paired_layers: list[Index] = Field(description="layers whose heads are joined in pairs to twice the length")
-    value_embed_layers: list[Index] = Field(description="layers with a value embedding, in the order of its tables")
+    head_dim: Size
+    mlp_expansion: Few
+    mlp_bank_padding: Padding = Field(description="unused entries of the MLP bank, so that its matrices shard evenly")
+    attention_free_layers: Layers
+    long_window_layers: Layers
+    paired_layers: Layers = Field(description="layers whose heads are joined in pairs to twice the length")
+    value_embed_layers: Layers = Field(description="layers with a value embedding, in the order of its tables")
     skip: SkipSpec
     bigram_rows: Annotated[int, Field(ge=2, le=2**31 - 1)]
     bigram_multipliers: Annotated[tuple[Count, Count], Field(strict=False)] = Field(
         description="hash multipliers of the token and of the one before"
     )
-    gate_inputs: Count = Field(description="leading channels that the gates read")
+    gate_inputs: Size = Field(description="leading channels that the gates read")
     attention_scale: Annotated[Positive, NOT_COMPILED] = Field(
         description="softmax scale at the start; YaRN steps change it"
     )

@@ -24,6 +24,7 @@ from nanogpt.runs.record import DataFile, Record
 from nanogpt.runs.reference import load_shipped, under
 from nanogpt.spec import RunSpec
 from nanogpt.spec_differences import spec_differences
+from nanogpt.terminal import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -394,5 +395,5 @@ def check_table(checks: Sequence[Check]) -> RenderableType:
     table.add_column("evidence", overflow="fold")
     styles = {"passed": "green", "failed": "bold red", "unknown": "yellow"}
     for check in checks:
-        table.add_row(check.rule, Text(check.state, style=styles[check.state]), Text(check.evidence))
+        table.add_row(check.rule, Text(check.state, style=styles[check.state]), Text(printable(check.evidence)))
     return table

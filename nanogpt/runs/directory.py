@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from nanogpt.environment import path_of
 from nanogpt.errors import InputError, NanogptError, RunError
 from nanogpt.recipe import dump_spec, load_recipe
 from nanogpt.spec import RunSpec
@@ -154,6 +155,11 @@ class RunDirectory:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def output_directory(spec: RunSpec) -> Path:
+    """Where run directories are made: output.directory, else NANOGPT_RUNS, else `runs` here."""
+    return Path(spec.output.directory) if spec.output.directory else path_of("NANOGPT_RUNS") or Path("runs")
 
 
 def is_run(path: Path) -> bool:

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TextIO
 
+from nanogpt.terminal import rich_console
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -51,7 +53,6 @@ class StepDisplay:
         stream = self._stream or sys.stderr
         if not stream.isatty():
             return
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         self._progress = Progress(
@@ -60,7 +61,7 @@ class StepDisplay:
             BarColumn(bar_width=None),
             TextColumn("{task.fields[losses]}"),
             TextColumn("{task.fields[speed]}"),
-            console=Console(file=stream),
+            console=rich_console(stream),
             auto_refresh=False,
         )
         self._task = self._progress.add_task("step", total=total_steps, completed=first_step, losses="", speed="")

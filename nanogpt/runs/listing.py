@@ -21,6 +21,7 @@ from nanogpt.runs.directory import RECORD_NAME, is_run
 from nanogpt.runs.display import ms_text
 from nanogpt.runs.metrics import UNFINISHED, RunMetrics, iter_metrics, run_metrics
 from nanogpt.runs.record import Record, live_state, read_record
+from nanogpt.terminal import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -290,13 +291,13 @@ def runs_table(rows: Sequence[RunRow]) -> Table:
     for row in rows:
         commit = row.commit or ""
         table.add_row(
-            Text(row.name),
+            Text(printable(row.name)),
             row.state,
             row.progress,
             "" if row.val_loss is None else f"{row.val_loss:.4f}",
             "" if row.train_seconds is None else f"{row.train_seconds:,.1f} s",
             "" if row.ms_per_step is None else ms_text(row.ms_per_step),
-            Text((row.gpus or "").removeprefix("1 x ").replace("NVIDIA ", "")),
+            Text(printable((row.gpus or "").removeprefix("1 x ").replace("NVIDIA ", ""))),
             commit[:7] + ("+" if commit.endswith("+") else ""),
             "" if row.created is None else row.created.astimezone().strftime("%Y-%m-%d %H:%M"),
         )

@@ -9,6 +9,7 @@ import ast
 import functools
 import hashlib
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -163,7 +164,7 @@ def slurm_job(environ: Mapping[str, str]) -> Slurm | None:
         cluster=get("SLURM_CLUSTER_NAME"),
         partition=get("SLURM_JOB_PARTITION"),
         node_list=get("SLURM_JOB_NODELIST"),
-        restart_count=int(restarts) if restarts.isdigit() else 0,
+        restart_count=int(restarts) if re.fullmatch("[0-9]{1,9}", restarts) else 0,
     )
 
 

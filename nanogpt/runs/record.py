@@ -19,7 +19,7 @@ import socket
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from nanogpt.errors import InputError
 from nanogpt.files import read_regular
@@ -38,6 +38,18 @@ class Part(BaseModel):
     """Base of the record's parts: fields that a later version adds are left out, not refused."""
 
     model_config = ConfigDict(extra="ignore", protected_namespaces=(), validate_assignment=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_unicode(cls, value: Any) -> Any:
+        """What the system gave as bytes that are no UTF-8 (paths, variables, names of hosts), with their escapes."""
+        if isinstance(value, str):
+            return value.encode("utf-8", "backslashreplace").decode("utf-8")
+        if isinstance(value, list):
+            return [cls._as_unicode(item) for item in value]
+        if isinstance(value, dict):
+            return {cls._as_unicode(key): cls._as_unicode(item) for key, item in value.items()}
+        return value
 
 
 class Process(Part):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanogpt.runs.display import ms_text
 from nanogpt.runs.metrics import Record, RunMetrics
+from nanogpt.terminal import printable, rich_console
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -98,7 +99,12 @@ def run_table(summary: dict[str, Any]) -> RenderableType:
     from rich.console import Group
     from rich.text import Text
 
-    return Group(Text(_title(summary), style="bold"), Text(_subtitle(summary)), _evaluations(summary), _stages(summary))
+    return Group(
+        Text(printable(_title(summary)), style="bold"),
+        Text(_subtitle(summary)),
+        _evaluations(summary),
+        _stages(summary),
+    )
 
 
 def _title(summary: dict[str, Any]) -> str:
@@ -157,12 +163,17 @@ def plain_table(*columns: str, left: int = 0, wrap: bool = False) -> Table:
 
 def print_table(renderable: RenderableType) -> None:
     """Print to standard output: as wide as the terminal; into a file or pipe as wide as it needs."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
+    console = rich_console(highlight=False)
     if not console.is_terminal:
         console.width = 1000  # tables take no more than they need, and text is not broken
     console.print(renderable)
+
+
+def print_rows(table: RenderableType) -> None:
+    """Print rows that stay one line each where nobody looks, as in a job's output; a narrow terminal folds them."""
+    console = rich_console()
+    console.width = max(console.width, rich_console(width=1000).measure(table).maximum)
+    console.print(table)
 
 
 def seconds_text(ms: float | None) -> str:

@@ -13,11 +13,12 @@ import pickle
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
@@ -134,3 +135,21 @@ def load_newest_checkpoint(
     if files:
         raise InputError(f"{directory}: none of its {len(files)} checkpoints can be read")
     return None
+
+
+@contextlib.contextmanager
+def taken_over(directory: Path) -> Iterator[None]:
+    """Inside, the parts of a checkpoint are given to what was built of the run's spec.
+
+    Raises `InputError` where one does not fit: what was built, or the checkpoint, is another run's.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        if isinstance(error, dist.DistError):  # a rank was lost, or the network
+            raise
+        what = f"misses {error}" if isinstance(error, KeyError) else str(error)
+        raise InputError(
+            f"{directory}: its newest checkpoint does not fit the run's spec.yaml and this version of the package:"
+            f" {what}. If it is another run's, or damaged, remove it: the one before, or the beginning, is taken then"
+        ) from error

@@ -24,6 +24,7 @@ import torch
 from nanogpt.cache.compile_cache import CompileCache, compiled_code_of
 from nanogpt.console import say
 from nanogpt.data.batches import MicroBatch, cu_seqlens_length
+from nanogpt.environment import number_of
 from nanogpt.launch.tied import tied_command
 from nanogpt.launch.world import World, join_world
 from nanogpt.spec import RunSpec
@@ -129,7 +130,7 @@ def compile_in_parallel(
             helpers = [stack.enter_context(Helper(spec, cache.root, index, count)) for index in range(count)]
             share = jobs[count:]
         else:
-            ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+            ranks = number_of("LOCAL_WORLD_SIZE", world.size, least=1)
             share = jobs[world.local_rank :: ranks]
         for job in share:
             call_graph(job, spec, micro_step, evaluation_loss)

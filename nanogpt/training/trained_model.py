@@ -12,7 +12,7 @@ from nanogpt.models.language_model import Implementations, LanguageModel, Window
 from nanogpt.runs.directory import RunDirectory
 from nanogpt.spec import RunSpec
 from nanogpt.training.build import build_model
-from nanogpt.training.checkpoint import load_newest_checkpoint
+from nanogpt.training.checkpoint import load_newest_checkpoint, taken_over
 from nanogpt.training.ownership import owner_check
 from nanogpt.training.schedule import Schedule
 
@@ -42,6 +42,7 @@ def load_trained_model(
     if checkpoint is None:
         raise InputError(f"{run.path}: has no checkpoint; a run with checkpoint.at_end: true in its recipe writes one")
     model = build_model(spec, device=device, implementations=implementations)
-    model.load_state_dict(checkpoint["model"])
     step = int(checkpoint["step"])
-    return TrainedModel(run, spec, step, model, Schedule(spec).windows_after(step))
+    with taken_over(run.checkpoint_directory):
+        model.load_state_dict(checkpoint["model"])
+        return TrainedModel(run, spec, step, model, Schedule(spec).windows_after(step))

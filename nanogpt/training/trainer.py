@@ -27,9 +27,9 @@ from torch import Tensor
 from nanogpt.cache.compile_cache import CompileCache, cache_directory, compile_cache
 from nanogpt.console import say
 from nanogpt.data import fineweb
-from nanogpt.data.batches import TrainBatches, ValBatches
+from nanogpt.data.batches import TrainBatches, ValBatches, read_stream
 from nanogpt.data.prefixes import gpt2_tokens, prefix_table
-from nanogpt.data.shards import missing_target
+from nanogpt.data.shards import check_shard_tokens, missing_target
 from nanogpt.errors import InputError, Interrupted, NanogptError, RunError
 from nanogpt.launch.page_cache import keep_code_in_memory
 from nanogpt.launch.watchdog import Watchdog
@@ -49,6 +49,7 @@ from nanogpt.training.checkpoint import (
     load_newest_checkpoint,
     model_state_of_rank,
     save_checkpoint,
+    taken_over,
 )
 from nanogpt.training.clock import Clock
 from nanogpt.training.compilation import compiled_graphs, recompilation_reasons
@@ -119,7 +120,18 @@ def check_start(spec: RunSpec, data_directory: Path) -> list[Path]:
     check_world(spec)
     check_tracker(spec)
     train_files, val_files = find_shards(spec, data_directory)
+    check_first_tokens(spec, train_files, val_files)
     return [*train_files, *val_files]
+
+
+def check_first_tokens(spec: RunSpec, train_files: Sequence[Path], val_files: Sequence[Path]) -> None:
+    """Refuse shards that the model cannot read: the first to be trained on, and the validation stream.
+
+    The other shards are checked as they are read. Reads what the run reads first, so that it comes from memory then.
+    Raises `ShardError`.
+    """
+    read_stream(val_files, spec.evaluation.tokens + 1, spec.model.vocab_size)
+    check_shard_tokens(train_files[0], spec.model.vocab_size, spec.data.bos)
 
 
 def train_run(
@@ -209,6 +221,7 @@ class Trainer:
             "rank": world.rank,
             "world_size": world.size,
             "bos": spec.data.bos,
+            "vocab_size": spec.model.vocab_size,
             "device": world.device,
             "extras": spec.model.batch_extras,
         }
@@ -576,13 +589,20 @@ class Trainer:
         self._check_same_everywhere("resumes at step", state["step"] if state else 0)
         if state is None:
             return False
+        assert run is not None
+        if not 0 <= state["step"] <= self.schedule.total_steps:
+            raise InputError(
+                f"{run.checkpoint_directory}: its newest checkpoint is that of step {state['step']}, the run has"
+                f" {self.schedule.total_steps}; remove it if it is another run's"
+            )
         self.next_step = state["step"]
         self._windows_of = max(self.next_step - 1, 0)
-        self.model.load_state_dict(model_state_of_rank(state, self.world.rank, self.world.size))
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.train_batches.load_state_dict(state["batches"])
-        self.end_of_run.load_state_dict(state.get("end_of_run", []))
-        self.clock = Clock(self.world, state["elapsed_ms"])
+        with taken_over(run.checkpoint_directory):
+            self.model.load_state_dict(model_state_of_rank(state, self.world.rank, self.world.size))
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.train_batches.load_state_dict(state["batches"])
+            self.end_of_run.load_state_dict(state.get("end_of_run", []))
+            self.clock = Clock(self.world, float(state["elapsed_ms"]))
         return True
 
     def _check_same_everywhere(self, what: str, value: int) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny_runs import assert_same, losses, make_data, newest_state, python, tiny_spec, train, write_recipe
 
+from nanogpt.data.shards import read_tokens, train_name, val_name, write_tokens
 from nanogpt.models.speedrun.model import Speedrun
 from nanogpt.recipe import dump_spec, load_recipe
 from nanogpt.runs.directory import RunDirectory
@@ -283,3 +285,20 @@ def test_a_run_goes_on_on_other_hardware_and_open_recipes_take_its_own(tmp_path:
     (tmp_path / "open.yaml").write_text(dump_spec(tiny_spec(), exclude={"hardware": True}))
     assert resumed_spec(run, str(tmp_path / "open.yaml")) == run.spec()
     assert resumed_spec(run, str(tmp_path / "open.yaml"), on="2xcpu").world_size == 2
+
+
+@pytest.mark.parametrize("where", ["train", "val"])
+def test_tokens_outside_of_the_vocabulary_are_refused_before_a_run_is_made(
+    nanogpt: Any, recipe: Path, data: Path, tmp_path: Path, where: str
+) -> None:
+    """Also those that the padded tables would have rows for."""
+    shards = tmp_path / "shards"
+    shutil.copytree(data, shards)
+    shard = shards / {"train": train_name(1), "val": val_name()}[where]
+    tokens = read_tokens(shard)
+    tokens[100] = 64
+    write_tokens(shard, tokens)
+    outcome = nanogpt("train", recipe, "--data", shards, "--out", "mine", "--set", "model.padded_vocab_size=128")
+    assert outcome.code == 2
+    assert outcome.err.startswith(f"{shard}: token 100 (from 0) is 64, the vocabulary is 0..63 (model.vocab_size)")
+    assert not Path("mine").exists()

@@ -317,6 +317,37 @@ def test_many_threads_on_one_shard_agree() -> None:
         assert np.array_equal(whole[:known], expected)
 
 
+def test_a_token_outside_of_the_vocabulary_is_named_when_its_shard_is_read() -> None:
+    wrong = [*SHARD]
+    wrong[7] = 77
+    for prefetch in (False, True):
+        with on_disk([SHARD, wrong], piece=5) as files, ranks(files, 1, prefetch=prefetch, vocab_size=B + 1) as (one,):
+            with pytest.raises(ShardError) as caught:  # the first shard is handed out whole
+                for _ in range(100):
+                    one.next_step(8 * 16, 12)
+            taken = one.state_dict()["steps"]
+            assert str(caught.value).startswith(f"{files[1]}: token 7 (from 0) is 77, the vocabulary is 0..{B} (model.")
+            with pytest.raises(ShardError, match="token 7 "):  # again, and not what lies after it
+                one.next_step(8 * 16, 12)
+        with on_disk([SHARD], piece=5) as files, ranks(files, 1, vocab_size=B + 1) as (good,):
+            for _ in range(taken):
+                good.next_step(8 * 16, 12)
+
+
+def test_validation_tokens_are_checked_as_far_as_they_are_evaluated() -> None:
+    stream = np.full(2000, 3)
+    stream[::50] = B
+    stream[1000] = B + 1
+    sizes: dict[str, Any] = {"micro_batch_tokens": 64, "bos": B, "vocab_size": B + 1}
+    with on_disk([stream[:900].tolist(), stream[900:].tolist()]) as files:
+        assert len(ValBatches(files, tokens=512, **sizes)) == 8
+        with pytest.raises(ShardError) as caught:
+            ValBatches(files, tokens=1024, **sizes)
+        assert str(caught.value).startswith(
+            f"{files[1]}: token 100 (from 0) is {B + 1}, the vocabulary is 0..{B} (model."
+        )
+
+
 # -- training: what goes wrong ---------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from nanogpt.cluster import preflight as module
 from nanogpt.cluster.gpus import oldest_driver, visible_gpus
 from nanogpt.cluster.preflight import check_files, check_gpus, check_links, checkpoint_bytes, preflight
 from nanogpt.data.manifest import file_sha256
+from nanogpt.data.shards import read_tokens, train_name, val_name, write_tokens
 from nanogpt.errors import RunError
 from nanogpt.image.build_checks import Check
 from nanogpt.recipe import load_recipe
@@ -142,6 +143,21 @@ def test_what_is_wrong_with_shards_is_named(tmp_path: Path) -> None:
     assert "fineweb_train_000002.bin: missing, later ones are there" in failures(data, tmp_path)
     (data / "fineweb_val_000000.bin").unlink()
     assert "no fineweb_val_*.bin there" in failures(data, tmp_path)
+
+
+def test_tokens_that_the_model_does_not_know_and_shards_without_documents(tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data", (1700, 1300))
+    tokens = read_tokens(data / train_name(2))
+    tokens[-1] = 64
+    write_tokens(data / train_name(2), tokens)
+    assert f"{data / train_name(2)}: token 1,299 (from 0) is 64, the vocabulary is 0..63" in failures(data, tmp_path)
+    write_tokens(data / train_name(2), [1] * 1300)
+    assert f"{data / train_name(2)}: has no token 63, with which each document begins" in failures(data, tmp_path)
+    write_tokens(data / val_name(), [1] * 600)
+    assert f"{data / val_name()}: has no token 63" in failures(data, tmp_path)
+    padded = ("model.padded_vocab_size=128", "model.vocab_size=64")
+    write_tokens(data / val_name(), [63, 100] * 300)
+    assert f"{data / val_name()}: token 1 (from 0) is 100, the vocabulary is 0..63" in failures(data, tmp_path, *padded)
 
 
 def test_output_that_cannot_be_written_and_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

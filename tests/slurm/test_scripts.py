@@ -149,6 +149,8 @@ def test_only_what_a_run_needs_of_the_environment_comes_in(run: Run, place: Path
         OMP_NUM_THREADS="4",
         FINEWEB_CHUNKS="2",
         NANOGPT_CACHE="/scratch/a b",
+        SCRATCH=str(place / "scratch of mine"),
+        PROJECT="not-a-directory",
     )
     inside = dict(line.split("=", 1) for line in done.stdout.splitlines())
     for name, value in {
@@ -160,9 +162,10 @@ def test_only_what_a_run_needs_of_the_environment_comes_in(run: Run, place: Path
         "FINEWEB_CHUNKS": "2",
         "NANOGPT_CACHE": "/scratch/a b",
         "NANOGPT_SIF": str(place / "nanogpt.sif"),
+        "SCRATCH": str(place / "scratch of mine"),
     }.items():
         assert inside[name] == value
-    assert not {"PYTHONPATH", "CONDA_PREFIX", "LD_LIBRARY_PATH", "APPTAINER"} & inside.keys()
+    assert not {"PYTHONPATH", "CONDA_PREFIX", "LD_LIBRARY_PATH", "APPTAINER", "PROJECT"} & inside.keys()
 
 
 def test_directories_of_a_run_are_shown_inside(run: Run, place: Path) -> None:

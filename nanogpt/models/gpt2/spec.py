@@ -11,15 +11,15 @@ from pydantic import Field
 from nanogpt.models.model_spec import BaseModelSpec
 from nanogpt.models.stage_loss import StageLoss
 from nanogpt.parameters import Decoupled, Normal, Parameter, Values
-from nanogpt.spec_fields import NOT_COMPILED, Count, Positive, Problem
+from nanogpt.spec_fields import NOT_COMPILED, Few, Positive, Problem, Size
 
 
 class Gpt2ModelSpec(BaseModelSpec):
     """The classic GPT-2 baseline (`nanogpt.models.gpt2.model`)."""
 
     kind: Literal["gpt2"]
-    mlp_expansion: Count
-    context: Count = Field(description="positions that are learned; longer documents are read in pieces of this length")
+    mlp_expansion: Few
+    context: Size = Field(description="positions that are learned; longer documents are read in pieces of this length")
     init_std: Annotated[Positive, NOT_COMPILED]
 
     def parameters(self) -> tuple[Parameter, ...]:

@@ -12,7 +12,7 @@ from pydantic import Field
 from nanogpt.layers.specs import MlpFp8Spec, MuddSpec
 from nanogpt.models.record_spec import RecordModelSpec
 from nanogpt.parameters import Adam, Normal, NorMuon, Parameter, TransposeOf, Uniform, Values
-from nanogpt.spec_fields import NOT_COMPILED, Count, Finite, Index, NonNegative, Problem, Strict
+from nanogpt.spec_fields import NOT_COMPILED, Finite, Index, Layers, NonNegative, Padding, Problem, Size, Strict
 
 Start = Annotated[Finite, NOT_COMPILED]
 
@@ -49,14 +49,14 @@ class Record89ModelSpec(RecordModelSpec):
     fp8_mlp: ClassVar[bool] = True
 
     kind: Literal["record89"]
-    qk_bank_padding: Index = Field(description="unused matrices of the bank of q and k, so that it shards evenly")
-    vo_bank_padding: Index = Field(description="unused matrices of the bank of v and o")
+    qk_bank_padding: Padding = Field(description="unused matrices of the bank of q and k, so that it shards evenly")
+    vo_bank_padding: Padding = Field(description="unused matrices of the bank of v and o")
     saved_layer: Index = Field(description="layer whose output feeds the attention of every later layer")
     value_embed_init_std: Annotated[NonNegative, NOT_COMPILED]
-    bigram_signs: Count = Field(description="sign vectors that tell bigrams of one row apart")
-    xsa_layers: list[Index] = Field(description="layers whose attention output loses the token's own value")
-    output_gate_layers: list[Index] = Field(description="layers whose attention output has a gate for each head")
-    dc_window: Count = Field(description="tokens, itself included, over which the last layer mixes attention heads")
+    bigram_signs: Size = Field(description="sign vectors that tell bigrams of one row apart")
+    xsa_layers: Layers = Field(description="layers whose attention output loses the token's own value")
+    output_gate_layers: Layers = Field(description="layers whose attention output has a gate for each head")
+    dc_window: Size = Field(description="tokens, itself included, over which the last layer mixes attention heads")
     mudd: MuddSpec
     starts: Record89Starts
     mlp_fp8: MlpFp8Spec

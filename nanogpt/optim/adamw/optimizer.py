@@ -65,5 +65,14 @@ class AdamW:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a `state_dict`; tensors are copied, which torch does only where dtype or device differ."""
+        kinds = [{name: type(value) for name, value in group.items()} for group in self.inner.param_groups]
         self.inner.load_state_dict(copy.deepcopy(state))
+        for group, kind in zip(self.inner.param_groups, kinds, strict=True):
+            for name in kind.keys() | group.keys():
+                if type(group.get(name)) is not kind.get(name):
+                    raise TypeError(f"AdamW's {name} is {group.get(name)!r}")
+        for parameter, entry in self.inner.state.items():
+            shapes = {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+            if {name: getattr(value, "shape", None) for name, value in entry.items()} != shapes:
+                raise TypeError(f"AdamW's state of a parameter of shape {tuple(parameter.shape)} is another's")
         self.inner.zero_grad(set_to_none=True)

@@ -305,8 +305,8 @@ class NorMuonAdam:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a `state_dict` of any world size; tensors are copied. Other gradients are cleared."""
-        self.tied = state["tied"]
-        self.adam_counts = dict(state["adam_counts"])
+        self.tied = bool(state["tied"])
+        self.adam_counts = {label: int(state["adam_counts"][label]) for label in self.adam_counts}
         tied = self.tied_label
         if tied is not None and self.tied:
             self.state.pop(tied, None)

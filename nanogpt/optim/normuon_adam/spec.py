@@ -18,6 +18,8 @@ from nanogpt.spec_fields import (
     Betas,
     Count,
     Index,
+    Name,
+    Names,
     NonNegative,
     Polynomial,
     Positive,
@@ -46,8 +48,8 @@ class AdamSpec(Strict):
     every: Annotated[Count, NOT_COMPILED] = Field(
         description="Adam steps on the last of every N steps; gradients are summed over them"
     )
-    groups: dict[str, AdamGroup] = Field(default={})
-    delayed: Annotated[list[str], NOT_COMPILED] = Field(  # when an update is made, not how
+    groups: dict[Name, AdamGroup] = Field(default={}, max_length=1024)
+    delayed: Annotated[Names, NOT_COMPILED] = Field(  # when an update is made, not how
         default=[],
         description="groups that are updated one step later, so that ranks add up their gradients while that one runs",
     )
@@ -66,7 +68,7 @@ class BankGroup(Strict):
     """NorMuon's settings of one bank of matrices."""
 
     lr_muls: Annotated[list[Positive], NOT_COMPILED] = Field(
-        min_length=1, description="multipliers of the bank's matrices, repeated in turn"
+        min_length=1, max_length=1024, description="multipliers of the bank's matrices, repeated in turn"
     )
     communication: Communication
 
@@ -80,9 +82,9 @@ class NorMuonSpec(Strict):
     momentum: MomentumSpec
     norm_margin: Positive = Field(description="the matrix is divided by this much times its Frobenius norm first")
     polar_express: list[Polynomial] = Field(
-        min_length=1, description="(a, b, c) of each iteration X <- aX + (bA + cAA)X, A = XX^T"
+        min_length=1, max_length=100, description="(a, b, c) of each iteration X <- aX + (bA + cAA)X, A = XX^T"
     )
-    groups: dict[str, BankGroup] = Field(default={})
+    groups: dict[Name, BankGroup] = Field(default={}, max_length=1024)
 
 
 class TiedHeadSpec(Strict):
@@ -112,9 +114,9 @@ class NorMuonAdamSpec(BaseOptimizerSpec):
     adam: AdamSpec
     normuon: NorMuonSpec
     tied_head: TiedHeadSpec
-    reduce_order: Annotated[list[str], NOT_COMPILED] = Field(default=[])
+    reduce_order: Annotated[Names, NOT_COMPILED] = Field(default=[])
     # But for neighbours in it that are updated by one function: `updated_together`.
-    update_order: Annotated[list[str], NOT_COMPILED] = Field(default=[])
+    update_order: Annotated[Names, NOT_COMPILED] = Field(default=[])
 
     @classmethod
     def defaults(cls, rows: Sequence[Parameter]) -> dict[str, Any]:

@@ -1,0 +1,140 @@
+"""How every command begins and ends: what it prints on, its exit code, and how errors reach the user."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import re
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import typer
+import typer.main
+
+from nanogpt.console import say
+from nanogpt.environment import expanded_path
+from nanogpt.errors import InputError, NanogptError, RunError
+from nanogpt.terminal import terminal
+
+# What is wrong with a name that somebody gave; anything else is the machine's.
+_WRONG_NAME = {
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EINVAL,
+    errno.EROFS,
+}
+_MACHINE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.EAGAIN,
+    errno.ESTALE,
+}
+
+
+def run_command(name: str, work: Callable[[], object]) -> NoReturn:
+    """Do a command's `work` and exit; a user's error is a message that begins with `name`, if any, and no traceback.
+
+    Exit codes: 0 done, 1 failed, 2 the user's input is wrong, 75 interrupted with a checkpoint, 130 Ctrl-C; that of
+    a SystemExit is kept.
+    """
+    # Pictures go to files: a notebook's choice of a screen to draw on is not for this process, and may not be there.
+    os.environ["MPLBACKEND"] = "agg"
+    for size in ("COLUMNS", "LINES"):  # libraries take any digit for a number
+        if not re.fullmatch("[0-9]{1,4}", os.environ.get(size, "80")):
+            del os.environ[size]
+    with terminal() as streams:
+        code = _exit_code(name, work)
+        if problem := streams.problem():
+            say(f"{name or 'nanogpt'}: {problem}")
+            code = code or 1
+    sys.exit(code)
+
+
+def click_command(loaded: Any, name: str) -> Any:
+    """The command of a function, whose signature and docstring are its options and help, or of a Typer application.
+
+    In the directories and files that its options name, `~` and `$VARIABLE` are expanded where the shell has not done
+    it: `--data=~/shards` would make a directory `~`.
+    """
+    if not isinstance(loaded, typer.Typer):
+        single = typer.Typer(add_completion=False, rich_markup_mode=None)
+        single.command(name, cls=getattr(loaded, "command_class", None))(loaded)
+        loaded = single
+    for command in loaded.registered_commands:
+        if command.callback is not None and not hasattr(command.callback, "__wrapped__"):
+            command.callback = _with_paths_expanded(command.callback)
+    return typer.main.get_command(loaded)
+
+
+def _with_paths_expanded(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(**values: Any) -> Any:
+        return function(**{name: _expanded(value, function, name) for name, value in values.items()})
+
+    return call
+
+
+def _expanded(value: Any, function: Callable[..., Any], name: str) -> Any:
+    if isinstance(value, list):
+        return [_expanded(item, function, name) for item in value]
+    text = str(value)
+    # A name with a $ may well be meant; one that begins with ~ can be written ./~.
+    if not isinstance(value, Path) or not (text.startswith("~") or ("$" in text and not os.path.lexists(text))):
+        return value
+    info = typing.get_args(typing.get_type_hints(function, include_extras=True)[name])[1]
+    flags = [word for word in (info.default, *(info.param_decls or ())) if str(word).startswith("--")]
+    return expanded_path(text, "/".join([*flags, *([info.envvar] if info.envvar else [])]) or info.metavar or name)
+
+
+def _exit_code(name: str, work: Callable[[], object]) -> int:
+    try:
+        work()
+    except NanogptError as error:
+        return _tell(name, error)
+    except (OSError, MemoryError) as error:
+        told = _explained(error)
+        if told is None:
+            raise
+        return _tell(name, told)
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            say(end.code)
+            return 1
+        return end.code or 0
+    return 0
+
+
+def _tell(name: str, error: NanogptError) -> int:
+    from nanogpt.launch.launcher import leave_message
+
+    if not leave_message(error):
+        say(f"{name}: {error}" if name else str(error))
+    return error.exit_code
+
+
+def _explained(error: OSError | MemoryError) -> NanogptError | None:
+    """A user's error of what no command has a better word for; None: it looks like a mistake of ours."""
+    if isinstance(error, MemoryError):
+        return RunError("out of memory: see what else runs here, or ask for more (slurm: --mem)")
+    if error.filename is None and error.errno not in _MACHINE:
+        return None
+    place = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    if error.errno in _WRONG_NAME:
+        return InputError(f"{place}{error.strerror}; name another file or directory, or mend this one")
+    return RunError(f"{place}{error.strerror}; see that disk and memory have room, and that the file system answers")
