@@ -35,9 +35,10 @@ class Normal:
 
 @dataclass(frozen=True)
 class Values:
-    """Starts at given numbers, nested as the parameter's shape wants them; a single one fills it."""
+    """Starts at given numbers, nested as the parameter's shape wants them, over `divisor`; a single one fills it."""
 
     values: Any
+    divisor: float = 1.0
 
 
 @dataclass(frozen=True)

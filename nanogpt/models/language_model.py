@@ -141,7 +141,7 @@ class LanguageModel(nn.Module):
                 elif isinstance(start, Normal):
                     target.copy_(torch.empty(target.shape).normal_(std=start.std, generator=generator))
                 elif isinstance(start, Values):
-                    target.copy_(torch.as_tensor(start.values))
+                    target.copy_(torch.tensor(start.values) / start.divisor)
                 else:
                     target.copy_(parameters[start.name].mT)
         for row in self.rows:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 from pydantic import Field
 
 from nanogpt.models.stage_loss import StageLoss
 from nanogpt.parameters import Parameter
 from nanogpt.spec_fields import NOT_COMPILED, Few, Problem, Size, Strict, Vocabulary
 
-Tokens = npt.NDArray[np.uint16]
+if TYPE_CHECKING:  # a spec is read without NumPy
+    import numpy as np
+    import numpy.typing as npt
+
+    Tokens = npt.NDArray[np.uint16]
 
 
 class RowTableSpec(NamedTuple):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-import numpy as np
-import numpy.typing as npt
 from pydantic import Field
 
 from nanogpt.layers.specs import RotarySpec, SoftcapSpec
-from nanogpt.models.model_spec import BaseModelSpec, RowTableSpec, Tokens
+from nanogpt.models.model_spec import BaseModelSpec, RowTableSpec
 from nanogpt.spec_fields import NOT_COMPILED, Count, Few, Index, Layers, Padding, Positive, Problem, Size, Strict
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from nanogpt.models.model_spec import Tokens
 
 BIGRAM_ROWS = "bigram rows"  # the batch's extra
 
@@ -73,6 +76,8 @@ class RecordModelSpec(BaseModelSpec):
 
         `((m0 * tok[t]) xor (m1 * tok[t-1])) mod (rows - 1)`; the last row is kept for token 0, which has none before.
         """
+        import numpy as np
+
         wide = tokens.astype(np.int64)
         rows = np.full(wide.shape, self.bigram_rows - 1, dtype=np.int64)
         own, before = self.bigram_multipliers

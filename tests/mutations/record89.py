@@ -197,7 +197,7 @@ _add(
     "bias starts",
     TABLE89,
     "not divided by the scale",
-    ("starts / np.float32(self.mudd.scale)", "starts"),
+    ("divisor=self.mudd.scale", "divisor=1.0"),
 )
 
 # --- attention ---

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
-import numpy as np
 from pydantic import Field
 
 from nanogpt.layers.specs import MlpFp8Spec, MuddSpec
@@ -183,11 +182,8 @@ class Record89ModelSpec(RecordModelSpec):
 
     def _biases(self, nets: Sequence[Sequence[Column]], columns: int) -> Values:
         """The nets' biases with which every column starts at its value: (nets, columns), filled up with zeros."""
-        biases = np.zeros((len(nets), columns), dtype=np.float32)
-        for row, net in zip(biases, nets, strict=True):
-            starts = np.array([column.start for column in net for _ in range(column.width)], dtype=np.float32)
-            row[: len(starts)] = starts / np.float32(self.mudd.scale)
-        return Values(biases)
+        starts = [[column.start for column in net for _ in range(column.width)] for net in nets]
+        return Values([row + [0.0] * (columns - len(row)) for row in starts], divisor=self.mudd.scale)
 
     @property
     def further_matrices(self) -> int:
