@@ -101,7 +101,7 @@ def test_recorded_micro_steps_are_those_of_one_gpu(
     runtime = "runtime={dtype: bf16, compile: 'on', attention: varlen}"
     train(tiny_spec(*GPU_SIZES, runtime, machine(1)), data, tmp_path / "one")
     path = on(count, data, tmp_path, *GPU_SIZES, runtime)
-    assert "CUDA graphs: 4 micro-steps recorded" in (path / "log.txt").read_text().splitlines()
+    assert "CUDA graphs: 4 micro-steps captured" in (path / "log.txt").read_text().splitlines()
     for found, expected in zip(losses(path), losses(tmp_path / "one"), strict=True):
         assert found == pytest.approx(expected, abs=0.01)
 
