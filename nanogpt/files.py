@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
 import stat
 from io import BufferedReader
 from pathlib import Path
+from typing import Any
 
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -47,6 +50,21 @@ def read_regular(path: Path | str) -> bytes:
     """The whole file. Raises as `open_regular` does."""
     with open_regular(path) as file:
         return file.read()
+
+
+def read_json(path: Path | str) -> Any:
+    """What a JSON file holds; every number in it is finite. Raises OSError as `open_regular` does, else ValueError."""
+    try:
+        return json.loads(read_regular(path), parse_constant=_finite, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("lists in lists without end") from None
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no number that JSON has")
+    return value
 
 
 def _not_regular(path: Path | str, mode: int) -> NotRegularError:

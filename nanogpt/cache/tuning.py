@@ -22,6 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nanogpt.files import read_json
+
 FOLDER = "tuning"
 COUNTER = ("nanogpt", "kernels_tuned")  # in torch._dynamo.utils.counters
 
@@ -114,7 +116,7 @@ def _matching(variants: Sequence[Any], wanted: dict[str, Any] | None) -> list[An
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import sys
@@ -114,10 +113,10 @@ def prepare_data(directory: Path, val_tokens: int) -> None:
 def data_state(directory: Path, val_tokens: int) -> str:
     """`ready`; `stale` where shards of the embedded corpus are not as they should be; or `other`."""
     from nanogpt.data.tokenizer import RANKS_SHA256
-    from nanogpt.files import read_regular
+    from nanogpt.files import read_json
 
     try:
-        manifest = json.loads(read_regular(directory / "text.json"))
+        manifest = read_json(directory / "text.json")
         if [one["path"] for one in manifest["inputs"]] != ["embedded"]:
             return "other"
         whole = (

@@ -25,7 +25,7 @@ from nanogpt.data import official
 from nanogpt.data.shards import ShardError, missing_target, read_count
 from nanogpt.data.workers import FatalError, Stop
 from nanogpt.errors import RunError
-from nanogpt.files import open_regular, read_regular
+from nanogpt.files import open_regular, read_json
 
 REPOSITORY = "kjj0/fineweb10B-gpt2"
 MANIFEST = "manifest.json"
@@ -67,7 +67,7 @@ class ShardCheck:
 def read_manifest(directory: Path) -> dict[str, Entry]:
     """The manifest's shards by name; empty where there is none or it cannot be understood."""
     try:
-        shards = json.loads(read_regular(directory / MANIFEST))["shards"]
+        shards = read_json(directory / MANIFEST)["shards"]
         return {str(name): _entry(fields) for name, fields in shards.items()}
     except FileNotFoundError:
         return {}

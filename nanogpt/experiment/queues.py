@@ -22,6 +22,7 @@ from pathlib import Path
 
 from nanogpt.errors import InputError
 from nanogpt.experiment.measurements import Measurement, Name
+from nanogpt.files import read_json
 from nanogpt.runs.directory import write_whole
 from nanogpt.runs.metrics import read_run
 
@@ -235,7 +236,7 @@ def finished(place: Place, name: Name, fingerprint: str) -> Outcome | None:
     """
     path = place.outcome(name.file)
     try:
-        stored = Outcome(**json.loads(path.read_text()), earlier=True)
+        stored = Outcome(**read_json(path), earlier=True)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, TypeError) as error:

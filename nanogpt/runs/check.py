@@ -7,7 +7,6 @@ figures to be trusted comes on top: hardware as claimed, no interruption, a know
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from nanogpt.data import official
 from nanogpt.data.manifest import MANIFEST, REPOSITORY, Entry, read_manifest
 from nanogpt.data.shards import HEADER_BYTES, TOKEN_BYTES, train_name
-from nanogpt.files import read_regular
+from nanogpt.files import read_json, read_regular
 from nanogpt.runs.consistency import contradictions
 from nanogpt.runs.loaded import IDENTITY_KEYS, LoadedRun, show
 from nanogpt.runs.record import DataFile, Record
@@ -220,7 +219,7 @@ def _one_shard(file: DataFile, directory: Path, manifest: dict[str, Entry]) -> t
 def _manifest_now(directory: Path) -> dict[str, Entry]:
     """prep-fineweb's manifest where the run's shards were; empty where they are gone, or another data set's."""
     try:
-        repository = json.loads(read_regular(directory / MANIFEST)).get("repository")
+        repository = read_json(directory / MANIFEST).get("repository")
     except (OSError, ValueError, AttributeError):
         return {}
     return read_manifest(directory) if repository == REPOSITORY else {}

@@ -8,7 +8,6 @@ training, the rest in a thread of its own that stands still while the run's cloc
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from nanogpt.data import official
 from nanogpt.data.manifest import known_sha256, read_manifest
 from nanogpt.data.shards import HEADER_BYTES, TOKEN_BYTES
 from nanogpt.data.text_shards import MANIFEST as TEXT_MANIFEST
-from nanogpt.files import open_regular, read_regular
+from nanogpt.files import open_regular, read_json
 from nanogpt.runs.record import DataFile
 
 BLOCK_BYTES = 1 << 20
@@ -81,7 +80,7 @@ def refusal(directory: Path, shards: Sequence[DataFile], stream_sha256: str | No
 def _text_manifest(path: Path) -> tuple[dict[tuple[str, int], str], int]:
     """sha256 by name and size of the shards that prep-text wrote, and when, in ns; empty where there is no file."""
     try:
-        shards = json.loads(read_regular(path))["shards"]
+        shards = read_json(path)["shards"]
         known = {
             (str(one["name"]), HEADER_BYTES + TOKEN_BYTES * int(one["tokens"])): str(one["sha256"]) for one in shards
         }

@@ -11,7 +11,6 @@ chance passes once in two thousand evaluations. An error in model, data or optim
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.data.manifest import MANIFEST, REPOSITORY, known_sha256, read_manifest
-from nanogpt.files import read_regular
+from nanogpt.files import read_json
 from nanogpt.recipe import load_recipe, shipped_recipes
 from nanogpt.spec import ReferenceSpec, RunSpec
 from nanogpt.spec_differences import spec_differences
@@ -106,7 +105,7 @@ def why_not_fineweb(directory: Path, spec: RunSpec) -> str | None:
     """
     path = directory / MANIFEST
     try:
-        repository = json.loads(read_regular(path)).get("repository")
+        repository = read_json(path).get("repository")
     except (OSError, ValueError, AttributeError):
         return f"{path}: no manifest of downloaded shards"
     if repository != REPOSITORY:

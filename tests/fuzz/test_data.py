@@ -79,6 +79,13 @@ def test_manifests(tmp_path: Path, fuzz: int, name: str) -> None:
         changed = json.dumps(mutated_data(known, chance)).encode()
         (data / name).write_bytes(mutated_bytes(changed, chance) if chance.random() < 0.3 else changed)
         use(data)
+    for hostile in (
+        b"[" * 100_000,
+        b'{"shards":' * 5000,
+        b'{"shards": [{"name": "x", "tokens": 1e999, "sha256": "x"}]}',
+    ):
+        (data / name).write_bytes(hostile)
+        use(data)
 
 
 def hub_entry(path: Path) -> dict[str, Any]:
