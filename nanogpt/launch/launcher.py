@@ -469,7 +469,7 @@ class _Signals:
 
     def _ask(self, number: int, frame: FrameType | None = None) -> None:
         if number == signal.SIGINT and self.asked == "SIGINT":
-            self.deadly = self.deadly or signal.SIGKILL
+            self.deadly = self.deadly or signal.SIGINT
         elif self.asked is None:
             self.asked = signal.Signals(number).name
             self._tell()

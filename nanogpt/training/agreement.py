@@ -129,7 +129,7 @@ def compare_starts(starts: Sequence[Start]) -> None:
         if start.refusal is not None:
             refusals.setdefault(start.refusal, []).append(rank)
     if stopped := [start.refusal for start in starts if start.interrupted]:
-        raise Interrupted(stopped[0] or "")
+        raise Interrupted(printable(stopped[0] or ""))
     if refusals:
         everywhere = len(refusals) == 1 and len(next(iter(refusals.values()))) == len(starts)
         lines = [

@@ -59,7 +59,7 @@ def test_a_signal_to_the_launcher(data: Path, recipe: Path, tmp_path: Path, numb
         launched.wait_for_step(5)
         launched.process.send_signal(number)
         assert launched.end() == REQUEUE_EXIT_CODE, launched.output
-        assert launched.output.count(f"{signal.Signals(number).name} to the launcher on {HOST}") == 1
+        assert launched.output.count(f"{signal.Signals(number).name} to the launcher on {HOST}: the run stopped") == 1
         assert read_record(launched.run).state == read_run(launched.run).state == "interrupted"
 
 

@@ -68,7 +68,9 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_run_goes_on(data: Pa
         assert launched.end() == REQUEUE_EXIT_CODE, launched.output
         run = launched.run
         stopped = read_run(run)
-        assert launched.output.count("SIGUSR1 to rank 1 on ") == 1
+        asked = f"SIGUSR1 to rank 1 on {os.uname().nodename}: "
+        for what in ("the step is finished, then comes a checkpoint", "the run stopped after step "):
+            assert launched.output.count(asked + what) == 1, launched.output
         assert (stopped.state, read_record(run).state) == ("interrupted", "interrupted")
         assert stopped.checkpoints[-1]["step"] == stopped.last["step"]
     train(tiny_spec(*settings), data, run, resume=True)  # on one process

@@ -114,7 +114,7 @@ def test_nothing_is_left(tmp_path: Path, how: str) -> None:
             for number in {"SIGTERM": [15], "SIGHUP": [1], "second Ctrl-C": [2, 2]}[how]:
                 launcher.process.send_signal(number)
                 launcher.until(lambda: launcher.process.poll() is not None or (directory / "stop").exists())
-        expected = {"finished": 0, "failed": 1, "SIGTERM": REQUEUE_EXIT_CODE, "SIGHUP": 129, "second Ctrl-C": 137}
+        expected = {"finished": 0, "failed": 1, "SIGTERM": REQUEUE_EXIT_CODE, "SIGHUP": 129, "second Ctrl-C": 130}
         assert launcher.end() == expected[how], launcher.output
         assert launcher.left == set()
 
