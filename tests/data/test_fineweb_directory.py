@@ -258,7 +258,7 @@ def test_interrupted_run_is_continued_by_the_next(
 
 
 def test_interrupt_during_a_wait(hub: HubServer, prep: Prep) -> None:
-    hub.always("HEAD", VAL, Fault(status=429, headers={"Retry-After": "900"}))
+    hub.always("HEAD", VAL, Fault(status=429, headers={"Retry-After": "200"}))
     run = prep.start()
     until(lambda: len(hub.seen) > 0)
     time.sleep(0.3)

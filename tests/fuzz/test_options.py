@@ -17,7 +17,7 @@ from tiny_runs import make_data, tiny_spec, train, write_recipe
 from nanogpt.cli.main import COMMANDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-LONG = {"demo", "prep", "launch", "warm", "bench", "doctor", "watch", "job node"}
+LONG = {"demo", "experiment", "prep", "launch", "warm", "bench", "doctor", "watch", "job node"}
 OUTSIDE = {"/", "/abs/*", "../.."}  # where nothing of a test is to be written
 
 
