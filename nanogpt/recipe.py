@@ -123,7 +123,7 @@ def find_recipe(name: str | Path) -> Path:
         shipped = shipped_recipes() / candidate
         if path.parent in (Path(), Path("recipes")) and shipped.is_file():
             return shipped
-    if path.exists():  # reading it says what it is
+    if path.exists() and not path.is_dir():  # reading it says what it is
         return path
     if parts := _recipe_and_shape(path.name):
         recipe, on = parts
@@ -575,7 +575,7 @@ def _dotted(path: KeyPath) -> str:
 def _explain(error: ValidationError, source: _Source) -> Iterable[str]:
     found = error.errors(include_url=False)
     if any(details["loc"][:1] == ("model",) for details in found):  # then its table could not fill the optimizer's part
-        found = [details for details in found if details["type"] != "missing" or details["loc"][:1] != ("optimizer",)]
+        found = [d for d in found if d["type"] != "missing" or d["loc"][0] != "optimizer" or len(d["loc"]) == 1]
     for details in found:
         cross = details.get("ctx", {}).get("error")
         if isinstance(cross, CrossCheckError):

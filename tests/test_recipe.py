@@ -478,9 +478,9 @@ def test_a_part_that_is_missing_and_a_kind_that_is_missing(recipe):
     problems = problems_of(recipe("name: x\nmodel: {layers: 3}\nhardware: {gpu: cpu}\n"))
     assert problems == [
         "recipe.yaml:2: model.kind: is missing; allowed: speedrun, record89, gpt2",
-        "recipe.yaml:1: optimizer: is missing; add it, or inherit it with `base: speedrun.yaml`",
-        "recipe.yaml:1: training: is missing; add it, or inherit it with `base: speedrun.yaml`",
-        "recipe.yaml:1: evaluation: is missing; add it, or inherit it with `base: speedrun.yaml`",
+        "recipe.yaml:1: optimizer: is missing; add it, or inherit it from a recipe by `base:`",
+        "recipe.yaml:1: training: is missing; add it, or inherit it from a recipe by `base:`",
+        "recipe.yaml:1: evaluation: is missing; add it, or inherit it from a recipe by `base:`",
     ]
 
 

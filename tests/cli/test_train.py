@@ -128,9 +128,9 @@ def test_a_loss_that_is_not_finite_exits_with_1(
 ) -> None:
     original = Speedrun.training_loss
 
-    def divided(self: Speedrun, batch: Any, windows: Any, weights: Any, **embedded: Any) -> Any:
+    def divided(self: Speedrun, batch: Any, inputs: Any, **embedded: Any) -> Any:
         """By zero in the third stage, which has one weight."""
-        return original(self, batch, windows, weights, **embedded) / len(weights[1:])
+        return original(self, batch, inputs, **embedded) / len(inputs.token_weights[1:])
 
     monkeypatch.setattr(Speedrun, "training_loss", divided)
     outcome = nanogpt("train", recipe, "--data", data)

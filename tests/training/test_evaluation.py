@@ -95,6 +95,7 @@ def test_token_losses_are_those_of_the_evaluation(
 ) -> None:
     trained = load_trained_model(runs[model])
     place: dict[str, Any] = {"tokens": 128, "micro_batch_tokens": 64, "slots": 1, "bos": trained.spec.data.bos}
+    place["extras"] = trained.spec.model.batch_extras
     for batch in ValBatches([data_of[model] / val_name()], **place):
         found = trained.model.token_losses(batch, trained.windows)
         assert (found.shape, found.dtype) == ((64,), torch.float32)
