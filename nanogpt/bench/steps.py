@@ -12,14 +12,12 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from nanogpt.console import human_bytes, markdown_table
-from nanogpt.data.shards import train_name, val_name, write_tokens
 from nanogpt.gpus import GPU_TYPES
 from nanogpt.launch.world import World
 from nanogpt.spec import RunSpec
@@ -41,18 +39,6 @@ class StageTiming:
     utilization: float | None
     data_wait_ms: float  # a step's mean wait for its batch, on the rank that waited longest
     peak_memory_bytes: int
-
-
-def write_made_up_shards(directory: Path, *, train_tokens: int, val_tokens: int, bos: int, seed: int = 0) -> None:
-    """Shards of random tokens in documents of web-like lengths (log-normal, median 400), below `bos`."""
-    generator = np.random.default_rng(seed)
-    for name, count in ((train_name(1), train_tokens), (val_name(), val_tokens)):
-        # A Zipf-like spread over the vocabulary, as text has it: frequent tokens decide how many rows are touched.
-        tokens = np.minimum(bos ** generator.random(count), bos - 1).astype(np.uint16)
-        lengths = np.maximum(generator.lognormal(np.log(400), 1.0, size=count // 100 + 1).astype(np.int64), 2)
-        starts = np.concatenate(([0], np.cumsum(lengths)))
-        tokens[starts[starts < count]] = bos
-        write_tokens(directory / name, tokens)
 
 
 def time_stages(trainer: Trainer, *, steps: int, warmup_steps: int) -> Iterator[StageTiming]:

@@ -48,9 +48,9 @@ def step(
 @contextmanager
 def _trainer(recipe: str, overrides: list[str] | None, on: str | None, data: Path | None) -> Iterator[Trainer]:
     """The recipe's trainer, ready to step, on `data` or on made-up tokens."""
-    from nanogpt.bench.steps import write_made_up_shards
     from nanogpt.cache.compile_cache import cache_directory, compile_cache
     from nanogpt.cluster.at_hand import at_hand
+    from nanogpt.data.made_up import write_made_up_shards
     from nanogpt.launch.world import join_world
     from nanogpt.recipe import load_recipe
     from nanogpt.training.implementations import compiles

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from nanogpt.bench.steps import write_made_up_shards
 from nanogpt.cache.compile_cache import VARIABLE, cache_directory, compile_cache
+from nanogpt.data.made_up import write_made_up_shards
 from nanogpt.errors import InputError
 from nanogpt.launch.world import join_world
 from nanogpt.spec import WORLD_SIZES, RunSpec

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_runs import losses, python
 
-from nanogpt.bench.steps import write_made_up_shards
+from nanogpt.data.made_up import write_made_up_shards
 from nanogpt.data.shards import train_name, val_name
 from nanogpt.runs.record import Record, read_record
 
