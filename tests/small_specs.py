@@ -29,6 +29,7 @@ SMALL = (
     "model.vocab_size=61",
     f"model.padded_vocab_size={VOCAB}",
     f"model.bigram_rows={BIGRAM_ROWS}",
+    "data.bos=60",
 )
 
 

@@ -42,7 +42,7 @@ def test_a_recipe_for_four_is_warmed_up_for_four(
 ):
     begun: list[object] = []
     evaluate, updates = Trainer.evaluate, NorMuonAdam.warm_up
-    monkeypatch.setattr(trainer, "compile_in_parallel", lambda _: begun.append("helpers"))
+    monkeypatch.setattr(trainer, "compile_in_parallel", lambda *_, **__: begun.append("helpers"))
 
     def first_evaluation(self: Trainer, *arguments: Any, **options: Any) -> float:
         if "warm-up" not in begun:

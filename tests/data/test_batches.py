@@ -338,7 +338,7 @@ def test_validation_tokens_are_checked_as_far_as_they_are_evaluated() -> None:
     stream = np.full(2000, 3)
     stream[::50] = B
     stream[1000] = B + 1
-    sizes: dict[str, Any] = {"micro_batch_tokens": 64, "bos": B, "vocab_size": B + 1}
+    sizes: dict[str, Any] = {"micro_batch_tokens": 64, "slots": 8, "bos": B, "vocab_size": B + 1}
     with on_disk([stream[:900].tolist(), stream[900:].tolist()]) as files:
         assert len(ValBatches(files, tokens=512, **sizes)) == 8
         with pytest.raises(ShardError) as caught:

@@ -18,7 +18,7 @@ from nanogpt.recipe import load_recipe
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZES = ["model.layers=2", "model.width=24", "model.heads=3", "model.context=10"]
-VOCAB = ["model.vocab_size=50", "model.padded_vocab_size=64"]
+VOCAB = ["model.vocab_size=50", "model.padded_vocab_size=64", "data.bos=49"]
 SPEC = load_recipe("gpt2", [*SIZES, *VOCAB]).model
 ENDS = [1, 12, 22, 47, 64]  # shorter than, one above, equal to and more than twice the context of 10
 WINDOWS = Windows(64, 64)

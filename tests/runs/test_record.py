@@ -210,6 +210,7 @@ def test_ranks_other_than_0_and_runs_without_a_directory_write_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = RunDirectory.create(tmp_path, SPEC)
+    monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "3")
     for where in (run, None):
         with RunRecorder(SPEC, where) as recorder:
