@@ -178,13 +178,19 @@ def language(tokens: int, seed: int) -> np.ndarray:
 
 
 def make_data(
-    directory: Path, train_tokens: Sequence[int] = (20_000,), val_tokens: int = 600, *, first_token: int = 0
+    directory: Path,
+    train_tokens: Sequence[int] = (20_000,),
+    val_tokens: int = 600,
+    *,
+    first_token: int = 0,
+    bos: int | None = None,
 ) -> Path:
-    """Shards of the language in `directory`, which is made; its tokens numbered from `first_token` on."""
+    """Shards of the language in `directory`, which is made; its tokens numbered from `first_token` on, BOS by `bos`."""
     directory.mkdir(parents=True, exist_ok=True)
-    for index, tokens in enumerate(train_tokens, start=1):
-        write_tokens(directory / train_name(index), language(tokens, index) + np.uint16(first_token))
-    write_tokens(directory / val_name(), language(val_tokens, 1000) + np.uint16(first_token))
+    shards = [(train_name(index), language(tokens, index)) for index, tokens in enumerate(train_tokens, start=1)]
+    for name, tokens in (*shards, (val_name(), language(val_tokens, 1000))):
+        numbered = tokens + np.uint16(first_token)
+        write_tokens(directory / name, numbered if bos is None else np.where(tokens == BOS, bos, numbered))
     return directory
 
 

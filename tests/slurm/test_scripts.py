@@ -28,7 +28,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 def place(tmp_path: Path) -> Path:
     """A directory with an image, shards, Slurm's commands in bin/ and those of the image in inside/."""
     (tmp_path / "nanogpt.sif").touch()
-    make_data(tmp_path / "data", val_tokens=20_000)
+    make_data(tmp_path / "data", val_tokens=20_000, bos=50256)
     program(tmp_path / "bin", "sbatch", {"": "Submitted batch job 12\n"})
     program(tmp_path / "bin", "squeue", {"": SQUEUE})
     inside = tmp_path / "inside"
