@@ -107,17 +107,15 @@ def test_each_stage_brings_its_prefixes_and_its_limits(data: Path, monkeypatch: 
     calls: list[tuple[Any, ...]] = []
     original = Record89.training_loss
 
-    def spy(
-        self: Record89, batch: Any, windows: Any, weights: torch.Tensor, prefix_weight: Any = None, **embedded: Any
-    ) -> torch.Tensor:
+    def spy(self: Record89, batch: Any, inputs: Any, **embedded: Any) -> torch.Tensor:
         lengths = batch.cu_seqlens.diff()
         assert lengths.max() <= batch.max_seqlen
-        weight = None if prefix_weight is None else round(float(prefix_weight), 6)
+        weight = None if inputs.prefix_weight is None else round(float(inputs.prefix_weight), 6)
         calls.append((batch.inputs.numel(), len(batch.cu_seqlens), batch.max_seqlen, weight))
         table = prefix_table(gpt2_tokens()[: FIRST_WITH_PREFIX + VOCABULARY], FIRST_WITH_PREFIX + VOCABULARY)
         assert self.prefixes.tolist() == table.tolist()
         assert (self.prefixes[batch.targets] >= 0).float().mean() > 0.8
-        return original(self, batch, windows, weights, prefix_weight, **embedded)
+        return original(self, batch, inputs, **embedded)
 
     monkeypatch.setattr(Record89, "training_loss", spy)
     train(tiny_spec(model="record89"), data)

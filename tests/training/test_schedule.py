@@ -7,6 +7,7 @@ import math
 import pytest
 
 from nanogpt.models.language_model import Windows
+from nanogpt.optim.optimizer_spec import Rates
 from nanogpt.recipe import load_recipe
 from nanogpt.training.schedule import Schedule
 
@@ -75,7 +76,7 @@ def test_tokens_before():
     ],
 )
 def test_token_weights(step, weights):
-    assert SPEEDRUN.at(step).token_weights == pytest.approx(weights, rel=1e-12)
+    assert SPEEDRUN.at(step).point.token_weights == pytest.approx(weights, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -148,20 +149,17 @@ def test_a_split_stage_that_starts_on_an_odd_step_splits_there():
     overrides = [f"training.stages={stages}", f"optimizer.normuon.momentum={momentum}"]
     for split_stage, step in ((1, 3), (0, 1)):
         spec = load_recipe("speedrun", [*overrides, f"optimizer.tied_head.split_stage={split_stage}"])
-        assert Schedule(spec).split_step == step
+        assert spec.optimizer.split_step(Schedule(spec).first_steps) == step
 
 
 # --- the baseline ---
 
 
-def test_gpt2_has_no_momentum_no_split_and_an_adam_step_every_step():
+def test_gpt2_has_a_learning_rate_and_one_window():
     for step in (0, 1, 2, 999):
-        rates = GPT2.at(step).rates
-        assert rates.adam_step
-        assert not rates.split
-        assert GPT2.at(step).token_weights == (1,)
+        assert GPT2.at(step).rates == Rates(GPT2.lr_factor(step))
+        assert GPT2.at(step).point.token_weights == (1,)
         assert GPT2.at(step).windows == Windows(1024, 1024)
-    assert GPT2.split_step is None
 
 
 @pytest.mark.parametrize(

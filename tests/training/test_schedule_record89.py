@@ -35,16 +35,15 @@ def test_stages(stage, values):
 
 
 def test_multi_token_and_prefix_weights():
-    assert SCHEDULE.token_weights(0) == (1, 0.5, 0.25)
-    assert SCHEDULE.token_weights(100) == (1, 0.5, pytest.approx(0.25 * (1 - 100 / 423)))
-    assert SCHEDULE.token_weights(423) == (1, 0.5)
-    assert SCHEDULE.token_weights(500) == (1, pytest.approx(0.5 * (1 - 77 / 424)))
-    assert SCHEDULE.token_weights(847) == SCHEDULE.token_weights(1284) == (1,)
-    assert [SCHEDULE.prefix_weight(step) for step in (0, 211, 422, 423)] == [0.25] * 4
-    assert SCHEDULE.prefix_weight(500) == pytest.approx(0.25 * (1 - 77 / 424))
-    assert SCHEDULE.prefix_weight(846) == pytest.approx(0.25 / 424)
-    assert SCHEDULE.prefix_weight(847) is SCHEDULE.prefix_weight(1284) is None
-    assert SCHEDULE.at(500).prefix_weight == SCHEDULE.prefix_weight(500)
+    assert SCHEDULE.at(0).point.token_weights == (1, 0.5, 0.25)
+    assert SCHEDULE.at(100).point.token_weights == (1, 0.5, pytest.approx(0.25 * (1 - 100 / 423)))
+    assert SCHEDULE.at(423).point.token_weights == (1, 0.5)
+    assert SCHEDULE.at(500).point.token_weights == (1, pytest.approx(0.5 * (1 - 77 / 424)))
+    assert SCHEDULE.at(847).point.token_weights == SCHEDULE.at(1284).point.token_weights == (1,)
+    assert [SCHEDULE.at(step).point.prefix_weight for step in (0, 211, 422, 423)] == [0.25] * 4
+    assert SCHEDULE.at(500).point.prefix_weight == pytest.approx(0.25 * (1 - 77 / 424))
+    assert SCHEDULE.at(846).point.prefix_weight == pytest.approx(0.25 / 424)
+    assert SCHEDULE.at(847).point.prefix_weight is SCHEDULE.at(1284).point.prefix_weight is None
 
 
 def test_learning_rate_and_momentum():
@@ -53,9 +52,9 @@ def test_learning_rate_and_momentum():
     assert SCHEDULE.lr_factor(700) == pytest.approx(1.52 * (1 - t) + 0.15 * t)
     assert SCHEDULE.lr_factor(1269) == pytest.approx(0.1521, abs=5e-5)
     assert SCHEDULE.lr_factor(1270) == SCHEDULE.lr_factor(1284) == 0.15
-    assert [SCHEDULE.momentum(step) for step in (0, 300, 1235)] == [0.85, 0.95, 0.95]
-    assert SCHEDULE.momentum(150) == pytest.approx(0.90)
-    assert SCHEDULE.momentum(1284) == pytest.approx(0.852)
+    assert [SCHEDULE.at(step).rates.momentum for step in (0, 300, 1235)] == [0.85, 0.95, 0.95]
+    assert SCHEDULE.at(150).rates.momentum == pytest.approx(0.90)
+    assert SCHEDULE.at(1284).rates.momentum == pytest.approx(0.852)
 
 
 def test_the_learning_rate_may_take_its_time_at_a_change_of_stage():
@@ -70,8 +69,8 @@ def test_the_learning_rate_may_take_its_time_at_a_change_of_stage():
 
 
 def test_adam_steps_and_the_split():
-    assert SCHEDULE.split_step == 847
-    assert not SCHEDULE.is_adam_step(1284)
-    assert sum(SCHEDULE.is_adam_step(step) for step in range(1285)) == 642
+    assert SCHEDULE.spec.optimizer.split_step(SCHEDULE.first_steps) == 847
+    assert not SCHEDULE.at(1284).rates.adam_step
+    assert sum(SCHEDULE.at(step).rates.adam_step for step in range(1285)) == 642
     assert SCHEDULE.final_windows == Windows(768, 2560)
     assert SCHEDULE.window_changes(1284) == [(384, 896), (896, 1408), (1408, 1664)]

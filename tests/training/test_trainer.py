@@ -279,9 +279,9 @@ def test_each_stage_brings_its_batch_windows_weights_and_yarn(
         assert float(self.rotary.run_time_scale) == scale
         calls.append((kind, batch.inputs.numel(), windows.short, windows.long, weights, scale))
 
-    def spy_training(self: Speedrun, batch: Any, windows: Any, weights: torch.Tensor, embedded: Any) -> torch.Tensor:
-        note("train", self, batch, windows, tuple(round(w, 6) for w in weights.tolist()))
-        return training(self, batch, windows, weights, embedded=embedded)
+    def spy_training(self: Speedrun, batch: Any, inputs: Any, embedded: Any) -> torch.Tensor:
+        note("train", self, batch, inputs.windows, tuple(round(w, 6) for w in inputs.token_weights.tolist()))
+        return training(self, batch, inputs, embedded=embedded)
 
     def spy_evaluation(self: Speedrun, batch: Any, windows: Any) -> torch.Tensor:
         note("eval", self, batch, windows)
