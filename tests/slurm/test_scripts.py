@@ -222,6 +222,7 @@ def test_in_a_job_run_sh_starts_one_step(run: Run, place: Path) -> None:
 
 
 def test_in_a_job_open_hardware_is_that_of_the_job(run: Run, place: Path) -> None:
+    make_data(place / "data", val_tokens=20_000)
     (place / "tiny.yaml").write_text(dump_spec(tiny_spec(), exclude={"hardware": True}))
     environment = job_environment(place)
     done = run("run.sh", "tiny.yaml", "--data=data", **environment)
@@ -298,6 +299,7 @@ def test_a_copy_in_slurm_s_spool_finds_the_others(run: Run, place: Path, script:
 
 
 def test_a_run_goes_on_in_a_new_job(run: Run, place: Path) -> None:
+    make_data(place / "data", val_tokens=20_000)
     from nanogpt.runs.directory import RunDirectory
 
     path = RunDirectory.create(place / "runs", tiny_spec()).path.relative_to(place)
