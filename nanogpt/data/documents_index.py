@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import weakref
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -195,6 +196,7 @@ class ShardDocuments:
         try:
             if self._file is None:
                 self._file = open_regular(self.path)
+                weakref.finalize(self, self._file.close)  # also where a program ends without closing
                 self._header = self._file.read(HEADER_BYTES)
                 self._file.seek(HEADER_BYTES + TOKEN_BYTES * first)
             got = self._file.readinto(piece.view(np.uint8).data)
