@@ -26,7 +26,7 @@ from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from nanogpt.data.skips import Skip, Skips, listed, printable
+from nanogpt.data.skips import Skip, Skips, as_text, listed
 from nanogpt.data.streams import (
     COMPRESSED_SUFFIXES,
     DamagedFileError,
@@ -195,7 +195,7 @@ def find_files(
         path = os.fspath(given)
         real = os.path.realpath(path)
         if not os.path.exists(path):  # noqa: PTH110 (a path that is not UTF-8 stays a str)
-            raise InputError(f"{printable(path)}: no such file or folder")
+            raise InputError(f"{as_text(path)}: no such file or folder")
         explicit = not os.path.isdir(real)  # noqa: PTH112
         if not explicit:
             found = _walk(path, real, excluded, kinds, skips)
@@ -215,7 +215,7 @@ def find_files(
 def _explicit(path: str, real: str, kinds: Kinds) -> tuple[str, str, int, Kind]:
     """A file named by the user, so that leaving it out silently would be wrong."""
     if not os.path.isfile(real):  # noqa: PTH113
-        raise InputError(f"{printable(path)}: neither a file nor a folder")
+        raise InputError(f"{as_text(path)}: neither a file nor a folder")
     kind = kinds.get(suffix_of(path))
     if kind is None:
         suffix = os.path.splitext(path)[1]  # noqa: PTH122
@@ -224,7 +224,7 @@ def _explicit(path: str, real: str, kinds: Kinds) -> tuple[str, str, int, Kind]:
             suffix = suffix_of(path) or suffix
             way_out = "of compressed files only JSON is read: unpack it first"
         raise InputError(
-            f"{printable(path)}: the suffix {suffix!r} is not known; known are {' '.join(JSON_SUFFIXES)}, also with"
+            f"{as_text(path)}: the suffix {suffix!r} is not known; known are {' '.join(JSON_SUFFIXES)}, also with"
             f" {' '.join(COMPRESSED_SUFFIXES)}, {' '.join(PARQUET_SUFFIXES)}, and for text {' '.join(PROSE_SUFFIXES)}"
             f" and those of source code; {way_out}"
         )
@@ -283,7 +283,7 @@ def _readable(files: Iterable[SourceFile], skips: Skips) -> list[SourceFile]:
             readable.append(file)
         elif file.explicit:
             raise InputError(
-                f"{printable(file.path)}: reading it needs the package {package}, which is not installed;"
+                f"{as_text(file.path)}: reading it needs the package {package}, which is not installed;"
                 " run: pip install 'nanogpt-speedrun[text]'"
             )
         else:
@@ -411,7 +411,7 @@ def _parquet_units(file: SourceFile, field: str, skips: Skips) -> Iterator[Unit]
                     skips.add(f"no text in a column {field!r}", file.path, note=f"its columns: {listed(schema.names)}")
                     return
                 raise InputError(
-                    f"{printable(file.path)}: the column {field!r} {found}; its columns are"
+                    f"{as_text(file.path)}: the column {field!r} {found}; its columns are"
                     f" {listed(schema.names)}; choose one with --field"
                 )
             for group in range(meta.num_row_groups):
@@ -505,7 +505,7 @@ def _read_segment(unit: SegmentUnit) -> str:
             return utf8.decode()
     except (OSError, UnicodeDecodeError):
         pass
-    raise RunError(f"{printable(unit.path)}: {CHANGED}")
+    raise RunError(f"{as_text(unit.path)}: {CHANGED}")
 
 
 def _read_file(path: str) -> Document | Skip:
@@ -516,7 +516,7 @@ def _read_file(path: str) -> Document | Skip:
     except OSError as error:
         return Skip("cannot be read", path, error.strerror or "")
     if len(utf8) != size:
-        raise RunError(f"{printable(path)}: {CHANGED}")
+        raise RunError(f"{as_text(path)}: {CHANGED}")
     if wide := wide_encoding(utf8):
         return Skip(f"{wide}, not UTF-8", path)
     if b"\0" in utf8:

@@ -41,11 +41,11 @@ class Skips:
         self.counts[reason] = self.counts.get(reason, 0) + count
         examples = self.examples.setdefault(reason, [])
         if place and len(examples) < KEPT_EXAMPLES:
-            examples.append(printable(place) + (f" ({note})" if note else ""))
+            examples.append(as_text(place) + (f" ({note})" if note else ""))
         if named and not reason.startswith(HARMLESS):
             self.losses += count
             if len(self.first_losses) < KEPT_LOSSES:
-                self.first_losses.append(f"{printable(place)}: {reason}" + (f" ({note})" if note else ""))
+                self.first_losses.append(f"{as_text(place)}: {reason}" + (f" ({note})" if note else ""))
 
     @classmethod
     def joined(cls, *parts: Skips) -> Skips:
@@ -61,7 +61,7 @@ class Skips:
         return joined
 
 
-def printable(path: str) -> str:
+def as_text(path: str) -> str:
     """`path` with those bytes that are not UTF-8 written as `\\xNN`."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 

@@ -32,7 +32,7 @@ from nanogpt.console import human_bytes, progress
 from nanogpt.data.documents import JSON_SUFFIXES, SourceFile, find_files, plan
 from nanogpt.data.embedded import embedded_corpus
 from nanogpt.data.encode import Encoded, Encoder, available_cores
-from nanogpt.data.skips import Skip, Skips, printable
+from nanogpt.data.skips import Skip, Skips, as_text
 from nanogpt.data.text_shards import (
     DROPPED,
     Keys,
@@ -186,7 +186,7 @@ def prepare_text(
             for index, skip in sorted(textless.items()):
                 if not tally.documents_of(index):
                     raise InputError(
-                        f"{printable(skip.place)}: {skip.reason}, nor in any other record of the file; {skip.note};"
+                        f"{as_text(skip.place)}: {skip.reason}, nor in any other record of the file; {skip.note};"
                         " choose one with --field"
                     )
         lengths, keys, ordinals = tally.documents()
@@ -208,7 +208,7 @@ def prepare_text(
                 )
                 or "nothing"
             )
-            names = " ".join(printable(str(path)) for path in paths)
+            names = " ".join(as_text(str(path)) for path in paths)
             raise InputError(f"no documents in {names}; left out: {left_out}")
         if val_tokens is None:
             val_tokens = max(1, min(FULL_VALIDATION, int(lengths[kept].sum()) // 10))
@@ -312,7 +312,7 @@ class _Tally:
 
 def _shown(path: str | Path) -> str:
     """A path for the manifest, in which the embedded corpus is the same on every machine."""
-    return "embedded" if Path(path) == embedded_corpus() else printable(str(path))
+    return "embedded" if Path(path) == embedded_corpus() else as_text(str(path))
 
 
 def _part(lengths: Lengths) -> Part:

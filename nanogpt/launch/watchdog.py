@@ -92,8 +92,8 @@ class Beat:
                 raise ValueError("fields of a wrong type")
         except (TypeError, AttributeError) as error:
             raise ValueError(str(error)) from error
-        beat.phase, beat.asked, beat.words = printable(beat.phase), _maybe(beat.asked), _maybe(beat.words)
-        beat.process.host = printable(beat.process.host)
+        beat.phase, beat.asked, beat.words = one_line(beat.phase), _maybe(beat.asked), _maybe(beat.words)
+        beat.process.host = one_line(beat.process.host)
         return beat
 
     @property
@@ -458,13 +458,13 @@ def connect(timeout_s: float) -> dist.Store:
     return dist.PrefixStore(prefix, store)
 
 
-def printable(text: str) -> str:
+def one_line(text: str) -> str:
     """One line without control characters, as `text` may be anybody's."""
     return "".join(c if c.isprintable() else " " for c in "; ".join(text[:WORDS].splitlines()))
 
 
 def _maybe(text: str | None) -> str | None:
-    return None if text is None else printable(text)
+    return None if text is None else one_line(text)
 
 
 def _append_to_log(run: Path, text: str) -> None:

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter
 from nanogpt.data.shards import read_count
 from nanogpt.errors import InputError, Interrupted, RunError
 from nanogpt.files import open_regular
-from nanogpt.launch.watchdog import POLL_S, Watchdog, connect, printable
+from nanogpt.launch.watchdog import POLL_S, Watchdog, connect, one_line
 from nanogpt.runs.data_files import describe_shards
 from nanogpt.runs.provenance import package_versions, source_sha256
 from nanogpt.runs.record import Process
@@ -55,7 +55,7 @@ class Start:
     def decode(cls, text: bytes) -> Start:
         """From the store. Raises ValueError where no rank of a run can have written it."""
         start = _STARTS.validate_json(text)
-        start.host = printable(start.host)
+        start.host = one_line(start.host)
         return start
 
 
@@ -129,7 +129,7 @@ def compare_starts(starts: Sequence[Start]) -> None:
         if start.refusal is not None:
             refusals.setdefault(start.refusal, []).append(rank)
     if stopped := [start.refusal for start in starts if start.interrupted]:
-        raise Interrupted(printable(stopped[0] or ""))
+        raise Interrupted(one_line(stopped[0] or ""))
     if refusals:
         everywhere = len(refusals) == 1 and len(next(iter(refusals.values()))) == len(starts)
         lines = [
