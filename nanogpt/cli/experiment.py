@@ -6,9 +6,10 @@ import itertools
 import os
 import shlex
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 import typer.core
@@ -157,10 +158,10 @@ def run(
     )
     place = Place(out.resolve(), None if data is None else data.resolve())
     queues = make_queues([_named_list("--gpus", text, "GPU NAME...") for text in gpus], known, place)
-    signal.signal(signal.SIGTERM, _stop)
     try:
         place.out.mkdir(parents=True, exist_ok=True)
-        outcomes = run_queues(queues, limit)
+        with _sigterm_stops():
+            outcomes = run_queues(queues, limit)
         lines = report(place, list(recipes), ideas, outcomes)
         write_whole(place.out / "report.md", "\n".join(lines) + "\n")
     except OSError as error:
@@ -176,10 +177,19 @@ def run(
         raise typer.Exit(1)
 
 
-def _stop(number: int, frame: object) -> None:
+@contextmanager
+def _sigterm_stops() -> Iterator[None]:
+    """Let SIGTERM end the measurements that run before this process ends."""
     from nanogpt.errors import Interrupted
 
-    raise Interrupted("SIGTERM: what ran has been ended; the same call again measures what is not finished")
+    def stop(_number: int, _frame: object) -> NoReturn:
+        raise Interrupted("SIGTERM: what ran has been ended; the same call again measures what is not finished")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _named_list(flag: str, text: str, form: str) -> tuple[str, list[str]]:

@@ -37,6 +37,11 @@ def environment_of_user(extra: dict[str, str] | None = None) -> dict[str, str]:
     return environment | (extra or {})
 
 
+@pytest.fixture(scope="module", autouse=True)
+def slurm_of_machine() -> None:
+    """The real Slurm: here tests/conftest.py puts nothing before it."""
+
+
 @pytest.fixture(scope="session")
 def as_user() -> Run:
     """Run a command as an ordinary user: `as_user(["apptainer", ...], cwd=..., environment={...}, timeout=seconds)`.
