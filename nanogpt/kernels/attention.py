@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanogpt.errors import InputError
@@ -33,10 +34,11 @@ def attention(
 ) -> Tensor:
     """Attention of every query to the keys of its own document, itself and at most `window` tokens before it.
 
-    q, k, v: (T, H, D), one flat stream of documents; strides are free as long as the last dimension is contiguous.
+    q, k: (T, H, D), v: (T, H, E), one flat stream of documents; strides are free as long as the last dimension is
+    contiguous.
     `cu_seqlens`: (n,) int32, 0, the running ends of the documents, then T up to the fixed length n. `max_seqlen`: an
     upper bound of a document's length in tokens. `window`: in tokens, larger than any document for none. `scale`
-    multiplies the scores before the softmax (it is not 1 / sqrt(D)). Returns (T, H, D) in the dtype of q.
+    multiplies the scores before the softmax (it is not 1 / sqrt(D)). Returns (T, H, E) in the dtype of q.
     Differentiable in q, k and v. All but `plain` need a GPU and bf16 or fp16.
 
     `window` and `scale` may be CPU tensors () of int64 and float64: a graph compiled with tensors serves all windows
@@ -47,6 +49,8 @@ def attention(
     if backend == "plain":
         return attention_plain(q, k, v, cu_seqlens, max_seqlen=max_seqlen, window=window, scale=scale)
     if backend in LOADERS:
+        if (missing := v.shape[-1] - q.shape[-1]) > 0:  # zeros change no score; not all libraries take D below E
+            q, k = (F.pad(x, (0, missing)) for x in (q, k))
         return attention_flash(q, k, v, cu_seqlens, max_seqlen=max_seqlen, window=window, scale=scale, library=backend)
     raise InputError(f"attention backend {backend!r} does not exist; use one of {', '.join(BACKENDS)}")
 

@@ -97,7 +97,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     """Returns the output (T, H, D) and the logsumexp of each row's scores (H, T)."""
     blocks = _Blocks(q, k, v, cu_seqlens, max_seqlen, int(window), float(scale))
-    out = q.new_empty(q.shape)
+    out = v.new_empty(v.shape)
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=blocks.compute)
     for queries, keys, scores in blocks:
         lse[:, queries] = scores.logsumexp(dim=-1)
@@ -111,7 +111,7 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     compute = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=compute)
+    return v.new_empty(v.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=compute)
 
 
 @torch.library.custom_op("nanogpt::attention_plain_backward", mutates_args=())

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,23 +20,11 @@ from nanogpt.models.language_model import (
     Windows,
     to_device,
 )
-from nanogpt.models.record_spec import BIGRAM_ROWS, RecordModelSpec
+from nanogpt.models.record_spec import BIGRAM_ROWS, BigramModelSpec, RecordModelSpec
 from nanogpt.optim.row_table import LookUp
 
 Spec = TypeVar("Spec", bound=RecordModelSpec)
-
-
-class Embedded(NamedTuple):
-    """What a micro-batch's tokens read of the tables, each (T, D)."""
-
-    tokens: Tensor
-    bigrams: Tensor
-    values: tuple[Tensor, ...]  # by value table
-
-
-def _named(embedded: tuple[Tensor, ...]) -> Embedded:
-    """What is read, in the order of `look_ups`."""
-    return Embedded(embedded[0], embedded[1], embedded[2:])
+BigramSpec = TypeVar("BigramSpec", bound=BigramModelSpec)
 
 
 class LossInputs(NamedTuple):
@@ -48,12 +35,19 @@ class LossInputs(NamedTuple):
     prefix_weight: Tensor | None = None  # () fp32: that of the next token's prefix; None: the step has no such term
 
 
+class HeadInputs(NamedTuple):
+    """What the training loss is taken over: C classes, and which of them each token's terms are about."""
+
+    weight: Tensor  # (D, C)
+    targets: Tensor  # (T,) int64: the next token's class
+    prefixes: Tensor | None  # (T,) int64: its prefix's, -1 for none; None: the step has no such term
+
+
 class RecordModel(LanguageModel, Generic[Spec]):
     """Base of the record models; `hidden` gives the head's input."""
 
     lm_head: nn.Parameter  # (D, V)
     embed: nn.Parameter  # (V, D)
-    bigram_embed: nn.Parameter  # (bigram rows, D)
     value_embed: nn.Parameter  # (tables V, D): tables one after another
     prefixes: Tensor  # (V,) int64
 
@@ -61,7 +55,6 @@ class RecordModel(LanguageModel, Generic[Spec]):
         super().__init__(spec, dtype=dtype)
         self.spec = spec
         self.implementations = implementations
-        self.rotary = Rotary(spec.rotary, max_tokens=max_tokens, attention_scale=spec.attention_scale, dtype=dtype)
         self.register_buffer("prefixes", torch.full((spec.padded_vocab_size,), -1, dtype=torch.int64), persistent=False)
         self.mlp_function = relu_squared_mlp_plain if implementations.plain_kernels else relu_squared_mlp
         self.attention_row = {layer: row for row, layer in enumerate(spec.attention_layers)}
@@ -74,7 +67,7 @@ class RecordModel(LanguageModel, Generic[Spec]):
     def hidden(
         self,
         batch: TokenBatch,
-        embedded: Embedded,
+        embedded: Any,  # of `embedded`
         windows: Windows | RunTimeWindows,
         *,
         training: bool = False,
@@ -82,23 +75,28 @@ class RecordModel(LanguageModel, Generic[Spec]):
         """The last layer's normalised activations, (T, D). `training`: as the training loss is computed."""
         raise NotImplementedError
 
-    def embedded(self, batch: TokenBatch) -> Embedded:
+    def embedded(self, batch: TokenBatch) -> Any:
         """The tables' rows of the batch's tokens."""
-        reads = self._reads(batch.inputs, batch.extras)
-        return _named(tuple(F.embedding(rows, full[first : first + count]) for full, rows, first, count in reads))
+        return self.named(
+            tuple(F.embedding(rows, full[first : first + n]) for full, rows, first, n in self.reads(batch))
+        )
 
     def look_ups(self, batch: TokenBatch) -> tuple[LookUp, ...]:
-        """Token, bigram, then the value tables."""
-        return tuple(LookUp(*read) for read in self._reads(batch.inputs, batch.extras))
+        """See the base."""
+        return tuple(LookUp(*read) for read in self.reads(batch))
 
-    def _reads(self, tokens: Tensor, extras: Mapping[str, Tensor]) -> tuple[tuple[nn.Parameter, Tensor, int, int], ...]:
+    def reads(self, batch: TokenBatch) -> tuple[tuple[nn.Parameter, Tensor, int, int], ...]:
         """A `LookUp` for each table, as a plain tuple, which compiled code can make."""
+        raise NotImplementedError
+
+    def named(self, embedded: tuple[Tensor, ...]) -> Any:
+        """What is read, in the order of `look_ups`, as `hidden` takes it."""
+        raise NotImplementedError
+
+    def value_reads(self, tokens: Tensor) -> tuple[tuple[nn.Parameter, Tensor, int, int], ...]:
+        """Of the value tables, each (V, D)."""
         vocab = self.spec.padded_vocab_size
-        return (
-            (self.embed, tokens, 0, vocab),
-            (self.bigram_embed, extras[BIGRAM_ROWS], 0, self.spec.bigram_rows),
-            *((self.value_embed, tokens, first, vocab) for first in range(0, self.value_embed.shape[0], vocab)),
-        )
+        return tuple((self.value_embed, tokens, first, vocab) for first in range(0, self.value_embed.shape[0], vocab))
 
     def window(self, layer: int, windows: Windows | RunTimeWindows) -> int | Tensor:
         """The layer's window in tokens."""
@@ -117,23 +115,28 @@ class RecordModel(LanguageModel, Generic[Spec]):
         self, batch: TokenBatch, inputs: LossInputs, embedded: tuple[Tensor, ...] | None = None
     ) -> Tensor:
         """Weighted multi-token cross-entropy, summed over the micro-batch's tokens."""
-        read = self.embedded(batch) if embedded is None else _named(embedded)
+        read = self.embedded(batch) if embedded is None else self.named(embedded)
         x = self.hidden(batch, read, inputs.windows, training=True)
-        prefix_weight = inputs.prefix_weight
+        head = self.head_inputs(batch, inputs)
         cap = self.spec.softcap
         return head_loss(
             x,
-            self.lm_head,
-            batch.targets,
+            head.weight,
+            head.targets,
             inputs.token_weights,
-            prefixes=None if prefix_weight is None else self.prefixes[batch.targets],
-            prefix_weight=prefix_weight,
+            prefixes=head.prefixes,
+            prefix_weight=inputs.prefix_weight,
             cap=cap.cap,
             shift=cap.shift,
             scale=cap.scale,
             precision=self.implementations.head_precision,
             plain=self.implementations.plain_kernels,
         )
+
+    def head_inputs(self, batch: TokenBatch, inputs: LossInputs) -> HeadInputs:
+        """All classes."""
+        prefixes = None if inputs.prefix_weight is None else self.prefixes[batch.targets]
+        return HeadInputs(self.lm_head, batch.targets, prefixes)
 
     def training_loss_scale(self, batch: TokenBatch) -> float:
         """The training loss is a sum over tokens."""
@@ -172,11 +175,45 @@ class RecordModel(LanguageModel, Generic[Spec]):
         """Take over the table of prefixes."""
         self.prefixes.copy_(prefixes)
 
+    def restart(self) -> None:
+        """No prefixes."""
+        self.prefixes.fill_(-1)
+
+
+class Embedded(NamedTuple):
+    """What a micro-batch's tokens read of the tables, each (T, D)."""
+
+    tokens: Tensor
+    bigrams: Tensor
+    values: tuple[Tensor, ...]  # by value table
+
+
+class BigramModel(RecordModel[BigramSpec]):
+    """The records that have a hashed table of bigrams, and one rotary embedding for all layers."""
+
+    bigram_embed: nn.Parameter  # (bigram rows, D)
+
+    def __init__(self, spec: BigramSpec, *, dtype: torch.dtype, max_tokens: int, implementations: Implementations):
+        super().__init__(spec, dtype=dtype, max_tokens=max_tokens, implementations=implementations)
+        self.rotary = Rotary(spec.rotary, max_tokens=max_tokens, attention_scale=spec.attention_scale, dtype=dtype)
+
+    def reads(self, batch: TokenBatch) -> tuple[tuple[nn.Parameter, Tensor, int, int], ...]:
+        """Token, bigram, then the value tables."""
+        return (
+            (self.embed, batch.inputs, 0, self.spec.padded_vocab_size),
+            (self.bigram_embed, batch.extras[BIGRAM_ROWS], 0, self.spec.bigram_rows),
+            *self.value_reads(batch.inputs),
+        )
+
+    def named(self, embedded: tuple[Tensor, ...]) -> Embedded:
+        """See the base."""
+        return Embedded(embedded[0], embedded[1], embedded[2:])
+
     def extend_window(self, old: int, new: int) -> None:
         """YaRN."""
         self.rotary.extend_window(old, new)
 
     def restart(self) -> None:
-        """Rotary tables and attention scale of the start, and no prefixes."""
+        """Also rotary tables and attention scale of the start."""
+        super().restart()
         self.rotary.reset()
-        self.prefixes.fill_(-1)

@@ -28,27 +28,19 @@ class SkipSpec(Strict):
 
 
 class RecordModelSpec(BaseModelSpec):
-    """What the record models share: sizes, layer sets, hashed bigrams, rotary, the softcapped head."""
+    """What the record models share: sizes, layer sets, rotary, the softcapped head."""
 
     fp8_head: ClassVar[bool] = True
     capturable: ClassVar[bool] = True
 
     head_dim: Size
-    mlp_expansion: Few
     mlp_bank_padding: Padding = Field(description="unused entries of the MLP bank, so that its matrices shard evenly")
     attention_free_layers: Layers
     long_window_layers: Layers
     paired_layers: Layers = Field(description="layers whose heads are joined in pairs to twice the length")
     value_embed_layers: Layers = Field(description="layers with a value embedding, in the order of its tables")
     skip: SkipSpec
-    bigram_rows: Annotated[int, Field(ge=2, le=2**31 - 1)]
-    bigram_multipliers: Annotated[tuple[Count, Count], Field(strict=False)] = Field(
-        description="hash multipliers of the token and of the one before"
-    )
     gate_inputs: Size = Field(description="leading channels that the gates read")
-    attention_scale: Annotated[Positive, NOT_COMPILED] = Field(
-        description="softmax scale at the start; YaRN steps change it"
-    )
     rotary: RotarySpec
     softcap: SoftcapSpec
     init_bound: Annotated[Positive, NOT_COMPILED] = Field(
@@ -70,40 +62,6 @@ class RecordModelSpec(BaseModelSpec):
     def matrix_start(self) -> float:
         """Bound of the matrices' uniform start."""
         return math.sqrt(3) * self.init_bound / math.sqrt(self.width)
-
-    def batch_extras(self, tokens: Tokens) -> Mapping[str, npt.NDArray[Any]]:
-        """The row of the bigram table for each token and the one before it.
-
-        `((m0 * tok[t]) xor (m1 * tok[t-1])) mod (rows - 1)`; the last row is kept for token 0, which has none before.
-        """
-        import numpy as np
-
-        wide = tokens.astype(np.int64)
-        rows = np.full(wide.shape, self.bigram_rows - 1, dtype=np.int64)
-        own, before = self.bigram_multipliers
-        rows[1:] = (own * wide[1:] ^ before * wide[:-1]) % (self.bigram_rows - 1)
-        return {BIGRAM_ROWS: rows}
-
-    def row_tables(self) -> tuple[RowTableSpec, ...]:
-        """The bigram table: a rank's tokens touch few of its rows between two updates."""
-        return (RowTableSpec("bigram_embed", self.bigram_rows, BIGRAM_ROWS),)
-
-    def training_flops(self, tokens: int, *, short: int, long: int) -> float:
-        """See the base. A paired layer has twice the queries over half the heads: the same product."""
-        matrices = self.width * self.padded_vocab_size + self.layers * 2 * self.mlp_expansion * self.width**2
-        matrices += 4 * self.width**2 * len(self.attention_layers) + self.further_matrices
-        reach = sum(long if layer in self.long_window_layers else short for layer in self.attention_layers)
-        return 6.0 * tokens * matrices + 12.0 * tokens * (reach + self.further_reach) * self.width
-
-    @property
-    def further_matrices(self) -> int:
-        """Weights beside attention, MLPs and head that every token is multiplied by."""
-        return 0
-
-    @property
-    def further_reach(self) -> int:
-        """Tokens that a query sees beside its windows."""
-        return 0
 
     def problems(self) -> Iterator[Problem]:
         """Cross-checks; yields (path below `model`, message)."""
@@ -153,3 +111,50 @@ class RecordModelSpec(BaseModelSpec):
                 yield (key, position), f"is layer {layer}, the model has layers 0..{self.layers - 1}"
             elif needs_attention and layer in self.attention_free_layers:
                 yield (key, position), f"is layer {layer}, which has no attention (attention_free_layers)"
+
+
+class BigramModelSpec(RecordModelSpec):
+    """The records of one kind of layer, MLPs a multiple of the width, and a hashed table of bigrams."""
+
+    mlp_expansion: Few
+    bigram_rows: Annotated[int, Field(ge=2, le=2**31 - 1)]
+    bigram_multipliers: Annotated[tuple[Count, Count], Field(strict=False)] = Field(
+        description="hash multipliers of the token and of the one before"
+    )
+    attention_scale: Annotated[Positive, NOT_COMPILED] = Field(
+        description="softmax scale at the start; YaRN steps change it"
+    )
+
+    def batch_extras(self, tokens: Tokens) -> Mapping[str, npt.NDArray[Any]]:
+        """The row of the bigram table for each token and the one before it.
+
+        `((m0 * tok[t]) xor (m1 * tok[t-1])) mod (rows - 1)`; the last row is kept for token 0, which has none before.
+        """
+        import numpy as np
+
+        wide = tokens.astype(np.int64)
+        rows = np.full(wide.shape, self.bigram_rows - 1, dtype=np.int64)
+        own, before = self.bigram_multipliers
+        rows[1:] = (own * wide[1:] ^ before * wide[:-1]) % (self.bigram_rows - 1)
+        return {BIGRAM_ROWS: rows}
+
+    def row_tables(self) -> tuple[RowTableSpec, ...]:
+        """The bigram table: a rank's tokens touch few of its rows between two updates."""
+        return (RowTableSpec("bigram_embed", self.bigram_rows, BIGRAM_ROWS),)
+
+    def training_flops(self, tokens: int, *, short: int, long: int) -> float:
+        """See the base. A paired layer has twice the queries over half the heads: the same product."""
+        matrices = self.width * self.padded_vocab_size + self.layers * 2 * self.mlp_expansion * self.width**2
+        matrices += 4 * self.width**2 * len(self.attention_layers) + self.further_matrices
+        reach = sum(long if layer in self.long_window_layers else short for layer in self.attention_layers)
+        return 6.0 * tokens * matrices + 12.0 * tokens * (reach + self.further_reach) * self.width
+
+    @property
+    def further_matrices(self) -> int:
+        """Weights beside attention, MLPs and head that every token is multiplied by."""
+        return 0
+
+    @property
+    def further_reach(self) -> int:
+        """Tokens that a query sees beside its windows."""
+        return 0

@@ -28,12 +28,12 @@ from nanogpt.layers.fp8_mlp import Fp8Mlp
 from nanogpt.layers.norm import norm
 from nanogpt.models.language_model import Implementations, RunTimeWindows, TokenBatch, Windows
 from nanogpt.models.record89.spec import Record89ModelSpec
-from nanogpt.models.record_model import Embedded, RecordModel
+from nanogpt.models.record_model import BigramModel, Embedded
 
 Gates = dict[tuple[str, int], Tensor]  # (what it is for, layer) -> (T, heads) or (T, 1)
 
 
-class Record89(RecordModel[Record89ModelSpec]):
+class Record89(BigramModel[Record89ModelSpec]):
     """See the module. Shapes below are the record's: L = 11 layers, D = 768, H = 6 heads of 128, V = 50,304."""
 
     qk: nn.Parameter

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal, NamedTuple
 from pydantic import Field
 
 from nanogpt.layers.specs import MlpFp8Spec, MuddSpec
-from nanogpt.models.record_spec import RecordModelSpec
+from nanogpt.models.record_spec import BigramModelSpec
 from nanogpt.parameters import Adam, Normal, NorMuon, Parameter, TransposeOf, Uniform, Values
 from nanogpt.spec_fields import NOT_COMPILED, Finite, Index, Layers, NonNegative, Padding, Problem, Size, Strict
 
@@ -42,7 +42,7 @@ class Column(NamedTuple):
     width: int = 1
 
 
-class Record89ModelSpec(RecordModelSpec):
+class Record89ModelSpec(BigramModelSpec):
     """The model of public record 89 (`nanogpt.models.record89.model`)."""
 
     fp8_mlp: ClassVar[bool] = True

@@ -20,11 +20,11 @@ from nanogpt.layers.embedding import head_gate, smear
 from nanogpt.layers.norm import norm
 from nanogpt.layers.residual import add
 from nanogpt.models.language_model import RunTimeWindows, TokenBatch, Windows
-from nanogpt.models.record_model import Embedded, RecordModel
+from nanogpt.models.record_model import BigramModel, Embedded
 from nanogpt.models.speedrun.spec import SpeedrunModelSpec
 
 
-class Speedrun(RecordModel[SpeedrunModelSpec]):
+class Speedrun(BigramModel[SpeedrunModelSpec]):
     """See the module. Shapes below are the speedrun's: L = 11 layers, D = 768, H = 6 heads of 128, V = 50,304."""
 
     attn: nn.Parameter

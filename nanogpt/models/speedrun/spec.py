@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from nanogpt.models.record_spec import RecordModelSpec
+from nanogpt.models.record_spec import BigramModelSpec
 from nanogpt.parameters import Adam, Normal, NorMuon, Parameter, TransposeOf, Uniform, Values
 from nanogpt.spec_fields import NOT_COMPILED, Finite, Index, Problem, Strict
 
@@ -26,7 +26,7 @@ class ScalarInit(Strict):
     skip: Start
 
 
-class SpeedrunModelSpec(RecordModelSpec):
+class SpeedrunModelSpec(BigramModelSpec):
     """The speedrun's model (`nanogpt.models.speedrun.model`)."""
 
     kind: Literal["speedrun"]
