@@ -26,6 +26,14 @@ class RowTableSpec(NamedTuple):
     extra: str  # the batch's extra that has the rows
 
 
+class PulledTableSpec(NamedTuple):
+    """A table of rows that is no parameter: ranks keep parts of it and pull the rows that they read."""
+
+    rows: int
+    width: int
+    extras: tuple[str, ...]  # the batch's extras that have the rows
+
+
 class BaseModelSpec(Strict):
     """Base of the models' specs."""
 
@@ -68,6 +76,10 @@ class BaseModelSpec(Strict):
 
         Computed on the loader's thread and handed on with the batch, in training and in validation.
         """
+        return {}
+
+    def pulled_tables(self) -> Mapping[str, PulledTableSpec]:
+        """Tables of rows beside the parameters, by name; all start at 0 (`nanogpt.optim.pulled_table`)."""
         return {}
 
     def row_tables(self) -> tuple[RowTableSpec, ...]:

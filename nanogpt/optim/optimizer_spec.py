@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from nanogpt.parameters import Parameter
 from nanogpt.spec_fields import Problem, Strict
@@ -15,6 +15,15 @@ class Rates:
     """The schedule's say in a step, of any optimizer; its own may say more."""
 
     lr_factor: float  # multiplies every base learning rate
+
+
+class TableRates(NamedTuple):
+    """The schedule's say in an update of a table of rows by row Adam."""
+
+    lr: float  # with the schedule's factor
+    beta2: float
+    decay: float  # lr^2 * weight decay
+    eps: float
 
 
 class BaseOptimizerSpec(Strict):

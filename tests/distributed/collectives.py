@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 
 from nanogpt.optim.communication import Communicator
+from nanogpt.optim.optimizer_spec import TableRates
+from nanogpt.optim.pulled_table import PulledTable
 from nanogpt.optim.row_table import TouchedRows, average_touched_shard
 
 torch.set_num_threads(1)
@@ -71,6 +73,50 @@ for dtype, allowed in ((torch.float32, 1e-6), (torch.bfloat16, 0.02)):
     sparse = average_touched_shard(communicator, gradient, exchange).wait()
     assert sparse.dtype == dtype
     assert (sparse - dense).norm() <= allowed * dense.norm(), "sparse"
+
+# A pulled table against one that a single rank has whole: the same rows, the same updates, checkpoints of one for the
+# other. The second cycle is cut by a checkpoint.
+whole = PulledTable(ROWS, WIDTH, dtype=torch.float32, communicator=Communicator(), device=DEVICE)
+parts = PulledTable(ROWS, WIDTH, dtype=torch.float32, communicator=communicator, device=DEVICE)
+for number in (1, 2, 3):
+    rng = np.random.default_rng(number)
+    slots = [torch.from_numpy(rng.integers(0, ROWS, 7)).to(DEVICE) for _ in range(2 * size)]
+    own = slots[rank::size]
+    gradients = [
+        torch.randn(7, WIDTH, generator=torch.Generator("cpu").manual_seed(s), device="cpu") for s in range(2 * size)
+    ]
+    gradients = [gradient.to(DEVICE) for gradient in gradients]
+    whole.begin_cycle(np.unique(torch.cat(slots).cpu().numpy()))
+    parts.begin_cycle(np.unique(torch.cat(own).cpu().numpy()))
+    for rows in own:
+        assert torch.allclose(parts.read(rows), whole.read(rows), rtol=1e-5, atol=1e-7), "pulled rows"
+    for rows, gradient in zip(slots, gradients, strict=True):
+        whole.add_gradient(rows, gradient / size)  # the mean over ranks
+    parts.add_gradient(own[0], gradients[rank])
+    if number == 2:
+        state = parts.state_dict()
+        assert rank > 0 or len(state["rows"]) > 0
+        everywhere = [state]
+        dist.broadcast_object_list(everywhere, src=0)
+        parts = PulledTable(ROWS, WIDTH, dtype=torch.float32, communicator=communicator, device=DEVICE)
+        parts.load_state_dict(everywhere[0])
+        parts.begin_cycle(np.unique(own[1].cpu().numpy()))
+        alone = PulledTable(ROWS, WIDTH, dtype=torch.float32, communicator=Communicator(), device=DEVICE)
+        alone.load_state_dict(everywhere[0])  # on one rank: what all have gathered so far
+        alone.begin_cycle(np.unique(torch.cat(slots).cpu().numpy()))
+        for rows, gradient in zip(slots[size:], gradients[size:], strict=True):
+            alone.add_gradient(rows, gradient / size)
+        assert whole.gradient is not None and alone.gradient is not None
+        assert torch.allclose(alone.gradient, whole.gradient, rtol=1e-5, atol=1e-6), "a cycle for another world size"
+    parts.add_gradient(own[1], gradients[rank + size])
+    with parts.reading(np.arange(ROWS)):
+        assert torch.allclose(parts.read(torch.arange(ROWS)), whole.values, rtol=1e-5, atol=1e-7), "another pull"
+    for table in (whole, parts):
+        table.start_push()
+        table.update(TableRates(0.05, 0.95 - 0.01 * number, 0.001, 1e-10))
+    assert torch.allclose(parts.values, communicator.shard(whole.values), rtol=1e-5, atol=1e-7), "row Adam"
+    assert torch.allclose(parts.second_moment, communicator.shard(whole.second_moment), rtol=1e-5), "moments"
+    assert torch.equal(parts.last_update, communicator.shard(whole.last_update)), "updates"
 
 # Several under way at once, finished in another order.
 first, second = of_rank(rank, torch.float32), of_rank(rank + 1, torch.float32)
