@@ -9,6 +9,8 @@ ROOT = Path(__file__).parents[2]
 
 SPEEDRUN = "nanogpt/models/speedrun/model.py"
 RECORD89 = "nanogpt/models/record89/model.py"
+NGRAMS = "nanogpt/models/record92/ngrams.py"
+CANDIDATES = "nanogpt/models/record92/candidates.py"
 TABLE = "nanogpt/models/speedrun/spec.py"
 TABLE89 = "nanogpt/models/record89/spec.py"
 TABLE_GPT2 = "nanogpt/models/gpt2/spec.py"
@@ -56,6 +58,8 @@ _TESTS: dict[str, tuple[str, ...]] = {
     RATES: ("tests/training/test_schedule.py", "tests/training/test_schedule_record89.py"),
     SPEEDRUN: ("tests/models/test_speedrun.py",),
     RECORD89: ("tests/models/test_record89.py", "tests/optim/test_record89_steps.py"),
+    NGRAMS: ("tests/models/test_ngrams.py",),
+    CANDIDATES: ("tests/models/test_candidates.py",),
     RECORD: (
         "tests/models/test_speedrun.py",
         "tests/models/test_record89.py",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gpt2
 import record89
+import record92
 import speedrun_model
 import speedrun_training
 from mutation import Mutation
@@ -13,4 +14,5 @@ MUTATIONS: list[Mutation] = [
     *speedrun_training.MUTATIONS,
     *gpt2.MUTATIONS,
     *record89.MUTATIONS,
+    *record92.MUTATIONS,
 ]

@@ -1,0 +1,1 @@
+"""Public record 92 (September 2026)."""

@@ -1,0 +1,49 @@
+"""Hashed n-grams: which rows of the table, and which sign vectors, each token of a micro-batch reads. No torch.
+
+The hashes, their multipliers and the quirk are the public record's (number 92, PR #360); the first hashed bigrams were
+record 62's. They run over the flat stream: a document's first tokens are hashed with the end of the one before.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from nanogpt.models.model_spec import Tokens
+
+Rows = npt.NDArray[np.int32]
+
+SIGN_ROWS = 8192  # a power of two
+
+
+def ngram_rows(tokens: Tokens, rows: int) -> Rows:
+    """(2, T) int32: each token's bigram row, in the first half of the table's `rows` (even), and trigram row, in the
+    second half. Tokens without so much history read the half's last row, which no hash gives.
+
+    tokens: (T,) uint16.
+    """
+    half = rows // 2
+    own = tokens.astype(np.uint32)  # products wrap at 32 bits; the remainder is that of the signed number, from 0 on
+    before = own.copy()
+    before[:1] = half - 1  # a quirk of the record: token 1's bigram has the row of token 0 for the token
+    found = np.empty((2, own.size), dtype=np.int32)
+    found[0, :1], found[1, :2] = half - 1, rows - 1
+    found[0, 1:] = (36313 * own[1:] ^ 27191 * before[:-1]).view(np.int32) % (half - 1)
+    trigram = 17351 * own[2:] ^ 60961 * own[1:-1] ^ 45259 * own[:-2]
+    found[1, 2:] = half + trigram.view(np.int32) % (half - 1)
+    return found
+
+
+def sign_rows(tokens: Tokens) -> Rows:
+    """(2, T) int32: the vectors, of `SIGN_ROWS`, that each token's bigram and trigram row are multiplied by.
+
+    Vector 0 for tokens without so much history. tokens: (T,) uint16.
+    """
+    own = tokens.astype(np.uint32)
+    found = np.zeros((2, own.size), dtype=np.int32)
+    found[0, 1:] = (48271 * own[1:] ^ 30011 * own[:-1]) & (SIGN_ROWS - 1)
+    found[1, 2:] = (58699 * own[2:] ^ 39779 * own[1:-1] ^ 26801 * own[:-2]) & (SIGN_ROWS - 1)
+    return found
