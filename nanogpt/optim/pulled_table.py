@@ -1,11 +1,11 @@
-"""A table of rows too large for a gradient or an Adam state of its size: each rank keeps a part, and pulls what it reads.
+"""A table of rows too large for a gradient or an Adam state of its size: each rank has a part, and pulls what it reads.
 
 A cycle is the steps between two updates of the table. Before it, each rank asks the owners for the rows that its tokens
-of the whole cycle read, and keeps copies; within it nothing is exchanged and the table does not change, so that this is
-exact. At its end the gradients of those rows go back by the same routes, owners add them up and update what was touched.
+of the whole cycle read, and keeps copies. Within it nothing is exchanged, which is exact: the table does not change. At
+its end the gradients of those rows go back by the same routes; owners add them up and update what was touched.
 
-- Row Adam: beta1 is 0, and a row has one second moment, of the mean over its channels. A row that no rank has read at an
-  update stays as it is; what its second moment owes is made up for when it is next touched.
+- Row Adam: beta1 is 0, and a row has one second moment, of the mean over its channels. A row that no rank has read up
+  to an update stays as it is; its second moment decays for that update when the row is next touched.
 - On one rank there are no copies: rows are read where they are.
 - Gradients are summed in fp32 over a rank's cycle, travel in the table's dtype and are summed in fp32 at the owner, in
   the order of the ranks. (The public code sums in fp16 and bf16, by atomics in no fixed order.)
@@ -257,7 +257,7 @@ class PulledTable:
         return found
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave on rank 0, of any number of ranks. A cycle in it goes on by `begin_cycle`."""
+        """Take over what `state_dict` gave on rank 0 of any number of ranks; `begin_cycle` goes on with its cycle."""
         for tensor in (self.values, self.second_moment, self.last_update):
             tensor.zero_()
         rows: Tensor = state["rows"]

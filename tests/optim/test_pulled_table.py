@@ -1,4 +1,4 @@
-"""A pulled table of rows on one rank against row Adam as its definition reads; several ranks are in tests/distributed."""
+"""A pulled table of rows on one rank against row Adam as its definition reads; for several see tests/distributed."""
 
 from __future__ import annotations
 
