@@ -233,7 +233,8 @@ def shorten(spec: RunSpec, total_steps: int) -> RunSpec:
         strict=True,
     ):
         stage_data["steps"] = steps
-    data["evaluation"]["every"] = scaled(spec.evaluation.every, at_least=1)
+    if spec.evaluation.every is not None:
+        data["evaluation"]["every"] = scaled(spec.evaluation.every, at_least=1)
     schedule = data["training"]["lr_schedule"]
     schedule.update({name: scaled(steps) for name, steps in schedule.items() if name.endswith("_steps")})
     for entry in data["training"]["end"]:

@@ -148,14 +148,18 @@ class TrainingSpec(Strict):
 class EvaluationSpec(Strict):
     """Validation, outside the clock."""
 
-    every: Annotated[Count, NOT_COMPILED] = Field(
-        description="steps between validations; step 0 and the end are always validated"
+    every: Annotated[Count | None, NOT_COMPILED] = Field(
+        description="steps between validations, the first at step 0, the last at the end; null: at the end alone"
     )
     tokens: Annotated[Tokens, NOT_COMPILED] = Field(description="validation tokens, from the stream's start")
     micro_batch_tokens: Count
     target_loss: Annotated[Positive | None, NOT_COMPILED] = Field(
         description="the run is a success at this loss or below; null: no target"
     )
+
+    def steps(self, total_steps: int) -> range:
+        """The steps before which a run of `total_steps` is validated; its end comes on top."""
+        return range(0, total_steps if self.every is not None else 0, self.every or 1)
 
 
 # --- data, machine, run -----------------------------------------------------------------------------------------

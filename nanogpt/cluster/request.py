@@ -88,7 +88,7 @@ def job_request(spec: RunSpec) -> JobRequest:
 
 def _minutes(spec: RunSpec) -> int:
     model, kind = spec.model, GPU_TYPES.get(spec.hardware.gpu)
-    evaluations = spec.training.total_steps // spec.evaluation.every + 2
+    evaluations = len(spec.evaluation.steps(spec.training.total_steps)) + 1
     evaluated = spec.evaluation.tokens * evaluations // 3  # forward only, a third
     flops = model.training_flops(spec.training.total_tokens + evaluated, short=0, long=0)
     start, speed = (START_MINUTES_GPU, kind.slow_flops) if kind else (START_MINUTES_CPU, SLOW_FLOPS_CPU)

@@ -108,8 +108,8 @@ def _metrics(run: LoadedRun, record: Record) -> Iterator[str]:
     if began is None or clock is None or abs((clock - began).total_seconds()) > START_S:
         yield f"{METRICS_NAME} begins at {start.get('time')}, the clock by {RECORD_NAME} at {clock}"
     yield from _series(spec, metrics.steps, "steps", list(range(1, spec.training.total_steps + 1)))
-    every, total = spec.evaluation.every, spec.training.total_steps
-    yield from _series(spec, metrics.evaluations, "evaluations", [*range(0, total, every), total])
+    total = spec.training.total_steps
+    yield from _series(spec, metrics.evaluations, "evaluations", [*spec.evaluation.steps(total), total])
     yield from _stages(spec, metrics.steps)
     final = run.final_loss
     if final is None or record.val_loss is None or abs(final - record.val_loss) > LOSS_DIGITS * abs(final):

@@ -340,10 +340,11 @@ class Trainer:
         self.watch.training(self.next_step, compiling=self.compiled and not self.spec.training.warmup)
         self.clock.start()
         self._set_prefixes()
+        evaluated = self.spec.evaluation.steps(self.schedule.total_steps)
         for step in range(self.next_step, self.schedule.total_steps):
             settings = self.schedule.at(step)
             self.enter(settings)
-            if step % self.spec.evaluation.every == 0:
+            if step in evaluated:
                 with self.clock.paused():
                     self._validate(step, settings.windows)
             loss = self.train_step(settings)
