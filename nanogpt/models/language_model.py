@@ -13,7 +13,9 @@ from nanogpt.kernels.dispatch import run_time_number
 from nanogpt.models import MODELS
 from nanogpt.models.model_spec import BaseModelSpec
 from nanogpt.models.stage_loss import StageLoss
-from nanogpt.optim.row_table import LookUp
+from nanogpt.optim.communication import Communicator
+from nanogpt.optim.pulled_table import PulledTable
+from nanogpt.optim.row_table import AnyLookUp
 from nanogpt.parameters import Normal, Parameter, TransposeOf, Uniform, Values, Zeros
 from nanogpt.registry import built_class
 
@@ -106,9 +108,13 @@ class LanguageModel(nn.Module):
     """Base of the models: makes the parameters of the spec's table, named as its rows are."""
 
     rows: tuple[Parameter, ...]
+    tables: dict[str, PulledTable]  # by name; empty until `make_tables`
 
     def __init__(self, spec: BaseModelSpec, *, dtype: torch.dtype):
         super().__init__()
+        self.dtype = dtype
+        self.table_specs = spec.pulled_tables()
+        self.tables = {}
         self.rows = spec.parameters()
         for row in self.rows:
             *folders, name = row.name.split(".")
@@ -148,6 +154,11 @@ class LanguageModel(nn.Module):
             if isinstance(row.start, Zeros):
                 parameters[row.name].zero_()
 
+    def make_tables(self, communicator: Communicator, device: torch.device | str) -> None:
+        """Make this rank's part of the spec's pulled tables, all zeros."""
+        place: dict[str, Any] = {"dtype": self.dtype, "communicator": communicator, "device": torch.device(device)}
+        self.tables = {name: PulledTable(t.rows, t.width, **place) for name, t in self.table_specs.items()}
+
     def loss_inputs(self, point: SchedulePoint, device: torch.device) -> Any:
         """What `training_loss` gets from the schedule: a value of the model's own, a tree of tensors on `device`.
 
@@ -163,7 +174,7 @@ class LanguageModel(nn.Module):
         """
         raise NotImplementedError
 
-    def look_ups(self, batch: TokenBatch) -> tuple[LookUp, ...]:
+    def look_ups(self, batch: TokenBatch) -> tuple[AnyLookUp, ...]:
         """What `training_loss` reads of large tables for this batch, and may be handed as `embedded`."""
         return ()
 
@@ -171,8 +182,13 @@ class LanguageModel(nn.Module):
         """What `training_loss` is divided by to be a loss per token, for the log."""
         raise NotImplementedError
 
-    def evaluation_loss(self, batch: TokenBatch, windows: Windows | RunTimeWindows) -> Tensor:
-        """Mean cross-entropy of the next token in nats, a scalar in fp32; no gradient."""
+    def evaluation_loss(
+        self,
+        batch: TokenBatch,
+        windows: Windows | RunTimeWindows,
+        embedded: tuple[Tensor, ...] | None = None,
+    ) -> Tensor:
+        """Mean cross-entropy of the next token in nats, a scalar in fp32; no gradient. embedded: as in training."""
         raise NotImplementedError
 
     def token_losses(self, batch: TokenBatch, windows: Windows | RunTimeWindows) -> Tensor:
@@ -237,11 +253,14 @@ def build_model(
     max_tokens: int,
     device: torch.device | str,
     implementations: Implementations | None = None,
+    communicator: Communicator | None = None,
 ) -> LanguageModel:
     """The spec's model, its parameters drawn from `seed`, alike on every device and world size.
 
-    See `make_model`. Raises ValueError as `check_table` does.
+    communicator: of the ranks that share the pulled tables; None: one has them whole. See `make_model`. Raises
+    ValueError as `check_table` does.
     """
     model = make_model(spec, dtype=dtype, max_tokens=max_tokens, implementations=implementations)
     model.draw_parameters(torch.Generator().manual_seed(seed))
+    model.make_tables(communicator or Communicator(), device)
     return model.to(device)

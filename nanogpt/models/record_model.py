@@ -21,7 +21,7 @@ from nanogpt.models.language_model import (
     to_device,
 )
 from nanogpt.models.record_spec import BIGRAM_ROWS, BigramModelSpec, RecordModelSpec
-from nanogpt.optim.row_table import LookUp
+from nanogpt.optim.row_table import AnyLookUp, LookUp
 
 Spec = TypeVar("Spec", bound=RecordModelSpec)
 BigramSpec = TypeVar("BigramSpec", bound=BigramModelSpec)
@@ -81,7 +81,7 @@ class RecordModel(LanguageModel, Generic[Spec]):
             tuple(F.embedding(rows, full[first : first + n]) for full, rows, first, n in self.reads(batch))
         )
 
-    def look_ups(self, batch: TokenBatch) -> tuple[LookUp, ...]:
+    def look_ups(self, batch: TokenBatch) -> tuple[AnyLookUp, ...]:
         """See the base."""
         return tuple(LookUp(*read) for read in self.reads(batch))
 
@@ -143,9 +143,14 @@ class RecordModel(LanguageModel, Generic[Spec]):
         return float(batch.inputs.shape[0])
 
     @torch.no_grad()
-    def evaluation_loss(self, batch: TokenBatch, windows: Windows | RunTimeWindows) -> Tensor:
+    def evaluation_loss(
+        self,
+        batch: TokenBatch,
+        windows: Windows | RunTimeWindows,
+        embedded: tuple[Tensor, ...] | None = None,
+    ) -> Tensor:
         """Mean cross-entropy of the next token, with the head in the model's dtype."""
-        x = self(batch, windows)
+        x = self.hidden(batch, self.embedded(batch) if embedded is None else self.named(embedded), windows)
         cap = self.spec.softcap
         return head_mean_loss(
             x,

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from nanogpt.kernels.row_gradients import RowOrder, add_rows, row_order
 from nanogpt.optim.communication import Communicator, Pending
+from nanogpt.optim.pulled_table import TableLookUp
 
 Rows = npt.NDArray[np.int64]
 
@@ -52,13 +53,20 @@ class LookUp:
         return F.embedding(self.rows, self.part(self.parameter.detach())).requires_grad_()
 
 
-def add_gradients(look_ups: Sequence[LookUp], read: Sequence[Tensor], *, plain: bool = False) -> None:
+AnyLookUp = LookUp | TableLookUp
+
+
+def add_gradients(look_ups: Sequence[AnyLookUp], read: Sequence[Tensor], *, plain: bool = False) -> None:
     """Add the gradients of what was `read` to the tables' (`.grad`, which exists), row by row.
 
     `plain`: plain PyTorch also where a Triton kernel could run.
     """
     orders: dict[int, RowOrder] = {}  # tables of which the same rows are read share their order
     for look_up, rows in zip(look_ups, read, strict=True):
+        if isinstance(look_up, TableLookUp):
+            assert rows.grad is not None
+            look_up.table.add_gradient(look_up.rows, rows.grad)
+            continue
         order = orders.get(id(look_up.rows)) or row_order(look_up.rows)
         orders[id(look_up.rows)] = order
         assert look_up.parameter.grad is not None and rows.grad is not None

@@ -6,17 +6,23 @@ import torch
 
 from nanogpt.models import language_model
 from nanogpt.models.language_model import Implementations, LanguageModel
+from nanogpt.optim.communication import Communicator
 from nanogpt.spec import RunSpec
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def build_model(
-    spec: RunSpec, *, device: torch.device | str, implementations: Implementations | None = None
+    spec: RunSpec,
+    *,
+    device: torch.device | str,
+    implementations: Implementations | None = None,
+    communicator: Communicator | None = None,
 ) -> LanguageModel:
     """The spec's model with its parameters drawn from the spec's seed, alike on every device and world size.
 
-    `implementations`: of attention, MLP and head; the plain ones if not given.
+    `implementations`: of attention, MLP and head; the plain ones if not given. `communicator`: of the ranks that share
+    the model's pulled tables.
     """
     slots = spec.training.slots
     return language_model.build_model(
@@ -28,4 +34,5 @@ def build_model(
         ),
         device=device,
         implementations=implementations,
+        communicator=communicator,
     )

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from nanogpt.data.batches import MicroBatch
 from nanogpt.models.language_model import LanguageModel
-from nanogpt.optim.row_table import add_gradients
+from nanogpt.optim.row_table import LookUp, add_gradients
 
 
 class MicroStep:
@@ -73,7 +73,8 @@ class MicroStep:
     def compute(self, batch: MicroBatch, inputs: Any) -> Tensor:
         """The same without a capture."""
         look_ups = self.model.look_ups(batch)
-        for parameter in self.model.parameters() if self.capture else [look_up.parameter for look_up in look_ups]:
+        read = [look_up.parameter for look_up in look_ups if isinstance(look_up, LookUp)]
+        for parameter in self.model.parameters() if self.capture else read:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         embedded = tuple(look_up.read() for look_up in look_ups)

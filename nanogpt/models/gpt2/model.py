@@ -94,7 +94,12 @@ class Gpt2(LanguageModel):
         return 1.0
 
     @torch.no_grad()
-    def evaluation_loss(self, batch: TokenBatch, windows: Windows | RunTimeWindows) -> Tensor:
+    def evaluation_loss(
+        self,
+        batch: TokenBatch,
+        windows: Windows | RunTimeWindows,
+        embedded: tuple[Tensor, ...] | None = None,
+    ) -> Tensor:
         """Mean cross-entropy of the next token."""
         return self._mean_loss(self(batch, windows), batch.targets)
 
