@@ -15,6 +15,7 @@ The table, its cycles and its update are public record 92's (PR #360).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -81,17 +82,35 @@ class PulledTable:
             raise ValueError(f"{rows} rows of a table cannot be shared evenly by {communicator.size} ranks")
         self.rows = rows
         self.communicator = communicator
+        self.width = width
+        self.dtype = dtype
+        self.device = device
         self.own_rows = rows // communicator.size
         self.first = communicator.rank * self.own_rows
-        self.values = torch.zeros(self.own_rows, width, dtype=dtype, device=device)
-        self.second_moment = torch.zeros(self.own_rows, device=device)
-        self.last_update = torch.zeros(self.own_rows, dtype=torch.int32, device=device)  # its number, from 1; 0: none
         self.decays: list[float] = []  # beta2 of each update so far
         self.gradient: Tensor | None = None  # (n, D) fp32: of the cycle's rows
         self._cycle: Pull | None = None
         self._read_from: Pull | None = None
         self._saved: tuple[Tensor, Tensor, Tensor] | None = None  # a cycle's rows, those with a gradient, and that
         self._push: Pending | None = None
+        self._idle = False
+
+    # Made when they are first asked for: a process that only compiles has no room for a table of its own.
+
+    @functools.cached_property
+    def values(self) -> Tensor:
+        """(own rows, D): this rank's part."""
+        return torch.zeros(self.own_rows, self.width, dtype=self.dtype, device=self.device)
+
+    @functools.cached_property
+    def second_moment(self) -> Tensor:
+        """(own rows,) fp32."""
+        return torch.zeros(self.own_rows, device=self.device)
+
+    @functools.cached_property
+    def last_update(self) -> Tensor:
+        """(own rows,) int32: the number, from 1, of the update that last touched each; 0: none has."""
+        return torch.zeros(self.own_rows, dtype=torch.int32, device=self.device)
 
     @property
     def in_cycle(self) -> bool:
@@ -106,30 +125,42 @@ class PulledTable:
         Collective. After a checkpoint from the middle of a cycle, `rows` are those still to be read: what was read
         before comes from the checkpoint.
         """
-        wanted = torch.from_numpy(rows).to(self.values.device)
+        wanted = torch.from_numpy(rows).to(self.device)
         if self._saved is not None:
             wanted = torch.unique(torch.cat((wanted, self._saved[0])))
         self._cycle = self._read_from = self._pull(wanted)
-        self.gradient = torch.zeros(len(wanted), self.values.shape[1], device=self.values.device)
+        self.gradient = torch.zeros(len(wanted), self.width, device=self.device)
         if self._saved is not None:
             _, with_gradient, gradient = self._saved
             self.gradient[torch.searchsorted(wanted, with_gradient)] = gradient
             self._saved = None
 
     @contextmanager
-    def reading(self, rows: Rows) -> Iterator[None]:
-        """Read from a pull of `rows`, (n,) sorted and distinct, meanwhile; collective. The cycle goes on afterwards."""
+    def reading(self, rows: Sequence[Tensor]) -> Iterator[None]:
+        """Pull and read `rows`, any numbers of them, meanwhile; collective. A cycle goes on afterwards."""
         before = self._read_from
-        self._read_from = self._pull(torch.from_numpy(rows).to(self.values.device))
+        if self.communicator.size > 1:
+            self._read_from = self._pull(torch.unique(torch.cat([each.flatten() for each in rows]).long()))
         try:
             yield
         finally:
             self._read_from = before
 
+    @contextmanager
+    def idle(self) -> Iterator[None]:
+        """Meanwhile every row is read as zeros, and gradients are dropped: nothing is needed of it but its shapes."""
+        self._idle = True
+        try:
+            yield
+        finally:
+            self._idle = False
+
     @torch.no_grad()
     def read(self, rows: Tensor) -> Tensor:
         """(T, D) of `rows` (T,), which were pulled; on one rank any rows."""
         pull = self._read_from
+        if self._idle:
+            return torch.zeros(len(rows), self.width, dtype=self.dtype, device=self.device)
         if self.communicator.size == 1:
             return F.embedding(rows, self.values)
         if pull is None or pull.copies is None:
@@ -139,6 +170,8 @@ class PulledTable:
     @torch.no_grad()
     def add_gradient(self, rows: Tensor, gradient: Tensor) -> None:
         """Add what the loss says of `rows` (T,), all of the cycle's: (T, D)."""
+        if self._idle:
+            return
         if self._cycle is None or self.gradient is None:
             raise RuntimeError("a table has a gradient outside of a cycle")
         self.gradient.index_add_(0, torch.searchsorted(self._cycle.rows, rows), gradient.float())
@@ -152,9 +185,7 @@ class PulledTable:
         if self.communicator.size == 1:
             self._push = completed(sent)
         else:
-            self._push = self.communicator.exchange_rows(
-                sent.to(self.values.dtype), cycle.send_counts, cycle.asked_counts
-            )
+            self._push = self.communicator.exchange_rows(sent.to(self.dtype), cycle.send_counts, cycle.asked_counts)
 
     @torch.no_grad()
     def update(self, rates: TableRates) -> None:
@@ -187,7 +218,7 @@ class PulledTable:
             update = g.mul_((step / (moment.sqrt() + rates.eps))[:, None])
             rows = self.values[places].float()
             update = torch.where(update * rows > 0, update + rows * rates.decay, update)
-            self.values[places] = (rows - update).to(self.values.dtype)
+            self.values[places] = (rows - update).to(self.dtype)
 
     def _pull(self, wanted: Tensor) -> Pull:
         """Ask the owners of the rows `wanted` (n,). Collective."""
@@ -222,7 +253,7 @@ class PulledTable:
     def _cycles(self) -> list[dict[str, Tensor]]:
         """By rank: the cycle's rows, those with a gradient, and that."""
         none = self.last_update.new_empty(0, dtype=torch.int64)
-        rows, gradient = none, torch.empty(0, self.values.shape[1], device=none.device)
+        rows, gradient = none, torch.empty(0, self.width, device=none.device)
         if self._cycle is not None and self.gradient is not None:
             rows, gradient = self._cycle.rows, self.gradient
         touched = gradient.ne(0).any(dim=1).nonzero().flatten()
@@ -263,9 +294,9 @@ class PulledTable:
         rows: Tensor = state["rows"]
         mine = ((rows >= self.first) & (rows < self.first + self.own_rows)).nonzero().flatten()
         for piece in mine.split(_PIECE_ROWS):
-            places = (rows[piece] - self.first).to(self.values.device)
+            places = (rows[piece] - self.first).to(self.device)
             for name in ("values", "second_moment", "last_update"):
-                getattr(self, name)[places] = state[name][piece].to(self.values.device)
+                getattr(self, name)[places] = state[name][piece].to(self.device)
         self.decays = [float(beta) for beta in state["decays"]]
         self._cycle = self._read_from = self._push = self.gradient = None
         self._saved = self._part_of(state["cycles"])
@@ -274,14 +305,14 @@ class PulledTable:
         """This rank's part of an unfinished cycle: its own on as many ranks, else rank 0 has all of it."""
         if not cycles:
             return None
-        size, device = self.communicator.size, self.values.device
+        size, device = self.communicator.size, self.device
         if len(cycles) == size:
             own = cycles[self.communicator.rank]
             return own["rows"].to(device), own["with_gradient"].to(device), own["gradient"].to(device)
         if self.communicator.rank:
             return None
         rows = torch.unique(torch.cat([of_rank["rows"] for of_rank in cycles]))
-        total = torch.zeros(len(rows), self.values.shape[1])
+        total = torch.zeros(len(rows), self.width)
         for of_rank in cycles:
             total.index_add_(0, torch.searchsorted(rows, of_rank["with_gradient"]), of_rank["gradient"])
         total *= size / len(cycles)  # its mean over ranks is then what it was

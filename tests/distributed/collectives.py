@@ -109,7 +109,7 @@ for number in (1, 2, 3):
         assert whole.gradient is not None and alone.gradient is not None
         assert torch.allclose(alone.gradient, whole.gradient, rtol=1e-5, atol=1e-6), "a cycle for another world size"
     parts.add_gradient(own[1], gradients[rank + size])
-    with parts.reading(np.arange(ROWS)):
+    with parts.reading([torch.arange(ROWS), torch.arange(3)]):
         assert torch.allclose(parts.read(torch.arange(ROWS)), whole.values, rtol=1e-5, atol=1e-7), "another pull"
     for table in (whole, parts):
         table.start_push()

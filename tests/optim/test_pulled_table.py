@@ -130,11 +130,21 @@ def test_reading_other_rows_leaves_the_cycle() -> None:
     run_cycle(table, [(torch.tensor([1, 2]), torch.randn(2, WIDTH))], 1)
     table.begin_cycle(np.array([1]))
     table.add_gradient(torch.tensor([1]), torch.ones(1, WIDTH))
-    with table.reading(np.array([2, 4])):
+    with table.reading([torch.tensor([4, 2, 4], dtype=torch.int32)]):
         assert torch.equal(table.read(torch.tensor([4, 2, 4])), table.values[[4, 2, 4]])
     table.start_push()
     table.update(rates_of(2))
     assert int(table.last_update[2]) == 1 and int(table.last_update[1]) == 2
+
+
+def test_an_idle_table_has_zeros_and_no_memory() -> None:
+    table = make_table()
+    with table.idle():
+        assert not table.read(torch.tensor([3, 4])).any()
+        table.add_gradient(torch.tensor([3]), torch.ones(1, WIDTH))
+    assert "values" not in vars(table) and not table.in_cycle
+    run_cycle(table, [(torch.tensor([3]), torch.ones(1, WIDTH))], 1)
+    assert table.read(torch.tensor([3])).any()
 
 
 def test_what_has_no_cycle_is_refused() -> None:
