@@ -74,15 +74,15 @@ _add(
     "NorMuon decay mask",
     NORMUON,
     "always",
-    ("torch.where(x * weight >= 0, weight * decay, torch.zeros_like(weight))", "weight * decay"),
+    ("torch.where(gate.to(weight.dtype) * weight >= 0, weight * decay, torch.zeros_like(weight))", "weight * decay"),
 )
-_add("NorMuon decay mask", NORMUON, "where signs differ", ("x * weight >= 0", "x * weight <= 0"))
-_add("NorMuon decay mask", NORMUON, "not without update", ("x * weight >= 0", "x * weight > 0"))
+_add("NorMuon decay mask", NORMUON, "where signs differ", ("* weight >= 0", "* weight <= 0"))
+_add("NorMuon decay mask", NORMUON, "not without update", ("* weight >= 0", "* weight > 0"))
 _add(
     "NorMuon decay",
     NORMUON,
     "not times the step size",
-    ("weight - step_size * (x + decayed)", "weight - step_size * x - decayed"),
+    ("(x.to(weight.dtype) + decayed)", "x.to(weight.dtype) - decayed"),
 )
 _add("NorMuon decay", OPTIMIZER, "not times lr", ("banks.weight_decay * lr", "banks.weight_decay"))
 _add("NorMuon learning rate", OPTIMIZER, "no schedule", ("lr = banks.lr * rates.lr_factor", "lr = banks.lr"))
