@@ -42,6 +42,7 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
         rows: the table.
         touched: by label, the rows that a table's gradient has, where it is exchanged by rows.
         keep_gradients: their memory stays and is cleared in place, for those who have captured where it is.
+        tables: by name, tables of rows that are no parameters, for a subclass that updates such.
     """
 
     bank_update: ClassVar[Callable[..., None]]  # the formula, which is compiled
@@ -58,6 +59,7 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
         plain_kernels: bool = False,
         touched: dict[str, TouchedRows] | None = None,
         keep_gradients: bool = False,
+        tables: Mapping[str, Any] | None = None,
     ):
         self.rows = tuple(rows)
         self.matrix_rows = {row.name: row.train.rows for row in rows if isinstance(row.train, NorMuon)}
@@ -66,7 +68,8 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
         self.head_label = tied.tied_to if tied else None
         self.touched = touched or {}
         self.keep_gradients = keep_gradients
-        self.gathering = False  # Adam's gradients are on their way from one of its steps to the next
+        self.tables = dict(tables or {})
+        self.gathering: set[str] = set()  # whose gradients are on their way from one of their updates to the next
         # Delayed parameters' reductions under way, with the rates of the step that they are of.
         self.waiting: dict[str, tuple[Pending, BanksAndAdamRates]] = {}
         self.spec = spec
@@ -125,35 +128,23 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
     # --- a step ---
 
     def expect_rows(self, rows: Mapping[str, Sequence[Rows]], rates: OwnRates) -> None:
-        """The tables' gradients will have these rows; before an Adam step they are all known."""
-        for touched in self.touched.values():
+        """The tables' gradients will have these rows; before a table's update they are all known."""
+        for label, touched in self.touched.items():
             touched.add(rows[touched.extra])
-            if rates.adam_step:
+            if self.plans[label].due(adam_step=rates.adam_step, event=rates.event):
                 touched.prepare()
 
     @torch.no_grad()
     def step(self, rates: OwnRates) -> None:
         """Reduce, update, gather, clear; see the module. Raises RuntimeError where a parameter has no gradient."""
         tied, head = (self.tied_label, self.head_label) if self.tied else (None, None)
-        plan = self.spec.step_plan(adam_step=rates.adam_step, tied=tied)
+        plan = self.spec.step_plan(adam_step=rates.adam_step, tied=tied, event=rates.event)
         if rates.adam_step and tied is not None and head is not None:
             transpose_add(self._gradient(tied), self._gradient(head))
 
-        reductions = {p.label: self._start_reduction(p, self._gradient(p.label)) for p in plan.reduce}
+        reductions = self._start_reductions(plan.reduce, rates)
         gathers = self._update_waiting()
-        for together in updated_together(plan.update):
-            labels = [p.label for p in together]
-            gradients = [reductions.pop(label).wait() for label in labels]
-            own = [self._own(p, self.parameters[p.label].data) for p in together]
-            if together[0].bank:
-                self._update_bank(labels[0], own[0], gradients[0], rates)
-            else:
-                self._update_adam(labels, own, gradients, rates)
-            for p in together:
-                self._clear(p.label)
-                if p.sharded:
-                    gathers[p.label] = self.communicator.gather(self._view(p, self.parameters[p.label].data))
-
+        gathers |= self._update_all(updated_together(plan.update), reductions, rates)
         if rates.adam_step and tied is not None and head is not None:
             if head in gathers:
                 gathers.pop(head).wait()
@@ -166,7 +157,31 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
             self._clear(p.label)
         for gather in gathers.values():
             gather.wait()
-        self.gathering = not rates.adam_step
+        due = {label for label, p in self.plans.items() if p.due(adam_step=rates.adam_step, event=rates.event)}
+        self.gathering = self.plans.keys() - due
+
+    def _start_reductions(self, plans: Sequence[ParameterPlan], rates: OwnRates) -> dict[str, Pending]:
+        """In the order of the plans, by label."""
+        return {p.label: self._start_reduction(p, self._gradient(p.label)) for p in plans}
+
+    def _update_all(
+        self, batches: Sequence[Sequence[ParameterPlan]], reductions: dict[str, Pending], rates: OwnRates
+    ) -> dict[str, Pending]:
+        """Batch by batch; uses up their reductions and returns the gathers, by label."""
+        gathers = {}
+        for together in batches:
+            labels = [p.label for p in together]
+            gradients = [reductions.pop(label).wait() for label in labels]
+            own = [self._own(p, self.parameters[p.label].data) for p in together]
+            if together[0].bank:
+                self._update_bank(labels[0], own[0], gradients[0], rates)
+            else:
+                self._update_adam(labels, own, gradients, rates)
+            for p in together:
+                self._clear(p.label)
+                if p.sharded:
+                    gathers[p.label] = self.communicator.gather(self._view(p, self.parameters[p.label].data))
+        return gathers
 
     def _update_waiting(self) -> dict[str, Pending]:
         """Make the updates that were left to this step; returns their gathers, by label."""
@@ -206,13 +221,15 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
     def _update_adam(
         self, labels: Sequence[str], own: Sequence[Tensor], gradients: Sequence[Tensor], rates: BanksAndAdamRates
     ) -> None:
-        adam, step_sizes, decays = self.spec.adam, [], []
+        adam, step_sizes, decays, betas = self.spec.adam, [], [], []
         for label in labels:
             group = adam.groups[label]
+            repeat = rates.repeat if self.plans[label].cyclic else 1
             self.adam_counts[label] += 1
             lr = adam.lr * group.lr_mul * rates.lr_factor
-            step_sizes.append(torch.tensor(adam_step_size(lr, group.betas, self.adam_counts[label])))
-            decays.append(torch.tensor(lr * lr * adam.weight_decay * group.wd_mul))
+            betas.append((group.betas[0] ** repeat, group.betas[1] ** repeat))
+            step_sizes.append(torch.tensor(adam_step_size(lr, betas[-1], self.adam_counts[label])))
+            decays.append(torch.tensor(lr * lr * adam.weight_decay * group.wd_mul * repeat))
         self._adam(
             own,
             gradients,
@@ -220,7 +237,7 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
             [self.state[label]["exp_avg_sq"] for label in labels],
             step_sizes,
             decays,
-            [adam.groups[label].betas for label in labels],
+            betas,
             adam.eps,
         )
 
@@ -286,7 +303,7 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
             label: {name: self._full(self.plans[label], own) for name, own in state.items()}
             for label, state in self.state.items()
         }
-        gathered = ((label, self.parameters[label].grad) for label in (self.spec.adam.groups if self.gathering else ()))
+        gathered = ((label, self.parameters[label].grad) for label in self.spec.adam.groups if label in self.gathering)
         pending = gather_pending(self.communicator, {label: grad for label, grad in gathered if grad is not None})
         waiting = {}
         for label, (reduction, rates) in self.waiting.items():
@@ -298,7 +315,7 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
             "adam_counts": dict(self.adam_counts),
             "tied": self.tied,
             "pending_gradients": pending,
-            "touched": {label: touched.state() for label, touched in self.touched.items()} if pending else {},
+            "touched": {label: touched.state() for label, touched in self.touched.items() if label in self.gathering},
             "waiting": waiting,
         }
 
@@ -316,23 +333,23 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
             for name, full in tensors.items():
                 own = self.communicator.shard(full) if self.plans[label].sharded else full
                 self.state[label][name].copy_(own)
-        for label, touched in self.touched.items():
-            if state["pending_gradients"]:
-                touched.load_state(state.get("touched", {}).get(label))
-            else:
-                touched.clear()
         self.waiting = {}
         for label, kept in state.get("waiting", {}).items():
             own = self._own(self.plans[label], kept["gradient"]).to(self.parameters[label], copy=True)
             self.waiting[label] = completed(own), BanksAndAdamRates(lr_factor=kept["lr_factor"])
         pending = state["pending_gradients"]
-        self.gathering = bool(pending)
+        self.gathering = set()
         for label, parameter in self.parameters.items():
             self._clear(label)
             old = isinstance(pending, dict)  # an older checkpoint: the mean over ranks, by label
             gradient = pending.get(label) if old else pending_gradient(pending, label, self.communicator)
+            if label in self.touched:
+                self.touched[label].clear()
             if gradient is None:
                 continue
+            self.gathering.add(label)
+            if label in self.touched:
+                self.touched[label].load_state(state.get("touched", {}).get(label))
             if parameter.grad is None:
                 parameter.grad = torch.empty_like(parameter)
             parameter.grad.copy_(gradient)

@@ -6,6 +6,7 @@ How the banks are updated is each optimizer's own: a part of its spec, named by 
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -105,6 +106,8 @@ class BanksAndAdamRates(Rates):
     momentum: float = 0.0  # the banks' mu
     adam_step: bool = True  # Adam's parameters step too; otherwise their gradients keep accumulating
     split: bool = False  # after this step the embedding and the head train apart
+    event: bool = True  # tables of rows and cyclic parameters step
+    repeat: int = 1  # of a cyclic parameter's updates this one stands for so many: betas and decay
 
 
 class BanksAndAdamSpec(BaseOptimizerSpec):
@@ -165,7 +168,7 @@ class BanksAndAdamSpec(BaseOptimizerSpec):
             if parts:
                 yield path, f"{'; '.join(parts)} (the model's parameters are {', '.join(wanted)})"
         tied = {name for row in rows if row.tied_to for name in (row.name, row.tied_to)}
-        may_wait = [label for label in adam_labels if label not in tied]
+        may_wait = [label for label in adam_labels if label not in tied and label not in self.cyclic_groups]
         for label in self.adam.delayed:
             if label not in may_wait:
                 yield ("adam", "delayed"), f"{label}{_nearest(label, may_wait)}: can be any of {', '.join(may_wait)}"
@@ -199,6 +202,11 @@ class BanksAndAdamSpec(BaseOptimizerSpec):
         """How the banks are updated."""
         banks: BanksSpec = getattr(self, self.bank_part)
         return banks
+
+    @property
+    def cyclic_groups(self) -> Sequence[str]:
+        """Groups of Adam that step at events."""
+        return ()
 
     @property
     def steps_between_updates(self) -> int:
@@ -237,6 +245,7 @@ class BanksAndAdamSpec(BaseOptimizerSpec):
             momentum=self.momentum(step, total_steps),
             adam_step=self.is_adam_step(step),
             split=step == self.split_step(first_steps),
+            event=self.is_event(step),
         )
 
     def shortened(self, scaled: Callable[[int], int], total_steps: int) -> dict[str, Any]:
@@ -257,24 +266,29 @@ class BanksAndAdamSpec(BaseOptimizerSpec):
                 sharded=group.communication == "sharded",
                 bank=label in self.banks.groups,
                 delayed=label in self.adam.delayed,
+                cyclic=label in self.cyclic_groups,
             )
             for label, group in groups.items()
         }
 
-    def step_plan(self, *, adam_step: bool, tied: str | None) -> StepPlan:
-        """What a step works on: banks always, Adam's parameters on Adam steps, the one that is `tied` not at all."""
+    def step_plan(self, *, adam_step: bool, tied: str | None, event: bool = True) -> StepPlan:
+        """What a step works on: banks always, Adam's parameters on Adam steps, cyclic ones at events, `tied` never."""
         plans = self.plans
 
         def chosen(order: list[str], *, delayed: bool = False) -> tuple[ParameterPlan, ...]:
             found = (plans[label] for label in order if label != tied)
-            return tuple(plan for plan in found if plan.delayed == delayed and (plan.bank or adam_step))
+            due = (plan for plan in found if plan.due(adam_step=adam_step, event=event))
+            return tuple(plan for plan in due if plan.delayed == delayed)
 
         return StepPlan(chosen(self.reduce_order), chosen(self.update_order), chosen(self.reduce_order, delayed=True))
 
     def updated_together(self, rows: Sequence[Parameter]) -> list[list[str]]:
         """See the base."""
         ties = {None, next((row.name for row in rows if row.tied_to), None)}
-        plans = [self.step_plan(adam_step=adam_step, tied=tied) for adam_step in (False, True) for tied in ties]
+        plans = [
+            self.step_plan(adam_step=adam_step, tied=tied, event=event)
+            for adam_step, tied, event in itertools.product((False, True), ties, (False, True))
+        ]
         found = {tuple(p.label for p in together) for plan in plans for together in updated_together(plan.update)}
         found |= {(p.label,) for plan in plans for p in plan.delayed}
         return [list(labels) for labels in sorted(found)]

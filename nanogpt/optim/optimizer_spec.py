@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from nanogpt.parameters import Parameter
 from nanogpt.spec_fields import Problem, Strict
@@ -15,6 +15,14 @@ class Rates:
     """The schedule's say in a step, of any optimizer; its own may say more."""
 
     lr_factor: float  # multiplies every base learning rate
+
+
+class TableRates(NamedTuple):
+    """How a table of rows that is no parameter of the model is updated at an event."""
+
+    lr: float
+    beta2: float
+    decay: float  # lr^2 * weight decay
 
 
 class BaseOptimizerSpec(Strict):
@@ -39,6 +47,18 @@ class BaseOptimizerSpec(Strict):
     def steps_between_updates(self) -> int:
         """Steps over which the gradients of a table of rows are summed before it is updated."""
         return 1
+
+    def is_event(self, step: int) -> bool:
+        """Whether `step` is the last of those over which a table's gradients are summed."""
+        return True
+
+    def table_rates(self, step: int, lr_factor: float) -> TableRates | None:
+        """What holds for tables at the event `step`; None: it updates none but the model's parameters."""
+        return None
+
+    def warmup_steps(self) -> list[int]:
+        """Steps that compile something of their own, besides the first ones of the run and of its stages."""
+        return []
 
     def rates(self, step: int, lr_factor: float, *, first_steps: Sequence[int], total_steps: int) -> Rates:
         """The schedule's say in the optimizer's `step`. first_steps: of each stage."""
