@@ -56,6 +56,7 @@ class Adam:
     lr_mul: float = 1.0
     wd_mul: float = 0.0
     sharded: bool = False
+    cyclic: bool = False  # updated when tables of rows are, by an optimizer that has a cadence of their own for these
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class NorMuon:
     """Trained by NorMuon, as a bank of matrices."""
 
     rows: int  # of a matrix; its columns are the parameter's last dimension
-    lr_muls: tuple[float, ...] = (1.0,)  # of the bank's matrices, repeated in turn
+    lr_muls: tuple[float, ...] = (1.0,)  # of the bank's matrices, repeated in turn; 0 freezes
     sharded: bool = True
 
 

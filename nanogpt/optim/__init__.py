@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 OPTIMIZERS = (
     ("nanogpt.optim.normuon_adam.spec:NorMuonAdamSpec", "nanogpt.optim.normuon_adam.optimizer:NorMuonAdam"),
+    ("nanogpt.optim.anvil_adam.spec:AnvilAdamSpec", "nanogpt.optim.anvil_adam.optimizer:AnvilAdam"),
     ("nanogpt.optim.adamw.spec:AdamWSpec", "nanogpt.optim.adamw.optimizer:AdamW"),
 )
 

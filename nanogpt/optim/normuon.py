@@ -62,13 +62,30 @@ def split_mantissa(weight: Tensor) -> tuple[Tensor, Tensor]:
 def cautious_update(
     weight: Tensor,  # (n, rows, columns) fp32
     x: Tensor,  # the same shape, any float dtype
+    gate: Tensor,  # likewise
     step_size: Tensor,  # (n, 1, 1) fp32: multiplier * lr of each matrix
     decay: Tensor,  # () fp32: weight decay * lr
 ) -> Tensor:
-    """`weight - step_size * x`, and decay by `decay * step_size` where x and weight do not disagree in sign."""
-    x = x.to(weight.dtype)
-    decayed = torch.where(x * weight >= 0, weight * decay, torch.zeros_like(weight))
-    return weight - step_size * (x + decayed)
+    """`weight - step_size * x`, and decay by `decay * step_size` where gate and weight do not disagree in sign."""
+    decayed = torch.where(gate.to(weight.dtype) * weight >= 0, weight * decay, torch.zeros_like(weight))
+    return weight - step_size * (x.to(weight.dtype) + decayed)
+
+
+def apply_update(
+    weight: Tensor,  # (n, rows, columns), changed in place
+    mantissa: Tensor | None,  # int16, the same shape, changed in place; None for weights of fp32 or wider
+    x: Tensor,  # this and the rest: see cautious_update
+    gate: Tensor,
+    step_size: Tensor,
+    decay: Tensor,
+) -> None:
+    """`cautious_update` in fp32, or the weight's wider dtype, of a weight that may be in two halves."""
+    if mantissa is None:
+        weight.copy_(cautious_update(weight, x, gate, step_size, decay))
+        return
+    upper, lower = split_mantissa(cautious_update(join_mantissa(weight, mantissa), x, gate, step_size, decay))
+    weight.copy_(upper)
+    mantissa.copy_(lower)
 
 
 def normuon_update(
@@ -89,9 +106,4 @@ def normuon_update(
     x = nesterov_momentum(gradient, momentum, mu).to(weight.dtype)
     x = polar_express(x, coefficients, norm_margin, plain_kernels)
     x = reduce_variance(x, second_moment, beta2)
-    if mantissa is None:
-        weight.copy_(cautious_update(weight.to(momentum.dtype), x, step_size, decay))
-        return
-    upper, lower = split_mantissa(cautious_update(join_mantissa(weight, mantissa), x, step_size, decay))
-    weight.copy_(upper)
-    mantissa.copy_(lower)
+    apply_update(weight, mantissa, x, x, step_size, decay)

@@ -44,12 +44,14 @@ def build_optimizer(
     plain_kernels: bool = False,
     touched: dict[str, TouchedRows] | None = None,
     keep_gradients: bool = False,
+    tables: Mapping[str, Any] | None = None,
 ) -> Optimizer:
     """The spec's optimizer of `model`, whose parameters are those of the table `rows`.
 
     compiled: the update formulas go through torch.compile. plain_kernels: plain PyTorch also where a Triton kernel
     could run. touched: by parameter, the rows of the tables that are exchanged by rows. keep_gradients: clear them in
-    place. An optimizer that has no use for one of these passes it over.
+    place. tables: by name, tables of rows that are no parameters of the model. An optimizer that has no use for one of
+    these passes it over.
     """
     kind = built_class(OPTIMIZERS, spec)
     optimizer: Optimizer = kind(
@@ -61,5 +63,6 @@ def build_optimizer(
         plain_kernels=plain_kernels,
         touched=touched,
         keep_gradients=keep_gradients,
+        tables=tables,
     )
     return optimizer

@@ -18,9 +18,9 @@ class Rates:
 
 
 class TableRates(NamedTuple):
-    """The schedule's say in an update of a table of rows by row Adam."""
+    """The schedule's say in an update of a table of rows that is no parameter of the model."""
 
-    lr: float  # with the schedule's factor
+    lr: float
     beta2: float
     decay: float  # lr^2 * weight decay
     eps: float
@@ -48,6 +48,18 @@ class BaseOptimizerSpec(Strict):
     def steps_between_updates(self) -> int:
         """Steps over which the gradients of a table of rows are summed before it is updated."""
         return 1
+
+    def is_event(self, step: int) -> bool:
+        """Whether `step` is the last of those over which a table's gradients are summed."""
+        return True
+
+    def table_rates(self, step: int, lr_factor: float) -> TableRates | None:
+        """What holds for tables at the event `step`; None: it updates none but the model's parameters."""
+        return None
+
+    def warmup_steps(self) -> list[int]:
+        """Steps that compile something of their own, besides the first ones of the run and of its stages."""
+        return []
 
     def rates(self, step: int, lr_factor: float, *, first_steps: Sequence[int], total_steps: int) -> Rates:
         """The schedule's say in the optimizer's `step`. first_steps: of each stage."""

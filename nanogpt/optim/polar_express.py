@@ -23,12 +23,23 @@ def polar_express(
     X = G / (norm_margin ||G||_F + 1e-6); then for each (a, b, c): A = X X^T, X <- a X + (b A + c A A) X, on the side
     that is smaller. A zero matrix stays zero.
     """
-    tall = matrices.shape[-2] > matrices.shape[-1]
     wide_dtype = torch.promote_types(matrices.dtype, torch.float32)
     length = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=wide_dtype)
     x = (matrices / (length * norm_margin + NORM_FLOOR)).to(matrices.dtype)
+    return odd_polynomials(x, None, coefficients, plain_kernels)
+
+
+def odd_polynomials(
+    x: Tensor,  # (n, rows, columns)
+    gram: Tensor | None,  # (n, m, m), of the smaller side m: X X^T or X^T X, where that is known already
+    coefficients: Sequence[tuple[float, float, float]],
+    plain_kernels: bool = False,
+) -> Tensor:
+    """For each (a, b, c), X <- a X + (b A + c A A) X with X's Gram matrix A, on the side that is smaller."""
+    tall = x.shape[-2] > x.shape[-1]
     product, polynomial_of = (x_xt_plain, ba_plus_caa_plain) if plain_kernels else (x_xt, ba_plus_caa)
     for a, b, c in coefficients:
-        polynomial = polynomial_of(product(x.mT if tall else x), b, c)
+        polynomial = polynomial_of(product(x.mT if tall else x) if gram is None else gram, b, c)
         x = torch.baddbmm(x, x, polynomial, beta=a) if tall else torch.baddbmm(x, polynomial, x, beta=a)
+        gram = None
     return x

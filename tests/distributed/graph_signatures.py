@@ -47,7 +47,7 @@ def main(recipe: str, data: str, out: str, *world_sizes: str) -> None:
             (trainer.micro_step, "training_loss"),
             (trainer, "evaluation_loss"),
             (trainer.optimizer, "_adam"),
-            (trainer.optimizer, "_normuon"),
+            (trainer.optimizer, "_bank"),
         ):
             spy(owner, name)
         trainer.warm_up()

@@ -42,9 +42,9 @@ from nanogpt.data.batches import MicroBatch, cu_seqlens_length
 from nanogpt.models.language_model import Implementations, Windows, make_model
 from nanogpt.models.record_model import LossInputs, RecordModel
 from nanogpt.models.record_spec import BIGRAM_ROWS
+from nanogpt.optim.banks_and_adam_spec import BanksAndAdamRates
 from nanogpt.optim.communication import Communicator
 from nanogpt.optim.normuon_adam.optimizer import NorMuonAdam
-from nanogpt.optim.normuon_adam.spec import NorMuonAdamRates
 from nanogpt.recipe import load_recipe
 from nanogpt.spec import RunSpec
 from nanogpt.training.micro_step import MicroStep
@@ -274,7 +274,7 @@ def make_steps(spec: RunSpec, implementations: Implementations) -> None:
         weights = torch.ones(len(stage.token_weights), device="meta")
         prefix_weight = torch.ones((), device="meta") if stage.prefix_weight else None
         micro_step.compute(batch, LossInputs(windows, weights, prefix_weight))
-    optimizer.step(NorMuonAdamRates(lr_factor=1.0, momentum=0.9))
+    optimizer.step(BanksAndAdamRates(lr_factor=1.0, momentum=0.9))
     model.weights_changed(0)
     for ranks in (2, 4, 8):
         optimizer.warm_up(ranks)

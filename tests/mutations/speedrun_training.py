@@ -74,18 +74,18 @@ _add(
     "NorMuon decay mask",
     NORMUON,
     "always",
-    ("torch.where(x * weight >= 0, weight * decay, torch.zeros_like(weight))", "weight * decay"),
+    ("torch.where(gate.to(weight.dtype) * weight >= 0, weight * decay, torch.zeros_like(weight))", "weight * decay"),
 )
-_add("NorMuon decay mask", NORMUON, "where signs differ", ("x * weight >= 0", "x * weight <= 0"))
-_add("NorMuon decay mask", NORMUON, "not without update", ("x * weight >= 0", "x * weight > 0"))
+_add("NorMuon decay mask", NORMUON, "where signs differ", ("* weight >= 0", "* weight <= 0"))
+_add("NorMuon decay mask", NORMUON, "not without update", ("* weight >= 0", "* weight > 0"))
 _add(
     "NorMuon decay",
     NORMUON,
     "not times the step size",
-    ("weight - step_size * (x + decayed)", "weight - step_size * x - decayed"),
+    ("(x.to(weight.dtype) + decayed)", "x.to(weight.dtype) - decayed"),
 )
-_add("NorMuon decay", OPTIMIZER, "not times lr", ("normuon.weight_decay * lr", "normuon.weight_decay"))
-_add("NorMuon learning rate", OPTIMIZER, "no schedule", ("lr = normuon.lr * rates.lr_factor", "lr = normuon.lr"))
+_add("NorMuon decay", OPTIMIZER, "not times lr", ("banks.weight_decay * lr", "banks.weight_decay"))
+_add("NorMuon learning rate", OPTIMIZER, "no schedule", ("lr = banks.lr * rates.lr_factor", "lr = banks.lr"))
 _add("NorMuon multipliers", OPTIMIZER, "no sqrt(rows / columns)", ("math.sqrt(max(1.0, rows / columns))", "1.0"))
 _add(
     "NorMuon multipliers",
@@ -163,7 +163,7 @@ _add(
     "delayed updates",
     OPTIMIZER,
     "always by the first rate",
-    ("[reduction.wait()], rates)", "[reduction.wait()], NorMuonAdamRates(1.0))"),
+    ("[reduction.wait()], rates)", "[reduction.wait()], BanksAndAdamRates(1.0))"),
 )
 _add("delayed updates", OPTIMIZER, "not in the state", ('state.get("waiting", {})', "{}"))
 _add("delayed updates", RATES, "made at once", ("delayed=label in self.adam.delayed", "delayed=False"))

@@ -103,7 +103,7 @@ def test_cautious_decay_acts_where_signs_do_not_disagree():
     weight = torch.tensor([[[2.0, 2.0, -2.0, -2.0, 2.0, 0.0]]], dtype=torch.float64)
     x = torch.tensor([[[1.0, -1.0, 1.0, -1.0, 0.0, 1.0]]], dtype=torch.float64)
     step_size = torch.tensor([[[0.5]]], dtype=torch.float64)  # multiplier * lr
-    got = cautious_update(weight, x, step_size, torch.tensor(0.1, dtype=torch.float64))  # weight decay * lr
+    got = cautious_update(weight, x, x, step_size, torch.tensor(0.1, dtype=torch.float64))  # weight decay * lr
     assert got.flatten().tolist() == pytest.approx([1.4, 2.5, -2.5, -1.4, 1.9, -0.5])
 
 

@@ -15,10 +15,11 @@ from torch import nn
 
 from nanogpt.models.language_model import Implementations
 from nanogpt.models.speedrun.model import Speedrun
+from nanogpt.optim.banks_and_adam_spec import BanksAndAdamRates
 from nanogpt.optim.communication import Communicator
 from nanogpt.optim.normuon_adam.optimizer import NorMuonAdam
-from nanogpt.optim.normuon_adam.spec import NorMuonAdamRates, NorMuonAdamSpec
-from nanogpt.optim.normuon_adam.step_order import ParameterPlan, updated_together
+from nanogpt.optim.normuon_adam.spec import NorMuonAdamSpec
+from nanogpt.optim.step_order import ParameterPlan, updated_together
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -55,8 +56,8 @@ def optimizer_of(model: Speedrun, spec: NorMuonAdamSpec, communicator: Communica
     return NorMuonAdam(model, model.rows, spec, communicator)
 
 
-def rates_of(step: int, split_step: int = 5) -> NorMuonAdamRates:
-    return NorMuonAdamRates(
+def rates_of(step: int, split_step: int = 5) -> BanksAndAdamRates:
+    return BanksAndAdamRates(
         lr_factor=[1.0, 1.52, 1.73, 0.7, 0.1][step % 5],
         momentum=0.85 + 0.01 * step,
         adam_step=step % 2 == 1,
@@ -108,7 +109,7 @@ class SlowOptimizer:
             }
         self.split_after: int | None = None  # Adam steps made when the head was split
 
-    def step(self, gradients: dict[str, torch.Tensor], rates: NorMuonAdamRates) -> None:
+    def step(self, gradients: dict[str, torch.Tensor], rates: BanksAndAdamRates) -> None:
         for label, bank in self.banks.items():
             g = gradients[label].double().numpy().reshape(bank["p"].shape)
             for n, mult in enumerate(bank["mult"]):

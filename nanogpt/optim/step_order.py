@@ -18,6 +18,11 @@ class ParameterPlan:
     sharded: bool  # reduce-scatter, update the own shard, all-gather; else all-reduce and update everywhere
     bank: bool  # NorMuon, every step; else Adam, on Adam steps
     delayed: bool = False  # reduced at the end of an Adam step, updated in the step after it
+    cyclic: bool = False  # Adam at the events of tables of rows instead
+
+    def due(self, *, adam_step: bool, event: bool) -> bool:
+        """Whether such a step updates it (or, where delayed, has it updated); else its gradient keeps accumulating."""
+        return self.bank or (event if self.cyclic else adam_step)
 
 
 @dataclass(frozen=True)

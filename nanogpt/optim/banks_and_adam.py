@@ -1,0 +1,355 @@
+"""Base of the records' optimizers: banks of matrices every step, Adam on the rest every other step.
+
+A step starts all reductions in one order, then updates in another, and starts each gather as soon as its update is
+done, so that communication hides behind the orthogonalization of the banks, which come last. While the head is tied,
+the embedding is the head transposed: its gradient joins the head's before communication and it is refreshed afterwards.
+
+Parameters in `adam.delayed` are updated one step late: what an Adam step has gathered for them is reduced while the
+next step computes, and applied at the end of that one, with the learning rate of its own step.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from nanogpt.kernels.transpose import transpose_add, transpose_copy
+from nanogpt.optim.adam import adam_step_size, adam_updates
+from nanogpt.optim.banks_and_adam_spec import BanksAndAdamRates, BanksAndAdamSpec
+from nanogpt.optim.communication import Communicator, Pending, RankOf, completed
+from nanogpt.optim.normuon import second_moment_dim
+from nanogpt.optim.pending import gather_pending, pending_gradient
+from nanogpt.optim.row_table import Rows, TouchedRows, average_touched_shard
+from nanogpt.optim.step_order import ParameterPlan, updated_together
+from nanogpt.parameters import NorMuon, Parameter
+
+State = dict[str, Tensor]
+Spec = TypeVar("Spec", bound=BanksAndAdamSpec)
+OwnRates = TypeVar("OwnRates", bound=BanksAndAdamRates)
+
+
+class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
+    """See the module. A subclass has the update of a bank, and names what that keeps.
+
+    Args:
+        model: its named parameters are those of the table.
+        rows: the table.
+        touched: by label, the rows that a table's gradient has, where it is exchanged by rows.
+        keep_gradients: their memory stays and is cleared in place, for those who have captured where it is.
+        tables: by name, tables of rows that are no parameters, for a subclass that updates such.
+    """
+
+    bank_update: ClassVar[Callable[..., None]]  # the formula, which is compiled
+    momenta: ClassVar[tuple[str, ...]]  # what it keeps of a bank, each of the bank's shape
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rows: Sequence[Parameter],
+        spec: Spec,
+        communicator: Communicator,
+        *,
+        compiled: bool = False,
+        plain_kernels: bool = False,
+        touched: dict[str, TouchedRows] | None = None,
+        keep_gradients: bool = False,
+        tables: Mapping[str, Any] | None = None,
+    ):
+        self.rows = tuple(rows)
+        self.matrix_rows = {row.name: row.train.rows for row in rows if isinstance(row.train, NorMuon)}
+        tied = next((row for row in rows if row.tied_to), None)
+        self.tied_label = tied.name if tied else None
+        self.head_label = tied.tied_to if tied else None
+        self.touched = touched or {}
+        self.keep_gradients = keep_gradients
+        self.tables = dict(tables or {})
+        self.gathering: set[str] = set()  # whose gradients are on their way from one of their updates to the next
+        # Delayed parameters' reductions under way, with the rates of the step that they are of.
+        self.waiting: dict[str, tuple[Pending, BanksAndAdamRates]] = {}
+        self.spec = spec
+        self.communicator = communicator
+        self.parameters = dict(model.named_parameters())
+        self.plans = spec.plans
+        self.plain_kernels = plain_kernels
+        self.tied = self.tied_label is not None
+        self.adam_counts = dict.fromkeys(spec.adam.groups, 0)
+        self.state: dict[str, State] = {}
+        for label, plan in self.plans.items():
+            if label != self.tied_label:
+                self.state[label] = self._bank_state(label) if plan.bank else self._adam_state(label)
+        self.multipliers = {
+            label: self._multipliers(label, self._own(plan, self.parameters[label].data))
+            for label, plan in self.plans.items()
+            if plan.bank
+        }
+        self._adam: Callable[..., None] = adam_updates
+        self._bank: Callable[..., None] = self.bank_update
+        if compiled:
+            self._adam = torch.compile(adam_updates, fullgraph=True, dynamic=False)
+            self._bank = torch.compile(self.bank_update, fullgraph=True, dynamic=False)
+
+    # --- views and state ---
+
+    def _matrices(self, label: str, full: Tensor) -> Tensor:
+        """A bank as (matrices, rows, columns)."""
+        return full.view(-1, self.matrix_rows[label], full.shape[-1])
+
+    def _view(self, plan: ParameterPlan, full: Tensor) -> Tensor:
+        return self._matrices(plan.label, full) if plan.bank else full
+
+    def _own(self, plan: ParameterPlan, full: Tensor) -> Tensor:
+        view = self._view(plan, full)
+        return self.communicator.shard(view) if plan.sharded else view
+
+    def _full(self, plan: ParameterPlan, own: Tensor) -> Tensor:
+        """All ranks' parts of what this one has `own` of, in new memory."""
+        return self.communicator.unshard(own) if plan.sharded else own.clone()
+
+    def _adam_state(self, label: str) -> State:
+        own = self._own(self.plans[label], self.parameters[label].data)
+        return {name: torch.zeros_like(own, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")}
+
+    def _bank_state(self, label: str) -> State:
+        own = self._own(self.plans[label], self.parameters[label].data)
+        shape = list(own.shape)
+        shape[second_moment_dim(shape)] = 1
+        state = {name: torch.zeros_like(own, dtype=torch.float32) for name in self.momenta}
+        state["second_moment"] = torch.zeros(shape, dtype=torch.float32, device=own.device)
+        if own.dtype == torch.bfloat16:
+            state["mantissa"] = torch.zeros_like(own, dtype=torch.int16)
+        return state
+
+    # --- a step ---
+
+    def expect_rows(self, rows: Mapping[str, Sequence[Rows]], rates: OwnRates) -> None:
+        """The tables' gradients will have these rows; before a table's update they are all known."""
+        for label, touched in self.touched.items():
+            touched.add(rows[touched.extra])
+            if self.plans[label].due(adam_step=rates.adam_step, event=rates.event):
+                touched.prepare()
+
+    @torch.no_grad()
+    def step(self, rates: OwnRates) -> None:
+        """Reduce, update, gather, clear; see the module. Raises RuntimeError where a parameter has no gradient."""
+        tied, head = (self.tied_label, self.head_label) if self.tied else (None, None)
+        plan = self.spec.step_plan(adam_step=rates.adam_step, tied=tied, event=rates.event)
+        if rates.adam_step and tied is not None and head is not None:
+            transpose_add(self._gradient(tied), self._gradient(head))
+
+        reductions = self._start_reductions(plan.reduce, rates)
+        gathers = self._update_waiting()
+        gathers |= self._update_all(updated_together(plan.update), reductions, rates)
+        if rates.adam_step and tied is not None and head is not None:
+            if head in gathers:
+                gathers.pop(head).wait()
+            transpose_copy(self.parameters[head].data, self.parameters[tied].data)
+            self._clear(tied)
+            if rates.split:
+                self._split(tied, head)
+        for p in plan.delayed:  # a copy: the next step adds to the gradient while this one travels
+            self.waiting[p.label] = self._start_reduction(p, self._gradient(p.label).clone()), rates
+            self._clear(p.label)
+        for gather in gathers.values():
+            gather.wait()
+        due = {label for label, p in self.plans.items() if p.due(adam_step=rates.adam_step, event=rates.event)}
+        self.gathering = self.plans.keys() - due
+
+    def _start_reductions(self, plans: Sequence[ParameterPlan], rates: OwnRates) -> dict[str, Pending]:
+        """In the order of the plans, by label."""
+        return {p.label: self._start_reduction(p, self._gradient(p.label)) for p in plans}
+
+    def _update_all(
+        self, batches: Sequence[Sequence[ParameterPlan]], reductions: dict[str, Pending], rates: OwnRates
+    ) -> dict[str, Pending]:
+        """Batch by batch; uses up their reductions and returns the gathers, by label."""
+        gathers = {}
+        for together in batches:
+            labels = [p.label for p in together]
+            gradients = [reductions.pop(label).wait() for label in labels]
+            own = [self._own(p, self.parameters[p.label].data) for p in together]
+            if together[0].bank:
+                self._update_bank(labels[0], own[0], gradients[0], rates)
+            else:
+                self._update_adam(labels, own, gradients, rates)
+            for p in together:
+                self._clear(p.label)
+                if p.sharded:
+                    gathers[p.label] = self.communicator.gather(self._view(p, self.parameters[p.label].data))
+        return gathers
+
+    def _update_waiting(self) -> dict[str, Pending]:
+        """Make the updates that were left to this step; returns their gathers, by label."""
+        gathers: dict[str, Pending] = {}
+        for label, (reduction, rates) in self.waiting.items():
+            plan, full = self.plans[label], self.parameters[label].data
+            self._update_adam([label], [self._own(plan, full)], [reduction.wait()], rates)
+            if plan.sharded:
+                gathers[label] = self.communicator.gather(full)
+        self.waiting = {}
+        return gathers
+
+    def _clear(self, label: str) -> None:
+        gradient = self.parameters[label].grad
+        if self.keep_gradients and gradient is not None:
+            gradient.zero_()
+        else:
+            self.parameters[label].grad = None
+
+    def _gradient(self, label: str) -> Tensor:
+        gradient = self.parameters[label].grad
+        if gradient is None:
+            raise RuntimeError(f"{label} has no gradient: no backward pass has reached it since it was last cleared")
+        return gradient
+
+    def _start_reduction(self, plan: ParameterPlan, gradient: Tensor) -> Pending:
+        """Of this rank's `gradient`, the parameter's shape, which is used up."""
+        gradient = self._view(plan, gradient)
+        touched = self.touched.get(plan.label)
+        if plan.sharded and touched is not None:
+            exchange = touched.take()
+            touched.clear()
+            if exchange is not None:
+                return average_touched_shard(self.communicator, gradient, exchange)
+        return self.communicator.average_shard(gradient) if plan.sharded else self.communicator.average(gradient)
+
+    def _update_adam(
+        self, labels: Sequence[str], own: Sequence[Tensor], gradients: Sequence[Tensor], rates: BanksAndAdamRates
+    ) -> None:
+        adam, step_sizes, decays, betas = self.spec.adam, [], [], []
+        for label in labels:
+            group = adam.groups[label]
+            repeat = rates.repeat if self.plans[label].cyclic else 1
+            self.adam_counts[label] += 1
+            lr = adam.lr * group.lr_mul * rates.lr_factor
+            betas.append((group.betas[0] ** repeat, group.betas[1] ** repeat))
+            step_sizes.append(torch.tensor(adam_step_size(lr, betas[-1], self.adam_counts[label])))
+            decays.append(torch.tensor(lr * lr * adam.weight_decay * group.wd_mul * repeat))
+        self._adam(
+            own,
+            gradients,
+            [self.state[label]["exp_avg"] for label in labels],
+            [self.state[label]["exp_avg_sq"] for label in labels],
+            step_sizes,
+            decays,
+            betas,
+            adam.eps,
+        )
+
+    @abstractmethod
+    def _update_bank(self, label: str, own: Tensor, gradient: Tensor, rates: OwnRates) -> None:
+        """Update this rank's matrices `own` (n, rows, columns), by `self._bank`."""
+
+    @abstractmethod
+    def _kinds_of_rates(self) -> Sequence[OwnRates]:
+        """One of each kind that has compiled code of its own."""
+
+    def _bank_sizes(self, label: str, rates: OwnRates) -> tuple[Tensor, Tensor]:
+        """Step size of each of this rank's matrices, (n, 1, 1), and decay, (): `cautious_update`'s."""
+        banks = self.spec.banks
+        lr = banks.lr * rates.lr_factor
+        return self.multipliers[label] * lr, torch.tensor(banks.weight_decay * lr)
+
+    @torch.no_grad()
+    def warm_up(self, world_size: int) -> None:
+        """Run the updates of a rank of `world_size` once on tensors of zeros, so that they are compiled."""
+        zeros = nn.ParameterDict({label: torch.zeros_like(full) for label, full in self.parameters.items()})
+        twin = type(self)(zeros, self.rows, self.spec, RankOf(world_size), plain_kernels=self.plain_kernels)
+        if self.tied_label is not None:
+            twin.state[self.tied_label] = twin._adam_state(self.tied_label)
+        twin._adam, twin._bank = self._adam, self._bank
+        for rates, (label, plan) in itertools.product(self._kinds_of_rates(), self.plans.items()):
+            if plan.sharded:  # the others are the same on any number of ranks
+                own = twin._own(plan, twin.parameters[label].data)
+                if plan.bank:
+                    twin._update_bank(label, own, torch.zeros_like(own), rates)
+                else:
+                    twin._update_adam([label], [own], [torch.zeros_like(own)], rates)
+
+    def _multipliers(self, label: str, own: Tensor) -> Tensor:
+        """(n, 1, 1) fp32, for this rank's matrices: sqrt(max(1, rows / columns)) times the group's multipliers."""
+        count, rows, columns = own.shape
+        first = self.communicator.rank * count if self.plans[label].sharded else 0
+        muls = self.spec.banks.groups[label].lr_muls
+        shape_factor = math.sqrt(max(1.0, rows / columns))
+        values = [shape_factor * muls[(first + i) % len(muls)] for i in range(count)]
+        return torch.tensor(values, device=own.device).view(count, 1, 1)
+
+    def _split(self, tied: str, head: str) -> None:
+        """From now on the tied parameter has an Adam state of its own, the head's transposed, and its step count."""
+        self.state[tied] = {}
+        for name, own in self.state[head].items():
+            full = self.communicator.unshard(own) if self.plans[head].sharded else own
+            transposed = full.mT.contiguous()
+            sharded = self.plans[tied].sharded
+            self.state[tied][name] = self.communicator.shard(transposed).clone() if sharded else transposed
+        self.adam_counts[tied] = self.adam_counts[head]
+        self.tied = False
+
+    # --- checkpoints ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """Full tensors, whatever the world size.
+
+        Also the gradients that Adam's parameters have gathered so far, by rank (`nanogpt.optim.pending`, with the rows
+        that `touched` knows of them), and those whose update is still to come.
+        """
+        tensors = {
+            label: {name: self._full(self.plans[label], own) for name, own in state.items()}
+            for label, state in self.state.items()
+        }
+        gathered = ((label, self.parameters[label].grad) for label in self.spec.adam.groups if label in self.gathering)
+        pending = gather_pending(self.communicator, {label: grad for label, grad in gathered if grad is not None})
+        waiting = {}
+        for label, (reduction, rates) in self.waiting.items():
+            own = reduction.wait()
+            self.waiting[label] = completed(own), rates
+            waiting[label] = {"gradient": self._full(self.plans[label], own), "lr_factor": rates.lr_factor}
+        return {
+            "tensors": tensors,
+            "adam_counts": dict(self.adam_counts),
+            "tied": self.tied,
+            "pending_gradients": pending,
+            "touched": {label: touched.state() for label, touched in self.touched.items() if label in self.gathering},
+            "waiting": waiting,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a `state_dict` of any world size; tensors are copied. Other gradients are cleared."""
+        self.tied = bool(state["tied"])
+        self.adam_counts = {label: int(state["adam_counts"][label]) for label in self.adam_counts}
+        tied = self.tied_label
+        if tied is not None and self.tied:
+            self.state.pop(tied, None)
+        elif tied is not None and tied not in self.state:
+            self.state[tied] = self._adam_state(tied)
+        for label, tensors in state["tensors"].items():
+            for name, full in tensors.items():
+                own = self.communicator.shard(full) if self.plans[label].sharded else full
+                self.state[label][name].copy_(own)
+        self.waiting = {}
+        for label, kept in state.get("waiting", {}).items():
+            own = self._own(self.plans[label], kept["gradient"]).to(self.parameters[label], copy=True)
+            self.waiting[label] = completed(own), BanksAndAdamRates(lr_factor=kept["lr_factor"])
+        pending = state["pending_gradients"]
+        self.gathering = set()
+        for label, parameter in self.parameters.items():
+            self._clear(label)
+            old = isinstance(pending, dict)  # an older checkpoint: the mean over ranks, by label
+            gradient = pending.get(label) if old else pending_gradient(pending, label, self.communicator)
+            if label in self.touched:
+                self.touched[label].clear()
+            if gradient is None:
+                continue
+            self.gathering.add(label)
+            if label in self.touched:
+                self.touched[label].load_state(state.get("touched", {}).get(label))
+            if parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter)
+            parameter.grad.copy_(gradient)
