@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from nanogpt.data.batches import MicroBatch
-from nanogpt.models.model_spec import BaseModelSpec
+from nanogpt.models.model_spec import BaseModelSpec, Slot
 from nanogpt.recipe import load_recipe
 from nanogpt.spec import RunSpec
 
@@ -49,10 +49,10 @@ def _small(recipe: str, head_dim: int, overrides: Iterable[str]) -> RunSpec:
     return load_recipe(recipe, [*SMALL, *sizes, *machine, *overrides])
 
 
-def batch_of(spec: BaseModelSpec, inputs: torch.Tensor, *rest: Any) -> MicroBatch:
-    """A micro-batch of inputs (T,), and what else one is made of, with what the model wants besides."""
-    extras = spec.batch_extras(inputs.numpy().astype(np.uint16))
-    return MicroBatch(inputs.int(), *rest, {name: torch.from_numpy(values) for name, values in extras.items()})
+def batch_of(spec: BaseModelSpec, inputs: torch.Tensor, targets: torch.Tensor, *rest: Any) -> MicroBatch:
+    """A micro-batch of inputs and targets (T,), and what else one is made of, with what the model wants besides."""
+    arrays = spec.batch_extras(Slot(*(tokens.numpy().astype(np.uint16) for tokens in (inputs, targets)))).arrays
+    return MicroBatch(inputs.int(), targets, *rest, {name: torch.from_numpy(values) for name, values in arrays.items()})
 
 
 @torch.no_grad()
