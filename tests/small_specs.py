@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from nanogpt.data.batches import MicroBatch
-from nanogpt.models.model_spec import BaseModelSpec
+from nanogpt.models.model_spec import BaseModelSpec, Slot
+from nanogpt.models.stage_loss import StageLoss
 from nanogpt.recipe import load_recipe
 from nanogpt.spec import RunSpec
 
@@ -25,22 +26,31 @@ SPREADS = {
 }
 CENTERED = ("scalars", "resid_lambdas", "post_lambdas", "mudd_gate_scale")  # around 0.7
 
+BIGRAMS = f"model.bigram_rows={BIGRAM_ROWS}"
 SMALL = (
     "model.vocab_size=61",
     f"model.padded_vocab_size={VOCAB}",
-    f"model.bigram_rows={BIGRAM_ROWS}",
     "data.bos=60",
 )
 
 
 def small_speedrun(head_dim: int = 16, overrides: Iterable[str] = ()) -> RunSpec:
     """The speedrun's recipe on one CPU process, with 6 heads of `head_dim`, half of it rotated."""
-    return _small("speedrun", head_dim, overrides)
+    return _small("speedrun", head_dim, (BIGRAMS, *overrides))
 
 
 def small_record89(head_dim: int = 16, overrides: Iterable[str] = ()) -> RunSpec:
     """Record 89's recipe in the same manner, with a window of 5 for the mixing of heads and 13 sign vectors."""
-    return _small("record89", head_dim, ("model.dc_window=5", "model.bigram_signs=13", *overrides))
+    return _small("record89", head_dim, (BIGRAMS, "model.dc_window=5", "model.bigram_signs=13", *overrides))
+
+
+def small_record92(head_dim: int = 16, overrides: Iterable[str] = ()) -> RunSpec:
+    """Record 92's recipe in the same manner: half of a head in narrow layers, twelve groups of channels."""
+    half = head_dim // 2
+    sizes = (f"model.narrow_head_dim={half}", f"model.half_value_dim={half}", f"model.group_channels={half}")
+    tables = (f"model.ngram_rows={BIGRAM_ROWS - 2}", "model.ngram_signs=16", "model.mlp_width=88")
+    whole = [f"training.stages.{stage}.candidates=null" for stage in range(4)]
+    return _small("record92", head_dim, (*sizes, *tables, *whole, *overrides))
 
 
 def _small(recipe: str, head_dim: int, overrides: Iterable[str]) -> RunSpec:
@@ -49,10 +59,13 @@ def _small(recipe: str, head_dim: int, overrides: Iterable[str]) -> RunSpec:
     return load_recipe(recipe, [*SMALL, *sizes, *machine, *overrides])
 
 
-def batch_of(spec: BaseModelSpec, inputs: torch.Tensor, *rest: Any) -> MicroBatch:
-    """A micro-batch of inputs (T,), and what else one is made of, with what the model wants besides."""
-    extras = spec.batch_extras(inputs.numpy().astype(np.uint16))
-    return MicroBatch(inputs.int(), *rest, {name: torch.from_numpy(values) for name, values in extras.items()})
+def batch_of(
+    spec: BaseModelSpec, inputs: torch.Tensor, targets: torch.Tensor, *rest: Any, loss: StageLoss | None = None
+) -> MicroBatch:
+    """A micro-batch of inputs and targets (T,), and what else one is made of, with what the model wants besides."""
+    tokens = (x.numpy().astype(np.uint16) for x in (inputs, targets))
+    arrays = spec.batch_extras(Slot(*tokens, loss)).arrays
+    return MicroBatch(inputs.int(), targets, *rest, {name: torch.from_numpy(values) for name, values in arrays.items()})
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ import torch
 
 from nanogpt.console import markdown_table
 from nanogpt.launch.world import World
-from nanogpt.models.model_spec import RowTableSpec
+from nanogpt.models.model_spec import RowTableSpec, Slot
 from nanogpt.optim.communication import Pending
 from nanogpt.optim.row_table import RowExchange, TouchedRows, average_touched_shard
 from nanogpt.spec import RunSpec
@@ -47,7 +47,9 @@ def time_row_table(spec: RunSpec, table: RowTableSpec, world: World, *, repeats:
         rows = []
         for _ in range(slots):
             made_up = np.minimum(bos ** rng.random(stage.batch_tokens // spec.training.slots), bos - 1)
-            rows.append(np.unique(model.batch_extras(made_up.astype(np.uint16))[table.extra]))
+            tokens = made_up.astype(np.uint16)
+            slot = Slot(tokens, np.roll(tokens, -1), stage, slots=spec.training.slots)
+            rows.append(np.unique(model.batch_extras(slot).arrays[table.extra]))
         touched = TouchedRows(table.rows, table.extra, world.rank, world.size, "sparse", world.device)
         began = time.perf_counter()
         touched.add(rows)

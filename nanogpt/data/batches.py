@@ -30,14 +30,15 @@ from nanogpt.data.documents_index import ShardDocuments, StepPlan
 from nanogpt.data.shards import HEADER_BYTES, ShardError, Tokens, check_tokens, read_count
 from nanogpt.errors import InputError, RunError
 from nanogpt.files import open_regular
+from nanogpt.models.model_spec import Slot, SlotExtras
+from nanogpt.models.stage_loss import StageLoss
 
-# What a micro-batch brings besides its tokens (T,), by name, T numbers each: computed while it is built.
-Extras = Callable[[Tokens], Mapping[str, npt.NDArray[Any]]]
+Extras = Callable[[Slot], SlotExtras]
 
 
-def no_extras(tokens: Tokens) -> Mapping[str, npt.NDArray[Any]]:
+def no_extras(slot: Slot) -> SlotExtras:
     """Nothing but the tokens."""
-    return {}
+    return SlotExtras({})
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +49,16 @@ class MicroBatch:
     targets: Tensor  # (T,) int64: inputs moved on by one; a document's last target is the next one's BOS
     cu_seqlens: Tensor  # (n,) int32: 0, the documents' running ends, then T repeated; see cu_seqlens_length
     max_seqlen: int  # no document in it is longer: the stage's maximum in training, T in validation
-    extras: Mapping[str, Tensor] = field(default_factory=dict)  # (T,) each: what `Extras` gave for the inputs
+    extras: Mapping[str, Tensor] = field(default_factory=dict)  # the arrays that `Extras` gave, as tensors
+
+
+class StepRequest(NamedTuple):
+    """What a step is made of: the schedule's part."""
+
+    batch_tokens: int  # of all slots
+    max_document_tokens: int  # documents are cut there
+    max_documents: int | None = None  # room in a micro-batch, see `cu_seqlens_length`; None: by its tokens
+    loss: StageLoss | None = None  # handed on to the extras
 
 
 def cu_seqlens_length(tokens: int, max_documents: int | None = None) -> int:
@@ -76,7 +86,8 @@ class TrainBatches:
         epochs: Passes over the files; None repeats for ever. The speedrun makes one pass at most.
         run_tokens: Tokens that the whole run will take, if known: a data set that is smaller is refused at once.
         hashed: Hash each shard in the background once it is read, for `sha256`.
-        extras: Called with the inputs of every slot, (T,) uint16, while a step is built.
+        extras: Called for this rank's slots while a step is built; for all of them, by every rank alike, where it gives
+            states, which are part of the position in the data.
         kept_extras: Names of those that are also kept on the host, of all ranks' slots in order, in `step_extras` for
             the step that was handed out last.
         asked: Says why the run is to stop, if it is: then nobody waits for ever for a file system that does not answer.
@@ -121,12 +132,13 @@ class TrainBatches:
         if run_tokens is not None and epochs is not None and run_tokens > epochs * sum(self._counts):
             raise InputError(f"training data: {self._inventory()}; the run takes {run_tokens:,}. {_MORE_DATA}")
 
-        self._copier = _Copier(torch.device(device), extras)
+        self._copier = _Copier(torch.device(device))
         self._shards: dict[int, ShardDocuments] = {}
         self._asked = asked
         self._builder = Worker("next-step") if prefetch else None
         self._reader = Worker("next-shard") if prefetch else None
-        self._pending: tuple[_Request, Future[_Step]] | None = None
+        self._pending: tuple[StepRequest, Future[_Step]] | None = None
+        self._example: tuple[StepRequest, SlotExtras] | None = None
         self._hashed = hashed
         self._to_hash: list[ShardDocuments] = []  # steps were made of them; the last one is the present one
         self._hashes: dict[str, list[str]] = {}
@@ -137,30 +149,26 @@ class TrainBatches:
         self.step_extras: dict[str, list[npt.NDArray[Any]]] = {}
         self.wait_seconds = 0.0  # spent inside `next_step` since the start or the last `restart`
 
-    def next_step(
-        self, batch_tokens: int, max_document_tokens: int, max_documents: int | None = None
-    ) -> list[MicroBatch]:
+    def next_step(self, request: StepRequest) -> list[MicroBatch]:
         """This rank's `slots / world_size` micro-batches of the next step, each of `batch_tokens / slots` tokens.
 
-        Documents are cut at `max_document_tokens`; `max_documents` of them fit in a micro-batch (see
-        `cu_seqlens_length`). A call with the arguments of the last one finds its step built; one with others builds
-        it now, from the same document on.
+        A call with the request of the last one finds its step built; one with another builds it now, from the same
+        document on.
 
         Raises:
             InputError: the data are used up, or a slot has more documents than `cu_seqlens` has room for, or the
-                arguments do not fit the slots.
+                request does not fit the slots.
             ShardError: a shard cannot be read, or has a token outside of the vocabulary.
             RunError: the run is to stop, and the step has not come for `nanogpt.background.GRACE_S` since.
         """
         began = time.perf_counter()
         if self._closed:
             raise RuntimeError("TrainBatches.next_step after close")
+        batch_tokens = request.batch_tokens
         if batch_tokens < 1 or batch_tokens % self._slots:
             raise InputError(f"batch_tokens: {batch_tokens}, must be a positive multiple of the {self._slots} slots")
-        if max_document_tokens < 1:
-            raise InputError(f"maximum document length: {max_document_tokens} tokens, must be at least 1")
-        tokens = batch_tokens // self._slots
-        request = _Request(tokens, max_document_tokens, cu_seqlens_length(tokens, max_documents))
+        if request.max_document_tokens < 1:
+            raise InputError(f"maximum document length: {request.max_document_tokens} tokens, must be at least 1")
 
         step = self._take_pending(request)
         if step is None:
@@ -168,7 +176,7 @@ class TrainBatches:
             step = self._build(*arguments) if self._builder is None else self._wait(self._submit(*arguments))
         self._position = step.after
         self.step_extras = step.extras
-        batches = self._copier.hand_out(step.host, max_document_tokens)
+        batches = self._copier.hand_out(step.host, request.max_document_tokens)
         if self._builder is not None:
             # Pinned memory is asked for here: the background threads make no CUDA calls, so they can disturb neither
             # a graph capture nor the choice of device.
@@ -178,7 +186,7 @@ class TrainBatches:
         return batches
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the last step handed out, JSON-able and the same on every rank."""
+        """The position after the last step handed out, slots' states included; JSON-able, the same on every rank."""
         position = self._position
         return {**position._asdict(), "file": self._files[position.shard].name}
 
@@ -190,11 +198,16 @@ class TrainBatches:
                 by the next `next_step`.
         """
         try:
-            position = _Position(**{key: int(state[key]) for key in _Position._fields})
-            name = state["file"]
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            numbers = {key: int(state[key]) for key in _Position._fields if key != "states"}
+            name, states = state["file"], state.get("states")
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"saved data position: {state!r} is not one of TrainBatches.state_dict") from error
-        if min(position) < 0 or position.shard >= len(self._files) or self._files[position.shard].name != name:
+        if states is not None and (not isinstance(states, list) or len(states) != self._slots):
+            raise InputError(
+                f"saved data position: states {states!r}, expected null or a list of {self._slots}, one a slot"
+            )
+        position = _Position(**numbers, states=states)
+        if min(numbers.values()) < 0 or position.shard >= len(self._files) or self._files[position.shard].name != name:
             raise InputError(
                 f"saved data position: shard {position.shard} (from 0) called {name}, document {position.document}; "
                 f"here are {self._inventory()}. Resume with the data that the run was started with"
@@ -235,10 +248,15 @@ class TrainBatches:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _host_step(self, request: _Request) -> _HostStep:
-        return self._copier.host_step(len(self._own_slots), request.tokens, request.bounds)
+    def _host_step(self, request: StepRequest) -> _HostStep:
+        tokens = request.batch_tokens // self._slots
+        if self._example is None or self._example[0] != request:
+            nothing = np.zeros(tokens, dtype=np.uint16)
+            self._example = request, self._extras(Slot(nothing, nothing, request.loss, slots=self._slots))
+        bounds = cu_seqlens_length(tokens, request.max_documents)
+        return self._copier.host_step(len(self._own_slots), tokens, bounds, self._example[1])
 
-    def _submit(self, position: _Position, request: _Request, host: _HostStep) -> Future[_Step]:
+    def _submit(self, position: _Position, request: StepRequest, host: _HostStep) -> Future[_Step]:
         assert self._builder is not None
         return self._builder.submit(self._build, position, request, host)
 
@@ -255,7 +273,7 @@ class TrainBatches:
 
     # -- building a step: in the builder's thread, or in the caller's where there is none -------------------------
 
-    def _take_pending(self, request: _Request) -> _Step | None:
+    def _take_pending(self, request: StepRequest) -> _Step | None:
         """The prefetched step if it is the one asked for; in any case the builder is idle afterwards."""
         if self._pending is not None and self._pending[0] == request:
             future = self._pending[1]
@@ -278,7 +296,7 @@ class TrainBatches:
         self._shards.clear()
         self._to_hash, self._hashes = [], {}
 
-    def _build(self, position: _Position, request: _Request, host: _HostStep) -> _Step:
+    def _build(self, position: _Position, request: StepRequest, host: _HostStep) -> _Step:
         following = self._following(position)
         for index in self._shards.keys() - {position.shard, following.shard}:
             self._shards.pop(index).stop()
@@ -288,11 +306,14 @@ class TrainBatches:
         if self._hashed and (not self._to_hash or self._to_hash[-1] is not shard):
             self._note_hashes()
             self._to_hash.append(shard)
-        self._check_documents(shard, position, plan, request)
+        self._check_documents(shard, position, plan, host)
         kept: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in self._kept_extras}
-        for slot in range(self._slots) if kept else self._own_slots:
+        states: list[Any] = [None] * self._slots
+        of_all = bool(kept) or host.has_state or position.states is not None
+        for slot in range(self._slots) if of_all else self._own_slots:
             piece = plan.gather(shard.tokens, slot)
-            extras = self._extras(piece[:-1])
+            before = None if position.states is None else position.states[slot]
+            extras, states[slot] = self._extras(Slot(piece[:-1], piece[1:], request.loss, slot, self._slots, before))
             for name, slots in kept.items():
                 slots.append(extras[name])
             if slot in self._own_slots:
@@ -303,16 +324,18 @@ class TrainBatches:
         after = position._replace(
             document=position.document + plan.documents,
             steps=position.steps + 1,
-            tokens=position.tokens + self._slots * request.tokens,
+            tokens=position.tokens + request.batch_tokens,
+            states=None if all(state is None for state in states) else states,
         )
         return _Step(host, after, kept)
 
-    def _plan(self, position: _Position, request: _Request) -> tuple[_Position, StepPlan]:
+    def _plan(self, position: _Position, request: StepRequest) -> tuple[_Position, StepPlan]:
         """The first place at or after `position` that fills a whole step: from one shard, its rest being skipped."""
         barren = 0
+        tokens, longest = request.batch_tokens // self._slots, request.max_document_tokens
         while not self._is_over(position):
             plan = self._shard(position.shard).plan(
-                position.document, slots=self._slots, tokens=request.tokens, max_document=request.max_document
+                position.document, slots=self._slots, tokens=tokens, max_document=longest
             )
             if plan is not None:
                 return position, plan
@@ -320,28 +343,27 @@ class TrainBatches:
             if barren == len(self._files):
                 raise InputError(
                     f"training data: {self._inventory()}, and none of them fills one step of "
-                    f"{self._slots * request.tokens:,} tokens in {self._slots} slots with documents cut at "
-                    f"{request.max_document:,} (the largest has {max(self._counts):,}). {_MORE_DATA}, or lower "
-                    "batch_tokens"
+                    f"{request.batch_tokens:,} tokens in {self._slots} slots with documents cut at {longest:,} "
+                    f"(the largest has {max(self._counts):,}). {_MORE_DATA}, or lower batch_tokens"
                 )
             position = self._following(position)
         whole_run = f"; the whole run takes {self._run_tokens:,}" if self._run_tokens is not None else ""
         passes = "" if self._epochs == 1 else f" {self._epochs} times"
         raise InputError(
             f"training data: {self._inventory()}, used up{passes} after {position.steps:,} steps of together "
-            f"{position.tokens:,} tokens (what exceeds {request.max_document:,} in a document is not used); the next "
-            f"step takes {self._slots * request.tokens:,} more{whole_run}. {_MORE_DATA}, or allow more epochs"
+            f"{position.tokens:,} tokens (what exceeds {longest:,} in a document is not used); the next "
+            f"step takes {request.batch_tokens:,} more{whole_run}. {_MORE_DATA}, or allow more epochs"
         )
 
-    def _check_documents(self, shard: ShardDocuments, position: _Position, plan: StepPlan, request: _Request) -> None:
-        room = request.bounds - 1
+    def _check_documents(self, shard: ShardDocuments, position: _Position, plan: StepPlan, host: _HostStep) -> None:
+        tokens, room = host.inputs.shape[1], host.cu_seqlens.shape[1] - 1
         for slot, (first, last) in enumerate(zip(plan.bounds, plan.bounds[1:], strict=False)):
             # A last document of one token is a target only.
             documents = last - first - int(plan.lengths[last - 1] == 1)
             if documents > room:
                 raise InputError(
                     f"{shard.path}: from document {position.document + first:,} on, slot {slot} of a step takes "
-                    f"{documents:,} documents for its {request.tokens:,} tokens; cu_seqlens has room for {room:,}. "
+                    f"{documents:,} documents for its {tokens:,} tokens; cu_seqlens has room for {room:,}. "
                     "Join short texts into longer documents before prep-text, or lower the stage's batch_tokens, or "
                     "raise its max_documents"
                 )
@@ -428,6 +450,7 @@ class ValBatches:
     ):
         _check_ranks(slots, rank, world_size)
         self._extras = extras
+        self._slots = slots
         if micro_batch_tokens < 1 or tokens < 1 or tokens % (slots * micro_batch_tokens):
             raise InputError(
                 f"validation: {tokens:,} tokens, must be a positive multiple of {slots} slots of "
@@ -437,8 +460,8 @@ class ValBatches:
         stream = read_stream(paths, tokens + 1, vocab_size)
         self.sha256 = hashlib.sha256(stream.view(np.uint8).data).hexdigest()
         self._tokens = micro_batch_tokens
-        self._copier = _Copier(torch.device(device), extras)
-        self._pieces: list[tuple[Tokens, npt.NDArray[np.int64]]] = []
+        self._copier = _Copier(torch.device(device))
+        self._pieces: list[tuple[int, Tokens, npt.NDArray[np.int64]]] = []
         room = cu_seqlens_length(micro_batch_tokens) - 1
         for piece, first in enumerate(range(0, tokens, micro_batch_tokens)):
             own = stream[first : first + micro_batch_tokens + 1]
@@ -450,12 +473,13 @@ class ValBatches:
                     "prep-text, or lower the validation micro-batch"
                 )
             if piece % world_size == rank:
-                self._pieces.append((own.copy(), ends))
+                self._pieces.append((piece % slots, own.copy(), ends))
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        for piece, ends in self._pieces:
-            host = self._copier.host_step(1, self._tokens, cu_seqlens_length(self._tokens))
-            host.fill(0, piece, ends, self._extras(piece[:-1]))
+        for slot, piece, ends in self._pieces:
+            extras = self._extras(Slot(piece[:-1], piece[1:], None, slot, self._slots))
+            host = self._copier.host_step(1, self._tokens, cu_seqlens_length(self._tokens), extras)
+            host.fill(0, piece, ends, extras.arrays)
             yield self._copier.hand_out(host, self._tokens)[0]
 
     def __len__(self) -> int:
@@ -468,36 +492,35 @@ _CLOSING_S = 3.0
 _MORE_DATA = "Get more shards (prep-fineweb --chunks N) or prepare more text (prep-text)"
 
 
-class _Request(NamedTuple):
-    tokens: int  # of one slot: T
-    max_document: int
-    bounds: int  # entries of cu_seqlens
-
-
 class _Position(NamedTuple):
     epoch: int
     shard: int
     document: int  # the next to be taken, 0-based, in the shard
     steps: int  # handed out since the start of the stream
     tokens: int  # handed out since the start of the stream
+    states: list[Any] | None = None  # of the slots' extras, in order; None where none has one
 
 
 _START = _Position(0, 0, 0, 0, 0)
 
 
 class _HostStep:
-    """Room for a rank's micro-batches in host memory: inputs (n, T), targets (n, T), cu_seqlens (n, bounds), extras."""
+    """Room for a rank's micro-batches in host memory: inputs (n, T), targets (n, T), cu_seqlens (n, bounds), extras.
 
-    def __init__(
-        self, micro_batches: int, tokens: int, bounds: int, extras: Mapping[str, torch.dtype], *, pinned: bool
-    ):
-        def empty(columns: int, dtype: torch.dtype) -> Tensor:
-            return torch.empty((micro_batches, columns), dtype=dtype, pin_memory=pinned)
+    example: extras with the shapes and dtypes of all of them.
+    """
 
-        self.inputs = empty(tokens, torch.int32)
-        self.targets = empty(tokens, torch.int64)
-        self.cu_seqlens = empty(bounds, torch.int32)
-        self.extras = {name: empty(tokens, dtype) for name, dtype in extras.items()}
+    def __init__(self, micro_batches: int, tokens: int, bounds: int, example: SlotExtras, *, pinned: bool):
+        def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty((micro_batches, *shape), dtype=dtype, pin_memory=pinned)
+
+        self.inputs = empty(tokens, dtype=torch.int32)
+        self.targets = empty(tokens, dtype=torch.int64)
+        self.cu_seqlens = empty(bounds, dtype=torch.int32)
+        self.extras = {
+            name: empty(*values.shape, dtype=torch.from_numpy(values).dtype) for name, values in example.arrays.items()
+        }
+        self.has_state = example.state is not None
         # NumPy does the filling: torch's operators would start a thread pool in the builder's thread.
         self._arrays = self.inputs.numpy(), self.targets.numpy(), self.cu_seqlens.numpy()
         self._extras = {name: room.numpy() for name, room in self.extras.items()}
@@ -507,7 +530,7 @@ class _HostStep:
     ) -> None:
         """Write micro-batch `row`: `piece` (T + 1,) uint16, `ends` the documents' running ends, the last >= T."""
         for name, values in extras.items():
-            self._extras[name][row] = values
+            np.copyto(self._extras[name][row, ...], values, casting="no")
         inputs, targets, cu_seqlens = self._arrays
         tokens = inputs.shape[1]
         inputs[row] = piece[:-1]
@@ -527,17 +550,14 @@ class _Step(NamedTuple):
 class _Copier:
     """Host memory for micro-batches, and their way from there to the device."""
 
-    def __init__(self, device: torch.device, extras: Extras):
+    def __init__(self, device: torch.device):
         self._device = device
-        # Asked once, of a micro-batch of one token, for their names and dtypes.
-        asked = extras(np.zeros(1, dtype=np.uint16))
-        self._extras = {name: torch.from_numpy(values).dtype for name, values in asked.items()}
         self._cuda = device.type == "cuda"
         self._stream: torch.cuda.Stream | None = None
 
-    def host_step(self, micro_batches: int, tokens: int, bounds: int) -> _HostStep:
+    def host_step(self, micro_batches: int, tokens: int, bounds: int, example: SlotExtras) -> _HostStep:
         """Fresh memory. Pinned memory returns to torch's pool when dropped, and is used again once copied."""
-        return _HostStep(micro_batches, tokens, bounds, self._extras, pinned=self._cuda)
+        return _HostStep(micro_batches, tokens, bounds, example, pinned=self._cuda)
 
     def hand_out(self, host: _HostStep, max_seqlen: int) -> list[MicroBatch]:
         """The micro-batches on the device; on CUDA the copies may still be on their way, in stream order."""

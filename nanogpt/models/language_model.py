@@ -73,7 +73,7 @@ class TokenBatch(Protocol):
 
     @property
     def extras(self) -> Mapping[str, Tensor]:
-        """What the model's spec declares in `batch_extras`, by name."""
+        """What the model's spec gives in `batch_extras`, by name; of any shape."""
 
 
 @dataclass(frozen=True)

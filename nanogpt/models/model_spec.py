@@ -34,6 +34,24 @@ class PulledTableSpec(NamedTuple):
     extras: tuple[str, ...]  # the batch's extras that have the rows
 
 
+class Slot(NamedTuple):
+    """A micro-batch as its extras are computed, on the host."""
+
+    inputs: Tokens  # (T,) uint16
+    targets: Tokens  # (T,) uint16
+    loss: StageLoss | None = None  # of the stage; None in validation, evaluation and sampling
+    number: int = 0  # which of the step's slots, from 0
+    slots: int = 1  # of a step, over all ranks
+    state: Any = None  # what this slot's extras of the step before returned; None at the run's start
+
+
+class SlotExtras(NamedTuple):
+    """What a micro-batch brings besides its tokens."""
+
+    arrays: Mapping[str, npt.NDArray[Any]]  # by name; shape and dtype depend on T and the stage's loss alone
+    state: Any = None  # for the slot's next step: JSON-able, or None for none
+
+
 class BaseModelSpec(Strict):
     """Base of the models' specs."""
 
@@ -71,12 +89,14 @@ class BaseModelSpec(Strict):
         """
         raise NotImplementedError
 
-    def batch_extras(self, tokens: Tokens) -> Mapping[str, npt.NDArray[Any]]:
-        """What a micro-batch brings besides its tokens (T,), by name: arrays of T numbers.
+    def batch_extras(self, slot: Slot) -> SlotExtras:
+        """What a micro-batch brings besides its tokens.
 
-        Computed on the loader's thread and handed on with the batch, in training and in validation.
+        Computed on the loader's thread and handed on with the batch, in training and in validation. It depends on the
+        slot alone, and so neither on the rank nor on the world size. Every rank computes the extras of all slots where
+        there is a state. Called once more for each shape of a step, with tokens of 0, to learn what the arrays are.
         """
-        return {}
+        return SlotExtras({})
 
     def pulled_tables(self) -> Mapping[str, PulledTableSpec]:
         """Tables of rows beside the parameters, by name; all start at 0 (`nanogpt.optim.pulled_table`)."""

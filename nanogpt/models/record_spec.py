@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from collections.abc import Iterator
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from nanogpt.layers.specs import RotarySpec, SoftcapSpec
-from nanogpt.models.model_spec import BaseModelSpec, RowTableSpec
+from nanogpt.models.model_spec import BaseModelSpec, RowTableSpec, Slot, SlotExtras
 from nanogpt.spec_fields import NOT_COMPILED, Count, Few, Index, Layers, Padding, Positive, Problem, Size, Strict
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
-
-    from nanogpt.models.model_spec import Tokens
 
 BIGRAM_ROWS = "bigram rows"  # the batch's extra
 
@@ -125,18 +120,18 @@ class BigramModelSpec(RecordModelSpec):
         description="softmax scale at the start; YaRN steps change it"
     )
 
-    def batch_extras(self, tokens: Tokens) -> Mapping[str, npt.NDArray[Any]]:
+    def batch_extras(self, slot: Slot) -> SlotExtras:
         """The row of the bigram table for each token and the one before it.
 
         `((m0 * tok[t]) xor (m1 * tok[t-1])) mod (rows - 1)`; the last row is kept for token 0, which has none before.
         """
         import numpy as np
 
-        wide = tokens.astype(np.int64)
+        wide = slot.inputs.astype(np.int64)
         rows = np.full(wide.shape, self.bigram_rows - 1, dtype=np.int64)
         own, before = self.bigram_multipliers
         rows[1:] = (own * wide[1:] ^ before * wide[:-1]) % (self.bigram_rows - 1)
-        return {BIGRAM_ROWS: rows}
+        return SlotExtras({BIGRAM_ROWS: rows})
 
     def row_tables(self) -> tuple[RowTableSpec, ...]:
         """The bigram table: a rank's tokens touch few of its rows between two updates."""

@@ -56,7 +56,7 @@ class TableLookUp(NamedTuple):
     """The rows of a table that a micro-batch's tokens read; of the form of `nanogpt.optim.row_table.LookUp`."""
 
     table: PulledTable
-    rows: Tensor  # (T,) int64
+    rows: Tensor  # (T,) integers
 
     def read(self) -> Tensor:
         """The rows, (T, D), as a leaf: their gradient stays with it, to be added to the cycle's."""
@@ -165,7 +165,7 @@ class PulledTable:
             return F.embedding(rows, self.values)
         if pull is None or pull.copies is None:
             raise RuntimeError("a row is read before any was pulled")
-        return F.embedding(torch.searchsorted(pull.rows, rows), pull.copies)
+        return F.embedding(torch.searchsorted(pull.rows, rows.long()), pull.copies)
 
     @torch.no_grad()
     def add_gradient(self, rows: Tensor, gradient: Tensor) -> None:
@@ -174,7 +174,7 @@ class PulledTable:
             return
         if self._cycle is None or self.gradient is None:
             raise RuntimeError("a table has a gradient outside of a cycle")
-        self.gradient.index_add_(0, torch.searchsorted(self._cycle.rows, rows), gradient.float())
+        self.gradient.index_add_(0, torch.searchsorted(self._cycle.rows, rows.long()), gradient.float())
 
     @torch.no_grad()
     def start_push(self) -> None:

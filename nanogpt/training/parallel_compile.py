@@ -27,6 +27,7 @@ from nanogpt.data.batches import MicroBatch, cu_seqlens_length
 from nanogpt.environment import number_of
 from nanogpt.launch.tied import tied_command
 from nanogpt.launch.world import World, join_world
+from nanogpt.models.model_spec import Slot
 from nanogpt.spec import RunSpec
 from nanogpt.training.build import build_model
 from nanogpt.training.implementations import choose_implementations, compile_whole
@@ -61,7 +62,8 @@ def graph_jobs(spec: RunSpec) -> list[GraphJob]:
     for first in schedule.first_steps:
         settings = schedule.at(first)
         tokens = settings.batch_tokens // spec.training.slots
-        job = GraphJob(settings, tokens, settings.max_document_tokens, settings.max_documents)
+        request = settings.request
+        job = GraphJob(settings, tokens, request.max_document_tokens, request.max_documents)
         by_graph[job[1:], settings.point.loss.terms] = job
     evaluated = spec.evaluation.micro_batch_tokens
     largest_first = sorted(by_graph.values(), key=lambda job: -job.tokens)
@@ -73,13 +75,13 @@ def call_graph(
 ) -> None:
     """Call the graph once, on made-up tokens. No gradient is left."""
     device = next(micro_step.model.parameters()).device
-    inputs = torch.arange(job.tokens, device=device) % spec.model.vocab_size
+    inputs = torch.zeros(job.tokens, dtype=torch.int64, device=device)
     ends = torch.arange(cu_seqlens_length(job.tokens, job.max_documents), device=device) * job.max_seqlen
-    extras = {
-        name: torch.from_numpy(values).to(device)
-        for name, values in spec.model.batch_extras(inputs.cpu().numpy().astype(np.uint16)).items()
-    }
-    batch = MicroBatch(inputs.int(), inputs.roll(-1), ends.clamp(max=job.tokens).int(), job.max_seqlen, extras)
+    tokens = np.zeros(job.tokens, dtype=np.uint16)
+    loss = None if job.settings is None else job.settings.point.loss
+    arrays = spec.model.batch_extras(Slot(tokens, tokens, loss, slots=spec.training.slots)).arrays
+    extras = {name: torch.from_numpy(values).to(device) for name, values in arrays.items()}
+    batch = MicroBatch(inputs.int(), inputs, ends.clamp(max=job.tokens).int(), job.max_seqlen, extras)
     if job.settings is None:
         evaluation_loss(batch, Schedule(spec).final_windows.at_run_time())
     else:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nanogpt.data.batches import MicroBatch
 from nanogpt.errors import InputError
+from nanogpt.models.model_spec import Slot
 from nanogpt.spec import RunSpec
 from nanogpt.training.trained_model import load_trained_model
 
@@ -66,7 +67,8 @@ def _context(history: list[int], spec: RunSpec, device: str) -> MicroBatch:
     padding = -len(history) % PIECE
     tokens = np.array([spec.data.bos] * padding + history, dtype=np.uint16)
     count = len(tokens)
-    extras = {name: torch.from_numpy(values).to(device) for name, values in spec.model.batch_extras(tokens).items()}
+    arrays = spec.model.batch_extras(Slot(tokens, np.zeros_like(tokens))).arrays
+    extras = {name: torch.from_numpy(values).to(device) for name, values in arrays.items()}
     inputs = torch.from_numpy(tokens.astype(np.int32)).to(device)
     bounds = torch.tensor([*range(padding + 1), count, count], dtype=torch.int32, device=device)
     return MicroBatch(inputs, torch.zeros(count, dtype=torch.int64, device=device), bounds, count, extras)

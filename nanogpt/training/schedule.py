@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from nanogpt.data.batches import StepRequest
 from nanogpt.models.language_model import SchedulePoint, Windows
 from nanogpt.spec import CooldownSchedule, CosineSchedule, RunSpec, WindowBlocks
 
@@ -20,15 +21,18 @@ class StepSettings:
     """One step's part of the schedule."""
 
     point: SchedulePoint  # what the model makes the loss' inputs of
-    batch_tokens: int
-    max_document_tokens: int
-    max_documents: int | None  # room in a micro-batch; None: by its tokens
+    request: StepRequest  # what the loader makes the step of
     rates: Any  # the optimizer's own
 
     @property
     def step(self) -> int:
         """0-based."""
         return self.point.step
+
+    @property
+    def batch_tokens(self) -> int:
+        """Over all ranks and micro-steps."""
+        return self.request.batch_tokens
 
     @property
     def stage(self) -> int:
@@ -65,9 +69,12 @@ class Schedule:
         progress = (step - self.first_steps[index]) / stage.steps
         return StepSettings(
             point=SchedulePoint(step, index, progress, self._tokens(stage.window_blocks), stage),
-            batch_tokens=stage.batch_tokens,
-            max_document_tokens=stage.max_document_tokens or self.training.max_document_tokens,
-            max_documents=stage.max_documents,
+            request=StepRequest(
+                batch_tokens=stage.batch_tokens,
+                max_document_tokens=stage.max_document_tokens or self.training.max_document_tokens,
+                max_documents=stage.max_documents,
+                loss=stage,
+            ),
             rates=self.spec.optimizer.rates(
                 step, self.lr_factor(step), first_steps=self.first_steps, total_steps=self.total_steps
             ),

@@ -415,9 +415,7 @@ class Trainer:
         step has waited for its batch on each rank.
         """
         waited = self.train_batches.wait_seconds
-        batches = self.train_batches.next_step(
-            settings.batch_tokens, settings.max_document_tokens, settings.max_documents
-        )
+        batches = self.train_batches.next_step(settings.request)
         waited = self.train_batches.wait_seconds - waited
         self.optimizer.expect_rows(self.train_batches.step_extras, settings.rates)
         inputs = self.model.loss_inputs(settings.point, self.world.device)

@@ -22,13 +22,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogpt.data import documents_index
-from nanogpt.data.batches import MicroBatch, TrainBatches, ValBatches, cu_seqlens_length
+from nanogpt.data.batches import MicroBatch, StepRequest, TrainBatches, ValBatches, cu_seqlens_length
 from nanogpt.data.documents_index import ShardDocuments
 from nanogpt.data.shards import ShardError, header_bytes, train_name, val_name
 from nanogpt.errors import InputError
+from nanogpt.models.model_spec import Slot, SlotExtras
+from nanogpt.models.stage_loss import StageLoss
 
 B = 9  # BOS of the small examples; their other tokens are 0..8
-Slot = tuple[list[int], list[int], list[int]]  # inputs, targets, cu_seqlens
+ListedSlot = tuple[list[int], list[int], list[int]]  # inputs, targets, cu_seqlens
 Request = tuple[int, int]  # tokens of a slot, maximum document length
 
 
@@ -52,13 +54,13 @@ def padded(boundaries: list[int], tokens: int) -> list[int]:
     return boundaries + [tokens] * (length - len(boundaries))
 
 
-def slow_steps(shards: list[list[int]], requests: list[Request], slots: int = 8) -> Iterator[list[Slot]]:
+def slow_steps(shards: list[list[int]], requests: list[Request], slots: int = 8) -> Iterator[list[ListedSlot]]:
     """The steps, ending early where the data do."""
     left = [split_documents(shard) for shard in shards]
     for tokens, maximum in requests:
         while left:
             queue = list(left[0])
-            step: list[Slot] = []
+            step: list[ListedSlot] = []
             while len(step) < slots:
                 stream: list[int] = []
                 boundaries = [0]
@@ -82,7 +84,7 @@ def slow_steps(shards: list[list[int]], requests: list[Request], slots: int = 8)
 # -- help ------------------------------------------------------------------------------------------------------------
 
 
-def as_lists(batch: MicroBatch) -> Slot:
+def as_lists(batch: MicroBatch) -> ListedSlot:
     return batch.inputs.tolist(), batch.targets.tolist(), batch.cu_seqlens.tolist()
 
 
@@ -104,17 +106,17 @@ def on_disk(shards: list[list[int]], piece: int = 7, window: int = 2) -> Iterato
         yield write_shards(Path(folder), shards)
 
 
-def run_ranks(loaders: list[TrainBatches], requests: list[Request], slots: int = 8) -> list[list[Slot]]:
+def run_ranks(loaders: list[TrainBatches], requests: list[Request], slots: int = 8) -> list[list[ListedSlot]]:
     """The steps' slots in order, put together from all ranks, until the data end."""
-    steps: list[list[Slot]] = []
+    steps: list[list[ListedSlot]] = []
     for tokens, maximum in requests:
         try:
-            parts = [loader.next_step(slots * tokens, maximum) for loader in loaders]
+            parts = [loader.next_step(StepRequest(slots * tokens, maximum)) for loader in loaders]
         except InputError as error:
             assert "used up" in str(error) or "none of them fills" in str(error)
             for loader in loaders:
                 with pytest.raises(InputError):
-                    loader.next_step(slots * tokens, maximum)
+                    loader.next_step(StepRequest(slots * tokens, maximum))
             break
         assert all(batch.max_seqlen == maximum for part in parts for batch in part)
         steps.append([as_lists(part[i]) for i in range(slots // len(loaders)) for part in parts])
@@ -218,7 +220,7 @@ SHARD = [token for length in range(1, 31) for token in [B, *([length % B] * (len
 def test_shapes_dtypes_and_cu_seqlens() -> None:
     with on_disk([SHARD]) as files, ranks(files, 4) as loaders:
         for loader in loaders:
-            batches = loader.next_step(8 * 16, 12)
+            batches = loader.next_step(StepRequest(8 * 16, 12))
             assert len(batches) == 2
             for batch in batches:
                 assert batch.inputs.shape == batch.targets.shape == (16,)
@@ -244,7 +246,7 @@ def test_cu_seqlens_length(tokens: int, length: int) -> None:
 
 def test_batches_handed_out_stay_as_they_are() -> None:
     with on_disk([SHARD * 2]) as files, ranks(files, 1) as (loader,):
-        held = [loader.next_step(8 * 4, 6) for _ in range(4)]
+        held = [loader.next_step(StepRequest(8 * 4, 6)) for _ in range(4)]
         expected = list(slow_steps([SHARD * 2], [(4, 6)] * 4))
         assert [[as_lists(batch) for batch in step] for step in held] == expected
 
@@ -274,14 +276,14 @@ def test_every_step_is_built_in_the_background() -> None:
 
     with on_disk([SHARD * 2, SHARD * 2]) as files, Watched(files, slots=8, bos=B) as loader:
         for tokens, maximum in [(4, 6), (4, 6), (4, 6), (16, 12), (16, 12)]:
-            loader.next_step(8 * tokens, maximum)
+            loader.next_step(StepRequest(8 * tokens, maximum))
     assert set(built_in) == {"next-step"}
     assert 5 <= len(built_in) <= 7  # three were guessed right; the wrong guess and the last may not have started
 
 
 def test_the_background_reads_the_rest_of_the_shard_and_the_next_one() -> None:
     with on_disk([SHARD, SHARD, SHARD]) as files, ranks(files, 1) as (loader,):
-        loader.next_step(8 * 4, 6)
+        loader.next_step(StepRequest(8 * 4, 6))
         read = {}
         for _ in range(15_000):
             read = {index: shard._read for index, shard in list(loader._shards.items())}
@@ -324,14 +326,14 @@ def test_a_token_outside_of_the_vocabulary_is_named_when_its_shard_is_read() -> 
         with on_disk([SHARD, wrong], piece=5) as files, ranks(files, 1, prefetch=prefetch, vocab_size=B + 1) as (one,):
             with pytest.raises(ShardError) as caught:  # the first shard is handed out whole
                 for _ in range(100):
-                    one.next_step(8 * 16, 12)
+                    one.next_step(StepRequest(8 * 16, 12))
             taken = one.state_dict()["steps"]
             assert str(caught.value).startswith(f"{files[1]}: token 7 (from 0) is 77, the vocabulary is 0..{B} (model.")
             with pytest.raises(ShardError, match="token 7 "):  # again, and not what lies after it
-                one.next_step(8 * 16, 12)
+                one.next_step(StepRequest(8 * 16, 12))
         with on_disk([SHARD], piece=5) as files, ranks(files, 1, vocab_size=B + 1) as (good,):
             for _ in range(taken):
-                good.next_step(8 * 16, 12)
+                good.next_step(StepRequest(8 * 16, 12))
 
 
 def test_validation_tokens_are_checked_as_far_as_they_are_evaluated() -> None:
@@ -355,7 +357,7 @@ def test_used_up_data_say_how_much_there_was_and_what_to_do() -> None:
     with on_disk([SHARD, SHARD]) as files, ranks(files, 1, run_tokens=900) as (loader,):
         with pytest.raises(InputError) as caught:
             for _ in range(20):
-                loader.next_step(8 * 16, 30)
+                loader.next_step(StepRequest(8 * 16, 30))
         message = str(caught.value)
         state = loader.state_dict()
     assert (state["steps"], state["tokens"]) == (4, 512)
@@ -376,8 +378,8 @@ def test_used_up_data_say_how_much_there_was_and_what_to_do() -> None:
 def test_a_step_larger_than_every_shard() -> None:
     with on_disk([SHARD, SHARD[:40]]) as files, ranks(files, 1, epochs=None) as (loader,):
         with pytest.raises(InputError, match=r"none of them fills one step of 4,096 tokens.*the largest has 465"):
-            loader.next_step(8 * 512, 30)
-        assert len(loader.next_step(8 * 16, 30)) == 8  # a smaller one still works
+            loader.next_step(StepRequest(8 * 512, 30))
+        assert len(loader.next_step(StepRequest(8 * 16, 30))) == 8  # a smaller one still works
 
 
 def test_too_few_tokens_for_the_run_are_refused_before_it() -> None:
@@ -402,20 +404,20 @@ def test_too_many_documents_for_cu_seqlens(prefetch: bool, world_size: int) -> N
     with on_disk([bad + fitting * 3]) as files, ranks(files, world_size, prefetch=prefetch) as loaders:
         for loader in loaders:  # every rank says so, whosever slot it is
             with pytest.raises(InputError, match=rf"{train_name(1)}.*slot 5.*128 documents.*500 tokens.*room for 127"):
-                loader.next_step(8 * 500, 500)
+                loader.next_step(StepRequest(8 * 500, 500))
 
 
 @pytest.mark.parametrize("prefetch", [True, False])
 def test_a_stage_may_set_the_room_for_documents(prefetch: bool) -> None:
     with on_disk([[B, 1, 2, 3] * 300]) as files, ranks(files, 1, prefetch=prefetch) as (loader,):
         for room in (5, 9, None):
-            batches = loader.next_step(8 * 16, 30, room)
+            batches = loader.next_step(StepRequest(8 * 16, 30, room))
             length = 128 if room is None else room + 1
             assert [len(batch.cu_seqlens) for batch in batches] == [length] * 8
             assert all(batch.cu_seqlens[:5].tolist() == [0, 4, 8, 12, 16] for batch in batches)
             assert all((batch.cu_seqlens[5:] == 16).all() for batch in batches)
         with pytest.raises(InputError, match=r"takes 4 documents for its 16 tokens; cu_seqlens has room for 3.*raise"):
-            loader.next_step(8 * 16, 30, 3)
+            loader.next_step(StepRequest(8 * 16, 30, 3))
 
 
 @pytest.mark.parametrize("prefetch", [True, False])
@@ -425,17 +427,17 @@ def test_a_shard_cut_short_during_the_run_is_named_when_its_turn_comes(prefetch:
         with files[1].open("r+b") as file:
             file.truncate(1024 + 2 * 30)
         expected = list(slow_steps(shards[:1], [(16, 12)] * 9))
-        assert [[as_lists(b) for b in loader.next_step(8 * 16, 12)] for _ in expected] == expected
+        assert [[as_lists(b) for b in loader.next_step(StepRequest(8 * 16, 12))] for _ in expected] == expected
         for _ in range(2):  # and again, should somebody go on
             with pytest.raises(ShardError, match=rf"{train_name(2)}: ends after 30 tokens.*promised 465"):
-                loader.next_step(8 * 16, 12)
+                loader.next_step(StepRequest(8 * 16, 12))
 
 
 def test_a_shard_that_vanishes_is_named() -> None:
     with on_disk([SHARD]) as files, ranks(files, 1) as (loader,):
         files[0].unlink()
         with pytest.raises(ShardError, match=rf"{train_name(1)}: cannot be read: No such file"):
-            loader.next_step(8 * 16, 12)
+            loader.next_step(StepRequest(8 * 16, 12))
 
 
 def test_wrong_arguments(tmp_path: Path) -> None:
@@ -452,11 +454,11 @@ def test_wrong_arguments(tmp_path: Path) -> None:
             TrainBatches(files, slots=8, bos=B, epochs=0)
         with TrainBatches(files, slots=8, bos=B) as loader:
             with pytest.raises(InputError, match=r"batch_tokens: 100, must be a positive multiple of the 8 slots"):
-                loader.next_step(100, 12)
+                loader.next_step(StepRequest(100, 12))
             with pytest.raises(InputError, match="maximum document length: 0"):
-                loader.next_step(128, 0)
+                loader.next_step(StepRequest(128, 0))
         with pytest.raises(RuntimeError, match="after close"):
-            loader.next_step(128, 12)
+            loader.next_step(StepRequest(128, 12))
         loader.close()
 
 
@@ -469,7 +471,7 @@ def test_files_are_taken_in_sorted_order() -> None:
 def test_a_position_in_other_data_is_refused() -> None:
     with on_disk([SHARD, SHARD]) as files, ranks(files, 1) as (loader,):
         for _ in range(4):
-            loader.next_step(8 * 16, 30)
+            loader.next_step(StepRequest(8 * 16, 30))
         state = loader.state_dict()
         assert state["shard"] == 1
         with ranks(files[:1], 1) as (other,), pytest.raises(InputError, match=r"shard 1 .*000002.*1 shard in"):
@@ -478,7 +480,128 @@ def test_a_position_in_other_data_is_refused() -> None:
             loader.load_state_dict({"shard": 0})
         loader.load_state_dict({**state, "document": 31})
         with pytest.raises(InputError, match=r"000002.bin: the saved data position is document 31, the shard has 30"):
-            loader.next_step(8 * 16, 30)
+            loader.next_step(StepRequest(8 * 16, 30))
+
+
+# -- training: extras ------------------------------------------------------------------------------------------------
+
+LOSSES = [StageLoss(token_weights=[1.0] * terms) for terms in (1, 2, 3)]
+
+
+def counting(slot: Slot) -> SlotExtras:
+    """Arrays of several shapes, by tokens and terms of the loss; the state sums up what the slot has seen."""
+    seen, steps = (slot.state or [0, 0]) if slot.loss else [-1, 0]
+    state = [seen + int(slot.inputs.sum()) + slot.number, steps + 1]
+    terms = len(slot.loss.token_weights) if slot.loss else 0
+    arrays = {
+        "place": np.array([slot.number, slot.slots, *state], dtype=np.int64),
+        "shifted": np.stack([slot.targets.astype(np.int32) + k for k in range(terms + 1)]),
+        "tokens": np.array(slot.inputs.size, dtype=np.float32),
+    }
+    return SlotExtras(arrays, state if slot.loss else None)
+
+
+def slow_counting(steps: list[list[ListedSlot]], terms: list[int]) -> list[list[list[Any]]]:
+    sums, expected = [0] * 8, []
+    for number, (step, count) in enumerate(zip(steps, terms, strict=True)):
+        expected.append([])
+        for slot, (inputs, targets, _) in enumerate(step):
+            sums[slot] += sum(inputs) + slot
+            shifted = [[target + k for target in targets] for k in range(count + 1)]
+            expected[-1].append([[slot, 8, sums[slot], number + 1], shifted, float(len(inputs))])
+    return expected
+
+
+def extras_of(loaders: list[TrainBatches], requests: list[StepRequest]) -> list[list[list[Any]]]:
+    steps = []
+    for request in requests:
+        parts = [loader.next_step(request) for loader in loaders]
+        slots = [part[i] for i in range(8 // len(loaders)) for part in parts]
+        steps.append([[tensor.tolist() for tensor in batch.extras.values()] for batch in slots])
+    return steps
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+@pytest.mark.parametrize("world_size", [1, 4, 8])
+def test_extras_have_their_slots_state_whatever_the_world_size(world_size: int, prefetch: bool) -> None:
+    shards, plain = [SHARD * 3, SHARD * 2], [(16, 12)] * 3 + [(4, 6)] * 3 + [(4, 12)] * 6
+    terms = [1, 1, 2, 2, 2, 3, 3, 1, 1, 1, 1, 2]
+    requests = [StepRequest(8 * t, m, loss=LOSSES[k - 1]) for (t, m), k in zip(plain, terms, strict=True)]
+    expected = slow_counting(list(slow_steps(shards, plain)), terms)
+    with on_disk(shards) as files:
+        with ranks(files, world_size, prefetch=prefetch, extras=counting) as loaders:
+            assert extras_of(loaders, requests) == expected
+            for loader in loaders:
+                loader.restart()
+            assert extras_of(loaders, requests[:5]) == expected[:5]
+            states = [json.loads(json.dumps(loader.state_dict())) for loader in loaders]
+        assert all(state == states[0] for state in states)
+        assert [steps for _, steps in states[0]["states"]] == [5] * 8
+        for other in (1, 2, 8):
+            with ranks(files, other, prefetch=prefetch, extras=counting) as loaders:
+                for loader in loaders:
+                    loader.load_state_dict(states[0])
+                    assert loader.state_dict() == states[0]
+                assert extras_of(loaders, requests[5:]) == expected[5:]
+
+
+def test_other_ranks_extras_are_computed_only_where_there_are_states_or_they_are_kept() -> None:
+    seen: list[int] = []
+
+    def stateless(slot: Slot) -> SlotExtras:
+        seen.append(slot.number)
+        return SlotExtras({"sum": slot.inputs.sum()[None]})
+
+    def run(**options: Any) -> list[int]:
+        with on_disk([SHARD * 4]) as files, ranks(files, 4, prefetch=False, **options) as loaders:
+            seen.clear()
+            loaders[1].next_step(StepRequest(8 * 16, 12))
+            loaders[1].next_step(StepRequest(8 * 16, 12))
+            return seen[1:]  # the first call is the one that asks for shapes
+
+    assert run(extras=stateless) == [1, 5] * 2
+    assert run(extras=stateless, kept_extras=["sum"]) == [*range(8)] * 2
+    assert run(extras=lambda slot: stateless(slot)._replace(state=0)) == [*range(8)] * 2
+    late = lambda slot: stateless(slot)._replace(state=slot.state)  # noqa: E731
+    with on_disk([SHARD * 4]) as files, ranks(files, 4, prefetch=False, extras=late) as (_, loader, *_others):
+        loader.load_state_dict({**loader.state_dict(), "states": [*range(8)]})
+        seen.clear()
+        loader.next_step(StepRequest(8 * 16, 12))
+        assert seen[1:] == [*range(8)]
+        assert loader.state_dict()["states"] == [*range(8)]
+
+
+def test_extras_of_another_dtype_than_the_examples_are_refused() -> None:
+    def changing(slot: Slot) -> SlotExtras:
+        return SlotExtras({"x": np.zeros(3, dtype=np.int64 if slot.inputs.any() else np.int32)})
+
+    with on_disk([SHARD]) as files, ranks(files, 1, extras=changing) as (loader,), pytest.raises(TypeError):
+        loader.next_step(StepRequest(8 * 16, 12))
+
+
+def test_positions_without_states_and_with_those_of_other_slots() -> None:
+    with on_disk([SHARD]) as files, ranks(files, 1, extras=counting) as (loader,):
+        request = StepRequest(8 * 4, 6, loss=LOSSES[0])
+        loader.next_step(request)
+        state = loader.state_dict()
+        old = {key: value for key, value in state.items() if key != "states"}
+        loader.load_state_dict(old)
+        assert [int(batch.extras["place"][3]) for batch in loader.next_step(request)] == [1] * 8
+        for wrong in ([1, 2], "12345678", 3):
+            with pytest.raises(InputError, match=r"saved data position: states .*expected null or a list of 8"):
+                loader.load_state_dict({**state, "states": wrong})
+
+
+def test_validation_has_extras_by_slot_and_no_state(tmp_path: Path) -> None:
+    files = write_shards(tmp_path, [[B, *range(8)] * 30], val_name)
+    place: dict[str, Any] = {"tokens": 256, "micro_batch_tokens": 16, "slots": 8, "bos": B, "extras": counting}
+    for _ in range(2):
+        batches = list(ValBatches(files, rank=1, world_size=2, **place))
+        assert [batch.extras["place"][:2].tolist() for batch in batches] == [[slot, 8] for slot in (1, 3, 5, 7)] * 2
+        for batch in batches:
+            assert batch.extras["shifted"].tolist() == [batch.targets.tolist()]
+            slot, _, seen, steps = batch.extras["place"].tolist()
+            assert (seen, steps) == (int(batch.inputs.sum()) + slot - 1, 1)
 
 
 # -- training: threads -----------------------------------------------------------------------------------------------
@@ -487,7 +610,7 @@ def test_a_position_in_other_data_is_refused() -> None:
 def test_close_ends_the_threads() -> None:
     before = set(threading.enumerate())
     with on_disk([SHARD, SHARD]) as files, TrainBatches(files, slots=8, bos=B) as loader:
-        loader.next_step(8 * 4, 6)
+        loader.next_step(StepRequest(8 * 4, 6))
         assert set(threading.enumerate()) > before
         loader.close()
         assert set(threading.enumerate()) == before
@@ -498,10 +621,10 @@ def test_a_program_that_never_closes_ends(tmp_path: Path) -> None:
     program = f"""
         import nanogpt.data.documents_index as index
         from pathlib import Path
-        from nanogpt.data.batches import TrainBatches
+        from nanogpt.data.batches import StepRequest, TrainBatches
         index.PIECE_TOKENS = 1000
         batches = TrainBatches(list(Path({str(tmp_path)!r}).iterdir()), slots=8, bos={B})
-        print(len(batches.next_step(8 * 4, 6)), flush=True)
+        print(len(batches.next_step(StepRequest(8 * 4, 6))), flush=True)
         raise SystemExit(3)
     """
     done = subprocess.run(
@@ -517,7 +640,7 @@ def test_a_program_that_never_closes_ends(tmp_path: Path) -> None:
 # -- validation ------------------------------------------------------------------------------------------------------
 
 
-def slow_pieces(stream: list[int], tokens: int, size: int) -> list[Slot]:
+def slow_pieces(stream: list[int], tokens: int, size: int) -> list[ListedSlot]:
     pieces = []
     for first in range(0, tokens, size):
         piece = stream[first : first + size + 1]
@@ -602,14 +725,14 @@ def test_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
                 times = []
                 for _ in range(steps):
                     began = time.thread_time()
-                    loader.next_step(batch_tokens, 2048)
+                    loader.next_step(StepRequest(batch_tokens, 2048))
                     times.append(1e3 * (time.thread_time() - began))
             with TrainBatches([path], slots=8, bos=bos, world_size=world_size) as loader:
-                loader.next_step(batch_tokens, 2048)
+                loader.next_step(StepRequest(batch_tokens, 2048))
                 opened = 1e3 * loader.wait_seconds
                 for _ in range(steps):
                     time.sleep(0.01)  # the device computes
-                    loader.next_step(batch_tokens, 2048)
+                    loader.next_step(StepRequest(batch_tokens, 2048))
                 waited = (1e3 * loader.wait_seconds - opened) / steps
             lines.append(
                 f"world size {world_size}, {batch_tokens:,} tokens: built in {np.median(times):.2f} ms (median), "

@@ -13,7 +13,7 @@ from tiny_runs import BOS, VOCABULARY, make_data, tiny_spec
 
 from nanogpt.cli.demo import data_state
 from nanogpt.cluster.preflight import check_shards
-from nanogpt.data.batches import TrainBatches, ValBatches
+from nanogpt.data.batches import StepRequest, TrainBatches, ValBatches
 from nanogpt.data.manifest import MANIFEST, file_sha256, verify_directory
 from nanogpt.data.shards import check_shard_tokens, read_count, train_name, val_name
 from nanogpt.data.text_shards import MANIFEST as TEXT_MANIFEST
@@ -43,7 +43,7 @@ def use(directory: Path) -> None:
 def steps(files: list[Path]) -> None:
     with TrainBatches(files, slots=4, bos=BOS, vocab_size=VOCABULARY) as batches:
         for _ in range(20):
-            for batch in batches.next_step(256, 48):
+            for batch in batches.next_step(StepRequest(256, 48)):
                 assert int(batch.inputs.min()) >= 0 and int(batch.inputs.max()) < VOCABULARY
                 assert int(batch.targets.min()) >= 0 and int(batch.targets.max()) < VOCABULARY
 
@@ -103,8 +103,9 @@ def test_positions_of_other_data(tmp_path: Path, fuzz: int) -> None:
     data = make_data(tmp_path / "data", (1500, 1500))
     files = sorted(data.glob("fineweb_train_*.bin"))
     with TrainBatches(files, slots=4, bos=BOS) as batches:
-        batches.next_step(256, 48)
+        request = StepRequest(256, 48)
+        batches.next_step(request)
         state = batches.state_dict()
         for chance in examples(60 * fuzz, "positions"):
             changed = mutated_data(state, chance)
-            refused_or_done(lambda changed=changed: (batches.load_state_dict(changed), batches.next_step(256, 48)))
+            refused_or_done(lambda changed=changed: (batches.load_state_dict(changed), batches.next_step(request)))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanogpt.data.batches import MicroBatch, TrainBatches, ValBatches
+from nanogpt.data.batches import MicroBatch, StepRequest, TrainBatches, ValBatches
 from nanogpt.data.shards import header_bytes, train_name
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -43,7 +43,7 @@ def test_training_batches_equal_those_on_the_cpu_while_the_device_is_busy(shard:
         torch.cuda.set_sync_debug_mode("error")
         try:
             for size in sizes:
-                step = batches.next_step(size, 2048)
+                step = batches.next_step(StepRequest(size, 2048))
                 for _ in range(10):  # the copies of several steps queue up behind this
                     work = torch.tanh(work @ work)
                 # Read on the current stream, and drop the original, so that its memory is used again.
@@ -51,7 +51,7 @@ def test_training_batches_equal_those_on_the_cpu_while_the_device_is_busy(shard:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     with TrainBatches([shard], slots=8, bos=BOS) as batches:
-        expected = [batch for size in sizes for batch in batches.next_step(size, 2048)]
+        expected = [batch for size in sizes for batch in batches.next_step(StepRequest(size, 2048))]
     assert len(got) == len(expected) == 80
     assert all(same(a, b) for a, b in zip(got, expected, strict=True))
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
+from nanogpt.models.model_spec import Slot
 from nanogpt.models.record_spec import BIGRAM_ROWS
 from nanogpt.recipe import load_recipe
 
 
 def bigram_rows(tokens: list[int], rows: int) -> np.ndarray:
     spec = load_recipe("speedrun", [f"model.bigram_rows={rows}", "hardware.gpus_per_node=1"]).model
-    found = spec.batch_extras(np.array(tokens, dtype=np.uint16))[BIGRAM_ROWS]
+    inputs = np.array(tokens, dtype=np.uint16)
+    extras = spec.batch_extras(Slot(inputs, inputs))
+    assert extras.state is None
+    found = extras.arrays[BIGRAM_ROWS]
     assert found.dtype == np.int64
     return found
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from nanogpt.models.record92.ngrams import SIGN_ROWS, ngram_rows, sign_rows
+from nanogpt.models.record92.ngrams import ngram_rows, sign_rows
 
 ROWS = 84_602_880
 RANDOM = np.random.default_rng(0).integers(0, 50257, 49_152).tolist()
@@ -53,10 +53,10 @@ def test_rows_of_a_real_micro_batch(rows: int):
 
 
 def test_sign_rows_of_a_real_micro_batch():
-    found = sign_rows(np.array(RANDOM, dtype=np.uint16))
+    found = sign_rows(np.array(RANDOM, dtype=np.uint16), 8192)
     assert (found.dtype, found.shape) == (np.int32, (2, 49_152))
     assert found.tolist() == slow_signs(RANDOM)
-    assert found.max() == 8191 == SIGN_ROWS - 1
+    assert found.max() == 8191
 
 
 @pytest.mark.parametrize("count", range(5))
@@ -65,7 +65,7 @@ def test_short_micro_batches(count: int, token: int):
     x = [token, 7, 50_256, 50_255][:count]
     tokens = np.array(x, dtype=np.uint16)
     assert ngram_rows(tokens, ROWS).tolist() == slow_rows(x, ROWS)
-    assert sign_rows(tokens).tolist() == slow_signs(x)
+    assert sign_rows(tokens, 8192).tolist() == slow_signs(x)
 
 
 def test_rows_by_hand():
@@ -82,7 +82,7 @@ def test_no_hash_gives_the_last_row_of_a_half():
     assert sorted(set(found[1, 2:].tolist())) == list(range(49, 97))
 
 
-@pytest.mark.parametrize("of", [lambda x: ngram_rows(x, ROWS), sign_rows])
+@pytest.mark.parametrize("of", [lambda x: ngram_rows(x, ROWS), lambda x: sign_rows(x, 8192)])
 def test_nothing_but_the_last_three_tokens_decides(of: Callable[[np.ndarray], np.ndarray]):
     tokens = np.array(RANDOM[:100], dtype=np.uint16)
     changed = tokens.copy()

@@ -22,7 +22,9 @@ _add("n-gram rows", NGRAMS, "modulo the half", ("before[:-1]).view(np.int32) % (
 _add("n-gram rows", NGRAMS, "trigrams modulo the half", ("trigram.view(np.int32) % (half - 1)", "trigram % half"))
 _add("n-gram rows", NGRAMS, "token 0's trigram alone without history", ("found[1, :2] =", "found[1, :1] ="))
 _add("n-gram rows", NGRAMS, "one row for all without history", ("= half - 1, rows - 1", "= half - 1, half - 1"))
-_add("n-gram signs", NGRAMS, "half as many", ("SIGN_ROWS = 8192", "SIGN_ROWS = 4096"))
+_add(
+    "n-gram signs", NGRAMS, "half as many", ("30011 * own[:-1]) & (count - 1)", "30011 * own[:-1]) & (count // 2 - 1)")
+)
 _add("n-gram signs", NGRAMS, "another for tokens without history", ("np.zeros((2,", "np.ones((2,"))
 
 # --- candidates of the softmax ---

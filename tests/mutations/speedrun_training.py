@@ -334,6 +334,26 @@ _add(
 _add("cu_seqlens", BATCHES, "last end beyond T", ("np.minimum(ends[:fitting], tokens)", "ends[:fitting]"))
 _add("cu_seqlens", BATCHES, "too many documents pass", ("if documents > room:", "if documents > room + 1:"))
 _add("targets", BATCHES, "the inputs themselves", ("targets[row] = piece[1:]", "targets[row] = piece[:-1]"))
+_add("extras", BATCHES, "of states only the own", ("or host.has_state or", "or"))
+_add(
+    "extras",
+    BATCHES,
+    "of saved states only the own",
+    ("host.has_state or position.states is not None", "host.has_state"),
+)
+_add("extras", BATCHES, "always of all slots", ("of_all = bool(kept) or", "of_all = True or"))
+_add("extras", BATCHES, "without the loss", ("piece[1:], request.loss, slot,", "piece[1:], None, slot,"))
+_add(
+    "extras",
+    BATCHES,
+    "inputs for targets",
+    ("Slot(piece[:-1], piece[1:], request", "Slot(piece[:-1], piece[:-1], request"),
+)
+_add("extras", BATCHES, "the first slot's state", ("else position.states[slot]", "else position.states[0]"))
+_add("extras", BATCHES, "states not saved", ('state["file"], state.get("states")', 'state["file"], None'))
+_add("extras", BATCHES, "shapes of the first request", ("or self._example[0] != request:", ":"))
+_add("extras", BATCHES, "any dtype", ('casting="no"', 'casting="unsafe"'))
+_add("validation", BATCHES, "all are slot 0", ("(piece % slots, own.copy(), ends)", "(0, own.copy(), ends)"))
 _add(
     "validation",
     BATCHES,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from small_specs import randomize, small_speedrun
 
-from nanogpt.data.batches import TrainBatches
+from nanogpt.data.batches import StepRequest, TrainBatches
 from nanogpt.data.shards import header_bytes, train_name, val_name
 from nanogpt.launch.world import join_world
 from nanogpt.training.trainer import Trainer
@@ -70,7 +70,7 @@ def test_gradients_are_summed_over_micro_steps_and_between_adam_steps(shards: Pa
             expected, per_step = {n: torch.zeros_like(p) for n, p in trainer.model.named_parameters()}, []
             for settings, loss in zip(steps, losses, strict=True):
                 total = torch.zeros(())
-                batches = loader.next_step(256, 20)
+                batches = loader.next_step(StepRequest(256, 20))
                 assert [len(batch.inputs) for batch in batches] == [32] * 8
                 for batch in batches:
                     inputs = trainer.model.loss_inputs(settings.point, torch.device("cpu"))

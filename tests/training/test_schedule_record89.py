@@ -31,7 +31,7 @@ def test_stages(stage, values):
     for step in (first, first + 1, last):
         settings = SCHEDULE.at(step)
         assert (settings.stage, settings.batch_tokens, settings.windows) == (stage, batch, Windows(short, long))
-        assert (settings.max_document_tokens, settings.max_documents) == (longest, room)
+        assert (settings.request.max_document_tokens, settings.request.max_documents) == (longest, room)
 
 
 def test_multi_token_and_prefix_weights():

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 Rows = npt.NDArray[np.int32]
 
-SIGN_ROWS = 8192  # a power of two
-
 
 def ngram_rows(tokens: Tokens, rows: int) -> Rows:
     """(2, T) int32: each token's bigram row, in the first half of the table's `rows` (even), and trigram row, in the
@@ -37,13 +35,13 @@ def ngram_rows(tokens: Tokens, rows: int) -> Rows:
     return found
 
 
-def sign_rows(tokens: Tokens) -> Rows:
-    """(2, T) int32: the vectors, of `SIGN_ROWS`, that each token's bigram and trigram row are multiplied by.
+def sign_rows(tokens: Tokens, count: int) -> Rows:
+    """(2, T) int32: the vectors, of `count` (a power of two), that each token's bigram and trigram are multiplied by.
 
     Vector 0 for tokens without so much history. tokens: (T,) uint16.
     """
     own = tokens.astype(np.uint32)
     found = np.zeros((2, own.size), dtype=np.int32)
-    found[0, 1:] = (48271 * own[1:] ^ 30011 * own[:-1]) & (SIGN_ROWS - 1)
-    found[1, 2:] = (58699 * own[2:] ^ 39779 * own[1:-1] ^ 26801 * own[:-2]) & (SIGN_ROWS - 1)
+    found[0, 1:] = (48271 * own[1:] ^ 30011 * own[:-1]) & (count - 1)
+    found[1, 2:] = (58699 * own[2:] ^ 39779 * own[1:-1] ^ 26801 * own[:-2]) & (count - 1)
     return found
