@@ -4,7 +4,8 @@ Notable features:
 - A step is `slots` equal slots of the token stream whatever the world size; rank r's micro-step i is slot
   `i * world_size + r`. Where a step lies in the shards is decided for the whole step, by every rank alike, so runs on
   1, 2, 4 and 8 GPUs see the same tokens.
-- The next step is built in a background thread, and the next shard read in another, while the GPU computes.
+- The next step, or several, are built in a background thread, and the next shard read in another, while the GPU
+  computes.
 - Shapes depend on the micro-batch size alone, `cu_seqlens` included, so nothing is compiled twice.
 - What was read is hashed in the background as well, from memory: a run can say what it was trained on.
 - The position in the data can be saved and resumed at any step.
@@ -18,6 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -90,6 +92,7 @@ class TrainBatches:
             states, which are part of the position in the data.
         kept_extras: Names of those that are also kept on the host, of all ranks' slots in order, in `step_extras` for
             the step that was handed out last.
+        ahead_extras: For `look_ahead`, the names of the extras of which each value is a row of a table, by table.
         asked: Says why the run is to stop, if it is: then nobody waits for ever for a file system that does not answer.
 
     Only the files' headers are read here, and nothing by `restart`: the first `next_step` opens the first shard, so
@@ -116,6 +119,7 @@ class TrainBatches:
         hashed: bool = False,
         extras: Extras = no_extras,
         kept_extras: Collection[str] = (),
+        ahead_extras: Mapping[str, Sequence[str]] = MappingProxyType({}),
         asked: Callable[[], str | None] = lambda: None,
     ):
         _check_ranks(slots, rank, world_size)
@@ -137,7 +141,7 @@ class TrainBatches:
         self._asked = asked
         self._builder = Worker("next-step") if prefetch else None
         self._reader = Worker("next-shard") if prefetch else None
-        self._pending: tuple[StepRequest, Future[_Step]] | None = None
+        self._coming: list[tuple[StepRequest, Future[_Step]]] = []  # built or being built, in order
         self._example: tuple[StepRequest, SlotExtras] | None = None
         self._hashed = hashed
         self._to_hash: list[ShardDocuments] = []  # steps were made of them; the last one is the present one
@@ -146,14 +150,15 @@ class TrainBatches:
         self._position = _START
         self._extras = extras
         self._kept_extras = kept_extras
+        self._ahead_extras = ahead_extras
         self.step_extras: dict[str, list[npt.NDArray[Any]]] = {}
-        self.wait_seconds = 0.0  # spent inside `next_step` since the start or the last `restart`
+        self.wait_seconds = 0.0  # spent inside the methods for steps since the start or the last `restart`
 
     def next_step(self, request: StepRequest) -> list[MicroBatch]:
         """This rank's `slots / world_size` micro-batches of the next step, each of `batch_tokens / slots` tokens.
 
-        A call with the request of the last one finds its step built; one with another builds it now, from the same
-        document on.
+        What `build_ahead` was asked for is there, or on its way; without it, a call with the request of the last one
+        finds its step built. Where the request is another one, its step is built now, from the same document on.
 
         Raises:
             InputError: the data are used up, or a slot has more documents than `cu_seqlens` has room for, or the
@@ -162,28 +167,46 @@ class TrainBatches:
             RunError: the run is to stop, and the step has not come for `nanogpt.background.GRACE_S` since.
         """
         began = time.perf_counter()
-        if self._closed:
-            raise RuntimeError("TrainBatches.next_step after close")
-        batch_tokens = request.batch_tokens
-        if batch_tokens < 1 or batch_tokens % self._slots:
-            raise InputError(f"batch_tokens: {batch_tokens}, must be a positive multiple of the {self._slots} slots")
-        if request.max_document_tokens < 1:
-            raise InputError(f"maximum document length: {request.max_document_tokens} tokens, must be at least 1")
-
-        step = self._take_pending(request)
-        if step is None:
-            arguments = self._position, request, self._host_step(request)
-            step = self._build(*arguments) if self._builder is None else self._wait(self._submit(*arguments))
+        self._ask_for([request])
+        try:
+            step = self._wait(self._coming[0][1])
+        except BaseException:
+            for _, future in self._coming:  # they go on from this one; nobody waits for one that hangs
+                future.cancel()
+            self._coming.clear()
+            raise
+        del self._coming[0]
         self._position = step.after
         self.step_extras = step.extras
         batches = self._copier.hand_out(step.host, request.max_document_tokens)
-        if self._builder is not None:
-            # Pinned memory is asked for here: the background threads make no CUDA calls, so they can disturb neither
-            # a graph capture nor the choice of device.
-            host = self._host_step(request)
-            self._pending = request, self._submit(self._position, request, host)
+        if self._builder is not None and not self._coming:
+            self._submit(request)
         self.wait_seconds += time.perf_counter() - began
         return batches
+
+    def build_ahead(self, requests: Sequence[StepRequest]) -> None:
+        """Have the coming steps built, those of `requests`: in the background, or at once where there is none.
+
+        What is built already and fits stays, further steps too. What goes wrong is raised by the `next_step` that
+        comes to it.
+
+        Raises InputError where a request does not fit the slots.
+        """
+        began = time.perf_counter()
+        self._ask_for(requests)
+        self.wait_seconds += time.perf_counter() - began
+
+    def look_ahead(self, requests: Sequence[StepRequest]) -> dict[str, npt.NDArray[np.int64]]:
+        """`build_ahead`, and the rows of each table of `ahead_extras` that this rank's slots of those steps have.
+
+        (n,) int64 by table, sorted, each once. Waits for the steps, and raises what `next_step` would for them.
+        """
+        began = time.perf_counter()
+        self._ask_for(requests)
+        steps = [self._wait(future) for _, future in self._coming[: len(requests)]]
+        rows = {table: _distinct([step.rows[table] for step in steps]) for table in self._ahead_extras}
+        self.wait_seconds += time.perf_counter() - began
+        return {table: values.astype(np.int64) for table, values in rows.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last step handed out, slots' states included; JSON-able, the same on every rank."""
@@ -227,7 +250,7 @@ class TrainBatches:
         From the bytes that were read; more than one where a later pass read others. Finishes reading and hashing: to be
         called when time does not matter. Empty without `hashed`. Raises `ShardError` where a shard cannot be read.
         """
-        self._drop_pending()
+        self._drop_from(0)
         for shard in self._to_hash:
             shard.hash()
         self._note_hashes()
@@ -256,9 +279,38 @@ class TrainBatches:
         bounds = cu_seqlens_length(tokens, request.max_documents)
         return self._copier.host_step(len(self._own_slots), tokens, bounds, self._example[1])
 
-    def _submit(self, position: _Position, request: StepRequest, host: _HostStep) -> Future[_Step]:
-        assert self._builder is not None
-        return self._builder.submit(self._build, position, request, host)
+    def _ask_for(self, requests: Sequence[StepRequest]) -> None:
+        """Have the coming steps be those of `requests`, and maybe more."""
+        if self._closed:
+            raise RuntimeError("TrainBatches was asked for a step after close")
+        for request in requests:
+            tokens, longest = request.batch_tokens, request.max_document_tokens
+            if tokens < 1 or tokens % self._slots:
+                raise InputError(f"batch_tokens: {tokens}, must be a positive multiple of the {self._slots} slots")
+            if longest < 1:
+                raise InputError(f"maximum document length: {longest} tokens, must be at least 1")
+        for index, ((coming, _), request) in enumerate(zip(self._coming, requests, strict=False)):
+            if coming != request:
+                self._drop_from(index)
+                break
+        for request in requests[len(self._coming) :]:
+            self._submit(request)
+
+    def _submit(self, request: StepRequest) -> None:
+        """Have one more step built, after those that are coming."""
+        before = self._coming[-1][1] if self._coming else self._position
+        # Pinned memory is asked for here: the background threads make no CUDA calls, so they can disturb neither a
+        # graph capture nor the choice of device.
+        work = before, request, self._host_step(request)
+        if self._builder is not None:
+            future = self._builder.submit(self._build, *work)
+        else:
+            future = Future()
+            try:
+                future.set_result(self._build(*work))
+            except Exception as error:
+                future.set_exception(error)
+        self._coming.append((request, future))
 
     def _wait(self, future: Future[_Step]) -> _Step:
         try:
@@ -273,30 +325,22 @@ class TrainBatches:
 
     # -- building a step: in the builder's thread, or in the caller's where there is none -------------------------
 
-    def _take_pending(self, request: StepRequest) -> _Step | None:
-        """The prefetched step if it is the one asked for; in any case the builder is idle afterwards."""
-        if self._pending is not None and self._pending[0] == request:
-            future = self._pending[1]
-            self._pending = None
-            return self._wait(future)
-        self._drop_pending()
-        return None
-
-    def _drop_pending(self) -> None:
-        if self._pending is not None:
-            future = self._pending[1]
-            self._pending = None
-            if not future.cancel():  # what goes wrong there is not wanted
-                wait([future], _CLOSING_S if self._closed else None)
+    def _drop_from(self, first: int) -> None:
+        """Drop the coming steps from number `first` on; nothing is being built of them afterwards."""
+        dropped = [future for _, future in self._coming[first:]]
+        del self._coming[first:]
+        running = [future for future in reversed(dropped) if not future.cancel()]
+        wait(running, _CLOSING_S if self._closed else None)  # what goes wrong there is not wanted
 
     def _forget(self) -> None:
-        self._drop_pending()
+        self._drop_from(0)
         for shard in self._shards.values():
             shard.stop()
         self._shards.clear()
         self._to_hash, self._hashes = [], {}
 
-    def _build(self, position: _Position, request: StepRequest, host: _HostStep) -> _Step:
+    def _build(self, before: _Position | Future[_Step], request: StepRequest, host: _HostStep) -> _Step:
+        position = before.result().after if isinstance(before, Future) else before
         following = self._following(position)
         for index in self._shards.keys() - {position.shard, following.shard}:
             self._shards.pop(index).stop()
@@ -308,15 +352,18 @@ class TrainBatches:
             self._to_hash.append(shard)
         self._check_documents(shard, position, plan, host)
         kept: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in self._kept_extras}
+        rows: dict[str, list[npt.NDArray[Any]]] = {table: [] for table in self._ahead_extras}
         states: list[Any] = [None] * self._slots
         of_all = bool(kept) or host.has_state or position.states is not None
         for slot in range(self._slots) if of_all else self._own_slots:
             piece = plan.gather(shard.tokens, slot)
-            before = None if position.states is None else position.states[slot]
-            extras, states[slot] = self._extras(Slot(piece[:-1], piece[1:], request.loss, slot, self._slots, before))
+            state = None if position.states is None else position.states[slot]
+            extras, states[slot] = self._extras(Slot(piece[:-1], piece[1:], request.loss, slot, self._slots, state))
             for name, slots in kept.items():
                 slots.append(extras[name])
             if slot in self._own_slots:
+                for table, names in self._ahead_extras.items():
+                    rows[table] += [extras[name].ravel() for name in names]
                 host.fill(self._own_slots.index(slot), piece, plan.running_ends(slot), extras)
         if self._reader is not None:
             # Not before the step is built: it needs a piece of the shard, not all of it.
@@ -327,7 +374,7 @@ class TrainBatches:
             tokens=position.tokens + request.batch_tokens,
             states=None if all(state is None for state in states) else states,
         )
-        return _Step(host, after, kept)
+        return _Step(host, after, kept, {table: _distinct(parts) for table, parts in rows.items()})
 
     def _plan(self, position: _Position, request: StepRequest) -> tuple[_Position, StepPlan]:
         """The first place at or after `position` that fills a whole step: from one shard, its rest being skipped."""
@@ -544,7 +591,14 @@ class _HostStep:
 class _Step(NamedTuple):
     host: _HostStep
     after: _Position
-    extras: dict[str, list[npt.NDArray[Any]]]
+    extras: dict[str, list[npt.NDArray[Any]]]  # those that are kept
+    rows: dict[str, npt.NDArray[Any]]  # by table, of this rank's slots: sorted, each once
+
+
+def _distinct(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """The values of integer arrays, each (n,): sorted, each once. Many times as fast as NumPy's `unique`."""
+    values = np.sort(np.concatenate(parts)) if parts else np.empty(0, dtype=np.int64)
+    return np.concatenate((values[:1], values[1:][values[1:] != values[:-1]]))
 
 
 class _Copier:

@@ -415,6 +415,8 @@ class Trainer:
         step has waited for its batch on each rank.
         """
         waited = self.train_batches.wait_seconds
+        coming = range(settings.step, min(settings.step + 2, self.schedule.total_steps))
+        self.train_batches.build_ahead([self.schedule.at(step).request for step in coming])
         batches = self.train_batches.next_step(settings.request)
         waited = self.train_batches.wait_seconds - waited
         self.optimizer.expect_rows(self.train_batches.step_extras, settings.rates)

@@ -486,6 +486,9 @@ def test_a_position_in_other_data_is_refused() -> None:
 # -- training: extras ------------------------------------------------------------------------------------------------
 
 LOSSES = [StageLoss(token_weights=[1.0] * terms) for terms in (1, 2, 3)]
+MIXED = [(16, 12)] * 4 + [(4, 6)] * 4 + [(4, 12)] * 4
+MIXED_TERMS = [1, 1, 2, 2, 2, 3, 3, 1, 1, 1, 1, 2]
+MIXED_REQUESTS = [StepRequest(8 * t, m, loss=LOSSES[k - 1]) for (t, m), k in zip(MIXED, MIXED_TERMS, strict=True)]
 
 
 def counting(slot: Slot) -> SlotExtras:
@@ -524,10 +527,8 @@ def extras_of(loaders: list[TrainBatches], requests: list[StepRequest]) -> list[
 @pytest.mark.parametrize("prefetch", [True, False])
 @pytest.mark.parametrize("world_size", [1, 4, 8])
 def test_extras_have_their_slots_state_whatever_the_world_size(world_size: int, prefetch: bool) -> None:
-    shards, plain = [SHARD * 3, SHARD * 2], [(16, 12)] * 3 + [(4, 6)] * 3 + [(4, 12)] * 6
-    terms = [1, 1, 2, 2, 2, 3, 3, 1, 1, 1, 1, 2]
-    requests = [StepRequest(8 * t, m, loss=LOSSES[k - 1]) for (t, m), k in zip(plain, terms, strict=True)]
-    expected = slow_counting(list(slow_steps(shards, plain)), terms)
+    shards, requests = [SHARD * 4, SHARD * 4], MIXED_REQUESTS
+    expected = slow_counting(list(slow_steps(shards, MIXED)), MIXED_TERMS)
     with on_disk(shards) as files:
         with ranks(files, world_size, prefetch=prefetch, extras=counting) as loaders:
             assert extras_of(loaders, requests) == expected
@@ -602,6 +603,137 @@ def test_validation_has_extras_by_slot_and_no_state(tmp_path: Path) -> None:
             assert batch.extras["shifted"].tolist() == [batch.targets.tolist()]
             slot, _, seen, steps = batch.extras["place"].tolist()
             assert (seen, steps) == (int(batch.inputs.sum()) + slot - 1, 1)
+
+
+# -- training: several steps ahead -----------------------------------------------------------------------------------
+
+AHEAD = {"table": ["place", "shifted"], "other": ["place"], "nothing": []}
+
+
+def slow_rows(steps: list[list[list[Any]]], own: range) -> dict[str, list[int]]:
+    """Of `slow_counting`'s steps."""
+    rows: dict[str, set[int]] = {"table": set(), "other": set(), "nothing": set()}
+    for step in steps:
+        for place, shifted, _ in step[own.start : own.stop : own.step]:
+            rows["other"].update(place)
+            rows["table"].update(place, *shifted)
+    return {table: sorted(values) for table, values in rows.items()}
+
+
+@contextmanager
+def counted_builds() -> Iterator[list[StepRequest]]:
+    built: list[StepRequest] = []
+    original = TrainBatches._build
+
+    def build(self: TrainBatches, before: Any, request: StepRequest, host: Any) -> Any:
+        built.append(request)
+        return original(self, before, request, host)
+
+    with mock.patch.object(TrainBatches, "_build", build):
+        yield built
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_looking_ahead_tells_the_rows_of_the_coming_steps(world_size: int, prefetch: bool) -> None:
+    shards = [SHARD * 4, SHARD * 4]
+    expected = slow_counting(list(slow_steps(shards, MIXED)), MIXED_TERMS)
+    options: dict[str, Any] = {"prefetch": prefetch, "extras": counting, "ahead_extras": AHEAD}
+    with on_disk(shards) as files, ranks(files, world_size, **options) as loaders, counted_builds() as built:
+        step = 0
+        for steps in (1, 3, 3, 3, 2):  # taken before the next look, which is of four steps or what is left
+            for rank, loader in enumerate(loaders):
+                rows = loader.look_ahead(MIXED_REQUESTS[step : step + 4])
+                assert all(values.dtype == np.int64 for values in rows.values())
+                own = range(rank, 8, world_size)
+                assert {k: v.tolist() for k, v in rows.items()} == slow_rows(expected[step : step + 4], own)
+            assert extras_of(loaders, MIXED_REQUESTS[step : step + steps]) == expected[step : step + steps]
+            step += steps
+        for loader in loaders:
+            assert {table: rows.tolist() for table, rows in loader.look_ahead([]).items()} == slow_rows([], range(8))
+        for request in MIXED_REQUESTS[:-1]:  # each step is built once; of the last request there is a guess
+            assert built.count(request) == world_size * MIXED_REQUESTS.count(request)
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_other_steps_than_those_looked_ahead_are_built_anew_with_the_right_states(prefetch: bool) -> None:
+    shards, wrong = [SHARD * 4, SHARD * 4], StepRequest(8 * 5, 7, loss=LOSSES[2])
+    expected = slow_counting(list(slow_steps(shards, MIXED)), MIXED_TERMS)
+    options: dict[str, Any] = {"prefetch": prefetch, "extras": counting, "ahead_extras": AHEAD}
+    with on_disk(shards) as files, ranks(files, 2, **options) as loaders:
+        for step in range(0, 12, 3):
+            for loader in loaders:
+                loader.build_ahead([*MIXED_REQUESTS[step : step + 2], wrong, wrong, *MIXED_REQUESTS[:2]])
+                state = loader.state_dict()
+                assert state["steps"] == step
+                assert loader.look_ahead(MIXED_REQUESTS[step : step + 3]).keys() == AHEAD.keys()
+            assert extras_of(loaders, MIXED_REQUESTS[step : step + 1]) == expected[step : step + 1]
+            for loader in loaders:
+                loader.look_ahead([wrong])
+            assert extras_of(loaders, MIXED_REQUESTS[step + 1 : step + 3]) == expected[step + 1 : step + 3]
+        for loader in loaders:
+            loader.load_state_dict(state)
+        assert extras_of(loaders, MIXED_REQUESTS[9:]) == expected[9:]
+        for loader in loaders:
+            loader.look_ahead([wrong] * 3)
+            loader.restart()
+        assert extras_of(loaders, MIXED_REQUESTS) == expected
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_steps_beyond_the_end_fail_when_their_turn_comes(prefetch: bool) -> None:
+    request = StepRequest(8 * 16, 30)
+    with on_disk([SHARD, SHARD]) as files, ranks(files, 1, prefetch=prefetch) as (loader,):
+        loader.build_ahead([request] * 8)
+        assert len(loader.look_ahead([request] * 4)) == 0
+        with pytest.raises(InputError, match="used up after 4 steps"):
+            loader.look_ahead([request] * 5)
+        for _ in range(4):
+            loader.build_ahead([request] * 8)
+            assert len(loader.next_step(request)) == 8
+        for _ in range(2):
+            with pytest.raises(InputError, match="used up after 4 steps"):
+                loader.next_step(request)
+
+
+def test_building_ahead_does_not_wait_and_looking_ahead_does() -> None:
+    go_on = threading.Event()
+
+    def held(slot: Slot) -> SlotExtras:
+        if threading.current_thread() is not threading.main_thread():
+            assert go_on.wait(60)
+        return SlotExtras({"row": slot.inputs[:1].astype(np.int64)})
+
+    request = StepRequest(8 * 4, 6)
+    with (
+        on_disk([SHARD * 3]) as files,
+        ranks(files, 1, extras=held, ahead_extras={"table": ["row"]}) as (loader,),
+        counted_builds() as built,
+    ):
+        loader.build_ahead([request] * 3)
+        assert loader.state_dict()["steps"] == 0
+        threading.Timer(0.3, go_on.set).start()
+        before = loader.wait_seconds
+        assert loader.look_ahead([request] * 3)["table"].tolist() == [B]
+        assert loader.wait_seconds - before > 0.1
+        assert len(built) == 3
+
+
+def test_close_drops_the_coming_steps() -> None:
+    with on_disk([SHARD * 3]) as files, ranks(files, 1) as (loader,):
+        loader.build_ahead([StepRequest(8 * 4, 6)] * 5)
+        loader.close()
+        for ask in (loader.build_ahead, loader.look_ahead):
+            with pytest.raises(RuntimeError, match="after close"):
+                ask([StepRequest(8 * 4, 6)])
+
+
+@pytest.mark.parametrize("ask", ["build_ahead", "look_ahead"])
+def test_looking_ahead_at_what_does_not_fit_the_slots(ask: str) -> None:
+    with on_disk([SHARD]) as files, ranks(files, 1) as (loader,):
+        with pytest.raises(InputError, match=r"batch_tokens: 100, must be a positive multiple of the 8 slots"):
+            getattr(loader, ask)([StepRequest(128, 12), StepRequest(100, 12)])
+        assert len(loader.next_step(StepRequest(128, 12))) == 8
 
 
 # -- training: threads -----------------------------------------------------------------------------------------------

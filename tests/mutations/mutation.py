@@ -101,6 +101,7 @@ _TESTS: dict[str, tuple[str, ...]] = {
     TRAINER: (
         "tests/optim/test_micro_steps.py",
         "tests/training/test_trainer.py::test_each_stage_brings_its_batch_windows_weights_and_yarn",
+        "tests/training/test_trainer.py::test_each_step_is_built_once_and_ahead",
     ),
     MICRO_STEP: ("tests/training/test_micro_step.py", "tests/optim/test_micro_steps.py"),
     ROWS: ("tests/kernels/test_row_gradients.py", "tests/training/test_micro_step.py"),

@@ -353,6 +353,13 @@ _add("extras", BATCHES, "the first slot's state", ("else position.states[slot]",
 _add("extras", BATCHES, "states not saved", ('state["file"], state.get("states")', 'state["file"], None'))
 _add("extras", BATCHES, "shapes of the first request", ("or self._example[0] != request:", ":"))
 _add("extras", BATCHES, "any dtype", ('casting="no"', 'casting="unsafe"'))
+_add("steps ahead", BATCHES, "not compared", ("if coming != request:", "if False:"))
+_add("steps ahead", BATCHES, "all from one position", ("self._coming[-1][1] if self._coming else", ""))
+_add("steps ahead", BATCHES, "a guess although others come", ("is not None and not self._coming:", "is not None:"))
+_add("rows ahead", BATCHES, "of the first step", ("in self._coming[: len(requests)]]", "in self._coming[:1]]"))
+_add("rows ahead", BATCHES, "of one extra", ("for name in names]", "for name in names[:1]]"))
+_add("rows ahead", BATCHES, "repeated", ("values[1:][values[1:] != values[:-1]]", "values[1:]"))
+_add("steps ahead", TRAINER, "none", ("min(settings.step + 2,", "min(settings.step + 1,"))
 _add("validation", BATCHES, "all are slot 0", ("(piece % slots, own.copy(), ends)", "(0, own.copy(), ends)"))
 _add(
     "validation",

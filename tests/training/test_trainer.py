@@ -26,7 +26,7 @@ from tiny_runs import (
     train,
 )
 
-from nanogpt.data.batches import TrainBatches
+from nanogpt.data.batches import StepRequest, TrainBatches
 from nanogpt.errors import InputError, RunError
 from nanogpt.launch.world import join_world
 from nanogpt.models.speedrun.model import Speedrun
@@ -313,6 +313,25 @@ def test_each_stage_brings_its_batch_windows_weights_and_yarn(
         validation(16, 64, 3),  # the last one has a longer window without a YaRN step
     ]
     assert calls == [call for part in expected for call in part]
+
+
+def test_each_step_is_built_once_and_ahead(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No stage waits for its first batch: it was known before that the next step would be another."""
+    spec = tiny_spec()
+    built: list[StepRequest] = []
+    build = TrainBatches._build
+
+    def spy(self: TrainBatches, before: Any, request: StepRequest, host: Any) -> Any:
+        built.append(request)
+        return build(self, before, request, host)
+
+    monkeypatch.setattr(TrainBatches, "_build", spy)
+    with a_trainer(spec, data) as trainer:
+        steps = [trainer.schedule.at(step) for step in range(spec.training.total_steps)]
+        for settings in steps:
+            trainer.train_step(settings, micro_steps=1)
+    assert built[: len(steps)] == [settings.request for settings in steps]
+    assert len(built) <= len(steps) + 1  # and a guess after the last
 
 
 # -- losses that are not finite --------------------------------------------------------------------------------------
