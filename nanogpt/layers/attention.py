@@ -28,9 +28,9 @@ def rotated_queries_keys(
 
 
 def head_attention(
-    q: Tensor,  # (T, H, head_dim)
-    k: Tensor,
-    v: Tensor,
+    q: Tensor,  # (T, H, dq)
+    k: Tensor,  # (T, H, dq)
+    v: Tensor,  # (T, H, dv)
     cu_seqlens: Tensor,  # (n,) int32
     max_seqlen: int,
     *,
@@ -39,14 +39,14 @@ def head_attention(
     paired: bool,
     backend: str,
 ) -> Tensor:
-    """Causal attention inside documents over a window in tokens, (T, H, head_dim).
+    """Causal attention inside documents over a window in tokens, (T, H, dv).
 
     Paired: row 2t holds the first half of token t's heads, row 2t + 1 the second half, a sequence twice as long. The
     window keeps its number and so reaches half as many tokens.
     """
-    shape = count, heads, head_dim = q.shape
+    shape = count, heads, _ = v.shape
     if paired:
-        q, k, v = (x.reshape(2 * count, heads // 2, head_dim) for x in (q, k, v))
+        q, k, v = (x.reshape(2 * count, heads // 2, x.shape[2]) for x in (q, k, v))
         cu_seqlens, max_seqlen = 2 * cu_seqlens, 2 * max_seqlen
     y = attention(q, k, v, cu_seqlens, max_seqlen=max_seqlen, window=window, scale=scale, backend=backend)
     return y.view(shape)

@@ -34,11 +34,7 @@ from nanogpt.optim.optimizer_spec import TableRates
 Rows = npt.NDArray[np.int64]
 _PIECE_ROWS = 1 << 20  # of a table at a time, on its way into a checkpoint
 _UPDATED_ROWS = 1 << 18  # at once
-
-
-def table_bytes(rows: int, width: int, number_bytes: int) -> int:
-    """Bytes of a table with its second moments and last updates; gradients and copies of a cycle come on top."""
-    return rows * (width * number_bytes + 8)
+ROW_STATE_BYTES = 8  # of a row, beside its numbers: second moment and last update
 
 
 @dataclass(frozen=True)
@@ -139,7 +135,7 @@ class PulledTable:
     def reading(self, rows: Sequence[Tensor]) -> Iterator[None]:
         """Pull and read `rows`, any numbers of them, meanwhile; collective. A cycle goes on afterwards."""
         before = self._read_from
-        if self.communicator.size > 1:
+        if self.communicator.size > 1 and not self._idle:
             self._read_from = self._pull(torch.unique(torch.cat([each.flatten() for each in rows]).long()))
         try:
             yield
@@ -256,23 +252,26 @@ class PulledTable:
         rows, gradient = none, torch.empty(0, self.width, device=none.device)
         if self._cycle is not None and self.gradient is not None:
             rows, gradient = self._cycle.rows, self.gradient
+        if not any(self._counts(rows)):
+            return []
         touched = gradient.ne(0).any(dim=1).nonzero().flatten()
         parts = {"rows": (rows, None), "with_gradient": (rows[touched], None), "gradient": (gradient, touched)}
-        if self.communicator.size == 1 and not len(rows):
-            return []
         by_rank = {name: self._by_rank(*part) for name, part in parts.items()}
         return [dict(zip(by_rank, of_rank, strict=True)) for of_rank in zip(*by_rank.values(), strict=True)]
 
     def _on_main(self, tensor: Tensor, chosen: Tensor | None = None) -> Tensor:
         return torch.cat(self._by_rank(tensor, chosen))
 
+    def _counts(self, tensor: Tensor) -> list[int]:
+        """Each rank's length of it."""
+        counts: list[int] = self.communicator.unshard(torch.tensor([len(tensor)], device=self.device)).tolist()
+        return counts
+
     def _by_rank(self, tensor: Tensor, chosen: Tensor | None = None) -> list[Tensor]:
         """Each rank's `tensor[chosen]` (all of it: None), of any length, on rank 0's CPU; elsewhere empty ones."""
         communicator = self.communicator
-        count = len(tensor) if chosen is None else len(chosen)
-        counts = communicator.unshard(torch.tensor([count], device=tensor.device)).tolist()
         found = []
-        for rank, rows in enumerate(counts):
+        for rank, rows in enumerate(self._counts(tensor if chosen is None else chosen)):
             pieces = [tensor[:0].cpu()]
             for first in range(0, rows, _PIECE_ROWS):
                 last = min(first + _PIECE_ROWS, rows)

@@ -33,6 +33,7 @@ from nanogpt.training.build import build_model
 from nanogpt.training.implementations import choose_implementations, compile_whole
 from nanogpt.training.micro_step import MicroStep
 from nanogpt.training.schedule import Schedule, StepSettings
+from nanogpt.training.tables import rows_of
 
 CORES_PER_HELPER = 4
 # Of GPU memory, from above: a run has 28 GB for 49,152 tokens, 6 of them the optimizer's, which helpers do not make;
@@ -82,10 +83,14 @@ def call_graph(
     arrays = spec.model.batch_extras(Slot(tokens, tokens, loss, slots=spec.training.slots)).arrays
     extras = {name: torch.from_numpy(values).to(device) for name, values in arrays.items()}
     batch = MicroBatch(inputs.int(), inputs, ends.clamp(max=job.tokens).int(), job.max_seqlen, extras)
-    if job.settings is None:
-        evaluation_loss(batch, Schedule(spec).final_windows.at_run_time())
-    else:
-        micro_step.compute(batch, micro_step.model.loss_inputs(job.settings.point, device))
+    with ExitStack() as stack:
+        for table in micro_step.model.tables.values():
+            stack.enter_context(table.idle())
+        if job.settings is None:
+            with rows_of(micro_step.model, batch) as embedded:
+                evaluation_loss(batch, Schedule(spec).final_windows.at_run_time(), embedded)
+        else:
+            micro_step.compute(batch, micro_step.model.loss_inputs(job.settings.point, device))
     for parameter in micro_step.model.parameters():
         parameter.grad = None
 

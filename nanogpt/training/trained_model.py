@@ -45,4 +45,6 @@ def load_trained_model(
     step = int(checkpoint["step"])
     with taken_over(run.checkpoint_directory):
         model.load_state_dict(checkpoint["model"])
+        for name, table in model.tables.items():
+            table.load_state_dict(checkpoint["optimizer"]["tables"][name])
         return TrainedModel(run, spec, step, model, Schedule(spec).windows_after(step))

@@ -63,6 +63,7 @@ from nanogpt.training.recorder import RunRecorder, describe_rank, end_state
 from nanogpt.training.report import Reporter
 from nanogpt.training.schedule import Schedule, StepSettings
 from nanogpt.training.startup import StartUp, phases_table
+from nanogpt.training.tables import TableCycles, check_tables_fit, rows_of
 
 
 @dataclass(frozen=True)
@@ -235,6 +236,7 @@ class Trainer:
                 train_files,
                 epochs=spec.data.epochs,
                 run_tokens=spec.training.total_tokens,
+                ahead_extras={name: table.extras for name, table in spec.model.pulled_tables().items()},
                 hashed=run is not None and world.local_rank == 0,
                 kept_extras={touched.extra for touched in self.touched.values()},
                 asked=lambda: self.watch.asked,
@@ -244,7 +246,11 @@ class Trainer:
             self.implementations, self.implementation_lines = choose_implementations(spec, world.device)
         implementations = self.implementations
         with self.startup.phase("model"):
-            self.model = build_model(spec, device=world.device, implementations=implementations)
+            check_tables_fit(spec, world)
+            self.model = build_model(
+                spec, device=world.device, implementations=implementations, communicator=world.communicator
+            )
+            self.table_cycles = TableCycles(spec, self.schedule, self.model, self.train_batches)
         with self.startup.phase("first broadcast"):
             for value in self.model.state_dict().values():
                 if isinstance(value, Tensor):
@@ -261,6 +267,7 @@ class Trainer:
             plain_kernels=implementations.plain_kernels,
             touched=self.touched,
             keep_gradients=capture,
+            tables=self.model.tables,
         )
         refused = world.gather(self.recorder.validates(world.gather(self.val_batches.sha256)))[0]
         if refused is not None:
@@ -359,6 +366,7 @@ class Trainer:
                     saved = self._save_checkpoint()
             if (reason := self.watch.boundary(self.next_step)) and self.next_step < self.schedule.total_steps:
                 self._interrupt(reason, saved=saved)
+        self._read_for_validation()
         self.clock.stop()
         final_loss = self._validate(self.schedule.total_steps, self.schedule.final_windows)
         late_graphs = compiled_graphs() - graphs
@@ -415,7 +423,8 @@ class Trainer:
         step has waited for its batch on each rank.
         """
         waited = self.train_batches.wait_seconds
-        coming = range(settings.step, min(settings.step + 2, self.schedule.total_steps))
+        self.table_cycles.before(settings, alone=micro_steps is not None)
+        coming = range(settings.step, min(settings.step + self.table_cycles.ahead, self.schedule.total_steps))
         self.train_batches.build_ahead([self.schedule.at(step).request for step in coming])
         batches = self.train_batches.next_step(settings.request)
         waited = self.train_batches.wait_seconds - waited
@@ -458,8 +467,15 @@ class Trainer:
         for index, batch in enumerate(self.val_batches):
             if index == micro_steps:
                 break
-            losses.append(self.evaluation_loss(batch, limits))
+            with rows_of(self.model, batch) as embedded:
+                losses.append(self.evaluation_loss(batch, limits, embedded))
         return float(self.world.communicator.average(torch.stack(losses).mean()).wait())
+
+    def _read_for_validation(self) -> None:
+        """Inside the clock, by the rules of the public record: what the last validation reads of tables is pulled."""
+        for batch in self.val_batches if self.model.tables else ():
+            with rows_of(self.model, batch):
+                pass
 
     def _validate(self, step: int, windows: Windows) -> float:
         self.reporter.take_losses(wait=True)
