@@ -30,12 +30,15 @@ from nanogpt.kernels.fp8_head import (
     GRAD_SCALE,
     W_SCALE,
     X_SCALE,
+    Fp8Scales,
     Precision,
     fake_quantize,
     fp8_head_loss,
+    round_to_e4m3,
 )
 
 _LOG2_E = math.log2(math.e)
+_FP8_SCALES = Fp8Scales()
 MAX_CAP = 64.0  # exp(64) * 50,304 is still far below fp32's largest number
 
 
@@ -83,6 +86,7 @@ def head_loss(
     shift: float,
     scale: float,
     precision: Precision = "bf16",
+    fp8: Fp8Scales = _FP8_SCALES,
     plain: bool = False,
 ) -> Tensor:
     """Softcapped multi-token cross-entropy of the head, summed over tokens: a scalar, fp32 (fp64 for fp64 inputs).
@@ -90,9 +94,9 @@ def head_loss(
     Differentiable once in `x` and `lm_head`. The gradient's arithmetic follows whatever gradient comes in, so
     callers scale the loss outside: `(head_loss(...) * grad_scale).backward()`, on every path.
 
-    `precision` "bf16" computes in the dtype of the inputs. "fp8" rounds x and lm_head to e4m3 with the fixed
-    scales `X_SCALE` and `W_SCALE`, the logits to bf16, and the logit gradient, computed in fp32 and divided by
-    `incoming gradient * GRAD_SCALE`, once to e5m2. Because the loss is scaled by `grad_scale` outside, this is
+    `precision` "bf16" computes in the dtype of the inputs. "fp8" rounds x and lm_head to e4m3 with the scales of `fp8`,
+    the logits to bf16 (or on to e4m3, where `fp8` says so), and the logit gradient, computed in fp32 and divided by
+    `incoming gradient * fp8.gradient`, once to e5m2. Because the loss is scaled by `grad_scale` outside, this is
     the specified e5m2 scale grad_scale * 0.75 / 448 without `grad_scale` having to be known here. On a CPU, fp8
     is emulated: the same roundings around fp32 products.
 
@@ -114,12 +118,14 @@ def head_loss(
         raise ValueError(f"prefixes {tuple(prefixes.shape)} {prefixes.dtype}: expected ({x.shape[0]},) torch.int64")
     need_grad = torch.is_grad_enabled() and (x.requires_grad or lm_head.requires_grad)
     constants = {"cap": cap, "shift": shift, "scale": scale, "need_grad": need_grad}
-    fp8 = precision == "fp8"
-    if plain or not _runs_kernel(x, lm_head, fp8):
-        return _plain_head_loss(x, lm_head, targets, weights, prefixes, prefix_weight, **constants, fp8=fp8)[0]
+    rounds = precision == "fp8"
+    scales = {"x_scale": fp8.x, "w_scale": fp8.weight, "grad_scale": fp8.gradient, "logits8": fp8.logits8}
+    if plain or not _runs_kernel(x, lm_head, rounds):
+        constants |= {"fp8": rounds, **scales}
+        return _plain_head_loss(x, lm_head, targets, weights, prefixes, prefix_weight, **constants)[0]
     weights = weights.float()
-    if fp8:
-        return fp8_head_loss(x, lm_head, targets, weights, prefixes, prefix_weight, **constants)[0]
+    if rounds:
+        return fp8_head_loss(x, lm_head, targets, weights, prefixes, prefix_weight, **constants, **scales)[0]
     return _bf16_head_loss(x, lm_head, targets, weights, prefixes, prefix_weight, **constants)[0]
 
 
@@ -146,7 +152,7 @@ def head_mean_loss(
     one = torch.ones(1, device=x.device)
     constants = {"cap": cap, "shift": shift, "scale": scale, "need_grad": False}
     if plain or not _runs_kernel(x, lm_head, fp8=False):
-        return _plain_head_loss(x, lm_head, targets, one, None, None, **constants, fp8=False)[0] / x.shape[0]
+        return _plain_head_loss(x, lm_head, targets, one, None, None, **constants)[0] / x.shape[0]
     parts = zip(x.split(_EVALUATION_TOKENS), targets.split(_EVALUATION_TOKENS), strict=True)
     losses = [_bf16_head_loss(part, lm_head, target, one, None, None, **constants)[0] for part, target in parts]
     return torch.stack(losses).sum() / x.shape[0]
@@ -293,7 +299,11 @@ def _plain_head_loss(
     cap: float,
     shift: float,
     scale: float,
-    fp8: bool,
+    fp8: bool = False,
+    x_scale: float = X_SCALE,
+    w_scale: float = W_SCALE,
+    grad_scale: float = GRAD_SCALE,
+    logits8: bool = False,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, its gradient in x, its gradient in lm_head); the gradients are empty unless `need_grad`."""
@@ -302,7 +312,7 @@ def _plain_head_loss(
     logit_dtype = torch.bfloat16 if fp8 else x.dtype
     in_x, in_w = x, lm_head
     if fp8:
-        in_x, in_w = (fake_quantize(t, s, torch.float8_e4m3fn) for t, s in ((x, X_SCALE), (lm_head, W_SCALE)))
+        in_x, in_w = (fake_quantize(t, s, torch.float8_e4m3fn) for t, s in ((x, x_scale), (lm_head, w_scale)))
 
     weights = weights.to(wide)
     ahead = torch.arange(tokens, device=x.device)[:, None] + torch.arange(len(weights), device=x.device)
@@ -323,6 +333,8 @@ def _plain_head_loss(
         for i in range(start, stop, rows):
             if (i - start) % part == 0:
                 logits = _mm(in_x[i : min(i + part, stop)], in_w).to(logit_dtype).to(wide)
+                if logits8:
+                    logits = round_to_e4m3(logits)
             block = slice(i, min(i + rows, stop))
             first = (i - start) % part
             s = logits[first : first + rows].add_(shift).mul_(1 / scale).sigmoid_()
@@ -337,7 +349,7 @@ def _plain_head_loss(
                 torch.ops.aten.sigmoid_backward.grad_input(e, s, grad_input=e)
                 e.scatter_add_(1, cols, w * s_target * (s_target - 1) * (cap / scale))
                 if fp8:
-                    e.copy_(fake_quantize(e, GRAD_SCALE, torch.float8_e5m2))
+                    e.copy_(fake_quantize(e, grad_scale, torch.float8_e5m2))
         if need_grad:
             grad = buffer[: stop - start].to(in_x.dtype)
             dx[start:stop] = _mm(grad, in_w.t())
@@ -375,7 +387,11 @@ def _(
     cap: float,
     shift: float,
     scale: float,
-    fp8: bool,
+    fp8: bool = False,
+    x_scale: float = X_SCALE,
+    w_scale: float = W_SCALE,
+    grad_scale: float = GRAD_SCALE,
+    logits8: bool = False,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss = x.new_empty((), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)

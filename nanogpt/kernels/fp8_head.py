@@ -9,7 +9,7 @@ fp32, rounded once to bf16, both with full accumulation.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,15 @@ Precision = Literal["bf16", "fp8"]
 X_SCALE = 100 / 448  # e4m3 scale of the head's input
 W_SCALE = 1.6 / 448  # e4m3 scale of the head's weights
 GRAD_SCALE = 0.75 / 448  # e5m2 scale of the logit gradient, for an incoming gradient of 1
+
+
+class Fp8Scales(NamedTuple):
+    """The head's fixed scales, and whether logits are rounded to e4m3, unscaled (from 16 on in steps of 2)."""
+
+    x: float = X_SCALE
+    weight: float = W_SCALE
+    gradient: float = GRAD_SCALE
+    logits8: bool = False
 
 
 def select_head_precision(
@@ -109,6 +118,11 @@ def fake_quantize(values: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     return scaled.to(dtype).float() * scale
 
 
+def round_to_e4m3(values: Tensor) -> Tensor:
+    """`values` rounded to e4m3, which saturates, in their own dtype."""
+    return values.clamp(-448.0, 448.0).to(torch.float8_e4m3fn).to(values.dtype)
+
+
 @torch.library.custom_op("nanogpt::fp8_head_loss", mutates_args=())
 def fp8_head_loss(
     x: Tensor,
@@ -121,6 +135,10 @@ def fp8_head_loss(
     cap: float,
     shift: float,
     scale: float,
+    x_scale: float,
+    w_scale: float,
+    grad_scale: float,
+    logits8: bool,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss, and for the backward pass bytes of: the logit gradient (T, V), x^T (D, T), lm_head (D, V).
@@ -130,9 +148,11 @@ def fp8_head_loss(
     from nanogpt.kernels.cross_entropy_triton import loss_and_gradient
     from nanogpt.kernels.fp8_head_triton import quantize_both_ways
 
-    x8, x8_t = quantize_both_ways(x.contiguous(), X_SCALE)
-    w8, w8_t = quantize_both_ways(lm_head.contiguous(), W_SCALE)
-    logits = scaled_product(x8, X_SCALE, w8_t, W_SCALE, out_dtype=torch.bfloat16, fast=True)
+    x8, x8_t = quantize_both_ways(x.contiguous(), x_scale)
+    w8, w8_t = quantize_both_ways(lm_head.contiguous(), w_scale)
+    logits = scaled_product(x8, x_scale, w8_t, w_scale, out_dtype=torch.bfloat16, fast=True)
+    if logits8:
+        logits = round_to_e4m3(logits)
     grad = torch.empty_like(logits, dtype=torch.float8_e5m2) if need_grad else None
     losses = loss_and_gradient(
         logits,
@@ -144,7 +164,7 @@ def fp8_head_loss(
         cap=cap,
         shift=shift,
         scale=scale,
-        grad_factor=1 / GRAD_SCALE,
+        grad_factor=1 / grad_scale,
     )
     if grad is None:
         kept = [x.new_empty(0, dtype=torch.uint8) for _ in range(3)]
@@ -164,6 +184,10 @@ def _(
     cap: float,
     shift: float,
     scale: float,
+    x_scale: float,
+    w_scale: float,
+    grad_scale: float,
+    logits8: bool,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (tokens, width), vocab = x.shape, lm_head.shape[1]
@@ -178,19 +202,22 @@ def _fp8_head_backward(
     grad: Tensor,  # (T, V) bytes of e5m2
     x8_t: Tensor,  # (D, T) bytes of e4m3
     w8: Tensor,  # (D, V) bytes of e4m3
+    x_scale: float,
+    w_scale: float,
+    grad_scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x (T, D) and lm_head (D, V), bf16. The incoming gradient enters through the e5m2 scale."""
     from nanogpt.kernels.fp8_head_triton import transpose_bytes
 
     grad, x8_t, w8 = grad.view(torch.float8_e5m2), x8_t.view(torch.float8_e4m3fn), w8.view(torch.float8_e4m3fn)
-    grad_scale = incoming.float() * GRAD_SCALE
-    dx = scaled_product(grad, grad_scale, w8, W_SCALE, out_dtype=torch.bfloat16, fast=False)
-    dw = scaled_product(x8_t, X_SCALE, transpose_bytes(grad), grad_scale, out_dtype=torch.float32, fast=False)
+    scale = incoming.float() * grad_scale
+    dx = scaled_product(grad, scale, w8, w_scale, out_dtype=torch.bfloat16, fast=False)
+    dw = scaled_product(x8_t, x_scale, transpose_bytes(grad), scale, out_dtype=torch.float32, fast=False)
     return dx, dw.bfloat16()
 
 
 @_fp8_head_backward.register_fake
-def _(incoming: Tensor, grad: Tensor, x8_t: Tensor, w8: Tensor) -> tuple[Tensor, Tensor]:
+def _(incoming: Tensor, grad: Tensor, x8_t: Tensor, w8: Tensor, *scales: float) -> tuple[Tensor, Tensor]:
     bf16 = torch.bfloat16
     return grad.new_empty((grad.shape[0], w8.shape[0]), dtype=bf16), w8.new_empty(w8.shape, dtype=bf16)
 
@@ -200,12 +227,13 @@ def _setup(
 ) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:])
+    ctx.scales = [keyword_only_inputs[name] for name in ("x_scale", "w_scale", "grad_scale")]
 
 
 def _backward(ctx: Any, incoming: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if incoming is None:
         return None, None, None, None, None, None
-    return (*_fp8_head_backward(incoming, *ctx.saved_tensors), None, None, None, None)
+    return (*_fp8_head_backward(incoming, *ctx.saved_tensors, *ctx.scales), None, None, None, None)
 
 
 fp8_head_loss.register_autograd(_backward, setup_context=_setup)

@@ -256,7 +256,7 @@ _add(
 _add("FP8 head's scales", FP8_HEAD, "the input's twice as large", ("X_SCALE = 100 / 448", "X_SCALE = 200 / 448"))
 _add("FP8 head's scales", FP8_HEAD, "the weights' half as large", ("W_SCALE = 1.6 / 448", "W_SCALE = 0.8 / 448"))
 _add("FP8 head's scales", FP8_HEAD, "the gradient's 1 / 448", ("GRAD_SCALE = 0.75 / 448", "GRAD_SCALE = 1 / 448"))
-_add("FP8 head", HEAD, "the gradient as e4m3", ("GRAD_SCALE, torch.float8_e5m2", "GRAD_SCALE, torch.float8_e4m3fn"))
+_add("FP8 head", HEAD, "the gradient as e4m3", ("grad_scale, torch.float8_e5m2", "grad_scale, torch.float8_e4m3fn"))
 _add(
     "FP8 head", HEAD, "logits not rounded", ("torch.bfloat16 if fp8 else x.dtype", "torch.float32 if fp8 else x.dtype")
 )

@@ -1,0 +1,118 @@
+"""A run's pulled tables (`nanogpt.optim.pulled_table`): whether they fit, and when their cycles begin."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+from nanogpt.data.batches import MicroBatch, TrainBatches
+from nanogpt.errors import InputError
+from nanogpt.launch.world import World
+from nanogpt.models.language_model import LanguageModel
+from nanogpt.optim.pulled_table import ROW_STATE_BYTES
+from nanogpt.spec import RunSpec
+from nanogpt.training.build import DTYPES
+from nanogpt.training.schedule import Schedule, StepSettings
+
+USABLE = 0.96  # of a device's memory: the rest is the driver's and the allocator's
+EVALUATED_ROWS = 32_768  # whose logits a validation has at a time
+ROW_SHARE = 16  # tables are told in multiples of so many rows, so that eight ranks share each half
+
+
+class TableCycles:
+    """Begins the cycles of the model's tables ahead of the steps that read them."""
+
+    def __init__(self, spec: RunSpec, schedule: Schedule, model: LanguageModel, batches: TrainBatches):
+        self.is_event = spec.optimizer.is_event
+        # Steps whose batches are built, this one and, where there are tables, what the next cycle reads among them.
+        self.ahead = 2 + (spec.optimizer.steps_between_updates if model.tables else 0)
+        self.schedule = schedule
+        self.tables = model.tables
+        self.batches = batches
+
+    def before(self, settings: StepSettings, *, alone: bool) -> None:
+        """Where a cycle begins with this step, pull what it will read; collective.
+
+        alone: the step comes out of its order, in the warm-up: a cycle of its own.
+        """
+        if not self.tables or (all(table.in_cycle for table in self.tables.values()) and not alone):
+            return
+        last = settings.step
+        while not alone and last + 1 < self.schedule.total_steps and not self.is_event(last):
+            last += 1
+        requests = [self.schedule.at(step).request for step in range(settings.step, last + 1)]
+        rows = self.batches.look_ahead(requests)
+        for name, table in self.tables.items():
+            table.begin_cycle(rows[name])
+
+
+@contextmanager
+def rows_of(model: LanguageModel, batch: MicroBatch) -> Iterator[tuple[torch.Tensor, ...] | None]:
+    """Pull what a validation batch reads of the model's tables; collective. Yields all that it looks up, or None."""
+    with ExitStack() as stack:
+        for name, table in model.tables.items():
+            extras = model.table_specs[name].extras
+            stack.enter_context(table.reading([batch.extras[extra] for extra in extras]))
+        yield tuple(look_up.read() for look_up in model.look_ups(batch)) if model.tables else None
+
+
+def check_tables_fit(spec: RunSpec, world: World) -> None:
+    """Refuse tables that the memory of the run's devices cannot hold, before anything is allocated.
+
+    Raises `InputError` with the largest that they can.
+    """
+    tables = spec.model.pulled_tables()
+    if not tables:
+        return
+    memory, device = _memory(world)
+    other = bytes_beside_tables(spec)
+    number_bytes = DTYPES[spec.runtime.dtype].itemsize
+    for name, table in tables.items():
+        row = table.width * number_bytes + ROW_STATE_BYTES
+        needed = table.rows * row / world.size
+        room = USABLE * memory - other
+        if needed > room:
+            largest = int(max(room, 0) * world.size / row) // ROW_SHARE * ROW_SHARE
+            way_out = f"set model.{table.field} to {largest:,} or less, or" if largest else "these devices hold none:"
+            raise InputError(
+                f"model.{table.field}: the table {name} of {table.rows:,} rows takes {_gib(needed)} on each of"
+                f" {world.size} devices, beside about {_gib(other)} of all else; {device} has {_gib(memory)}:"
+                f" {way_out} take more of them (--on)"
+            )
+
+
+def bytes_beside_tables(spec: RunSpec) -> float:
+    """About what a rank of the run needs besides its tables: 38 GB for record 92 on one H200.
+
+    Parameters with gradients, optimizer state and averages; activations, twenty of the stream's size a layer; logits;
+    the gradients of a cycle's rows, half of them distinct, and as much again while they are applied.
+    """
+    model, size = spec.model, spec.world_size
+    number = DTYPES[spec.runtime.dtype].itemsize
+    stages = spec.training.all_stages
+    tokens = max(stage.batch_tokens for stage in stages) // spec.training.slots
+    rows = sum(2 * table.width for table in model.pulled_tables().values())  # of a token: a bigram and a trigram
+    cycle = spec.accumulation_steps * tokens * spec.optimizer.steps_between_updates
+    parameters = sum(row.size for row in model.parameters())
+    return (
+        parameters * (2 * number + 12 / size)
+        + tokens * model.width * model.layers * 20 * number
+        + tokens * model.padded_vocab_size * number
+        + min(EVALUATED_ROWS, spec.evaluation.micro_batch_tokens) * model.padded_vocab_size * 4
+        + cycle * rows * 4 / 2
+    )
+
+
+def _memory(world: World) -> tuple[float, str]:
+    """Bytes of the device's memory, a CPU's shared by the ranks on it; and its name."""
+    if world.device.type == "cuda":
+        found = torch.cuda.get_device_properties(world.device)
+        return float(found.total_memory), found.name
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / world.size, "this machine"
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:,.1f} GiB"
