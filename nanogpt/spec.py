@@ -66,8 +66,13 @@ class StageSpec(StageLoss):
     window_blocks: WindowBlocks
     lr_factor: Annotated[Positive, NOT_COMPILED]
     max_document_tokens: Count | None = Field(default=None, description="null: training.max_document_tokens")
+    max_segment_tokens: Count | None = Field(
+        default=None, description="attention cuts documents into segments of so many; null: it does not"
+    )
     max_documents: Count | None = Field(
-        default=None, description="room for documents in a micro-batch (a tighter one is faster); null: by its tokens"
+        default=None,
+        description="room for documents, or their segments, in a micro-batch (a tighter one is faster); null: by its"
+        " tokens",
     )
 
 

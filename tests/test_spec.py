@@ -1,6 +1,7 @@
 """The run spec: the specification's constants number by number, bounds, cross-checks, shortening."""
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from nanogpt.gpus import GPU_NAMES
-from nanogpt.recipe import load_recipe, shipped_recipes, shorten
+from nanogpt.recipe import RecipeError, load_recipe, shipped_recipes, shorten
 from nanogpt.spec import WORLD_SIZES, CosineSchedule, CrossCheckError, RunSpec
 
 SPEEDRUN = load_recipe("speedrun")
@@ -413,6 +414,40 @@ def test_8_bit_mlps_are_for_record89_and_not_for_every_gpu():
         assert RunSpec.model_validate(data).runtime.mlp_precision == "fp8"
     data["hardware"]["gpu"] = "a100"
     assert [path for path, _ in problems_of(data)] == ["runtime.mlp_precision"]
+
+
+@pytest.mark.parametrize("spec", [SPEEDRUN, RECORD89, GPT2])
+def test_a_model_without_a_sampled_softmax_refuses_candidates(spec):
+    problem = f"is 1000, the softmax of a {spec.model.kind} model is over all classes: null"
+    data = changed(spec, "training.stages.0.candidates", 1000)
+    assert problems_of(data) == [("training.stages.0.candidates", problem)]
+
+
+def test_candidates_are_classes(monkeypatch):
+    monkeypatch.setattr(type(RECORD89.model), "sampled_softmax", True)
+    for count in (1, 10_240, 50_304):
+        data = changed(RECORD89, "training.stages.0.candidates", count)
+        assert RunSpec.model_validate(data).training.stages[0].terms == (3, True, count)
+    problem = "is 50305, there are 50304 classes (model.padded_vocab_size)"
+    data = changed(RECORD89, "training.stages.1.candidates", 50_305)
+    assert problems_of(data) == [("training.stages.1.candidates", problem)]
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ({"first": 0.25}, "last: is missing"),
+        ({"levels": [0.2, -1]}, "levels.1: must be greater than or equal to 0, found -1"),
+        ({"levels": []}, "levels: must have at least 1 item"),
+        ({"levels": [0.2], "last": 0}, "last: unknown key"),
+        ({"level": [0.2]}, "level: unknown key, did you mean levels?; allowed keys: first, last, levels"),
+        (0.25, "prefix_weight: must be a mapping, found 0.25"),
+    ],
+)
+def test_a_prefix_weight_of_neither_form(value, problem):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("record89", [f"training.stages.0.prefix_weight={json.dumps(value)}"])
+    assert any(problem in line for line in caught.value.problems)
 
 
 def test_gpt2_predicts_no_prefixes():

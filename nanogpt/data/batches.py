@@ -45,12 +45,15 @@ def no_extras(slot: Slot) -> SlotExtras:
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """One slot of a step on one rank: T tokens of consecutive documents as a flat stream."""
+    """One slot of a step on one rank: T tokens of consecutive documents as a flat stream.
+
+    Its segments, for attention alone, are the documents, or pieces of them where the stage says so.
+    """
 
     inputs: Tensor  # (T,) int32
     targets: Tensor  # (T,) int64: inputs moved on by one; a document's last target is the next one's BOS
-    cu_seqlens: Tensor  # (n,) int32: 0, the documents' running ends, then T repeated; see cu_seqlens_length
-    max_seqlen: int  # no document in it is longer: the stage's maximum in training, T in validation
+    cu_seqlens: Tensor  # (n,) int32: 0, the segments' running ends, then T repeated; see cu_seqlens_length
+    max_seqlen: int  # no segment in it is longer: the stage's maximum in training, T in validation
     extras: Mapping[str, Tensor] = field(default_factory=dict)  # the arrays that `Extras` gave, as tensors
 
 
@@ -59,16 +62,36 @@ class StepRequest(NamedTuple):
 
     batch_tokens: int  # of all slots
     max_document_tokens: int  # documents are cut there
-    max_documents: int | None = None  # room in a micro-batch, see `cu_seqlens_length`; None: by its tokens
+    max_documents: int | None = None  # room for segments, see `cu_seqlens_length`; None: by a micro-batch's tokens
     loss: StageLoss | None = None  # handed on to the extras
+    max_segment_tokens: int | None = None  # a document's segments have so many but for its last; None: it is one
+
+    @property
+    def max_seqlen(self) -> int:
+        """No segment is longer."""
+        return min(self.max_document_tokens, self.max_segment_tokens or self.max_document_tokens)
 
 
 def cu_seqlens_length(tokens: int, max_documents: int | None = None) -> int:
-    """Entries of `cu_seqlens` for a micro-batch of `tokens`: one more than the documents that it has room for.
+    """Entries of `cu_seqlens` for a micro-batch of `tokens`: one more than the segments that it has room for.
 
     Without `max_documents`: floor(tokens / 300), up to a multiple of 128, at least 128.
     """
     return max(128, -(-(tokens // 300) // 128) * 128) if max_documents is None else max_documents + 1
+
+
+def segment_ends(ends: npt.NDArray[np.int64], tokens: int, longest: int | None) -> npt.NDArray[np.int64]:
+    """Ends of a micro-batch's segments: those of its documents and, in each, one every `longest` tokens.
+
+    ends: (documents,) int64, running. The last segment returned is the first that reaches `tokens`: a document behind
+    them, of which one token is a target, has none.
+    """
+    if longest is not None:
+        starts = np.append(0, ends[:-1])
+        counts = -(-(ends - starts) // longest)
+        number = np.arange(1, counts.sum() + 1) - np.repeat(np.cumsum(counts) - counts, counts)  # in its document
+        ends = np.minimum(np.repeat(starts, counts) + longest * number, np.repeat(ends, counts))
+    return ends[: int(np.searchsorted(ends, tokens)) + 1]
 
 
 class TrainBatches:
@@ -161,7 +184,7 @@ class TrainBatches:
         finds its step built. Where the request is another one, its step is built now, from the same document on.
 
         Raises:
-            InputError: the data are used up, or a slot has more documents than `cu_seqlens` has room for, or the
+            InputError: the data are used up, or a slot has more segments than `cu_seqlens` has room for, or the
                 request does not fit the slots.
             ShardError: a shard cannot be read, or has a token outside of the vocabulary.
             RunError: the run is to stop, and the step has not come for `nanogpt.background.GRACE_S` since.
@@ -178,7 +201,7 @@ class TrainBatches:
         del self._coming[0]
         self._position = step.after
         self.step_extras = step.extras
-        batches = self._copier.hand_out(step.host, request.max_document_tokens)
+        batches = self._copier.hand_out(step.host, request.max_seqlen)
         if self._builder is not None and not self._coming:
             self._submit(request)
         self.wait_seconds += time.perf_counter() - began
@@ -284,11 +307,11 @@ class TrainBatches:
         if self._closed:
             raise RuntimeError("TrainBatches was asked for a step after close")
         for request in requests:
-            tokens, longest = request.batch_tokens, request.max_document_tokens
+            tokens, longest = request.batch_tokens, request.max_seqlen
             if tokens < 1 or tokens % self._slots:
                 raise InputError(f"batch_tokens: {tokens}, must be a positive multiple of the {self._slots} slots")
             if longest < 1:
-                raise InputError(f"maximum document length: {longest} tokens, must be at least 1")
+                raise InputError(f"maximum document or segment length: {longest} tokens, must be at least 1")
         for index, ((coming, _), request) in enumerate(zip(self._coming, requests, strict=False)):
             if coming != request:
                 self._drop_from(index)
@@ -350,7 +373,9 @@ class TrainBatches:
         if self._hashed and (not self._to_hash or self._to_hash[-1] is not shard):
             self._note_hashes()
             self._to_hash.append(shard)
-        self._check_documents(shard, position, plan, host)
+        longest = request.max_segment_tokens
+        ends = [segment_ends(plan.running_ends(slot), host.tokens, longest) for slot in range(self._slots)]
+        self._check_room(shard, position, plan, request, host, ends)
         kept: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in self._kept_extras}
         rows: dict[str, list[npt.NDArray[Any]]] = {table: [] for table in self._ahead_extras}
         states: list[Any] = [None] * self._slots
@@ -364,7 +389,7 @@ class TrainBatches:
             if slot in self._own_slots:
                 for table, names in self._ahead_extras.items():
                     rows[table] += [extras[name].ravel() for name in names]
-                host.fill(self._own_slots.index(slot), piece, plan.running_ends(slot), extras)
+                host.fill(self._own_slots.index(slot), piece, ends[slot], extras)
         if self._reader is not None:
             # Not before the step is built: it needs a piece of the shard, not all of it.
             self._read_ahead(position)
@@ -402,15 +427,22 @@ class TrainBatches:
             f"step takes {request.batch_tokens:,} more{whole_run}. {_MORE_DATA}, or allow more epochs"
         )
 
-    def _check_documents(self, shard: ShardDocuments, position: _Position, plan: StepPlan, host: _HostStep) -> None:
-        tokens, room = host.inputs.shape[1], host.cu_seqlens.shape[1] - 1
-        for slot, (first, last) in enumerate(zip(plan.bounds, plan.bounds[1:], strict=False)):
-            # A last document of one token is a target only.
-            documents = last - first - int(plan.lengths[last - 1] == 1)
-            if documents > room:
+    def _check_room(
+        self,
+        shard: ShardDocuments,
+        position: _Position,
+        plan: StepPlan,
+        request: StepRequest,
+        host: _HostStep,
+        ends: Sequence[npt.NDArray[np.int64]],
+    ) -> None:
+        longest = request.max_segment_tokens
+        kind = "documents" if longest is None else f"segments of up to {longest:,} tokens of documents"
+        for slot, (first, found) in enumerate(zip(plan.bounds, ends, strict=False)):
+            if found.size > host.room:
                 raise InputError(
                     f"{shard.path}: from document {position.document + first:,} on, slot {slot} of a step takes "
-                    f"{documents:,} documents for its {tokens:,} tokens; cu_seqlens has room for {room:,}. "
+                    f"{found.size:,} {kind} for its {host.tokens:,} tokens; cu_seqlens has room for {host.room:,}. "
                     "Join short texts into longer documents before prep-text, or lower the stage's batch_tokens, or "
                     "raise its max_documents"
                 )
@@ -568,6 +600,7 @@ class _HostStep:
             name: empty(*values.shape, dtype=torch.from_numpy(values).dtype) for name, values in example.arrays.items()
         }
         self.has_state = example.state is not None
+        self.tokens, self.room = tokens, bounds - 1
         # NumPy does the filling: torch's operators would start a thread pool in the builder's thread.
         self._arrays = self.inputs.numpy(), self.targets.numpy(), self.cu_seqlens.numpy()
         self._extras = {name: room.numpy() for name, room in self.extras.items()}
@@ -575,17 +608,15 @@ class _HostStep:
     def fill(
         self, row: int, piece: Tokens, ends: npt.NDArray[np.int64], extras: Mapping[str, npt.NDArray[Any]]
     ) -> None:
-        """Write micro-batch `row`: `piece` (T + 1,) uint16, `ends` the documents' running ends, the last >= T."""
+        """Write micro-batch `row`: `piece` (T + 1,) uint16, `ends` those of `segment_ends`."""
         for name, values in extras.items():
             np.copyto(self._extras[name][row, ...], values, casting="no")
         inputs, targets, cu_seqlens = self._arrays
-        tokens = inputs.shape[1]
         inputs[row] = piece[:-1]
         targets[row] = piece[1:]
-        fitting = min(ends.size, cu_seqlens.shape[1] - 1)  # one too many only if its one token is a target only
-        cu_seqlens[row] = tokens
+        cu_seqlens[row] = self.tokens
         cu_seqlens[row, 0] = 0
-        cu_seqlens[row, 1 : fitting + 1] = np.minimum(ends[:fitting], tokens)
+        cu_seqlens[row, 1 : ends.size + 1] = np.minimum(ends, self.tokens)
 
 
 class _Step(NamedTuple):

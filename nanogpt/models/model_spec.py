@@ -58,6 +58,7 @@ class BaseModelSpec(Strict):
 
     fp8_head: ClassVar[bool] = False  # the head's products can run in 8 bits
     fp8_mlp: ClassVar[bool] = False  # and the MLP's
+    sampled_softmax: ClassVar[bool] = False  # a stage may name candidates for its loss
     capturable: ClassVar[bool] = False  # its compiled micro-steps can be captured as CUDA graphs
 
     kind: str
@@ -80,7 +81,18 @@ class BaseModelSpec(Strict):
 
     def stage_problems(self, stage: StageLoss) -> Iterator[Problem]:
         """What the model's loss cannot do of a stage; yields (path below the stage, message)."""
-        yield from ()
+        if stage.candidates is None:
+            return
+        if not self.sampled_softmax:
+            yield (
+                ("candidates",),
+                f"is {stage.candidates}, the softmax of a {self.kind} model is over all classes: null",
+            )
+        elif stage.candidates > self.padded_vocab_size:
+            yield (
+                ("candidates",),
+                f"is {stage.candidates}, there are {self.padded_vocab_size} classes (model.padded_vocab_size)",
+            )
 
     def training_flops(self, tokens: int, *, short: int, long: int) -> float:
         """Floating-point operations of forward and backward over `tokens` tokens, optimizer left out.

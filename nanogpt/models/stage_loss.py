@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
-from nanogpt.spec_fields import NOT_COMPILED, Compiled, NonNegative, Strict
+from nanogpt.spec_fields import NOT_COMPILED, Compiled, Count, NonNegative, Strict
 
 
 class PrefixWeight(Strict):
@@ -22,6 +22,21 @@ class PrefixWeight(Strict):
         return self.first + (self.last - self.first) * progress
 
 
+class PrefixLevels(Strict):
+    """The same weight in steps: constant over equal parts of a stage."""
+
+    levels: Annotated[list[NonNegative], NOT_COMPILED] = Field(min_length=1, max_length=1000)
+
+    def at(self, progress: float) -> float:
+        """The weight when `progress` of the stage's steps, less than 1, are done."""
+        return self.levels[int(len(self.levels) * progress)]
+
+
+def _form(weight: Any) -> str:
+    stepwise = "levels" in weight if isinstance(weight, dict) else isinstance(weight, PrefixLevels)
+    return "stepwise" if stepwise else "linear"
+
+
 class StageLoss(Strict):
     """The terms of the loss in a stage, and their weights."""
 
@@ -30,7 +45,16 @@ class StageLoss(Strict):
         max_length=8,
         description="loss weights of the next tokens; the last of several falls to 0",
     )
-    prefix_weight: PrefixWeight | None = Field(default=None, description="null: prefixes are not predicted")
+    prefix_weight: (
+        Annotated[
+            Annotated[PrefixWeight, Tag("linear")] | Annotated[PrefixLevels, Tag("stepwise")], Discriminator(_form)
+        ]
+        | None
+    ) = Field(default=None, description="null: prefixes are not predicted")
+    candidates: Count | None = Field(
+        default=None,
+        description="classes over which a micro-batch's softmax is taken, its targets among them; null: all",
+    )
 
     def token_weights_at(self, progress: float) -> tuple[float, ...]:
         """The weights when `progress` of the stage's steps are done; the last of several falls linearly to 0."""
@@ -39,6 +63,6 @@ class StageLoss(Strict):
         return (*self.token_weights[:-1], self.token_weights[-1] * (1 - progress))
 
     @property
-    def terms(self) -> tuple[int, bool]:
-        """What of it decides the graph: how many next tokens, and whether prefixes too."""
-        return len(self.token_weights), self.prefix_weight is not None
+    def terms(self) -> tuple[int, bool, int | None]:
+        """What of it decides the graph: how many next tokens, whether prefixes too, and over how many candidates."""
+        return len(self.token_weights), self.prefix_weight is not None, self.candidates

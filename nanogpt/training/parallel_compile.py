@@ -64,7 +64,7 @@ def graph_jobs(spec: RunSpec) -> list[GraphJob]:
         settings = schedule.at(first)
         tokens = settings.batch_tokens // spec.training.slots
         request = settings.request
-        job = GraphJob(settings, tokens, request.max_document_tokens, request.max_documents)
+        job = GraphJob(settings, tokens, request.max_seqlen, request.max_documents)
         by_graph[job[1:], settings.point.loss.terms] = job
     evaluated = spec.evaluation.micro_batch_tokens
     largest_first = sorted(by_graph.values(), key=lambda job: -job.tokens)

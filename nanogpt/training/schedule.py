@@ -74,6 +74,7 @@ class Schedule:
                 max_document_tokens=stage.max_document_tokens or self.training.max_document_tokens,
                 max_documents=stage.max_documents,
                 loss=stage,
+                max_segment_tokens=stage.max_segment_tokens,
             ),
             rates=self.spec.optimizer.rates(
                 step, self.lr_factor(step), first_steps=self.first_steps, total_steps=self.total_steps

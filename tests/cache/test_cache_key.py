@@ -118,7 +118,7 @@ def test_the_order_of_updates_leaves_the_key_but_for_what_is_updated_together():
     assert digest(banks_first) == digest() != digest(one_alone)
 
 
-@pytest.mark.parametrize("override", ["batch_tokens=512", "token_weights=[1, 0.5]"])
+@pytest.mark.parametrize("override", ["batch_tokens=512", "token_weights=[1, 0.5]", "max_segment_tokens=8"])
 def test_a_stages_sizes_change_the_key(override: str):
     assert key_sha256(graph_settings(with_stage(override))) != digest()
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogpt.data import documents_index
-from nanogpt.data.batches import MicroBatch, StepRequest, TrainBatches, ValBatches, cu_seqlens_length
+from nanogpt.data.batches import MicroBatch, StepRequest, TrainBatches, ValBatches, cu_seqlens_length, segment_ends
 from nanogpt.data.documents_index import ShardDocuments
 from nanogpt.data.shards import ShardError, header_bytes, train_name, val_name
 from nanogpt.errors import InputError
@@ -420,6 +421,50 @@ def test_a_stage_may_set_the_room_for_documents(prefetch: bool) -> None:
             loader.next_step(StepRequest(8 * 16, 30, 3))
 
 
+def with_segments(bounds: list[int], tokens: int, longest: int, length: int) -> list[int]:
+    """`cu_seqlens` with ends every `longest` tokens inside its documents."""
+    found = [0]
+    for first, last in pairwise(bounds):
+        found += [*range(first + longest, last, longest)] + [last] * (last > first)
+    return found + [tokens] * (length - len(found))
+
+
+@quick
+@given(shard_lists, request_lists, world_sizes, st.sampled_from([1, 2, 3, 7, 100]), st.sampled_from([None, 40]))
+def test_segments_end_every_so_many_tokens_inside_a_document(
+    shards: list[list[int]], requests: list[Request], world_size: int, longest: int, room: int | None
+) -> None:
+    length = 128 if room is None else 41
+    with on_disk(shards) as files, ranks(files, world_size) as loaders:
+        for (tokens, maximum), expected in zip(requests, slow_steps(shards, requests), strict=False):
+            request = StepRequest(8 * tokens, maximum, room, max_segment_tokens=longest)
+            parts = [loader.next_step(request) for loader in loaders]
+            assert all(batch.max_seqlen == min(longest, maximum) for part in parts for batch in part)
+            step = [as_lists(part[i]) for i in range(8 // world_size) for part in parts]
+            assert step == [(a, b, with_segments(cu, tokens, longest, length)) for a, b, cu in expected]
+
+
+def test_segments_by_hand() -> None:
+    def ends(lengths: list[int], tokens: int, longest: int | None) -> list[int]:
+        return segment_ends(np.cumsum(lengths), tokens, longest).tolist()
+
+    assert ends([5, 10, 3], 17, 4) == [4, 5, 9, 13, 15, 18]
+    assert ends([5, 10, 3], 17, None) == [5, 15, 18]
+    assert ends([5, 10, 3], 17, 5) == [5, 10, 15, 18]
+    assert ends([5, 10, 1], 15, 5) == [5, 10, 15]  # the last token is a target only
+    assert ends([5, 11], 15, 5) == [5, 10, 15]  # in a segment of its own, too
+    assert ends([3072, 2561, 2560, 2048], 10_240, 2560) == [2560, 3072, 5632, 5633, 8193, 10_241]
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_too_many_segments_for_cu_seqlens(prefetch: bool) -> None:
+    with on_disk([[B, *[1] * 15, B] * 30]) as files, ranks(files, 1, prefetch=prefetch) as (loader,):
+        assert len(loader.next_step(StepRequest(8 * 16, 30, 5, max_segment_tokens=4))) == 8
+        message = r"slot 0 of a step takes 6 segments of up to 3 tokens of documents for its 16 tokens.*room for 5"
+        with pytest.raises(InputError, match=message):
+            loader.next_step(StepRequest(8 * 16, 30, 5, max_segment_tokens=3))
+
+
 @pytest.mark.parametrize("prefetch", [True, False])
 def test_a_shard_cut_short_during_the_run_is_named_when_its_turn_comes(prefetch: bool) -> None:
     shards = [SHARD, SHARD]
@@ -455,7 +500,7 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         with TrainBatches(files, slots=8, bos=B) as loader:
             with pytest.raises(InputError, match=r"batch_tokens: 100, must be a positive multiple of the 8 slots"):
                 loader.next_step(StepRequest(100, 12))
-            with pytest.raises(InputError, match="maximum document length: 0"):
+            with pytest.raises(InputError, match="maximum document or segment length: 0"):
                 loader.next_step(StepRequest(128, 0))
         with pytest.raises(RuntimeError, match="after close"):
             loader.next_step(StepRequest(128, 12))

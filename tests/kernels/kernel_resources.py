@@ -270,6 +270,7 @@ def make_steps(spec: RunSpec, implementations: Implementations) -> None:
     windows = Windows(short=training.window_block, long=3 * training.window_block).at_run_time()
     for stage in training.all_stages:
         longest = stage.max_document_tokens or training.max_document_tokens
+        longest = min(longest, stage.max_segment_tokens or longest)
         batch = _micro_batch(stage.batch_tokens // training.slots, longest, stage.max_documents)
         weights = torch.ones(len(stage.token_weights), device="meta")
         prefix_weight = torch.ones((), device="meta") if stage.prefix_weight else None

@@ -338,6 +338,7 @@ _add(
     ("while open_prefixes and not token.startswith(tokens[open_prefixes[-1]]):", "while len(open_prefixes) > 1:"),
 )
 _add("prefix weight", STAGE_LOSS, "constant", ("(self.last - self.first) * progress", "0 * progress"))
+_add("prefix weight", STAGE_LOSS, "the first level", ("len(self.levels) * progress", "0 * progress"))
 _add(
     "stage limits",
     SCHEDULE,

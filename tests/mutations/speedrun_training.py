@@ -331,8 +331,26 @@ _add(
     "length rounded down",
     ("max(128, -(-(tokens // 300) // 128) * 128)", "max(128, tokens // 300 // 128 * 128)"),
 )
-_add("cu_seqlens", BATCHES, "last end beyond T", ("np.minimum(ends[:fitting], tokens)", "ends[:fitting]"))
-_add("cu_seqlens", BATCHES, "too many documents pass", ("if documents > room:", "if documents > room + 1:"))
+_add("cu_seqlens", BATCHES, "last end beyond T", ("np.minimum(ends, self.tokens)", "ends"))
+_add("cu_seqlens", BATCHES, "too many documents pass", ("if found.size > host.room:", "if found.size > host.room + 1:"))
+_add("segments", BATCHES, "from the stream's start", ("starts = np.append(0, ends[:-1])", "starts = 0 * ends"))
+_add("segments", BATCHES, "beyond the document", (", np.repeat(ends, counts))", ", np.repeat(ends, counts) + 1)"))
+_add(
+    "segments",
+    BATCHES,
+    "one too many",
+    ("counts = -(-(ends - starts) // longest)", "counts = (ends - starts) // longest + 1"),
+)
+_add("segments", BATCHES, "of documents alone", ("host.tokens, longest) for slot", "host.tokens, None) for slot"))
+_add(
+    "segments",
+    BATCHES,
+    "a target has one",
+    ("np.searchsorted(ends, tokens)) + 1]", "np.searchsorted(ends, tokens + 1)) + 1]"),
+)
+_add(
+    "segments", BATCHES, "as long as documents", ("min(self.max_document_tokens, self.max_segment_tokens or", "max(0,")
+)
 _add("targets", BATCHES, "the inputs themselves", ("targets[row] = piece[1:]", "targets[row] = piece[:-1]"))
 _add("extras", BATCHES, "of states only the own", ("or host.has_state or", "or"))
 _add(

@@ -12,6 +12,7 @@ import torch
 from tiny_runs import make_data, tiny_spec, train
 
 from nanogpt.launch.world import join_world
+from nanogpt.models.record89.spec import Record89ModelSpec
 from nanogpt.recipe import load_recipe
 from nanogpt.runs.record import read_record
 from nanogpt.training.compilation import CompileCounts, compile_counts, compiled_functions, functions_table
@@ -106,6 +107,16 @@ def test_the_graphs_are_divided_among_processes(data: Path):
         trainer.warm_up()
         found = {entry.name: entry.graphs for entry in compiled_functions()}
         assert (found["training_loss"], found["evaluation_loss"]) == (3, 1)  # nothing was left to the warm-up
+
+
+def test_segments_and_candidates_make_graphs_of_their_own(monkeypatch: pytest.MonkeyPatch):
+    spec = load_recipe("record89", ["training.stages.2.max_segment_tokens=1920"])
+    assert [job.max_seqlen for job in graph_jobs(spec)] == [1920, 2048, 2048, 896, 262_144]
+    monkeypatch.setattr(Record89ModelSpec, "sampled_softmax", True)
+    spec = load_recipe("record89", ["training.stages.2.candidates=14336"])
+    assert [job.settings and job.settings.point.loss.candidates for job in graph_jobs(spec)] == [
+        14_336, None, None, None, None
+    ]  # fmt: skip
 
 
 def test_helpers_leave_cores_and_memory():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from nanogpt.data.batches import StepRequest
 from nanogpt.models.language_model import Windows
 from nanogpt.recipe import load_recipe, shorten
+from nanogpt.spec import RunSpec
 from nanogpt.training.schedule import Schedule
 
 SPEC = load_recipe("record89")
@@ -44,6 +46,34 @@ def test_multi_token_and_prefix_weights():
     assert SCHEDULE.at(500).point.prefix_weight == pytest.approx(0.25 * (1 - 77 / 424))
     assert SCHEDULE.at(846).point.prefix_weight == pytest.approx(0.25 / 424)
     assert SCHEDULE.at(847).point.prefix_weight is SCHEDULE.at(1284).point.prefix_weight is None
+
+
+def test_prefix_weights_in_levels():
+    levels = (
+        "training.stages.1={steps: 361, batch_tokens: 262144, window_blocks: {short: 3, long: 7}, lr_factor: 1.52, "
+    )
+    levels += "token_weights: [1, 0.5], prefix_weight: {levels: [0.2, 0.15, 0.1, 0.05]}}"
+    spec = load_recipe("record89", ["training.stages.0.steps=320", levels])
+    for first, steps in ((320, 361), (32, 36)):  # the second run is a tenth of the first
+        schedule = Schedule(spec if steps == 361 else shorten(spec, round(spec.training.total_steps / 10)))
+        assert schedule.first_steps[1:3] == [first, first + steps]
+        found = [schedule.at(step).point.prefix_weight for step in range(first, first + steps)]
+        assert found == [[0.2, 0.15, 0.1, 0.05][4 * k // steps] for k in range(steps)]
+    weights = Schedule(spec)
+    assert [weights.at(step).point.prefix_weight for step in (319, 320, 410, 411, 500, 501, 590, 591, 680)] == [
+        0.25, 0.2, 0.2, 0.15, 0.15, 0.1, 0.1, 0.05, 0.05
+    ]  # fmt: skip
+    assert load_recipe("record89", ["training.stages.0.steps=320", levels]) == spec
+    assert RunSpec.model_validate_json(spec.model_dump_json()) == spec
+
+
+def test_the_loader_is_asked_for_what_the_stage_says():
+    spec = load_recipe("record89", ["training.stages.2.max_segment_tokens=1920"])
+    request = Schedule(spec).at(900).request
+    assert request == StepRequest(393_216, 2048, 127, spec.training.stages[2], 1920)
+    assert (request.max_seqlen, SCHEDULE.at(900).request.max_seqlen, SCHEDULE.at(0).request.max_seqlen) == (
+        1920, 2048, 896
+    )  # fmt: skip
 
 
 def test_learning_rate_and_momentum():

@@ -56,6 +56,7 @@ class Gpt2ModelSpec(BaseModelSpec):
 
     def stage_problems(self, stage: StageLoss) -> Iterator[Problem]:
         """It predicts the next token only."""
+        yield from super().stage_problems(stage)
         if stage.token_weights != [1.0]:
             yield ("token_weights",), f"is {stage.token_weights}, {self.kind} predicts the next token only: [1.0]"
         if stage.prefix_weight is not None:
