@@ -106,6 +106,47 @@ RECORD89 = (
     "checkpoint={at_end: false}",
 )
 
+# The same twelve steps of record 92's model, with all of its layers. The table's updates are steps 1, 3, 7 and 11.
+RECORD92 = (
+    "name=tiny-record92",
+    f"model.vocab_size={FIRST_WITH_PREFIX + VOCABULARY}",
+    f"model.padded_vocab_size={FIRST_WITH_PREFIX + VOCABULARY}",
+    *(setting for setting in SPEEDRUN if setting.startswith(("model.width", "model.heads", "model.head_dim"))),
+    "model.narrow_head_dim=4",
+    "model.half_value_dim=4",
+    "model.mlp_width=48",
+    "model.qk_bank_padding=4",
+    "model.vo_bank_padding=2",
+    "model.group_channels=8",
+    "model.ngram_rows=256",
+    "model.ngram_signs=16",
+    "model.rotary.frequencies=2",
+    "model.mudd.hidden=8",
+    "optimizer.anvil.momentum={low: 0.85, high: 0.93, warmup_steps: 4, cooldown_steps: 2}",
+    "optimizer.anvil.slow_momentum.from_step=6",
+    "optimizer.tables={every: 2, then_every: 4, from_step: 4}",
+    "optimizer.tied_head.split_stage=3",
+    "training.slots=8",
+    "training.max_document_tokens=48",
+    "training.window_block=4",
+    "training.stages=["
+    "{steps: 4, batch_tokens: 256, window_blocks: {short: 2, long: 4}, token_weights: [1, 0.5, 0.25], lr_factor: 1,"
+    " prefix_weight: {first: 0.25, last: 0.25}, candidates: 48, max_document_tokens: 20, max_documents: 63},"
+    "{steps: 3, batch_tokens: 384, window_blocks: {short: 3, long: 6}, token_weights: [1, 0.5], lr_factor: 1.52,"
+    " prefix_weight: {levels: [0.2, 0.1]}, candidates: 64, max_documents: 95},"
+    "{steps: 3, batch_tokens: 512, window_blocks: {short: 4, long: 9}, token_weights: [1], lr_factor: 1.73,"
+    " max_segment_tokens: 24}]",
+    "training.extension={steps: 2, batch_tokens: 384, window_blocks: {short: 5, long: 10}, token_weights: [1],"
+    " lr_factor: 1.73, max_segment_tokens: 24}",
+    "training.final_window_blocks={short: 5, long: 16}",
+    "training.warmup=false",
+    "evaluation={every: 5, tokens: 512, micro_batch_tokens: 64, target_loss: null}",
+    f"data={{bos: {FIRST_WITH_PREFIX + BOS}, epochs: null}}",
+    "hardware={gpu: cpu, gpus_per_node: 1}",
+    "runtime={dtype: fp32}",
+    "checkpoint={at_end: false}",
+)
+
 # The speedrun in sizes that the GPU's kernels take, every stage, with warm-up.
 GPU_SIZES = (
     "model.width=128",
@@ -151,8 +192,8 @@ GPT2 = (
 
 
 def tiny_spec(*overrides: str, model: str = "speedrun") -> RunSpec:
-    """A spec of the tiny run, `model` being speedrun, record89 or gpt2."""
-    settings = {"speedrun": SPEEDRUN, "record89": RECORD89, "gpt2": GPT2}[model]
+    """A spec of the tiny run, `model` being speedrun, record89, record92 or gpt2."""
+    settings = {"speedrun": SPEEDRUN, "record89": RECORD89, "record92": RECORD92, "gpt2": GPT2}[model]
     recipe = "demo" if model == "speedrun" else model
     return load_recipe(recipe, [*settings, *overrides])
 

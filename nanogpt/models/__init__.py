@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 MODELS = (
     ("nanogpt.models.speedrun.spec:SpeedrunModelSpec", "nanogpt.models.speedrun.model:Speedrun"),
     ("nanogpt.models.record89.spec:Record89ModelSpec", "nanogpt.models.record89.model:Record89"),
+    ("nanogpt.models.record92.spec:Record92ModelSpec", "nanogpt.models.record92.model:Record92"),
     ("nanogpt.models.gpt2.spec:Gpt2ModelSpec", "nanogpt.models.gpt2.model:Gpt2"),
 )
 

@@ -125,6 +125,55 @@ def test_record89_on_two_processes_trains_as_on_one(tmp_path: Path) -> None:
     assert len(whole.steps) == len(two.steps) == 12
 
 
+@pytest.fixture(scope="module")
+def data92(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("tiny92") / "data", (1700, 1300), first_token=FIRST_WITH_PREFIX)
+
+
+@pytest.fixture(scope="module")
+def whole92(data92: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Record 92 on one process."""
+    path = tmp_path_factory.mktemp("whole92") / "run"
+    train(tiny_spec(CHECKPOINTS, model="record92"), data92, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def two92(data92: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Record 92 on two, with the warm-up, and validations in the middle of the table's cycles."""
+    parent = tmp_path_factory.mktemp("two92") / "of"
+    return distributed_run(2, data92, parent, "training.warmup=true", model="record92")
+
+
+def test_record92_on_two_processes_trains_as_on_one(two92: Path, whole92: Path) -> None:
+    """The same candidates and table, rows pulled and gradients pushed instead of read and added where they are."""
+    assert_same_run(two92, whole92)
+
+
+def test_record92_on_eight_processes_trains_as_on_one(data92: Path, whole92: Path, tmp_path: Path) -> None:
+    assert_same_run(distributed_run(8, data92, tmp_path / "eight", model="record92"), whole92)
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_a_cycle_of_two_processes_goes_on_with_others(
+    processes: int, two92: Path, whole92: Path, data92: Path, tmp_path: Path
+) -> None:
+    path = stopped(two92, 5, tmp_path / "run")
+    saved = newest_state(path)["optimizer"]["tables"]["ngrams"]
+    assert len(saved["decays"]) == 2 and [len(cycle["rows"]) > 0 for cycle in saved["cycles"]] == [True, True]
+    torchrun(processes, "--resume", path, "--data", data92, "--set", f"hardware.gpus_per_node={processes}")
+    assert read_run(path).start["resumed_at"] == 5
+    assert_same_run(path, whole92)
+
+
+def test_a_cycle_goes_on_bit_for_bit(two92: Path, data92: Path, tmp_path: Path) -> None:
+    path = stopped(two92, 10, tmp_path / "run")
+    torchrun(2, "--resume", path, "--data", data92)
+    assert read_run(path).start["resumed_at"] == 10
+    assert losses(path) == losses(two92)
+    assert_same(newest_state(path), newest_state(two92))
+
+
 def test_tables_that_are_updated_one_step_late(data: Path, whole: Path, tmp_path: Path) -> None:
     """Two processes as one, by rows too, and a checkpoint after an Adam step, with updates that are still to come."""
     delayed = "optimizer.adam.delayed=[value_embed, bigram_embed]"

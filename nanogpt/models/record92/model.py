@@ -1,0 +1,352 @@
+"""The model of public record 92 (PR #360, September 2026). Reads top to bottom as the forward pass runs.
+
+Record 89's model (see `nanogpt.models.record89.model`) with
+
+- fewer and narrower attentions: seven of eleven layers have one; those of the short window have queries half as wide,
+  two of them values half as wide too; each width of queries has a rotary embedding and a softmax scale of its own;
+- narrower MLPs, none in one layer, and two side by side in another;
+- a large hashed table of bigrams and trigrams instead of a small one of bigrams, which the ranks pull rows of;
+- ten sources in the head's input, whose weights differ by groups of channels as well as by token;
+- a loss over a sample of the classes, the same for all tokens of a micro-batch;
+- no mixing of heads.
+
+One quirk of the public code is kept (the hash of token 1), one is left out: the gradient of the softmax of multi-token
+targets beyond a micro-batch's end.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nanogpt.layers.attention import head_attention, remove_own_value, rotated_queries_keys
+from nanogpt.layers.dense_connections import for_every_token, token_numbers, weighted_sum
+from nanogpt.layers.embedding import smear, value_gate
+from nanogpt.layers.norm import norm
+from nanogpt.layers.rotary import Rotary
+from nanogpt.models.language_model import Implementations, RunTimeWindows, TokenBatch, Windows
+from nanogpt.models.record92.spec import (
+    CANDIDATES,
+    HEAD_SOURCES,
+    NGRAM_ROWS,
+    NGRAM_SIGNS,
+    NGRAM_TABLE,
+    Record92ModelSpec,
+)
+from nanogpt.models.record_model import HeadInputs, LossInputs, RecordModel
+from nanogpt.optim.pulled_table import TableLookUp
+from nanogpt.optim.row_table import AnyLookUp
+
+Gates = dict[tuple[str, int], Tensor]  # (what it is for, layer) -> (T, heads) or (T, 1)
+
+
+class Embedded(NamedTuple):
+    """What a micro-batch's tokens read of the tables, each (T, D)."""
+
+    tokens: Tensor
+    values: tuple[Tensor, ...]  # by value table
+    bigrams: Tensor
+    trigrams: Tensor
+
+
+class AttentionWeights(NamedTuple):
+    """One layer's: `qkv` (heads (2 dq + dv), D), q over k over v; `out` (D, heads dv)."""
+
+    qkv: Tensor
+    out: Tensor
+
+
+class Record92(RecordModel[Record92ModelSpec]):
+    """See the module. Shapes below are the record's: L = 11 layers, D = 768, H = 6 heads, V = 50,304."""
+
+    qk: nn.Parameter
+    vo: nn.Parameter
+    mlp: nn.Parameter
+    ve_gate_bank: nn.Parameter
+    smear_gate: nn.Parameter
+    post_lambdas: nn.Parameter
+    resid_lambdas: nn.Parameter
+    mudd_w1: nn.Parameter
+    mudd_w2: nn.Parameter
+    mudd_w2g: nn.Parameter
+    mudd_b2: nn.Parameter
+    mudd_gate_w1: nn.Parameter
+    mudd_gate_w2: nn.Parameter
+    mudd_gate_b2: nn.Parameter
+    mudd_gate_scale: nn.Parameter
+    scalars: nn.Parameter
+    ngram_signs: Tensor  # (8192, D), +1 and -1
+
+    def __init__(
+        self, spec: Record92ModelSpec, *, dtype: torch.dtype, max_tokens: int, implementations: Implementations
+    ):
+        super().__init__(spec, dtype=dtype, max_tokens=max_tokens, implementations=implementations)
+        scales = spec.attention_scales
+        self.narrow, self.wide = (
+            Rotary(spec.rotary, max_tokens=max_tokens, attention_scale=scale, dtype=dtype)
+            for scale in (scales.narrow, scales.wide)
+        )
+        self.register_buffer("ngram_signs", torch.empty(spec.ngram_signs, spec.width, dtype=dtype))
+        self.bank_slot = {layer: slot for slot, layer in enumerate(spec.attention_slots)}
+        self.gate_table = {layer: table for table, layer in enumerate(spec.gated_value_layers)}
+        self.second_mlp = {layer: spec.layers + place for place, layer in enumerate(spec.second_mlp_layers)}
+
+    @torch.no_grad()
+    def draw_parameters(self, generator: torch.Generator) -> None:
+        """Also the n-grams' signs."""
+        super().draw_parameters(generator)
+        signs = torch.empty(self.ngram_signs.shape, dtype=torch.int8).random_(0, 2, generator=generator)
+        self.ngram_signs.copy_(2 * signs - 1)
+
+    # --- what a micro-batch reads ---
+
+    def reads(self, batch: TokenBatch) -> tuple[tuple[nn.Parameter, Tensor, int, int], ...]:
+        """Token, then the value tables."""
+        return (self.embed, batch.inputs, 0, self.spec.padded_vocab_size), *self.value_reads(batch.inputs)
+
+    def look_ups(self, batch: TokenBatch) -> tuple[AnyLookUp, ...]:
+        """Also the two n-grams of each token."""
+        table, rows = self.tables[NGRAM_TABLE], batch.extras[NGRAM_ROWS]
+        return *super().look_ups(batch), *(TableLookUp(table, each) for each in rows.unbind())
+
+    def embedded(self, batch: TokenBatch) -> Embedded:
+        """The tables' rows of the batch's tokens."""
+        return self.named(tuple(look_up.read() for look_up in self.look_ups(batch)))
+
+    def named(self, embedded: tuple[Tensor, ...]) -> Embedded:
+        """See the base."""
+        tokens, *values, bigrams, trigrams = embedded
+        return Embedded(tokens, tuple(values), bigrams, trigrams)
+
+    # --- the small nets ---
+
+    def _gates(self, x: Tensor, *, late: bool) -> Gates:
+        """The gates that one net makes from x (T, D)."""
+        columns = self.spec.gate_columns(late=late)
+        count = sum(column.width for column in columns)
+        w1, w2, bias = self.mudd_gate_w1[int(late)], self.mudd_gate_w2[int(late)], self.mudd_gate_b2[int(late)]
+        numbers = token_numbers(x, w1, w2[:count], bias[:count], self.mudd_gate_scale.to(x.dtype))
+        parts = numbers.split([column.width for column in columns], dim=1)
+        return {(column.name, column.layer): part for column, part in zip(columns, parts, strict=True)}
+
+    def _connections(self, x: Tensor) -> dict[str, Tensor]:
+        """The weights into the last layer, (T, 1) by name, from x (T, D)."""
+        columns = self.spec.connection_columns(after_last=False)
+        w1, w2, bias = self.mudd_w1[0], self.mudd_w2[0], self.mudd_b2[0]
+        numbers = token_numbers(x, w1, w2, bias, self.spec.mudd.scale)
+        parts = numbers.split([column.width for column in columns], dim=1)
+        return {column.name: part for column, part in zip(columns, parts, strict=True)}
+
+    def _head_connections(self, x: Tensor, sources: dict[str, Tensor]) -> Tensor:
+        """The weighted sum of the sources, (T, D), for the head's input; weights from x (T, D).
+
+        A source has a weight for all channels and, without a bias, one more for each group of neighbouring ones.
+        """
+        spec, count = self.spec, len(HEAD_SOURCES)
+        w2, by_group = self.mudd_w2[1, :count], self.mudd_w2g[:count]
+        weights = torch.cat((w2[:, None], by_group), dim=1).flatten(0, 1)  # each source's, then those of its groups
+        bias = torch.cat((self.mudd_b2[1, :count, None], by_group.new_zeros(by_group.shape[:2])), dim=1).flatten()
+        numbers = token_numbers(x, self.mudd_w1[1], weights, bias, spec.mudd.scale).view(len(x), count, -1)
+        total = torch.zeros_like(x).view(len(x), spec.channel_groups, -1)
+        for k, name in enumerate(HEAD_SOURCES):
+            weight = (numbers[:, k, :1] + numbers[:, k, 1:]).unsqueeze(-1)  # (T, groups, 1)
+            total = total + weight * sources[name].view_as(total)
+        return total.view_as(x)
+
+    # --- forward ---
+
+    def hidden(
+        self,
+        batch: TokenBatch,
+        embedded: Embedded,
+        windows: Windows | RunTimeWindows,
+        *,
+        training: bool = False,
+    ) -> Tensor:
+        """The last layer's normalised activations, (T, D)."""
+        spec, last = self.spec, self.spec.last
+        *attention_scales, smear_scale, skip_scale = self.scalars.unbind()
+        resid, post = (
+            for_every_token(lambdas, len(batch.inputs), self.embed.dtype)
+            for lambdas in (self.resid_lambdas, self.post_lambdas)
+        )
+        weights = self._attention_weights(attention_scales)
+        mlps = [tuple(up_down.unbind()) for up_down in self.mlp.unbind()]
+
+        x0 = norm(smear(embedded.tokens, self.smear_gate, smear_scale))
+        bigram_signs, trigram_signs = (self.ngram_signs[rows] for rows in batch.extras[NGRAM_SIGNS].unbind())
+        ngram = embedded.bigrams * bigram_signs + embedded.trigrams * trigram_signs
+        values = dict(zip(spec.value_embed_layers, embedded.values, strict=True))
+        gates = self._gates(x0, late=False)
+        x = start = x0 + gates["ngram", 0] * ngram
+        attended = x  # by the layers after `saved_layer`, which sets it
+
+        for layer in range(last):
+            if layer == spec.skip.from_layer + 1:
+                skipped = x
+                gates |= self._gates(x, late=True)
+            if layer == spec.skip.to_layer:
+                x = x + torch.sigmoid(skip_scale) * gates["skip", layer] * skipped
+            else:
+                parts, scales = [x], [resid[layer][0]]
+                if layer in self.bank_slot:
+                    u = norm(x) if layer <= spec.saved_layer else attended
+                    parts.append(self._attention(layer, u, weights[layer], values.get(layer), gates, batch, windows))
+                    scales.append(post[layer][0])
+                if layer in spec.x0_layers:
+                    parts.append(x0)
+                    scales.append(gates["x0", layer])
+                if layer in spec.ngram_layers and layer > 0:  # at layer 0 they are in `start` already
+                    parts.append(ngram)
+                    scales.append(gates["ngram", layer])
+                x = weighted_sum(tuple(scales), tuple(parts))
+            if layer in spec.mlp_free_layers:
+                x = resid[layer][1] * x
+            else:
+                u = norm(x)
+                y = self.mlp_function(u, *mlps[layer])
+                if layer in self.second_mlp:
+                    y = y + self.mlp_function(u, *mlps[self.second_mlp[layer]])
+                x = weighted_sum((resid[layer][1], post[layer][1]), (x, y))
+            if layer == spec.saved_layer:
+                saved = x
+                attended = norm(x)
+
+        before = x
+        w = self._connections(x)
+        value_add = weighted_sum(
+            (w["value from start"], w["value from saved"], w["value from before"]), (start, saved, x)
+        )
+        x = weighted_sum((1 + w["input from before"], w["input from start"], w["input from saved"]), (x, start, saved))
+        y = self._attention(
+            last,
+            attended,
+            weights[last],
+            values[last],
+            gates,
+            batch,
+            windows,
+            value_gates=w["value gate"],
+            value_add=value_add,
+        )
+        x = weighted_sum(
+            (
+                w["attention residual"],
+                w["attention post"],
+                w["attention from start"],
+                w["attention from ngram"],
+            ),
+            (x, y, start, ngram),
+        )
+        u = norm(x)
+        x = weighted_sum((w["mlp residual"], w["mlp post"]), (x, self.mlp_function(u, *mlps[last])))
+
+        sources = {
+            "start": start,
+            "saved": saved,
+            "before": before,
+            "skipped": skipped,
+            "last MLP's input": u,
+            "attended": attended,
+            **{f"values {table}": value for table, value in enumerate(embedded.values)},
+        }
+        return norm(x + self._head_connections(x, sources))
+
+    def _attention_weights(self, scales: list[Tensor]) -> dict[int, AttentionWeights]:
+        """By layer, what its attention reads of the banks, times its scalars in `scales`.
+
+        A bank's slot has whole heads; of narrower ones the first channels are read.
+        """
+        spec, d, heads = self.spec, self.spec.width, self.spec.heads
+        count = len(spec.attention_layers)
+        qk = self.qk[: heads * count].view(count, 2 * heads, spec.head_dim, d).unbind()
+        v, o = (part.unbind() for part in self.vo[: 2 * count].view(count, 2, d, d).unbind(1))
+        found = {}
+        for layer, slot in self.bank_slot.items():
+            dq, dv = spec.qk_dim(layer), spec.v_dim(layer)
+            own_v = v[slot].view(heads, spec.head_dim, d)[:, :dv].reshape(-1, d)
+            qkv = torch.cat((qk[slot][:, :dq].reshape(-1, d), own_v))
+            out = o[slot].view(d, heads, spec.head_dim)[:, :, :dv].reshape(d, -1)
+            scale_in, scale_out = scales[2 * layer : 2 * layer + 2]
+            found[layer] = AttentionWeights((scale_in * qkv).to(qkv.dtype), (scale_out * out).to(out.dtype))
+        return found
+
+    def _attention(
+        self,
+        layer: int,
+        u: Tensor,  # (T, D), normalised
+        weights: AttentionWeights,
+        value_embedding: Tensor | None,  # (T, D)
+        gates: Gates,
+        batch: TokenBatch,
+        windows: Windows | RunTimeWindows,
+        *,
+        value_gates: Tensor | None = None,  # (T, 2), for the first and the second half of the heads; last layer only
+        value_add: Tensor | None = None,  # (T, D), last layer only
+    ) -> Tensor:
+        """What the layer's attention adds, (T, D)."""
+        spec = self.spec
+        count, heads = u.shape[0], spec.heads
+        dq, dv = spec.qk_dim(layer), spec.v_dim(layer)
+        qkv = u @ weights.qkv.mT
+        q, k = qkv[:, : 2 * heads * dq].view(count, 2, heads, dq).unbind(1)
+        v = qkv[:, 2 * heads * dq :].view(count, heads, dv)
+        if value_embedding is not None:
+            if value_gates is None:
+                gate = 2 * value_gate(u, value_embedding, self.ve_gate_bank[self.gate_table[layer]])
+            else:
+                gate = value_gates.repeat_interleave(heads // 2, dim=1).unsqueeze(-1)
+            v = v + gate * value_embedding.view(count, heads, spec.head_dim)[:, :, :dv]
+        if value_add is not None:
+            v = v + value_add.view(count, heads, dv)
+
+        paired, wide = layer in spec.paired_layers, spec.is_wide(layer)
+        rotary = self.wide if wide else self.narrow
+        q, k = rotated_queries_keys(q, k, rotary, paired=paired, shifted=wide)
+        y = head_attention(
+            q,
+            k,
+            v,
+            batch.cu_seqlens,
+            batch.max_seqlen,
+            window=self.window(layer, windows),
+            scale=rotary.run_time_scale,
+            paired=paired,
+            backend=self.implementations.attention,
+        )
+        if layer in spec.xsa_layers:
+            y = remove_own_value(y, v, gates["xsa", layer])
+        if layer in spec.output_gate_layers:
+            y = y * gates["output", layer].unsqueeze(-1)
+        return y.reshape(count, heads * dv) @ weights.out.mT
+
+    # --- loss ---
+
+    def head_inputs(self, batch: TokenBatch, inputs: LossInputs) -> HeadInputs:
+        """The batch's candidates, where it brings them: the softmax is over them as if they were the vocabulary.
+
+        All targets are among them; the term of a prefix that is not is dropped.
+        """
+        if CANDIDATES not in batch.extras:
+            return super().head_inputs(batch, inputs)
+        classes = batch.extras[CANDIDATES]
+        place = classes.new_full((self.spec.padded_vocab_size + 1,), -1)  # the last one: of no prefix, which is -1
+        place = place.scatter(0, classes, torch.arange(len(classes), device=classes.device))
+        prefixes = None if inputs.prefix_weight is None else place[self.prefixes[batch.targets]]
+        return HeadInputs(self.lm_head.index_select(1, classes), place[batch.targets], prefixes)
+
+    # --- the schedule ---
+
+    def change_windows(self, old: Windows, new: Windows) -> None:
+        """YaRN, of each width with its window."""
+        for rotary, before, after in ((self.narrow, old.short, new.short), (self.wide, old.long, new.long)):
+            if before != after:
+                rotary.extend_window(before, after)
+
+    def restart(self) -> None:
+        """Also rotary tables and attention scales of the start."""
+        super().restart()
+        for rotary in (self.narrow, self.wide):
+            rotary.reset()
