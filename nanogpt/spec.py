@@ -202,6 +202,9 @@ class RuntimeSpec(Strict):
         default="auto",
         description="of the MLP's products in training, where the model's can run in FP8; emulated on a CPU",
     )
+    projection_precision: Literal["auto", "fp8", "bf16"] = Field(
+        default="auto", description="likewise of the product that makes queries, keys and values"
+    )
     cuda_graphs: Annotated[Literal["auto", "off"], NOT_COMPILED] = Field(  # the same code, launched otherwise
         default="auto",
         description="auto: compiled micro-steps are captured and replayed, on GPUs of 60 GB or more",
@@ -361,6 +364,8 @@ def _cross_checks(spec: RunSpec) -> Iterator[Problem]:
     yield from _runtime_problems(spec.runtime, hardware.gpu)
     if spec.runtime.mlp_precision == "fp8" and not spec.model.fp8_mlp:
         yield ("runtime", "mlp_precision"), f"is fp8, which the MLP of a {spec.model.kind} model cannot do"
+    if spec.runtime.projection_precision == "fp8" and not spec.model.fp8_projection:
+        yield ("runtime", "projection_precision"), f"is fp8, which a {spec.model.kind} model cannot do"
 
     for path, stage in _stages_with_paths(training):
         if stage.batch_tokens % (16 * training.slots):
@@ -423,6 +428,7 @@ def _runtime_problems(runtime: RuntimeSpec, gpu: str) -> Iterator[tuple[tuple[st
         ("attention", "varlen", types_with("varlen")),
         ("head_precision", "fp8", types_with("fp8")),
         ("mlp_precision", "fp8", (*types_with("fp8"), "cpu")),  # emulated there
+        ("projection_precision", "fp8", (*types_with("fp8"), "cpu")),
     ):
         if getattr(runtime, key) == value and gpu not in gpus:
             yield ("runtime", key), f"{value} needs hardware.gpu {' or '.join(gpus)}, found {gpu}"

@@ -122,6 +122,7 @@ RECORD92 = (
     "model.ngram_signs=16",
     "model.rotary.frequencies=2",
     "model.mudd.hidden=8",
+    "model.mlp_fp8.bootstrap_steps=3",
     "optimizer.anvil.momentum={low: 0.85, high: 0.93, warmup_steps: 4, cooldown_steps: 2}",
     "optimizer.anvil.slow_momentum.from_step=6",
     "optimizer.tables={every: 2, then_every: 4, from_step: 4}",

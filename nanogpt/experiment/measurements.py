@@ -19,7 +19,12 @@ from nanogpt.recipe import dump_spec, load_recipe
 
 SHORT_STEPS = 40  # of runs that tell of the start, or of bits
 DETERMINISTIC = ("runtime.deterministic=true",)
-PLAIN = ("runtime.kernels=plain", "runtime.head_precision=bf16", "runtime.mlp_precision=bf16")
+PLAIN = (
+    "runtime.kernels=plain",
+    "runtime.head_precision=bf16",
+    "runtime.mlp_precision=bf16",
+    "runtime.projection_precision=bf16",
+)
 TRAIN, ENDS = ("train",), ("experiment", "ends")
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 

@@ -333,7 +333,7 @@ def _plain_head_loss(
         for i in range(start, stop, rows):
             if (i - start) % part == 0:
                 logits = _mm(in_x[i : min(i + part, stop)], in_w).to(logit_dtype).to(wide)
-                if logits8:
+                if fp8 and logits8:
                     logits = round_to_e4m3(logits)
             block = slice(i, min(i + rows, stop))
             first = (i - start) % part

@@ -258,13 +258,13 @@ def _forward(
         post, post8, peak = up_squared_and_quantized(u8, u_scale, up8, up_scale, post_scale, wide, transposed=post8_t)
     else:
         u8 = x if rounded else to_e4m3(x.float() / u_scale)
-        pre = _product(u8, u_scale, up8, up_scale, dtype, fast=False)
+        pre = scaled_8bit_product(u8, u_scale, up8, up_scale, dtype, fast=False)
         square = pre.relu().square()
         post8, peak = to_e4m3(square.float() / post_scale), square.amax().float()
         post = None if square8 else square
         if keep8:
             u8_t, post8_t = u8.mT.contiguous(), post8.mT.contiguous()
-    out = _product(post8, post_scale, down8, down_scale, dtype, fast=True)
+    out = scaled_8bit_product(post8, post_scale, down8, down_scale, dtype, fast=True)
     post = post8 if post is None else post
     if u8_t is None or post8_t is None:
         return out, post, peak, up8.new_empty(0), up8.new_empty(0), post_scale.new_empty(0)
@@ -313,7 +313,7 @@ def _backward(
     else:
         _, exact, grad_pre8 = _gradients8_plain(grad, grad_scale, post, down8, down_scale)
         grad_pre = exact.to(post.dtype)
-    return _product(grad_pre8, grad_scale, up8, up_scale, grad.dtype, fast=False), grad_pre
+    return scaled_8bit_product(grad_pre8, grad_scale, up8, up_scale, grad.dtype, fast=False), grad_pre
 
 
 @_backward.register_fake
@@ -350,9 +350,9 @@ def _backward_all(
         square = post if square_scale is None else post.to(u_scale.dtype) * square_scale
         grad8, _, grad_pre8 = _gradients8_plain(grad, grad_scale, square, down8, down_scale)
         grad8_t, grad_pre8_t = grad8.mT.contiguous(), grad_pre8.mT.contiguous()
-    grad_u = _product(grad_pre8, grad_scale, up8, up_scale, grad.dtype, fast=False)
-    grad_up = _product(grad_pre8_t, grad_scale, u8_t, u_scale, grad.dtype, fast=False)
-    return grad_u, grad_up, _product(post8_t, post_scale, grad8_t, grad_scale, grad.dtype, fast=False)
+    grad_u = scaled_8bit_product(grad_pre8, grad_scale, up8, up_scale, grad.dtype, fast=False)
+    grad_up = scaled_8bit_product(grad_pre8_t, grad_scale, u8_t, u_scale, grad.dtype, fast=False)
+    return grad_u, grad_up, scaled_8bit_product(post8_t, post_scale, grad8_t, grad_scale, grad.dtype, fast=False)
 
 
 @_backward_all.register_fake
@@ -369,11 +369,13 @@ def _gradients8_plain(
     """e5m2 of `grad` (T, D), the gradient before the activation (T, F), not rounded, and its e5m2."""
     grad8 = to_e5m2(grad.float() / grad_scale)
     root = post.to(torch.promote_types(post.dtype, torch.float32)).sqrt()
-    exact = 2 * root * _product(grad8, grad_scale, down8, down_scale, grad.dtype, fast=False)
+    exact = 2 * root * scaled_8bit_product(grad8, grad_scale, down8, down_scale, grad.dtype, fast=False)
     return grad8, exact, to_e5m2(exact.float() / grad_scale)
 
 
-def _product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype, *, fast: bool) -> Tensor:
+def scaled_8bit_product(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype, *, fast: bool
+) -> Tensor:
     """`(a_scale a) (b_scale b)^T` of a (M, K) and b (N, K), 8-bit: (M, N) in `dtype`."""
     if a.is_cuda and dtype == torch.bfloat16:
         return scaled_product(a, a_scale, b, b_scale, out_dtype=dtype, fast=fast)

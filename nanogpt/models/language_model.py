@@ -49,6 +49,7 @@ class Implementations:
     attention: str = "plain"
     head_precision: Precision = "bf16"
     mlp_precision: Precision = "bf16"
+    projection_precision: Precision = "bf16"  # of queries, keys and values
     plain_kernels: bool = False  # plain PyTorch also where a Triton kernel could run
 
 

@@ -58,6 +58,7 @@ class BaseModelSpec(Strict):
 
     fp8_head: ClassVar[bool] = False  # the head's products can run in 8 bits
     fp8_mlp: ClassVar[bool] = False  # and the MLP's
+    fp8_projection: ClassVar[bool] = False  # and that of the attention's input
     sampled_softmax: ClassVar[bool] = False  # a stage may name candidates for its loss
     capturable: ClassVar[bool] = False  # its compiled micro-steps can be captured as CUDA graphs
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogpt.kernels.cross_entropy import head_loss, head_mean_loss, head_token_losses, softcap
+from nanogpt.kernels.fp8_head import Fp8Scales
 from nanogpt.kernels.relu_squared_mlp import relu_squared_mlp, relu_squared_mlp_plain
 from nanogpt.layers.rotary import Rotary
 from nanogpt.models.language_model import (
@@ -50,6 +51,7 @@ class RecordModel(LanguageModel, Generic[Spec]):
     embed: nn.Parameter  # (V, D)
     value_embed: nn.Parameter  # (tables V, D): tables one after another
     prefixes: Tensor  # (V,) int64
+    fp8_scales: ClassVar[Fp8Scales] = Fp8Scales()  # of the head
 
     def __init__(self, spec: Spec, *, dtype: torch.dtype, max_tokens: int, implementations: Implementations):
         super().__init__(spec, dtype=dtype)
@@ -130,6 +132,7 @@ class RecordModel(LanguageModel, Generic[Spec]):
             shift=cap.shift,
             scale=cap.scale,
             precision=self.implementations.head_precision,
+            fp8=self.fp8_scales,
             plain=self.implementations.plain_kernels,
         )
 

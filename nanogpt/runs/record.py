@@ -138,6 +138,9 @@ class Computation(Part):
     attention: str = Field(description="backend: fa4, fa3, fa2, varlen or plain")
     head_precision: str | None = Field(default=None, description="fp8 or bf16; None: the model has one head only")
     mlp_precision: str | None = Field(default=None, description="fp8 or bf16; None: the model has one MLP only")
+    projection_precision: str | None = Field(
+        default=None, description="of queries, keys and values: fp8 or bf16; None: the model has one product only"
+    )
     kernels: str = Field(description="auto (Triton kernels where the device has them) or plain")
     dtype: str
     deterministic: bool

@@ -206,7 +206,9 @@ def _device(name: str | None) -> torch.device:
 
 def _implementations(spec: RunSpec, device: torch.device) -> Implementations:
     """The run's own where they can run here, else their equals; 8-bit products are for training alone."""
-    runtime = spec.runtime.model_copy(update={"head_precision": "bf16", "mlp_precision": "bf16"})
+    runtime = spec.runtime.model_copy(
+        update=dict.fromkeys(("head_precision", "mlp_precision", "projection_precision"), "bf16")
+    )
     try:
         return choose_implementations(spec.model_copy(update={"runtime": runtime}), device)[0]
     except InputError:

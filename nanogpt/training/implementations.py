@@ -37,8 +37,17 @@ def choose_implementations(spec: RunSpec, device: torch.device) -> tuple[Impleme
     if model.fp8_mlp:
         mlp, reason = select_head_precision(runtime.mlp_precision, fp8_capability, key="mlp_precision")
         lines.append(f"MLP precision: {mlp}: {reason}")
+    projection: Precision = "bf16"
+    if model.fp8_projection:
+        key = "projection_precision"
+        projection, reason = select_head_precision(runtime.projection_precision, fp8_capability, key=key)
+        lines.append(f"projection precision: {projection}: {reason}")
     chosen = Implementations(
-        attention=attention.backend, head_precision=head, mlp_precision=mlp, plain_kernels=runtime.kernels == "plain"
+        attention=attention.backend,
+        head_precision=head,
+        mlp_precision=mlp,
+        projection_precision=projection,
+        plain_kernels=runtime.kernels == "plain",
     )
     return chosen, lines
 

@@ -249,6 +249,7 @@ class RunRecorder:
             attention=implementations.attention,
             head_precision=implementations.head_precision if self.spec.model.fp8_head else None,
             mlp_precision=implementations.mlp_precision if self.spec.model.fp8_mlp else None,
+            projection_precision=implementations.projection_precision if self.spec.model.fp8_projection else None,
             kernels="plain" if implementations.plain_kernels else runtime.kernels,
             dtype=runtime.dtype,
             deterministic=runtime.deterministic,

@@ -19,7 +19,6 @@ from nanogpt.models.record_model import LossInputs
 from nanogpt.models.stage_loss import StageLoss
 from nanogpt.optim.communication import Communicator
 from nanogpt.recipe import load_recipe
-from nanogpt.spec import RunSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,8 +48,10 @@ UNREAD = {
 }
 
 
-def make_model(dtype: torch.dtype = torch.float64, seed: int = 0, spec: RunSpec = SPEC) -> Record92:
-    model = Record92(spec.model, dtype=dtype, max_tokens=64, implementations=Implementations())
+def make_model(
+    dtype: torch.dtype = torch.float64, seed: int = 0, implementations: Implementations | None = None
+) -> Record92:
+    model = Record92(SPEC.model, dtype=dtype, max_tokens=64, implementations=implementations or Implementations())
     model.draw_parameters(torch.Generator().manual_seed(seed))  # the signs
     model.make_tables(Communicator(), "cpu")
     randomize(model, seed)
@@ -230,3 +231,23 @@ def test_starts_are_the_records():
     model.make_tables(Communicator(), "cpu")
     assert not model.tables[NGRAM_TABLE].values.any()
     assert set(model.ngram_signs.unique().tolist()) == {-1.0, 1.0}
+
+
+def test_in_8_bits_training_is_close_and_evaluation_the_same():
+    """The emulation of the three kinds of 8-bit products: head, MLP, projection."""
+    ends, short, long = CASES["windows beyond documents"]
+    batch, _ = make_batch(ends, loss=StageLoss(token_weights=WEIGHTS, candidates=48))
+    inputs = LossInputs(Windows(short, long), torch.tensor(WEIGHTS), torch.tensor(PREFIX_WEIGHT))
+    exact = make_model(torch.float32)
+    loss, evaluated = exact.training_loss(batch, inputs), exact.evaluation_loss(batch, Windows(short, long))
+    for name in ("head_precision", "mlp_precision", "projection_precision"):
+        rounded = make_model(torch.float32, implementations=Implementations(**{name: "fp8"}))
+        rounded.restart()
+        rounded.set_prefixes(exact.prefixes)
+        difference = float((rounded.training_loss(batch, inputs) - loss).detach().abs())
+        assert 1e-5 < difference / float(loss.detach()) < 0.02, name
+        assert torch.equal(rounded.evaluation_loss(batch, Windows(short, long)), evaluated), name
+
+
+def test_the_heads_8_bit_scales_are_the_records():
+    assert Record92.fp8_scales == (100 / 448, 2.0 / 448, 0.75 / 8 / 448, True)

@@ -21,9 +21,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nanogpt.kernels.fp8_head import Fp8Scales
 from nanogpt.layers.attention import head_attention, remove_own_value, rotated_queries_keys
 from nanogpt.layers.dense_connections import for_every_token, token_numbers, weighted_sum
 from nanogpt.layers.embedding import smear, value_gate
+from nanogpt.layers.fp8_mlp import Fp8Mlp
+from nanogpt.layers.fp8_projection import fp8_projection
 from nanogpt.layers.norm import norm
 from nanogpt.layers.rotary import Rotary
 from nanogpt.models.language_model import Implementations, RunTimeWindows, TokenBatch, Windows
@@ -52,9 +55,10 @@ class Embedded(NamedTuple):
 
 
 class AttentionWeights(NamedTuple):
-    """One layer's: `qkv` (heads (2 dq + dv), D), q over k over v; `out` (D, heads dv)."""
+    """One layer's: `qkv` (heads (2 dq + dv), D), q over k over v, for `scale_in` () times it; `out` (D, heads dv)."""
 
     qkv: Tensor
+    scale_in: Tensor
     out: Tensor
 
 
@@ -78,6 +82,7 @@ class Record92(RecordModel[Record92ModelSpec]):
     mudd_gate_scale: nn.Parameter
     scalars: nn.Parameter
     ngram_signs: Tensor  # (8192, D), +1 and -1
+    fp8_scales = Fp8Scales(weight=2.0 / 448, gradient=0.75 / 8 / 448, logits8=True)
 
     def __init__(
         self, spec: Record92ModelSpec, *, dtype: torch.dtype, max_tokens: int, implementations: Implementations
@@ -91,14 +96,24 @@ class Record92(RecordModel[Record92ModelSpec]):
         self.register_buffer("ngram_signs", torch.empty(spec.ngram_signs, spec.width, dtype=dtype))
         self.bank_slot = {layer: slot for slot, layer in enumerate(spec.attention_slots)}
         self.gate_table = {layer: table for table, layer in enumerate(spec.gated_value_layers)}
+        self.fp8_mlp = Fp8Mlp(
+            spec.mlp_fp8,
+            layers=self.mlp.shape[0],
+            hidden=spec.mlp_width,
+            width=spec.width,
+            active=implementations.mlp_precision == "fp8",
+            plain=implementations.plain_kernels,
+        )
+        self.register_load_state_dict_post_hook(lambda model, _: model.fp8_mlp.reload(model.mlp))
         self.second_mlp = {layer: spec.layers + place for place, layer in enumerate(spec.second_mlp_layers)}
 
     @torch.no_grad()
     def draw_parameters(self, generator: torch.Generator) -> None:
-        """Also the n-grams' signs."""
+        """Also the n-grams' signs, and the MLPs' 8-bit copies."""
         super().draw_parameters(generator)
         signs = torch.empty(self.ngram_signs.shape, dtype=torch.int8).random_(0, 2, generator=generator)
         self.ngram_signs.copy_(2 * signs - 1)
+        self.fp8_mlp.restart(self.mlp)
 
     # --- what a micro-batch reads ---
 
@@ -165,15 +180,17 @@ class Record92(RecordModel[Record92ModelSpec]):
         *,
         training: bool = False,
     ) -> Tensor:
-        """The last layer's normalised activations, (T, D)."""
+        """The last layer's normalised activations, (T, D); in training, products have their own precision."""
         spec, last = self.spec, self.spec.last
+        fp8_mlp = training and self.fp8_mlp.active
+        fp8_attention = training and self.implementations.projection_precision == "fp8"
         *attention_scales, smear_scale, skip_scale = self.scalars.unbind()
         resid, post = (
             for_every_token(lambdas, len(batch.inputs), self.embed.dtype)
             for lambdas in (self.resid_lambdas, self.post_lambdas)
         )
         weights = self._attention_weights(attention_scales)
-        mlps = [tuple(up_down.unbind()) for up_down in self.mlp.unbind()]
+        mlps = [part.unbind() for part in self.mlp.unbind(1)]
 
         x0 = norm(smear(embedded.tokens, self.smear_gate, smear_scale))
         bigram_signs, trigram_signs = (self.ngram_signs[rows] for rows in batch.extras[NGRAM_SIGNS].unbind())
@@ -193,7 +210,10 @@ class Record92(RecordModel[Record92ModelSpec]):
                 parts, scales = [x], [resid[layer][0]]
                 if layer in self.bank_slot:
                     u = norm(x) if layer <= spec.saved_layer else attended
-                    parts.append(self._attention(layer, u, weights[layer], values.get(layer), gates, batch, windows))
+                    y = self._attention(
+                        layer, u, weights[layer], values.get(layer), gates, batch, windows, fp8=fp8_attention
+                    )
+                    parts.append(y)
                     scales.append(post[layer][0])
                 if layer in spec.x0_layers:
                     parts.append(x0)
@@ -206,9 +226,9 @@ class Record92(RecordModel[Record92ModelSpec]):
                 x = resid[layer][1] * x
             else:
                 u = norm(x)
-                y = self.mlp_function(u, *mlps[layer])
+                y = self._mlp(layer, u, mlps, fp8=fp8_mlp)
                 if layer in self.second_mlp:
-                    y = y + self.mlp_function(u, *mlps[self.second_mlp[layer]])
+                    y = y + self._mlp(self.second_mlp[layer], u, mlps, fp8=fp8_mlp)
                 x = weighted_sum((resid[layer][1], post[layer][1]), (x, y))
             if layer == spec.saved_layer:
                 saved = x
@@ -228,6 +248,7 @@ class Record92(RecordModel[Record92ModelSpec]):
             gates,
             batch,
             windows,
+            fp8=fp8_attention,
             value_gates=w["value gate"],
             value_add=value_add,
         )
@@ -241,7 +262,7 @@ class Record92(RecordModel[Record92ModelSpec]):
             (x, y, start, ngram),
         )
         u = norm(x)
-        x = weighted_sum((w["mlp residual"], w["mlp post"]), (x, self.mlp_function(u, *mlps[last])))
+        x = weighted_sum((w["mlp residual"], w["mlp post"]), (x, self._mlp(last, u, mlps, fp8=fp8_mlp)))
 
         sources = {
             "start": start,
@@ -254,8 +275,13 @@ class Record92(RecordModel[Record92ModelSpec]):
         }
         return norm(x + self._head_connections(x, sources))
 
+    def _mlp(self, slot: int, u: Tensor, weights: list[tuple[Tensor, ...]], *, fp8: bool) -> Tensor:
+        """What the MLP in the bank's `slot` gives, (T, D). weights: up and down by slot."""
+        up, down = (part[slot] for part in weights)
+        return self.fp8_mlp(slot, u, up, down) if fp8 else self.mlp_function(u, up, down)
+
     def _attention_weights(self, scales: list[Tensor]) -> dict[int, AttentionWeights]:
-        """By layer, what its attention reads of the banks, times its scalars in `scales`.
+        """By layer, what its attention reads of the banks, and its scalar of `scales`; the other one is in `out`.
 
         A bank's slot has whole heads; of narrower ones the first channels are read.
         """
@@ -270,7 +296,7 @@ class Record92(RecordModel[Record92ModelSpec]):
             qkv = torch.cat((qk[slot][:, :dq].reshape(-1, d), own_v))
             out = o[slot].view(d, heads, spec.head_dim)[:, :, :dv].reshape(d, -1)
             scale_in, scale_out = scales[2 * layer : 2 * layer + 2]
-            found[layer] = AttentionWeights((scale_in * qkv).to(qkv.dtype), (scale_out * out).to(out.dtype))
+            found[layer] = AttentionWeights(qkv, scale_in, (scale_out * out).to(out.dtype))
         return found
 
     def _attention(
@@ -283,6 +309,7 @@ class Record92(RecordModel[Record92ModelSpec]):
         batch: TokenBatch,
         windows: Windows | RunTimeWindows,
         *,
+        fp8: bool,
         value_gates: Tensor | None = None,  # (T, 2), for the first and the second half of the heads; last layer only
         value_add: Tensor | None = None,  # (T, D), last layer only
     ) -> Tensor:
@@ -290,7 +317,10 @@ class Record92(RecordModel[Record92ModelSpec]):
         spec = self.spec
         count, heads = u.shape[0], spec.heads
         dq, dv = spec.qk_dim(layer), spec.v_dim(layer)
-        qkv = u @ weights.qkv.mT
+        if fp8:
+            qkv = fp8_projection(u, weights.qkv, weights.scale_in)
+        else:
+            qkv = u @ (weights.scale_in * weights.qkv).to(u.dtype).mT
         q, k = qkv[:, : 2 * heads * dq].view(count, 2, heads, dq).unbind(1)
         v = qkv[:, 2 * heads * dq :].view(count, heads, dv)
         if value_embedding is not None:
@@ -345,8 +375,13 @@ class Record92(RecordModel[Record92ModelSpec]):
             if before != after:
                 rotary.extend_window(before, after)
 
+    def weights_changed(self, step: int) -> None:
+        """The MLPs' 8-bit copies follow."""
+        self.fp8_mlp.follow(self.mlp, step)
+
     def restart(self) -> None:
-        """Also rotary tables and attention scales of the start."""
+        """Also rotary tables, attention scales and the MLPs' scales of the start."""
         super().restart()
+        self.fp8_mlp.restart(self.mlp)
         for rotary in (self.narrow, self.wide):
             rotary.reset()

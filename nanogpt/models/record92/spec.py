@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from nanogpt.layers.specs import MuddSpec
+from nanogpt.layers.specs import MlpFp8Spec, MuddSpec
 from nanogpt.models.model_spec import PulledTableSpec, Slot, SlotExtras
 from nanogpt.models.record89.spec import Column
 from nanogpt.models.record_spec import RecordModelSpec
@@ -68,6 +68,8 @@ class AttentionScales(Strict):
 class Record92ModelSpec(RecordModelSpec):
     """The model of public record 92 (`nanogpt.models.record92.model`)."""
 
+    fp8_mlp: ClassVar[bool] = True
+    fp8_projection: ClassVar[bool] = True
     capturable: ClassVar[bool] = False  # a cycle's rows of the table lie elsewhere than the last one's
     sampled_softmax: ClassVar[bool] = True
 
@@ -94,6 +96,7 @@ class Record92ModelSpec(RecordModelSpec):
     mudd: MuddSpec
     attention_scales: AttentionScales
     starts: Record92Starts
+    mlp_fp8: MlpFp8Spec
 
     # --- sizes ---
 
