@@ -203,8 +203,8 @@ class LanguageModel(nn.Module):
         """(vocab_size,) fp32: the (softcapped) logits after the micro-batch's last token; for sampling."""
         raise NotImplementedError
 
-    def extend_window(self, old: int, new: int) -> None:
-        """The long window goes from `old` to `new` tokens at a stage change."""
+    def change_windows(self, old: Windows, new: Windows) -> None:
+        """The windows go from `old` to `new` at a stage change: one of them at least is another."""
 
     def set_prefixes(self, prefixes: Tensor) -> None:
         """The prefix of each token, (rows of the embedding,) int64, -1 for none. Until then no token has one."""

@@ -217,9 +217,10 @@ class BigramModel(RecordModel[BigramSpec]):
         """See the base."""
         return Embedded(embedded[0], embedded[1], embedded[2:])
 
-    def extend_window(self, old: int, new: int) -> None:
-        """YaRN."""
-        self.rotary.extend_window(old, new)
+    def change_windows(self, old: Windows, new: Windows) -> None:
+        """YaRN, where the long window is another."""
+        if new.long != old.long:
+            self.rotary.extend_window(old.long, new.long)
 
     def restart(self) -> None:
         """Also rotary tables and attention scale of the start."""

@@ -103,10 +103,10 @@ class Schedule:
         """
         return self.final_windows if step >= self.total_steps else self.at(max(step - 1, 0)).windows
 
-    def window_changes(self, step: int) -> list[tuple[int, int]]:
-        """(old, new) long windows in tokens of every change up to and including the first moment of `step`."""
-        longs = [self._tokens(stage.window_blocks).long for stage in self.stages[: self.stage_of(step) + 1]]
-        return [(old, new) for old, new in itertools.pairwise(longs) if old != new]
+    def window_changes(self, step: int) -> list[tuple[Windows, Windows]]:
+        """(old, new) windows of every change of either up to and including the first moment of `step`."""
+        windows = [self._tokens(stage.window_blocks) for stage in self.stages[: self.stage_of(step) + 1]]
+        return [(old, new) for old, new in itertools.pairwise(windows) if old != new]
 
     def lr_factor(self, step: int) -> float:
         """What every base learning rate is multiplied by."""

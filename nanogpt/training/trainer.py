@@ -410,10 +410,10 @@ class Trainer:
     # --- a step ---
 
     def enter(self, settings: StepSettings) -> None:
-        """Apply what changes up to `settings.step`: each growth of the long window with its YaRN step."""
+        """Apply what changes up to `settings.step`: each change of the windows."""
         done = len(self.schedule.window_changes(self._windows_of))
         for old, new in self.schedule.window_changes(settings.step)[done:]:
-            self.model.extend_window(old, new)
+            self.model.change_windows(old, new)
         self._windows_of = settings.step
 
     def train_step(self, settings: StepSettings, micro_steps: int | None = None) -> Tensor:

@@ -94,7 +94,7 @@ def test_losses_and_every_gradient_are_those_of_the_definition(case, growths):
     ends, short, long = CASES[case]
     model, (batch, document) = make_model(seed=len(growths)), make_batch(ends, seed=len(growths))
     for old, new in growths:
-        model.extend_window(old, new)
+        model.change_windows(Windows(16, old), Windows(16, new))
     dense = dense_of(model, growths)
     targets = batch.targets.tolist()
     assert 0 < sum(dense.prefixes[target] >= 0 for target in targets) < T
@@ -152,7 +152,7 @@ def test_a_restart_undoes_the_growth_of_windows():
     ends, short, long = CASES["windows inside documents"]
     model, (batch, _) = make_model(), make_batch(ends)
     before = model.evaluation_loss(batch, Windows(short, long))
-    model.extend_window(48, 80)
+    model.change_windows(Windows(16, 48), Windows(32, 80))
     grown = model.evaluation_loss(batch, Windows(short, long))
     model.restart()
     assert model.evaluation_loss(batch, Windows(short, long)) == before != grown

@@ -67,7 +67,7 @@ def test_losses_and_every_gradient_are_those_of_the_definition(case, growths):
     ends, short, long = CASES[case]
     model, (batch, document) = make_model(seed=len(growths)), make_batch(ends, seed=len(growths))
     for old, new in growths:
-        model.extend_window(old, new)
+        model.change_windows(Windows(16, old), Windows(16, new))
     dense = dense_of(model, growths)
     x = dense.hidden(batch.inputs.tolist(), document, short, long)
     expected = dense.training_loss(x, batch.targets.tolist(), WEIGHTS)
@@ -91,11 +91,19 @@ def test_losses_and_every_gradient_are_those_of_the_definition(case, growths):
     assert relative_error(model.token_losses(batch, windows), expected) < 1e-6
 
 
+def test_no_yarn_step_where_the_long_window_stays(monkeypatch):
+    model, steps = make_model(), []
+    monkeypatch.setattr(model.rotary, "extend_window", lambda old, new: steps.append((old, new)))
+    model.change_windows(Windows(16, 48), Windows(32, 48))
+    model.change_windows(Windows(32, 48), Windows(32, 80))
+    assert steps == [(48, 80)]
+
+
 def test_a_restart_undoes_the_growth_of_windows():
     ends, short, long = CASES["windows inside documents"]
     model, (batch, _) = make_model(), make_batch(ends)
     before = model.evaluation_loss(batch, Windows(short, long))
-    model.extend_window(48, 80)
+    model.change_windows(Windows(16, 48), Windows(32, 80))
     grown = model.evaluation_loss(batch, Windows(short, long))
     model.restart()
     assert model.evaluation_loss(batch, Windows(short, long)) == before != grown

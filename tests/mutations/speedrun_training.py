@@ -261,6 +261,8 @@ _add(
     "the first stage's",
     ("batch_tokens=stage.batch_tokens,", "batch_tokens=self.stages[0].batch_tokens,"),
 )
+_add("window changes", SCHEDULE, "of the long one alone", ("if old != new]", "if old.long != new.long]"))
+_add("window changes", RECORD, "a YaRN step for the short one", ("if new.long != old.long:", "if True:"))
 _add("windows", SCHEDULE, "in blocks, not tokens", ("blocks.long * self.training.window_block", "blocks.long"))
 _add(
     "window changes",
@@ -377,7 +379,7 @@ _add("steps ahead", BATCHES, "a guess although others come", ("is not None and n
 _add("rows ahead", BATCHES, "of the first step", ("in self._coming[: len(requests)]]", "in self._coming[:1]]"))
 _add("rows ahead", BATCHES, "of one extra", ("for name in names]", "for name in names[:1]]"))
 _add("rows ahead", BATCHES, "repeated", ("values[1:][values[1:] != values[:-1]]", "values[1:]"))
-_add("steps ahead", TRAINER, "none", ("min(settings.step + 2,", "min(settings.step + 1,"))
+_add("steps ahead", TRAINER, "none", ("min(settings.step + self.table_cycles.ahead,", "min(settings.step + 1,"))
 _add("validation", BATCHES, "all are slot 0", ("(piece % slots, own.copy(), ends)", "(0, own.copy(), ends)"))
 _add(
     "validation",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -42,9 +43,13 @@ def test_final_windows():
 
 
 def test_window_changes():
-    growths = [(384, 896), (896, 1408), (1408, 1664)]
+    all_windows = [Windows(short, long) for _, _, _, short, long in STAGES]
+    growths = list(pairwise(all_windows))
     for step, count in [(0, 0), (504, 0), (505, 1), (1009, 1), (1010, 2), (1514, 2), (1515, 3), (1554, 3)]:
         assert SPEEDRUN.window_changes(step) == growths[:count]
+    short_alone = ["training.stages.1.window_blocks.long=3", "training.stages.2.window_blocks={short: 3, long: 3}"]
+    changes = Schedule(load_recipe("speedrun", short_alone)).window_changes(1554)
+    assert changes == [(Windows(128, 384), Windows(384, 384)), (Windows(384, 384), Windows(768, 1664))]
 
 
 def test_tokens_before():

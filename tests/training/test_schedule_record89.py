@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from nanogpt.data.batches import StepRequest
@@ -103,4 +105,5 @@ def test_adam_steps_and_the_split():
     assert not SCHEDULE.at(1284).rates.adam_step
     assert sum(SCHEDULE.at(step).rates.adam_step for step in range(1285)) == 642
     assert SCHEDULE.final_windows == Windows(768, 2560)
-    assert SCHEDULE.window_changes(1284) == [(384, 896), (896, 1408), (1408, 1664)]
+    windows = [Windows(128, 384), Windows(384, 896), Windows(640, 1408), Windows(768, 1664)]
+    assert SCHEDULE.window_changes(1284) == list(pairwise(windows))

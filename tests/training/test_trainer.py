@@ -163,7 +163,7 @@ def test_the_clock_runs_for_steps_only(
 ) -> None:
     slow_down(monkeypatch, NorMuonAdam, "step", fake_seconds, 1.0)
     slow_down(monkeypatch, TrainBatches, "next_step", fake_seconds, 0.25)
-    slow_down(monkeypatch, Speedrun, "extend_window", fake_seconds, 0.5)
+    slow_down(monkeypatch, Speedrun, "change_windows", fake_seconds, 0.5)
     validations = slow_down(monkeypatch, Trainer, "evaluate", fake_seconds, 100.0)
     checkpoints = slow_down(monkeypatch, NorMuonAdam, "state_dict", fake_seconds, 1000.0)
     spec = tiny_spec("checkpoint={every: 3, at_end: true}", "training.warmup=true")
