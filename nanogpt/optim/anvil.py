@@ -47,6 +47,8 @@ def polar_express_by_gram(
     """As `polar_express`, with the Frobenius norm as the root of the Gram matrix' trace.
 
     Matrix and Gram are divided by it, or its square, and rounded to the dtype: a Gram matrix fewer is computed.
+    The record's six maps diverge from a singular value of 0.9526 on, and its margin of 1.05 stops at 0.9524: in bf16 a
+    matrix within about 1 % of rank one may come out huge. A margin of 1.055 is enough against that.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     gram = (x_xt_plain if plain_kernels else x_xt)(matrices.mT if tall else matrices)
