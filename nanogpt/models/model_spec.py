@@ -31,6 +31,7 @@ class BaseModelSpec(Strict):
 
     fp8_head: ClassVar[bool] = False  # the head's products can run in 8 bits
     fp8_mlp: ClassVar[bool] = False  # and the MLP's
+    canonical_mask: ClassVar[bool] = False  # evaluation can rule out classes by the token before
     capturable: ClassVar[bool] = False  # its compiled micro-steps can be captured as CUDA graphs
 
     kind: str

@@ -31,6 +31,7 @@ class RecordModelSpec(BaseModelSpec):
     """What the record models share: sizes, layer sets, hashed bigrams, rotary, the softcapped head."""
 
     fp8_head: ClassVar[bool] = True
+    canonical_mask: ClassVar[bool] = True
     capturable: ClassVar[bool] = True
 
     head_dim: Size
