@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
+import nanogpt
 from nanogpt.data.shards import train_name, val_name, write_tokens
+from nanogpt.data.tokenizer import BOS as GPT2_BOS
+from nanogpt.data.tokenizer import encode_text
 from nanogpt.recipe import dump_spec, load_recipe
 from nanogpt.runs.directory import RunDirectory
 from nanogpt.runs.metrics import RunMetrics, read_run
@@ -191,6 +195,26 @@ def make_data(
     for name, tokens in (*shards, (val_name(), language(val_tokens, 1000))):
         numbered = tokens + np.uint16(first_token)
         write_tokens(directory / name, numbered if bos is None else np.where(tokens == BOS, bos, numbered))
+    return directory
+
+
+def averaged_spec(*overrides: str) -> RunSpec:
+    """The tiny run of record 89 with GPT-2's vocabulary and the end that `record89-averaged` has in 30 steps."""
+    end = load_recipe("record89-averaged", steps=30).model_dump(mode="json")["training"]["end"]
+    vocabulary = ("model.vocab_size=50257", "model.padded_vocab_size=50304", "data={bos: 50256, epochs: null}")
+    return tiny_spec(*vocabulary, f"training.end={json.dumps(end)}", *overrides, model="record89")
+
+
+def make_text_data(directory: Path) -> Path:
+    """Shards of the package's own prose in GPT-2's tokens, a paragraph a document."""
+    directory.mkdir(parents=True)
+    texts = [path.read_text() for path in sorted(Path(nanogpt.__file__).parent.glob("models/*/README.md"))]
+    stream: list[int] = []
+    for paragraph in "\n\n".join(texts).split("\n\n"):
+        stream += [GPT2_BOS, *encode_text(paragraph).tolist()]
+    tokens = np.array(stream, dtype=np.uint16)
+    for name, part in ((train_name(1), tokens[:-600]), (val_name(), tokens[-600:])):
+        write_tokens(directory / name, part)
     return directory
 
 
