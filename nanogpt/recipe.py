@@ -206,8 +206,8 @@ def resolve_recipe(
 def shorten(spec: RunSpec, total_steps: int) -> RunSpec:
     """The same run with its schedule shortened in proportion to `total_steps` steps.
 
-    Stages, extension, evaluation interval, momentum's and the learning rate's warm-up and ramps keep their shares of
-    the run.
+    Stages, extension, evaluation interval, momentum's and the learning rate's warm-up and ramps, and the end's averages
+    keep their shares of the run.
     Raises `CrossCheckError` where fewer steps than stages are asked for.
     """
     training = spec.training
@@ -237,8 +237,7 @@ def shorten(spec: RunSpec, total_steps: int) -> RunSpec:
         data["evaluation"]["every"] = scaled(spec.evaluation.every, at_least=1)
     schedule = data["training"]["lr_schedule"]
     schedule.update({name: scaled(steps) for name, steps in schedule.items() if name.endswith("_steps")})
-    for entry in data["training"]["end"]:
-        entry["last_steps"] = scaled(entry["last_steps"], at_least=1)
+    data["training"]["end"] = [entry.shortened(scaled, old_total, total_steps) for entry in training.end]
     data["optimizer"] = spec.optimizer.shortened(scaled, total_steps)
     return RunSpec.model_validate(data)
 

@@ -17,8 +17,10 @@ from nanogpt.models import ModelSpec
 from nanogpt.models.stage_loss import StageLoss
 from nanogpt.optim import OPTIMIZERS, OptimizerSpec
 from nanogpt.registry import kind_of, specs_of
+from nanogpt.spec_end import CanonicalMask, End, masked
 from nanogpt.spec_fields import (
     NOT_COMPILED,
+    Compiled,
     Count,
     Directory,
     Few,
@@ -35,6 +37,7 @@ from nanogpt.spec_fields import (
 )
 
 WORLD_SIZES = (1, 2, 4, 8)
+GPT2_TOKENS = 50257, 50256  # how many, and BOS
 _MODEL: TypeAdapter[Any] = TypeAdapter(ModelSpec)
 
 
@@ -98,13 +101,6 @@ class CosineSchedule(Strict):
 LearningRateSchedule = Annotated[CooldownSchedule | CosineSchedule, Field(discriminator="kind")]
 
 
-class AverageWeights(Strict):
-    """The run's weights become the mean of those that each of the last steps has left, kept in fp32."""
-
-    kind: Literal["average"]
-    last_steps: Count
-
-
 class TrainingSpec(Strict):
     """Steps, batches, windows and schedule."""
 
@@ -120,7 +116,7 @@ class TrainingSpec(Strict):
         description="windows of the last validation, without a YaRN step"
     )
     lr_schedule: Annotated[LearningRateSchedule, NOT_COMPILED]
-    end: Annotated[list[AverageWeights], NOT_COMPILED] = Field(
+    end: Annotated[list[End], Compiled(masked)] = Field(
         default=[],
         max_length=100,
         description="what happens after the last step and before the last validation, in order",
@@ -143,6 +139,16 @@ class TrainingSpec(Strict):
     def total_steps(self) -> int:
         """Steps of the whole run."""
         return sum(stage.steps for stage in self.all_stages)
+
+    @property
+    def masked(self) -> bool:
+        """Whether the last validation has the canonical mask."""
+        return masked(self.end)
+
+    @property
+    def end_lines(self) -> list[str]:
+        """What `end` lists, for the log and the record."""
+        return [line for entry in self.end for line in entry.describe(self.total_steps)]
 
     @property
     def total_tokens(self) -> int:
@@ -399,14 +405,12 @@ def _cross_checks(spec: RunSpec) -> Iterator[Problem]:
             f"is {schedule.warmup_steps}, the run has {training.total_steps} steps",
         )
 
-    for index, entry in enumerate(training.end):
-        if entry.last_steps > training.total_steps:
-            yield (
-                ("training", "end", index, "last_steps"),
-                f"is {entry.last_steps}, the run has {training.total_steps} steps",
-            )
-
     rows = spec.model.parameters()
+    for index, entry in enumerate(training.end):
+        for path, text in entry.problems(training.total_steps, rows):
+            yield ("training", "end", index, *path), text
+        if isinstance(entry, CanonicalMask):
+            yield from _mask_problems(spec, ("training", "end", index))
     if not all(isinstance(row.train, spec.optimizer.trains) for row in rows):
         fitting = [kind_of(c) for c in specs_of(OPTIMIZERS) if all(isinstance(row.train, c.trains) for row in rows)]
         yield (
@@ -432,6 +436,21 @@ def _runtime_problems(runtime: RuntimeSpec, gpu: str) -> Iterator[tuple[tuple[st
     ):
         if getattr(runtime, key) == value and gpu not in gpus:
             yield ("runtime", key), f"{value} needs hardware.gpu {' or '.join(gpus)}, found {gpu}"
+
+
+def _mask_problems(spec: RunSpec, path: tuple[str | int, ...]) -> Iterator[Problem]:
+    model = spec.model
+    if not model.canonical_mask:
+        yield path, f"canonical_mask: the evaluation of a {model.kind} model knows none"
+    elif (model.vocab_size, spec.data.bos) != GPT2_TOKENS:
+        vocabulary, bos = GPT2_TOKENS
+        yield (
+            path,
+            f"canonical_mask is of GPT-2's tokens: model.vocab_size {vocabulary} with data.bos {bos}, found"
+            f" {model.vocab_size} with {spec.data.bos}",
+        )
+    elif model.padded_vocab_size % 8:
+        yield path, f"canonical_mask: model.padded_vocab_size is {model.padded_vocab_size}, must be a multiple of 8"
 
 
 def _stages_with_paths(training: TrainingSpec) -> Iterator[tuple[tuple[str | int, ...], StageSpec]]:

@@ -50,7 +50,7 @@ def small_record92(head_dim: int = 16, overrides: Iterable[str] = ()) -> RunSpec
     sizes = (f"model.narrow_head_dim={half}", f"model.half_value_dim={half}", f"model.group_channels={half}")
     tables = (f"model.ngram_rows={BIGRAM_ROWS - 2}", "model.ngram_signs=16", "model.mlp_width=88")
     whole = [f"training.stages.{stage}.candidates=null" for stage in range(4)]
-    return _small("record92", head_dim, (*sizes, *tables, *whole, *overrides))
+    return _small("record92", head_dim, (*sizes, *tables, *whole, "training.end=[]", *overrides))
 
 
 def _small(recipe: str, head_dim: int, overrides: Iterable[str]) -> RunSpec:

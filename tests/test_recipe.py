@@ -487,7 +487,7 @@ def test_a_part_that_is_missing_and_a_kind_that_is_missing(recipe):
 # --- hardware -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["speedrun", "record89", "record89-fp8-backward", "gpt2"])
+@pytest.mark.parametrize("name", ["speedrun", "record89", "record89-fp8-backward", "record89-averaged", "gpt2"])
 def test_recipes_of_a_model_leave_hardware_open(name):
     asked = []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
+import nanogpt
 from nanogpt.data.shards import train_name, val_name, write_tokens
+from nanogpt.data.tokenizer import BOS as GPT2_BOS
+from nanogpt.data.tokenizer import encode_text
 from nanogpt.recipe import dump_spec, load_recipe
 from nanogpt.runs.directory import RunDirectory
 from nanogpt.runs.metrics import RunMetrics, read_run
@@ -139,6 +143,12 @@ RECORD92 = (
     " max_segment_tokens: 24}]",
     "training.extension={steps: 2, batch_tokens: 384, window_blocks: {short: 5, long: 10}, token_weights: [1],"
     " lr_factor: 1.73, max_segment_tokens: 24}",
+    "training.end=[{kind: tail_averages, averages: ["
+    "{blend: {lm_head: 0.65, embed: 0.65}, window_steps: 5, every: 2, also: [4], rate: 0.3, last_rate: 0.2},"
+    "{blend: {vo: 1, mlp: 1}, window_steps: 5, every: 4, rate: 0.4},"
+    "{blend: {value_embed: 1}, window_steps: 9, every: 4, rate: 0.4},"
+    "{blend: {qk: 0.55, vo: 0.3493, mlp: 0.3493}, window_steps: 5, every: 4, also: [1], rate: 0.3}],"
+    " keep_norms: [embed, lm_head, mlp, qk, vo]}]",
     "training.final_window_blocks={short: 5, long: 16}",
     "training.warmup=false",
     "evaluation={every: 5, tokens: 512, micro_batch_tokens: 64, target_loss: null}",
@@ -233,6 +243,26 @@ def make_data(
     for name, tokens in (*shards, (val_name(), language(val_tokens, 1000))):
         numbered = tokens + np.uint16(first_token)
         write_tokens(directory / name, numbered if bos is None else np.where(tokens == BOS, bos, numbered))
+    return directory
+
+
+def averaged_spec(*overrides: str) -> RunSpec:
+    """The tiny run of record 89 with GPT-2's vocabulary and the end that `record89-averaged` has in 30 steps."""
+    end = load_recipe("record89-averaged", steps=30).model_dump(mode="json")["training"]["end"]
+    vocabulary = ("model.vocab_size=50257", "model.padded_vocab_size=50304", "data={bos: 50256, epochs: null}")
+    return tiny_spec(*vocabulary, f"training.end={json.dumps(end)}", *overrides, model="record89")
+
+
+def make_text_data(directory: Path) -> Path:
+    """Shards of the package's own prose in GPT-2's tokens, a paragraph a document."""
+    directory.mkdir(parents=True)
+    texts = [path.read_text() for path in sorted(Path(nanogpt.__file__).parent.glob("models/*/README.md"))]
+    stream: list[int] = []
+    for paragraph in "\n\n".join(texts).split("\n\n"):
+        stream += [GPT2_BOS, *encode_text(paragraph).tolist()]
+    tokens = np.array(stream, dtype=np.uint16)
+    for name, part in ((train_name(1), tokens[:-600]), (val_name(), tokens[-600:])):
+        write_tokens(directory / name, part)
     return directory
 
 

@@ -36,6 +36,7 @@ USED_MIB_WARNING, USED_MIB_FAILED = 1024, 8192  # a GPU that nobody uses has som
 MIB = 1 << 20
 HASH_PATIENCE_S = 10.0
 WEIGHT_BYTES = 12  # of a parameter in a checkpoint: weight and two moments in fp32
+AVERAGE_BYTES = 4  # of one that is averaged at the end
 
 
 def _node(environ: Mapping[str, str]) -> str:
@@ -312,7 +313,9 @@ def _output(spec: RunSpec, out: Path) -> Iterable[Check]:
 
 def checkpoint_bytes(spec: RunSpec) -> int:
     """Bytes of a checkpoint, at most."""
-    return WEIGHT_BYTES * sum(row.size for row in spec.model.parameters())
+    sizes = {row.name: row.size for row in spec.model.parameters()}
+    averaged = (name for entry in spec.training.end for name in entry.averaged(sizes))
+    return WEIGHT_BYTES * sum(sizes.values()) + AVERAGE_BYTES * sum(sizes[name] for name in averaged)
 
 
 # --- image ------------------------------------------------------------------------------------------------------

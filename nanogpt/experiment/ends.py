@@ -106,12 +106,16 @@ class TrainerWithEnds(Trainer):
         last, found = self._weights(), []
         for count in self.ends.averages:
             self._put([total / count for total in self.sums[count]])
-            found.append((f"mean of the last {count}", self.evaluate(self.schedule.final_windows)))
+            found.append((f"mean of the last {count}", self._loss(self.schedule.final_windows)))
         for count in self.ends.before:
             self._put(self.copies[count])
-            found.append((f"{count} steps before", self.evaluate(self.schedule.final_windows)))
+            found.append((f"{count} steps before", self._loss(self.schedule.final_windows)))
         self._put(last)
         return found
+
+    def _loss(self, windows: Windows) -> float:
+        """As the last validation computes it."""
+        return self.evaluate(windows, self.end_of_run.mask)
 
     def _weights(self) -> list[Tensor]:
         return [parameter.detach().clone() for parameter in self.model.parameters()]
@@ -119,7 +123,7 @@ class TrainerWithEnds(Trainer):
     def _windowed(self) -> list[End]:
         block = self.spec.training.window_block
         return [
-            (f"windows of {short} and {long} blocks", self.evaluate(Windows(block * short, block * long)))
+            (f"windows of {short} and {long} blocks", self._loss(Windows(block * short, block * long)))
             for short, long in self.ends.windows
         ]
 

@@ -39,6 +39,7 @@ from nanogpt.kernels.fp8_head import (
 
 _LOG2_E = math.log2(math.e)
 _FP8_SCALES = Fp8Scales()
+MASKED = -60.0  # of softcapped logits, which are positive
 MAX_CAP = 64.0  # exp(64) * 50,304 is still far below fp32's largest number
 
 
@@ -139,23 +140,28 @@ def head_mean_loss(
     shift: float,
     scale: float,
     plain: bool = False,
+    inputs: Tensor | None = None,  # (T,) integers
+    mask: Tensor | None = None,  # (V, V / 8) uint8
 ) -> Tensor:
     """Evaluation: the mean cross-entropy of the next token alone, without gradient, in the inputs' precision.
 
-    Works in chunks of tokens, so memory stays small at T = 262,144. `plain` as in `head_loss`. Returns a scalar, fp32
-    (fp64 for fp64 inputs).
+    Works in chunks of tokens, so memory stays small at T = 262,144. `plain` as in `head_loss`. `inputs` and `mask` as
+    in `head_token_losses`, which is what computes it then. Returns a scalar, fp32 (fp64 for fp64 inputs).
 
     Raises:
         ValueError: as `head_loss`.
     """
     _check(x, lm_head, targets, cap)
+    if inputs is not None and mask is not None:
+        losses = _masked_token_losses(x, lm_head, targets, inputs, mask, cap=cap, shift=shift, scale=scale)
+        return losses.sum() / x.shape[0]
     one = torch.ones(1, device=x.device)
     constants = {"cap": cap, "shift": shift, "scale": scale, "need_grad": False}
     if plain or not _runs_kernel(x, lm_head, fp8=False):
         return _plain_head_loss(x, lm_head, targets, one, None, None, **constants)[0] / x.shape[0]
     parts = zip(x.split(_EVALUATION_TOKENS), targets.split(_EVALUATION_TOKENS), strict=True)
-    losses = [_bf16_head_loss(part, lm_head, target, one, None, None, **constants)[0] for part, target in parts]
-    return torch.stack(losses).sum() / x.shape[0]
+    sums = [_bf16_head_loss(part, lm_head, target, one, None, None, **constants)[0] for part, target in parts]
+    return torch.stack(sums).sum() / x.shape[0]
 
 
 @torch.no_grad()
@@ -167,20 +173,47 @@ def head_token_losses(
     cap: float,
     shift: float,
     scale: float,
+    inputs: Tensor | None = None,  # (T,) integers
+    mask: Tensor | None = None,  # (V, V / 8) uint8
 ) -> Tensor:
     """Evaluation token by token: what `head_mean_loss` is the mean of, (T,) in nats, fp32 (fp64 for fp64 inputs).
 
-    Plain PyTorch on every device, in chunks of tokens.
+    Plain PyTorch on every device, in chunks of tokens. With `inputs` and `mask`, z is `MASKED` for the classes that are
+    marked in the mask's row of the position's input token, a bit each, the lowest of a byte first.
 
     Raises:
         ValueError: as `head_loss`.
     """
     _check(x, lm_head, targets, cap)
     losses = []
-    for part, target in zip(x.split(_TOKEN_LOSS_CHUNK), targets.split(_TOKEN_LOSS_CHUNK), strict=True):
-        z = softcap(part @ lm_head, cap, shift, scale)
-        losses.append(z.logsumexp(dim=1) - z.gather(1, target[:, None]).squeeze(1))
+    for first in range(0, x.shape[0], _TOKEN_LOSS_CHUNK):
+        chunk = slice(first, first + _TOKEN_LOSS_CHUNK)
+        z = softcap(x[chunk] @ lm_head, cap, shift, scale)
+        if inputs is not None and mask is not None:
+            z.masked_fill_(_bits(mask[inputs[chunk]]), MASKED)
+        losses.append(z.logsumexp(dim=1) - z.gather(1, targets[chunk, None]).squeeze(1))
     return torch.cat(losses)
+
+
+@torch.library.custom_op("nanogpt::masked_token_losses", mutates_args=())
+def _masked_token_losses(
+    x: Tensor, lm_head: Tensor, targets: Tensor, inputs: Tensor, mask: Tensor, *, cap: float, shift: float, scale: float
+) -> Tensor:
+    """`head_token_losses` as one operation, whose chunks no compiler sees."""
+    return head_token_losses(x, lm_head, targets, cap=cap, shift=shift, scale=scale, inputs=inputs, mask=mask)
+
+
+@_masked_token_losses.register_fake
+def _(
+    x: Tensor, lm_head: Tensor, targets: Tensor, inputs: Tensor, mask: Tensor, *, cap: float, shift: float, scale: float
+) -> Tensor:
+    return x.new_empty(x.shape[:1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def _bits(rows: Tensor) -> Tensor:
+    """(n, b) uint8 -> (n, 8 b) bool, the lowest bit of a byte first."""
+    places = torch.arange(8, dtype=torch.uint8, device=rows.device)
+    return ((rows[:, :, None] >> places) & 1).bool().view(len(rows), -1)
 
 
 def _check(x: Tensor, lm_head: Tensor, targets: Tensor, cap: float) -> None:

@@ -188,8 +188,13 @@ class LanguageModel(nn.Module):
         batch: TokenBatch,
         windows: Windows | RunTimeWindows,
         embedded: tuple[Tensor, ...] | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """Mean cross-entropy of the next token in nats, a scalar in fp32; no gradient. embedded: as in training."""
+        """Mean cross-entropy of the next token in nats, a scalar in fp32; no gradient.
+
+        embedded: as in training. mask: (V, V / 8) uint8, a bit for each class that is ruled out after a token; for
+        models whose spec has `canonical_mask`.
+        """
         raise NotImplementedError
 
     def token_losses(self, batch: TokenBatch, windows: Windows | RunTimeWindows) -> Tensor:

@@ -60,6 +60,7 @@ class BaseModelSpec(Strict):
     fp8_mlp: ClassVar[bool] = False  # and the MLP's
     fp8_projection: ClassVar[bool] = False  # and that of the attention's input
     sampled_softmax: ClassVar[bool] = False  # a stage may name candidates for its loss
+    canonical_mask: ClassVar[bool] = False  # evaluation can rule out classes by the token before
     capturable: ClassVar[bool] = False  # its compiled micro-steps can be captured as CUDA graphs
 
     kind: str

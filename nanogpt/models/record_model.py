@@ -151,8 +151,12 @@ class RecordModel(LanguageModel, Generic[Spec]):
         batch: TokenBatch,
         windows: Windows | RunTimeWindows,
         embedded: tuple[Tensor, ...] | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """Mean cross-entropy of the next token, with the head in the model's dtype."""
+        """Mean cross-entropy of the next token, with the head in the model's dtype.
+
+        mask: (V, V / 8) uint8, a bit for each class that is ruled out after a token (`head_token_losses`).
+        """
         x = self.hidden(batch, self.embedded(batch) if embedded is None else self.named(embedded), windows)
         cap = self.spec.softcap
         return head_mean_loss(
@@ -163,14 +167,25 @@ class RecordModel(LanguageModel, Generic[Spec]):
             shift=cap.shift,
             scale=cap.scale,
             plain=self.implementations.plain_kernels,
+            inputs=batch.inputs,
+            mask=mask,
         )
 
     @torch.no_grad()
-    def token_losses(self, batch: TokenBatch, windows: Windows | RunTimeWindows) -> Tensor:
-        """(T,) fp32 cross-entropy of each next token in nats, with the head in the model's dtype."""
+    def token_losses(self, batch: TokenBatch, windows: Windows | RunTimeWindows, mask: Tensor | None = None) -> Tensor:
+        """(T,) fp32 cross-entropy of each next token in nats, with the head in the model's dtype; `mask` as above."""
         x = self(batch, windows)
         cap = self.spec.softcap
-        return head_token_losses(x, self.lm_head, batch.targets, cap=cap.cap, shift=cap.shift, scale=cap.scale)
+        return head_token_losses(
+            x,
+            self.lm_head,
+            batch.targets,
+            cap=cap.cap,
+            shift=cap.shift,
+            scale=cap.scale,
+            inputs=batch.inputs,
+            mask=mask,
+        )
 
     @torch.no_grad()
     def next_token_logits(self, batch: TokenBatch, windows: Windows) -> Tensor:

@@ -26,6 +26,7 @@ class RecordModelSpec(BaseModelSpec):
     """What the record models share: sizes, layer sets, rotary, the softcapped head."""
 
     fp8_head: ClassVar[bool] = True
+    canonical_mask: ClassVar[bool] = True
     capturable: ClassVar[bool] = True
 
     head_dim: Size

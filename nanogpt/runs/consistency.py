@@ -68,6 +68,9 @@ def _record_and_spec(run: LoadedRun, record: Record) -> Iterator[str]:
     ):
         if ours != theirs:
             yield f"{what}: {ours} by {RECORD_NAME}, {theirs} by {SPEC_NAME}"
+    if record.state == "finished" and len(record.end_of_run) != len(training.end_lines):  # words may change
+        told, expected = ("; ".join(lines) or "nothing" for lines in (record.end_of_run, training.end_lines))
+        yield f"end of the run: {told} by {RECORD_NAME}, {expected} by {SPEC_NAME}"
 
 
 def _record_alone(record: Record) -> Iterator[str]:

@@ -1,57 +1,209 @@
 """What happens at a run's end, before the last validation: the entries of `training.end`, in order.
 
 Inside the clock. The last checkpoint has what they have left. Without entries nothing is kept and nothing is done.
+
+Tail averages are public record 92's (PR #360 of KellerJordan/modded-nanogpt). A rank feeds and writes its own part of
+a parameter, of equal parts of its numbers as they lie in memory, so that an average takes 4 bytes a number over all.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from nanogpt.spec import AverageWeights, RunSpec
+from nanogpt.optim.communication import Communicator
+from nanogpt.spec import RunSpec
+from nanogpt.spec_end import AverageWeights, TailAverages
+from nanogpt.training.mask_builder import MaskBuilder
+
+
+class Averages(Protocol):
+    """One entry that averages weights."""
+
+    def after_step(self, step: int) -> None:
+        """The optimizer has made `step` (from 0)."""
+
+    def finish(self) -> None:
+        """All steps are made: change the weights. Collective."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Full tensors, whatever the world size. Collective."""
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over a `state_dict`, which may be on another device."""
 
 
 class EndOfRun:
-    """Follows the last steps of a run, and ends it."""
+    """Follows the last steps of a run, and ends it. A canonical mask takes its memory on the device from here on."""
 
-    def __init__(self, spec: RunSpec, model: nn.Module):
-        self.total_steps = spec.training.total_steps
-        self.entries = spec.training.end
-        self.parameters = dict(model.named_parameters())
-        self._sums: list[dict[str, Tensor]] = [{} for _ in self.entries]
+    def __init__(self, spec: RunSpec, model: nn.Module, communicator: Communicator, device: torch.device):
+        self.communicator = communicator
+        parameters, total_steps = dict(model.named_parameters()), spec.training.total_steps
+        self._averages: list[Averages] = []
+        for entry in spec.training.end:
+            if isinstance(entry, AverageWeights):
+                self._averages.append(MeanWeights(entry, parameters, total_steps))
+            elif isinstance(entry, TailAverages):
+                self._averages.append(RunningAverages(entry, parameters, total_steps, communicator))
+        self.mask: Tensor | None = None  # (V, V / 8) uint8: zeros up to `take_mask`
+        if spec.training.masked:
+            rows = spec.model.padded_vocab_size
+            self.mask = torch.zeros((rows, rows // 8), dtype=torch.uint8, device=device)
+        self._builder: MaskBuilder | None = None
+
+    def clock_starts(self) -> None:
+        """Begin with what is built beside training."""
+        if self.mask is not None and self.communicator.rank == 0:
+            self._builder = MaskBuilder(self.mask.shape[0])
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         """The optimizer has made `step` (from 0)."""
-        for entry, sums in zip(self.entries, self._sums, strict=True):
-            if self.total_steps - step <= entry.last_steps:
-                for name, parameter in self.parameters.items():
-                    if name in sums:
-                        sums[name].add_(parameter)
-                    else:
-                        sums[name] = parameter.detach().to(torch.float32, copy=True)
+        for entry in self._averages:
+            entry.after_step(step)
 
     @torch.no_grad()
-    def finish(self) -> list[str]:
-        """Apply the entries after the last step; what was done, a line each."""
-        for entry, sums in zip(self.entries, self._sums, strict=True):
-            for name, parameter in self.parameters.items():
-                parameter.copy_(sums.pop(name).div_(entry.last_steps))
-        return [describe(entry) for entry in self.entries]
+    def finish(self) -> None:
+        """Apply the entries to the weights after the last step."""
+        for entry in self._averages:
+            entry.finish()
+
+    def take_mask(self) -> Tensor | None:
+        """The mask of the last validation, once it is built, on every rank; None: it has none."""
+        if self.mask is not None:
+            if self._builder is not None:
+                self.mask.copy_(torch.from_numpy(self._builder.wait()))
+            self.communicator.broadcast(self.mask)
+        return self.mask
+
+    def close(self) -> None:
+        """End what is still being built."""
+        if self._builder is not None:
+            self._builder.close()
 
     def state_dict(self) -> list[dict[str, Tensor]]:
-        """The sums so far, by entry; the same on every rank. Tensors are not copied."""
-        return self._sums
+        """What has been gathered so far, by entry; the same on every rank. Collective."""
+        return [entry.state_dict() for entry in self._averages]
 
     def load_state_dict(self, state: list[dict[str, Any]]) -> None:
-        """Take over a `state_dict`."""
-        self._sums = [
-            {name: value.to(self.parameters[name].device) for name, value in sums.items()} for sums in state
-        ] or [{} for _ in self.entries]
+        """Take over a `state_dict`; an empty one is that of a run without entries."""
+        for entry, gathered in zip(self._averages, state or [{} for _ in self._averages], strict=True):
+            entry.load_state_dict(gathered)
 
 
-def describe(entry: AverageWeights) -> str:
-    """An entry, for the log and the record."""
-    return f"the mean of the weights after each of the last {entry.last_steps} steps"
+class MeanWeights:
+    """The mean of all weights over the last steps, whole on every rank."""
+
+    def __init__(self, entry: AverageWeights, parameters: dict[str, nn.Parameter], total_steps: int):
+        self.entry = entry
+        self.parameters = parameters
+        self.total_steps = total_steps
+        self._sums: dict[str, Tensor] = {}
+
+    def after_step(self, step: int) -> None:
+        """Add one of the last steps' weights."""
+        if self.total_steps - step <= self.entry.last_steps:
+            for name, parameter in self.parameters.items():
+                if name in self._sums:
+                    self._sums[name].add_(parameter)
+                else:
+                    self._sums[name] = parameter.detach().to(torch.float32, copy=True)
+
+    def finish(self) -> None:
+        """The weights become their mean."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self._sums.pop(name).div_(self.entry.last_steps))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The sums, not copied."""
+        return self._sums
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over sums."""
+        self._sums = {name: value.to(self.parameters[name].device) for name, value in state.items()}
+
+
+class RunningAverages:
+    """Running averages of the last weights, which are blended in at the end, with norms as before."""
+
+    def __init__(
+        self, entry: TailAverages, parameters: dict[str, nn.Parameter], total_steps: int, communicator: Communicator
+    ):
+        self.entry = entry
+        self.parameters = parameters
+        self.communicator = communicator
+        self.rates = [average.ticks(total_steps) for average in entry.averages]
+        self._averages: dict[str, Tensor] = {}  # by "number of the average/parameter": this rank's part
+
+    def after_step(self, step: int) -> None:
+        """Feed the averages that tick now."""
+        for key, name, rates, _ in self._each():
+            if step in rates:
+                own = self._own(name).float()
+                if step == min(rates):
+                    self._averages[key] = own.clone()
+                else:
+                    self._averages[key] = lerp(self._averages[key], own, rates[step])
+
+    def finish(self) -> None:
+        """Blend in the recipe's order, gather, then give norms back."""
+        before = self._norms()
+        for key, name, _, blend in self._each():
+            own = self._own(name)
+            own.copy_(lerp(own.float(), self._averages.pop(key), blend))
+        for name in dict.fromkeys(name for _, name, _, _ in self._each()):
+            if self._sharded(name):
+                self.communicator.gather(self.parameters[name].data.view(-1)).wait()
+        for name, old, new in zip(self.entry.keep_norms, before, self._norms(), strict=True):
+            if new > 0:
+                self.parameters[name].mul_(old / new)
+
+    def _norms(self) -> list[float]:
+        """Frobenius norms in fp32, of whole parameters."""
+        norms = [torch.linalg.vector_norm(self.parameters[n].data, dtype=torch.float32) for n in self.entry.keep_norms]
+        return torch.stack(norms).tolist() if norms else []
+
+    def _each(self) -> Iterator[tuple[str, str, dict[int, float], float]]:
+        """(key of the state, parameter, rates by step, blend) of each average of a parameter, in order."""
+        for number, (average, rates) in enumerate(zip(self.entry.averages, self.rates, strict=True)):
+            for name, blend in average.blend.items():
+                yield f"{number}/{name}", name, rates, blend
+
+    def _sharded(self, name: str) -> bool:
+        return self.parameters[name].numel() % self.communicator.size == 0
+
+    def _own(self, name: str) -> Tensor:
+        """This rank's part, flat, a view; all of what cannot be shared out evenly."""
+        flat = self.parameters[name].data.view(-1)
+        return self.communicator.shard(flat) if self._sharded(name) else flat
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages, in the parameters' shapes, on the CPU."""
+        full = {}
+        for key, name, _, _ in self._each():
+            if key in self._averages:
+                own = self._averages[key]
+                whole = self.communicator.unshard(own) if self._sharded(name) else own
+                full[key] = whole.view(self.parameters[name].shape).cpu()
+        return full
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over averages."""
+        self._averages = {}
+        for key, name, _, _ in self._each():
+            if key in state:
+                flat = state[key].reshape(-1)
+                own = self.communicator.shard(flat) if self._sharded(name) else flat
+                self._averages[key] = own.to(self.parameters[name].device, copy=True)
+
+
+def lerp(start: Tensor, end: Tensor, weight: float) -> Tensor:
+    """`torch.lerp` of fp32 tensors by its formula, each operation rounded; new memory.
+
+    Its own loop over vectors fuses what the rest of a tensor gets apart, so that results depend on how one is cut.
+    """
+    difference = end - start
+    return difference.mul_(weight).add_(start) if weight < 0.5 else difference.mul_(weight - 1).add_(end)

@@ -4,6 +4,7 @@
   its last validation. One process, nothing compiled.
 - A document is what `cu_seqlens` bounds: from its BOS up to the next one, whose BOS is its last target. One that a
   micro-batch's edge cuts counts as two, of which the second does not see the first.
+- A run whose last validation has the canonical mask has it here too, if its checkpoint is that of its end.
 - Losses are in nats: of a token in fp32, added up in fp64.
 
 Means are per token, so a long document weighs more. Their standard error is over documents, as the tokens of one are
@@ -25,6 +26,7 @@ import torch
 
 from nanogpt.console import markdown_table, progress, say
 from nanogpt.data.batches import ValBatches, read_stream
+from nanogpt.data.canonical_mask import build
 from nanogpt.data.shards import Tokens
 from nanogpt.data.tokenizer import VOCAB_SIZE, gpt2_encoding
 from nanogpt.errors import InputError, RunError
@@ -66,6 +68,7 @@ class EvaluatedRun:
     mean: MeanLoss
     recorded: float | None  # the loss that the run itself has recorded for these tokens at this step, in nats
     no_record: str  # why there is none; empty where there is
+    masked: bool = False  # with the canonical mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +170,7 @@ def evaluate_runs(
         loss, no_record = _recorded_loss(one, data, count, stream)
         total_steps = one.spec.training.total_steps
         mean = mean_over_documents(sums, sizes)
-        runs.append(EvaluatedRun(label, one.run.path, one.step, total_steps, sums, mean, loss, no_record))
+        runs.append(EvaluatedRun(label, one.run.path, one.step, total_steps, sums, mean, loss, no_record, one.masked))
     return Evaluation(tuple(runs), stream, positions, sizes, first.data.bos, first.model.vocab_size)
 
 
@@ -228,14 +231,21 @@ def _token_losses(
     )
     losses = np.empty(count)
     starts = []
+    masked = {"mask": _mask(spec.model.padded_vocab_size, device)} if trained.masked else {}
     with progress(f"{label}: micro-batches", len(batches)) as advance:
         for first, batch in zip(range(0, count, size), batches, strict=True):
-            losses[first : first + size] = trained.model.token_losses(batch, trained.windows).cpu().numpy()
+            losses[first : first + size] = trained.model.token_losses(batch, trained.windows, **masked).cpu().numpy()
             starts.append(first + np.unique(batch.cu_seqlens.cpu().numpy())[:-1].astype(np.int64))
             advance(1)
     if not np.isfinite(losses).all():
         raise RunError(f"{trained.run.path}: the checkpoint of step {trained.step} gives losses that are not finite")
     return losses, np.concatenate(starts)
+
+
+def _mask(rows: int, device: torch.device) -> torch.Tensor:
+    mask = np.zeros((rows, rows // 8), dtype=np.uint8)
+    build(mask)
+    return torch.from_numpy(mask).to(device)
 
 
 def _recorded_loss(trained: TrainedModel, data: Data | None, count: int, stream: Tokens) -> tuple[float | None, str]:
@@ -288,7 +298,9 @@ def as_lines(evaluation: Evaluation, documents: int) -> list[str]:
         ("run", "step", "loss", "standard error", "recorded by the run", "loss - recorded"), map(_run_row, runs)
     )
     unknown = [f"{run.label}: no recorded loss to compare with: {run.no_record}" for run in runs if run.no_record]
-    lines += [*([""] if unknown else []), *unknown]
+    masked = [f"{run.label}: with the canonical mask, as its last validation" for run in runs if run.masked]
+    notes = [*masked, *unknown]
+    lines += [*([""] if notes else []), *notes]
     if len(runs) == 2:
         difference = evaluation.difference
         lines += [
@@ -366,7 +378,8 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
     """All of it as data that JSON can hold; losses in nats a token, those of a document in the order of the runs.
 
     - tokens: evaluated
-    - runs: run, path, step, total_steps, loss, standard_error, recorded_loss (null: none of these tokens)
+    - runs: run, path, step, total_steps, loss, standard_error, recorded_loss (null: none of these tokens),
+      canonical_mask (whether it was evaluated with one)
     - difference: loss and standard_error, second run - first; null for one run
     - documents: position, tokens, losses of each, in the stream's order
     """
@@ -382,6 +395,7 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
                 "total_steps": run.total_steps,
                 **_mean_json(run.mean),
                 "recorded_loss": run.recorded,
+                "canonical_mask": run.masked,
             }
             for run in evaluation.runs
         ],

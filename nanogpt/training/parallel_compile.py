@@ -50,6 +50,7 @@ class GraphJob(NamedTuple):
     tokens: int  # of a micro-batch
     max_seqlen: int
     max_documents: int | None
+    masked: bool = False  # evaluation with the canonical mask
 
     @property
     def memory(self) -> int:
@@ -68,7 +69,8 @@ def graph_jobs(spec: RunSpec) -> list[GraphJob]:
         by_graph[job[1:], settings.point.loss.terms] = job
     evaluated = spec.evaluation.micro_batch_tokens
     largest_first = sorted(by_graph.values(), key=lambda job: -job.tokens)
-    return [*largest_first, GraphJob(None, evaluated, evaluated, None)]
+    masked = [GraphJob(None, evaluated, evaluated, None, masked=True)] if spec.training.masked else []
+    return [*largest_first, *masked, GraphJob(None, evaluated, evaluated, None)]
 
 
 def call_graph(
@@ -87,8 +89,10 @@ def call_graph(
         for table in micro_step.model.tables.values():
             stack.enter_context(table.idle())
         if job.settings is None:
+            rows = spec.model.padded_vocab_size
+            mask = torch.zeros((rows, rows // 8), dtype=torch.uint8, device=device) if job.masked else None
             with rows_of(micro_step.model, batch) as embedded:
-                evaluation_loss(batch, Schedule(spec).final_windows.at_run_time(), embedded)
+                evaluation_loss(batch, Schedule(spec).final_windows.at_run_time(), embedded, mask)
         else:
             micro_step.compute(batch, micro_step.model.loss_inputs(job.settings.point, device))
     for parameter in micro_step.model.parameters():

@@ -27,6 +27,11 @@ class TrainedModel:
     model: LanguageModel
     windows: Windows  # see `Schedule.windows_after`
 
+    @property
+    def masked(self) -> bool:
+        """Whether it is a run's end whose validation has the canonical mask."""
+        return self.spec.training.masked and self.step >= self.spec.training.total_steps
+
 
 def load_trained_model(
     run_directory: Path, *, device: torch.device | str = "cpu", implementations: Implementations | None = None

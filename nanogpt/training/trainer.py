@@ -288,7 +288,7 @@ class Trainer:
             capture=capture,
         )
         self.evaluation_loss = self._compile(self.model.evaluation_loss)
-        self.end_of_run = EndOfRun(spec, self.model)
+        self.end_of_run = EndOfRun(spec, self.model, world.communicator, world.device)
         self.reporter = Reporter(
             spec, self.schedule, world, run, ReferenceWatch(spec, data_directory) if world.is_main else None
         )
@@ -302,6 +302,7 @@ class Trainer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         self.train_batches.close()
+        self.end_of_run.close()
         self.watch.on_lost = None
         explained = None if error is None else self.watch.explain(error)
         reason = None if explained is None else f"{type(explained).__name__} after step {self.next_step}: {explained}"
@@ -346,6 +347,7 @@ class Trainer:
         self.recorder.clock_starts(*self._progress(), resumed=resumed, graphs=graphs)
         self.watch.training(self.next_step, compiling=self.compiled and not self.spec.training.warmup)
         self.clock.start()
+        self.end_of_run.clock_starts()
         self._set_prefixes()
         evaluated = self.spec.evaluation.steps(self.schedule.total_steps)
         for step in range(self.next_step, self.schedule.total_steps):
@@ -358,7 +360,7 @@ class Trainer:
             self.end_of_run.after_step(step)
             self.next_step = step + 1
             if self.next_step == self.schedule.total_steps:
-                self._end()
+                self.end_of_run.finish()
             self.reporter.step(settings, loss, self.clock.elapsed_ms)
             saved = False
             if self._checkpoint_due():
@@ -366,9 +368,10 @@ class Trainer:
                     saved = self._save_checkpoint()
             if (reason := self.watch.boundary(self.next_step)) and self.next_step < self.schedule.total_steps:
                 self._interrupt(reason, saved=saved)
+        mask = self._end()
         self._read_for_validation()
         self.clock.stop()
-        final_loss = self._validate(self.schedule.total_steps, self.schedule.final_windows)
+        final_loss = self._validate(self.schedule.total_steps, self.schedule.final_windows, mask)
         late_graphs = compiled_graphs() - graphs
         if self.compiled:
             self.reporter.note(f"compiled graphs: {graphs} before the clock started, {late_graphs} after")
@@ -378,12 +381,13 @@ class Trainer:
         self._record_trained(late_graphs)
         return Result(final_loss, self.schedule.total_steps, self.clock.elapsed_ms / 1000, late_graphs)
 
-    def _end(self) -> None:
-        """What the recipe wants of the run's end."""
-        lines = self.end_of_run.finish()
+    def _end(self) -> Tensor | None:
+        """Say what the recipe wants of the run's end; returns the last validation's mask."""
+        lines = self.spec.training.end_lines
         self.recorder.end_of_run(lines)
         for line in lines:
             self.reporter.note(f"end of the run: {line}")
+        return self.end_of_run.take_mask()
 
     def _progress(self) -> tuple[int, int, float]:
         """Steps and tokens done, milliseconds of the clock."""
@@ -461,14 +465,14 @@ class Trainer:
 
     # --- validation ---
 
-    def evaluate(self, windows: Windows, micro_steps: int | None = None) -> float:
-        """Validation loss in nats: mean over (the first) micro-steps, then over ranks."""
+    def evaluate(self, windows: Windows, mask: Tensor | None = None, *, micro_steps: int | None = None) -> float:
+        """Validation loss in nats: mean over (the first) micro-steps, then over ranks. `mask`: the canonical one."""
         losses, limits = [], windows.at_run_time()
         for index, batch in enumerate(self.val_batches):
             if index == micro_steps:
                 break
             with rows_of(self.model, batch) as embedded:
-                losses.append(self.evaluation_loss(batch, limits, embedded))
+                losses.append(self.evaluation_loss(batch, limits, embedded, mask))
         return float(self.world.communicator.average(torch.stack(losses).mean()).wait())
 
     def _read_for_validation(self) -> None:
@@ -477,10 +481,10 @@ class Trainer:
             with rows_of(self.model, batch):
                 pass
 
-    def _validate(self, step: int, windows: Windows) -> float:
+    def _validate(self, step: int, windows: Windows, mask: Tensor | None = None) -> float:
         self.reporter.take_losses(wait=True)
         with self.watch.phase("validating"):
-            val_loss = self.evaluate(windows)
+            val_loss = self.evaluate(windows, mask)
         self.reporter.evaluation(step, val_loss, self.clock.elapsed_ms)
         self.recorder.evaluation(val_loss, *self._progress())
         if not math.isfinite(val_loss):
@@ -529,7 +533,7 @@ class Trainer:
             if reason := self.watch.boundary():
                 raise self._nothing_done(reason)
         with self.startup.phase("warm-up, restoring"):
-            self.evaluate(self.schedule.final_windows, micro_steps=1)
+            self.evaluate(self.schedule.final_windows, self.end_of_run.mask, micro_steps=1)
             with torch.no_grad():
                 for parameter, start in zip(self.model.parameters(), parameters, strict=True):
                     parameter.copy_(start)
@@ -562,6 +566,7 @@ class Trainer:
         failure: RunError | None = None
         with self.watch.phase("writing a checkpoint"):
             optimizer_state = self.optimizer.state_dict()
+            end_state = self.end_of_run.state_dict()
             extra_states = self.world.gather(extra_state(self.model))
             if self.run_directory is not None and self.world.is_main:
                 state = {
@@ -570,7 +575,7 @@ class Trainer:
                     "extra_state_by_rank": extra_states,
                     "optimizer": optimizer_state,
                     "batches": self.train_batches.state_dict(),
-                    "end_of_run": self.end_of_run.state_dict(),
+                    "end_of_run": end_state,
                     "elapsed_ms": self.clock.elapsed_ms,
                 }
                 directory = self.run_directory.checkpoint_directory

@@ -13,8 +13,10 @@ import torch
 from tiny_runs import (
     FIRST_WITH_PREFIX,
     assert_same,
+    averaged_spec,
     losses,
     make_data,
+    make_text_data,
     newest_state,
     python,
     tiny_spec,
@@ -190,6 +192,24 @@ def test_tables_that_are_updated_one_step_late(data: Path, whole: Path, tmp_path
 def test_gpt2_on_two_processes_trains_as_on_one(data: Path, tmp_path: Path) -> None:
     train(tiny_spec(CHECKPOINTS, model="gpt2"), data, tmp_path / "whole")
     assert_same_run(distributed_run(2, data, tmp_path / "two", model="gpt2"), tmp_path / "whole")
+
+
+def test_averages_and_mask_at_the_end(tmp_path: Path) -> None:
+    """Two processes as one, whose averages one takes over in the middle; their last validation has one mask."""
+    data = make_text_data(tmp_path / "data")
+    train(averaged_spec(CHECKPOINTS), data, tmp_path / "whole")
+    recipe = write_recipe(tmp_path / "tiny.yaml", averaged_spec(CHECKPOINTS, "hardware.gpus_per_node=2"))
+    torchrun(2, recipe, "--data", data, "--out", tmp_path / "runs")
+    (two,) = (tmp_path / "runs").iterdir()
+    assert_same_run(two, tmp_path / "whole")
+    assert read_record(two).end_of_run == read_record(tmp_path / "whole").end_of_run
+    path = stopped(two, 10, tmp_path / "run")
+    (averages,) = newest_state(path)["end_of_run"]
+    assert set(averages) == {
+        *("0/lm_head", "0/embed", "1/vo", "1/mlp", "2/value_embed", "3/qk", "3/vo", "3/mlp"),
+    }
+    train(averaged_spec(CHECKPOINTS), data, path, resume=True)
+    assert_same_run(path, tmp_path / "whole")
 
 
 def stopped(run: Path, step: int, path: Path) -> Path:

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from nanogpt.errors import InputError
 from nanogpt.kernels import cross_entropy
-from nanogpt.kernels.cross_entropy import head_loss, head_loss_reference, head_mean_loss, softcap
+from nanogpt.kernels.cross_entropy import head_loss, head_loss_reference, head_mean_loss, head_token_losses, softcap
 from nanogpt.kernels.fp8_head import (
     GRAD_SCALE,
     W_SCALE,
@@ -316,3 +316,25 @@ def test_logits_never_exist_whole():
     with Sizes():
         cross_entropy._plain_head_loss._init_fn(x, lm_head, targets, weights, **options)
     assert 0 < largest <= 256 * vocab
+
+
+def test_a_mask_rules_classes_out_by_the_token_before(monkeypatch):
+    monkeypatch.setattr(cross_entropy, "_TOKEN_LOSS_CHUNK", 16)
+    x, lm_head, targets, _ = head_inputs()
+    inputs = torch.randint(0, 96, (37,), dtype=torch.int32)
+    ruled_out = torch.rand(96, 96) < 0.4
+    ruled_out[inputs[3], targets[3]] = True  # whoever writes what cannot be pays for it
+    bits = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+    mask = (ruled_out.view(96, 12, 8) * bits).sum(2, dtype=torch.uint8)
+    z = softcap(x @ lm_head, **SOFTCAP).detach()
+    for position, token in enumerate(inputs.tolist()):
+        z[position, ruled_out[token]] = -60.0
+    expected = -z.log_softmax(1)[torch.arange(37), targets]
+    assert expected[3] > 60
+    found = head_token_losses(x, lm_head, targets, **SOFTCAP, inputs=inputs, mask=mask)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    for function in (head_mean_loss, torch.compile(head_mean_loss, fullgraph=True, backend="eager")):
+        mean = function(x, lm_head, targets, **SOFTCAP, inputs=inputs, mask=mask)
+        assert relative_error(mean, expected.mean()) < 1e-12
+    nothing = head_token_losses(x, lm_head, targets, **SOFTCAP, inputs=inputs, mask=torch.zeros_like(mask))
+    assert torch.equal(nothing, head_token_losses(x, lm_head, targets, **SOFTCAP))

@@ -42,6 +42,10 @@ OPTIMIZER = "nanogpt/optim/banks_and_adam.py"
 PLAN = "nanogpt/optim/step_order.py"
 SCHEDULE = "nanogpt/training/schedule.py"
 TRAINER = "nanogpt/training/trainer.py"
+END_OF_RUN = "nanogpt/training/end_of_run.py"
+SPEC_END = "nanogpt/spec_end.py"
+CANONICAL_MASK = "nanogpt/data/canonical_mask.py"
+RECIPE_AVERAGED = "recipes/record89-averaged.yaml"
 MICRO_STEP = "nanogpt/training/micro_step.py"
 ROWS = "nanogpt/kernels/row_gradients.py"
 BATCHES = "nanogpt/data/batches.py"
@@ -103,6 +107,10 @@ _TESTS: dict[str, tuple[str, ...]] = {
         "tests/training/test_trainer.py::test_each_stage_brings_its_batch_windows_weights_and_yarn",
         "tests/training/test_trainer.py::test_each_step_is_built_once_and_ahead",
     ),
+    END_OF_RUN: ("tests/training/test_tail_averages.py",),
+    SPEC_END: ("tests/training/test_tail_averages.py",),
+    CANONICAL_MASK: ("tests/data/test_canonical_mask.py",),
+    RECIPE_AVERAGED: ("tests/training/test_end_of_run.py::test_the_shipped_recipe_trains_as_record_89",),
     MICRO_STEP: ("tests/training/test_micro_step.py", "tests/optim/test_micro_steps.py"),
     ROWS: ("tests/kernels/test_row_gradients.py", "tests/training/test_micro_step.py"),
     BATCHES: ("tests/data/test_batches.py",),

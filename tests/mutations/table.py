@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import end_of_run
 import gpt2
 import record89
 import record92
@@ -15,4 +16,5 @@ MUTATIONS: list[Mutation] = [
     *gpt2.MUTATIONS,
     *record89.MUTATIONS,
     *record92.MUTATIONS,
+    *end_of_run.MUTATIONS,
 ]

@@ -265,6 +265,7 @@ EDITS = {
     "spec.yaml has sha256": (SPEC, "name: speedrun", "name:  speedrun"),
     "seed: 3 by record.json, 0 by spec.yaml": {"seed": 3},
     "tokens: 7, of a finished run 412876800": {"tokens": 7},
+    "end of the run: averaged by record.json, nothing by spec.yaml": {"end_of_run": ["averaged"]},
     "final validation loss: 3.2776 by metrics.jsonl, 3.2 by record.json": {"val_loss": 3.2},
     "its times are not in their order": {"created": BEGAN + datetime.timedelta(hours=1)},
     "1,554 steps, the run has 1,555; the first that is missing is of step 700": (METRICS, '"step": 700,', None),

@@ -203,3 +203,19 @@ def test_the_command_exits_with_2_for_a_failure(nanogpt: Callable, tmp_path: Pat
     outcome = nanogpt("preflight", "demo", "--data", tmp_path / "nowhere", "--out", tmp_path / "runs")
     assert outcome.code == 2
     assert ": failed  shards" in outcome.err and "nowhere: no such directory" in outcome.err
+
+
+def test_averages_count_in_a_checkpoint():
+    plain, averaged, mean = (
+        checkpoint_bytes(load_recipe(*recipe))
+        for recipe in (
+            ("record89",),
+            ("record89-averaged",),
+            ("record89", ["training.end=[{kind: average, last_steps: 9}]"]),
+        )
+    )
+    sizes = {row.name: row.size for row in load_recipe("record89").model.parameters()}
+    twice = ("vo", "mlp")
+    once = ("lm_head", "embed", "value_embed", "qk")
+    assert averaged - plain == 4 * sum(sizes[name] for name in (*twice, *twice, *once))
+    assert mean - plain == 4 * sum(sizes.values())

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import math
+import shutil
+import subprocess
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from tiny_runs import assert_same, losses, make_data, newest_state, tiny_spec, train
+from tiny_runs import (
+    assert_same,
+    averaged_spec,
+    losses,
+    make_data,
+    make_text_data,
+    newest_state,
+    tiny_spec,
+    train,
+)
 
+from nanogpt.data.batches import ValBatches
+from nanogpt.data.canonical_mask import build
 from nanogpt.recipe import RecipeError, load_recipe
 from nanogpt.runs.record import read_record
-from nanogpt.training.evaluation import evaluate_runs
+from nanogpt.training.evaluation import as_json, as_lines, evaluate_runs
+from nanogpt.training.trained_model import load_trained_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 AVERAGE = "training.end=[{kind: average, last_steps: 3}]"
@@ -68,3 +85,162 @@ def test_more_steps_than_the_run_has_are_refused():
 def test_a_shortened_run_averages_its_share():
     spec = load_recipe("speedrun", ["training.end=[{kind: average, last_steps: 300}]"], steps=311)
     assert [entry.last_steps for entry in spec.training.end] == [60]
+
+
+# --- tail averages and the canonical mask, in the shipped recipe made small ---
+
+EVERY_FIFTH = "checkpoint={every: 5, at_end: true, keep: 3}"
+ENDS = (
+    "vo 1, mlp 1 of the way to a running average; ticks: 2, after steps 7 to 11; rate 0.955943",
+    "norms as before: embed, lm_head, mlp, qk, vo",
+    "the last validation leaves out what GPT-2's tokenizer never makes after a token: 70,889,701 pairs",
+)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_text_data(tmp_path_factory.mktemp("text") / "data")
+
+
+@pytest.fixture(scope="module")
+def averaged(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs of `record89-averaged` made small: with all of its end, and without the mask."""
+    paths, spec = {}, averaged_spec(EVERY_FIFTH)
+    for name, entries in (("whole", spec.training.end), ("unmasked", spec.training.end[:1])):
+        paths[name] = tmp_path_factory.mktemp(name) / "run"
+        training = spec.training.model_copy(update={"end": entries})
+        train(spec.model_copy(update={"training": training}), text, paths[name])
+    return paths
+
+
+def test_the_mask_is_the_last_validations_alone(averaged: dict[str, Path]):
+    train_losses, validation = zip(*(losses(path) for path in averaged.values()), strict=True)
+    assert train_losses[0] == train_losses[1]
+    whole, unmasked = validation
+    assert [whole[step] for step in (0, 5, 10)] == [unmasked[step] for step in (0, 5, 10)]
+    assert whole[12] < unmasked[12] - 0.01  # what cannot be takes no part of the probability
+    assert_same(newest_state(averaged["whole"]), newest_state(averaged["unmasked"]))
+
+
+def test_the_masked_loss_is_the_definitions(averaged: dict[str, Path], text: Path):
+    trained = load_trained_model(averaged["whole"])
+    mask = np.zeros((50304, 50304 // 8), dtype=np.uint8)
+    build(mask)
+    batches = ValBatches(
+        sorted(text.glob("*_val_*")),
+        tokens=256,
+        micro_batch_tokens=64,
+        slots=1,
+        bos=50256,
+        device=torch.device("cpu"),
+        extras=trained.spec.model.batch_extras,
+    )
+    nats, without = [], []
+    for batch in batches:
+        with torch.no_grad():
+            logits = (trained.model(batch, trained.windows).double() @ trained.model.lm_head.double()).numpy()
+        z = 23 / (1 + np.exp(-(logits + 5) / 7.5))
+        for row, token, target in zip(z, batch.inputs.tolist(), batch.targets.tolist(), strict=True):
+            without.append(math.log(np.exp(row).sum()) - row[target])
+            never = np.flatnonzero(np.unpackbits(mask[token], bitorder="little"))
+            assert target not in never
+            row[never] = -60
+            nats.append(math.log(np.exp(row).sum()) - row[target])
+    found = losses(averaged["whole"])[1][12]
+    assert found == pytest.approx(np.mean(nats), abs=1e-5)
+    assert losses(averaged["unmasked"])[1][12] == pytest.approx(np.mean(without), abs=1e-5)
+
+
+def test_an_evaluation_anew_has_the_mask_where_the_run_had_it(averaged: dict[str, Path], text: Path, tmp_path: Path):
+    evaluation = evaluate_runs([averaged["whole"], averaged["unmasked"]], data_directory=text, device="cpu")
+    for one in evaluation.runs:
+        assert one.mean.value == pytest.approx(one.recorded, abs=1e-6)
+    assert [one["canonical_mask"] for one in as_json(evaluation)["runs"]] == [True, False]
+    lines = [line for line in as_lines(evaluation, 0) if "canonical mask" in line]
+    assert lines == [f"{evaluation.runs[0].label}: with the canonical mask, as its last validation"]
+    earlier = tmp_path / "earlier"
+    shutil.copytree(averaged["whole"], earlier)
+    (earlier / "checkpoints" / "step-000012.pt").unlink()
+    (one,) = evaluate_runs([earlier], data_directory=text, device="cpu").runs
+    assert (one.step, one.masked) == (10, False)
+
+
+def test_log_and_record_say_it(averaged: dict[str, Path]):
+    record = read_record(averaged["whole"])
+    assert record.end_of_run == averaged_spec().training.end_lines
+    assert len(record.end_of_run) == 6 and set(ENDS) < set(record.end_of_run)
+    log = (averaged["whole"] / "log.txt").read_text()
+    assert [line for line in log.splitlines() if line.startswith("end of the run: ")] == [
+        f"end of the run: {line}" for line in record.end_of_run
+    ]
+
+
+@pytest.mark.parametrize("step", [10, 12])
+def test_resuming_in_the_averages_or_at_the_end(averaged: dict[str, Path], text: Path, tmp_path: Path, step: int):
+    path = tmp_path / "run"
+    shutil.copytree(averaged["whole"], path)
+    if step < 12:
+        (path / "checkpoints" / "step-000012.pt").unlink()
+    state = newest_state(path)["end_of_run"]
+    assert len(state) == 1
+    assert (len(state[0]) > 0) == (step < 12)  # written back, nothing is kept
+    train(averaged_spec(EVERY_FIFTH), text, path, resume=True)
+    assert losses(path) == losses(averaged["whole"])
+    assert_same(newest_state(path), newest_state(averaged["whole"]))
+    assert read_record(path).end_of_run == read_record(averaged["whole"]).end_of_run
+
+
+def test_warm_up_leaves_no_trace(averaged: dict[str, Path], text: Path, tmp_path: Path):
+    train(averaged_spec(EVERY_FIFTH, "training.warmup=true"), text, tmp_path / "run")
+    assert losses(tmp_path / "run") == losses(averaged["whole"])
+
+
+def test_no_process_is_left_where_a_run_ends_early(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    started: list[Any] = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        "nanogpt.training.mask_builder.subprocess.Popen", lambda *a, **b: started.append(popen(*a, **b)) or started[-1]
+    )
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("on purpose")
+
+    monkeypatch.setattr("nanogpt.training.trainer.Trainer.train_step", fail)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        train(averaged_spec(), text, tmp_path / "run")
+    (builder,) = [process for process in started if "nanogpt.data.canonical_mask" in process.args]
+    assert builder.poll() is not None
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "message"),
+    [
+        ("record89", (), r"training\.end\.0: canonical_mask is of GPT-2's tokens: .* found 50000 with 49999"),
+        ("gpt2", (), r"training\.end\.0: canonical_mask: the evaluation of a gpt2 model knows none"),
+        ("record89", ("model.padded_vocab_size=50260",), r"model\.padded_vocab_size is 50260, must be a multiple of 8"),
+    ],
+)
+def test_other_vocabularies_and_models_are_refused(recipe: str, overrides: tuple[str, ...], message: str):
+    if "50000" in message:
+        overrides = ("model.vocab_size=50000", "data.bos=49999")
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(recipe, ["training.end=[{kind: canonical_mask}]", *overrides])
+
+
+def test_the_shipped_recipe_trains_as_record_89(tmp_path: Path):
+    averaged, plain = load_recipe("record89-averaged"), load_recipe("record89")
+    for part in ("model", "optimizer", "data", "evaluation", "runtime"):
+        assert getattr(averaged, part) == getattr(plain, part)
+    assert averaged.training.model_copy(update={"end": []}) == plain.training
+    first, banks, values, blend = averaged.training.end[0].averages
+    adam_steps = {step for step in range(1285) if step % 2}
+    assert set(list(first.ticks(1285))[1:]) <= adam_steps and max(first.ticks(1285)) == max(adam_steps)
+    assert set(values.ticks(1285)) <= adam_steps
+    assert {max(each.ticks(1285)) for each in (banks, blend)} == {1284}
+    for average, (rate, window) in zip(
+        (first, banks, values, blend),
+        ((1 - (1 - 2 / 299) ** 2, 298), (4 / 53, 250), (4 / 53, 250), (2 / 75, 298)),
+        strict=True,
+    ):
+        assert average.rate == pytest.approx(1 - (1 - rate) ** (1194 / 1285), rel=1e-3)
+        assert average.window_steps == round(window * 1285 / 1194)

@@ -99,6 +99,7 @@ class Gpt2(LanguageModel):
         batch: TokenBatch,
         windows: Windows | RunTimeWindows,
         embedded: tuple[Tensor, ...] | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Mean cross-entropy of the next token."""
         return self._mean_loss(self(batch, windows), batch.targets)

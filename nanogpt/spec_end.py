@@ -1,0 +1,173 @@
+"""What may happen at a run's end: the entries of `training.end`. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from nanogpt.parameters import Parameter
+from nanogpt.spec_fields import Count, Fraction, Index, Name, Names, Problem, Strict
+
+
+class EndEntry(Strict):
+    """Base of what `training.end` lists."""
+
+    def problems(self, total_steps: int, rows: Sequence[Parameter]) -> Iterator[Problem]:
+        """Cross-checks with the run's steps and the model's table; yields (path below the entry, message)."""
+        yield from ()
+
+    def averaged(self, names: Iterable[str]) -> Iterator[str]:
+        """The parameters, of those with `names`, of which it keeps an average in fp32: once for each."""
+        yield from ()
+
+    def shortened(self, scaled: Callable[..., int], before: int, after: int) -> dict[str, Any]:
+        """The entry of a run of `after` steps instead of `before`; `scaled(steps, at_least)` scales and rounds."""
+        return self.model_dump()
+
+    def describe(self, total_steps: int) -> list[str]:
+        """Lines for the log and the record."""
+        raise NotImplementedError
+
+
+class AverageWeights(EndEntry):
+    """The run's weights become the mean of those that each of the last steps has left, kept in fp32."""
+
+    kind: Literal["average"]
+    last_steps: Count
+
+    def problems(self, total_steps: int, rows: Sequence[Parameter]) -> Iterator[Problem]:
+        """More steps than the run has."""
+        if self.last_steps > total_steps:
+            yield ("last_steps",), f"is {self.last_steps}, the run has {total_steps} steps"
+
+    def averaged(self, names: Iterable[str]) -> Iterator[str]:
+        """All."""
+        yield from names
+
+    def shortened(self, scaled: Callable[..., int], before: int, after: int) -> dict[str, Any]:
+        """The same share of the run."""
+        return {**self.model_dump(), "last_steps": scaled(self.last_steps, at_least=1)}
+
+    def describe(self, total_steps: int) -> list[str]:
+        """A line."""
+        return [f"the mean of the weights after each of the last {self.last_steps} steps"]
+
+
+class TailAverage(Strict):
+    """A running average of parameters, in fp32, fed after some of the last steps, its ticks: the first one copies.
+
+    Ticks are counted back from the run's last step, which is 0, so that they say the same in runs of any length.
+    """
+
+    blend: dict[Name, Fraction] = Field(
+        min_length=1,
+        max_length=1024,
+        description="by parameter, how far it goes from its last value to its average: lerp(last, average, blend)",
+    )
+    window_steps: Count = Field(description="the last so many steps of the run, in which the ticks are")
+    every: Count = Field(description="steps from tick to tick; --steps leaves it, as optimizers have their cadences")
+    last: Index = Field(default=0, description="the last of these ticks, in steps before the run's last one")
+    also: list[Index] = Field(
+        default=[], max_length=100, description="further ticks, in steps before the run's last one"
+    )
+    rate: Fraction = Field(description="of a tick: average = lerp(average, weights, rate)")
+    last_rate: Fraction | None = Field(default=None, description="of the last tick; null: rate")
+
+    def ticks(self, total_steps: int) -> dict[int, float]:
+        """The rates by step, ascending; that of the first has no meaning, as it copies."""
+        before_end = {*range(self.last, self.window_steps, self.every), *self.also}
+        rates = {total_steps - 1 - each: self.rate for each in sorted(before_end, reverse=True)}
+        if self.last_rate is not None:
+            rates[max(rates)] = self.last_rate
+        return rates
+
+    def shortened(self, scaled: Callable[..., int], before: int, after: int) -> dict[str, Any]:
+        """The same share of the run; so many fewer ticks with higher rates forget as much."""
+
+        def rate(given: float) -> float:
+            return float(1 - (1 - given) ** (before / after))
+
+        window = scaled(self.window_steps, at_least=1)
+        return {
+            **self.model_dump(),
+            "window_steps": window,
+            "last": min(scaled(self.last), window - 1),
+            "also": [min(scaled(each), after - 1) for each in self.also],
+            "rate": rate(self.rate),
+            "last_rate": None if self.last_rate is None else rate(self.last_rate),
+        }
+
+
+class TailAverages(EndEntry):
+    """Parameters go to, or towards, averages of their last values; some then get back the norms that they had.
+
+    Averages are written in their order: a parameter may be in several.
+    """
+
+    kind: Literal["tail_averages"]
+    averages: list[TailAverage] = Field(min_length=1, max_length=100)
+    keep_norms: Names = Field(
+        default=[], description="parameters that are multiplied by their Frobenius norm before over that after"
+    )
+
+    def problems(self, total_steps: int, rows: Sequence[Parameter]) -> Iterator[Problem]:
+        """Unknown parameters, steps that the run does not have, norms of what is not averaged."""
+        known = {row.name for row in rows}
+        averaged = set(self.averaged(known))
+        for index, average in enumerate(self.averages):
+            path = ("averages", index)
+            for name in average.blend.keys() - known:
+                yield (*path, "blend", name), "is no parameter of the model"
+            if average.window_steps > total_steps:
+                yield (*path, "window_steps"), f"is {average.window_steps}, the run has {total_steps} steps"
+            if average.last >= average.window_steps:
+                yield (*path, "last"), f"is {average.last}, outside of the last {average.window_steps} steps"
+            if any(each >= total_steps for each in average.also):
+                yield (*path, "also"), f"has {max(average.also)}, the run has {total_steps} steps"
+        for index, name in enumerate(self.keep_norms):
+            if name not in averaged:
+                yield ("keep_norms", index), f"{name} is not averaged"
+            elif name in self.keep_norms[:index]:
+                yield ("keep_norms", index), f"{name} stands there twice"
+
+    def averaged(self, names: Iterable[str]) -> Iterator[str]:
+        """Those of each average."""
+        for average in self.averages:
+            yield from average.blend
+
+    def shortened(self, scaled: Callable[..., int], before: int, after: int) -> dict[str, Any]:
+        """Each average's share of the run."""
+        averages = [average.shortened(scaled, before, after) for average in self.averages]
+        return {**self.model_dump(), "averages": averages}
+
+    def describe(self, total_steps: int) -> list[str]:
+        """A line an average, in their order, and one for the norms."""
+        lines = []
+        for average in self.averages:
+            ticks = average.ticks(total_steps)
+            blends = ", ".join(f"{name} {blend:g}" for name, blend in average.blend.items())
+            lines.append(
+                f"{blends} of the way to a running average; ticks: {len(ticks)}, after steps {min(ticks)} to"
+                f" {max(ticks)}; rate {average.rate:.6g}"
+            )
+        return [*lines, f"norms as before: {', '.join(self.keep_norms)}"] if self.keep_norms else lines
+
+
+class CanonicalMask(EndEntry):
+    """The last validation rules out tokens that GPT-2's tokenizer never makes after the one before."""
+
+    kind: Literal["canonical_mask"]
+
+    def describe(self, total_steps: int) -> list[str]:
+        """A line."""
+        return ["the last validation leaves out what GPT-2's tokenizer never makes after a token: 70,889,701 pairs"]
+
+
+End = Annotated[AverageWeights | TailAverages | CanonicalMask, Field(discriminator="kind")]
+
+
+def masked(end: Sequence[EndEntry]) -> bool:
+    """Whether the last validation has the canonical mask."""
+    return any(isinstance(entry, CanonicalMask) for entry in end)
