@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,13 @@ class Implementations:
     head_precision: Precision = "bf16"
     mlp_precision: Precision = "bf16"
     plain_kernels: bool = False  # plain PyTorch also where a Triton kernel could run
+
+
+class Transformers(NamedTuple):
+    """A model in the form of one that Hugging Face transformers has."""
+
+    config: dict[str, Any]  # config.json, but for dtype and special tokens
+    tensors: dict[str, Tensor]
 
 
 class TokenBatch(Protocol):
@@ -185,6 +192,13 @@ class LanguageModel(nn.Module):
     def next_token_logits(self, batch: TokenBatch, windows: Windows) -> Tensor:
         """(vocab_size,) fp32: the (softcapped) logits after the micro-batch's last token; for sampling."""
         raise NotImplementedError
+
+    def as_transformers(self, windows: Windows) -> Transformers | None:
+        """The model, read with `windows`, as transformers has it; None: it has no such model.
+
+        Raises InputError where its model is another for these windows.
+        """
+        return None
 
     def extend_window(self, old: int, new: int) -> None:
         """The long window goes from `old` to `new` tokens at a stage change."""
