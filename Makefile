@@ -24,8 +24,9 @@ READY := $(VENV)/.ready
 DEMO_READY := $(READY)/demo
 TEST_READY := $(READY)/test
 TRITON := $(READY)/triton
+TRANSFORMERS := $(READY)/transformers
 
-.PHONY: help demo test lint mutations format schema clean sif sif-diff lock sign verify shell test-cluster need-python
+.PHONY: help demo test test-export lint mutations format schema clean sif sif-diff lock sign verify shell test-cluster need-python
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -79,6 +80,10 @@ shell: ## A shell in the image that runs this checkout's code
 test-cluster: $(TEST_READY) ## Run the tests with real Apptainer and Slurm (tests/cluster/setup-*.sh install those)
 	@$(BIN)/python -m pytest tests/cluster -n 3 --dist loadfile --durations=12 $(PYTEST_ARGS)
 
+test-export: $(TRANSFORMERS)/.ready ## Load exports with Hugging Face transformers, and measure them with lm-eval
+	@NANOGPT_TEST_TRANSFORMERS='$(abspath $(TRANSFORMERS)/bin/python)' \
+	  $(BIN)/python -m pytest tests/transformers $(PYTEST_ARGS)
+
 clean: ## Remove the virtual environment and the tools' caches
 	@test ! -e $(VENV) -o -e $(VENV)/pyvenv.cfg || { echo "make: $(VENV) is no virtual environment, not removed" >&2; exit 1; }
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
@@ -113,4 +118,13 @@ $(TRITON)/.ready: containers/cuda.lock $(READY)/venv | $(TEST_READY)
 	@rm -rf $(TRITON) && mkdir -p $(TRITON)
 	@test $$(uname) != Linux || \
 	  $(PIP) install --quiet --no-deps --target $(TRITON) $$(sed -n 's/^\(triton==[^ ]*\).*/\1/p' containers/cuda.lock)
+	@touch $@
+
+# An environment of its own, without nanogpt: a .pth file lends it the packages of the tests' (torch among them).
+$(TRANSFORMERS)/.ready: tests/transformers/requirements.txt | $(TEST_READY)
+	@rm -rf $(TRANSFORMERS) && $(BIN)/python -m venv --without-pip $(TRANSFORMERS)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > $$($(TRANSFORMERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth
+	@echo "Installing transformers and lm-eval into $(TRANSFORMERS)"
+	@$(PIP) --python $(TRANSFORMERS)/bin/python install --quiet --requirement $<
 	@touch $@

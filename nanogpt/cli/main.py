@@ -49,6 +49,7 @@ COMMANDS = (
     Command("runs", "nanogpt.cli.runs:runs", "Runs", "List runs: state, loss, time, GPUs."),
     Command("sample", "nanogpt.cli.sample:sample", "Runs", "Write text with a run's model."),
     Command("evaluate", "nanogpt.cli.evaluate:evaluate", "Runs", "Validation loss of a checkpoint, by document."),
+    Command("export", "nanogpt.cli.export:export", "Runs", "Write a model for Hugging Face transformers."),
     Command("plot", "nanogpt.cli.plot:plot", "Runs", "Draw the losses of runs."),
     Command("compare", "nanogpt.cli.compare:compare", "Runs", "Runs side by side, and what they differ in."),
     Command("significance", "nanogpt.cli.significance:significance", "Records", "Test the mean loss of several runs."),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,13 @@ class Implementations:
     mlp_precision: Precision = "bf16"
     projection_precision: Precision = "bf16"  # of queries, keys and values
     plain_kernels: bool = False  # plain PyTorch also where a Triton kernel could run
+
+
+class Transformers(NamedTuple):
+    """A model in the form of one that Hugging Face transformers has."""
+
+    config: dict[str, Any]  # config.json, but for dtype and special tokens
+    tensors: dict[str, Tensor]
 
 
 class TokenBatch(Protocol):
@@ -210,6 +217,13 @@ class LanguageModel(nn.Module):
 
     def change_windows(self, old: Windows, new: Windows) -> None:
         """The windows go from `old` to `new` at a stage change: one of them at least is another."""
+
+    def as_transformers(self, windows: Windows) -> Transformers | None:
+        """The model, read with `windows`, as transformers has it; None: it has no such model.
+
+        Raises InputError where its model is another for these windows.
+        """
+        return None
 
     def set_prefixes(self, prefixes: Tensor) -> None:
         """The prefix of each token, (rows of the embedding,) int64, -1 for none. Until then no token has one."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from nanogpt.errors import InputError
 from nanogpt.kernels.attention import attention
 from nanogpt.models.gpt2.spec import Gpt2ModelSpec
 from nanogpt.models.language_model import (
@@ -23,10 +24,19 @@ from nanogpt.models.language_model import (
     RunTimeWindows,
     SchedulePoint,
     TokenBatch,
+    Transformers,
     Windows,
 )
 
 LOSS_CHUNK = 8192  # tokens whose logits exist at a time
+TRANSFORMERS_NAMES = {
+    "embed": "wte",
+    "positions": "wpe",
+    "qkv": "attn.c_attn",
+    "attn_out": "attn.c_proj",
+    "mlp_up": "mlp.c_fc",
+    "mlp_down": "mlp.c_proj",
+}
 
 
 class Gpt2(LanguageModel):
@@ -116,6 +126,38 @@ class Gpt2(LanguageModel):
         """(vocab_size,) fp32 logits after the last token."""
         x = self(batch, windows)[-1]
         return (x @ self.embed.weight.mT).float()[: self.spec.vocab_size]
+
+    def as_transformers(self, windows: Windows) -> Transformers:
+        """GPT2LMHeadModel, whose matrices are stored (in, out); head and embedding are one."""
+        spec = self.spec
+        if windows.long < spec.context - 1:
+            raise InputError(
+                f"the model sees {windows.long} tokens back, its context is {spec.context}: transformers' GPT-2 has no"
+                " sliding window; a run that ends with final_window_blocks of the context's length can be exported"
+            )
+        state: dict[str, Tensor] = self.state_dict()
+        tensors = {}
+        for name, value in state.items():
+            folders, _, kind = name.rpartition(".")
+            *block, part = folders.rsplit(".", 1)
+            place = ".".join([*block, TRANSFORMERS_NAMES.get(part, part)]).replace("blocks.", "h.")
+            transposed = kind == "weight" and part in ("qkv", "attn_out", "mlp_up", "mlp_down")
+            tensors[f"transformer.{place}.{kind}"] = value.mT if transposed else value
+        config = {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            "vocab_size": spec.padded_vocab_size,
+            "n_positions": spec.context,
+            "n_embd": spec.width,
+            "n_layer": spec.layers,
+            "n_head": spec.heads,
+            "n_inner": spec.mlp_expansion * spec.width,
+            "activation_function": "gelu_new",
+            "layer_norm_epsilon": 1e-5,
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+            "tie_word_embeddings": True,
+        }
+        return Transformers(config, tensors)
 
 
 def split_documents(cu_seqlens: Tensor, tokens: int, context: int) -> tuple[Tensor, Tensor]:

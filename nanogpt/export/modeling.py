@@ -1,0 +1,49 @@
+"""The file of Python that goes along with a record model, for transformers' `trust_remote_code`."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from pathlib import Path
+
+from nanogpt import __version__
+from nanogpt.export.bundle import Bundle
+from nanogpt.layers.rotary import Rotary
+from nanogpt.models import MODELS
+from nanogpt.models.model_spec import BaseModelSpec
+from nanogpt.registry import built_class
+
+FILE = "modeling_nanogpt.py"
+WRAPPER = "nanogpt.export.wrapper"
+CLASSES = {"AutoConfig": "NanogptConfig", "AutoModelForCausalLM": "NanogptForCausalLM"}
+
+
+def modeling_code(spec: BaseModelSpec) -> str:
+    """The code of the spec's model, whole: it needs torch, NumPy and transformers, and nothing of this package.
+
+    Raises ValueError where the model's code names what a file by itself cannot have; see `Bundle`.
+    """
+    kind, spec_class = built_class(MODELS, spec), type(spec)
+    source = Path(importlib.util.find_spec(WRAPPER).origin).read_text("utf-8")  # type: ignore[union-attr, arg-type]
+    body = ast.parse(source).body
+    bundle = Bundle()
+    wrapper, imports = [], []
+    for node in body:
+        text = ast.get_source_segment(source, node) or ""
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("nanogpt."):
+            for alias in node.names:
+                bundle.add(node.module, alias.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom) and "__future__" not in text:
+            imports.append(text)
+        elif isinstance(node, ast.ClassDef | ast.FunctionDef):
+            wrapper.append(text)
+    bundle.add_methods(Rotary, ("forward", "_fill_tables"), base="nn.Module")
+    bundle.add_class(kind, ("forward", "hidden"), base="nn.Module")
+    bundle.add_class(spec_class, ("attention_layers", "batch_extras"))
+    head = (
+        f'"""{kind.__name__} of nanogpt-speedrun {__version__}, for Hugging Face transformers. MIT licence.\n\n'
+        "Made of that package's own definitions by `nanogpt export`; equal to them, and to be edited there.\n"
+        '"""\n\nfrom __future__ import annotations'
+    )
+    names = f"MODEL = {kind.__name__}\nSPEC = {spec_class.__name__}\nROTARY = Rotary"
+    return "\n\n\n".join([head, bundle.text(imports).rstrip(), names, *wrapper]) + "\n"

@@ -1,0 +1,156 @@
+"""The public records' models as Hugging Face transformers loads them: the last part of an exported file.
+
+Not imported here, since it needs transformers: `nanogpt.export.modeling` writes its classes behind the model's own
+code, and there MODEL, SPEC and ROTARY are the classes of the model, of its spec and of its rotary embedding.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from nanogpt.kernels.cross_entropy import softcap
+from nanogpt.kernels.relu_squared_mlp import relu_squared_mlp_plain
+
+MODEL: Any = nn.Module
+SPEC: Any = SimpleNamespace
+ROTARY: Any = nn.Module
+
+
+class NanogptConfig(PretrainedConfig):
+    """`spec`: the recipe's `model`; `rotary`, `windows`: as training left them; `tensors`: name -> shape and dtype."""
+
+    model_type = "nanogpt_record"
+
+    def __init__(
+        self,
+        spec: dict[str, Any] | None = None,
+        rotary: dict[str, Any] | None = None,
+        windows: dict[str, int] | None = None,
+        tensors: dict[str, Any] | None = None,
+        buffers: list[str] | None = None,
+        **rest: Any,
+    ):
+        self.spec = spec or {}
+        self.rotary = rotary or {}
+        self.windows = windows or {}
+        self.tensors = tensors or {}
+        self.buffers = buffers or []
+        rest.setdefault("tie_word_embeddings", False)  # head and embedding part before the run's end
+        rest.setdefault("use_cache", False)
+        super().__init__(**rest)
+
+
+def named(value: Any) -> Any:
+    """Nested dictionaries as objects with attributes."""
+    return SimpleNamespace(**{key: named(item) for key, item in value.items()}) if isinstance(value, dict) else value
+
+
+class NanogptModel(MODEL):
+    """The model, its parameters empty until they are loaded."""
+
+    def __init__(self, config: NanogptConfig):
+        nn.Module.__init__(self)
+        self.spec = SPEC()
+        vars(self.spec).update(vars(named(config.spec)))
+        self.implementations = SimpleNamespace(attention="plain", plain_kernels=True)
+        self.mlp_function = relu_squared_mlp_plain
+        self.attention_row = {layer: row for row, layer in enumerate(self.spec.attention_layers)}
+        self.value_table = {layer: table for table, layer in enumerate(self.spec.value_embed_layers)}
+        self.windows = named(config.windows)
+        self.rotary_state = config.rotary
+        self.rotary: Any = None
+        for name, (shape, dtype) in config.tensors.items():
+            numbers = torch.empty(shape, dtype=torch.float32 if dtype == "float32" else None)
+            if name in config.buffers:
+                self.register_buffer(name, numbers)
+            else:
+                self.register_parameter(name, nn.Parameter(numbers))
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """(T, padded vocabulary) fp32 softcapped logits after each token of one document, (T,)."""
+        spec, count, device = self.spec, len(tokens), tokens.device
+        if self.rotary is None or self.rotary.rows < 2 * count or self.rotary.cos.device != device:
+            self.rotary = self.rotary_tables(count, device)
+        extras = spec.batch_extras(tokens.cpu().numpy().astype(np.uint16))
+        batch = SimpleNamespace(
+            inputs=tokens.int(),
+            cu_seqlens=torch.tensor([0, count], dtype=torch.int32, device=device),
+            max_seqlen=count,
+            extras={name: torch.from_numpy(values).to(device) for name, values in extras.items()},
+        )
+        x = self(batch, self.windows)
+        return softcap(x @ self.lm_head, spec.softcap.cap, spec.softcap.shift, spec.softcap.scale)
+
+    def rotary_tables(self, tokens: int, device: torch.device) -> Any:
+        """For documents of at least so many tokens."""
+        rotary = ROTARY()
+        rotary.frequency = torch.tensor(self.rotary_state["frequency"], device=device)
+        rotary.attention_scale = self.rotary_state["attention_scale"]
+        rotary.run_time_scale = torch.empty((), dtype=torch.float64, device="cpu")
+        rotary.rotated = 2 * len(rotary.frequency)
+        rotary.rows = 2 << (tokens - 1).bit_length()
+        rotary.cos, rotary.signed_sin = (
+            torch.empty(rotary.rows, rotary.rotated, dtype=self.embed.dtype, device=device) for _ in range(2)
+        )
+        rotary._fill_tables()
+        return rotary
+
+
+class NanogptForCausalLM(PreTrainedModel, GenerationMixin):
+    """Each row of a batch is a document of its own and is read by itself; there is no cache of keys and values."""
+
+    config_class = NanogptConfig
+    base_model_prefix = "model"
+    _tied_weights_keys: Any = None
+
+    def __init__(self, config: NanogptConfig):
+        super().__init__(config)
+        self.model = NanogptModel(config)
+        self._keep_in_fp32_modules_strict = [name for name, (_, dtype) in config.tensors.items() if dtype == "float32"]
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Every tensor is in the file."""
+
+    def get_input_embeddings(self) -> Any:
+        """Not a module here."""
+        return None
+
+    def get_output_embeddings(self) -> Any:
+        """Not a module here."""
+        return None
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **rest: Any) -> dict[str, Any]:
+        """All tokens so far, each time."""
+        return {"input_ids": input_ids, "attention_mask": rest.get("attention_mask")}
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **_: Any,
+    ) -> CausalLMOutput:
+        """input_ids (B, T); attention_mask 0 where a row is padded, at either end; labels (B, T), -100 for none.
+
+        The loss is the mean cross-entropy of the next token, in nats.
+        """
+        rows = []
+        for index, tokens in enumerate(input_ids):
+            kept = slice(None) if attention_mask is None else attention_mask[index].bool()
+            read = self.model.logits(tokens[kept])
+            logits = read.new_zeros(len(tokens), read.shape[1])
+            logits[kept] = read
+            rows.append(logits)
+        logits = torch.stack(rows)
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return CausalLMOutput(loss=loss, logits=logits)

@@ -1,0 +1,65 @@
+"""What others do with an export, run by a Python that has no nanogpt: others.py '["FUNCTION", "ARGUMENT", ...]'."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TEXTS = (
+    "Hello, world! It's 12 o'clock; they'll've gone.\n\n\tTabs  and   spaces \u00a0\u3000.",
+    "Stra\u00dfe, na\u00efve, \u4f60\u597d, \u0645\u0631\u062d\u0628\u0627, \U0001f680 1234567 ---!!!",
+    "def f(x):\n    return x ** 2  # \u2211\r\n" + " " * 9,
+)
+
+
+def logits(directory: str, dtype: str, out: str) -> Any:
+    """Loads model and tokenizer; saves the logits of two rows of tokens, whole and padded at either end, to `out`."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype=dtype).eval()
+    tokens = torch.randint(0, 50257, (2, 30))
+    tokens[:, 0] = tokenizer.bos_token_id
+    with torch.no_grad():
+        whole = model(tokens, labels=tokens)
+        padded = []
+        for side in ("left", "right"):
+            rows = torch.full((2, 32), 0)
+            mask = torch.zeros_like(rows)
+            for row, length in zip(range(2), (30, 21), strict=True):
+                place = slice(32 - length, 32) if side == "left" else slice(length)
+                rows[row, place], mask[row, place] = tokens[row, :length], 1
+            read = model(rows, attention_mask=mask).logits
+            padded.append([read[row, mask[row].bool()] for row in range(2)])
+        written = model.generate(tokens[:1, :8], max_new_tokens=12, do_sample=False, pad_token_id=50256)
+    torch.save({"tokens": tokens, "logits": whole.logits, "padded": padded, "written": written}, out)
+    return {
+        "class": type(model).__name__,
+        "loss": whole.loss.item(),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dtypes": sorted({str(value.dtype) for value in model.state_dict().values()}),
+        "texts": [[tokenizer(text)["input_ids"], tokenizer.decode(tokenizer(text)["input_ids"])] for text in TEXTS],
+    }
+
+
+def tensors(directory: str) -> Any:
+    """Name -> shape and dtype by the safetensors package."""
+    from safetensors import safe_open
+
+    with safe_open(Path(directory) / "model.safetensors", "pt") as file:
+        return {name: [list(file.get_tensor(name).shape), str(file.get_tensor(name).dtype)] for name in file.keys()}  # noqa: SIM118
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(ModuleNotFoundError):
+        importlib.import_module("nanogpt.errors")
+        sys.exit("nanogpt can be imported here")
+    function, *arguments = json.loads(sys.argv[1])
+    print(json.dumps(globals()[function](*arguments)))

@@ -1,0 +1,69 @@
+"""Exports loaded by Hugging Face transformers, in an environment without nanogpt, against the trained model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from exported_runs import KINDS, gpt2_tokens_spec, untrained_run
+from others import TEXTS
+
+from nanogpt.data.batches import MicroBatch
+from nanogpt.data.tokenizer import gpt2_encoding
+from nanogpt.export.export import export_run
+from nanogpt.kernels.cross_entropy import softcap
+from nanogpt.training.trained_model import TrainedModel, load_trained_model
+
+CLASSES = {"gpt2": "GPT2LMHeadModel", "speedrun": "NanogptForCausalLM", "record89": "NanogptForCausalLM"}
+
+
+@torch.no_grad()
+def own_logits(trained: TrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    """(T, padded vocabulary) fp32 after each token of one document."""
+    spec, count = trained.spec.model, len(tokens)
+    extras = {
+        name: torch.from_numpy(value) for name, value in spec.batch_extras(tokens.numpy().astype(np.uint16)).items()
+    }
+    bounds = torch.tensor([0, count], dtype=torch.int32)
+    model: Any = trained.model
+    x = model(MicroBatch(tokens.int(), tokens, bounds, count, extras), trained.windows)
+    if spec.kind == "gpt2":
+        return (x @ model.embed.weight.mT).float()
+    return softcap(x @ model.lm_head, spec.softcap.cap, spec.softcap.shift, spec.softcap.scale)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [*((kind, "fp32") for kind in KINDS), ("record89", "bf16")])
+def test_logits_are_ours(others: Any, tmp_path: Path, kind: str, dtype: str) -> None:
+    run = untrained_run(tmp_path / "run", gpt2_tokens_spec(kind, f"runtime.dtype={dtype}"))
+    made = export_run(run, tmp_path / "model")
+    told = others("logits", made.path, "auto", tmp_path / "logits.pt")
+    assert (told["class"], told["parameters"]) == (CLASSES[kind], made.parameters)
+    for text, (tokens, decoded) in zip(TEXTS, told["texts"], strict=True):
+        assert (tokens, decoded) == (gpt2_encoding().encode_ordinary(text), text)
+
+    trained, read = load_trained_model(run), torch.load(tmp_path / "logits.pt")
+    ours = [own_logits(trained, row) for row in read["tokens"]]
+    bound = 1e-5 * max(1.0, ours[0].abs().max().item()) if dtype == "fp32" else 0.15  # bf16's step at 16 is 0.0625
+    for row, own in enumerate(ours):
+        assert own.std(0).mean() > 0.1  # the tokens before matter
+        assert (read["logits"][row] - own).abs().max() < bound
+        for padded in read["padded"] if kind != "gpt2" else ():  # GPT-2's own has positions of the padded row
+            assert (padded[row] - own[: len(padded[row])]).abs().max() < bound
+    assert told["dtypes"] == ["torch.float32"] if dtype == "fp32" else ["torch.bfloat16", "torch.float32"]
+    targets = torch.nn.functional.cross_entropy(torch.cat([own[:-1] for own in ours]), read["tokens"][:, 1:].flatten())
+    assert told["loss"] == pytest.approx(targets.item(), abs=1e-5 if dtype == "fp32" else 0.02)
+    if dtype == "fp32":
+        written = read["tokens"][0, :8].tolist()
+        while len(written) < read["written"].shape[1]:
+            written.append(int(own_logits(trained, torch.tensor(written))[-1].argmax()))
+        assert read["written"][0].tolist() == written
+
+
+def test_the_safetensors_package_reads_the_file(others: Any, tmp_path: Path) -> None:
+    run = untrained_run(tmp_path / "run", gpt2_tokens_spec("gpt2"))
+    read = others("tensors", export_run(run, tmp_path / "model").path)
+    assert read["transformer.h.1.mlp.c_fc.weight"] == [[32, 128], "torch.float32"]
+    assert len(read) == 2 + 2 * 12 + 2
