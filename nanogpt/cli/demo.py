@@ -31,6 +31,9 @@ def demo(
         int | None,
         typer.Option("--steps", min=1, metavar="N", help="Fewer steps, for a quick look; the result is not judged."),
     ] = None,
+    recipe: Annotated[
+        str, typer.Option("--recipe", metavar="RECIPE", help="Another small one, such as demo-record92.")
+    ] = "demo",
 ) -> None:
     """Train a small model on the embedded prose: no GPU, no network, about two minutes on two cores.
 
@@ -38,7 +41,7 @@ def demo(
     if the model ends less than 0.3 nats below the cross-entropy of a unigram model of the same text.
     """
     wait_briefly()
-    run_demo(directory, steps=steps)
+    run_demo(directory, recipe=recipe, steps=steps)
 
 
 def run_demo(directory: Path, *, recipe: str = "demo", steps: int | None = None) -> Path:
