@@ -17,7 +17,7 @@ from nanogpt.models import ModelSpec
 from nanogpt.models.stage_loss import StageLoss
 from nanogpt.optim import OPTIMIZERS, OptimizerSpec
 from nanogpt.registry import kind_of, specs_of
-from nanogpt.spec_end import CanonicalMask, End, masked
+from nanogpt.spec_end import CanonicalMask, End, has_mask
 from nanogpt.spec_fields import (
     NOT_COMPILED,
     Compiled,
@@ -116,7 +116,7 @@ class TrainingSpec(Strict):
         description="windows of the last validation, without a YaRN step"
     )
     lr_schedule: Annotated[LearningRateSchedule, NOT_COMPILED]
-    end: Annotated[list[End], Compiled(masked)] = Field(
+    end: Annotated[list[End], Compiled(has_mask)] = Field(
         default=[],
         max_length=100,
         description="what happens after the last step and before the last validation, in order",
@@ -143,7 +143,7 @@ class TrainingSpec(Strict):
     @property
     def masked(self) -> bool:
         """Whether the last validation has the canonical mask."""
-        return masked(self.end)
+        return has_mask(self.end)
 
     @property
     def end_lines(self) -> list[str]:

@@ -168,6 +168,6 @@ class CanonicalMask(EndEntry):
 End = Annotated[AverageWeights | TailAverages | CanonicalMask, Field(discriminator="kind")]
 
 
-def masked(end: Sequence[EndEntry]) -> bool:
+def has_mask(end: Sequence[EndEntry]) -> bool:
     """Whether the last validation has the canonical mask."""
     return any(isinstance(entry, CanonicalMask) for entry in end)
