@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import anvil
 import gpt2
 import record89
 import speedrun_model
@@ -13,4 +14,5 @@ MUTATIONS: list[Mutation] = [
     *speedrun_training.MUTATIONS,
     *gpt2.MUTATIONS,
     *record89.MUTATIONS,
+    *anvil.MUTATIONS,
 ]
