@@ -158,6 +158,19 @@ RECORD92 = (
     "checkpoint={at_end: false}",
 )
 
+# Trains record 89's with record 92's optimizer: the blend and the cadence of four steps start on the way.
+ANVIL = (
+    "optimizer={kind: anvil_adam, adam: {lr: 0.008, eps: 1e-10, weight_decay: 0.005, every: 2},"
+    " anvil: {lr: 0.023, beta2: 0.9, weight_decay: 2.25, norm_margin: 1.06,"
+    " momentum: {low: 0.85, high: 0.93, warmup_steps: 4, cooldown_steps: 2},"
+    " slow_momentum: {beta: 0.98, from_step: 6, fast_share: 0.4385, fast_beta: 0.85},"
+    " polar_express: [[3.923798038567, -6.095026865488, 3.905234618423],"
+    " [3.278126713798, -3.328923386476, 0.989127286973], [3.505298394150, -5.137358782410, 1.968325560615],"
+    " [2.815058591845, -3.685181239622, 1.417196497642], [2.245503932403, -2.443826979899, 0.963091710461],"
+    " [2.256537145403, -2.166840097229, 0.929501253245]]}, tied_head: {split_stage: 2},"
+    " tables: {every: 2, then_every: 4, from_step: 4, groups: [value_embed, bigram_embed]}}",
+)
+
 # The speedrun in sizes that the GPU's kernels take, every stage, with warm-up.
 GPU_SIZES = (
     "model.width=128",

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_runs import (
+    ANVIL,
     FIRST_WITH_PREFIX,
     assert_same,
     averaged_spec,
@@ -176,6 +177,19 @@ def test_a_cycle_goes_on_bit_for_bit(two92: Path, data92: Path, tmp_path: Path) 
     assert_same(newest_state(path), newest_state(two92))
 
 
+def test_anvil_on_two_processes_trains_as_on_one(tmp_path: Path) -> None:
+    """With gradients by rows, and from a checkpoint in the middle of a cycle on another number of ranks."""
+    data = make_data(tmp_path / "data", (1700, 1300), first_token=FIRST_WITH_PREFIX)
+    train(tiny_spec(CHECKPOINTS, *ANVIL, model="record89"), data, tmp_path / "whole")
+    settings = (*ANVIL, "training.warmup=true", "runtime.row_gradients=sparse")
+    two = distributed_run(2, data, tmp_path / "two", *settings, model="record89")
+    assert_same_run(two, tmp_path / "whole")
+    path = stopped(two, 10, tmp_path / "run")
+    assert set(newest_state(path)["optimizer"]["pending_gradients"][0]) == {"value_embed", "bigram_embed"}
+    train(tiny_spec(CHECKPOINTS, *ANVIL, "training.warmup=true", model="record89"), data, path, resume=True)
+    assert_same_run(path, tmp_path / "whole")
+
+
 def test_tables_that_are_updated_one_step_late(data: Path, whole: Path, tmp_path: Path) -> None:
     """Two processes as one, by rows too, and a checkpoint after an Adam step, with updates that are still to come."""
     delayed = "optimizer.adam.delayed=[value_embed, bigram_embed]"
@@ -238,6 +252,21 @@ def test_a_checkpoint_of_two_processes_goes_on_with_four(on_two: Path, whole: Pa
     assert (run.start["resumed_at"], run.start["world_size"], run.state) == (5, 4, "finished")
     assert_same_run(path, whole)
     assert RunDirectory.open(path).spec().world_size == 2  # the run's spec stays that of its start
+
+
+def test_two_processes_go_on_in_the_middle_of_a_cycle_bit_for_bit(tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data", (1700, 1300), first_token=FIRST_WITH_PREFIX)
+    settings = ("hardware.gpus_per_node=2", "runtime.row_gradients=sparse", *ANVIL)
+    spec = tiny_spec("checkpoint={every: 2, keep: 9, at_end: true}", *settings, model="record89")
+    torchrun(2, write_recipe(tmp_path / "tiny.yaml", spec), "--data", data, "--out", tmp_path / "runs")
+    (whole,) = (tmp_path / "runs").iterdir()
+    path = stopped(whole, 6, tmp_path / "run")  # Adam has stepped in step 5, tables do in step 7
+    one, other = newest_state(path)["optimizer"]["pending_gradients"]
+    assert set(one) == set(other) == {"value_embed", "bigram_embed"}
+    torchrun(2, "--resume", path, "--data", data)
+    assert read_run(path).start["resumed_at"] == 6
+    assert losses(path) == losses(whole)
+    assert_same(newest_state(path), newest_state(whole))
 
 
 @pytest.mark.parametrize("settings", [(), ("runtime.bigram_gradient=sparse",)])

@@ -40,6 +40,9 @@ NORMUON = "nanogpt/optim/normuon.py"
 POLAR = "nanogpt/optim/polar_express.py"
 OPTIMIZER = "nanogpt/optim/banks_and_adam.py"
 PLAN = "nanogpt/optim/step_order.py"
+ANVIL = "nanogpt/optim/anvil.py"
+ANVIL_RATES = "nanogpt/optim/anvil_adam/spec.py"
+ANVIL_OPTIMIZER = "nanogpt/optim/anvil_adam/optimizer.py"
 SCHEDULE = "nanogpt/training/schedule.py"
 TRAINER = "nanogpt/training/trainer.py"
 END_OF_RUN = "nanogpt/training/end_of_run.py"
@@ -59,7 +62,11 @@ _TESTS: dict[str, tuple[str, ...]] = {
     RECORD_SPEC: ("tests/models/test_batch_extras.py", "tests/models/test_speedrun.py"),
     STAGE_LOSS: ("tests/training/test_schedule.py", "tests/training/test_schedule_record89.py"),
     ROW_TABLE: ("tests/training/test_micro_step.py",),
-    RATES: ("tests/training/test_schedule.py", "tests/training/test_schedule_record89.py"),
+    RATES: (
+        "tests/training/test_schedule.py",
+        "tests/training/test_schedule_record89.py",
+        "tests/optim/test_anvil_adam.py",
+    ),
     SPEEDRUN: ("tests/models/test_speedrun.py",),
     RECORD89: ("tests/models/test_record89.py", "tests/optim/test_record89_steps.py"),
     NGRAMS: ("tests/models/test_ngrams.py",),
@@ -97,10 +104,13 @@ _TESTS: dict[str, tuple[str, ...]] = {
     MLP: ("tests/models/test_speedrun.py", "tests/layers/test_fp8_mlp.py"),
     ADAM: ("tests/optim/test_adam.py", "tests/optim/test_normuon_adam.py"),
     ADAMW: ("tests/optim/test_adamw.py",),
-    NORMUON: ("tests/optim/test_normuon.py", "tests/optim/test_normuon_adam.py"),
+    NORMUON: ("tests/optim/test_normuon.py", "tests/optim/test_normuon_adam.py", "tests/optim/test_anvil.py"),
     POLAR: ("tests/optim/test_polar_express.py", "tests/optim/test_normuon.py"),
-    OPTIMIZER: ("tests/optim/test_normuon_adam.py",),
-    PLAN: ("tests/optim/test_normuon_adam.py",),
+    OPTIMIZER: ("tests/optim/test_anvil_adam.py", "tests/optim/test_normuon_adam.py"),
+    PLAN: ("tests/optim/test_anvil_adam.py", "tests/optim/test_normuon_adam.py"),
+    ANVIL: ("tests/optim/test_anvil.py", "tests/optim/test_anvil_adam.py"),
+    ANVIL_RATES: ("tests/optim/test_anvil_adam.py",),
+    ANVIL_OPTIMIZER: ("tests/optim/test_anvil_adam.py",),
     SCHEDULE: ("tests/training/test_schedule.py", "tests/training/test_schedule_record89.py"),
     TRAINER: (
         "tests/optim/test_micro_steps.py",

@@ -9,6 +9,7 @@ from mutation import (
     MICRO_STEP,
     NORMUON,
     OPTIMIZER,
+    PLAN,
     POLAR,
     RATES,
     RECIPE,
@@ -52,7 +53,7 @@ _add(
 _add("Adam decay mask", ADAM, "where signs differ", ("update * weight > 0", "update * weight < 0"))
 _add("Adam decay mask", ADAM, "also without update", ("update * weight > 0", "update * weight >= 0"))
 _add("Adam decay", OPTIMIZER, "lr, not lr squared", ("torch.tensor(lr * lr * adam", "torch.tensor(lr * adam"))
-_add("weight-decay multipliers", OPTIMIZER, "ignored", (" * group.wd_mul)", ")"))
+_add("weight-decay multipliers", OPTIMIZER, "ignored", (" * group.wd_mul * repeat)", ")"))
 _add("learning-rate multipliers", OPTIMIZER, "ignored", ("adam.lr * group.lr_mul * rates", "adam.lr * rates"))
 _add("Adam learning rate", OPTIMIZER, "no schedule", ("group.lr_mul * rates.lr_factor", "group.lr_mul"))
 _add(
@@ -150,15 +151,15 @@ _add(
     OPTIMIZER,
     "before the update",
     (
-        "        reductions = {",
-        "        if rates.split:\n            self._split()\n"
-        "            plan = step_plan(self.spec, adam_step=rates.adam_step, tied=self.tied)\n"
-        "        reductions = {",
+        "        reductions = self._start",
+        "        if rates.split:\n            self._split(tied, head)\n"
+        "            plan = self.spec.step_plan(adam_step=rates.adam_step, tied=None, event=rates.event)\n"
+        "        reductions = self._start",
     ),
 )
 _add("split step", RATES, "the stage's first step", ("while not self.is_adam_step(step):", "while False:"))
 _add("odd steps", RATES, "even steps", ("== self.adam.every - 1", "== 0"))
-_add("odd steps", RATES, "Adam every step", ("(plan.bank or adam_step)", "True"))
+_add("odd steps", PLAN, "Adam every step", ("event if self.cyclic else adam_step", "event or True"))
 _add(
     "delayed updates",
     OPTIMIZER,

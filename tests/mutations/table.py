@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import anvil
 import end_of_run
 import gpt2
 import record89
@@ -17,4 +18,5 @@ MUTATIONS: list[Mutation] = [
     *record89.MUTATIONS,
     *record92.MUTATIONS,
     *end_of_run.MUTATIONS,
+    *anvil.MUTATIONS,
 ]

@@ -1,0 +1,198 @@
+"""Record 92's optimizer: two momenta, its maps, the gate of the decay, the cadence of tables."""
+
+from __future__ import annotations
+
+from mutation import ANVIL, ANVIL_OPTIMIZER, ANVIL_RATES, NORMUON, OPTIMIZER, PLAN, RATES, Mutations
+
+MUTATIONS = Mutations()
+_add = MUTATIONS.add
+
+# --- banks ---
+
+_add(
+    "ANVIL blend",
+    ANVIL,
+    "shares swapped",
+    ("fast_share * fast + (1 - fast_share) * slow", "(1 - fast_share) * fast + fast_share * slow"),
+)
+_add("ANVIL blend", ANVIL, "none", ("blend = fast_share * fast + (1 - fast_share) * slow", "blend = fast"))
+_add(
+    "ANVIL blend",
+    ANVIL_RATES,
+    "share of 1 to the end",
+    ("fast_share=slow.fast_share if blends else 1.0", "fast_share=1.0"),
+)
+_add(
+    "ANVIL blend",
+    ANVIL_RATES,
+    "from the start",
+    ("fast_share=slow.fast_share if blends else 1.0", "fast_share=slow.fast_share"),
+)
+_add("ANVIL blend", ANVIL_RATES, "one step late", ("blends = step >= slow.from_step", "blends = step > slow.from_step"))
+_add(
+    "ANVIL fast beta",
+    ANVIL_RATES,
+    "mu to the end",
+    ("fast_beta=slow.fast_beta if blends else shared.momentum", "fast_beta=shared.momentum"),
+)
+_add(
+    "ANVIL fast beta",
+    ANVIL_RATES,
+    "its own from the start",
+    ("fast_beta=slow.fast_beta if blends else shared.momentum", "fast_beta=slow.fast_beta"),
+)
+_add("ANVIL fast beta", ANVIL, "mu", ("(g - fast) * (1 - fast_beta)", "(g - fast) * (1 - mu)"))
+_add("ANVIL slow beta", ANVIL, "beta for 1 - beta", ("(g - slow) * (1 - slow_beta)", "(g - slow) * slow_beta"))
+_add("ANVIL Nesterov", ANVIL, "none", ("return g + (blend - g) * mu", "return blend"))
+_add(
+    "ANVIL decay gate",
+    ANVIL,
+    "by the update",
+    ("apply_update(weight, mantissa, x, slow,", "apply_update(weight, mantissa, x, x,"),
+)
+_add(
+    "ANVIL decay gate",
+    ANVIL,
+    "by the fast momentum",
+    ("apply_update(weight, mantissa, x, slow,", "apply_update(weight, mantissa, x, fast,"),
+)
+_add(
+    "NorMuon decay gate",
+    NORMUON,
+    "by another",
+    ("apply_update(weight, mantissa, x, x,", "apply_update(weight, mantissa, x, momentum,"),
+)
+for _number, _word in enumerate(("first", "second", "third", "fourth", "fifth", "sixth")):
+    _add(
+        "ANVIL maps",
+        ANVIL,
+        f"without the {_word}",
+        (
+            ".to(matrices.dtype), coefficients, plain_kernels)",
+            f".to(matrices.dtype), [m for i, m in enumerate(coefficients) if i != {_number}], plain_kernels)",
+        ),
+    )
+_add(
+    "ANVIL first Gram matrix",
+    ANVIL,
+    "computed again",
+    ("odd_polynomials(x, (gram / divisor.square()).to(matrices.dtype),", "odd_polynomials(x, None,"),
+)
+_add("ANVIL first Gram matrix", ANVIL, "divided once", ("gram / divisor.square()", "gram / divisor"))
+_add(
+    "ANVIL first Gram matrix",
+    ANVIL,
+    "of the larger side",
+    ("matrices.mT if tall else matrices)", "matrices if tall else matrices.mT)"),
+)
+_add("ANVIL margin", ANVIL, "none", ("trace.sqrt() * norm_margin", "trace.sqrt()"))
+_add("ANVIL margin", ANVIL, "inside the root", ("trace.sqrt() * norm_margin", "(trace * norm_margin).sqrt()"))
+_add("ANVIL norm floor", ANVIL, "none", ("norm_margin + NORM_FLOOR", "norm_margin + 1e-30"))
+_add("ANVIL rounding", ANVIL, "momentum not rounded", ("slow_beta).to(weight.dtype)", "slow_beta)"))
+_add(
+    "ANVIL multiplier 0",
+    OPTIMIZER,
+    "taken for 1",
+    ("muls[(first + i) % len(muls)]", "(muls[(first + i) % len(muls)] or 1.0)"),
+)
+_add(
+    "ANVIL multiplier 0",
+    NORMUON,
+    "decays all the same",
+    (
+        "weight - step_size * (x.to(weight.dtype) + decayed)",
+        "weight - step_size * x.to(weight.dtype) - step_size.clamp(min=1e-3) * decayed",
+    ),
+)
+
+# --- tables ---
+
+_add(
+    "cadence",
+    ANVIL_RATES,
+    "every other step to the end",
+    ("every = self.tables.every * self.repeat(step)", "every = self.tables.every"),
+)
+_add(
+    "cadence",
+    ANVIL_RATES,
+    "three steps late",
+    ("if step >= self.tables.from_step else 1", "if step > self.tables.from_step + 2 else 1"),
+)
+_add("cadence", ANVIL_RATES, "the first of a cycle", ("step % every == every - 1", "step % every == 0"))
+_add("cadence", RATES, "cyclic at Adam's steps", ("cyclic=label in self.cyclic_groups,", "cyclic=False,"))
+_add("cadence", PLAN, "Adam at events", ("event if self.cyclic else adam_step", "event"))
+_add("cadence", RATES, "every step an event", ("event=self.is_event(step)", "event=True"))
+_add("cyclic betas", OPTIMIZER, "not squared", ("(group.betas[0] ** repeat, group.betas[1] ** repeat)", "group.betas"))
+_add("cyclic betas", OPTIMIZER, "the second only", ("(group.betas[0] ** repeat,", "(group.betas[0],"))
+_add("cyclic betas", OPTIMIZER, "everybody's", ("rates.repeat if self.plans[label].cyclic else 1", "rates.repeat"))
+_add(
+    "cyclic bias correction",
+    OPTIMIZER,
+    "the first betas",
+    ("adam_step_size(lr, betas[-1],", "adam_step_size(lr, group.betas,"),
+)
+_add("cyclic decay", OPTIMIZER, "not doubled", ("group.wd_mul * repeat", "group.wd_mul"))
+_add("rates of tables", ANVIL_RATES, "beta2 not squared", ("row_adam.beta2**repeat", "row_adam.beta2"))
+_add("rates of tables", ANVIL_RATES, "decay not doubled", ("row_adam.wd_mul * repeat", "row_adam.wd_mul"))
+_add("rates of tables", ANVIL_RATES, "decay by the learning rate once", ("decay=lr * lr *", "decay=lr *"))
+_add(
+    "dropped gradients",
+    ANVIL_OPTIMIZER,
+    "pushed every step",
+    (
+        "        if rates.event:\n            for table in self.tables.values():\n                table.start_push()",
+        "        if True:\n            for table in self.tables.values():\n                table.start_push()",
+    ),
+)
+_add(
+    "dropped gradients",
+    ANVIL_OPTIMIZER,
+    "updated every step",
+    (
+        "        if rates.event:\n            for table in self.tables.values():\n                table.update(",
+        "        if True:\n            for table in self.tables.values():\n                table.update(",
+    ),
+)
+_add(
+    "dropped gradients",
+    ANVIL_RATES,
+    "the run's end is an event",
+    ('"repeat": self.repeat(step)}', '"repeat": self.repeat(step), "event": shared.event or step == total_steps - 1}'),
+)
+_add(
+    "order of tables",
+    ANVIL_OPTIMIZER,
+    "pushed ahead of the banks",
+    ("plans[:banks_end]", "plans[:0]"),
+    ("plans[banks_end:]", "plans[0:]"),
+)
+_add("order of tables", ANVIL_OPTIMIZER, "updated last", ("next(small, len(batches))", "len(batches)"))
+_add(
+    "unfinished cycles",
+    OPTIMIZER,
+    "known by Adam's steps",
+    (
+        "self.gathering = self.plans.keys() - due",
+        "self.gathering = set() if rates.adam_step else self.plans.keys() - due",
+    ),
+)
+_add("unfinished cycles", OPTIMIZER, "forgotten in a resumed run", ("            self.gathering.add(label)\n", ""))
+_add(
+    "unfinished cycles",
+    ANVIL_OPTIMIZER,
+    "tables not in the state",
+    ('table.load_state_dict(state["tables"][name])', "pass"),
+)
+_add(
+    "shortened run",
+    ANVIL_RATES,
+    "the cadence starts anywhere",
+    ('round(data["tables"]["from_step"] / unit) * unit', 'data["tables"]["from_step"]'),
+)
+_add(
+    "shortened run",
+    ANVIL_RATES,
+    "the blend starts where it did",
+    ('(data["anvil"]["slow_momentum"], data["tables"])', '(data["tables"],)'),
+)
