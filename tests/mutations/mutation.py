@@ -9,6 +9,12 @@ ROOT = Path(__file__).parents[2]
 
 SPEEDRUN = "nanogpt/models/speedrun/model.py"
 RECORD89 = "nanogpt/models/record89/model.py"
+RECORD92 = "nanogpt/models/record92/model.py"
+TABLE92 = "nanogpt/models/record92/spec.py"
+RECIPE92 = "recipes/record92.yaml"
+PULLED_TABLE = "nanogpt/optim/pulled_table.py"
+TABLE_CYCLES = "nanogpt/training/tables.py"
+FP8_PROJECTION = "nanogpt/layers/fp8_projection.py"
 NGRAMS = "nanogpt/models/record92/ngrams.py"
 CANDIDATES = "nanogpt/models/record92/candidates.py"
 TABLE = "nanogpt/models/speedrun/spec.py"
@@ -69,6 +75,12 @@ _TESTS: dict[str, tuple[str, ...]] = {
     ),
     SPEEDRUN: ("tests/models/test_speedrun.py",),
     RECORD89: ("tests/models/test_record89.py", "tests/optim/test_record89_steps.py"),
+    RECORD92: ("tests/models/test_record92.py",),
+    TABLE92: ("tests/models/test_record92.py", "tests/training/test_schedule_record92.py"),
+    RECIPE92: ("tests/training/test_schedule_record92.py", "tests/models/test_record92.py"),
+    PULLED_TABLE: ("tests/optim/test_pulled_table.py", "tests/distributed/test_communicator.py"),
+    TABLE_CYCLES: ("tests/training/test_tables.py",),
+    FP8_PROJECTION: ("tests/layers/test_fp8_projection.py",),
     NGRAMS: ("tests/models/test_ngrams.py",),
     CANDIDATES: ("tests/models/test_candidates.py",),
     RECORD: (

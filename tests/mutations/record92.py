@@ -1,8 +1,18 @@
-"""Record 92: hashed n-grams, candidates of the softmax."""
+"""Record 92: hashed n-grams, candidates of the softmax, model, table of rows, 8-bit projection, recipe."""
 
 from __future__ import annotations
 
-from mutation import CANDIDATES, NGRAMS, Mutations
+from mutation import (
+    CANDIDATES,
+    FP8_PROJECTION,
+    NGRAMS,
+    PULLED_TABLE,
+    RECIPE92,
+    RECORD92,
+    TABLE92,
+    TABLE_CYCLES,
+    Mutations,
+)
 
 MUTATIONS = Mutations()
 _add = MUTATIONS.add
@@ -41,3 +51,184 @@ _add("candidates", CANDIDATES, "drawn where none is needed", ("if need:", "if ne
 _add("candidates", CANDIDATES, "no fallback", ("if negatives.size < need:", "if False:"))
 _add("candidates", CANDIDATES, "the fallback's first", ("others[:: max(1, others.size // need)]", "others"))
 _add("candidates", CANDIDATES, "too many targets pass", ("if need < 0:", "if need < -1:"))
+
+# --- the model ---
+
+_add("n-grams", RECORD92, "bigrams without signs", ("embedded.bigrams * bigram_signs", "embedded.bigrams"))
+_add("n-grams", RECORD92, "trigrams have the bigrams' signs", ("trigrams * trigram_signs", "trigrams * bigram_signs"))
+_add("n-grams", RECORD92, "no trigrams", ("+ embedded.trigrams * trigram", "+ 0 * embedded.trigrams * trigram"))
+_add("n-grams", RECORD92, "none in the start", ('x0 + gates["ngram", 0] * ngram', 'x0 + 0 * gates["ngram", 0] * ngram'))
+_add("n-grams", RECORD92, "again in layer 0", ("in spec.ngram_layers and layer > 0:", "in spec.ngram_layers:"))
+_add("head's input", RECORD92, "no weights by group", ("numbers[:, k, 1:]).uns", "0 * numbers[:, k, 1:]).uns"))
+_add("head's input", RECORD92, "no common weights", ("numbers[:, k, :1] +", "0 * numbers[:, k, :1] +"))
+_add("head's input", RECORD92, "groups of every twelfth", (
+    "torch.zeros_like(x).view(len(x), spec.channel_groups, -1)",
+    "torch.zeros_like(x).view(len(x), -1, spec.channel_groups).mT",
+), ("sources[name].view_as(total)", "sources[name].view(len(x), -1, spec.channel_groups).mT"))  # fmt: skip
+_add(
+    "head's input", RECORD92, "scale of 1", ("spec.mudd.scale).view(len(x), count, -1)", "1.0).view(len(x), count, -1)")
+)
+_add("head's input", RECORD92, "the MLP's input not normed", ('"last MLP\'s input": u,', '"last MLP\'s input": x,'))
+_add("head's input", TABLE92, "planes in order", ('"values 3", "values 2"', '"values 2", "values 3"'))
+_add("second MLP", RECORD92, "none", ("if layer in self.second_mlp:", "if False:"))
+_add(
+    "second MLP",
+    RECORD92,
+    "reads the first one's output",
+    ("self.second_mlp[layer], u, mlps", "self.second_mlp[layer], y, mlps"),
+)
+_add("layer without MLP", RECORD92, "no scale", ("x = resid[layer][1] * x", "x = 1 * x"))
+_add("layer without MLP", RECORD92, "an MLP", ("if layer in spec.mlp_free_layers:", "if False:"))
+_add(
+    "saved activation",
+    RECORD92,
+    "one layer more",
+    ("if layer <= spec.saved_layer else", "if layer <= spec.saved_layer + 1 else"),
+)
+_add("narrow heads", RECORD92, "their rear", ("qk[slot][:, :dq]", "qk[slot][:, -dq:]"))
+_add(
+    "narrow heads",
+    RECORD92,
+    "scaled with the window of the wide ones",
+    ("self.wide if wide else self.narrow", "self.wide"),
+)
+_add("narrow heads", RECORD92, "shifted too", ("paired=paired, shifted=wide", "paired=paired, shifted=not paired"))
+_add("half values", RECORD92, "the rear of v", ("d)[:, :dv].reshape(-1, d)", "d)[:, -dv:].reshape(-1, d)"))
+_add(
+    "half values",
+    RECORD92,
+    "the rear of o",
+    ("spec.head_dim)[:, :, :dv].reshape(d, -1)", "spec.head_dim)[:, :, -dv:].reshape(d, -1)"),
+)
+_add(
+    "half values",
+    RECORD92,
+    "the rear of the value embedding",
+    ("spec.head_dim)[:, :, :dv]\n", "spec.head_dim)[:, :, -dv:]\n"),
+)
+_add("bank", TABLE92, "slots by layer", ("(self.is_wide(layer), self.is_half(layer), layer)", "layer"))
+_add(
+    "candidates",
+    RECORD92,
+    "gradient of the first classes",
+    ("self.lm_head.index_select(1, classes)", "self.lm_head[:, : len(classes)]"),
+)
+_add(
+    "candidates",
+    RECORD92,
+    "a prefix that is none is class 0",
+    ("new_full((self.spec.padded_vocab_size + 1,), -1)", "new_full((self.spec.padded_vocab_size + 1,), 0)"),
+)
+_add(
+    "YaRN",
+    RECORD92,
+    "narrow by the long window",
+    ("(self.narrow, old.short, new.short)", "(self.narrow, old.long, new.long)"),
+)
+_add(
+    "YaRN",
+    RECORD92,
+    "wide by the short window",
+    ("(self.wide, old.long, new.long)", "(self.wide, old.short, new.short)"),
+)
+_add("8-bit head", RECORD92, "record 89's weight scale", ("weight=2.0 / 448", "weight=1.6 / 448"))
+_add("8-bit head", RECORD92, "bf16 logits", ("logits8=True", "logits8=False"))
+_add(
+    "8-bit MLP",
+    RECORD92,
+    "in evaluation too",
+    ("fp8_mlp = training and self.fp8_mlp.active", "fp8_mlp = self.fp8_mlp.active"),
+)
+_add("frozen MLP", TABLE92, "trained", ("((0, 0) if is_frozen else (1, 2))", "(1, 2)"))
+_add(
+    "gate columns",
+    TABLE92,
+    "split one layer late",
+    ("(layer > self.skip.from_layer) == late]", "(layer >= self.skip.from_layer) == late]"),
+)
+_add(
+    "table of parameters",
+    TABLE92,
+    "value embeddings every second step",
+    ("sharded=True, cyclic=True)", "sharded=True)"),
+)
+
+# --- the table of rows ---
+
+_add(
+    "row Adam", PULLED_TABLE, "missed updates are not paid for", ("* owed[self.last_update[places].long()].float()", "")
+)
+_add(
+    "row Adam",
+    PULLED_TABLE,
+    "its own update is paid for",
+    ("concatenate(([1.0], np.cumprod(self.decays)))", "cumprod([1.0, *self.decays, 0.95])"),
+)
+_add("row Adam", PULLED_TABLE, "a moment a number", ("g.square().mean(dim=1)", "g.square().sum(dim=1)"))
+_add("row Adam", PULLED_TABLE, "no bias correction", ("* math.sqrt(1 - rates.beta2 ** len(self.decays))", ""))
+_add(
+    "row Adam",
+    PULLED_TABLE,
+    "decay everywhere",
+    ("torch.where(update * rows > 0, update", "torch.where(rows == rows, update"),
+)
+_add("row Adam", PULLED_TABLE, "no decay", ("update + rows * rates.decay, update)", "update, update)"))
+_add("row Adam", PULLED_TABLE, "the sum over ranks", ("total.div_(size)", "total"))
+_add(
+    "pulls",
+    PULLED_TABLE,
+    "rows of the first owner",
+    (".flatten() - self.first\n", ".flatten() % self.own_rows\n"),
+    ("places = (rows[piece] - self.first)", "places = (rows[piece] - 0)"),
+)
+_add(
+    "pulls", PULLED_TABLE, "a validation's rows stay", ("            self._read_from = before\n", "            pass\n")
+)
+_add("pulls", PULLED_TABLE, "one rank's gradients", ("places, values.float())", "places, 0 * values.float())"))
+_add("checkpoints", PULLED_TABLE, "without the cycle", ('state["cycles"] = self._cycles()', 'state["cycles"] = []'))
+_add("checkpoints", PULLED_TABLE, "a cycle's mean for another world", ("total *= size / len(cycles)", "total *= 1"))
+_add("cycles", TABLE_CYCLES, "one step each", ("last + 1 < self.schedule.total_steps and not", "last < 0 and not"))
+_add("cycles", TABLE_CYCLES, "one step further", ("range(settings.step, last + 1)", "range(settings.step, last + 2)"))
+_add("memory", TABLE_CYCLES, "the whole table on each", ("table.rows * row / world.size", "table.rows * row"))
+_add("memory", TABLE_CYCLES, "nothing beside it", ("USABLE * memory - other", "USABLE * memory"))
+
+# --- 8-bit projection ---
+
+_add("8-bit projection", FP8_PROJECTION, "input scale", ("INPUT_SCALE = 8 / 448", "INPUT_SCALE = 10 / 448"))
+_add("8-bit projection", FP8_PROJECTION, "gradient scale", ("GRADIENT_SCALE = 1 / 448", "GRADIENT_SCALE = 2 / 448"))
+_add(
+    "8-bit projection",
+    FP8_PROJECTION,
+    "weights not scaled by the layer",
+    ("weight_scale * scale_in, u.dtype", "weight_scale, u.dtype"),
+)
+_add("8-bit projection", FP8_PROJECTION, "gradient of the weights unscaled", ("(scale_in * grad_w)", "(1 * grad_w)"))
+_add(
+    "8-bit projection",
+    FP8_PROJECTION,
+    "gradient of u unscaled",
+    ("scale = weight_scale * scale_in", "scale = weight_scale"),
+)
+
+# --- the recipe ---
+
+for _old, _new in (
+    ("ngram_rows: 84602880", "ngram_rows: 84602872"),
+    ("mlp_width: 2816", "mlp_width: 3072"),
+    ("steps: 361", "steps: 360"),
+    (
+        "lr_factor: 1.57927, max_segment_tokens: 2560, max_documents: 127}",
+        "lr_factor: 1.73, max_segment_tokens: 2560, max_documents: 127}",
+    ),
+    ("candidates: 24576", "candidates: 14336"),
+    ("levels: [0.2, 0.15, 0.1, 0.05]", "levels: [0.25, 0.15, 0.1, 0.05]"),
+    ("cooldown_start: 0.2", "cooldown_start: 0.25"),
+    ("end_factor: 0.3}", "end_factor: 0.2}"),
+    ("fast_share: 0.4385", "fast_share: 0.5"),
+    ("from_step: 336", "from_step: 340"),
+    ("row_adam: {lr_mul: 70", "row_adam: {lr_mul: 75"),
+    ("tied_head: {split_stage: 5}", "tied_head: {split_stage: 4}"),
+    ("window_steps: 298", "window_steps: 300"),
+    ("qk: 0.55", "qk: 0.65"),
+):
+    _add("recipe", RECIPE92, _new, (_old, _new))

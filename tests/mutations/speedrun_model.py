@@ -53,14 +53,14 @@ _add("key shift", SPEEDRUN, "in every unpaired layer", (_shifted, "shifted=not p
 _add("key shift", ROTARY, "from the token after", ("cat((still[:1], still[:-1]))", "cat((still[1:], still[-1:]))"))
 _add("key shift", ROTARY, "token 0 gets zeros", ("cat((still[:1],", "cat((0 * still[:1],"))
 _add("key shift", ROTARY, "all channels", ("cat((k[..., :rotated],", "cat((torch.cat((k[:1], k[:-1]))[..., :rotated],"))
-_joined = "x.reshape(2 * count, heads // 2, head_dim)"
+_joined = "x.reshape(2 * count, heads // 2, x.shape[2])"
 _add(
     "paired interleaving",
     HEADS,
     "rows hold even and odd heads",
     (
         _joined,
-        "x.reshape(count, heads // 2, 2, head_dim).transpose(1, 2).reshape(2 * count, heads // 2, head_dim)",
+        "x.reshape(count, heads // 2, 2, -1).transpose(1, 2).reshape(2 * count, heads // 2, x.shape[2])",
     ),
 )
 _add(
@@ -230,8 +230,8 @@ _add(
     RECORD,
     "left out of the loss",
     (
-        "            self.lm_head,\n            batch.targets,\n            inputs.token_weights,",
-        "            self.lm_head[:, :-3],\n            batch.targets,\n            inputs.token_weights,",
+        "HeadInputs(self.lm_head, batch.targets, prefixes)",
+        "HeadInputs(self.lm_head[:, :-3], batch.targets, prefixes)",
     ),
 )
 _add(
@@ -260,4 +260,4 @@ _add("FP8 head", HEAD, "the gradient as e4m3", ("grad_scale, torch.float8_e5m2",
 _add(
     "FP8 head", HEAD, "logits not rounded", ("torch.bfloat16 if fp8 else x.dtype", "torch.float32 if fp8 else x.dtype")
 )
-_add("evaluation loss", HEAD, "a sum", ("fp8=False)[0] / x.shape[0]", "fp8=False)[0]"))
+_add("evaluation loss", HEAD, "a sum", ("**constants)[0] / x.shape[0]", "**constants)[0]"))

@@ -299,7 +299,7 @@ _add(
     "final windows",
     TRAINER,
     "the extension's",
-    ("self.schedule.total_steps, self.schedule.final_windows)", "self.schedule.total_steps, settings.windows)"),
+    ("total_steps, self.schedule.final_windows, mask)", "total_steps, settings.windows, mask)"),
 )
 
 # --- data ---

@@ -1,0 +1,118 @@
+"""When a run's pulled tables begin their cycles, and which are refused for want of memory."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nanogpt.errors import InputError
+from nanogpt.recipe import load_recipe
+from nanogpt.spec import RunSpec
+from nanogpt.training import tables
+from nanogpt.training.schedule import Schedule
+from nanogpt.training.tables import TableCycles, bytes_beside_tables, check_tables_fit
+
+H200, H100 = 150_754_820_096, 85_017_624_576  # bytes that PyTorch reports
+
+
+class Table:
+    """Notes the rows that its cycles begin with."""
+
+    def __init__(self) -> None:
+        self.in_cycle = False
+        self.begun: list[Any] = []
+
+    def begin_cycle(self, rows: Any) -> None:
+        self.in_cycle = True
+        self.begun.append(rows)
+
+
+def record92(gpu: str, count: int, *settings: str, recipe: str = "record92") -> RunSpec:
+    return load_recipe(recipe, [f"hardware.gpu={gpu}", f"hardware.gpus_per_node={count}", *settings])
+
+
+def make_cycles(spec: RunSpec) -> tuple[TableCycles, Table]:
+    """The table's rows are the tokens of each step that was looked ahead to."""
+    table = Table()
+    batches = SimpleNamespace(look_ahead=lambda requests: {"rows": [request.batch_tokens for request in requests]})
+    model = SimpleNamespace(tables={"rows": table})
+    return TableCycles(spec, Schedule(spec), model, batches), table  # type: ignore[arg-type]
+
+
+def test_a_cycle_reaches_to_the_next_update_across_stages() -> None:
+    spec = record92("h100", 8)
+    schedule, (cycles, table) = Schedule(spec), make_cycles(spec)
+    lengths = []
+    for step in range(schedule.total_steps):
+        before = len(table.begun)
+        cycles.before(schedule.at(step), alone=False)
+        if len(table.begun) > before:
+            lengths.append((step, table.begun[-1]))
+        if spec.optimizer.is_event(step):
+            table.in_cycle = False
+    assert [step for step, _ in lengths] == [*range(0, 336, 2), *range(336, 1192, 4), 1192]
+    assert lengths[0][1] == [131072] * 2 and lengths[-1][1] == [131072] * 2  # the last one is never finished
+    assert dict(lengths)[680] == [262144, 393216, 393216, 393216]
+
+
+def test_a_step_of_the_warm_up_is_a_cycle_of_its_own() -> None:
+    spec = record92("h100", 8)
+    schedule, (cycles, table) = Schedule(spec), make_cycles(spec)
+    for step in (0, 1, 681):
+        cycles.before(schedule.at(step), alone=True)
+    assert table.begun == [[131072], [131072], [393216]]
+
+
+def test_without_tables_nothing_is_looked_ahead_to() -> None:
+    spec = record92("h100", 8)
+    cycles = TableCycles(spec, Schedule(spec), SimpleNamespace(tables={}), None)  # type: ignore[arg-type]
+    cycles.before(Schedule(spec).at(0), alone=False)
+    assert cycles.ahead == 2
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gpu", "count", "memory", "fits"),
+    [
+        ("record92", "h100", 8, H100, True),
+        ("record92", "h100", 4, H100, True),
+        ("record92", "h100", 2, H100, False),
+        ("record92", "h200", 2, H200, True),
+        ("record92", "h200", 1, H200, False),
+        ("record92-quarter-table", "h200", 1, H200, True),
+        ("record92-quarter-table", "h100", 1, H100, True),
+        ("record92", "h100", 1, H100, False),
+    ],
+)
+def test_tables_fit_where_the_specification_says(
+    monkeypatch: pytest.MonkeyPatch, recipe: str, gpu: str, count: int, memory: int, fits: bool
+) -> None:
+    monkeypatch.setattr(tables, "_memory", lambda world: (float(memory), "the GPU"))
+    world: Any = SimpleNamespace(size=count, device=torch.device("cuda"))
+    spec = record92(gpu, count, recipe=recipe)
+    if fits:
+        check_tables_fit(spec, world)
+        return
+    with pytest.raises(InputError, match=r"model.ngram_rows: the table ngrams of 84,602,880 rows takes") as refused:
+        check_tables_fit(spec, world)
+    largest = int(str(refused.value).split("set model.ngram_rows to ")[1].split(" or less")[0].replace(",", ""))
+    assert largest % 16 == 0 and largest < spec.model.ngram_rows
+    check_tables_fit(record92(gpu, count, f"model.ngram_rows={largest}"), world)
+    with pytest.raises(InputError, match="or less"):
+        check_tables_fit(record92(gpu, count, f"model.ngram_rows={largest + 160}"), world)
+
+
+def test_what_stands_beside_the_table_is_about_what_was_measured() -> None:
+    """38 GiB on one rank, 32 on one of eight (record92's specification, of the public code)."""
+    assert bytes_beside_tables(record92("h200", 1)) / 2**30 == pytest.approx(38, abs=4)
+    assert bytes_beside_tables(record92("h200", 8)) / 2**30 == pytest.approx(30, abs=4)
+
+
+def test_a_cpu_shares_its_memory() -> None:
+    world: Any = SimpleNamespace(size=8, device=torch.device("cpu"))
+    with pytest.raises(InputError, match="this machine has"):
+        check_tables_fit(record92("cpu", 8, "model.ngram_rows=2147483632"), world)
+    assert np.isfinite(tables._memory(world)[0])
