@@ -283,9 +283,9 @@ def test_each_stage_brings_its_batch_windows_weights_and_yarn(
         note("train", self, batch, inputs.windows, tuple(round(w, 6) for w in inputs.token_weights.tolist()))
         return training(self, batch, inputs, embedded=embedded)
 
-    def spy_evaluation(self: Speedrun, batch: Any, windows: Any) -> torch.Tensor:
+    def spy_evaluation(self: Speedrun, batch: Any, windows: Any, *more: Any) -> torch.Tensor:
         note("eval", self, batch, windows)
-        return evaluation(self, batch, windows)
+        return evaluation(self, batch, windows, *more)
 
     monkeypatch.setattr(Speedrun, "training_loss", spy_training)
     monkeypatch.setattr(Speedrun, "evaluation_loss", spy_evaluation)
