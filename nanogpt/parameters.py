@@ -61,7 +61,7 @@ class Adam:
 
 @dataclass(frozen=True)
 class NorMuon:
-    """Trained by NorMuon, as a bank of matrices."""
+    """Trained by NorMuon or ANVIL, as a bank of matrices."""
 
     rows: int  # of a matrix; its columns are the parameter's last dimension
     lr_muls: tuple[float, ...] = (1.0,)  # of the bank's matrices, repeated in turn; 0 freezes

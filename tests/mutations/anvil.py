@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutation import ANVIL, ANVIL_OPTIMIZER, ANVIL_RATES, NORMUON, OPTIMIZER, PLAN, RATES, Mutations
+from mutation import ANVIL, ANVIL_OPTIMIZER, ANVIL_RATES, NORMUON, OPTIMIZER, PLAN, RATES, RECIPE92, Mutations
 
 MUTATIONS = Mutations()
 _add = MUTATIONS.add
@@ -196,3 +196,23 @@ _add(
     "the blend starts where it did",
     ('(data["anvil"]["slow_momentum"], data["tables"])', '(data["tables"],)'),
 )
+
+# --- the recipe's numbers ---
+
+for _old, _new in (
+    ("weight_decay: 2.25", "weight_decay: 1.2"),
+    ("momentum: {low: 0.85, high: 0.93", "momentum: {low: 0.85, high: 0.95"),
+    ("warmup_steps: 240", "warmup_steps: 300"),
+    ("beta: 0.98, from_step: 514", "beta: 0.98, from_step: 513"),
+    ("{beta: 0.98", "{beta: 0.99"),
+    ("fast_beta: 0.85", "fast_beta: 0.9"),
+    ("norm_margin: 1.05", "norm_margin: 1.02"),
+    ("[3.923798038567, -6.095026865488,", "[3.923798038567, -6.095026865489,"),
+    ("[3.278126713798,", "[3.278126713799,"),
+    ("5.137358782410, 1.968325560615]", "5.137358782410, 1.968325560616]"),
+    ("[2.815058591845,", "[2.815058591846,"),
+    ("2.443826979899,", "2.443826979898,"),
+    ("0.929501253245]", "0.929501253246]"),
+    ("wd_mul: 5, eps: 1e-10", "wd_mul: 10, eps: 1e-10"),
+):
+    _add("recipe's optimizer", RECIPE92, _new, (_old, _new))

@@ -77,7 +77,11 @@ _TESTS: dict[str, tuple[str, ...]] = {
     RECORD89: ("tests/models/test_record89.py", "tests/optim/test_record89_steps.py"),
     RECORD92: ("tests/models/test_record92.py",),
     TABLE92: ("tests/models/test_record92.py", "tests/training/test_schedule_record92.py"),
-    RECIPE92: ("tests/training/test_schedule_record92.py", "tests/models/test_record92.py"),
+    RECIPE92: (
+        "tests/training/test_schedule_record92.py",
+        "tests/optim/test_anvil_adam.py",
+        "tests/models/test_record92.py",
+    ),
     PULLED_TABLE: ("tests/optim/test_pulled_table.py", "tests/distributed/test_communicator.py"),
     TABLE_CYCLES: ("tests/training/test_tables.py",),
     FP8_PROJECTION: ("tests/layers/test_fp8_projection.py",),

@@ -17,6 +17,7 @@ from nanogpt.optim.anvil_adam.spec import AnvilAdamRates, AnvilAdamSpec
 from nanogpt.optim.communication import Communicator
 from nanogpt.optim.optimizer_spec import TableRates
 from nanogpt.parameters import Adam, NorMuon, Parameter, TransposeOf
+from nanogpt.recipe import load_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -209,6 +210,13 @@ def test_the_steps_that_matter():
 # --- the schedule ---
 
 
+def test_the_recipe_has_these_numbers():
+    recipe, bank = load_recipe("record92").optimizer, {"groups"}
+    assert recipe.anvil.model_dump(exclude=bank) == SPEC.anvil.model_dump(exclude=bank)
+    assert recipe.adam.model_dump(exclude=bank) == SPEC.adam.model_dump(exclude=bank)
+    assert (recipe.tables, recipe.row_adam) == (SPEC.tables, SPEC.row_adam)
+
+
 def test_events():
     events = [step for step in range(1194) if SPEC.is_event(step)]
     assert events == [step for step in range(1194) if is_event(step)]
@@ -234,7 +242,7 @@ def test_the_last_momentum():
 @pytest.mark.parametrize(("step", "beta2", "decay"), [(335, 0.95, 5), (336, 0.9025, 10), (1191, 0.9025, 10)])
 def test_rates_of_tables(step: int, beta2: float, decay: float):
     lr = 0.008 * factor_at(step) * 70
-    expected = (lr, beta2, lr**2 * 0.005 * decay)
+    expected = (lr, beta2, lr**2 * 0.005 * decay, 1e-10)
     assert rates_of(step).table == SPEC.table_rates(step, factor_at(step)) == pytest.approx(expected)
     assert make_spec().model_copy(update={"row_adam": None}).table_rates(step, 1.0) is None
 
