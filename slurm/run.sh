@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A recipe on a Slurm cluster, by torchrun inside the image, one container a node. Two ways:
+# A recipe on a Slurm cluster, by nanogpt launch inside the image, one container a node. Two ways:
 #
 #   sbatch slurm/run.sh RECIPE [--on 8xh200] [--set KEY=VALUE]...    with the resources below: 8 GPUs on one node
 #   slurm/run.sh [--runs N] [--dry-run] RECIPE [--on 4xh200] [--set KEY=VALUE]... [-- SBATCH OPTIONS]

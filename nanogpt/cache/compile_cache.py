@@ -28,7 +28,7 @@ from nanogpt.cache.pack import SUFFIX, Header, Pack, PackError, count_contents, 
 from nanogpt.cache.tuning import FOLDER, kept_tuning
 from nanogpt.console import human_bytes
 from nanogpt.environment import path_of
-from nanogpt.launch.private import make_private
+from nanogpt.private_directories import make_private
 from nanogpt.spec import RunSpec
 
 if TYPE_CHECKING:

@@ -119,8 +119,9 @@ def _package_versions() -> dict[str, str | None]:
 
 
 def _compiler_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """By name a hash of the value: it tells of a difference, and keeps out of the file what a variable may hold."""
     return {
-        name: value
+        name: hashlib.sha256(os.fsencode(f"{name}={value}")).hexdigest()[:16]
         for name, value in sorted(environ.items())
         if name.startswith(VARIABLES) and not PLACES.fullmatch(name)
     }

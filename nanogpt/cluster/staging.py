@@ -1,8 +1,8 @@
 """The image and the shards on a node's own disk, copied once.
 
 A copy that is there is taken if its content is the original's, by sha256. It lies in directories that are this user's
-alone (see nanogpt/private_files.py). Copies appear under their names only when whole; jobs of one user that start on a
-node at once wait for one another.
+alone (see nanogpt/private_directories.py). Copies appear under their names only when whole; jobs of one user that
+start on a node at once wait for one another.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nanogpt.data.manifest import file_sha256, read_manifest
 from nanogpt.data.shards import missing_target
 from nanogpt.errors import InputError, RunError
 from nanogpt.image.labels import known_sha256, read_built, sidecar
-from nanogpt.private_files import open_private
+from nanogpt.private_directories import open_private
 
 BLOCK_BYTES = 4 << 20
 HASHING_THREADS = 4

@@ -186,7 +186,7 @@ class TrainBatches:
         Raises:
             InputError: the data are used up, or a slot has more segments than `cu_seqlens` has room for, or the
                 request does not fit the slots.
-            ShardError: a shard cannot be read, or has a token outside of the vocabulary.
+            ShardError: a shard cannot be read, has a token outside of the vocabulary, or no BOS.
             RunError: the run is to stop, and the step has not come for `nanogpt.background.GRACE_S` since.
         """
         began = time.perf_counter()

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from nanogpt.data.shards import HEADER_BYTES, TOKEN_BYTES, ShardError, Tokens, check_tokens
+from nanogpt.data.shards import HEADER_BYTES, TOKEN_BYTES, ShardError, Tokens, check_tokens, no_document
 from nanogpt.errors import InputError
 from nanogpt.files import open_regular
 
@@ -162,13 +162,15 @@ class ShardDocuments:
 
         Raises:
             InputError: the shard has fewer than `document` documents (a saved position of other data).
-            ShardError: as `grow`.
+            ShardError: as `grow`, or it has no document.
         """
         window = _FIRST_WINDOW
         while True:
             read = self._read  # before the documents, so that these are at least as new
             starts, known = self._known
             whole = read == self.count
+            if whole and not known:
+                raise no_document(self.path, self._bos)
             usable = known if whole else known - 1  # where the last one ends is not known yet
             if whole and document > usable:
                 raise InputError(

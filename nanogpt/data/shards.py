@@ -126,11 +126,16 @@ def check_shard_tokens(path: Path, vocab_size: int, bos: int) -> int:
     except OSError as error:
         raise ShardError(f"{path}: cannot be read: {error.strerror}") from error
     if not found:
-        raise ShardError(
-            f"{path}: has no token {bos}, with which each document begins (data.bos): it is another tokenizer's, or no"
-            " text. Make it with prep-text, or leave it out"
-        )
+        raise no_document(path, bos)
     return count
+
+
+def no_document(path: Path, bos: int) -> ShardError:
+    """The refusal of a shard in which no document begins."""
+    return ShardError(
+        f"{path}: has no token {bos}, with which each document begins (data.bos): it is another tokenizer's, or no"
+        " text. Make it with prep-text, or leave it out"
+    )
 
 
 def read_tokens(path: Path) -> Tokens:

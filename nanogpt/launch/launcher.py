@@ -45,8 +45,8 @@ from nanogpt.console import say
 from nanogpt.errors import REQUEUE_EXIT_CODE, InputError, NanogptError, RunError
 from nanogpt.launch.awake import AwakeClock
 from nanogpt.launch.meeting import JOIN_S, Cancelled, Meeting, Place, meet
-from nanogpt.launch.private import private_directory
 from nanogpt.launch.tied import tied_command
+from nanogpt.private_directories import private_directory
 
 if TYPE_CHECKING:  # every command imports this module, and `nanogpt --help` needs no specs
     from nanogpt.spec import HardwareSpec

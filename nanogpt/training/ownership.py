@@ -14,7 +14,6 @@ from nanogpt.runs.directory import RunDirectory
 from nanogpt.runs.record import read_record
 from nanogpt.spec import RunSpec
 from nanogpt.spec_differences import spec_differences
-from nanogpt.training.checkpoint import load_newest_checkpoint
 
 CHANGEABLE = ("data.directory", "hardware", "runtime", "checkpoint", "watchdog", "output")  # decide no result
 
@@ -43,6 +42,8 @@ def run_id(run: RunDirectory) -> str | None:
 
 def named_run(checkpoints: Path) -> str | None:
     """The run's id by its newest checkpoint, for a record that has none; None: there is none, or it names none."""
+    from nanogpt.training.checkpoint import load_newest_checkpoint
+
     try:
         state = load_newest_checkpoint(checkpoints, every_byte=False)
     except InputError:  # loading says so

@@ -11,7 +11,6 @@ from nanogpt.runs.directory import RunDirectory
 from nanogpt.runs.record import process_lives, read_record
 from nanogpt.spec import RunSpec
 from nanogpt.spec_differences import spec_differences
-from nanogpt.training.checkpoint import load_newest_checkpoint
 from nanogpt.training.ownership import CHANGEABLE, deciding_differences, owner_check
 
 
@@ -56,6 +55,8 @@ def check_not_running(run: RunDirectory) -> None:
 
 def check_checkpoints(run: RunDirectory, spec: RunSpec) -> None:
     """Refuse a newest checkpoint that is not the run's before anything is built. Raises `InputError`."""
+    from nanogpt.training.checkpoint import load_newest_checkpoint
+
     load_newest_checkpoint(run.checkpoint_directory, owner_check(run, spec, tell=False), every_byte=False)
 
 

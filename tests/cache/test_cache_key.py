@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import types
 from importlib import metadata
@@ -155,8 +156,15 @@ def test_versions_and_compiler_variables_are_part_of_the_key(monkeypatch: pytest
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
     assert cache_key(spec, CPU) == start
     monkeypatch.setenv("TORCHINDUCTOR_MAX_AUTOTUNE", "1")
-    assert differences(start, cache_key(spec, CPU)) == "environment TORCHINDUCTOR_MAX_AUTOTUNE"
+    tuned = cache_key(spec, CPU)
+    assert differences(start, tuned) == "environment TORCHINDUCTOR_MAX_AUTOTUNE"
+    monkeypatch.setenv("TORCHINDUCTOR_MAX_AUTOTUNE", "0")
+    assert differences(tuned, cache_key(spec, CPU)) == "environment TORCHINDUCTOR_MAX_AUTOTUNE"
     monkeypatch.delenv("TORCHINDUCTOR_MAX_AUTOTUNE")
+    monkeypatch.setenv("TRITON_PASSPHRASE", "hunter2\udcff")
+    assert "TRITON_PASSPHRASE" in cache_key(spec, CPU)["environment"]
+    assert "hunter2" not in json.dumps(cache_key(spec, CPU))
+    monkeypatch.delenv("TRITON_PASSPHRASE")
 
     version = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: "99" if name == "triton" else version(name))

@@ -136,11 +136,11 @@ def ranks(files: list[Path], world_size: int, **options: Any) -> Iterator[list[T
 
 @st.composite
 def a_shard(draw: st.DrawFn) -> list[int]:
-    """Up to some hundred documents; none, a few or many of them longer than the maxima asked for below."""
+    """One to some hundred documents; none, a few or many of them longer than the maxima asked for below."""
     rng = np.random.default_rng(draw(st.integers(0, 1000)))
     tokens = rng.integers(0, B, draw(st.integers(0, 3))).tolist()  # before the first BOS
     longest = draw(st.sampled_from([1, 2, 8, 30]))
-    for length in rng.integers(1, longest + 1, draw(st.integers(0, 1500 // longest))).tolist():
+    for length in rng.integers(1, longest + 1, draw(st.integers(1, 1500 // longest))).tolist():
         tokens += [B, *rng.integers(0, B, length - 1).tolist()]
     return tokens
 
@@ -335,6 +335,20 @@ def test_a_token_outside_of_the_vocabulary_is_named_when_its_shard_is_read() -> 
         with on_disk([SHARD], piece=5) as files, ranks(files, 1, vocab_size=B + 1) as (good,):
             for _ in range(taken):
                 good.next_step(StepRequest(8 * 16, 12))
+
+
+@pytest.mark.parametrize("without", [[3] * 40, []])
+def test_a_shard_without_a_document_is_an_error_where_it_is_reached(without: list[int]) -> None:
+    """And not passed over: a run on fewer tokens than its shards promise would not be seen."""
+    for prefetch in (False, True):
+        with on_disk([SHARD, without, SHARD]) as files, ranks(files, 1, prefetch=prefetch) as (one,):
+            one.next_step(8 * 16, 12)
+            for _ in range(2):
+                with pytest.raises(ShardError) as caught:
+                    for _ in range(10):
+                        one.next_step(8 * 16, 12)
+                assert str(caught.value).startswith(f"{files[1]}: has no token {B}, with which each document begins")
+            assert one.state_dict()["steps"] == len(list(slow_steps([SHARD], [(16, 12)] * 10)))
 
 
 def test_validation_tokens_are_checked_as_far_as_they_are_evaluated() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny_runs import python
 
 from nanogpt.cluster.request import STOP_SIGNAL, environment_overrides, job_request, sbatch_command
 from nanogpt.errors import InputError
@@ -94,3 +95,9 @@ def test_a_hardware_recipe_says_its_hardware_and_repeats_nothing(path: Path) -> 
     *nodes, count, gpu = path.stem.split("x")
     hardware = load_recipe(path).hardware
     assert (hardware.nodes, hardware.gpus_per_node, hardware.gpu) == (int(nodes[0]) if nodes else 1, int(count), gpu)
+
+
+def test_submitting_needs_no_torch() -> None:
+    """It takes seconds to import, and a submission or a job's plan does nothing else that does."""
+    done = python("-c", "import sys, nanogpt.cli.submit, nanogpt.cluster.job_step; print('torch' in sys.modules)")
+    assert done.stdout == "False\n", done.stderr

@@ -13,7 +13,7 @@ from other_user import ME, OTHER, as_me, as_other, needs_root, shared_place
 
 from nanogpt.cluster.staging import check_staged, stage, staged_data, staged_image
 from nanogpt.errors import InputError
-from nanogpt.private_files import open_private
+from nanogpt.private_directories import open_private
 
 pytestmark = needs_root
 OURS = b"our image"

@@ -1,17 +1,24 @@
-"""Directories of predictable names where others may write, such as in /tmp: opened only if they are this user's alone.
+"""Directories on a shared node that are this user's alone: those of predictable names, and those of one process.
 
-What somebody else has made, a link, or a directory that others may write to could hold code of theirs under our names.
-Each part of the path is opened by itself, relative to the one before and without following links, so that nothing can
-be exchanged between look and use.
+One of a predictable name, such as in /tmp, may be what somebody else has made, a link, or a directory that others may
+write to, and hold code of theirs under our names. `open_private` opens each part of its path by itself, relative to the
+one before and without following links, so that nothing can be exchanged between look and use.
+
+One of a process has a name that nobody knows beforehand. It goes with the process, or at the next one's start.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import pwd
+import shutil
 import stat
-from collections.abc import Sequence
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from nanogpt.errors import InputError
@@ -19,6 +26,52 @@ from nanogpt.errors import InputError
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 OVERFLOW_UID = Path("/proc/sys/kernel/overflowuid")
 UID_MAP = Path("/proc/self/uid_map")
+LOCK_NAME = ".lock"
+ABANDONED_S = 24 * 3600.0  # a directory of this age without a lock: its process died before it had made one
+
+
+@contextmanager
+def private_directory(prefix: str) -> Iterator[Path]:
+    """`make_private`'s directory, removed in the end. Raises OSError."""
+    root, lock = make_private(prefix)
+    try:
+        yield root
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+        os.close(lock)
+
+
+def make_private(prefix: str) -> tuple[Path, int]:
+    """A directory that this user alone can enter, and the lock that says it is in use.
+
+    Removes those of `prefix` whose process was killed. Raises OSError.
+    """
+    parent, prefix = Path(tempfile.gettempdir()), f"{prefix}{os.geteuid()}-"
+    _remove_abandoned(parent, prefix)
+    root = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    lock = os.open(root / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return root, lock
+
+
+def _remove_abandoned(parent: Path, prefix: str) -> None:
+    """Directories of this user's whose lock is free."""
+    for root in parent.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError):
+            status = root.lstat()
+            if status.st_uid != os.geteuid() or root.is_symlink():
+                continue
+            try:
+                lock = os.open(root / LOCK_NAME, os.O_RDWR | os.O_CLOEXEC)
+            except FileNotFoundError:  # just being made, unless it is old
+                if time.time() - status.st_mtime > ABANDONED_S:
+                    shutil.rmtree(root, ignore_errors=True)
+                continue
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(root, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 def open_private(base: Path, names: Sequence[str], *, make: bool = True) -> int:
