@@ -254,6 +254,12 @@ def dump_spec(spec: RunSpec, exclude: Mapping[str, Any] | None = None, *, ascii_
     )
 
 
+def publishable_spec(spec: RunSpec) -> str:
+    """`dump_spec` without the directories of the machine that the run was made on."""
+    places = {name: getattr(spec, name).model_copy(update={"directory": None}) for name in ("data", "output")}
+    return dump_spec(spec.model_copy(update=places))
+
+
 def recipe_schema(*, resolved: bool = False) -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of a recipe file, for editors, or of a resolved `RunSpec`.
 

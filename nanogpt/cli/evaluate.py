@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -36,12 +36,23 @@ def evaluate(
         typer.Option("--device", metavar="cpu|cuda", help="Where to compute.", show_default="a GPU if there is one"),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Also write all documents to this file, as JSON.")
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Also write all documents, or answers, to this file, as JSON."),
     ] = None,
+    task: Annotated[str | None, typer.Option("--task", metavar="hellaswag", help="Answer questions instead.")] = None,
+    items: Annotated[
+        Path | None, typer.Option("--items", metavar="FILE", help="With --task: its questions, as JSON lines.")
+    ] = None,
+    no_bos: Annotated[
+        bool,
+        typer.Option("--no-bos", help="With --task: no <|endoftext|> before a question, as lm-eval has it for GPT-2."),
+    ] = False,
 ) -> None:
     """Compute the validation loss of RUN's newest checkpoint anew, and list the documents that weigh most on it.
 
     With OTHER_RUN, both are evaluated on the same tokens, and the documents that make the difference are listed.
+
+    With --task, the share of questions that RUN answers rightly, by the rules of EleutherAI's lm-evaluation-harness.
 
     Standard errors are over documents of s nats and n tokens: with D of them and R = sum(s) / sum(n), the mean,
     sqrt(D / (D - 1) * sum((s - R n)^2)) / sum(n). For a difference, s is the difference of a document's losses.
@@ -49,22 +60,55 @@ def evaluate(
     A document that the edge of a validation micro-batch cuts counts as two.
     """
     wait_briefly()
-    import json
-
-    from nanogpt.console import say
-    from nanogpt.errors import InputError, RunError
-    from nanogpt.runs.directory import write_whole
+    from nanogpt.errors import InputError
     from nanogpt.training.evaluation import as_json, as_lines, evaluate_runs
 
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise InputError(f"--out: {out}: expected a file's name in a directory that is there")
     directories = [run] if other is None else [run, other]
+    if task is not None:
+        if data is not None or tokens is not None:
+            raise InputError("--data, --tokens: are for validation losses; --task reads --items")
+        report, lines = _answers(directories, task, items, bos=not no_bos, device=device)
+        _write(out, report, "answers")
+        for line in lines:
+            typer.echo(line)
+        return
+    if items is not None or no_bos:
+        raise InputError("--items, --no-bos: are for --task, which is not given")
     evaluation = evaluate_runs(directories, data_directory=data, tokens=tokens, device=device)
-    if out is not None:
-        try:
-            write_whole(out, json.dumps(as_json(evaluation), indent=1) + "\n")
-        except OSError as error:
-            raise RunError(f"{out}: cannot be written: {error.strerror}; name another file with --out") from error
-        say(f"All documents: {out}")
+    _write(out, as_json(evaluation), "documents")
     for line in as_lines(evaluation, documents):
         typer.echo(line)
+
+
+def _answers(
+    directories: list[Path], task: str, items: Path | None, *, bos: bool, device: str | None
+) -> tuple[dict[str, Any], list[str]]:
+    """What --out gets, and what is printed."""
+    from nanogpt.errors import InputError
+    from nanogpt.training.multiple_choice import TASKS, answer_items, as_json, as_lines, read_hellaswag
+
+    if task not in TASKS:
+        raise InputError(f"--task: found {task!r}, expected {' or '.join(TASKS)}")
+    if items is None:
+        raise InputError(f"--items: is not given; name the file with the items of {task}, a line of JSON for each")
+    questions = read_hellaswag(items)
+    answers = answer_items(directories, questions, bos=bos, device=device)
+    return as_json(answers, questions, task), as_lines(answers, questions, task)
+
+
+def _write(out: Path | None, report: dict[str, Any], what: str) -> None:
+    import json
+
+    from nanogpt.console import say
+    from nanogpt.errors import RunError
+    from nanogpt.runs.directory import write_whole
+
+    if out is None:
+        return
+    try:
+        write_whole(out, json.dumps(report, indent=1) + "\n")
+    except OSError as error:
+        raise RunError(f"{out}: cannot be written: {error.strerror}; name another file with --out") from error
+    say(f"All {what}: {out}")

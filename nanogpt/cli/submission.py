@@ -19,19 +19,31 @@ def submission(
     unofficial: Annotated[
         bool, typer.Option("--unofficial", help="Go on where a rule or the test fails, and mark it everywhere.")
     ] = False,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="modded-nanogpt",
+            help="Also records/track_1_short/DATE_Name, as that repository has it.",
+        ),
+    ] = None,
 ) -> None:
     """Make the directory --out of RUNs: the leaderboard's row as Markdown and JSON, logs, records, plots and notes.
 
     What `nanogpt check` or `nanogpt significance` fails is refused. The row is printed.
     """
     from nanogpt.console import say
+    from nanogpt.errors import InputError
     from nanogpt.runs.loaded import load_runs
+    from nanogpt.runs.public_layout import FORMAT, write_public
     from nanogpt.runs.submission import Fields, caveats, markdown_row, prepare, write_submission
 
+    if layout not in (None, FORMAT):
+        raise InputError(f"--format: found {layout!r}, expected {FORMAT}")
     names = tuple(name for name in map(str.strip, (contributors or "").split(",")) if name)
     fields = Fields(description, names, log_url)
     made = prepare(load_runs(runs, need_records=True), fields, unofficial=unofficial)
-    write_submission(made, out)
+    write_submission(made, out, write_public if layout else None)
     for caveat in caveats(made):
         say(f"Caveat: {caveat}")
     say(f"Submission: {out}")

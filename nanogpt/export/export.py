@@ -21,7 +21,7 @@ from nanogpt.export.card import model_card
 from nanogpt.export.modeling import CLASSES, FILE, modeling_code
 from nanogpt.export.safetensors import write_tensors
 from nanogpt.export.tokenizer_files import tokenizer_files
-from nanogpt.recipe import dump_spec
+from nanogpt.recipe import publishable_spec
 from nanogpt.runs.directory import RECORD_NAME, SPEC_NAME
 from nanogpt.runs.record import read_record
 from nanogpt.training.trained_model import TrainedModel, load_trained_model
@@ -59,13 +59,12 @@ def export_run(run_directory: Path, out: Path, *, name: str | None = None) -> Ex
     record = read_record(trained.run.path) if (trained.run.path / RECORD_NAME).exists() else None
     config, tensors, code = transformers_form(trained)
     parameters = sum(parameter.numel() for parameter in trained.model.parameters())
-    clean = spec.model_copy(update={"data": spec.data.model_copy(update={"directory": None})})
     files = {
         "config.json": json.dumps(config, indent=1) + "\n",
         "README.md": model_card(
             spec, record, step=trained.step, parameters=parameters, remote_code=code is not None, name=name
         ),
-        SPEC_NAME: dump_spec(clean),
+        SPEC_NAME: publishable_spec(spec),
         **tokenizer_files(spec.training.max_document_tokens),
         **({FILE: code} if code else {}),
     }

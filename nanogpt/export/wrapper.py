@@ -65,6 +65,7 @@ class NanogptModel(MODEL):
         self.value_table = {layer: table for table, layer in enumerate(self.spec.value_embed_layers)}
         self.windows = named(config.windows)
         self.rotary_state = config.rotary
+        self.bos = config.bos_token_id
         self.rotary: Any = None
         for name, (shape, dtype) in config.tensors.items():
             numbers = torch.empty(shape, dtype=torch.float32 if dtype == "float32" else None)
@@ -74,18 +75,23 @@ class NanogptModel(MODEL):
                 self.register_parameter(name, nn.Parameter(numbers))
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """(T, padded vocabulary) fp32 softcapped logits after each token of one document, (T,)."""
-        spec, count, device = self.spec, len(tokens), tokens.device
+        """(T, padded vocabulary) fp32 softcapped logits after each token of one document, (T,).
+
+        It is read behind two empty documents, lone BOS: in training documents stand behind others as well.
+        """
+        spec, device = self.spec, tokens.device
+        tokens = torch.cat((tokens.new_tensor([self.bos, self.bos]), tokens))
+        count = len(tokens)
         if self.rotary is None or self.rotary.rows < 2 * count or self.rotary.cos.device != device:
             self.rotary = self.rotary_tables(count, device)
         extras = spec.batch_extras(tokens.cpu().numpy().astype(np.uint16))
         batch = SimpleNamespace(
             inputs=tokens.int(),
-            cu_seqlens=torch.tensor([0, count], dtype=torch.int32, device=device),
+            cu_seqlens=torch.tensor([0, 1, 2, count], dtype=torch.int32, device=device),
             max_seqlen=count,
             extras={name: torch.from_numpy(values).to(device) for name, values in extras.items()},
         )
-        x = self(batch, self.windows)
+        x = self(batch, self.windows)[2:]
         return softcap(x @ self.lm_head, spec.softcap.cap, spec.softcap.shift, spec.softcap.scale)
 
     def rotary_tables(self, tokens: int, device: torch.device) -> Any:

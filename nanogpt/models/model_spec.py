@@ -76,6 +76,11 @@ class BaseModelSpec(Strict):
         """The table of parameters, in the order of reduction."""
         raise NotImplementedError
 
+    @property
+    def longest_document(self) -> int | None:
+        """Tokens of a document that the model reads as a whole; None: any number."""
+        return None
+
     def problems(self) -> Iterator[Problem]:
         """Cross-checks; yields (path below `model`, message)."""
         if self.vocab_size > self.padded_vocab_size:

@@ -1,7 +1,7 @@
 """A record made ready to publish: the leaderboard's fields, the evidence and local notes in one directory.
 
-submission.md (the row and the notes), submission.json (the same as data), loss.png and loss.svg, and below runs/ each
-run's log, record, metrics and spec as they are.
+submission.md (the row and the notes), submission.json (the same as data), leaderboard.json (the four fields of a lab's
+leaderboard), loss.png and loss.svg, and below runs/ each run's log, record, metrics and spec as they are.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import json
 import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -105,8 +105,10 @@ def prepare(runs: Sequence[LoadedRun], fields: Fields, *, unofficial: bool = Fal
     return Submission(fields, tuple(runs), checks, result, tuple(objections), unofficial)
 
 
-def write_submission(submission: Submission, out: Path) -> None:
-    """Make the directory `out`, whole or not at all.
+def write_submission(
+    submission: Submission, out: Path, layout: Callable[[Submission, Path], None] | None = None
+) -> None:
+    """Make the directory `out`, whole or not at all. layout: writes more into it, in another form.
 
     Raises:
         InputError: there is something at `out`.
@@ -131,6 +133,10 @@ def write_submission(submission: Submission, out: Path) -> None:
         drawn = [replace(run, label=mark + run.label) for run in submission.runs]
         for name in ("loss.png", "loss.svg"):
             plot_runs(drawn, partial / name)
+        four = json.dumps(leaderboard_fields(submission), indent=2) + "\n"
+        (partial / "leaderboard.json").write_text(four, "utf-8")
+        if layout is not None:
+            layout(submission, partial)
         (partial / "submission.json").write_text(json.dumps(submission_data(submission), indent=2) + "\n", "utf-8")
         (partial / "submission.md").write_text(submission_text(submission), "utf-8")
         if out.exists():
@@ -143,21 +149,31 @@ def write_submission(submission: Submission, out: Path) -> None:
             shutil.rmtree(partial, ignore_errors=True)
 
 
+def leaderboard_fields(submission: Submission) -> dict[str, Any]:
+    """The four fields that a lab's leaderboard asks for."""
+    return {
+        "seconds": submission.record_seconds,
+        "description": described(submission),
+        "log_url": submission.fields.log_url,
+        "contributors": list(submission.fields.contributors),
+    }
+
+
 def submission_data(submission: Submission) -> dict[str, Any]:
     """The submission as data that JSON can hold: the leaderboard's fields first, then evidence and local notes."""
     first = submission.runs[0]
     return {
         "official": not submission.unofficial,
         "record_time_seconds": submission.record_seconds,
-        "description": _described(submission),
+        "description": described(submission),
         "log_url": submission.fields.log_url,
         "contributors": list(submission.fields.contributors),
         "objections": list(submission.objections),
         "significance": significance_data(submission.significance, submission.runs),
         "checks": {label: [asdict(check) for check in checks] for label, checks in submission.checks.items()},
         "notes": {
-            "date": _date(submission),
-            "hardware": _hardware(first),
+            "date": submission_date(submission),
+            "hardware": hardware(first),
             "config_difference": [
                 {"key": key, "record": there, "run": here} for key, there, here in recipe_changes(first.spec)
             ],
@@ -168,7 +184,7 @@ def submission_data(submission: Submission) -> dict[str, Any]:
 
 
 def _run_notes(run: LoadedRun) -> dict[str, Any]:
-    record = _record(run)
+    record = one_record(run)
     slurm = record.slurm
     return {
         "run": run.label,
@@ -207,19 +223,19 @@ def markdown_row(submission: Submission) -> str:
     log = f"[log]({submission.fields.log_url})" if submission.fields.log_url else "-"
     cells = (
         f"{submission.record_seconds:.3f} s",
-        _described(submission),
-        _date(submission),
+        described(submission),
+        submission_date(submission),
         log,
         ", ".join(submission.fields.contributors) or "-",
     )
-    return "| " + " | ".join(_cell(cell) for cell in cells) + " |"
+    return "| " + " | ".join(markdown_cell(cell) for cell in cells) + " |"
 
 
 def submission_text(submission: Submission) -> str:
     """submission.md."""
     runs, result = submission.runs, submission.significance
     mark = f"{UNOFFICIAL}: " if submission.unofficial else ""
-    lines = [f"# {mark}{_cell(submission.fields.description)}", ""]
+    lines = [f"# {mark}{markdown_cell(submission.fields.description)}", ""]
     if submission.unofficial:
         lines += ["**Unofficial: not a record by the public rules.**", ""]
         lines += [*(f"- {objection}" for objection in submission.objections), ""] if submission.objections else []
@@ -234,7 +250,7 @@ def submission_text(submission: Submission) -> str:
     ]
     rows = []
     for run in runs:
-        record = _record(run)
+        record = one_record(run)
         cells = (
             run.label,
             str(run.spec.training.seed),
@@ -244,11 +260,11 @@ def submission_text(submission: Submission) -> str:
             f"{record.ended:%Y-%m-%d %H:%M:%S}" if record.ended else "-",
             _commit(record),
         )
-        rows.append([_cell(cell) for cell in cells])
+        rows.append([markdown_cell(cell) for cell in cells])
     lines += markdown_table(("run", "seed", "validation loss", "time", "job", "ended (UTC)", "commit"), rows)
     spread = "" if result.sd is None else f", standard deviation {result.sd:.5f}"
     lines += ["", f"n = {result.n}, mean validation loss {result.mean:.5f}{spread}: {result.verdict()}.", ""]
-    lines += ["## Local notes", "", f"- Hardware: {_hardware(runs[0])}"]
+    lines += ["## Local notes", "", f"- Hardware: {hardware(runs[0])}"]
     changes = recipe_changes(runs[0].spec)
     lines += [f"- Config: the shipped {runs[0].spec.model.kind}" + (", changed:" if changes else "")]
     lines += [f"  - `{key}`: {show(there)} -> {show(here)}" for key, there, here in changes]
@@ -271,24 +287,26 @@ def _rule_rows(labels: Sequence[str], checks: Sequence[Check]) -> list[str]:
     """A rule in one row where all runs passed it, with the first one's evidence, else in a row for each."""
     first = checks[0]
     if all(check.state == "passed" for check in checks):
-        return [f"| {first.rule} | passed | {_cell(first.evidence)} |"]
+        return [f"| {first.rule} | passed | {markdown_cell(first.evidence)} |"]
     return [
-        f"| {check.rule}, {_cell(label)} | {check.state} | {_cell(check.evidence)} |"
+        f"| {check.rule}, {markdown_cell(label)} | {check.state} | {markdown_cell(check.evidence)} |"
         for label, check in zip(labels, checks, strict=True)
     ]
 
 
-def _described(submission: Submission) -> str:
+def described(submission: Submission) -> str:
+    """The description on one line, marked if it is unofficial."""
     description = " ".join(submission.fields.description.split())
     return f"{UNOFFICIAL}: {description}" if submission.unofficial else description
 
 
-def _cell(text: str) -> str:
+def markdown_cell(text: str) -> str:
     """Text in one cell of a Markdown table."""
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def _record(run: LoadedRun) -> Record:
+def one_record(run: LoadedRun) -> Record:
+    """The run's record, which it has."""
     assert run.record is not None  # runs are loaded with need_records
     return run.record
 
@@ -305,11 +323,13 @@ def _commit(record: Record) -> str:
     return (record.code.commit or "-")[:12] + changed
 
 
-def _date(submission: Submission) -> str:
-    ends = [record.ended or record.updated for record in map(_record, submission.runs)]
+def submission_date(submission: Submission) -> str:
+    """When the last run ended, YYYY-MM-DD."""
+    ends = [record.ended or record.updated for record in map(one_record, submission.runs)]
     return f"{max(ends):%Y-%m-%d}"
 
 
-def _hardware(run: LoadedRun) -> str:
-    devices = _record(run).hardware.devices or [str(run.metrics.start.get("device"))]
+def hardware(run: LoadedRun) -> str:
+    """Such as `8 x NVIDIA H200`."""
+    devices = one_record(run).hardware.devices or [str(run.metrics.start.get("device"))]
     return ", ".join(f"{devices.count(name)} x {name}" for name in dict.fromkeys(devices))

@@ -30,14 +30,12 @@ from nanogpt.data.canonical_mask import build
 from nanogpt.data.shards import Tokens
 from nanogpt.data.tokenizer import VOCAB_SIZE, gpt2_encoding
 from nanogpt.errors import InputError, RunError
-from nanogpt.models.language_model import Implementations
 from nanogpt.runs.directory import RECORD_NAME, RunDirectory
 from nanogpt.runs.metrics import read_run
 from nanogpt.runs.record import Data, read_record
 from nanogpt.spec import RunSpec
-from nanogpt.training.implementations import choose_implementations
 from nanogpt.training.schedule import Schedule
-from nanogpt.training.trained_model import TrainedModel, load_trained_model
+from nanogpt.training.trained_model import TrainedModel, evaluating_implementations, find_device, load_trained_model
 from nanogpt.training.trainer import default_data_directory, find_files
 
 Numbers = npt.NDArray[np.float64]
@@ -149,12 +147,12 @@ def evaluate_runs(
         _check_same_tokens(run_directories[0], first, path, spec)
     count = first.evaluation.tokens if tokens is None else tokens
     _check_count(count, specs)
-    place = _device(device)
+    place = find_device(device)
     recorded = [_recorded_data(RunDirectory.open(path)) for path in run_directories]
     files = find_files(data_directory or _shards_of(first, recorded[0]), first.data.val_files)
     stream = read_stream(files, count + 1, first.model.vocab_size)
     trained = [
-        load_trained_model(path, device=place, implementations=_implementations(spec, place))
+        load_trained_model(path, device=place, implementations=evaluating_implementations(spec, place))
         for path, spec in zip(run_directories, specs, strict=True)
     ]
     names = [one.run.path.resolve().name for one in trained]
@@ -195,28 +193,6 @@ def _check_count(count: int, specs: Sequence[RunSpec]) -> None:
             f"--tokens: {count:,} tokens do not fill micro-batches of {of} (evaluation.micro_batch_tokens); name a"
             f" multiple of {unit:,}, such as {max(count // unit, 1) * unit}"
         )
-
-
-def _device(name: str | None) -> torch.device:
-    if name not in (None, "cpu", "cuda"):
-        raise InputError(f"--device: found {name}, expected cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device: PyTorch sees no GPU here (apptainer needs --nv); leave it away to use the CPU")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-def _implementations(spec: RunSpec, device: torch.device) -> Implementations:
-    """The run's own where they can run here, else their equals; 8-bit products are for training alone."""
-    runtime = spec.runtime.model_copy(
-        update=dict.fromkeys(("head_precision", "mlp_precision", "projection_precision"), "bf16")
-    )
-    try:
-        return choose_implementations(spec.model_copy(update={"runtime": runtime}), device)[0]
-    except InputError:
-        runtime = runtime.model_copy(update={"attention": "auto"})
-        return choose_implementations(spec.model_copy(update={"runtime": runtime}), device)[0]
 
 
 def _token_losses(

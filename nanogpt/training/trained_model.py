@@ -13,8 +13,10 @@ from nanogpt.runs.directory import RunDirectory
 from nanogpt.spec import RunSpec
 from nanogpt.training.build import build_model
 from nanogpt.training.checkpoint import load_newest_checkpoint, taken_over
+from nanogpt.training.implementations import choose_implementations
 from nanogpt.training.ownership import owner_check
 from nanogpt.training.schedule import Schedule
+from nanogpt.training.separate_documents import EMPTY, MULTIPLE
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +33,41 @@ class TrainedModel:
     def masked(self) -> bool:
         """Whether it is a run's end whose validation has the canonical mask."""
         return self.spec.training.masked and self.step >= self.spec.training.total_steps
+
+    @property
+    def longest_stream(self) -> int:
+        """Tokens that it reads at a time at most: its rotary tables have no more."""
+        return max(self.spec.evaluation.micro_batch_tokens // MULTIPLE, 1) * MULTIPLE
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a document that it reads at most: as many as it was trained on, and room for what stands before."""
+        spec = self.spec
+        limit = spec.model.longest_document or spec.training.max_document_tokens
+        return min(limit, spec.training.max_document_tokens, self.longest_stream - EMPTY)
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device `name`, cpu or cuda; None: a GPU where there is one. Raises InputError for another, or no GPU."""
+    if name not in (None, "cpu", "cuda"):
+        raise InputError(f"--device: found {name}, expected cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device: PyTorch sees no GPU here (apptainer needs --nv); leave it away to use the CPU")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def evaluating_implementations(spec: RunSpec, device: torch.device) -> Implementations:
+    """The run's own where they can run here, else their equals; 8-bit products are for training alone."""
+    runtime = spec.runtime.model_copy(
+        update=dict.fromkeys(("head_precision", "mlp_precision", "projection_precision"), "bf16")
+    )
+    try:
+        return choose_implementations(spec.model_copy(update={"runtime": runtime}), device)[0]
+    except InputError:
+        runtime = runtime.model_copy(update={"attention": "auto"})
+        return choose_implementations(spec.model_copy(update={"runtime": runtime}), device)[0]
 
 
 def load_trained_model(

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from exported_runs import gpt2_tokens_spec, untrained_run
 from small_specs import small_record89
 from tiny_runs import make_data, tiny_spec, train
+from untrained_runs import gpt2_tokens_spec, untrained_run
 from upload_hub import UploadHub
 
 from nanogpt.data.tokenizer import BOS, bpe_ranks

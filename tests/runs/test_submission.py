@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import io
 import json
 import shutil
 import statistics
+import uuid
 
 import pytest
 from made_runs import BEGAN, BIGRAM, SMEAR, SPARSE_BIGRAM, change_record, loaded, made_run, made_runs
@@ -49,9 +52,55 @@ def test_a_record(tmp_path, nanogpt, runs):
             assert (out / "runs" / run.name / name).read_bytes() == (run / name).read_bytes()
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG") and ">run-5<" in (out / "loss.svg").read_text()
     assert sorted(path.name for path in out.iterdir()) == [
-        "loss.png", "loss.svg", "runs", "submission.json", "submission.md",
+        "leaderboard.json", "loss.png", "loss.svg", "runs", "submission.json", "submission.md",
     ]  # fmt: skip
     assert [path.name for path in out.parent.iterdir()] == ["record"]
+
+
+def test_the_four_fields_of_a_lab(tmp_path, nanogpt, runs):
+    out = tmp_path / "out"
+    submit(nanogpt, runs, out, "--contributors", "Ada, Grace", "--log-url", "https://example.org/log.txt")
+    assert json.loads((out / "leaderboard.json").read_text()) == {
+        "seconds": 93.025,
+        "description": "Bigrams | hashed",
+        "log_url": "https://example.org/log.txt",
+        "contributors": ["Ada", "Grace"],
+    }
+
+
+def test_the_layout_of_the_public_repository(tmp_path, nanogpt, runs):
+    """The README's own Python prints what the README says it prints."""
+    out = tmp_path / "out"
+    done = submit(nanogpt, runs, out, "--format", "modded-nanogpt", "--contributors", "Ada")
+    assert done.code == 0, done.err
+    directory = out / "records/track_1_short/2026-03-01_BigramsHashed"
+    logs = sorted(path for path in directory.iterdir() if path.suffix == ".txt")
+    assert len(logs) == 6 and len(list(directory.iterdir())) == 8
+    assert load_recipe(directory / "spec.yaml").training.seed == 0
+    assert {str(uuid.UUID(path.stem)) for path in logs} == {path.stem for path in logs}
+    assert sorted(path.read_bytes() for path in logs) == sorted((run / "log.txt").read_bytes() for run in runs)
+    text = (directory / "README.md").read_text()
+    assert text.startswith("## Bigrams | hashed\n") and "UNOFFICIAL" not in text
+    assert "Contributors: Ada" in text and "- Hardware: 8 x NVIDIA H100 80GB HBM3" in text
+    assert f"| {logs[0].name} |" in text
+    code = text.partition("```python\n")[2].partition("```")[0]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(code, {})
+    promised = [line[2:] for line in code.splitlines() if line.startswith("# ")]
+    assert printed.getvalue().splitlines() == promised
+    assert promised[0] == "p=0.0025"
+
+
+def test_the_public_layout_of_what_is_no_record(tmp_path, nanogpt):
+    run = made_run(tmp_path / "run")
+    out = tmp_path / "out"
+    assert submit(nanogpt, [run], out, "--format", "modded", "--unofficial").code == 2 and not out.exists()
+    assert submit(nanogpt, [run], out, "--format", "modded-nanogpt", "--unofficial").code == 0
+    (readme,) = out.glob("records/track_1_short/*/README.md")
+    text = readme.read_text()
+    assert text.startswith("## UNOFFICIAL: Bigrams") and "- significance: not shown: one run" in text
+    assert "# p=nan" in text and "# losses: (tensor(nan), tensor(3.2776))" in text
 
 
 def test_contributors_and_log_are_optional(tmp_path, nanogpt, runs):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "export"))  # exported_runs
+sys.path.insert(0, str(HERE.parent))  # untrained_runs
 
 Others = Callable[..., Any]
 

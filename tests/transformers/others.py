@@ -57,6 +57,34 @@ def tensors(directory: str) -> Any:
         return {name: [list(file.get_tensor(name).shape), str(file.get_tensor(name).dtype)] for name in file.keys()}  # noqa: SIM118
 
 
+def hellaswag(directory: str, items: str, bos: str) -> Any:
+    """lm-eval's accuracies with standard errors, and its log-probabilities, by its own rules for HellaSwag."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks.hellaswag.utils import process_docs
+
+    task = {
+        "task": "hellaswag_of_file",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"validation": items}},
+        "output_type": "multiple_choice",
+        "validation_split": "validation",
+        "process_docs": process_docs,
+        "doc_to_text": "{{query}}",
+        "doc_to_target": "{{label}}",
+        "doc_to_choice": "choices",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
+    model = HFLM(pretrained=directory, dtype="float32", device="cpu", batch_size=16, add_bos_token=bos == "bos")
+    results = lm_eval.simple_evaluate(model=model, tasks=[task], bootstrap_iters=2, log_samples=True)
+    samples = sorted(results["samples"]["hellaswag_of_file"], key=lambda sample: sample["doc_id"])
+    scores = results["results"]["hellaswag_of_file"]
+    return {
+        "log_probabilities": [[response[0] for response in sample["filtered_resps"]] for sample in samples],
+        **{name: scores[f"{name},none"] for name in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")},
+    }
+
+
 if __name__ == "__main__":
     with contextlib.suppress(ModuleNotFoundError):
         importlib.import_module("nanogpt.errors")

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import numpy as np
 import pytest
 import torch
-from exported_runs import KINDS, gpt2_tokens_spec, untrained_run
+from hellaswag_items import write_items
 from others import TEXTS
+from untrained_runs import KINDS, gpt2_tokens_spec, untrained_run
 
-from nanogpt.data.batches import MicroBatch
-from nanogpt.data.tokenizer import gpt2_encoding
+from nanogpt.data.tokenizer import BOS, gpt2_encoding
 from nanogpt.export.export import export_run
 from nanogpt.kernels.cross_entropy import softcap
+from nanogpt.training.multiple_choice import answer_items, mean_and_error, read_hellaswag
+from nanogpt.training.separate_documents import separate_documents
 from nanogpt.training.trained_model import TrainedModel, load_trained_model
 
 CLASSES = {"gpt2": "GPT2LMHeadModel", "speedrun": "NanogptForCausalLM", "record89": "NanogptForCausalLM"}
@@ -23,13 +24,9 @@ CLASSES = {"gpt2": "GPT2LMHeadModel", "speedrun": "NanogptForCausalLM", "record8
 @torch.no_grad()
 def own_logits(trained: TrainedModel, tokens: torch.Tensor) -> torch.Tensor:
     """(T, padded vocabulary) fp32 after each token of one document."""
-    spec, count = trained.spec.model, len(tokens)
-    extras = {
-        name: torch.from_numpy(value) for name, value in spec.batch_extras(tokens.numpy().astype(np.uint16)).items()
-    }
-    bounds = torch.tensor([0, count], dtype=torch.int32)
-    model: Any = trained.model
-    x = model(MicroBatch(tokens.int(), tokens, bounds, count, extras), trained.windows)
+    spec, model = trained.spec.model, cast(Any, trained.model)
+    batch, (start,) = separate_documents([tokens.tolist()], spec, BOS, "cpu")
+    x = model(batch, trained.windows)[start : start + len(tokens)]
     if spec.kind == "gpt2":
         return (x @ model.embed.weight.mT).float()
     return softcap(x @ model.lm_head, spec.softcap.cap, spec.softcap.shift, spec.softcap.scale)
@@ -67,3 +64,20 @@ def test_the_safetensors_package_reads_the_file(others: Any, tmp_path: Path) -> 
     read = others("tensors", export_run(run, tmp_path / "model").path)
     assert read["transformer.h.1.mlp.c_fc.weight"] == [[32, 128], "torch.float32"]
     assert len(read) == 2 + 2 * 12 + 2
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_hellaswag_is_scored_as_lm_eval_scores_it(others: Any, tmp_path: Path, bos: bool) -> None:
+    context = ("model.context=128", "training.max_document_tokens=128", "training.window_block=128")
+    sizes = ("evaluation={every: 4, tokens: 1024, micro_batch_tokens: 256, target_loss: null}",)
+    run = untrained_run(tmp_path / "run", gpt2_tokens_spec("gpt2", *context, *sizes))
+    made, path = export_run(run, tmp_path / "model"), write_items(tmp_path / "items.jsonl")
+    theirs = others("hellaswag", made.path, path, "bos" if bos else "none")
+    (ours,) = answer_items([run], read_hellaswag(path), bos=bos, device="cpu")
+    assert len(ours.scores) == len(theirs["log_probabilities"]) == 50
+    for own, their in zip(ours.scores, theirs["log_probabilities"], strict=True):
+        assert own.tolist() == pytest.approx(their, rel=1e-5)
+    for name, measure in (("acc", "accuracy"), ("acc_norm", "characters")):
+        mean, error = mean_and_error(ours.right[measure])
+        assert (mean, error) == (pytest.approx(theirs[name]), pytest.approx(theirs[f"{name}_stderr"]))
+    assert 0 < theirs["acc"] < 1 and theirs["acc"] != theirs["acc_norm"]

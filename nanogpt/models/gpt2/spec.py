@@ -48,6 +48,11 @@ class Gpt2ModelSpec(BaseModelSpec):
             rows += linear(f"{block}.mlp_down", d, hidden, residual)
         return (*rows, *layer_norm("ln_f"))
 
+    @property
+    def longest_document(self) -> int:
+        """It has learned no more positions."""
+        return self.context
+
     def problems(self) -> Iterator[Problem]:
         """Cross-checks; yields (path below `model`, message)."""
         yield from super().problems()
