@@ -33,6 +33,6 @@ def untrained_run(path: Path, spec: RunSpec) -> Path:
     model = build_model(spec, device="cpu")
     randomize(model)
     for old, new in Schedule(spec).window_changes(spec.training.total_steps - 1):
-        model.extend_window(old, new)
+        model.change_windows(old, new)
     save_checkpoint(path / "checkpoints", spec.training.total_steps, {"model": model.state_dict()}, keep=1)
     return path
