@@ -24,16 +24,13 @@ _server.set_forkserver_preload(["nanogpt.cli.main", "nanogpt.training.trainer"])
 class Forked:
     """A process that calls `function(*arguments)`, on one thread; it ends as Python would.
 
-    Args:
-        directory: None: this process's.
-        environment: all of it.
+    `environment` is all of its environment; None: this process's. It does not outlive the session.
     """
 
     def __init__(
         self,
         function: Callable[..., object],
         *arguments: object,
-        directory: Path | None = None,
         environment: Mapping[str, str] | None = None,
     ):
         descriptor, name = tempfile.mkstemp()
@@ -41,17 +38,10 @@ class Forked:
         self._output = Path(name), Path(f"{name}.err")
         self._process = _server.Process(
             target=_call,
-            args=(
-                function,
-                arguments,
-                self._output,
-                directory or Path.cwd(),
-                dict(os.environ if environment is None else environment),
-            ),
+            args=(function, arguments, self._output, dict(os.environ if environment is None else environment)),
+            daemon=True,
         )
         self._process.start()
-        assert self._process.pid is not None
-        self.pid = self._process.pid
 
     def wait(self, timeout: float) -> subprocess.CompletedProcess[str]:
         """Its end and what it has written. Raises AssertionError when it does not come to an end."""
@@ -73,7 +63,6 @@ def _call(
     function: Callable[..., object],
     arguments: tuple[object, ...],
     output: tuple[Path, Path],
-    directory: Path,
     environment: dict[str, str],
 ) -> None:
     import torch
@@ -84,7 +73,6 @@ def _call(
         os.close(descriptor)
     os.environ.clear()
     os.environ.update(environment)
-    os.chdir(directory)
     torch.set_num_threads(1)
     function(*arguments)
 
