@@ -6,7 +6,7 @@ of 100 M tokens (200 MB) each. A run needs 9 training shards at most.
 - A shard takes its name only when its sha256 is the hub's and its header fits; until then it is a partial file in
   `.prep-fineweb/`, which the next start continues.
 - For the first shards the package knows the sha256 itself (nanogpt/data/official.py): a mirror that serves others is
-  refused. For the rest the first download's counts for good.
+  refused. For the rest the first download's counts for good, and `nanogpt check` trusts it where it was the hub's own.
 - What was verified is remembered in `manifest.json` (see nanogpt/data/manifest.py). A complete directory needs neither
   network nor write permission.
 - A lock per shard keeps two processes apart; that a file is whole does not depend on the lock (see `Hub.fetch`).

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from nanogpt.data.shards import train_name, val_name
 
+HUB = "https://huggingface.co"  # any other address is a mirror
 REVISION = "889765ea1f903759787add96995d81171b632d0c"
 SHARD_BYTES = 200_001_024  # of each that is pinned: 100 M tokens
 _TRAIN = (

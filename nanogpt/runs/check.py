@@ -157,7 +157,7 @@ def _training_shards(run: LoadedRun, record: Record) -> tuple[State, str]:
 
 
 def _shards(run: LoadedRun, record: Record, kind: str) -> tuple[State, str]:
-    """Shards are official by the sha256 of what was read: the package's own, else that of prep-fineweb's manifest."""
+    """Shards are official by the sha256 of what was read: the package's own, else what the hub announced first."""
     files: list[DataFile] = [] if record.data is None else getattr(record.data, kind)
     if record.data is None or not files:
         return "unknown", "the record does not say which shards were read"
@@ -213,7 +213,13 @@ def _one_shard(file: DataFile, directory: Path, manifest: dict[str, Entry]) -> t
             f"{file.name}: sha256 {file.sha256[:12]}, for which no manifest of {REPOSITORY} vouches; verify with"
             f" prep-fineweb --dir {directory} and run again"
         )
-    return "as they were first downloaded (not pinned)", ""
+    announced_by = file.announced_by or (now and now.endpoint)
+    if announced_by != official.HUB:
+        return "unknown", (
+            f"{file.name}: sha256 {file.sha256[:12]}, by the word of {announced_by or 'an address that nobody noted'}"
+            f" alone: this package pins none, and {official.HUB} was not asked"
+        )
+    return "as the hub announced them at the first download (not pinned)", ""
 
 
 def _manifest_now(directory: Path) -> dict[str, Entry]:

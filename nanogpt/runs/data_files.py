@@ -43,6 +43,8 @@ def describe_shards(paths: Sequence[Path]) -> list[DataFile]:
         if known is not None:
             shard.expected_sha256 = known
             shard.expected_from = "pinned" if path.name in official.SHA256 else "manifest.json"
+            if shard.expected_from == "manifest.json":
+                shard.announced_by = fineweb[path.name].endpoint
         elif (path.name, status.st_size) in text and status.st_mtime_ns <= written_ns:
             shard.expected_sha256, shard.expected_from = text[path.name, status.st_size], "text.json"
         shards.append(shard)

@@ -189,6 +189,9 @@ class DataFile(Part):
         default=None,
         description="who says so: this package, prep-fineweb's manifest (trusted on first use), or prep-text's",
     )
+    announced_by: str | None = Field(
+        default=None, description="of prep-fineweb's manifest: the hub or the mirror whose word it is; None: not known"
+    )
     also_read: list[str] = Field(
         default_factory=list, description="other sha256 under this name: on another node, or in a later pass"
     )

@@ -1,6 +1,6 @@
-"""Run by torchrun: every collective of a Communicator against what it must give, in the dtypes that it meets.
+"""Every collective of a Communicator against what it must give, in the dtypes that it meets.
 
-The argument is the backend, gloo on CPUs or nccl on GPUs.
+torchrun runs this file on GPUs; the argument is the backend, gloo or nccl.
 """
 
 import os
@@ -15,114 +15,132 @@ from nanogpt.optim.optimizer_spec import TableRates
 from nanogpt.optim.pulled_table import PulledTable
 from nanogpt.optim.row_table import TouchedRows, average_touched_shard
 
-torch.set_num_threads(1)
-BACKEND = sys.argv[1]
-DEVICE = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if BACKEND == "nccl" else torch.device("cpu")
-if DEVICE.type == "cuda":
-    torch.cuda.set_device(DEVICE)
-torch.set_default_device(DEVICE)
-dist.init_process_group(BACKEND, device_id=DEVICE if DEVICE.type == "cuda" else None)
-rank, size = dist.get_rank(), dist.get_world_size()
-communicator = Communicator(rank, size)
-
 
 def of_rank(r: int, dtype: torch.dtype) -> torch.Tensor:
     """(8, 3) small integers, which no dtype rounds, other ones on every rank."""
     return (torch.arange(24).view(8, 3) % 7 + 2 * r).to(dtype)
 
 
-for dtype in (torch.float32, torch.bfloat16):
-    mean = torch.stack([of_rank(r, torch.float32) for r in range(size)]).mean(0).to(dtype)
-    full = of_rank(rank, dtype)
-    pending = communicator.average(full)
-    assert torch.equal(pending.wait(), mean), "average"
-    assert torch.equal(full, mean), "average is in place"
-    shard = communicator.average_shard(of_rank(rank, dtype)).wait()
-    assert shard.dtype == dtype
-    assert torch.equal(shard, communicator.shard(mean)), "average_shard"
-    transposed = of_rank(rank, dtype).mT.contiguous().mT  # not contiguous
-    assert torch.equal(communicator.average_shard(transposed).wait(), communicator.shard(mean)), "strides"
+def check_pulled_table(communicator: Communicator, device: torch.device) -> None:
+    """A pulled table against one that a single rank has whole: rows, updates, and checkpoints of one for the other.
 
-for dtype in (torch.float32, torch.bfloat16, torch.int16):
-    expected = of_rank(0, dtype)
-    scattered = torch.zeros_like(expected)
-    communicator.shard(scattered).copy_(communicator.shard(expected))
-    assert torch.equal(communicator.gather(scattered).wait(), expected), "gather"
-    assert torch.equal(communicator.unshard(communicator.shard(expected).clone()), expected), "unshard"
-    tensor = of_rank(rank, dtype)
-    communicator.broadcast(tensor)
-    assert torch.equal(tensor, of_rank(0, dtype)), "broadcast"
+    The second cycle is cut by a checkpoint.
+    """
+    rank, size = communicator.rank, communicator.size
+    all_rows, width = 16 * size, 5
+    whole = PulledTable(all_rows, width, dtype=torch.float32, communicator=Communicator(), device=device)
+    parts = PulledTable(all_rows, width, dtype=torch.float32, communicator=communicator, device=device)
+    for number in (1, 2, 3):
+        rng = np.random.default_rng(number)
+        slots = [torch.from_numpy(rng.integers(0, all_rows, 7)).to(device) for _ in range(2 * size)]
+        own = slots[rank::size]
+        gradients = [
+            torch.randn(7, width, generator=torch.Generator("cpu").manual_seed(s), device="cpu")
+            for s in range(2 * size)
+        ]
+        gradients = [gradient.to(device) for gradient in gradients]
+        whole.begin_cycle(np.unique(torch.cat(slots).cpu().numpy()))
+        parts.begin_cycle(np.unique(torch.cat(own).cpu().numpy()))
+        for rows in own:
+            assert torch.allclose(parts.read(rows), whole.read(rows), rtol=1e-5, atol=1e-7), "pulled rows"
+        for rows, gradient in zip(slots, gradients, strict=True):
+            whole.add_gradient(rows, gradient / size)  # the mean over ranks
+        parts.add_gradient(own[0], gradients[rank])
+        if number == 2:
+            state = parts.state_dict()
+            assert rank > 0 or len(state["rows"]) > 0
+            everywhere = [state]
+            dist.broadcast_object_list(everywhere, src=0)
+            parts = PulledTable(all_rows, width, dtype=torch.float32, communicator=communicator, device=device)
+            parts.load_state_dict(everywhere[0])
+            parts.begin_cycle(np.unique(own[1].cpu().numpy()))
+            alone = PulledTable(all_rows, width, dtype=torch.float32, communicator=Communicator(), device=device)
+            alone.load_state_dict(everywhere[0])  # on one rank: what all have gathered so far
+            alone.begin_cycle(np.unique(torch.cat(slots).cpu().numpy()))
+            for rows, gradient in zip(slots[size:], gradients[size:], strict=True):
+                alone.add_gradient(rows, gradient / size)
+            assert whole.gradient is not None and alone.gradient is not None
+            assert torch.allclose(alone.gradient, whole.gradient, rtol=1e-5, atol=1e-6), (
+                "a cycle for another world size"
+            )
+        parts.add_gradient(own[1], gradients[rank + size])
+        with parts.reading([torch.arange(all_rows), torch.arange(3)]):
+            assert torch.allclose(parts.read(torch.arange(all_rows)), whole.values, rtol=1e-5, atol=1e-7), (
+                "another pull"
+            )
+        for table in (whole, parts):
+            table.start_push()
+            table.update(TableRates(0.05, 0.95 - 0.01 * number, 0.001, 1e-10))
+        assert torch.allclose(parts.values, communicator.shard(whole.values), rtol=1e-5, atol=1e-7), "row Adam"
+        assert torch.allclose(parts.second_moment, communicator.shard(whole.second_moment), rtol=1e-5), "moments"
+        assert torch.equal(parts.last_update, communicator.shard(whole.last_update)), "updates"
 
-# Sparse against dense: the same mean of the rows that were touched.
-ROWS, WIDTH = 16 * size, 5
-for dtype, allowed in ((torch.float32, 1e-6), (torch.bfloat16, 0.02)):
-    rng = np.random.default_rng(0)
-    slots = [np.unique(rng.integers(0, ROWS, 3 + slot)) for slot in range(2 * size)]
-    slots[1] = np.zeros(0, dtype=np.int64) if size == 2 else slots[1]
-    touched = TouchedRows(ROWS, "rows", rank, size, "sparse", DEVICE)
-    touched.add(slots)
-    touched.prepare()
-    gradient = torch.zeros(ROWS, WIDTH, dtype=dtype)
-    for slot in range(rank, len(slots), size):
-        for row in slots[slot]:
-            generator = torch.Generator("cpu").manual_seed(int(1000 * slot + row))
-            gradient[row] += torch.randn(WIDTH, generator=generator, device="cpu").to(DEVICE, dtype)
-    exchange = touched.take()
-    assert exchange is not None
-    dense = communicator.average_shard(gradient.clone()).wait()
-    sparse = average_touched_shard(communicator, gradient, exchange).wait()
-    assert sparse.dtype == dtype
-    assert (sparse - dense).norm() <= allowed * dense.norm(), "sparse"
 
-# A pulled table against one that a single rank has whole: the same rows, the same updates, checkpoints of one for the
-# other. The second cycle is cut by a checkpoint.
-whole = PulledTable(ROWS, WIDTH, dtype=torch.float32, communicator=Communicator(), device=DEVICE)
-parts = PulledTable(ROWS, WIDTH, dtype=torch.float32, communicator=communicator, device=DEVICE)
-for number in (1, 2, 3):
-    rng = np.random.default_rng(number)
-    slots = [torch.from_numpy(rng.integers(0, ROWS, 7)).to(DEVICE) for _ in range(2 * size)]
-    own = slots[rank::size]
-    gradients = [
-        torch.randn(7, WIDTH, generator=torch.Generator("cpu").manual_seed(s), device="cpu") for s in range(2 * size)
-    ]
-    gradients = [gradient.to(DEVICE) for gradient in gradients]
-    whole.begin_cycle(np.unique(torch.cat(slots).cpu().numpy()))
-    parts.begin_cycle(np.unique(torch.cat(own).cpu().numpy()))
-    for rows in own:
-        assert torch.allclose(parts.read(rows), whole.read(rows), rtol=1e-5, atol=1e-7), "pulled rows"
-    for rows, gradient in zip(slots, gradients, strict=True):
-        whole.add_gradient(rows, gradient / size)  # the mean over ranks
-    parts.add_gradient(own[0], gradients[rank])
-    if number == 2:
-        state = parts.state_dict()
-        assert rank > 0 or len(state["rows"]) > 0
-        everywhere = [state]
-        dist.broadcast_object_list(everywhere, src=0)
-        parts = PulledTable(ROWS, WIDTH, dtype=torch.float32, communicator=communicator, device=DEVICE)
-        parts.load_state_dict(everywhere[0])
-        parts.begin_cycle(np.unique(own[1].cpu().numpy()))
-        alone = PulledTable(ROWS, WIDTH, dtype=torch.float32, communicator=Communicator(), device=DEVICE)
-        alone.load_state_dict(everywhere[0])  # on one rank: what all have gathered so far
-        alone.begin_cycle(np.unique(torch.cat(slots).cpu().numpy()))
-        for rows, gradient in zip(slots[size:], gradients[size:], strict=True):
-            alone.add_gradient(rows, gradient / size)
-        assert whole.gradient is not None and alone.gradient is not None
-        assert torch.allclose(alone.gradient, whole.gradient, rtol=1e-5, atol=1e-6), "a cycle for another world size"
-    parts.add_gradient(own[1], gradients[rank + size])
-    with parts.reading([torch.arange(ROWS), torch.arange(3)]):
-        assert torch.allclose(parts.read(torch.arange(ROWS)), whole.values, rtol=1e-5, atol=1e-7), "another pull"
-    for table in (whole, parts):
-        table.start_push()
-        table.update(TableRates(0.05, 0.95 - 0.01 * number, 0.001, 1e-10))
-    assert torch.allclose(parts.values, communicator.shard(whole.values), rtol=1e-5, atol=1e-7), "row Adam"
-    assert torch.allclose(parts.second_moment, communicator.shard(whole.second_moment), rtol=1e-5), "moments"
-    assert torch.equal(parts.last_update, communicator.shard(whole.last_update)), "updates"
+def check(backend: str) -> None:
+    """Raises AssertionError in the rank that finds something else."""
+    torch.set_num_threads(1)
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if backend == "nccl" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.set_default_device(device)
+    dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    communicator = Communicator(rank, size)
 
-# Several under way at once, finished in another order.
-first, second = of_rank(rank, torch.float32), of_rank(rank + 1, torch.float32)
-one, two = communicator.average(first), communicator.average_shard(second)
-assert torch.equal(two.wait(), communicator.shard(of_rank(0, torch.float32)) + size + 1)
-assert torch.equal(one.wait(), of_rank(0, torch.float32) + size - 1)
-assert float(communicator.average(torch.tensor(float(rank))).wait()) == (size - 1) / 2
-communicator.barrier()
-dist.destroy_process_group()
+    for dtype in (torch.float32, torch.bfloat16):
+        mean = torch.stack([of_rank(r, torch.float32) for r in range(size)]).mean(0).to(dtype)
+        full = of_rank(rank, dtype)
+        pending = communicator.average(full)
+        assert torch.equal(pending.wait(), mean), "average"
+        assert torch.equal(full, mean), "average is in place"
+        shard = communicator.average_shard(of_rank(rank, dtype)).wait()
+        assert shard.dtype == dtype
+        assert torch.equal(shard, communicator.shard(mean)), "average_shard"
+        transposed = of_rank(rank, dtype).mT.contiguous().mT  # not contiguous
+        assert torch.equal(communicator.average_shard(transposed).wait(), communicator.shard(mean)), "strides"
+
+    for dtype in (torch.float32, torch.bfloat16, torch.int16):
+        expected = of_rank(0, dtype)
+        scattered = torch.zeros_like(expected)
+        communicator.shard(scattered).copy_(communicator.shard(expected))
+        assert torch.equal(communicator.gather(scattered).wait(), expected), "gather"
+        assert torch.equal(communicator.unshard(communicator.shard(expected).clone()), expected), "unshard"
+        tensor = of_rank(rank, dtype)
+        communicator.broadcast(tensor)
+        assert torch.equal(tensor, of_rank(0, dtype)), "broadcast"
+
+    # Sparse against dense: the same mean of the rows that were touched.
+    all_rows, width = 16 * size, 5
+    for dtype, allowed in ((torch.float32, 1e-6), (torch.bfloat16, 0.02)):
+        rng = np.random.default_rng(0)
+        slots = [np.unique(rng.integers(0, all_rows, 3 + slot)) for slot in range(2 * size)]
+        slots[1] = np.zeros(0, dtype=np.int64) if size == 2 else slots[1]
+        touched = TouchedRows(all_rows, "rows", rank, size, "sparse", device)
+        touched.add(slots)
+        touched.prepare()
+        gradient = torch.zeros(all_rows, width, dtype=dtype)
+        for slot in range(rank, len(slots), size):
+            for row in slots[slot]:
+                generator = torch.Generator("cpu").manual_seed(int(1000 * slot + row))
+                gradient[row] += torch.randn(width, generator=generator, device="cpu").to(device, dtype)
+        exchange = touched.take()
+        assert exchange is not None
+        dense = communicator.average_shard(gradient.clone()).wait()
+        sparse = average_touched_shard(communicator, gradient, exchange).wait()
+        assert sparse.dtype == dtype
+        assert (sparse - dense).norm() <= allowed * dense.norm(), "sparse"
+
+    check_pulled_table(communicator, device)
+
+    # Several under way at once, finished in another order.
+    first, second = of_rank(rank, torch.float32), of_rank(rank + 1, torch.float32)
+    one, two = communicator.average(first), communicator.average_shard(second)
+    assert torch.equal(two.wait(), communicator.shard(of_rank(0, torch.float32)) + size + 1)
+    assert torch.equal(one.wait(), of_rank(0, torch.float32) + size - 1)
+    assert float(communicator.average(torch.tensor(float(rank))).wait()) == (size - 1) / 2
+    communicator.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    check(sys.argv[1])

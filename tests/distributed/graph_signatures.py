@@ -1,10 +1,6 @@
-"""A script: warms up the tiny run and writes what its compiled functions are called with, as torch would key a graph.
-
-python graph_signatures.py RECIPE DATA OUT [WORLD_SIZE]...   also as a warm-up for these world sizes
-"""
+"""What the compiled functions of a tiny run's warm-up are called with, as torch would key a graph."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +24,9 @@ def describe(value: Any) -> Any:
     return repr(value)
 
 
-def main(recipe: str, data: str, out: str, *world_sizes: str) -> None:
-    """See the module."""
-    spec = load_recipe(Path(recipe))
+def warm_up(recipe: Path, data: Path, out: Path, *world_sizes: int) -> None:
+    """Warm up a rank of the recipe; writes OUT.RANK, and OUT.RANK.more after a warm-up for these world sizes too."""
+    spec = load_recipe(recipe)
     seen: set[str] = set()
 
     def spy(owner: Any, name: str) -> None:
@@ -42,7 +38,7 @@ def main(recipe: str, data: str, out: str, *world_sizes: str) -> None:
 
         setattr(owner, name, call)
 
-    with join_world(spec) as world, Trainer(spec, world, run=None, data_directory=Path(data)) as trainer:
+    with join_world(spec) as world, Trainer(spec, world, run=None, data_directory=data) as trainer:
         for owner, name in (
             (trainer.micro_step, "training_loss"),
             (trainer, "evaluation_loss"),
@@ -53,8 +49,5 @@ def main(recipe: str, data: str, out: str, *world_sizes: str) -> None:
         trainer.warm_up()
         Path(f"{out}.{world.rank}").write_text(json.dumps(sorted(seen)))
         for size in world_sizes:
-            trainer.optimizer.warm_up(int(size))
+            trainer.optimizer.warm_up(size)
         Path(f"{out}.{world.rank}.more").write_text(json.dumps(sorted(seen)))
-
-
-main(*sys.argv[1:])

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import warnings
 
 import pytest
-from tiny_runs import python
+from collectives import check
+from forked import in_ranks
 
 
-@pytest.mark.parametrize("processes", ["2", "4"])
-def test_collectives(processes: str) -> None:
-    script = Path(__file__).with_name("collectives.py")
-    done = python(
-        *("-W", "error::FutureWarning", "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", processes, str(script), "gloo"),
-        PYTHONWARNINGS="error::FutureWarning",
-    )
-    assert done.returncode == 0, done.stderr
+def check_on_cpus() -> None:
+    warnings.simplefilter("error", FutureWarning)
+    check("gloo")
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_collectives(processes: int) -> None:
+    for done in in_ranks(processes, check_on_cpus):
+        assert done.returncode == 0, done.stderr

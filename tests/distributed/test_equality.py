@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import in_ranks, run_nanogpt
 from tiny_runs import (
     ANVIL,
     FIRST_WITH_PREFIX,
@@ -47,6 +48,14 @@ def torchrun(processes: int, *arguments: object) -> str:
     done = python(*launcher, "-m", "nanogpt", "train", *map(str, arguments))
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
+
+
+def forked(processes: int, *arguments: object) -> str:
+    """The same without torchrun, whose processes take seconds to import PyTorch."""
+    done = in_ranks(processes, run_nanogpt, "train", *map(str, arguments))
+    output = "".join(rank.stdout + rank.stderr for rank in done)
+    assert {rank.returncode for rank in done} == {0}, output
+    return output
 
 
 def assert_close(one: Any, other: Any, where: str = "state") -> None:
@@ -87,10 +96,17 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def distributed_run(processes: int, data: Path, parent: Path, *overrides: str, model: str = "speedrun") -> Path:
+def distributed_run(
+    processes: int,
+    data: Path,
+    parent: Path,
+    *overrides: str,
+    model: str = "speedrun",
+    launch: Callable[..., str] = forked,
+) -> Path:
     spec = tiny_spec(CHECKPOINTS, f"hardware.gpus_per_node={processes}", *overrides, model=model)
     parent.mkdir()
-    output = torchrun(processes, write_recipe(parent / "tiny.yaml", spec), "--data", data, "--out", parent / "runs")
+    output = launch(processes, write_recipe(parent / "tiny.yaml", spec), "--data", data, "--out", parent / "runs")
     (path,) = (parent / "runs").iterdir()
     # One process of them speaks.
     assert len(re.findall(r"^step:12/12 val_loss:", output, re.MULTILINE)) == (0 if model == "gpt2" else 1)
@@ -105,8 +121,9 @@ def distributed_run(processes: int, data: Path, parent: Path, *overrides: str, m
 
 @pytest.fixture(scope="module")
 def on_two(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two processes, with the warm-up, whose restore must give every rank its shards back."""
-    return distributed_run(2, data, tmp_path_factory.mktemp("two") / "of", "training.warmup=true")
+    """Two processes of torchrun, with the warm-up, whose restore must give every rank its shards back."""
+    parent = tmp_path_factory.mktemp("two") / "of"
+    return distributed_run(2, data, parent, "training.warmup=true", launch=torchrun)
 
 
 def test_two_processes_train_as_one(on_two: Path, whole: Path) -> None:
@@ -247,7 +264,7 @@ def test_a_checkpoint_of_two_processes_goes_on_with_one(
 
 def test_a_checkpoint_of_two_processes_goes_on_with_four(on_two: Path, whole: Path, data: Path, tmp_path: Path) -> None:
     path = stopped(on_two, 5, tmp_path / "run")
-    torchrun(4, "--resume", path, "--data", data, "--set", "hardware.gpus_per_node=4")
+    forked(4, "--resume", path, "--data", data, "--set", "hardware.gpus_per_node=4")
     run = read_run(path)
     assert (run.start["resumed_at"], run.start["world_size"], run.state) == (5, 4, "finished")
     assert_same_run(path, whole)
@@ -273,7 +290,7 @@ def test_two_processes_go_on_in_the_middle_of_a_cycle_bit_for_bit(tmp_path: Path
 def test_two_processes_go_on_bit_for_bit(data: Path, tmp_path: Path, settings: tuple[str, ...]) -> None:
     """After an odd step each rank's own gradients are pending: added up in another order, the last bit would differ."""
     spec = tiny_spec("checkpoint={every: 5, keep: 9, at_end: true}", "hardware.gpus_per_node=2", *settings)
-    torchrun(2, write_recipe(tmp_path / "tiny.yaml", spec), "--data", data, "--out", tmp_path / "runs")
+    forked(2, write_recipe(tmp_path / "tiny.yaml", spec), "--data", data, "--out", tmp_path / "runs")
     (whole,) = (tmp_path / "runs").iterdir()
     path = stopped(whole, 5, tmp_path / "run")
     optimizer = newest_state(path)["optimizer"]
@@ -281,7 +298,7 @@ def test_two_processes_go_on_bit_for_bit(data: Path, tmp_path: Path, settings: t
     assert_same(sorted(one), sorted(other))
     assert not torch.equal(one["lm_head"]["values"], other["lm_head"]["values"])
     assert len(one["bigram_embed"]["rows"]) < one["bigram_embed"]["shape"][0]
-    torchrun(2, "--resume", path, "--data", data)
+    forked(2, "--resume", path, "--data", data)
     assert read_run(path).start["resumed_at"] == 5
     assert losses(path) == losses(whole)
     assert_same(newest_state(path), newest_state(whole))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tiny_runs import make_data, python, tiny_spec, write_recipe
-
-SCRIPT = Path(__file__).parent / "graph_signatures.py"
+from forked import Forked, in_ranks
+from graph_signatures import warm_up
+from tiny_runs import make_data, tiny_spec, write_recipe
 
 
 def test_what_ranks_call_is_what_a_warm_up_on_one_process_has_called(tmp_path: Path):
@@ -15,12 +15,8 @@ def test_what_ranks_call_is_what_a_warm_up_on_one_process_has_called(tmp_path: P
     alone, together = (
         write_recipe(tmp_path / f"{ranks}.yaml", tiny_spec(f"hardware.gpus_per_node={ranks}")) for ranks in (1, 2)
     )
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    for arguments in (
-        (SCRIPT, alone, data, tmp_path / "alone", 2),
-        (*launcher, SCRIPT, together, data, tmp_path / "rank"),
-    ):
-        done = python(*map(str, arguments))
+    one = Forked(warm_up, alone, data, tmp_path / "alone", 2).wait(200)
+    for done in (one, *in_ranks(2, warm_up, together, data, tmp_path / "rank")):
         assert done.returncode == 0, done.stderr
 
     def signatures(name: str) -> set[str]:

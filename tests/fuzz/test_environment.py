@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from mutated import WORDS, examples
-from tiny_runs import make_data, python, tiny_spec, write_recipe
+from tiny_runs import make_data, tiny_spec, write_recipe
 
 from nanogpt.runs.provenance import container_of, slurm_job
 from nanogpt.training.recorder import create_run
@@ -80,15 +80,24 @@ def test_what_a_run_says_of_where_it_is(tmp_path: Path, monkeypatch: pytest.Monk
     ("name", "value"),
     [("RANK", "1"), ("WORLD_SIZE", "-2"), ("RANK", "²")],
 )
-def test_a_rank_that_is_none(recipe: Path, tmp_path: Path, name: str, value: str) -> None:
-    done = python("-m", "nanogpt", "train", str(recipe), cwd=tmp_path, **{name: value})
-    assert done.returncode == 2
-    assert name in done.stderr and "Traceback" not in done.stderr
+def test_a_rank_that_is_none(
+    nanogpt: Callable[..., Any], recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(name, value)
+    done = nanogpt("train", recipe)
+    assert done.code == 2
+    assert name in done.err and "Traceback" not in done.err
     assert not list(tmp_path.iterdir())
 
 
-def test_a_port_that_is_none(recipe: Path, tmp_path: Path) -> None:
+def test_a_port_that_is_none(
+    nanogpt: Callable[..., Any], recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ranks = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "http"}
-    done = python("-m", "nanogpt", "train", str(recipe), "--set=hardware.gpus_per_node=2", cwd=tmp_path, **ranks)
-    assert done.returncode == 2
-    assert "MASTER_PORT: found 'http'" in done.stderr and "Traceback" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    done = nanogpt("train", recipe, "--set=hardware.gpus_per_node=2")
+    assert done.code == 2
+    assert "MASTER_PORT: found 'http'" in done.err and "Traceback" not in done.err

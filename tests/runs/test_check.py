@@ -193,7 +193,8 @@ def test_shards_that_are_not_each_its_own(tmp_path):
     change_record(run, data__train=[*train[:4], train[3]])
     assert "the same name more than once: fineweb_train_000004.bin" in of(run, "training shards").evidence
     # Shards that are not pinned, as their first download had them.
-    first = {"expected_from": "manifest.json", "sha256_from": "read", "bytes": 200_001_024}
+    first = {"expected_from": "manifest.json", "announced_by": official.HUB, "sha256_from": "read"}
+    first["bytes"] = official.SHARD_BYTES
     for sha256, evidence in ((train[0].sha256, "the same sha256 more"), (val[0].sha256, "is a validation shard")):
         later = DataFile(name="fineweb_train_000019.bin", sha256=sha256, expected_sha256=sha256, **first)
         names = [file.name for file in train] + [f"fineweb_train_{number:06d}.bin" for number in range(6, 19)]
@@ -214,9 +215,17 @@ def test_shards_that_are_not_pinned(tmp_path):
     assert "aaaaaaaaaaaa, for which no manifest" in of(run, "training shards").evidence
     entry = {"sha256": "a" * 64, "bytes": 200_001_024, "tokens": 1, "mtime_ns": 1, "revision": "abc123"}
     manifest = {"repository": REPOSITORY, "shards": {names[-1]: entry}}
+    for endpoint, whose in ((None, "an address that nobody noted"), ("http://mirror:1", "http://mirror:1")):
+        entry["endpoint"] = endpoint
+        (directory / "manifest.json").write_text(json.dumps(manifest))
+        found = of(run, "training shards")
+        assert found.state == "unknown"
+        assert f"{names[-1]}: sha256 aaaaaaaaaaaa, by the word of {whose} alone" in found.evidence
+    entry["endpoint"] = official.HUB
     (directory / "manifest.json").write_text(json.dumps(manifest))
     assert of(run, "training shards").evidence.startswith(
-        f"19 of {REPOSITORY}, 18 as this package pins them and 1 as they were first downloaded (not pinned): "
+        f"19 of {REPOSITORY}, 18 as this package pins them and 1 as the hub announced them at the first download"
+        " (not pinned): "
     )
     entry["sha256"] = "b" * 64
     (directory / "manifest.json").write_text(json.dumps(manifest))

@@ -433,7 +433,9 @@ def test_manifests_say_what_shards_are_to_be_and_not_what_they_are(tmp_path: Pat
         write_tokens(path, read_tokens_of(index))
     for path in paths[:2]:
         status, known = path.stat(), "a" * 64
-        update_manifest(tmp_path, {path.name: Entry(known, status.st_size, 100, status.st_mtime_ns, "main")})
+        entry = Entry(known, status.st_size, 100, status.st_mtime_ns, "main", endpoint="http://mirror:1")
+        update_manifest(tmp_path, {path.name: entry})
+    assert [one.announced_by for one in describe_shards(paths)] == [None, "http://mirror:1", None, None]
     shards = [{"name": path.name, "tokens": 100, "sha256": f"b{path.name[-5]}"} for path in paths[2:]]
     (tmp_path / "text.json").write_text(json.dumps({"shards": shards}))
 

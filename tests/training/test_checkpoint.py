@@ -8,19 +8,18 @@ import os
 import re
 import shutil
 import signal
-import textwrap
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
 import torch
+from forked import forked_code
 from tiny_runs import (
     SPEEDRUN_STEPS,
     assert_same,
     losses,
     make_data,
     newest_state,
-    python,
     tiny_spec,
     train,
     write_recipe,
@@ -188,8 +187,8 @@ def test_a_killed_process_and_a_resume(nanogpt: Any, data: Path, tmp_path: Path,
     spec = tiny_spec("checkpoint={every: 4, keep: 5, at_end: true}")
     recipe = write_recipe(tmp_path / "tiny.yaml", spec)
     train(spec, data, tmp_path / "whole")
-    script = textwrap.dedent(KILLED.replace("{where}", where))
-    done = python("-c", script, "train", str(recipe), "--data", str(data), "--out", str(tmp_path / "runs"))
+    script = KILLED.replace("{where}", where)
+    done = forked_code(script, "train", recipe, "--data", data, "--out", tmp_path / "runs")
     assert done.returncode == -signal.SIGKILL, done.stderr
     (path,) = (tmp_path / "runs").iterdir()
     names = sorted(file.name for file in (path / "checkpoints").iterdir())
@@ -426,8 +425,7 @@ LIMITED = """
 def test_a_file_size_limit_in_the_middle_of_a_run(nanogpt: Any, data: Path, tmp_path: Path) -> None:
     spec = tiny_spec("checkpoint={every: 3, keep: 1, at_end: true, on_failure: stop}")
     recipe = write_recipe(tmp_path / "tiny.yaml", spec)
-    arguments = ["train", str(recipe), "--data", str(data), "--out", str(tmp_path / "runs")]
-    done = python("-c", textwrap.dedent(LIMITED), *arguments)
+    done = forked_code(LIMITED, "train", recipe, "--data", data, "--out", tmp_path / "runs")
     assert done.returncode == 1, done.stderr
     (path,) = (tmp_path / "runs").iterdir()
     assert re.search(r"step-000006.pt: the checkpoint could not be written: File too large. Earlier", done.stderr)
@@ -443,8 +441,7 @@ def test_a_file_size_limit_in_the_middle_of_a_run(nanogpt: Any, data: Path, tmp_
 def test_a_run_that_is_told_so_goes_on_without_a_checkpoint(data: Path, tmp_path: Path) -> None:
     spec = tiny_spec("checkpoint={every: 3, keep: 1, at_end: true, on_failure: continue}")
     recipe = write_recipe(tmp_path / "tiny.yaml", spec)
-    arguments = ["train", str(recipe), "--data", str(data), "--out", str(tmp_path / "runs")]
-    done = python("-c", textwrap.dedent(LIMITED), *arguments)
+    done = forked_code(LIMITED, "train", recipe, "--data", data, "--out", tmp_path / "runs")
     assert done.returncode == 0, done.stderr
     (path,) = (tmp_path / "runs").iterdir()
     words = "step:6/12 no checkpoint: "

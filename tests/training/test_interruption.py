@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import assert_same, losses, make_data, newest_state, python, tiny_spec, train, write_recipe
+from forked import forked_code, forked_nanogpt
+from tiny_runs import assert_same, losses, make_data, newest_state, tiny_spec, train, write_recipe
 
 from nanogpt.data.manifest import read_manifest
 from nanogpt.data.shards import train_name
@@ -139,9 +140,7 @@ def test_ctrl_c_once_and_twice(data: Path, tmp_path: Path, after: int | None, co
     script = SIGNALLED.replace(
         "(signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1)", f"[signal.SIGINT] * {1 if after else 2}"
     )
-    done = python(
-        "-c", textwrap.dedent(script), "train", str(recipe), "--data", str(data), "--out", str(tmp_path / "runs")
-    )
+    done = forked_code(script, "train", recipe, "--data", data, "--out", tmp_path / "runs")
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     assert "Ctrl-C: the step is finished, then comes a checkpoint; once more ends the run at once\n" in done.stderr
@@ -258,11 +257,10 @@ SIGNALLED = """
 
 def test_the_command_exits_with_the_code_that_asks_for_a_requeue(data: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "tiny.yaml", tiny_spec())
-    code = "\n".join(line[4:] for line in SIGNALLED.splitlines())
-    done = python("-c", code, "train", str(recipe), "--data", str(data), "--out", str(tmp_path / "runs"))
+    done = forked_code(SIGNALLED, "train", recipe, "--data", data, "--out", tmp_path / "runs")
     assert done.returncode == REQUEUE_EXIT_CODE, done.stderr
     (path,) = (tmp_path / "runs").iterdir()
     assert f"the run stopped after step 4, its state is saved; go on with: nanogpt train --resume {path}" in done.stderr
     assert "Traceback" not in done.stderr
-    resumed = python("-m", "nanogpt", "train", "--resume", str(path), "--data", str(data))
+    resumed = forked_nanogpt("train", "--resume", path, "--data", data)
     assert resumed.returncode == 0, resumed.stderr
