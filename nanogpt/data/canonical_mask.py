@@ -33,7 +33,7 @@ Mask = npt.NDArray[np.uint8]
 
 NONZERO_BYTES = 58_810_565  # of GPT-2's mask, in 47,432 rows; 70,889,701 bits
 
-CONTRACTIONS = (b"'s", b"'t", b"'re", b"'ve", b"'m", b"'ll", b"'d")
+CONTRACTIONS = (b"'s", b"'t", b"'re", b"'ve", b"'m", b"'ll", b"'d")  # the pattern cuts after them
 SPACE, NUMBER, LETTER, OTHER, INSIDE = range(5)  # classes of characters; INSIDE: no whole character is there
 
 
@@ -43,18 +43,10 @@ def character_class(token: bytes, *, last: bool) -> int:
         with suppress(UnicodeDecodeError):
             text = (token[-size:] if last else token[:size]).decode()
             if len(text) == 1:
-                if text.isspace() and not "\x1c" <= text <= "\x1f":
+                if text.isspace():
                     return SPACE
                 return {"N": NUMBER, "L": LETTER}.get(unicodedata.category(text)[0], OTHER)
     return INSIDE
-
-
-def ends_contraction(token: bytes) -> bool:
-    """Whether the pattern may cut a contraction off the token's end, and with it the token after."""
-    return any(
-        token.endswith(end) and (token == end or character_class(token[: -len(end)], last=True) in (LETTER, NUMBER))
-        for end in CONTRACTIONS
-    )
 
 
 def cut_classes(before: int) -> tuple[int, ...]:
@@ -138,7 +130,7 @@ def mark_never_next(tokens: Sequence[bytes], mask: Mask) -> None:
     firsts[: len(tokens)] = [character_class(token, last=False) for token in tokens]
     kept = [np.packbits(~np.isin(firsts, cut_classes(before)), bitorder="little") for before in range(5)]
     for number, token in enumerate(tokens):
-        mask[number] &= 0 if ends_contraction(token) else kept[character_class(token, last=True)]
+        mask[number] &= 0 if token in CONTRACTIONS else kept[character_class(token, last=True)]
 
 
 def build(mask: Mask) -> None:

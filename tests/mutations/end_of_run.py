@@ -111,19 +111,7 @@ _add(
 _add("mask: cuts", CANONICAL_MASK, "between white space", ("SPACE: (SPACE,), ", ""))
 _add("mask: cuts", CANONICAL_MASK, "between sign and letter", (", OTHER: (LETTER,)}", "}"))
 _add("mask: cuts", CANONICAL_MASK, "inside characters", ("return (INSIDE, *{", "return (-1, *{"))
-_add("mask: cuts", CANONICAL_MASK, "no contractions", ("0 if ends_contraction(token) else ", ""))
-_add(
-    "mask: cuts",
-    CANONICAL_MASK,
-    "contractions after anything",
-    ("token == end or character_class(token[: -len(end)], last=True) in (LETTER, NUMBER)", "True"),
-)
-_add(
-    "mask: classes",
-    CANONICAL_MASK,
-    "information separators are white space",
-    (' and not "\\x1c" <= text <= "\\x1f"', ""),
-)
+_add("mask: cuts", CANONICAL_MASK, "no contractions", ("0 if token in CONTRACTIONS else ", ""))
 _add(
     "mask: loss",
     HEAD,
