@@ -43,6 +43,20 @@ def attention_dense(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, wind
     return torch.einsum("hqk,khd->qhd", weights, v.to(compute)).to(q.dtype)
 
 
+def attention_to_past(q: Tensor, k: Tensor, v: Tensor, *, start: int, window: int, scale: float) -> Tensor:
+    """`attention_dense` of a stream's last rows alone, q (n, H, dq), to all of it, k (m, H, dq) and v (m, H, dv): (n, H, dv).
+
+    Their document begins at row `start`.
+    """
+    compute = torch.promote_types(q.dtype, torch.float32)
+    key = torch.arange(k.shape[0], device=k.device)
+    query = key[-q.shape[0] :, None]
+    visible = (key >= (query - window).clamp(min=start)) & (key <= query)
+    scores = torch.einsum("qhd,khd->hqk", q.to(compute), k.to(compute)) * scale
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
+    return torch.einsum("hqk,khd->qhd", weights, v.to(compute)).to(q.dtype)
+
+
 def attention_plain(
     q: Tensor,
     k: Tensor,

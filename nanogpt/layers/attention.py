@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from nanogpt.kernels.attention import attention
+from nanogpt.kernels.head_mixing import mix_heads
 from nanogpt.layers.norm import norm
+from nanogpt.layers.past import Past
 from nanogpt.layers.rotary import Rotary, shift_still_keys
 
 XSA_FLOOR = 1e-8
@@ -19,10 +21,15 @@ def rotated_queries_keys(
     *,
     paired: bool,
     shifted: bool,
+    layer: int = 0,
+    past: Past | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Queries and keys as attention takes them: normalised by head, rotated, the keys shifted where asked for."""
-    q, k = rotary(norm(q), paired=paired), rotary(norm(k), paired=paired)
-    if shifted:
+    first = 0 if past is None else past.length
+    q, k = rotary(norm(q), paired=paired, first=first), rotary(norm(k), paired=paired, first=first)
+    if shifted and past is not None:
+        k = shift_still_keys(past.joined(("unshifted key", layer), k, 1), rotary.rotated)[-len(k) :]
+    elif shifted:
         k = shift_still_keys(k, rotary.rotated)
     return q, k
 
@@ -38,18 +45,44 @@ def head_attention(
     scale: float | Tensor,
     paired: bool,
     backend: str,
+    layer: int = 0,
+    past: Past | None = None,
 ) -> Tensor:
     """Causal attention inside documents over a window in tokens, (T, H, dv).
 
     Paired: row 2t holds the first half of token t's heads, row 2t + 1 the second half, a sequence twice as long. The
     window keeps its number and so reaches half as many tokens.
     """
+    if past is not None:
+        y = past.attention(layer, q, k, v, window=window, scale=scale, paired=paired)
+        if y is not None:
+            return y
     shape = count, heads, _ = v.shape
     if paired:
         q, k, v = (x.reshape(2 * count, heads // 2, x.shape[2]) for x in (q, k, v))
         cu_seqlens, max_seqlen = 2 * cu_seqlens, 2 * max_seqlen
     y = attention(q, k, v, cu_seqlens, max_seqlen=max_seqlen, window=window, scale=scale, backend=backend)
     return y.view(shape)
+
+
+def mix_new_heads(
+    y: Tensor,  # (T, H, D) attention's output
+    q: Tensor,  # (T, H, D)
+    w1: Tensor,  # (T, H)
+    w2: Tensor,
+    past: Past,
+    layer: int,
+    *,
+    window: int,
+    scale: float | Tensor,
+    plain: bool,
+) -> Tensor:
+    """`mix_heads` of tokens whose keys and values the past has, and with them those of the tokens before."""
+    count = len(y)
+    k, v, bounds = past.recent(layer, window - 1 + count)
+    before = len(k) - count
+    y, q, w1, w2 = (torch.cat((x.new_zeros(before, *x.shape[1:]), x)) for x in (y, q, w1, w2))
+    return mix_heads(y, q, k, v, w1, w2, bounds, window=window, scale=scale, plain=plain)[before:]
 
 
 def remove_own_value(

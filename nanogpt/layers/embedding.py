@@ -9,13 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanogpt.layers.past import Past
+
 
 def smear(
     e: Tensor,  # (T, D) token embeddings
     gate_weight: Tensor,  # (1, gate inputs)
     strength: Tensor,  # () smear_lambda
+    past: Past | None = None,
 ) -> Tensor:
     """Add to each token a gated share of the embedding before it (the unsmeared one); token 0 stays. Returns (T, D)."""
+    if past is not None:
+        return smear(past.joined("smear", e, 1), gate_weight, strength)[-len(e) :]
     gate = strength * torch.sigmoid(e[1:, : gate_weight.shape[1]] @ gate_weight.mT)
     return torch.cat((e[:1], e[1:] + gate * e[:-1]))
 
@@ -23,11 +28,14 @@ def smear(
 def bigram_sign(
     tokens: Tensor,  # (T,) integers
     signs: Tensor,  # (n, D), +1 and -1
+    past: Past | None = None,
 ) -> Tensor:
     """The sign vector of each token and the one before it, row `(tok[t-1] xor tok[t]) mod n`: (T, D).
 
     Two bigrams that share a row of the hashed table can still be told apart. Token 0 takes row 0.
     """
+    if past is not None:
+        return bigram_sign(past.joined("bigram signs", tokens, 1), signs)[-len(tokens) :]
     row = tokens[1:].bitwise_xor(tokens[:-1]) % signs.shape[0]
     return F.embedding(torch.cat((row.new_zeros(1), row)), signs)
 

@@ -81,17 +81,20 @@ class Rotary(nn.Module):
         self.attention_scale = state["attention_scale"]
         self._fill_tables()
 
-    def forward(self, x: Tensor, *, paired: bool = False) -> Tensor:
-        """Turn queries or keys, x (T, H, D). Paired: heads 0, 2, 4.. at position 2t, heads 1, 3, 5.. at 2t + 1."""
+    def forward(self, x: Tensor, *, paired: bool = False, first: int = 0) -> Tensor:
+        """Turn queries or keys, x (T, H, D), of tokens from `first` on.
+
+        Paired: heads 0, 2, 4.. at position 2t, heads 1, 3, 5.. at 2t + 1.
+        """
         tokens, heads, head_dim = x.shape
         rotated = self.cos.shape[1]
         if paired:
-            cos = self.cos[: 2 * tokens].view(tokens, 1, 2, rotated)
-            sin = self.signed_sin[: 2 * tokens].view(tokens, 1, 2, rotated)
+            cos = self.cos[2 * first : 2 * (first + tokens)].view(tokens, 1, 2, rotated)
+            sin = self.signed_sin[2 * first : 2 * (first + tokens)].view(tokens, 1, 2, rotated)
             x = x.view(tokens, heads // 2, 2, head_dim)
         else:
-            cos = self.cos[:tokens].view(tokens, 1, rotated)
-            sin = self.signed_sin[:tokens].view(tokens, 1, rotated)
+            cos = self.cos[first : first + tokens].view(tokens, 1, rotated)
+            sin = self.signed_sin[first : first + tokens].view(tokens, 1, rotated)
         leading, still = x[..., :rotated], x[..., rotated:]
         swapped = leading.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
         return torch.cat((cos * leading + sin * swapped, still), dim=-1).view(tokens, heads, head_dim)

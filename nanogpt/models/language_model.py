@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt.kernels.dispatch import run_time_number
+from nanogpt.layers.past import Past
 from nanogpt.models import MODELS
 from nanogpt.models.model_spec import BaseModelSpec
 from nanogpt.models.stage_loss import StageLoss
@@ -211,8 +212,11 @@ class LanguageModel(nn.Module):
         """
         raise NotImplementedError
 
-    def next_token_logits(self, batch: TokenBatch, windows: Windows) -> Tensor:
-        """(vocab_size,) fp32: the (softcapped) logits after the micro-batch's last token; for sampling."""
+    def next_token_logits(self, batch: TokenBatch, windows: Windows, past: Past | None = None) -> Tensor:
+        """(vocab_size,) fp32: the (softcapped) logits after the micro-batch's last token; for sampling.
+
+        past: the first call leaves there what later ones look back at, which read the tokens that follow alone.
+        """
         raise NotImplementedError
 
     def change_windows(self, old: Windows, new: Windows) -> None:

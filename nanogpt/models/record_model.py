@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nanogpt.kernels.cross_entropy import head_loss, head_mean_loss, head_token_losses, softcap
 from nanogpt.kernels.fp8_head import Fp8Scales
 from nanogpt.kernels.relu_squared_mlp import relu_squared_mlp, relu_squared_mlp_plain
+from nanogpt.layers.past import Past
 from nanogpt.layers.rotary import Rotary
 from nanogpt.models.language_model import (
     Implementations,
@@ -62,9 +63,12 @@ class RecordModel(LanguageModel, Generic[Spec]):
         self.attention_row = {layer: row for row, layer in enumerate(spec.attention_layers)}
         self.value_table = {layer: table for table, layer in enumerate(spec.value_embed_layers)}
 
-    def forward(self, batch: TokenBatch, windows: Windows | RunTimeWindows) -> Tensor:
-        """The last layer's normalised activations, (T, D)."""
-        return self.hidden(batch, self.embedded(batch), windows)
+    def forward(self, batch: TokenBatch, windows: Windows | RunTimeWindows, past: Past | None = None) -> Tensor:
+        """The last layer's normalised activations, (T, D); with `past`, of tokens that follow those it has seen."""
+        x = self.hidden(batch, self.embedded(batch), windows, past=past)
+        if past is not None:
+            past.advance(x.shape[0])
+        return x
 
     def hidden(
         self,
@@ -73,6 +77,7 @@ class RecordModel(LanguageModel, Generic[Spec]):
         windows: Windows | RunTimeWindows,
         *,
         training: bool = False,
+        past: Past | None = None,
     ) -> Tensor:
         """The last layer's normalised activations, (T, D). `training`: as the training loss is computed."""
         raise NotImplementedError
@@ -188,9 +193,9 @@ class RecordModel(LanguageModel, Generic[Spec]):
         )
 
     @torch.no_grad()
-    def next_token_logits(self, batch: TokenBatch, windows: Windows) -> Tensor:
+    def next_token_logits(self, batch: TokenBatch, windows: Windows, past: Past | None = None) -> Tensor:
         """(vocab_size,) fp32 softcapped logits after the last token."""
-        x = self(batch, windows)[-1]
+        x = self(batch, windows, past)[-1]
         cap = self.spec.softcap
         return softcap(x @ self.lm_head, cap.cap, cap.shift, cap.scale)[: self.spec.vocab_size]
 

@@ -20,11 +20,17 @@ MULTIPLE = 16  # what the GPU's products and kernels like a micro-batch to be fi
 
 
 def separate_documents(
-    documents: Sequence[Sequence[int]], spec: BaseModelSpec, bos: int, device: torch.device | str
+    documents: Sequence[Sequence[int]],
+    spec: BaseModelSpec,
+    bos: int,
+    device: torch.device | str,
+    *,
+    multiple: int = MULTIPLE,
 ) -> tuple[MicroBatch, list[int]]:
     """A micro-batch of documents of at least one token, each behind EMPTY empty ones, and where each begins.
 
-    The targets are each document's own next tokens; that of its last token is BOS.
+    The targets are each document's own next tokens; that of its last token is BOS. Filled up with
+    empty documents to a multiple of `multiple` tokens.
     """
     stream: list[int] = []
     bounds, starts = [0], []
@@ -36,7 +42,7 @@ def separate_documents(
         stream += document
         bounds.append(len(stream))
     count = len(stream)
-    padding = -count % MULTIPLE
+    padding = -count % multiple
     tokens = np.array([*stream, *[bos] * padding], dtype=np.uint16)
     bounds += range(count + 1, count + padding + 1)
     arrays = spec.batch_extras(Slot(tokens, np.zeros_like(tokens))).arrays

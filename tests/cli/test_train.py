@@ -249,13 +249,18 @@ def test_python_dash_m(tmp_path: Path) -> None:
 
 def test_sample(nanogpt: Any, whole: Path) -> None:
     outcome = nanogpt("sample", whole, "--prompt", "A1B", "--tokens", 12, "--temperature", "1.5", "--seed", 3)
-    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.code == 0
+    assert re.fullmatch(r"\d+ tokens in \d+\.\d s on cpu, [\d.]+ tokens/s\n", outcome.err)
     assert re.fullmatch(r"A1B[!-_]{0,12}\n", outcome.out)
     again = nanogpt("sample", whole, "--prompt", "A1B", "--tokens", 12, "--temperature", "1.5", "--seed", 3)
     assert again.out == outcome.out
     cold = {nanogpt("sample", whole, "--prompt", "A1B", "--temperature", 0, "--seed", seed).out for seed in (1, 2)}
     assert len(cold) == 1
     assert nanogpt("sample", whole, "--prompt", "A1B", "--top-k", 1, "--seed", 9).out in cold
+    several = [
+        nanogpt("sample", whole, "--prompt", "A1B", "--prompt", "B2", *flags).out for flags in ((), ("--stream",))
+    ]
+    assert several[0] == several[1] and re.fullmatch(r"A1B[!-_]*\n\nB2[!-_]*\n", several[0])
 
 
 @pytest.mark.parametrize(

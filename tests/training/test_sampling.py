@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from small_specs import batch_of
 from tiny_runs import BOS, VOCABULARY, make_data, tiny_spec, train
+from untrained_runs import gpt2_tokens_spec, untrained_run
 
 from nanogpt.data.tokenizer import gpt2_encoding
 from nanogpt.errors import InputError
 from nanogpt.models.speedrun.model import Speedrun
 from nanogpt.runs.directory import RunDirectory
 from nanogpt.training import checkpoint
-from nanogpt.training.sampling import sample_text
+from nanogpt.training.sampling import Reader, sample_text, sample_texts
+from nanogpt.training.trained_model import load_trained_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,18 +60,17 @@ def greedy(run: Path, prompt: list[int], count: int) -> list[int]:
 
     model = build_model(spec, device="cpu")
     model.load_state_dict(state["model"])
-    tokens = [BOS, *prompt]
+    tokens = [BOS, BOS, BOS, *prompt]  # two empty documents before it
     for _ in range(count):
         length = len(tokens)
-        bounds = torch.tensor([0, length, length], dtype=torch.int32)
+        bounds = torch.tensor([0, 1, 2, length, length], dtype=torch.int32)
         batch = batch_of(spec.model, torch.tensor(tokens), torch.zeros(length, dtype=torch.int64), bounds, length)
         tokens.append(int(model.next_token_logits(batch, Windows(16, 64)).argmax()))
-    return tokens[1:]
+    return tokens[3:]
 
 
 def test_temperature_zero_takes_the_likeliest(run: Path) -> None:
     encoding = gpt2_encoding()
-    # 15 tokens in all: one more than fills the sampler's micro-batch of 16 with BOS in front, so both cases occur.
     expected = greedy(run, encoding.encode_ordinary(PROMPT), 14)
     expected = expected[: expected.index(BOS)] if BOS in expected else expected
     text = sample_text(run, PROMPT, tokens=14, temperature=0, seed=0)
@@ -79,12 +80,17 @@ def test_temperature_zero_takes_the_likeliest(run: Path) -> None:
     assert sample_text(run, PROMPT, tokens=14, temperature=1.0, top_k=1, seed=7) == text
 
 
-def answers(monkeypatch: pytest.MonkeyPatch, *tokens: int) -> list[int]:
-    """The model is sure of these next tokens, then of the last for ever; returns the contexts' lengths as they come."""
-    seen: list[int] = []
+def answers(monkeypatch: pytest.MonkeyPatch, *tokens: int) -> list[tuple[int, int]]:
+    """The model is sure of these next tokens, then of the last for ever.
 
-    def logits(self: Speedrun, batch: Any, windows: Any) -> torch.Tensor:
-        seen.append(int(batch.cu_seqlens[-1] - batch.cu_seqlens[-3]))
+    Returns how many tokens of the text each call reads, and how many it has read before.
+    """
+    seen: list[tuple[int, int]] = []
+
+    def logits(self: Speedrun, batch: Any, windows: Any, past: Any) -> torch.Tensor:
+        new, before = int(batch.cu_seqlens[-1] - batch.cu_seqlens[-2]), max(0, past.length - past.start)
+        past.advance(len(batch.inputs))
+        seen.append((new, before))
         return torch.nn.functional.one_hot(torch.tensor(tokens[min(len(seen), len(tokens)) - 1]), VOCABULARY) * 100.0
 
     monkeypatch.setattr(Speedrun, "next_token_logits", logits)
@@ -94,20 +100,83 @@ def answers(monkeypatch: pytest.MonkeyPatch, *tokens: int) -> list[int]:
 def test_the_text_ends_with_the_document(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = answers(monkeypatch, 5, 6, BOS, 7)
     assert sample_text(run, PROMPT, tokens=50) == PROMPT + "&'"
-    assert seen == [4, 5, 6]
+    assert seen == [(4, 0), (1, 4), (1, 5)]
 
 
 def test_an_empty_prompt_begins_a_document(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = answers(monkeypatch, 5)
     assert sample_text(run, "", tokens=3) == "&&&"
-    assert seen == [1, 2, 3]
+    assert seen == [(1, 0), (1, 1), (1, 2)]
 
 
-def test_a_long_text_is_read_from_its_end(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_text_is_read_anew_from_its_latter_half(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model reads no longer documents than it was trained on: 48 tokens here."""
     seen = answers(monkeypatch, 5)
-    sample_text(run, "A1B2" * 11, tokens=8)
-    assert seen == [45, 46, 47, 48, 48, 48, 48, 48]
+    sample_text(run, "A1B2" * 11, tokens=7)
+    assert seen == [(45, 0), (1, 45), (1, 46), (1, 47), (24, 0), (1, 24), (1, 25)]
+    seen.clear()
+    sample_text(run, "A1B2" * 20, tokens=2)
+    assert seen == [(48, 0), (24, 0)]
+
+
+@pytest.fixture(scope="module")
+def random_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Of each model one whose every parameter counts."""
+    home = tmp_path_factory.mktemp("random")
+    sizes = {"speedrun": "model.layers=4", "record89": "model.layers=5", "gpt2": "model.layers=2"}
+    return {kind: untrained_run(home / kind, gpt2_tokens_spec(kind, size)) for kind, size in sizes.items()}
+
+
+@pytest.mark.parametrize("kind", ["speedrun", "record89", "gpt2"])
+def test_the_cache_changes_nothing(random_runs: dict[str, Path], kind: str) -> None:
+    """Logits of a text that grows by one token or several, past the longest document, in fp64."""
+    trained = load_trained_model(random_runs[kind])
+    trained.model.double()
+    if hasattr(trained.model, "rotary"):
+        trained.model.rotary._fill_tables()
+    tokens = [50256, *np.random.default_rng(0).integers(0, 50256, 70).tolist()]
+    cached, slow = Reader(trained), Reader(trained, cache=False)
+    lengths = [3, 4, 5, 9, *range(10, 71)]
+    largest = 0.0
+    for length in lengths:
+        one, other = cached.logits_after(tokens[:length]), slow.logits_after(tokens[:length])
+        assert (one - other).abs().max() < 1e-5, length
+        largest = max(largest, other.abs().max().item())
+    assert cached.first == slow.first
+    assert cast(int, cached.first) > 0 and largest > 3
+    changed = [*tokens[:20], 7, *tokens[21:40]]
+    assert (Reader(trained).logits_after(changed) - Reader(trained).logits_after(tokens[:40])).abs().max() > 1e-3
+
+
+def test_several_prompts_are_written_by_themselves(run: Path) -> None:
+    written: list[str] = []
+    settings = {"tokens": 9, "temperature": 1.5, "device": "cpu"}
+    samples = sample_texts(run, [PROMPT, "B2"], seed=4, stream=written.append, **settings)
+    assert samples.texts == tuple(
+        sample_text(run, prompt, seed=4 + index, **settings) for index, prompt in enumerate((PROMPT, "B2"))
+    )
+    assert "".join(written) == f"{samples.texts[0]}\n\n{samples.texts[1]}\n"
+    assert len(written) > samples.tokens
+    assert samples.seconds > 0 and samples.device == "cpu"
+
+
+def test_characters_of_several_tokens_are_streamed_whole(
+    random_runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rocket is four bytes in three tokens; the last one is half a character."""
+    rocket = gpt2_encoding().encode_ordinary("\U0001f680")
+    assert len(rocket) > 1
+    tokens = [*rocket, rocket[0], 50256]
+    counter = iter(tokens)
+    monkeypatch.setattr(
+        "nanogpt.training.sampling.Reader.logits_after",
+        lambda *_: torch.nn.functional.one_hot(torch.tensor(next(counter)), 50257) * 100.0,
+    )
+    written: list[str] = []
+    samples = sample_texts(random_runs["gpt2"], ["A"], temperature=0, device="cpu", stream=written.append)
+    assert samples.texts == (gpt2_encoding().decode([32, *tokens[:-1]]),)
+    assert "".join(written) == samples.texts[0] + "\n"
+    assert "\U0001f680" in written
 
 
 def test_a_document_length_beyond_the_rotary_tables(data: Path, tmp_path: Path) -> None:
@@ -129,9 +198,9 @@ def test_windows_are_those_of_the_checkpoint(
     seen = []
     original = Speedrun.next_token_logits
 
-    def spy(self: Speedrun, batch: Any, windows: Any) -> torch.Tensor:
+    def spy(self: Speedrun, batch: Any, windows: Any, past: Any) -> torch.Tensor:
         seen.append((windows.short, windows.long))
-        return original(self, batch, windows)
+        return original(self, batch, windows, past)
 
     monkeypatch.setattr(Speedrun, "next_token_logits", spy)
     sample_text(path, PROMPT, tokens=1)

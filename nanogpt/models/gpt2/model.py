@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanogpt.errors import InputError
 from nanogpt.kernels.attention import attention
+from nanogpt.layers.past import Past
 from nanogpt.models.gpt2.spec import Gpt2ModelSpec
 from nanogpt.models.language_model import (
     Implementations,
@@ -52,30 +53,40 @@ class Gpt2(LanguageModel):
         self.spec = spec
         self.implementations = implementations
 
-    def forward(self, batch: TokenBatch, windows: Windows | RunTimeWindows) -> Tensor:
-        """The final LayerNorm's output (T, D)."""
+    def forward(self, batch: TokenBatch, windows: Windows | RunTimeWindows, past: Past | None = None) -> Tensor:
+        """The final LayerNorm's output (T, D); with `past`, of tokens that follow those it has seen."""
         position, pieces = split_documents(batch.cu_seqlens, batch.inputs.shape[0], self.spec.context)
+        if past is not None and past.length:
+            position = position + past.length - past.start
         x = F.embedding(batch.inputs, self.embed.weight) + F.embedding(position, self.positions.weight)
-        for block in self.blocks.children():
-            x = x + linear(block.attn_out, self._attention(block, layer_norm(block.ln_1, x), pieces, windows.long))
+        for layer, block in enumerate(self.blocks.children()):
+            y = self._attention(layer, block, layer_norm(block.ln_1, x), pieces, windows.long, past)
+            x = x + linear(block.attn_out, y)
             hidden = F.gelu(linear(block.mlp_up, layer_norm(block.ln_2, x)), approximate="tanh")
             x = x + linear(block.mlp_down, hidden)
+        if past is not None:
+            past.advance(x.shape[0])
         return layer_norm(self.ln_f, x)
 
-    def _attention(self, block: Any, u: Tensor, pieces: Tensor, window: int | Tensor) -> Tensor:
+    def _attention(
+        self, layer: int, block: Any, u: Tensor, pieces: Tensor, window: int | Tensor, past: Past | None
+    ) -> Tensor:
         """The joined heads, (T, D), of u (T, D); pieces (n,) int32, the bounds of the documents' pieces."""
         (count, d), heads = u.shape, self.spec.heads
         q, k, v = linear(block.qkv, u).view(count, 3, heads, d // heads).unbind(1)
-        y = attention(
-            q,
-            k,
-            v,
-            pieces,
-            max_seqlen=min(self.spec.context, count),
-            window=window,
-            scale=1 / math.sqrt(d // heads),
-            backend=self.implementations.attention,
-        )
+        scale = 1 / math.sqrt(d // heads)
+        y = None if past is None else past.attention(layer, q, k, v, window=window, scale=scale)
+        if y is None:
+            y = attention(
+                q,
+                k,
+                v,
+                pieces,
+                max_seqlen=min(self.spec.context, count),
+                window=window,
+                scale=scale,
+                backend=self.implementations.attention,
+            )
         return y.reshape(count, d)
 
     def _mean_loss(self, x: Tensor, targets: Tensor) -> Tensor:
@@ -122,9 +133,9 @@ class Gpt2(LanguageModel):
         return torch.cat([self._loss(*chunk, "none") for chunk in chunks])
 
     @torch.no_grad()
-    def next_token_logits(self, batch: TokenBatch, windows: Windows) -> Tensor:
+    def next_token_logits(self, batch: TokenBatch, windows: Windows, past: Past | None = None) -> Tensor:
         """(vocab_size,) fp32 logits after the last token."""
-        x = self(batch, windows)[-1]
+        x = self(batch, windows, past)[-1]
         return (x @ self.embed.weight.mT).float()[: self.spec.vocab_size]
 
     def as_transformers(self, windows: Windows) -> Transformers:

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt.kernels.head_mixing import mix_heads, normalized_weights
-from nanogpt.layers.attention import head_attention, remove_own_value, rotated_queries_keys
+from nanogpt.layers.attention import head_attention, mix_new_heads, remove_own_value, rotated_queries_keys
 from nanogpt.layers.dense_connections import for_every_token, token_numbers, weighted_sum
 from nanogpt.layers.embedding import bigram_sign, smear, value_gate
 from nanogpt.layers.fp8_mlp import Fp8Mlp
 from nanogpt.layers.norm import norm
+from nanogpt.layers.past import Past
 from nanogpt.models.language_model import Implementations, RunTimeWindows, TokenBatch, Windows
 from nanogpt.models.record89.spec import Record89ModelSpec
 from nanogpt.models.record_model import BigramModel, Embedded
@@ -106,6 +107,7 @@ class Record89(BigramModel[Record89ModelSpec]):
         windows: Windows | RunTimeWindows,
         *,
         training: bool = False,
+        past: Past | None = None,
     ) -> Tensor:
         """The last layer's normalised activations, (T, D); in training the MLPs have their own precision."""
         spec, last, tokens = self.spec, self.spec.last, batch.inputs
@@ -119,8 +121,8 @@ class Record89(BigramModel[Record89ModelSpec]):
         weights = self._attention_weights(attention_scales)
         mlp_weights = [part.unbind() for part in self.mlp.unbind(1)]
 
-        x0 = norm(smear(embedded.tokens, self.smear_gate, smear_scale))
-        bigram = embedded.bigrams * bigram_sign(tokens, self.bigram_signs)
+        x0 = norm(smear(embedded.tokens, self.smear_gate, smear_scale, past))
+        bigram = embedded.bigrams * bigram_sign(tokens, self.bigram_signs, past)
         values = dict(zip(spec.value_embed_layers, embedded.values, strict=True))
         gates = self._gates(x0, late=False)
         x = start = x0 + gates["bigram", 0] * bigram
@@ -134,7 +136,7 @@ class Record89(BigramModel[Record89ModelSpec]):
                 x = x + torch.sigmoid(skip_scale) * gates["skip", layer] * skipped
             else:
                 u = norm(x) if layer <= spec.saved_layer else attended
-                y = self._attention(layer, u, weights, values.get(layer), gates, batch, windows)
+                y = self._attention(layer, u, weights, values.get(layer), gates, batch, windows, past=past)
                 x = weighted_sum((resid[layer][0], post[layer][0], gates["x0", layer]), (x, y, x0))
                 if layer > 0:  # it is in `start` already
                     x = x + gates["bigram", layer] * bigram
@@ -159,6 +161,7 @@ class Record89(BigramModel[Record89ModelSpec]):
             windows,
             value_gates=w["value gate"],
             value_add=value_add,
+            past=past,
         )
         x = weighted_sum(
             (
@@ -208,6 +211,7 @@ class Record89(BigramModel[Record89ModelSpec]):
         *,
         value_gates: Tensor | None = None,  # (T, 2), for the first and the second half of the heads; last layer only
         value_add: Tensor | None = None,  # (T, D), last layer only
+        past: Past | None = None,
     ) -> Tensor:
         """What the layer's attention adds, (T, D)."""
         spec = self.spec
@@ -223,8 +227,9 @@ class Record89(BigramModel[Record89ModelSpec]):
         if value_add is not None:
             v = v + value_add.view(count, heads, head_dim)
 
-        paired, scale = layer in spec.paired_layers, self.rotary.run_time_scale
-        q, k = rotated_queries_keys(q, k, self.rotary, paired=paired, shifted=layer in spec.long_window_layers)
+        paired, shifted = layer in spec.paired_layers, layer in spec.long_window_layers
+        scale = self.rotary.run_time_scale
+        q, k = rotated_queries_keys(q, k, self.rotary, paired=paired, shifted=shifted, layer=layer, past=past)
         y = head_attention(
             q,
             k,
@@ -235,11 +240,16 @@ class Record89(BigramModel[Record89ModelSpec]):
             scale=scale,
             paired=paired,
             backend=self.implementations.attention,
+            layer=layer,
+            past=past,
         )
         if layer == spec.last:
             w1, w2 = normalized_weights(gates["dc_scores", layer]), gates["dc_output", layer]
             window, plain = spec.dc_window, self.implementations.plain_kernels
-            y = mix_heads(y, q, k, v, w1, w2, batch.cu_seqlens, window=window, scale=scale, plain=plain)
+            if past is not None and past.length:
+                y = mix_new_heads(y, q, w1, w2, past, layer, window=window, scale=scale, plain=plain)
+            else:
+                y = mix_heads(y, q, k, v, w1, w2, batch.cu_seqlens, window=window, scale=scale, plain=plain)
         if layer in spec.xsa_layers:
             y = remove_own_value(y, v, gates["xsa", layer])
         if layer in spec.output_gate_layers:

@@ -28,6 +28,7 @@ from nanogpt.layers.embedding import smear, value_gate
 from nanogpt.layers.fp8_mlp import Fp8Mlp
 from nanogpt.layers.fp8_projection import fp8_projection
 from nanogpt.layers.norm import norm
+from nanogpt.layers.past import Past
 from nanogpt.layers.rotary import Rotary
 from nanogpt.models.language_model import Implementations, RunTimeWindows, TokenBatch, Windows
 from nanogpt.models.record92.spec import (
@@ -179,6 +180,7 @@ class Record92(RecordModel[Record92ModelSpec]):
         windows: Windows | RunTimeWindows,
         *,
         training: bool = False,
+        past: Past | None = None,
     ) -> Tensor:
         """The last layer's normalised activations, (T, D); in training, products have their own precision."""
         spec, last = self.spec, self.spec.last
@@ -192,7 +194,7 @@ class Record92(RecordModel[Record92ModelSpec]):
         weights = self._attention_weights(attention_scales)
         mlps = [part.unbind() for part in self.mlp.unbind(1)]
 
-        x0 = norm(smear(embedded.tokens, self.smear_gate, smear_scale))
+        x0 = norm(smear(embedded.tokens, self.smear_gate, smear_scale, past))
         bigram_signs, trigram_signs = (self.ngram_signs[rows] for rows in batch.extras[NGRAM_SIGNS].unbind())
         ngram = embedded.bigrams * bigram_signs + embedded.trigrams * trigram_signs
         values = dict(zip(spec.value_embed_layers, embedded.values, strict=True))
@@ -211,7 +213,7 @@ class Record92(RecordModel[Record92ModelSpec]):
                 if layer in self.bank_slot:
                     u = norm(x) if layer <= spec.saved_layer else attended
                     y = self._attention(
-                        layer, u, weights[layer], values.get(layer), gates, batch, windows, fp8=fp8_attention
+                        layer, u, weights[layer], values.get(layer), gates, batch, windows, past, fp8=fp8_attention
                     )
                     parts.append(y)
                     scales.append(post[layer][0])
@@ -248,6 +250,7 @@ class Record92(RecordModel[Record92ModelSpec]):
             gates,
             batch,
             windows,
+            past,
             fp8=fp8_attention,
             value_gates=w["value gate"],
             value_add=value_add,
@@ -308,6 +311,7 @@ class Record92(RecordModel[Record92ModelSpec]):
         gates: Gates,
         batch: TokenBatch,
         windows: Windows | RunTimeWindows,
+        past: Past | None,
         *,
         fp8: bool,
         value_gates: Tensor | None = None,  # (T, 2), for the first and the second half of the heads; last layer only
@@ -334,7 +338,7 @@ class Record92(RecordModel[Record92ModelSpec]):
 
         paired, wide = layer in spec.paired_layers, spec.is_wide(layer)
         rotary = self.wide if wide else self.narrow
-        q, k = rotated_queries_keys(q, k, rotary, paired=paired, shifted=wide)
+        q, k = rotated_queries_keys(q, k, rotary, paired=paired, shifted=wide, layer=layer, past=past)
         y = head_attention(
             q,
             k,
@@ -345,6 +349,8 @@ class Record92(RecordModel[Record92ModelSpec]):
             scale=rotary.run_time_scale,
             paired=paired,
             backend=self.implementations.attention,
+            layer=layer,
+            past=past,
         )
         if layer in spec.xsa_layers:
             y = remove_own_value(y, v, gates["xsa", layer])

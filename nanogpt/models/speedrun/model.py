@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from nanogpt.layers.attention import head_attention, rotated_queries_keys
 from nanogpt.layers.embedding import head_gate, smear
 from nanogpt.layers.norm import norm
+from nanogpt.layers.past import Past
 from nanogpt.layers.residual import add
 from nanogpt.models.language_model import RunTimeWindows, TokenBatch, Windows
 from nanogpt.models.record_model import BigramModel, Embedded
@@ -43,6 +44,7 @@ class Speedrun(BigramModel[SpeedrunModelSpec]):
         windows: Windows | RunTimeWindows,
         *,
         training: bool = False,
+        past: Past | None = None,
     ) -> Tensor:
         """The last layer's normalised activations, (T, D), which the head reads; the same in training."""
         spec, layers, d = self.spec, self.spec.layers, self.spec.width
@@ -53,7 +55,7 @@ class Speedrun(BigramModel[SpeedrunModelSpec]):
         qkv_weights, out_weights = (part.unbind() for part in self.attn.split((3 * d, d), dim=1))
         up_weights, down_weights = (part.unbind() for part in self.mlp.unbind(1))
 
-        x = x0 = norm(smear(embedded.tokens, self.smear_gate, smear_scale))
+        x = x0 = norm(smear(embedded.tokens, self.smear_gate, smear_scale, past))
         bigram = embedded.bigrams
         values = dict(zip(spec.value_embed_layers, embedded.values, strict=True))
         skipped = middle = x  # both are set before they are read
@@ -70,7 +72,7 @@ class Speedrun(BigramModel[SpeedrunModelSpec]):
                 row = self.attention_row[layer]
                 qkv_weight = attention_scales[layer, 0] * qkv_weights[row]
                 out_weight = attention_scales[layer, 1] * out_weights[row]
-                y = self._attention(layer, norm(x), qkv_weight, values.get(layer), batch, windows)
+                y = self._attention(layer, norm(x), qkv_weight, values.get(layer), batch, windows, past)
                 x = add(x, y @ out_weight.mT)
             x = add(x, self.mlp_function(norm(x), up_weights[layer], down_weights[layer]))
             if layer == spec.skip.from_layer:
@@ -87,6 +89,7 @@ class Speedrun(BigramModel[SpeedrunModelSpec]):
         value_embedding: Tensor | None,  # (T, D)
         batch: TokenBatch,
         windows: Windows | RunTimeWindows,
+        past: Past | None,
     ) -> Tensor:
         """The joined and gated heads, (T, D), before the output projection."""
         spec = self.spec
@@ -96,8 +99,8 @@ class Speedrun(BigramModel[SpeedrunModelSpec]):
             gate = 2 * head_gate(u, self.ve_gate_bank[self.value_table[layer]])
             v = v + gate * value_embedding.view(count, heads, head_dim)
 
-        paired = layer in spec.paired_layers
-        q, k = rotated_queries_keys(q, k, self.rotary, paired=paired, shifted=layer in spec.long_window_layers)
+        paired, shifted = layer in spec.paired_layers, layer in spec.long_window_layers
+        q, k = rotated_queries_keys(q, k, self.rotary, paired=paired, shifted=shifted, layer=layer, past=past)
         y = head_attention(
             q,
             k,
@@ -108,6 +111,8 @@ class Speedrun(BigramModel[SpeedrunModelSpec]):
             scale=self.rotary.run_time_scale,
             paired=paired,
             backend=self.implementations.attention,
+            layer=layer,
+            past=past,
         )
         y = y * head_gate(u, self.attn_gate_bank[self.attention_row[layer]])
         return y.reshape(count, spec.width)
