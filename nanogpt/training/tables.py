@@ -29,6 +29,7 @@ class TableCycles:
         self.is_event = spec.optimizer.is_event
         # Steps whose batches are built, this one and, where there are tables, what the next cycle reads among them.
         self.ahead = 2 + (spec.optimizer.steps_between_updates if model.tables else 0)
+        self._expected: int | None = None  # the step that goes on with the cycle
         self.schedule = schedule
         self.tables = model.tables
         self.batches = batches
@@ -36,9 +37,12 @@ class TableCycles:
     def before(self, settings: StepSettings, *, alone: bool) -> None:
         """Where a cycle begins with this step, pull what it will read; collective.
 
-        alone: the step comes out of its order, in the warm-up: a cycle of its own.
+        A step other than the one after the last begins a cycle too: benchmarks jump. alone: so does the next one, as in
+        the warm-up, and nothing is looked ahead to.
         """
-        if not self.tables or (all(table.in_cycle for table in self.tables.values()) and not alone):
+        goes_on = settings.step == self._expected and all(table.in_cycle for table in self.tables.values())
+        self._expected = None if alone else settings.step + 1
+        if not self.tables or goes_on:
             return
         last = settings.step
         while not alone and last + 1 < self.schedule.total_steps and not self.is_event(last):

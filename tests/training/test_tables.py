@@ -67,6 +67,14 @@ def test_a_step_of_the_warm_up_is_a_cycle_of_its_own() -> None:
     assert table.begun == [[131072], [131072], [393216]]
 
 
+def test_a_step_out_of_its_order_begins_a_cycle() -> None:
+    spec = record92("h100", 8)
+    schedule, (cycles, table) = Schedule(spec), make_cycles(spec)
+    for step in (340, 341, 700, 701, 340):
+        cycles.before(schedule.at(step), alone=False)
+    assert table.begun == [[262144] * 4, [393216] * 4, [262144] * 4]
+
+
 def test_without_tables_nothing_is_looked_ahead_to() -> None:
     spec = record92("h100", 8)
     cycles = TableCycles(spec, Schedule(spec), SimpleNamespace(tables={}), None)  # type: ignore[arg-type]
