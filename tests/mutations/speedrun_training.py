@@ -152,7 +152,7 @@ _add(
     "before the update",
     (
         "        reductions = self._start",
-        "        if rates.split:\n            self._split(tied, head)\n"
+        "        if rates.split:\n            self._split(tied, head)\n            tied = head = None\n"
         "            plan = self.spec.step_plan(adam_step=rates.adam_step, tied=None, event=rates.event)\n"
         "        reductions = self._start",
     ),
