@@ -422,6 +422,18 @@ def _cross_checks(spec: RunSpec) -> Iterator[Problem]:
     stages, steps = len(training.all_stages), training.total_steps
     for path, text in spec.optimizer.problems(rows, world_size=world_size, stages=stages, total_steps=steps):
         yield ("optimizer", *path), text
+    for name, table in spec.model.pulled_tables().items():
+        if table.rows % world_size:
+            yield (
+                ("model", table.field),
+                f"is {table.rows:,}, which {world_size} ranks cannot share evenly; take a multiple of {world_size}",
+            )
+        if spec.optimizer.table_rates(0, 1.0) is None:
+            yield (
+                ("optimizer", "kind"),
+                f"is {spec.optimizer.kind}, which as it is here would never update the table {name}: it takes an"
+                " optimizer with row_adam",
+            )
 
 
 def _runtime_problems(runtime: RuntimeSpec, gpu: str) -> Iterator[tuple[tuple[str | int, ...], str]]:

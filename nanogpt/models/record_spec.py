@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, NamedTuple
 
 from pydantic import Field
 
@@ -20,6 +20,15 @@ class SkipSpec(Strict):
 
     from_layer: Index
     to_layer: Index
+
+
+class Column(NamedTuple):
+    """A number, or several, that a small net makes for each token."""
+
+    name: str
+    layer: int
+    start: float
+    width: int = 1
 
 
 class RecordModelSpec(BaseModelSpec):

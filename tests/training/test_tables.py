@@ -113,6 +113,18 @@ def test_tables_fit_where_the_specification_says(
         check_tables_fit(record92(gpu, count, f"model.ngram_rows={largest + 160}"), world)
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("model.ngram_rows=1002", r"model\.ngram_rows: is 1,002, which 8 ranks cannot share evenly"),
+        ("optimizer.row_adam=null", r"would never update the table ngrams: it takes an optimizer with row_adam"),
+    ],
+)
+def test_a_table_that_nobody_could_train_is_refused(setting: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        record92("h100", 8, setting)
+
+
 def test_what_stands_beside_the_table_is_about_what_was_measured() -> None:
     """38 GiB on one rank, 32 on one of eight (record92's specification, of the public code)."""
     assert bytes_beside_tables(record92("h200", 1)) / 2**30 == pytest.approx(38, abs=4)

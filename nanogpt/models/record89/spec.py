@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from nanogpt.layers.specs import MlpFp8Spec, MuddSpec
-from nanogpt.models.record_spec import BigramModelSpec
+from nanogpt.models.record_spec import BigramModelSpec, Column
 from nanogpt.parameters import Adam, Normal, NorMuon, Parameter, TransposeOf, Uniform, Values
 from nanogpt.spec_fields import NOT_COMPILED, Finite, Index, Layers, NonNegative, Padding, Problem, Size, Strict
 
@@ -31,15 +31,6 @@ class Record89Starts(Strict):
     dc_scores: Start = Field(description="weight of each head's attention in the mixed attention")
     value_gate: Start = Field(description="gate of the last layer's value embedding")
     backout: Start = Field(description="weight of the saved activation in the head's input, subtracted")
-
-
-class Column(NamedTuple):
-    """A number, or several, that a net makes for each token."""
-
-    name: str
-    layer: int
-    start: float
-    width: int = 1
 
 
 class Record89ModelSpec(BigramModelSpec):

@@ -10,8 +10,7 @@ from pydantic import Field
 
 from nanogpt.layers.specs import MlpFp8Spec, MuddSpec
 from nanogpt.models.model_spec import PulledTableSpec, Slot, SlotExtras
-from nanogpt.models.record89.spec import Column
-from nanogpt.models.record_spec import RecordModelSpec
+from nanogpt.models.record_spec import Column, RecordModelSpec
 from nanogpt.parameters import Adam, Normal, NorMuon, Parameter, TransposeOf, Uniform, Values
 from nanogpt.spec_fields import (
     NOT_COMPILED,
