@@ -447,7 +447,7 @@ def test_an_error_in_a_base_names_the_base(recipe):
     [
         (
             "model: {kind: gpt}",
-            "recipe.yaml:2: model.kind: found gpt, did you mean gpt2?; allowed: speedrun, record89, gpt2",
+            "recipe.yaml:2: model.kind: found gpt, did you mean gpt2?; allowed: speedrun, record89, record92, gpt2",
         ),
         ("training: {lr_schedule: {kind: 3}}", "recipe.yaml:2: training.lr_schedule.kind: found 3; allowed:"),
         ("training: {stages: {a: 1}}", 'recipe.yaml:2: training.stages: must be a list, found {"a": 1}'),
@@ -477,7 +477,7 @@ def test_messages(text, problem, recipe):
 def test_a_part_that_is_missing_and_a_kind_that_is_missing(recipe):
     problems = problems_of(recipe("name: x\nmodel: {layers: 3}\nhardware: {gpu: cpu}\n"))
     assert problems == [
-        "recipe.yaml:2: model.kind: is missing; allowed: speedrun, record89, gpt2",
+        "recipe.yaml:2: model.kind: is missing; allowed: speedrun, record89, record92, gpt2",
         "recipe.yaml:1: optimizer: is missing; add it, or inherit it from a recipe by `base:`",
         "recipe.yaml:1: training: is missing; add it, or inherit it from a recipe by `base:`",
         "recipe.yaml:1: evaluation: is missing; add it, or inherit it from a recipe by `base:`",
