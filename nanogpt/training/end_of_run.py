@@ -3,7 +3,7 @@
 Inside the clock. The last checkpoint has what they have left. Without entries nothing is kept and nothing is done.
 
 Tail averages are public record 92's (PR #360 of KellerJordan/modded-nanogpt). A rank feeds and writes its own part of
-a parameter, of equal parts of its numbers as they lie in memory, so that an average takes 4 bytes a number over all.
+a parameter, of equal parts of its numbers as they lie in memory: together all ranks hold 4 bytes a number and average.
 """
 
 from __future__ import annotations

@@ -218,6 +218,14 @@ def test_lerp_is_torchs_wherever_a_tensor_is_cut(weight: float):
 # --- the recipe's say ---
 
 
+def test_record_92s_recipe_says_the_same():
+    shipped = load_recipe("record92").training.end[0]
+    assert isinstance(shipped, TailAverages) and shipped.keep_norms == ENTRY.keep_norms
+    for found, expected in zip(shipped.averages, ENTRY.averages, strict=True):
+        assert found.blend == expected.blend
+        assert found.ticks(STEPS) == pytest.approx(expected.ticks(STEPS), rel=1e-8)
+
+
 def tail(**changes: Any) -> dict[str, Any]:
     return {"blend": {"qk": 0.5}, "window_steps": 100, "every": 4, "rate": 0.1, **changes}
 
