@@ -18,7 +18,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["nanogpt.cli.main", "nanogpt.training.trainer"])
+# The last is loaded by the first call of a custom operation, compiled or not.
+_server.set_forkserver_preload(["nanogpt.cli.main", "nanogpt.training.trainer", "torch._dynamo"])
 
 
 class Forked:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import hashlib
 import zlib
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from nanogpt.runs.record import (
     Start,
     write_record,
 )
+from nanogpt.spec import RunSpec
 
 COMMIT = "c0ffee" + "0" * 34
 BEGAN = datetime.datetime(2026, 3, 1, 12, 0, 0, tzinfo=datetime.UTC)
@@ -59,9 +61,9 @@ def made_run(
 
     Each is ten minutes later than the one of the seed before, and has losses of its own behind the fourth digit.
     """
-    spec = load_recipe(recipe, [f"training.seed={seed}", *overrides])
+    spec, written = loaded_and_written(recipe, (f"training.seed={seed}", *overrides))
     path.mkdir(parents=True)
-    (path / "spec.yaml").write_text(dump_spec(spec))
+    (path / "spec.yaml").write_text(written)
     total = spec.training.total_steps
     run = RunDirectory.open(path)
     began = began or BEGAN + datetime.timedelta(minutes=10 * seed)
@@ -71,7 +73,7 @@ def made_run(
     run.log(
         f"{RULE}\nnanogpt/training/trainer.py: 1 lines, sha256 {hashlib.sha256(source.encode()).hexdigest()}\n{RULE}"
     )
-    run.log(f"{source}{RULE}\n{SPEC_HEAD}\n{RULE}\n{dump_spec(spec)}{RULE}")
+    run.log(f"{source}{RULE}\n{SPEC_HEAD}\n{RULE}\n{written}{RULE}")
     run.log(f"source sha256 {'5' * 64}\n{began.isoformat()} on node1, world size {spec.world_size}")
     device = "NVIDIA H100 80GB HBM3" if spec.hardware.gpu == "h100" else "cpu"
     start = {"total_steps": total, "world_size": spec.world_size, "device": device, "resumed_at": None}
@@ -94,14 +96,19 @@ def made_run(
     run.metric({"kind": "end", "state": state, "reason": None, "train_time_ms": 1000 * seconds})
     run.close()
     if with_record:
-        write_record(path, made_record(path, final_loss, seconds, device, state, began))
+        write_record(path, made_record(path, spec, final_loss, seconds, device, state, began))
     return path
 
 
+@functools.cache
+def loaded_and_written(recipe: str, overrides: tuple[str, ...]) -> tuple[RunSpec, str]:
+    spec = load_recipe(recipe, overrides)
+    return spec, dump_spec(spec)
+
+
 def made_record(
-    path: Path, final_loss: float, seconds: float, device: str, state: str, began: datetime.datetime
+    path: Path, spec: RunSpec, final_loss: float, seconds: float, device: str, state: str, began: datetime.datetime
 ) -> Record:
-    spec = RunDirectory.open(path).spec()
     started = began + datetime.timedelta(seconds=400)
     ended = started + datetime.timedelta(seconds=seconds + 20)
     process = Process(pid=1, host="node1", boot_id="one", started_ticks=int(began.timestamp()))

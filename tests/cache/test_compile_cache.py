@@ -10,6 +10,7 @@ import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -307,62 +308,64 @@ def test_nodes_do_alike(tmp_path: Path, roots: bool, found: bool):
 # --- with a compiler ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_a_second_process_compiles_nothing_and_computes_the_same(tmp_path: Path):
-    """Two runs in processes and node-local directories of their own: only the file is common."""
-    data = make_data(tmp_path / "data")
-    spec = tiny_spec("model.layers=1", "runtime.compile=on", "training.warmup=true", "evaluation.every=9", model="gpt2")
-    recipe = write_recipe(tmp_path / "recipe.yaml", spec)
+COMPILED = tiny_spec("model.layers=1", "runtime.compile=on", "training.warmup=true", "evaluation.every=9", model="gpt2")
 
-    def run(name: str) -> tuple[Record, tuple[dict[int, float], dict[int, float]]]:
-        place = tmp_path / name
-        place.mkdir()
-        arguments = ("train", recipe, "--data", data, "--out", tmp_path / "runs" / name)
-        places = {"TMPDIR": str(place), "NANOGPT_CACHE": str(tmp_path / "kept")}
-        done = python("-m", "nanogpt", *map(str, arguments), timeout=400, **places)
-        assert done.returncode == 0, done.stderr
-        assert list(place.glob("nanogpt-compiled-*")) == []
-        [path] = (tmp_path / "runs" / name).glob("tiny-gpt2-*")
-        return read_record(path), losses(path)
 
-    def total(record: Record, count: str) -> int:
-        return sum(getattr(phase, count) for phase in record.starts[-1].start_up)
+def run_in(place: Path, data: Path) -> tuple[Record, tuple[dict[int, float], dict[int, float]]]:
+    """A run in a process and a node-local directory of its own; only the kept file beside `data` is common."""
+    place.mkdir()
+    arguments = ("train", write_recipe(place / "recipe.yaml", COMPILED), "--data", data, "--out", place / "runs")
+    places = {"TMPDIR": str(place), "NANOGPT_CACHE": str(data.parent / "kept")}
+    done = python("-m", "nanogpt", *map(str, arguments), timeout=800, **places)
+    assert done.returncode == 0, done.stderr
+    assert list(place.glob("nanogpt-compiled-*")) == []
+    [path] = (place / "runs").glob("tiny-gpt2-*")
+    return read_record(path), losses(path)
 
-    cold, cold_losses = run("cold")
-    warm, warm_losses = run("warm")
-    assert cold.compilation is not None and warm.compilation is not None
-    assert "written" in cold.compilation.cache[-1]
-    assert [line.split(": ")[2].split(",")[0] for line in warm.compilation.cache] == ["used"]
-    assert (total(cold, "graphs"), total(cold, "from_cache"), total(cold, "parts_compiled")) == (2, 0, 3)
-    assert (total(warm, "graphs"), total(warm, "from_cache"), total(warm, "parts_compiled")) == (2, 2, 0)
-    assert total(cold, "bypassed") == total(warm, "bypassed") == 0
-    assert cold.compilation.late_graphs == warm.compilation.late_graphs == 0
-    assert warm_losses == cold_losses
-    assert len(warm_losses[0]) == 9
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("compiled") / "data")
+
+
+@pytest.fixture(scope="module")
+def cold(data: Path) -> tuple[Record, tuple[dict[int, float], dict[int, float]]]:
+    """The first run, which finds nothing."""
+    return run_in(data.parent / "cold", data)
+
+
+def total(record: Record, count: str) -> int:
+    return sum(getattr(phase, count) for phase in record.starts[-1].start_up)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_a_helper_compiles_for_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_second_process_compiles_nothing_and_computes_the_same(data: Path, cold: Any):
+    first, first_losses = cold
+    second, second_losses = run_in(data.parent / "warm", data)
+    assert "written" in first.compilation.cache[-1]
+    assert [line.split(": ")[2].split(",")[0] for line in second.compilation.cache] == ["used"]
+    assert (total(first, "graphs"), total(first, "from_cache"), total(first, "parts_compiled")) == (2, 0, 3)
+    assert (total(second, "graphs"), total(second, "from_cache"), total(second, "parts_compiled")) == (2, 2, 0)
+    assert total(first, "bypassed") == total(second, "bypassed") == 0
+    assert first.compilation.late_graphs == second.compilation.late_graphs == 0
+    assert second_losses == first_losses
+    assert len(second_losses[0]) == 9
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_a_helper_compiles_for_the_run(tmp_path: Path, data: Path, cold: Any, monkeypatch: pytest.MonkeyPatch):
     """The run finds the training graph there, and compiles evaluation alone; the losses are those of a run alone."""
-    data = make_data(tmp_path / "data")
-    spec = tiny_spec("model.layers=1", "runtime.compile=on", "training.warmup=true", "evaluation.every=9", model="gpt2")
-    found = {}
-    for helpers in (1, 0):
-        torch._dynamo.reset()
-        monkeypatch.setattr("nanogpt.training.parallel_compile.helpers_that_fit", lambda *_, count=helpers, **__: count)
-        monkeypatch.setenv("NANOGPT_CACHE", str(tmp_path / f"kept-{helpers}"))
-        path = tmp_path / f"run-{helpers}"
-        train(spec, data, path)
-        phases = {phase.name: phase for phase in read_record(path).starts[-1].start_up}
-        found[helpers] = phases, losses(path)
-    helped, alone = (found[helpers][0] for helpers in (1, 0))
-    assert helped["compiling, by several processes"].parts_compiled == 1  # evaluation's, meanwhile
-    rest = helped["warm-up, stage 1"]
+    monkeypatch.setattr("nanogpt.training.parallel_compile.helpers_that_fit", lambda *_, **__: 1)
+    monkeypatch.setenv("NANOGPT_CACHE", str(tmp_path / "kept"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the helper's
+    torch._dynamo.reset()
+    train(COMPILED, data, tmp_path / "run")
+    phases = {phase.name: phase for phase in read_record(tmp_path / "run").starts[-1].start_up}
+    assert phases["compiling, by several processes"].parts_compiled == 1  # evaluation's, meanwhile
+    rest = phases["warm-up, stage 1"]
     assert (rest.parts_compiled, rest.from_cache) == (0, 1)
-    assert alone["warm-up, stage 1"].parts_compiled == 3
-    assert found[1][1] == found[0][1]
+    assert losses(tmp_path / "run") == cold[1]
 
 
 def test_a_helper_that_fails_is_a_line_and_no_more(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
