@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from small_specs import randomize
 from tiny_runs import tiny_spec
 
@@ -14,7 +15,7 @@ from nanogpt.training.build import build_model
 from nanogpt.training.checkpoint import save_checkpoint
 from nanogpt.training.schedule import Schedule
 
-KINDS = ("gpt2", "speedrun", "record89")
+KINDS = ("gpt2", "speedrun", "record89", "record92")
 
 
 def gpt2_tokens_spec(kind: str, *overrides: str) -> RunSpec:
@@ -34,5 +35,10 @@ def untrained_run(path: Path, spec: RunSpec) -> Path:
     randomize(model)
     for old, new in Schedule(spec).window_changes(spec.training.total_steps - 1):
         model.change_windows(old, new)
-    save_checkpoint(path / "checkpoints", spec.training.total_steps, {"model": model.state_dict()}, keep=1)
+    state = {"model": model.state_dict(), "optimizer": {"tables": {}}}
+    for name, table in model.tables.items():
+        table.last_update[::2] = 1  # the others were never touched
+        table.values[::2] = torch.randn(table.values[::2].shape, generator=torch.Generator().manual_seed(1))
+        state["optimizer"]["tables"][name] = table.state_dict()
+    save_checkpoint(path / "checkpoints", spec.training.total_steps, state, keep=1)
     return path

@@ -33,17 +33,23 @@ class _Module:
         for node in ast.parse(self.source).body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 self.definitions[node.name] = node
-            elif isinstance(node, ast.Assign):
-                self.definitions |= {target.id: node for target in node.targets if isinstance(target, ast.Name)}
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names = [part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
+                self.definitions |= dict.fromkeys(names, node)
             elif isinstance(node, ast.Import):
                 self.imports |= {alias.asname or alias.name: (alias.name, None) for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 self.imports |= {alias.asname or alias.name: (node.module, alias.name) for alias in node.names}
 
     def text(self, node: ast.stmt) -> str:
-        """The node's source as it stands, decorators included."""
+        """The node's source as it stands, decorators included, without imports of this package in it."""
         first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
-        return "\n".join(self.source.splitlines()[first - 1 : node.end_lineno])
+        lines = dict(enumerate(self.source.splitlines()[first - 1 : node.end_lineno], start=first))
+        for line in own_imports(node):
+            for number in range(line.lineno, (line.end_lineno or line.lineno) + 1):
+                del lines[number]
+        return "\n".join(lines.values())
 
 
 @cache
@@ -84,6 +90,9 @@ class Bundle:
             return
         self._written[name] = place.name
         node = place.definitions[name]
+        for other, definition in place.definitions.items():  # one assignment may define several
+            if definition is node:
+                self._written[other] = place.name
         self._follow(place, node)
         self._parts.append(place.text(node))
 
@@ -129,6 +138,9 @@ class Bundle:
         self._written[kind.__name__] = kind.__module__
 
     def _follow(self, place: _Module, node: ast.stmt) -> None:
+        for line in own_imports(node):
+            for alias in line.names:
+                self.add(str(line.module), alias.name)
         for part in _nodes(node, annotations=False):
             if isinstance(part, ast.Name):
                 self.add(place.name, part.id)
@@ -158,6 +170,12 @@ def _methods(kind: type[Any]) -> list[ast.FunctionDef]:
     definition = _module(kind.__module__).definitions[kind.__name__]
     assert isinstance(definition, ast.ClassDef)
     return [node for node in definition.body if isinstance(node, ast.FunctionDef)]
+
+
+def own_imports(node: ast.AST) -> list[ast.ImportFrom]:
+    """The imports from this package inside a function."""
+    found = [part for part in ast.walk(node) if isinstance(part, ast.ImportFrom)]
+    return [part for part in found if str(part.module).startswith("nanogpt.")]
 
 
 def _nodes(node: ast.AST, *, annotations: bool = True) -> Iterator[ast.AST]:

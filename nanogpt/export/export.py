@@ -21,6 +21,7 @@ from nanogpt.export.card import model_card
 from nanogpt.export.modeling import CLASSES, FILE, modeling_code
 from nanogpt.export.safetensors import write_tensors
 from nanogpt.export.tokenizer_files import tokenizer_files
+from nanogpt.layers.rotary import Rotary
 from nanogpt.recipe import publishable_spec
 from nanogpt.runs.directory import RECORD_NAME, SPEC_NAME
 from nanogpt.runs.record import read_record
@@ -98,6 +99,10 @@ def transformers_form(trained: TrainedModel) -> tuple[dict[str, Any], dict[str, 
         dtype = next(iter(own.tensors.values())).dtype
         return {**own.config, **ends, "dtype": str(dtype).removeprefix("torch.")}, own.tensors, None
     state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    for name, table in model.tables.items():
+        touched = table.last_update.nonzero().flatten()
+        rows = touched if len(touched) else touched.new_zeros(1)
+        state |= {f"table_{name}": table.values[rows], f"table_{name}_rows": rows}
     parameters = dict(model.named_parameters())
     config = {
         "architectures": [CLASSES["AutoModelForCausalLM"]],
@@ -113,11 +118,18 @@ def transformers_form(trained: TrainedModel) -> tuple[dict[str, Any], dict[str, 
         "dtype": str(model.get_parameter("embed").dtype).removeprefix("torch."),
         **ends,
         "spec": spec.model.model_dump(mode="json"),
-        "rotary": model.get_submodule("rotary").get_extra_state(),
+        "rotary": {name: part.get_extra_state() for name, part in model.named_children() if isinstance(part, Rotary)},
         "windows": {"short": trained.windows.short, "long": trained.windows.long},
         "tensors": {
             name: [list(value.shape), str(value.dtype).removeprefix("torch.")] for name, value in state.items()
         },
         "buffers": [name for name in state if name not in parameters],
+        "numberings": {name: [*value.items()] for name, value in vars(model).items() if _is_numbering(value)},
+        "tables": [*model.tables],
     }
     return config, {f"model.{name}": value for name, value in state.items()}, modeling_code(spec.model)
+
+
+def _is_numbering(value: object) -> bool:
+    """Whether it says which entry of a bank or table is whose layer's: numbers by number."""
+    return isinstance(value, dict) and bool(value) and all(isinstance(n, int) for pair in value.items() for n in pair)

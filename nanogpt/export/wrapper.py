@@ -24,7 +24,12 @@ ROTARY: Any = nn.Module
 
 
 class NanogptConfig(PretrainedConfig):
-    """`spec`: the recipe's `model`; `rotary`, `windows`: as training left them; `tensors`: name -> shape and dtype."""
+    """What the weights do not say: the recipe's `model`, and what training has left of rotary tables and windows.
+
+    spec: the recipe's `model`. rotary: by name, frequencies and softmax scale. windows: short and long, in tokens.
+    tensors: name -> shape and dtype; `buffers` are those without a gradient. numberings: name -> pairs of what belongs
+    to which layer. tables: names of tables of rows: the tensors `table_NAME`, and `table_NAME_rows`, their numbers.
+    """
 
     model_type = "nanogpt_record"
 
@@ -35,6 +40,8 @@ class NanogptConfig(PretrainedConfig):
         windows: dict[str, int] | None = None,
         tensors: dict[str, Any] | None = None,
         buffers: list[str] | None = None,
+        numberings: dict[str, list[list[int]]] | None = None,
+        tables: list[str] | None = None,
         **rest: Any,
     ):
         self.spec = spec or {}
@@ -42,6 +49,8 @@ class NanogptConfig(PretrainedConfig):
         self.windows = windows or {}
         self.tensors = tensors or {}
         self.buffers = buffers or []
+        self.numberings = numberings or {}
+        self.tables = tables or []
         rest.setdefault("tie_word_embeddings", False)  # head and embedding part before the run's end
         rest.setdefault("use_cache", False)
         super().__init__(**rest)
@@ -50,6 +59,19 @@ class NanogptConfig(PretrainedConfig):
 def named(value: Any) -> Any:
     """Nested dictionaries as objects with attributes."""
     return SimpleNamespace(**{key: named(item) for key, item in value.items()}) if isinstance(value, dict) else value
+
+
+class Table:
+    """A table of rows that the model looks up by number. The file has those that training has touched; others are 0."""
+
+    def __init__(self, model: nn.Module, name: str):
+        self.tensors = lambda: (getattr(model, f"table_{name}"), getattr(model, f"table_{name}_rows"))
+
+    def read(self, rows: Tensor) -> Tensor:
+        """(T, D) of `rows` (T,)."""
+        values, known = self.tensors()
+        place = torch.searchsorted(known, rows.long()).clamp(max=len(known) - 1)
+        return nn.functional.embedding(place, values) * (known[place] == rows)[:, None]
 
 
 class NanogptModel(MODEL):
@@ -61,14 +83,16 @@ class NanogptModel(MODEL):
         vars(self.spec).update(vars(named(config.spec)))
         self.implementations = SimpleNamespace(attention="plain", plain_kernels=True)
         self.mlp_function = relu_squared_mlp_plain
-        self.attention_row = {layer: row for row, layer in enumerate(self.spec.attention_layers)}
-        self.value_table = {layer: table for table, layer in enumerate(self.spec.value_embed_layers)}
+        for name, pairs in config.numberings.items():
+            setattr(self, name, {layer: place for layer, place in pairs})  # noqa: C416, JSON has lists
+        self.tables = {name: Table(self, name) for name in config.tables}
         self.windows = named(config.windows)
         self.rotary_state = config.rotary
         self.bos = config.bos_token_id
-        self.rotary: Any = None
+        self.rotary_rows = 0
+        self.rotary_place: Any = None
         for name, (shape, dtype) in config.tensors.items():
-            numbers = torch.empty(shape, dtype=torch.float32 if dtype == "float32" else None)
+            numbers = torch.empty(shape, dtype=getattr(torch, dtype) if dtype in ("float32", "int64") else None)
             if name in config.buffers:
                 self.register_buffer(name, numbers)
             else:
@@ -82,31 +106,37 @@ class NanogptModel(MODEL):
         spec, device = self.spec, tokens.device
         tokens = torch.cat((tokens.new_tensor([self.bos, self.bos]), tokens))
         count = len(tokens)
-        if self.rotary is None or self.rotary.rows < 2 * count or self.rotary.cos.device != device:
-            self.rotary = self.rotary_tables(count, device)
-        extras = spec.batch_extras(tokens.cpu().numpy().astype(np.uint16))
+        self.fill_rotary_tables(count, device)
+        read = tokens.cpu().numpy().astype(np.uint16)
+        slot = SimpleNamespace(inputs=read, targets=np.zeros_like(read), loss=None, number=0, slots=1, state=None)
+        arrays = spec.batch_extras(slot).arrays
         batch = SimpleNamespace(
             inputs=tokens.int(),
             cu_seqlens=torch.tensor([0, 1, 2, count], dtype=torch.int32, device=device),
             max_seqlen=count,
-            extras={name: torch.from_numpy(values).to(device) for name, values in extras.items()},
+            extras={name: torch.from_numpy(values).to(device) for name, values in arrays.items()},
         )
         x = self(batch, self.windows)[2:]
         return softcap(x @ self.lm_head, spec.softcap.cap, spec.softcap.shift, spec.softcap.scale)
 
-    def rotary_tables(self, tokens: int, device: torch.device) -> Any:
-        """For documents of at least so many tokens."""
-        rotary = ROTARY()
-        rotary.frequency = torch.tensor(self.rotary_state["frequency"], device=device)
-        rotary.attention_scale = self.rotary_state["attention_scale"]
-        rotary.run_time_scale = torch.empty((), dtype=torch.float64, device="cpu")
-        rotary.rotated = 2 * len(rotary.frequency)
-        rotary.rows = 2 << (tokens - 1).bit_length()
-        rotary.cos, rotary.signed_sin = (
-            torch.empty(rotary.rows, rotary.rotated, dtype=self.embed.dtype, device=device) for _ in range(2)
-        )
-        rotary._fill_tables()
-        return rotary
+    def fill_rotary_tables(self, tokens: int, device: torch.device) -> None:
+        """Where there are none yet for so many tokens, in this dtype and on this device."""
+        dtype = self.embed.dtype
+        if self.rotary_rows >= 2 * tokens and self.rotary_place == (dtype, device):
+            return
+        self.rotary_rows, self.rotary_place = 2 << (tokens - 1).bit_length(), (dtype, device)
+        for name, state in self.rotary_state.items():
+            rotary = ROTARY()
+            rotary.frequency = torch.tensor(state["frequency"], device=device)
+            rotary.attention_scale = state["attention_scale"]
+            rotary.run_time_scale = torch.empty((), dtype=torch.float64, device="cpu")
+            rotary.rotated = 2 * len(rotary.frequency)
+            rotary.rows = self.rotary_rows
+            rotary.cos, rotary.signed_sin = (
+                torch.empty(rotary.rows, rotary.rotated, dtype=dtype, device=device) for _ in range(2)
+            )
+            rotary._fill_tables()
+            setattr(self, name, rotary)
 
 
 class NanogptForCausalLM(PreTrainedModel, GenerationMixin):

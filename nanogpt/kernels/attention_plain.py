@@ -44,9 +44,9 @@ def attention_dense(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, wind
 
 
 def attention_to_past(q: Tensor, k: Tensor, v: Tensor, *, start: int, window: int, scale: float) -> Tensor:
-    """`attention_dense` of the last rows alone, q (n, H, dq), to all, k (m, H, dq) and v (m, H, dv): (n, H, dv).
+    """`attention_dense` of a stream's last rows alone, q (n, H, dq), to all of it, k (m, H, dq) and v (m, H, dv).
 
-    Their document begins at row `start`.
+    Their document begins at row `start`. Returns (n, H, dv).
     """
     compute = torch.promote_types(q.dtype, torch.float32)
     key = torch.arange(k.shape[0], device=k.device)

@@ -28,7 +28,7 @@ _add(
         "bounds.index_fill(0, bounds.new_zeros(1, dtype=torch.long), 0)",
     ),
 )
-_add("GPT-2 attention", GPT2, "scale", ("scale=1 / math.sqrt(d // heads)", "scale=1 / math.sqrt(d)"))
+_add("GPT-2 attention", GPT2, "scale", ("scale = 1 / math.sqrt(d // heads)", "scale = 1 / math.sqrt(d)"))
 _add("GPT-2 GELU", GPT2, "exact", (', approximate="tanh"', ""))
 _add(
     "GPT-2 head",

@@ -310,7 +310,7 @@ _add(
     "DC scale",
     RECORD89,
     "1/sqrt(head)",
-    ("window=window, scale=scale, plain=plain)", "window=window, scale=head_dim**-0.5, plain=plain)"),
+    ("cu_seqlens, window=window, scale=scale, plain", "cu_seqlens, window=window, scale=head_dim**-0.5, plain"),
 )
 
 # --- loss ---

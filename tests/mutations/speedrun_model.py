@@ -47,7 +47,7 @@ _add(
 _doubled = "cu_seqlens, max_seqlen = 2 * cu_seqlens, 2 * max_seqlen"
 _add("paired documents", HEADS, "boundaries do not double", (_doubled, "max_seqlen = 2 * max_seqlen"))
 _add("paired documents", HEADS, "maximum length does not double", (_doubled, "cu_seqlens = 2 * cu_seqlens"))
-_shifted = "shifted=layer in spec.long_window_layers"
+_shifted = "shifted=shifted"
 _add("key shift", SPEEDRUN, "none", (_shifted, "shifted=False"))
 _add("key shift", SPEEDRUN, "in every unpaired layer", (_shifted, "shifted=not paired"))
 _add("key shift", ROTARY, "from the token after", ("cat((still[:1], still[:-1]))", "cat((still[1:], still[-1:]))"))
@@ -67,11 +67,11 @@ _add(
     "paired interleaving",
     ROTARY,
     "heads 0, 1, 2 at 2t and 3, 4, 5 at 2t + 1",
-    ("self.cos[: 2 * tokens].view(tokens, 1, 2, rotated)", "self.cos[: 2 * tokens].view(tokens, 2, 1, rotated)"),
-    ("signed_sin[: 2 * tokens].view(tokens, 1, 2, rotated)", "signed_sin[: 2 * tokens].view(tokens, 2, 1, rotated)"),
+    ("self.cos[2 * first : 2 * (first + tokens)].view(tokens, 1, 2", "self.cos[: 2 * tokens].view(tokens, 2, 1"),
+    ("signed_sin[2 * first : 2 * (first + tokens)].view(tokens, 1, 2", "signed_sin[: 2 * tokens].view(tokens, 2, 1"),
     ("x.view(tokens, heads // 2, 2, head_dim)", "x.view(tokens, 2, heads // 2, head_dim)"),
 )
-_add("paired rotation", HEADS, "unpaired positions", ("rotary(norm(q), paired=paired)", "rotary(norm(q))"))
+_add("paired rotation", HEADS, "unpaired positions", ("rotary(norm(q), paired=paired, ", "rotary(norm(q), "))
 _add("attention scale", SPEEDRUN, "1/sqrt(head)", ("scale=self.rotary.run_time_scale,", "scale=head_dim**-0.5,"))
 _add("QK norm", HEADS, "queries not normalised", ("rotary(norm(q), paired", "rotary(q, paired"))
 _add("QK norm", HEADS, "keys not normalised", ("rotary(norm(k), paired", "rotary(k, paired"))

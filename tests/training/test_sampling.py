@@ -11,7 +11,7 @@ import pytest
 import torch
 from small_specs import batch_of
 from tiny_runs import BOS, VOCABULARY, make_data, tiny_spec, train
-from untrained_runs import gpt2_tokens_spec, untrained_run
+from untrained_runs import KINDS, gpt2_tokens_spec, untrained_run
 
 from nanogpt.data.tokenizer import gpt2_encoding
 from nanogpt.errors import InputError
@@ -123,17 +123,14 @@ def test_a_long_text_is_read_anew_from_its_latter_half(run: Path, monkeypatch: p
 def random_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Of each model one whose every parameter counts."""
     home = tmp_path_factory.mktemp("random")
-    sizes = {"speedrun": "model.layers=4", "record89": "model.layers=5", "gpt2": "model.layers=2"}
-    return {kind: untrained_run(home / kind, gpt2_tokens_spec(kind, size)) for kind, size in sizes.items()}
+    return {kind: untrained_run(home / kind, gpt2_tokens_spec(kind)) for kind in KINDS}
 
 
-@pytest.mark.parametrize("kind", ["speedrun", "record89", "gpt2"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_cache_changes_nothing(random_runs: dict[str, Path], kind: str) -> None:
     """Logits of a text that grows by one token or several, past the longest document, in fp64."""
     trained = load_trained_model(random_runs[kind])
     trained.model.double()
-    if hasattr(trained.model, "rotary"):
-        trained.model.rotary._fill_tables()
     tokens = [50256, *np.random.default_rng(0).integers(0, 50256, 70).tolist()]
     cached, slow = Reader(trained), Reader(trained, cache=False)
     lengths = [3, 4, 5, 9, *range(10, 71)]

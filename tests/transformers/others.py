@@ -44,7 +44,7 @@ def logits(directory: str, dtype: str, out: str) -> Any:
         "class": type(model).__name__,
         "loss": whole.loss.item(),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "dtypes": sorted({str(value.dtype) for value in model.state_dict().values()}),
+        "dtypes": sorted({str(v.dtype) for v in model.state_dict().values() if v.is_floating_point()}),
         "texts": [[tokenizer(text)["input_ids"], tokenizer.decode(tokenizer(text)["input_ids"])] for text in TEXTS],
     }
 
