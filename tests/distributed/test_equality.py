@@ -181,14 +181,14 @@ def test_a_cycle_of_two_processes_goes_on_with_others(
     path = stopped(two92, 5, tmp_path / "run")
     saved = newest_state(path)["optimizer"]["tables"]["ngrams"]
     assert len(saved["decays"]) == 2 and [len(cycle["rows"]) > 0 for cycle in saved["cycles"]] == [True, True]
-    torchrun(processes, "--resume", path, "--data", data92, "--set", f"hardware.gpus_per_node={processes}")
+    forked(processes, "--resume", path, "--data", data92, "--set", f"hardware.gpus_per_node={processes}")
     assert read_run(path).start["resumed_at"] == 5
     assert_same_run(path, whole92)
 
 
 def test_a_cycle_goes_on_bit_for_bit(two92: Path, data92: Path, tmp_path: Path) -> None:
     path = stopped(two92, 10, tmp_path / "run")
-    torchrun(2, "--resume", path, "--data", data92)
+    forked(2, "--resume", path, "--data", data92)
     assert read_run(path).start["resumed_at"] == 10
     assert losses(path) == losses(two92)
     assert_same(newest_state(path), newest_state(two92))
@@ -230,7 +230,7 @@ def test_averages_and_mask_at_the_end(tmp_path: Path) -> None:
     data = make_text_data(tmp_path / "data")
     train(averaged_spec(CHECKPOINTS), data, tmp_path / "whole")
     recipe = write_recipe(tmp_path / "tiny.yaml", averaged_spec(CHECKPOINTS, "hardware.gpus_per_node=2"))
-    torchrun(2, recipe, "--data", data, "--out", tmp_path / "runs")
+    forked(2, recipe, "--data", data, "--out", tmp_path / "runs")
     (two,) = (tmp_path / "runs").iterdir()
     assert_same_run(two, tmp_path / "whole")
     assert read_record(two).end_of_run == read_record(tmp_path / "whole").end_of_run
@@ -275,12 +275,12 @@ def test_two_processes_go_on_in_the_middle_of_a_cycle_bit_for_bit(tmp_path: Path
     data = make_data(tmp_path / "data", (1700, 1300), first_token=FIRST_WITH_PREFIX)
     settings = ("hardware.gpus_per_node=2", "runtime.row_gradients=sparse", *ANVIL)
     spec = tiny_spec("checkpoint={every: 2, keep: 9, at_end: true}", *settings, model="record89")
-    torchrun(2, write_recipe(tmp_path / "tiny.yaml", spec), "--data", data, "--out", tmp_path / "runs")
+    forked(2, write_recipe(tmp_path / "tiny.yaml", spec), "--data", data, "--out", tmp_path / "runs")
     (whole,) = (tmp_path / "runs").iterdir()
     path = stopped(whole, 6, tmp_path / "run")  # Adam has stepped in step 5, tables do in step 7
     one, other = newest_state(path)["optimizer"]["pending_gradients"]
     assert set(one) == set(other) == {"value_embed", "bigram_embed"}
-    torchrun(2, "--resume", path, "--data", data)
+    forked(2, "--resume", path, "--data", data)
     assert read_run(path).start["resumed_at"] == 6
     assert losses(path) == losses(whole)
     assert_same(newest_state(path), newest_state(whole))
