@@ -14,12 +14,18 @@ def prep_fineweb(
     chunks: Annotated[
         int,
         typer.Option(
-            "--chunks", envvar="FINEWEB_CHUNKS", min=1, max=103, help="Training shards, 100 M tokens (200 MB) each."
+            "--chunks", envvar="FINEWEB_CHUNKS", min=1, max=1030, help="Training shards, 100 M tokens (200 MB) each."
         ),
     ] = 9,
+    dataset: Annotated[
+        str,
+        typer.Option("--dataset", metavar="NAME", help="fineweb10B, the leaderboard's, fineweb100B or finewebedu10B."),
+    ] = "fineweb10B",
     directory: Annotated[
         Path | None,
-        typer.Option("--dir", envvar="NANOGPT_DATA", help="Where to.", show_default="./data/fineweb10B"),
+        typer.Option(
+            "--dir", envvar="NANOGPT_DATA", help="Where to.", show_default="./data/fineweb10B, or as --dataset says"
+        ),
     ] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, max=32, help="Parallel connections.")] = 4,
     retries: Annotated[
@@ -31,15 +37,23 @@ def prep_fineweb(
 ) -> None:
     """Download FineWeb's token shards and verify them.
 
-    The validation shard and the first training shards of the hub data set kjj0/fineweb10B-gpt2. What is here and valid
+    The validation shard and the first training shards of the hub data set kjj0/NAME-gpt2. What is here and valid
     is kept, what is corrupt is fetched again, what was interrupted continues. Run it where there is internet: on most
     clusters, the login node. HF_ENDPOINT, HF_TOKEN, HTTPS_PROXY and SSL_CERT_FILE count.
     """
     from nanogpt.data import fineweb
+    from nanogpt.errors import InputError
 
+    if dataset not in fineweb.DATA_SETS:
+        raise InputError(f"--dataset: found {dataset!r}, expected {', '.join(fineweb.DATA_SETS)}")
     try:
         outcomes = fineweb.download(
-            directory or fineweb.default_directory(), chunks=chunks, workers=workers, retries=retries, verify=verify
+            directory or fineweb.default_directory(dataset),
+            data_set=fineweb.DATA_SETS[dataset],
+            chunks=chunks,
+            workers=workers,
+            retries=retries,
+            verify=verify,
         )
     except fineweb.DownloadError as error:
         print(fineweb.table(error.outcomes), flush=True)

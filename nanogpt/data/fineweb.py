@@ -25,14 +25,17 @@ from nanogpt.console import human_bytes, progress, say
 from nanogpt.data import official
 from nanogpt.data.hub import Hub, RemoteFile, Report, disk_errors
 from nanogpt.data.manifest import (
+    DATA_SETS,
     MANIFEST,
     REPOSITORY,
     WORK_DIRECTORY,
+    DataSet,
     Entry,
     ShardCheck,
     check_shard,
     file_sha256,
     known_sha256,
+    pinned_sha256,
     read_manifest,
     shard_lock,
     update_manifest,
@@ -43,7 +46,7 @@ from nanogpt.data.workers import Done, FatalError, Interrupted, Stop, Stopped, i
 from nanogpt.environment import path_of
 from nanogpt.errors import InputError, NanogptError, RunError
 
-TRAIN_SHARDS = 103
+FINEWEB = DATA_SETS["fineweb10B"]
 DEFAULT_CHUNKS = 9
 DEFAULT_WORKERS = 4  # a few connections fill a login node's share of the network; other users share the rest
 DEFAULT_RETRIES = 6
@@ -71,19 +74,20 @@ class DownloadError(RunError):
         self.outcomes = outcomes
 
 
-def default_directory() -> Path:
+def default_directory(data_set: str = "fineweb10B") -> Path:
     """Where the shards are unless a flag says otherwise: NANOGPT_DATA, else `data/fineweb10B` here."""
-    return path_of("NANOGPT_DATA") or Path("data") / "fineweb10B"
+    return path_of("NANOGPT_DATA") or Path("data") / data_set
 
 
-def shard_names(chunks: int) -> list[str]:
+def shard_names(chunks: int, stem: str = FINEWEB.stem) -> list[str]:
     """The validation shard and the first `chunks` training shards."""
-    return [val_name(0), *(train_name(index) for index in range(1, chunks + 1))]
+    return [val_name(0, stem), *(train_name(index, stem) for index in range(1, chunks + 1))]
 
 
 def download(
     directory: Path,
     *,
+    data_set: DataSet = FINEWEB,
     chunks: int = DEFAULT_CHUNKS,
     workers: int = DEFAULT_WORKERS,
     retries: int = DEFAULT_RETRIES,
@@ -93,7 +97,8 @@ def download(
 
     Args:
         directory: made if missing.
-        chunks: 1 to 103.
+        data_set: which.
+        chunks: 1 to as many as the data set has.
         workers: parallel connections.
         retries: how often in a row a request that brought nothing is repeated.
         verify: hash the files that are here even where length and time of change are as remembered.
@@ -104,11 +109,14 @@ def download(
         Interrupted: SIGINT or SIGTERM came. What has arrived is kept.
         RunError: no network, too little space, a file is not in the data set.
     """
-    if not 1 <= chunks <= TRAIN_SHARDS:
-        raise InputError(f"chunks: found {chunks}, the data set has 1 to {TRAIN_SHARDS} training shards")
+    if not 1 <= chunks <= data_set.train_shards:
+        raise InputError(
+            f"--chunks, FINEWEB_CHUNKS: found {chunks}, {data_set.repository} has 1 to {data_set.train_shards} training"
+            " shards"
+        )
     if workers < 1 or retries < 0:
         raise InputError(f"workers: found {workers}, expected at least 1; retries: found {retries}, at least 0")
-    names = shard_names(chunks)
+    names = shard_names(chunks, data_set.stem)
     stop = Stop()
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -119,6 +127,12 @@ def download(
         ) from error
 
     with stop.on_signals():
+        others = {entry.repository for entry in read_manifest(directory).values()} - {data_set.repository}
+        if others:
+            raise InputError(
+                f"{directory}: holds shards of {others.pop()}, and {data_set.repository} has others of the same names;"
+                " choose another directory with --dir or NANOGPT_DATA"
+            )
         checks = _check_present(directory, names, workers, rehash=verify, stop=stop)
         for check in checks.values():
             if check.state == "corrupt":
@@ -128,13 +142,13 @@ def download(
 
         present = sum(check.state == "valid" for check in checks.values())
         hub = Hub(
-            REPOSITORY,
+            data_set.repository,
             retries=retries,
             stop=stop,
             advice=f"{OFFLINE_ADVICE}. In {directory}, {present} of {len(names)} shards are present and verified",
         )
         wanted = [name for name in names if checks[name].state != "valid"]
-        remote = _describe(hub, wanted, _revision(directory, names), workers)
+        remote = _describe(hub, wanted, _revision(directory, names, data_set), workers)
         _refuse_others(directory, hub, remote)
         todo = _Todo(directory, hub, remote, frozenset(n for n in wanted if checks[n].state == "corrupt"), stop)
         todo.make_room()
@@ -198,7 +212,7 @@ class _Todo:
     def settle_all(self, names: list[str], workers: int) -> dict[str, Outcome]:
         """Fetch and verify; failures are kept in `errors`. Raises `Interrupted`."""
         total = sum(file.bytes for file in self.remote.values())
-        say(f"prep-fineweb: {len(names)} shards ({human_bytes(total)}) from {REPOSITORY} to {self.directory}")
+        say(f"prep-fineweb: {len(names)} shards ({human_bytes(total)}) from {self.hub.repository} to {self.directory}")
         settled: dict[str, Outcome] = {}
         with progress("prep-fineweb", total, bytes_unit=True) as advance:
             meters = {name: _meter(advance) for name in names}
@@ -295,7 +309,8 @@ class _Todo:
             partial_path.unlink(missing_ok=True)
             detail = str(error).removeprefix(f"{partial_path}: ")
             raise RunError(
-                f"{file.name}: the hub's own file ({self.hub.endpoint}, {REPOSITORY}) is no token shard: {detail}"
+                f"{file.name}: the hub's own file ({self.hub.endpoint}, {self.hub.repository}) is no token shard:"
+                f" {detail}"
             ) from error
         partial_path.replace(path)
         status = path.stat()
@@ -304,7 +319,8 @@ class _Todo:
         return tokens
 
     def _as_entry(self, file: RemoteFile) -> Entry:
-        return Entry(file.sha256, file.bytes, 0, 0, file.revision, endpoint=self.hub.endpoint)
+        hub = self.hub
+        return Entry(file.sha256, file.bytes, 0, 0, file.revision, None, hub.endpoint, hub.repository)
 
     def _partial(self, name: str) -> Path:
         return self.work / f"{name}.partial"
@@ -323,11 +339,11 @@ def _meter(advance: Report) -> Report:
     return report
 
 
-def _revision(directory: Path, names: list[str]) -> str:
-    """The revision that the shards here came from, so that the set stays one; else the one that is pinned."""
+def _revision(directory: Path, names: list[str], data_set: DataSet) -> str:
+    """The revision that the shards here came from, so that the set stays one; else the pinned one, or the newest."""
     entries = {name: entry for name, entry in read_manifest(directory).items() if name in names}
     known = (entry.revision for name, entry in entries.items() if known_sha256(name, entry) == entry.sha256)
-    return next(known, official.REVISION)
+    return next(known, official.REVISION if data_set is FINEWEB else "main")
 
 
 def _refuse_others(directory: Path, hub: Hub, remote: dict[str, RemoteFile]) -> None:
@@ -337,15 +353,16 @@ def _refuse_others(directory: Path, hub: Hub, remote: dict[str, RemoteFile]) -> 
     """
     manifest, found = read_manifest(directory), []
     for name, file in remote.items():
-        known = official.SHA256.get(name) or known_sha256(name, manifest.get(name))
+        pinned = pinned_sha256(name, hub.repository)
+        known = pinned or known_sha256(name, manifest.get(name))
         if known not in (None, file.sha256):
             of_manifest = f"{directory / MANIFEST} has, from its first download,"
-            whose = "the data set's is" if name in official.SHA256 else of_manifest
+            whose = "the data set's is" if pinned else of_manifest
             found.append(f"{name}: {hub.endpoint} announces sha256 {file.sha256}, {whose} {known}")
     if found:
         raise RunError(
-            f"{'; '.join(found)}. These are not the shards of {REPOSITORY}, nothing was downloaded. Unset HF_ENDPOINT,"
-            " or name another mirror"
+            f"{'; '.join(found)}. These are not the shards of {hub.repository}, nothing was downloaded. Unset"
+            " HF_ENDPOINT, or name another mirror"
         )
 
 
@@ -393,11 +410,11 @@ def _describe(hub: Hub, names: list[str], revision: str, workers: int) -> dict[s
 
 
 __all__ = [
+    "DATA_SETS",
     "DEFAULT_CHUNKS",
     "DEFAULT_RETRIES",
     "DEFAULT_WORKERS",
     "REPOSITORY",
-    "TRAIN_SHARDS",
     "DownloadError",
     "Entry",
     "Interrupted",

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from nanogpt.console import say
 from nanogpt.data import official
@@ -28,6 +28,23 @@ from nanogpt.errors import RunError
 from nanogpt.files import open_regular, read_json
 
 REPOSITORY = "kjj0/fineweb10B-gpt2"
+
+
+class DataSet(NamedTuple):
+    """Shards of GPT-2's tokens on the hub."""
+
+    repository: str
+    stem: str  # of its files' names
+    train_shards: int
+
+
+# Those that the public repository serves. The first is the leaderboard's, of which the package knows sha256s.
+DATA_SETS = {
+    "fineweb10B": DataSet(REPOSITORY, "fineweb", 103),
+    "fineweb100B": DataSet("kjj0/fineweb100B-gpt2", "fineweb", 1030),
+    "finewebedu10B": DataSet("kjj0/finewebedu10B-gpt2", "finewebedu", 103),
+}
+UNPINNED = frozenset(one.repository for one in DATA_SETS.values()) - {REPOSITORY}
 MANIFEST = "manifest.json"
 WORK_DIRECTORY = ".prep-fineweb"  # partial files and locks, on the shards' own file system
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -45,6 +62,7 @@ class Entry:
     revision: str
     ctime_ns: int | None = None  # None: written by a version that did not keep it; the file is hashed
     endpoint: str | None = None  # the hub, or the mirror, that announced the sha256
+    repository: str = REPOSITORY  # one of the whole manifest, where it stands
 
 
 @dataclass(frozen=True)
@@ -67,8 +85,9 @@ class ShardCheck:
 def read_manifest(directory: Path) -> dict[str, Entry]:
     """The manifest's shards by name; empty where there is none or it cannot be understood."""
     try:
-        shards = read_json(directory / MANIFEST)["shards"]
-        return {str(name): _entry(fields) for name, fields in shards.items()}
+        content = read_json(directory / MANIFEST)
+        repository = str(content.get("repository", REPOSITORY))
+        return {str(name): _entry(fields, repository) for name, fields in content["shards"].items()}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -90,7 +109,9 @@ def verify_directory(directory: Path, *, rehash: bool = False) -> list[ShardChec
         RunError: a file exists and cannot be read.
     """
     manifest = read_manifest(directory)
-    found = {path.name for pattern in ("fineweb_train_*.bin", "fineweb_val_*.bin") for path in directory.glob(pattern)}
+    stems = {one.stem for one in DATA_SETS.values()}
+    patterns = (f"{stem}_{kind}_*.bin" for stem in stems for kind in ("train", "val"))
+    found = {path.name for pattern in patterns for path in directory.glob(pattern)}
     return [
         check_shard(directory / name, manifest.get(name), rehash=rehash) for name in sorted(found | manifest.keys())
     ]
@@ -135,7 +156,14 @@ def known_sha256(name: str, entry: Entry | None) -> str | None:
 
     Without an entry None: nobody has said that a file of this name is to be FineWeb's.
     """
-    return None if entry is None else official.SHA256.get(name, entry.sha256)
+    if entry is None:
+        return None
+    return pinned_sha256(name, entry.repository) or entry.sha256
+
+
+def pinned_sha256(name: str, repository: str) -> str | None:
+    """The package's own hash of a shard. Only the other known data sets have files of these names that are others."""
+    return None if repository in UNPINNED else official.SHA256.get(name)
 
 
 def file_sha256(path: Path, stop: Stop | None = None) -> str:
@@ -162,14 +190,12 @@ def update_manifest(directory: Path, entries: dict[str, Entry]) -> None:
         temporary.parent.mkdir(exist_ok=True)
         with shard_lock(directory / WORK_DIRECTORY / f"{MANIFEST}.lock", MANIFEST, wait=True, stop=None):
             shards = read_manifest(directory) | entries
+            repository = next(iter(entries.values())).repository
             text = json.dumps(
                 {
                     "format": 1,
-                    "repository": REPOSITORY,
-                    "shards": {
-                        name: asdict(shards[name]) | {"trust": "pinned" if name in official.SHA256 else "first use"}
-                        for name in sorted(shards)
-                    },
+                    "repository": repository,
+                    "shards": {name: _fields(name, shards[name]) for name in sorted(shards)},
                 },
                 indent=2,
             )
@@ -222,8 +248,15 @@ def shard_lock(path: Path, name: str, *, wait: bool, stop: Stop | None) -> Itera
         lock.release()
 
 
-def _entry(fields: dict[str, Any]) -> Entry:
-    entry = Entry(**{key: value for key, value in fields.items() if key != "trust"})  # for people; the package knows
+def _fields(name: str, entry: Entry) -> dict[str, Any]:
+    fields = asdict(entry) | {"trust": "pinned" if pinned_sha256(name, entry.repository) else "first use"}
+    del fields["repository"]
+    return fields
+
+
+def _entry(fields: dict[str, Any], repository: str) -> Entry:
+    known = {key: value for key, value in fields.items() if key != "trust"}  # for people; the package knows
+    entry = Entry(**known, repository=repository)
     numbers = (entry.bytes, entry.tokens, entry.mtime_ns, entry.ctime_ns or 0)
     if not all(isinstance(number, int) for number in numbers) or not SHA256.fullmatch(entry.sha256):
         raise ValueError(f"found {fields}")

@@ -30,14 +30,14 @@ class ShardError(InputError):
     """A file is not a whole shard: the message names the file and what is wrong with it."""
 
 
-def train_name(index: int) -> str:
+def train_name(index: int, stem: str = "fineweb") -> str:
     """File name of training shard `index`; training shards count from 1."""
-    return f"fineweb_train_{index:06d}.bin"
+    return f"{stem}_train_{index:06d}.bin"
 
 
-def val_name(index: int = 0) -> str:
+def val_name(index: int = 0, stem: str = "fineweb") -> str:
     """File name of validation shard `index`; validation shards count from 0."""
-    return f"fineweb_val_{index:06d}.bin"
+    return f"{stem}_val_{index:06d}.bin"
 
 
 def missing_target(path: Path) -> str | None:

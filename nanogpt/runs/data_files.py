@@ -14,8 +14,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from nanogpt.data import official
-from nanogpt.data.manifest import known_sha256, read_manifest
+from nanogpt.data.manifest import known_sha256, pinned_sha256, read_manifest
 from nanogpt.data.shards import HEADER_BYTES, TOKEN_BYTES
 from nanogpt.data.text_shards import MANIFEST as TEXT_MANIFEST
 from nanogpt.files import open_regular, read_json
@@ -42,9 +41,10 @@ def describe_shards(paths: Sequence[Path]) -> list[DataFile]:
         known = known_sha256(path.name, fineweb.get(path.name))
         if known is not None:
             shard.expected_sha256 = known
-            shard.expected_from = "pinned" if path.name in official.SHA256 else "manifest.json"
+            entry = fineweb[path.name]
+            shard.expected_from = "pinned" if pinned_sha256(path.name, entry.repository) else "manifest.json"
             if shard.expected_from == "manifest.json":
-                shard.announced_by = fineweb[path.name].endpoint
+                shard.announced_by = entry.endpoint
         elif (path.name, status.st_size) in text and status.st_mtime_ns <= written_ns:
             shard.expected_sha256, shard.expected_from = text[path.name, status.st_size], "text.json"
         shards.append(shard)

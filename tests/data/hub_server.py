@@ -19,7 +19,6 @@ import numpy as np
 
 from nanogpt.data.shards import header_bytes, train_name, val_name
 
-PREFIX = "/datasets/kjj0/fineweb10B-gpt2/resolve/"
 COMMIT = "c0ffee" * 6 + "c0ff"
 
 
@@ -65,9 +64,12 @@ class Seen:
 class HubServer:
     """Starts on a free port; `endpoint` goes into HF_ENDPOINT. A context manager."""
 
-    def __init__(self, shards: int = 3, tokens: int = 50_000) -> None:
-        self.files = {val_name(0): shard_bytes(0, tokens)}
-        self.files |= {train_name(index): shard_bytes(index, tokens) for index in range(1, shards + 1)}
+    def __init__(
+        self, shards: int = 3, tokens: int = 50_000, *, repository: str = "kjj0/fineweb10B-gpt2", stem: str = "fineweb"
+    ) -> None:
+        self.prefix = f"/datasets/{repository}/resolve/"
+        self.files = {val_name(0, stem): shard_bytes(0, tokens)}
+        self.files |= {train_name(index, stem): shard_bytes(index, tokens) for index in range(1, shards + 1)}
         self.sizes: dict[str, int] = {}  # announced instead of the true ones
         self.digests: dict[str, str] = {}
         self.seen: list[Seen] = []
@@ -127,9 +129,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         on_cdn = self.path.startswith("/cdn/")
-        if not on_cdn and not self.path.startswith(PREFIX):
+        if not on_cdn and not self.path.startswith(self.hub.prefix):
             return self._plain(404, {"X-Error-Code": "RepoNotFound"})
-        revision, name = ("", self.path[5:]) if on_cdn else self.path[len(PREFIX) :].split("/", 1)
+        revision, name = ("", self.path[5:]) if on_cdn else self.path[len(self.hub.prefix) :].split("/", 1)
         headers = self.headers
         seen = Seen(self.command, name, revision, headers["Range"], headers["Authorization"], time.monotonic())
         self.hub.seen.append(seen)

@@ -26,7 +26,7 @@ from nanogpt.data import official
 from nanogpt.data.fineweb import default_directory, download, read_manifest, shard_names, verify_directory
 from nanogpt.data.hub import _retry_after
 from nanogpt.data.manifest import SHA256
-from nanogpt.data.shards import header_bytes, train_name
+from nanogpt.data.shards import header_bytes, train_name, val_name
 from nanogpt.data.surroundings import is_private_way
 from nanogpt.errors import InputError
 
@@ -130,6 +130,38 @@ def test_default_is_nine_training_shards_of_a_hundred_and_three() -> None:
     assert shard_names(9) == [VAL, *(f"fineweb_train_{index:06d}.bin" for index in range(1, 10))]
     with pytest.raises(InputError, match="1 to 103"):
         download(Path("unused"), chunks=104)
+
+
+@pytest.mark.parametrize(("name", "stem"), [("fineweb100B", "fineweb"), ("finewebedu10B", "finewebedu")])
+def test_other_data_sets(data: Path, name: str, stem: str) -> None:
+    """Their shards are not held to the hashes of fineweb10B's, and do not mix with those."""
+    with HubServer(2, repository=f"kjj0/{name}-gpt2", stem=stem) as hub:
+        prep = Prep(hub, data)
+        run = prep.run("--dataset", name, chunks=2, command=PINNED)
+        assert run.code == 0, run.err
+        names = [val_name(0, stem), train_name(1, stem), train_name(2, stem)]
+        assert run.states() == dict.fromkeys(names, "downloaded")
+        assert whole(hub, data, *names)
+        manifest = json.loads((data / "manifest.json").read_text())
+        assert manifest["repository"] == f"kjj0/{name}-gpt2"
+        assert {shard["trust"] for shard in manifest["shards"].values()} == {"first use"}
+        assert {check.state for check in verify_directory(data, rehash=True)} == {"valid"}
+        seen = len(hub.seen)
+        assert prep.run("--dataset", name, chunks=2, command=PINNED).states() == dict.fromkeys(names, "present")
+        mixed = prep.run(chunks=2)
+        assert mixed.code == 2
+        assert f"{data}: holds shards of kjj0/{name}-gpt2" in mixed.err
+        assert len(hub.seen) == seen
+
+
+def test_fineweb100b_has_ten_times_as_many_shards(data: Path) -> None:
+    prep = Prep(None, data)
+    prep.env["HF_ENDPOINT"] = "http://127.0.0.1:9"
+    asked = prep.run("--dataset", "fineweb100B", chunks=1030)
+    assert asked.code == 1 and "127.0.0.1:9" in asked.err
+    assert "1 to 103 training shards" in prep.run("--dataset", "finewebedu10B", chunks=104).err
+    wrong = prep.run("--dataset", "c4")
+    assert wrong.code == 2 and "--dataset: found 'c4', expected fineweb10B, fineweb100B, finewebedu10B" in wrong.err
 
 
 def test_help_imports_neither_torch_nor_the_hub() -> None:
