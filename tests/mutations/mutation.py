@@ -31,6 +31,7 @@ NORM = "nanogpt/layers/norm.py"
 ROTARY = "nanogpt/layers/rotary.py"
 ATTENTION = "nanogpt/kernels/attention_plain.py"
 HEADS = "nanogpt/layers/attention.py"
+PAST = "nanogpt/layers/past.py"
 CONNECTIONS = "nanogpt/layers/dense_connections.py"
 MIXING = "nanogpt/kernels/head_mixing.py"
 FP8_HEAD = "nanogpt/kernels/fp8_head.py"
@@ -97,6 +98,7 @@ _TESTS: dict[str, tuple[str, ...]] = {
         "tests/models/test_speedrun.py",
         "tests/models/test_record89.py",
     ),
+    PAST: ("tests/training/test_sampling.py::test_the_cache_changes_nothing",),
     CONNECTIONS: ("tests/models/test_record89.py",),
     MIXING: ("tests/kernels/test_head_mixing.py", "tests/models/test_record89.py"),
     FP8_HEAD: ("tests/kernels/test_cross_entropy.py",),

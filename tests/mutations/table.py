@@ -7,6 +7,7 @@ import end_of_run
 import gpt2
 import record89
 import record92
+import sampling
 import speedrun_model
 import speedrun_training
 from mutation import Mutation
@@ -17,6 +18,7 @@ MUTATIONS: list[Mutation] = [
     *gpt2.MUTATIONS,
     *record89.MUTATIONS,
     *record92.MUTATIONS,
+    *sampling.MUTATIONS,
     *end_of_run.MUTATIONS,
     *anvil.MUTATIONS,
 ]
