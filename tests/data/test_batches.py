@@ -342,11 +342,11 @@ def test_a_shard_without_a_document_is_an_error_where_it_is_reached(without: lis
     """And not passed over: a run on fewer tokens than its shards promise would not be seen."""
     for prefetch in (False, True):
         with on_disk([SHARD, without, SHARD]) as files, ranks(files, 1, prefetch=prefetch) as (one,):
-            one.next_step(8 * 16, 12)
+            one.next_step(StepRequest(8 * 16, 12))
             for _ in range(2):
                 with pytest.raises(ShardError) as caught:
                     for _ in range(10):
-                        one.next_step(8 * 16, 12)
+                        one.next_step(StepRequest(8 * 16, 12))
                 assert str(caught.value).startswith(f"{files[1]}: has no token {B}, with which each document begins")
             assert one.state_dict()["steps"] == len(list(slow_steps([SHARD], [(16, 12)] * 10)))
 
