@@ -295,7 +295,9 @@ def python(
     """Run Python with these arguments on one thread, this folder's modules at hand."""
     here = str(Path(__file__).parent)
     path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment}
+    # torch writes its own choice of this one into the environment of a process that has compiled something.
+    inherited = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
+    environment = {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment}
     return subprocess.run(
         [sys.executable, *arguments],
         capture_output=True,
