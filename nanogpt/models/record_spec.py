@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, ClassVar, NamedTuple
 
 from pydantic import Field
 
 from nanogpt.layers.specs import RotarySpec, SoftcapSpec
 from nanogpt.models.model_spec import BaseModelSpec, RowTableSpec, Slot, SlotExtras
+from nanogpt.parameters import Values
 from nanogpt.spec_fields import NOT_COMPILED, Count, Few, Index, Layers, Padding, Positive, Problem, Size, Strict
 
 BIGRAM_ROWS = "bigram rows"  # the batch's extra
@@ -29,6 +30,20 @@ class Column(NamedTuple):
     layer: int
     start: float
     width: int = 1
+
+
+def most_numbers(nets: Sequence[Sequence[Column]]) -> int:
+    """Numbers a token that the largest of the nets makes."""
+    return max(sum(column.width for column in net) for net in nets)
+
+
+def column_biases(nets: Sequence[Sequence[Column]], scale: float) -> Values:
+    """The biases with which every column starts at its value, (nets, most_numbers), filled up with zeros.
+
+    scale: what a net's numbers are multiplied by.
+    """
+    starts = [[column.start for column in net for _ in range(column.width)] for net in nets]
+    return Values([row + [0.0] * (most_numbers(nets) - len(row)) for row in starts], divisor=scale)
 
 
 class RecordModelSpec(BaseModelSpec):

@@ -66,7 +66,11 @@ _TESTS: dict[str, tuple[str, ...]] = {
     TABLE: ("tests/test_spec.py", "tests/models/test_speedrun.py"),
     TABLE89: ("tests/models/test_record89.py", "tests/optim/test_record89_steps.py"),
     TABLE_GPT2: ("tests/models/test_gpt2.py",),
-    RECORD_SPEC: ("tests/models/test_batch_extras.py", "tests/models/test_speedrun.py"),
+    RECORD_SPEC: (
+        "tests/models/test_batch_extras.py",
+        "tests/models/test_speedrun.py",
+        "tests/models/test_record89.py",
+    ),
     STAGE_LOSS: ("tests/training/test_schedule.py", "tests/training/test_schedule_record89.py"),
     ROW_TABLE: ("tests/training/test_micro_step.py",),
     RATES: (

@@ -16,6 +16,7 @@ from mutation import (
     RECIPE89,
     RECORD,
     RECORD89,
+    RECORD_SPEC,
     SCHEDULE,
     STAGE_LOSS,
     TABLE89,
@@ -195,9 +196,9 @@ _add(
 _add("backout start", TABLE89, "added", ("-start.backout)", "start.backout)"))
 _add(
     "bias starts",
-    TABLE89,
+    RECORD_SPEC,
     "not divided by the scale",
-    ("divisor=self.mudd.scale", "divisor=1.0"),
+    ("divisor=scale)", "divisor=1.0)"),
 )
 
 # --- attention ---

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from nanogpt.layers.specs import MlpFp8Spec, MuddSpec
-from nanogpt.models.record_spec import BigramModelSpec, Column
+from nanogpt.models.record_spec import BigramModelSpec, Column, column_biases, most_numbers
 from nanogpt.parameters import Adam, Normal, NorMuon, Parameter, TransposeOf, Uniform, Values
 from nanogpt.spec_fields import NOT_COMPILED, Finite, Index, Layers, NonNegative, Padding, Problem, Size, Strict
 
@@ -113,7 +113,7 @@ class Record89ModelSpec(BigramModelSpec):
         gate_columns = [self.gate_columns(late=late) for late in (False, True)]
         scalars = [start.attention_in, start.attention_out] * layers + [start.smear, start.skip]
         slow, fast, table, head = (0.9, 0.99), (0.9, 0.95), (0.75, 0.95), (0.5, 0.95)
-        numbers, into = _numbers(connections), _numbers(gate_columns)
+        numbers, into = most_numbers(connections), most_numbers(gate_columns)
         return (
             Parameter(
                 "qk",
@@ -164,17 +164,14 @@ class Record89ModelSpec(BigramModelSpec):
             ),
             Parameter("mudd_w1", (2, net, d), Adam(slow, 0.25, 1), net_start, update=6),
             Parameter("mudd_w2", (2, numbers, net), Adam(slow, 0.25, 1), update=3),
-            Parameter("mudd_b2", (2, numbers), Adam(slow, 0.25), self._biases(connections, numbers), update=1),
+            Parameter("mudd_b2", (2, numbers), Adam(slow, 0.25), column_biases(connections, self.mudd.scale), update=1),
             Parameter("mudd_gate_w1", (2, net, d), Adam(slow, 0.1, 1), net_start, update=6),
             Parameter("mudd_gate_w2", (2, into, net), Adam(slow, 0.1, 1), update=3),
-            Parameter("mudd_gate_b2", (2, into), Adam(slow, 0.1), self._biases(gate_columns, into), update=1),
+            Parameter(
+                "mudd_gate_b2", (2, into), Adam(slow, 0.1), column_biases(gate_columns, self.mudd.scale), update=1
+            ),
             Parameter("mudd_gate_scale", (), Adam(slow, 0.1), Values(self.mudd.scale), update=1, dtype="fp32"),
         )
-
-    def _biases(self, nets: Sequence[Sequence[Column]], columns: int) -> Values:
-        """The nets' biases with which every column starts at its value: (nets, columns), filled up with zeros."""
-        starts = [[column.start for column in net for _ in range(column.width)] for net in nets]
-        return Values([row + [0.0] * (columns - len(row)) for row in starts], divisor=self.mudd.scale)
 
     @property
     def further_matrices(self) -> int:
@@ -213,8 +210,3 @@ class Record89ModelSpec(BigramModelSpec):
                 f"is {self.saved_layer}, must lie between skip.to_layer {self.skip.to_layer} and the layer before the"
                 f" last, {last - 1}",
             )
-
-
-def _numbers(nets: Sequence[Sequence[Column]]) -> int:
-    """Numbers a token that the larger of the nets makes."""
-    return max(sum(column.width for column in net) for net in nets)

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from nanogpt.layers.specs import MlpFp8Spec, MuddSpec
 from nanogpt.models.model_spec import PulledTableSpec, Slot, SlotExtras
-from nanogpt.models.record_spec import Column, RecordModelSpec
+from nanogpt.models.record_spec import Column, RecordModelSpec, column_biases, most_numbers
 from nanogpt.parameters import Adam, Normal, NorMuon, Parameter, TransposeOf, Uniform, Values
 from nanogpt.spec_fields import (
     NOT_COMPILED,
@@ -189,7 +189,7 @@ class Record92ModelSpec(RecordModelSpec):
         gate_columns = [self.gate_columns(late=late) for late in (False, True)]
         scalars = [start.attention_in, start.attention_out] * layers + [start.smear, start.skip]
         slow, fast, table, head = (0.9, 0.99), (0.9, 0.95), (0.75, 0.95), (0.5, 0.95)
-        numbers, into = _numbers(connections), _numbers(gate_columns)
+        numbers, into = most_numbers(connections), most_numbers(gate_columns)
         return (
             Parameter("scalars", (2 * layers + 2,), Adam(slow, 5), Values(scalars), update=4, dtype="fp32"),
             Parameter("smear_gate", (1, gates), Adam(slow, 0.01), update=4),
@@ -200,10 +200,12 @@ class Record92ModelSpec(RecordModelSpec):
             Parameter("mudd_w1", (2, net, d), Adam(slow, 0.25, 1), net_start, update=4),
             Parameter("mudd_w2", (2, numbers, net), Adam(slow, 0.25, 1), update=4),
             Parameter("mudd_w2g", (numbers, self.channel_groups, net), Adam(slow, 0.25, 1), update=4),
-            Parameter("mudd_b2", (2, numbers), Adam(slow, 0.25), self._biases(connections, numbers), update=4),
+            Parameter("mudd_b2", (2, numbers), Adam(slow, 0.25), column_biases(connections, self.mudd.scale), update=4),
             Parameter("mudd_gate_w1", (2, net, d), Adam(slow, 0.1, 1), net_start, update=4),
             Parameter("mudd_gate_w2", (2, into, net), Adam(slow, 0.1, 1), update=4),
-            Parameter("mudd_gate_b2", (2, into), Adam(slow, 0.1), self._biases(gate_columns, into), update=4),
+            Parameter(
+                "mudd_gate_b2", (2, into), Adam(slow, 0.1), column_biases(gate_columns, self.mudd.scale), update=4
+            ),
             Parameter("mudd_gate_scale", (), Adam(slow, 0.1), Values(self.mudd.scale), update=4, dtype="fp32"),
             Parameter(
                 "qk",
@@ -246,11 +248,6 @@ class Record92ModelSpec(RecordModelSpec):
                 tied_to="lm_head",
             ),
         )
-
-    def _biases(self, nets: Sequence[Sequence[Column]], columns: int) -> Values:
-        """The nets' biases with which every column starts at its value: (nets, columns), filled up with zeros."""
-        starts = [[column.start for column in net for _ in range(column.width)] for net in nets]
-        return Values([row + [0.0] * (columns - len(row)) for row in starts], divisor=self.mudd.scale)
 
     # --- what a batch brings ---
 
@@ -353,8 +350,3 @@ class Record92ModelSpec(RecordModelSpec):
                 f"is {self.saved_layer}, must lie between skip.to_layer {self.skip.to_layer} and the layer before the"
                 f" last, {last - 1}",
             )
-
-
-def _numbers(nets: Sequence[Sequence[Column]]) -> int:
-    """Numbers a token that the larger of the nets makes."""
-    return max(sum(column.width for column in net) for net in nets)
