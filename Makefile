@@ -34,8 +34,9 @@ help: ## This list
 demo: $(DEMO_READY) ## Train a small model on the embedded prose, in minutes, without a GPU
 	@$(BIN)/nanogpt demo
 
+# One process more than there are cores: some tests wait for processes of their own. PYTEST_ARGS="-n 0" has none.
 test: $(TEST_READY) $(TRITON)/.ready ## Run the tests (PYTEST_ARGS="-k adam" to pass arguments on)
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n "$$($(BIN)/python -c 'import os; print(len(os.sched_getaffinity(0)) + 1)')" $(PYTEST_ARGS)
 
 lint: $(TEST_READY) ## Check style, types and shell scripts
 	$(BIN)/ruff check .
