@@ -195,7 +195,7 @@ def next_steps(run_path: Path) -> str:
     known = {command.name for command in COMMANDS}
     suggestions = [
         ("sample", f"nanogpt sample {run_path} --prompt 'My wife and I'", "more text from this model"),
-        ("show", "nanogpt show demo", "all that decided this run"),
+        ("show", f"nanogpt show {run_path / 'spec.yaml'}", "all that decided this run"),
         ("prep", "prep-fineweb", "FineWeb's token shards, 2 GB (needs internet)"),
         ("validate", "nanogpt validate 1xh100 8xh200", "check the speedrun's recipes for your GPUs"),
         ("train", "nanogpt train 1xh100", "the speedrun itself, on a machine with that GPU"),

@@ -91,6 +91,17 @@ def test_what_it_says_to_type_works(shown, nanogpt):
     assert nanogpt("plot", run).out == f"{run / 'loss.png'}\n"
 
 
+def test_another_model(shown, nanogpt, tmp_path):
+    """The small record 92, shortened, validated on fewer tokens."""
+    directory, recipe = shown[0], tmp_path / "small.yaml"
+    recipe.write_text("base: demo-record92.yaml\nevaluation: {every: null, tokens: 512, micro_batch_tokens: 256}\n")
+    outcome = nanogpt("demo", "--recipe", recipe, "--dir", directory, "--steps", "4")
+    assert outcome.code == 0, outcome.err
+    assert "demo-record92: finished, 4 of 4 steps" in outcome.out
+    [run] = directory.glob("demo-record92-*")
+    assert f"nanogpt show {run / 'spec.yaml'}" in outcome.out
+
+
 def test_a_whole_run_that_learned_too_little_fails(shown, recipe, capsys):
     directory = shown[0]
     before = {path: path.stat().st_mtime_ns for path in (directory / "data").iterdir()}
