@@ -68,6 +68,9 @@ def check_pulled_table(communicator: Communicator, device: torch.device) -> None
             assert torch.allclose(parts.read(torch.arange(all_rows)), whole.values, rtol=1e-5, atol=1e-7), (
                 "another pull"
             )
+        with parts.reading([torch.arange(3)]):
+            pass
+        assert torch.allclose(parts.read(own[1]), whole.read(own[1]), rtol=1e-5, atol=1e-7), "the cycle's pull again"
         for table in (whole, parts):
             table.start_push()
             table.update(TableRates(0.05, 0.95 - 0.01 * number, 0.001, 1e-10))

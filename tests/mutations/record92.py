@@ -82,8 +82,8 @@ _add("layer without MLP", RECORD92, "an MLP", ("if layer in spec.mlp_free_layers
 _add(
     "saved activation",
     RECORD92,
-    "one layer more",
-    ("if layer <= spec.saved_layer else", "if layer <= spec.saved_layer + 1 else"),
+    "not normed",
+    ("attended = norm(x)", "attended = x"),
 )
 _add("narrow heads", RECORD92, "their rear", ("qk[slot][:, :dq]", "qk[slot][:, -dq:]"))
 _add(
@@ -92,7 +92,6 @@ _add(
     "scaled with the window of the wide ones",
     ("self.wide if wide else self.narrow", "self.wide"),
 )
-_add("narrow heads", RECORD92, "shifted too", ("paired=paired, shifted=wide", "paired=paired, shifted=not paired"))
 _add("half values", RECORD92, "the rear of v", ("d)[:, :dv].reshape(-1, d)", "d)[:, -dv:].reshape(-1, d)"))
 _add(
     "half values",

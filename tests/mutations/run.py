@@ -112,6 +112,8 @@ def _run_tests(root: Path, tests: tuple[str, ...]) -> int:
     os.chdir(root)
     os.environ["PYTHONPATH"] = str(root)
     sys.path[0] = str(root)
+    # Processes that tests start by multiprocessing would import this script.
+    vars(sys.modules["__main__"]).pop("__file__", None)
     import nanogpt
 
     if Path(nanogpt.__file__).parents[1] != root:

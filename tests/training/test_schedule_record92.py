@@ -88,6 +88,7 @@ def test_order_of_reductions_and_updates():
     small = SPEC.optimizer.reduce_order[:13]
     assert SPEC.optimizer.reduce_order[13:] == ["qk", "vo", "mlp", "value_embed", "lm_head", "embed"]
     assert SPEC.optimizer.update_order == ["qk", "vo", "lm_head", "embed", "value_embed", *small, "mlp"]
+    assert SPEC.optimizer.tables.groups == ["value_embed"]
     assert SPEC.optimizer.anvil.groups["mlp"].lr_muls == [1, 2] * 7 + [0, 0] + [1, 2] * 4
 
 
