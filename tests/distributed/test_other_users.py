@@ -75,14 +75,14 @@ def test_another_user_can_run_nothing(data: Path, tmp_path: Path) -> None:
 
 def test_a_job_that_is_suspended_as_a_whole_goes_on(data: Path, tmp_path: Path) -> None:
     """For longer than any of its limits."""
-    limits = "watchdog={silence_seconds: 8, step_seconds: 8, phase_seconds: 120}"
+    limits = "watchdog={silence_seconds: 20, step_seconds: 20, phase_seconds: 120}"
     recipe = endless_recipe(tmp_path / "endless.yaml", 2, limits)
     with Launched(tmp_path / "run", 2, recipe, "--data", data) as launched:
         launched.wait_for_step(5)
         everybody = (*launched.seen.values(), launched.process.pid)
         for pid in everybody:
             os.kill(pid, signal.SIGSTOP)
-        time.sleep(12)
+        time.sleep(24)
         done = launched.log.count("\nstep:")
         for pid in everybody:
             os.kill(pid, signal.SIGCONT)
