@@ -77,6 +77,7 @@ _TESTS: dict[str, tuple[str, ...]] = {
         "tests/training/test_schedule.py",
         "tests/training/test_schedule_record89.py",
         "tests/optim/test_anvil_adam.py",
+        "tests/optim/test_normuon_adam.py",
     ),
     SPEEDRUN: ("tests/models/test_speedrun.py",),
     RECORD89: ("tests/models/test_record89.py", "tests/optim/test_record89_steps.py"),
