@@ -32,6 +32,7 @@ class PulledTableSpec(NamedTuple):
     rows: int
     width: int
     extras: tuple[str, ...]  # the batch's extras that have the rows
+    reads: int  # rows that a token reads
     field: str  # the model's that says how many rows
 
 

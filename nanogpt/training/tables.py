@@ -98,7 +98,7 @@ def bytes_beside_tables(spec: RunSpec) -> float:
     number = DTYPES[spec.runtime.dtype].itemsize
     stages = spec.training.all_stages
     tokens = max(stage.batch_tokens for stage in stages) // spec.training.slots
-    rows = sum(2 * table.width for table in model.pulled_tables().values())  # of a token: a bigram and a trigram
+    read = sum(table.reads * table.width for table in model.pulled_tables().values())  # numbers, for a token
     cycle = spec.accumulation_steps * tokens * spec.optimizer.steps_between_updates
     parameters = sum(row.size for row in model.parameters())
     return (
@@ -106,7 +106,7 @@ def bytes_beside_tables(spec: RunSpec) -> float:
         + tokens * model.width * model.layers * 20 * number
         + tokens * model.padded_vocab_size * number
         + min(EVALUATED_ROWS, spec.evaluation.micro_batch_tokens) * model.padded_vocab_size * 4
-        + cycle * rows * 4 / 2
+        + cycle * read * 4 / 2
     )
 
 

@@ -270,7 +270,7 @@ class Record92ModelSpec(RecordModelSpec):
 
     def pulled_tables(self) -> Mapping[str, PulledTableSpec]:
         """The n-grams."""
-        return {NGRAM_TABLE: PulledTableSpec(self.ngram_rows, self.width, (NGRAM_ROWS,), "ngram_rows")}
+        return {NGRAM_TABLE: PulledTableSpec(self.ngram_rows, self.width, (NGRAM_ROWS,), 2, "ngram_rows")}
 
     # --- facts and checks ---
 
