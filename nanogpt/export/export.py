@@ -6,9 +6,7 @@ that transformers has itself is written as that one; any other brings its code, 
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +14,14 @@ from typing import Any
 from torch import Tensor
 
 from nanogpt.data import tokenizer
-from nanogpt.errors import InputError, RunError
+from nanogpt.errors import InputError
 from nanogpt.export.card import model_card
 from nanogpt.export.modeling import CLASSES, FILE, modeling_code
 from nanogpt.export.safetensors import write_tensors
 from nanogpt.export.tokenizer_files import tokenizer_files
 from nanogpt.layers.rotary import Rotary
 from nanogpt.recipe import publishable_spec
-from nanogpt.runs.directory import RECORD_NAME, SPEC_NAME
+from nanogpt.runs.directory import RECORD_NAME, SPEC_NAME, refuse_existing, whole_directory
 from nanogpt.runs.record import read_record
 from nanogpt.training.trained_model import TrainedModel, load_trained_model
 
@@ -48,8 +46,7 @@ def export_run(run_directory: Path, out: Path, *, name: str | None = None) -> Ex
             whose windows transformers' own has not.
         RunError: it cannot be written.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: is there already; name another directory with --out")
+    refuse_existing(out)
     trained = load_trained_model(run_directory)
     spec = trained.spec
     if spec.model.vocab_size != tokenizer.VOCAB_SIZE:
@@ -69,21 +66,10 @@ def export_run(run_directory: Path, out: Path, *, name: str | None = None) -> Ex
         **tokenizer_files(spec.training.max_document_tokens),
         **({FILE: code} if code else {}),
     }
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with whole_directory(out, "export") as partial:
         for file, text in files.items():
             (partial / file).write_text(text, "utf-8")
         write_tensors(partial / "model.safetensors", tensors)
-        if out.exists():
-            out.rmdir()
-        partial.replace(out)
-    except OSError as error:
-        raise RunError(f"{out}: the export cannot be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(partial, ignore_errors=True)
     return Exported(out, trained.step, parameters, code is not None)
 
 

@@ -19,7 +19,8 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -242,6 +243,33 @@ def write_whole(path: Path, text: str) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise `InputError` where something is at `out` already, but for an empty directory."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: is there already; name another directory with --out")
+
+
+@contextmanager
+def whole_directory(out: Path, what: str) -> Iterator[Path]:
+    """Make the directory `out` whole or not at all: yields one beside it to write to. what: it is, for the message.
+
+    Raises RunError where it cannot be written.
+    """
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        if out.exists():
+            out.rmdir()
+        partial.replace(out)
+    except OSError as error:
+        raise RunError(f"{out}: the {what} cannot be written: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _cannot_create(parent: Path, error: OSError) -> NanogptError:

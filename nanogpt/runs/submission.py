@@ -6,7 +6,6 @@ leaderboard), loss.png and loss.svg, and below runs/ each run's log, record, met
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import statistics
@@ -16,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.console import markdown_table
-from nanogpt.errors import InputError, RunError
+from nanogpt.errors import InputError
 from nanogpt.runs.check import TARGET_LOSS, TARGET_RULE, Check, check_run, recipe_changes
 from nanogpt.runs.consistency import contradictions_between
-from nanogpt.runs.directory import LOG_NAME, METRICS_NAME, RECORD_NAME, SPEC_NAME
+from nanogpt.runs.directory import LOG_NAME, METRICS_NAME, RECORD_NAME, SPEC_NAME, refuse_existing, whole_directory
 from nanogpt.runs.loaded import LoadedRun, plot_runs, show
 from nanogpt.runs.record import Record
 from nanogpt.runs.significance import Significance, repeated_seeds, runs_significance, significance_data
@@ -114,12 +113,8 @@ def write_submission(
         InputError: there is something at `out`.
         RunError: it cannot be written.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: is there already; name another directory with --out")
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    refuse_existing(out)
+    with whole_directory(out, "submission") as partial:
         for run in submission.runs:
             directory = partial / "runs" / run.path.resolve().name
             for count in range(2, len(submission.runs) + 2):
@@ -139,14 +134,6 @@ def write_submission(
             layout(submission, partial)
         (partial / "submission.json").write_text(json.dumps(submission_data(submission), indent=2) + "\n", "utf-8")
         (partial / "submission.md").write_text(submission_text(submission), "utf-8")
-        if out.exists():
-            out.rmdir()
-        partial.replace(out)
-    except OSError as error:
-        raise RunError(f"{out}: the submission cannot be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 def leaderboard_fields(submission: Submission) -> dict[str, Any]:
