@@ -68,6 +68,12 @@ def batch_of(
     return MicroBatch(inputs.int(), targets, *rest, {name: torch.from_numpy(values) for name, values in arrays.items()})
 
 
+def on_gpu(batch: MicroBatch) -> MicroBatch:
+    """The same on the GPU."""
+    tensors = (x.cuda() for x in (batch.inputs, batch.targets, batch.cu_seqlens))
+    return MicroBatch(*tensors, batch.max_seqlen, {name: extra.cuda() for name, extra in batch.extras.items()})
+
+
 @torch.no_grad()
 def randomize(model: nn.Module, seed: int = 0) -> None:
     """Random values of a size that makes every parameter count; nothing stays 0 or 1."""

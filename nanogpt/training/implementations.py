@@ -11,6 +11,7 @@ from nanogpt.kernels.attention import select_attention_backend
 from nanogpt.kernels.fp8_head import select_head_precision
 from nanogpt.models.language_model import Implementations, Precision
 from nanogpt.spec import RunSpec
+from nanogpt.training.tables import table_bytes
 
 # A captured graph keeps its activations' memory while the next stage's first call runs uncaptured: 15 GB beside 28.
 GRAPHS_MEMORY = 60_000_000_000
@@ -57,7 +58,8 @@ def captures_graphs(spec: RunSpec, device: torch.device) -> bool:
     runtime = spec.runtime
     if device.type != "cuda" or not spec.model.capturable or not compiles(spec, device):
         return False
-    roomy = torch.cuda.get_device_properties(device).total_memory >= GRAPHS_MEMORY
+    memory = torch.cuda.get_device_properties(device).total_memory
+    roomy = memory - table_bytes(spec) >= GRAPHS_MEMORY
     return roomy and runtime.kernels == "auto" and runtime.cuda_graphs == "auto"
 
 

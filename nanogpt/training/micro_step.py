@@ -5,12 +5,12 @@ Notable features:
 - On a GPU it is captured as a CUDA graph, once a stage, and replayed: the host needs 27 ms to launch the 650 kernels
   of a small micro-batch one by one, the GPU less to run them. What stays the same within a stage, such as windows and
   scales of attention, is part of the capture; what is on the GPU, the batch and what the loss gets from the schedule,
-  is copied into it before each replay.
+  is copied into it before each replay. Tables that are pulled stay outside: their rows lie elsewhere in each cycle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,8 @@ from torch.utils import _pytree as pytree
 
 from nanogpt.data.batches import MicroBatch
 from nanogpt.models.language_model import LanguageModel
-from nanogpt.optim.row_table import LookUp, add_gradients
+from nanogpt.optim.pulled_table import TableLookUp
+from nanogpt.optim.row_table import AnyLookUp, LookUp, add_gradients
 
 
 class MicroStep:
@@ -78,9 +79,13 @@ class MicroStep:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         embedded = tuple(look_up.read() for look_up in look_ups)
+        loss = self._backward(batch, inputs, embedded)
+        add_gradients(look_ups, embedded, plain=self.plain_kernels)
+        return loss
+
+    def _backward(self, batch: MicroBatch, inputs: Any, embedded: tuple[Tensor, ...]) -> Tensor:
         loss = self.training_loss(batch, inputs, embedded=embedded or None)
         (loss * self.grad_scale).backward()
-        add_gradients(look_ups, embedded, plain=self.plain_kernels)
         return loss.detach()
 
     def _make_capture(self, batch: MicroBatch, inputs: Any) -> _Capture:
@@ -94,11 +99,16 @@ class MicroStep:
             extras={name: extra.clone() for name, extra in batch.extras.items()},
         )
         inputs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
+        look_ups = self.model.look_ups(batch)
+        pulled = {i: look_up.read() for i, look_up in enumerate(look_ups) if isinstance(look_up, TableLookUp)}
         graph = torch.cuda.CUDAGraph()
         # Other threads, such as the one that brings the next batch, go on as usual meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            loss = self.compute(batch, inputs)
-        return _Capture(graph, batch, inputs, loss)
+            embedded = tuple(pulled[i] if i in pulled else look_up.read() for i, look_up in enumerate(look_ups))
+            loss = self._backward(batch, inputs, embedded)
+            own = [i for i in range(len(look_ups)) if i not in pulled]
+            add_gradients([look_ups[i] for i in own], [embedded[i] for i in own], plain=self.plain_kernels)
+        return _Capture(graph, batch, inputs, loss, [(look_ups[i], rows) for i, rows in pulled.items()])
 
     def lines(self) -> list[str]:
         """For the log."""
@@ -108,18 +118,33 @@ class MicroStep:
 
 
 class _Capture:
-    """A CUDA graph, the tensors that it reads, and the loss that it leaves."""
+    """A CUDA graph, the tensors that it reads, and the loss that it leaves.
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, batch: MicroBatch, inputs: Any, loss: Tensor):
+    pulled: look-ups in the captured batch of tables that are pulled, with the leaves that the graph reads for them.
+    """
+
+    def __init__(
+        self,
+        graph: torch.cuda.CUDAGraph,
+        batch: MicroBatch,
+        inputs: Any,
+        loss: Tensor,
+        pulled: Sequence[tuple[AnyLookUp, Tensor]],
+    ):
         self.graph = graph
         self.read = _tensors(batch, inputs)
         self.loss = loss
+        self.pulled = pulled
 
+    @torch.no_grad()
     def replay(self, batch: MicroBatch, inputs: Any) -> Tensor:
         """The loss of other inputs."""
         for own, given in zip(self.read, _tensors(batch, inputs), strict=True):
             own.copy_(given)
+        for look_up, rows in self.pulled:
+            rows.copy_(look_up.read())
         self.graph.replay()
+        add_gradients([look_up for look_up, _ in self.pulled], [rows for _, rows in self.pulled])
         return self.loss
 
 

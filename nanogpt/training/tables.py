@@ -12,6 +12,7 @@ from nanogpt.data.batches import MicroBatch, TrainBatches
 from nanogpt.errors import InputError
 from nanogpt.launch.world import World
 from nanogpt.models.language_model import LanguageModel
+from nanogpt.models.model_spec import PulledTableSpec
 from nanogpt.optim.pulled_table import ROW_STATE_BYTES
 from nanogpt.spec import RunSpec
 from nanogpt.training.build import DTYPES
@@ -73,9 +74,8 @@ def check_tables_fit(spec: RunSpec, world: World) -> None:
         return
     memory, device = _memory(world)
     other = bytes_beside_tables(spec)
-    number_bytes = DTYPES[spec.runtime.dtype].itemsize
     for name, table in tables.items():
-        row = table.width * number_bytes + ROW_STATE_BYTES
+        row = _row_bytes(spec, table)
         needed = table.rows * row / world.size
         room = USABLE * memory - other
         if needed > room:
@@ -86,6 +86,12 @@ def check_tables_fit(spec: RunSpec, world: World) -> None:
                 f" {world.size} devices, beside about {_gib(other)} of all else; {device} has {_gib(memory)}:"
                 f" {way_out} take more of them (--on)"
             )
+
+
+def table_bytes(spec: RunSpec) -> float:
+    """What a rank of the run holds of its pulled tables."""
+    row_bytes = (table.rows * _row_bytes(spec, table) for table in spec.model.pulled_tables().values())
+    return sum(row_bytes) / spec.world_size
 
 
 def bytes_beside_tables(spec: RunSpec) -> float:
@@ -108,6 +114,10 @@ def bytes_beside_tables(spec: RunSpec) -> float:
         + min(EVALUATED_ROWS, spec.evaluation.micro_batch_tokens) * model.padded_vocab_size * 4
         + cycle * read * 4 / 2
     )
+
+
+def _row_bytes(spec: RunSpec, table: PulledTableSpec) -> int:
+    return table.width * DTYPES[spec.runtime.dtype].itemsize + ROW_STATE_BYTES
 
 
 def _memory(world: World) -> tuple[float, str]:

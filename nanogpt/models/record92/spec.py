@@ -69,7 +69,6 @@ class Record92ModelSpec(RecordModelSpec):
 
     fp8_mlp: ClassVar[bool] = True
     fp8_projection: ClassVar[bool] = True
-    capturable: ClassVar[bool] = False  # a cycle's rows of the table lie elsewhere than the last one's
     sampled_softmax: ClassVar[bool] = True
 
     kind: Literal["record92"]

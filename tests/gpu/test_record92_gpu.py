@@ -1,0 +1,124 @@
+"""Record 92 on a GPU: its fast, plain and compiled paths against each other, and its captured micro-steps."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from small_specs import batch_of, on_gpu, relative_error
+
+from nanogpt.data.batches import MicroBatch
+from nanogpt.kernels.bench import document_ends
+from nanogpt.models.language_model import Implementations, LanguageModel, Windows
+from nanogpt.models.record_model import LossInputs
+from nanogpt.models.stage_loss import StageLoss
+from nanogpt.recipe import load_recipe
+from nanogpt.training.build import build_model
+from nanogpt.training.implementations import compile_whole
+from nanogpt.training.micro_step import MicroStep
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 9, reason="needs sm_90"
+    ),
+]
+
+TOKENS, VOCABULARY = 4_096, 4_000
+SPEC = load_recipe(
+    "record92-quarter-table",
+    [
+        f"model.vocab_size={VOCABULARY}",
+        "model.padded_vocab_size=4096",
+        "model.ngram_rows=65536",
+        "data.bos=3999",
+        "training.end=[]",
+        *(f"training.stages.{stage}.candidates=3584" for stage in range(4)),
+    ],
+)
+
+
+def make_batch(seed: int, *, candidates: int | None) -> MicroBatch:
+    stream = torch.randint(0, VOCABULARY, (TOKENS + 1,), generator=torch.Generator().manual_seed(seed))
+    ends = torch.tensor([0, *document_ends(TOKENS, 896, 63)], dtype=torch.int32)
+    loss = StageLoss(token_weights=[1.0, 0.5, 0.25], candidates=candidates)
+    return on_gpu(batch_of(SPEC.model, stream[:-1], stream[1:], ends, 896, loss=loss))
+
+
+def make_model(precision: str, *, plain: bool) -> LanguageModel:
+    chosen = Implementations(
+        head_precision=precision, mlp_precision=precision, projection_precision=precision, plain_kernels=plain
+    )
+    model = build_model(SPEC, device="cuda", implementations=chosen)
+    with torch.no_grad():
+        model.mlp[:, 1].copy_(0.5 * model.mlp[:, 0])
+        for name in ("mudd_w2", "mudd_w2g", "mudd_gate_w2"):
+            model.get_parameter(name).normal_(std=0.02)
+    prefixes = torch.randint(-VOCABULARY, VOCABULARY, (4_096,), generator=torch.Generator().manual_seed(1))
+    model.set_prefixes(prefixes.clamp(min=-1))
+    model.restart()
+    for table in model.tables.values():
+        table.values.normal_(std=0.1)
+    return model
+
+
+def loss_inputs() -> LossInputs:
+    weights = torch.tensor([1.0, 0.5, 0.25], device="cuda"), torch.tensor(0.25, device="cuda")
+    return LossInputs(Windows(128, 384).at_run_time(), *weights)
+
+
+def begin_cycle(model: LanguageModel, *batches: MicroBatch) -> None:
+    for name, table in model.tables.items():
+        rows = [batch.extras[extra].flatten() for batch in batches for extra in model.table_specs[name].extras]
+        table.begin_cycle(np.unique(torch.cat(rows).cpu().numpy().astype(np.int64)))
+
+
+@pytest.mark.parametrize("candidates", [None, 3_584])
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_fast_plain_and_compiled_paths_agree(precision, candidates):
+    models = []
+    for plain in (True, False, False):
+        torch.manual_seed(0)
+        models.append(make_model(precision, plain=plain))
+    batch, inputs = make_batch(0, candidates=candidates), loss_inputs()
+    losses, grads = [], []
+    for model, compiled in zip(models, (False, False, True), strict=True):
+        begin_cycle(model, batch)
+        function = compile_whole(model.training_loss) if compiled else model.training_loss
+        losses.append(MicroStep(model, function, grad_scale=1 / TOKENS)(batch, inputs, stage=0).item() / TOKENS)
+        [table] = model.tables.values()
+        grads.append((model.mlp.grad, model.qk.grad, model.vo.grad, table.gradient))
+    print(f"{precision}, {candidates} candidates: plain, fast, compiled = {losses}")
+    assert max(losses) - min(losses) < 5e-3
+    errors = [[relative_error(a, b) for a, b in zip(grad, grads[0], strict=True)] for grad in grads[1:]]
+    print(f"  gradients of mlp, qk, vo and the table to plain: {errors}")
+    assert max(map(max, errors)) < 0.3
+
+
+def test_captured_micro_steps_read_the_rows_of_their_cycle():
+    """Three cycles of two micro-steps: what is pulled has another size, and lies elsewhere, in each."""
+    torch.manual_seed(0)
+    captured = make_model("bf16", plain=False)
+    [table] = captured.tables.values()
+    function = compile_whole(captured.training_loss)
+    inputs = loss_inputs()
+    found = {}
+    for capture in (False, True):
+        micro_step = MicroStep(captured, function, grad_scale=1 / TOKENS, capture=capture)
+        results = []
+        for cycle in range(3):
+            batches = [make_batch(10 * cycle + i, candidates=3_584) for i in range(2)]
+            begin_cycle(captured, *batches)
+            for parameter in captured.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.zero_()
+            losses = [micro_step(batch, inputs, stage=0).item() for batch in batches]
+            results.append((losses, captured.mlp.grad.clone(), table.gradient.clone()))
+        assert micro_step.failure is None
+        assert micro_step.lines() == (["CUDA graphs: 1 micro-steps captured"] if capture else [])
+        found[capture] = results
+    for (loss, *eager), (other, *replayed) in zip(found[False], found[True], strict=True):
+        assert other == pytest.approx(loss, rel=1e-4)
+        for a, b in zip(replayed, eager, strict=True):
+            assert relative_error(a, b) < 1e-2
