@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
+from small_specs import batch_of, on_gpu
 
-from nanogpt.data.batches import MicroBatch
 from nanogpt.kernels.bench import document_ends
 from nanogpt.kernels.cross_entropy import head_loss
 from nanogpt.kernels.fp8_mlp import (
@@ -21,6 +21,7 @@ from nanogpt.kernels.fp8_mlp import (
 from nanogpt.kernels.head_mixing import mix_heads
 from nanogpt.models.language_model import Implementations, Windows
 from nanogpt.models.record89.model import Record89
+from nanogpt.models.record_model import LossInputs
 from nanogpt.recipe import load_recipe
 
 pytestmark = [
@@ -210,24 +211,24 @@ def test_transposed_copies_are_the_kernels_results(tokens):
     up8, down8 = to_e4m3(up / up_scale), to_e4m3(down / down_scale)
     quantized = []
     for x, scale, dtype in ((u, 0.9 * u_scale, torch.float8_e4m3fn), (grad, grad_scale, torch.float8_e5m2)):
-        same, turned = quantize_both_ways(x, scale, dtype, paired=True)
+        same, transposed = quantize_both_ways(x, scale, dtype, paired=True)
         assert torch.equal(same.view(torch.uint8), quantize(x, scale, dtype).view(torch.uint8))
-        for transposed in (turned, paired_transpose(same)):
-            assert torch.equal(transposed.view(torch.uint8), paired(same))
+        for found in (transposed, paired_transpose(same)):
+            assert torch.equal(found.view(torch.uint8), paired(same))
         quantized.append(same)
     u8, grad8 = quantized
 
     inputs = (u8, u_scale, up8, up_scale, torch.tensor(1e-2, device="cuda"), u.dtype)
-    turned = torch.empty(3_072, tokens, dtype=up8.dtype, device="cuda")
-    one_way, both_ways = up_squared_and_quantized(*inputs), up_squared_and_quantized(*inputs, turned=turned)
+    transposed = torch.empty(3_072, tokens, dtype=up8.dtype, device="cuda")
+    one_way, both_ways = up_squared_and_quantized(*inputs), up_squared_and_quantized(*inputs, transposed=transposed)
     for a, b in zip(one_way, both_ways, strict=True):
         assert torch.equal(a.float(), b.float())
-    assert torch.equal(turned.view(torch.uint8), paired(both_ways[1]))
+    assert torch.equal(transposed.view(torch.uint8), paired(both_ways[1]))
     assert both_ways[1].float().max() == 448
-    turned_alone = torch.empty_like(turned)
-    none, alone, peak = up_squared_and_quantized(*inputs[:-1], None, turned=turned_alone)
+    transposed_alone = torch.empty_like(transposed)
+    none, alone, peak = up_squared_and_quantized(*inputs[:-1], None, transposed=transposed_alone)
     assert none is None and peak.bfloat16() == both_ways[2].bfloat16()
-    for a, b in ((alone, both_ways[1]), (turned_alone, turned)):
+    for a, b in ((alone, both_ways[1]), (transposed_alone, transposed)):
         assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
     post8, post_scale = both_ways[1], inputs[4]
@@ -238,11 +239,11 @@ def test_transposed_copies_are_the_kernels_results(tokens):
         (both_ways[0], None, one_way),
         (post8, post_scale, gradient_and_quantized(*inputs, wide)[1]),
     ):
-        same, turned = gradient_both_ways(*inputs, square, scale)
+        same, transposed = gradient_both_ways(*inputs, square, scale)
         differ = (same.view(torch.uint8) != expected.view(torch.uint8)).double().mean()
         assert differ <= (0 if scale is None else 0.01)  # `wide` is rounded once more
-        assert torch.equal(turned.view(torch.uint8), paired(same))
-        assert turned.float().isfinite().all() and turned.float().std() > 0
+        assert torch.equal(transposed.view(torch.uint8), paired(same))
+        assert transposed.float().isfinite().all() and transposed.float().std() > 0
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-6])
@@ -287,7 +288,7 @@ def test_8_bit_gradients_against_their_emulation_and_fp64(tokens, size, which):
 )
 def test_the_model_takes_its_scales_to_the_products(settings):
     """PyTorch refuses scales that are not aligned: every layer's goes in as it is kept."""
-    sizes = ["model.vocab_size=500", "model.padded_vocab_size=512", "model.bigram_rows=1024"]
+    sizes = ["model.vocab_size=500", "model.padded_vocab_size=512", "model.bigram_rows=1024", "data.bos=499"]
     spec = load_recipe("record89", [*sizes, *(f"model.mlp_fp8.{setting}" for setting in settings)])
     model = Record89(
         spec.model, dtype=torch.bfloat16, max_tokens=1_024, implementations=Implementations(mlp_precision="fp8")
@@ -340,14 +341,15 @@ def test_prefixes_in_the_kernel(precision, terms):
     ],
 )
 def test_fast_and_plain_paths_agree_and_the_graph_is_one(precision, settings):
-    sizes = ["model.vocab_size=4000", "model.padded_vocab_size=4096", "model.bigram_rows=8192"]
+    sizes = ["model.vocab_size=4000", "model.padded_vocab_size=4096", "model.bigram_rows=8192", "data.bos=3999"]
     spec = load_recipe("record89", [*sizes, *(f"model.mlp_fp8.{setting}" for setting in settings)])
-    tokens, windows = 4_096, Windows(128, 384)
+    tokens = 4_096
     torch.manual_seed(0)
-    stream = torch.randint(0, 4_000, (tokens + 1,), device="cuda")
-    ends = torch.tensor([0, *document_ends(tokens, 896, 63)], dtype=torch.int32, device="cuda")
-    batch = MicroBatch(stream[:-1].int(), stream[1:], ends, 896)
+    stream = torch.randint(0, 4_000, (tokens + 1,))
+    ends = torch.tensor([0, *document_ends(tokens, 896, 63)], dtype=torch.int32)
+    batch = on_gpu(batch_of(spec.model, stream[:-1], stream[1:], ends, 896))
     weights = torch.tensor([1.0, 0.5, 0.25], device="cuda"), torch.tensor(0.25, device="cuda")
+    inputs = LossInputs(Windows(128, 384).at_run_time(), *weights)
 
     def make(plain: bool) -> Record89:
         implementations = Implementations(mlp_precision=precision, plain_kernels=plain)
@@ -371,7 +373,7 @@ def test_fast_and_plain_paths_agree_and_the_graph_is_one(precision, settings):
     compiled = torch.compile(last.training_loss, fullgraph=True, dynamic=False)
     losses, grads = [], []
     for model, function in ((plain, plain.training_loss), (fast, fast.training_loss), (last, compiled)):
-        loss = function(batch, windows.at_run_time(), *weights) / tokens
+        loss = function(batch, inputs) / tokens
         loss.backward()
         losses.append(loss.item())
         grads.append(model.mlp.grad)
