@@ -6,7 +6,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
@@ -54,6 +54,24 @@ def prep_text(
         bool,
         typer.Option("--shuffle", help="Documents in the order of a hash of their text, not folder by folder."),
     ] = False,
+    split_by: Annotated[
+        str,
+        typer.Option(
+            "--split-by",
+            metavar="WHAT",
+            help="What is validation or training as a whole: document, with its copies; source, a package of an"
+            " installed Python or else a PATH's top folder; directory:DEPTH, the first DEPTH folders below PATH;"
+            " field:NAME, what that field or column of a record says.",
+        ),
+    ] = "document",
+    near_duplicates: Annotated[
+        Literal["count", "drop"] | None,
+        typer.Option(
+            "--near-duplicates",
+            help="Find documents that share four fifths of their runs of five tokens: count them, or leave out all but"
+            " the first. Needs the package rensa.",
+        ),
+    ] = None,
     field: Annotated[str, typer.Option("--field", help="Field or column of a record that holds its text.")] = "text",
     suffix: Annotated[
         list[str] | None, typer.Option("--suffix", help="A further suffix of text files, such as .log; repeatable.")
@@ -77,7 +95,8 @@ def prep_text(
     object, or a record a line. Folders are walked; what is hidden, binary, empty, damaged or not UTF-8 in them is left
     out and counted. Where a file that is named cannot be read, or not to its end, all reasons are told, no shards are
     written, and the exit code is 1; --keep-damaged makes shards of the rest. Validation takes whole documents by a hash
-    of their text, so the same input gives the same shards everywhere. text.json, beside the shards, tells of them.
+    of their text, or whole sources by a hash of their names, so the same input gives the same shards everywhere.
+    text.json, beside the shards, tells of them.
     """
     from nanogpt.data import text
 
@@ -92,6 +111,8 @@ def prep_text(
             min_tokens=min_tokens,
             unique=unique,
             shuffle=shuffle,
+            split_by=split_by,
+            near_duplicates=near_duplicates,
             field=field,
             suffixes=suffix or (),
             workers=workers,

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from nanogpt.data.skips import Skip, Skips, as_text, listed
+from nanogpt.data.sources import SplitBy
 from nanogpt.data.streams import (
     COMPRESSED_SUFFIXES,
     DamagedFileError,
@@ -80,6 +81,7 @@ class SourceFile(NamedTuple):
     """A file that holds documents.
 
     `input`: the index of the PATH that it was found under. `explicit`: the user named it, rather than a folder.
+    `source`: what it belongs to, where the split goes by files.
     """
 
     path: str
@@ -87,14 +89,16 @@ class SourceFile(NamedTuple):
     kind: Kind
     input: int
     explicit: bool
+    source: str = ""
 
 
 class Document(NamedTuple):
-    """A document's text, whole or in part, its length in UTF-8, and the key that the split goes by."""
+    """A document's text, whole or in part, its length in UTF-8, its key, and what it belongs to, if that is asked."""
 
     text: str
     bytes: int
     key: int
+    source: str = ""
 
 
 @dataclass(slots=True)
@@ -110,6 +114,7 @@ class FilesUnit(Unit):
     """Text files, each a document."""
 
     paths: list[str]
+    sources: list[str]
 
 
 @dataclass(slots=True)
@@ -121,26 +126,33 @@ class SegmentUnit(Unit):
     end: int
     key: int
     first: bool
+    source: str
 
 
 @dataclass(slots=True)
 class LinesUnit(Unit):
-    """Whole lines of JSON, or records a line each; `line` is the number of the first one."""
+    """Whole lines of JSON, or records a line each; `line` is the number of the first one.
+
+    A record's source is the file's, or what its field `source_field` says.
+    """
 
     path: str
     line: int
     data: bytes
     field: str
+    source: str
+    source_field: str
 
 
 @dataclass(slots=True)
 class ValuesUnit(Unit):
-    """A column's values; `row` is the number of the first one."""
+    """A column's values; `row` is the number of the first one. Without a source is what says none."""
 
     path: str
     row: int
     values: list[bytes | None]
     field: str
+    sources: list[str | None]
 
 
 def held_bytes(unit: Unit) -> int:
@@ -151,7 +163,7 @@ def held_bytes(unit: Unit) -> int:
 
 
 def text_key(text: bytes) -> int:
-    """64 bits of BLAKE2b of a document's UTF-8 text: what decides between validation and training."""
+    """64 bits of BLAKE2b of a document's UTF-8 text: by these a split goes, unless it goes by sources."""
     return int.from_bytes(blake2b(text, digest_size=8).digest(), "little")
 
 
@@ -165,7 +177,12 @@ def suffix_of(name: str) -> str:
 
 
 def find_files(
-    paths: Sequence[str | Path], skips: Skips, *, suffixes: Iterable[str] = (), exclude: Path | None = None
+    paths: Sequence[str | Path],
+    skips: Skips,
+    *,
+    suffixes: Iterable[str] = (),
+    exclude: Path | None = None,
+    split_by: SplitBy = SplitBy(),  # noqa: B008 (it is frozen)
 ) -> list[SourceFile]:
     """Every file with documents under `paths`, in the order of the documents.
 
@@ -175,9 +192,11 @@ def find_files(
         skips: counts what is left out.
         suffixes: further suffixes of text files.
         exclude: a folder that is not entered: the one that is written to.
+        split_by: says what source a file is of.
 
     Raises:
-        InputError: a path is missing, or is a file of a suffix that is not known; a reader is not installed.
+        InputError: a path is missing, or is a file of a suffix that is not known; a reader is not installed; a file
+            has no fields to split by.
     """
     kinds: Kinds = dict.fromkeys(TEXT_SUFFIXES, "text")
     for suffix in JSON_SUFFIXES:
@@ -190,6 +209,7 @@ def find_files(
             raise InputError(f"--suffix {suffix!r}: expected a dot and a name, such as .log")
     excluded = os.path.realpath(exclude) if exclude else ""
     seen: set[str] = set()
+    names: dict[str, str] = {}  # so that equal ones are held once
     files = []
     for index, given in enumerate(paths):
         path = os.fspath(given)
@@ -207,7 +227,13 @@ def find_files(
             elif size == 0 and kind != "parquet" and not name.lower().endswith(COMPRESSED_SUFFIXES):
                 skips.add("empty", name)
             else:
-                files.append(SourceFile(name, size, kind, index, explicit))
+                if kind == "text" and split_by.kind == "field":
+                    raise InputError(
+                        f"{as_text(name)}: --split-by field:{split_by.field} needs records, and this is a text file;"
+                        " give JSON or Parquet, or --split-by source"
+                    )
+                source = split_by.of_file(name, path)
+                files.append(SourceFile(name, size, kind, index, explicit, names.setdefault(source, source)))
             seen.add(real_name)
     return _readable(files, skips)
 
@@ -291,11 +317,11 @@ def _readable(files: Iterable[SourceFile], skips: Skips) -> list[SourceFile]:
     return readable
 
 
-def plan(files: Iterable[SourceFile], field: str, skips: Skips) -> Iterator[Unit]:
+def plan(files: Iterable[SourceFile], field: str, skips: Skips, source_field: str = "") -> Iterator[Unit]:
     """Cut the files into units, in order, reading ahead no more than one unit.
 
     Raises:
-        InputError: a Parquet file that the user named has no column `field` of text.
+        InputError: a Parquet file that the user named has no column `field`, or `source_field`, of text.
     """
     small: deque[SourceFile] = deque()
     held = 0
@@ -303,7 +329,7 @@ def plan(files: Iterable[SourceFile], field: str, skips: Skips) -> Iterator[Unit
     def flush() -> Iterator[Unit]:
         nonlocal held
         if small:
-            yield FilesUnit(small[0].input, held, [f.path for f in small])
+            yield FilesUnit(small[0].input, held, [f.path for f in small], [f.source for f in small])
         small.clear()
         held = 0
 
@@ -320,9 +346,9 @@ def plan(files: Iterable[SourceFile], field: str, skips: Skips) -> Iterator[Unit
         if file.kind == "text":
             yield from _segments(file, skips)
         elif file.kind == "parquet":
-            yield from _parquet_units(file, field, skips)
+            yield from _parquet_units(file, field, skips, source_field)
         else:
-            yield from _json_units(file, field, skips)
+            yield from _json_units(file, field, skips, source_field)
     yield from flush()
 
 
@@ -369,10 +395,10 @@ def _segments(file: SourceFile, skips: Skips) -> list[Unit]:
         return []
     key = int.from_bytes(digest.digest(), "little")
     edges = [start, *cuts, offset]
-    return [SegmentUnit(file.input, b - a, file.path, a, b, key, a == start) for a, b in pairwise(edges)]
+    return [SegmentUnit(file.input, b - a, file.path, a, b, key, a == start, file.source) for a, b in pairwise(edges)]
 
 
-def _json_units(file: SourceFile, field: str, skips: Skips) -> Iterator[Unit]:
+def _json_units(file: SourceFile, field: str, skips: Skips, source_field: str) -> Iterator[Unit]:
     line = 1
     told = 0
     try:
@@ -385,7 +411,7 @@ def _json_units(file: SourceFile, field: str, skips: Skips) -> Iterator[Unit]:
             if data is None:
                 skips.add(f"record above {MAX_RECORD >> 20} MiB", f"{file.path}:{line}", named=file.explicit)
             else:
-                yield LinesUnit(file.input, done - told, file.path, line, data, field)
+                yield LinesUnit(file.input, done - told, file.path, line, data, field, file.source, source_field)
                 told = done
             line += lines
     except OSError as error:
@@ -395,31 +421,42 @@ def _json_units(file: SourceFile, field: str, skips: Skips) -> Iterator[Unit]:
         skips.add("damaged from some place on", place, note=str(error), named=file.explicit)
 
 
-def _parquet_units(file: SourceFile, field: str, skips: Skips) -> Iterator[Unit]:
+def _parquet_units(file: SourceFile, field: str, skips: Skips, source_field: str) -> Iterator[Unit]:
     import pyarrow as pa
     from pyarrow import parquet
 
+    def texts(column: pyarrow.Array) -> list[bytes | None]:
+        values: list[bytes | None] = column.cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
+        return values
+
+    columns = list(dict.fromkeys(name for name in (field, source_field) if name))
     row = 0
     try:
         with parquet.ParquetFile(file.path, memory_map=False, buffer_size=READ_BYTES) as table:
             meta, schema = table.metadata, table.schema_arrow
-            column = schema.get_field_index(field)
-            kind = schema.field(column).type if column >= 0 else None
-            if kind is None or not _is_text(kind):
+            for name in columns:
+                column = schema.get_field_index(name)
+                kind = schema.field(column).type if column >= 0 else None
+                if kind is not None and _is_text(kind):
+                    continue
                 found = f"is {kind}, expected a string" if kind else "is missing"
                 if not file.explicit:
-                    skips.add(f"no text in a column {field!r}", file.path, note=f"its columns: {listed(schema.names)}")
+                    skips.add(f"no text in a column {name!r}", file.path, note=f"its columns: {listed(schema.names)}")
                     return
                 raise InputError(
-                    f"{as_text(file.path)}: the column {field!r} {found}; its columns are"
-                    f" {listed(schema.names)}; choose one with --field"
+                    f"{as_text(file.path)}: the column {name!r} {found}; its columns are {listed(schema.names)};"
+                    f" choose one with {'--field' if name == field else '--split-by field:NAME'}"
                 )
             for group in range(meta.num_row_groups):
                 batch_rows = _batch_rows(file, group, field)
-                for batch in table.iter_batches(batch_rows, row_groups=[group], columns=[field], use_threads=False):
-                    values = batch.column(0).cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
+                for batch in table.iter_batches(batch_rows, row_groups=[group], columns=columns, use_threads=False):
+                    values = texts(batch.column(field))
+                    sources: list[str | None] = [file.source] * len(values)
+                    if source_field:
+                        named = (value or b"" for value in texts(batch.column(source_field)))
+                        sources = [value.decode("utf-8", "backslashreplace") or None for value in named]
                     done = file.size * len(values) // max(1, meta.num_rows)
-                    yield ValuesUnit(file.input, done, file.path, row + 1, values, field)
+                    yield ValuesUnit(file.input, done, file.path, row + 1, values, field, sources)
                     row += len(values)
     # Of what is wrong with a file, pyarrow finds some by meeting names, sizes and numbers that cannot be.
     except (
@@ -471,19 +508,27 @@ def read_unit(unit: Unit) -> Iterator[Document | Skip]:
         RunError: a file changed between `plan` and now.
     """
     if isinstance(unit, FilesUnit):
-        for path in unit.paths:
-            yield _read_file(path)
+        for path, source in zip(unit.paths, unit.sources, strict=True):
+            yield _of_source(_read_file(path), source)
     elif isinstance(unit, SegmentUnit):
-        yield Document(_read_segment(unit), unit.end - unit.start, unit.key)
+        yield Document(_read_segment(unit), unit.end - unit.start, unit.key, unit.source)
     elif isinstance(unit, LinesUnit):
         for number, line in enumerate(unit.data.split(b"\n"), unit.line):
             if line and not line.isspace():
-                yield _read_record(line, f"{unit.path}:{number}", unit.field)
+                yield _read_record(line, f"{unit.path}:{number}", unit)
     elif isinstance(unit, ValuesUnit):
-        for number, value in enumerate(unit.values, unit.row):
-            yield _read_value(value, f"{unit.path}:{number}", unit.field)
+        for number, (value, named) in enumerate(zip(unit.values, unit.sources, strict=True), unit.row):
+            place = f"{unit.path}:{number}"
+            if named is None:
+                yield Skip("no source to split by", place, "its column is empty")
+            else:
+                yield _of_source(_read_value(value, place, unit.field), named)
     else:
         raise TypeError(f"{type(unit).__name__} is no unit of work")
+
+
+def _of_source(item: Document | Skip, source: str) -> Document | Skip:
+    return item._replace(source=source) if source and isinstance(item, Document) else item
 
 
 def _checked(text: str, utf8: bytes, place: str) -> Document | Skip:
@@ -528,15 +573,22 @@ def _read_file(path: str) -> Document | Skip:
         return Skip("not UTF-8", path)
 
 
-def _read_record(line: bytes, place: str, field: str) -> Document | Skip:
+def _read_record(line: bytes, place: str, unit: LinesUnit) -> Document | Skip:
+    field = unit.field
     if len(line) > COMPLEX_RECORD and _values(line) > MAX_VALUES:
         return Skip(f"record of more than {MAX_VALUES:,} values", place)
     try:
         record = _load(line.decode().strip(JSON_SPACE))
         text = record.get(field) if isinstance(record, dict) else None
-        if not isinstance(text, str):
+        if not isinstance(record, dict) or not isinstance(text, str):
             return Skip(f"no text in field {field!r}", place, _fields(record))
-        return _checked(text, text.encode(), place)
+        document = _checked(text, text.encode(), place)
+        if not unit.source_field:
+            return _of_source(document, unit.source)
+        source = record.get(unit.source_field)
+        if not isinstance(source, str | int) or source == "":
+            return Skip("no source to split by", place, f"its field {unit.source_field!r} is missing or no text")
+        return _of_source(document, str(source).encode("utf-8", "backslashreplace").decode())
     except UnicodeError:  # of the line, or a lone surrogate written as an escape
         return Skip("not UTF-8", place)
     except (ValueError, RecursionError):

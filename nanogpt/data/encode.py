@@ -31,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nanogpt.data.documents import SegmentUnit, Unit, held_bytes, read_unit
+from nanogpt.data.near_duplicates import Signatures, signatures
 from nanogpt.data.shards import Tokens
 from nanogpt.data.skips import Skip
 from nanogpt.data.tokenizer import BOS, encode_text, gpt2_encoding
@@ -55,13 +56,17 @@ class Encoded:
     lengths: npt.NDArray[np.int64]  # (documents,) tokens of each, its BOS included
     keys: npt.NDArray[np.uint64]  # (documents,) what the split goes by
     ordinals: npt.NDArray[np.int64]  # (documents,) which part of its text this is: 0, 1, ... where a length cuts it
+    sources: list[str]  # (documents,) what each belongs to
+    signatures: Signatures | None  # (documents, minima) of MinHash, if they are asked for
     text_bytes: int
     skipped: list[Skip]
     continued: bool
 
 
-def encode_unit(unit: Unit, document_tokens: int | None = None) -> Encoded:
+def encode_unit(unit: Unit, document_tokens: int | None = None, with_signatures: bool = False) -> Encoded:
     """Read and tokenize one unit, cutting documents above `document_tokens` (BOS included) into several.
+
+    A large file's signature is that of its first segment.
 
     Raises:
         RunError: a file changed since it was planned.
@@ -74,6 +79,8 @@ def encode_unit(unit: Unit, document_tokens: int | None = None) -> Encoded:
     lengths: list[int] = []
     keys: list[int] = []
     ordinals: list[int] = []
+    sources: list[str] = []
+    parts: list[npt.NDArray[np.uint32]] = []
     skipped: list[Skip] = []
     text_bytes = 0
     for item in read_unit(unit):
@@ -91,6 +98,9 @@ def encode_unit(unit: Unit, document_tokens: int | None = None) -> Encoded:
             lengths.append(part.size + (not continued))
             keys.append(item.key)
             ordinals.append(before + start // step)
+            sources.append(item.source)
+            if with_signatures and not continued:
+                parts.append(part)
     return Encoded(
         input=unit.input,
         done=unit.done,
@@ -98,6 +108,8 @@ def encode_unit(unit: Unit, document_tokens: int | None = None) -> Encoded:
         lengths=np.array(lengths, dtype=np.int64),
         keys=np.array(keys, dtype=np.uint64),
         ordinals=np.array(ordinals, dtype=np.int64),
+        sources=sources,
+        signatures=signatures(parts) if with_signatures else None,
         text_bytes=text_bytes,
         skipped=skipped,
         continued=continued,
@@ -149,9 +161,9 @@ def _work(connection: Connection) -> None:
 class Encoder:
     """Encodes units with `workers` processes; with 1 in the calling process. Use it in a `with` statement."""
 
-    def __init__(self, workers: int, document_tokens: int | None = None) -> None:
+    def __init__(self, workers: int, document_tokens: int | None = None, with_signatures: bool = False) -> None:
         self.workers = workers
-        self.document_tokens = document_tokens
+        self._options = (document_tokens, with_signatures)
         self._process: subprocess.Popen[bytes] | None = None
         self._threads: ThreadPoolExecutor | None = None
         self._idle: SimpleQueue[Connection] = SimpleQueue()
@@ -203,7 +215,7 @@ class Encoder:
         """The units' tokens in order; no more than two units a worker and `HELD_BYTES` are held at a time."""
         if self._threads is None:
             for unit in units:
-                yield encode_unit(unit, self.document_tokens)
+                yield encode_unit(unit, *self._options)
             return
         waiting: deque[tuple[Future[Encoded], int]] = deque()
         held = 0
@@ -220,7 +232,7 @@ class Encoder:
     def _encode(self, unit: Unit) -> Encoded:
         connection = self._idle.get()
         try:
-            connection.send((unit, self.document_tokens))
+            connection.send((unit, *self._options))
             answer = connection.recv()
         except (EOFError, OSError) as error:
             raise RunError("a tokenizing worker was killed; if memory was short, take fewer --workers") from error

@@ -6,15 +6,17 @@ How documents become shards, so that the same input gives the same bytes everywh
    their characters. A document is BOS followed by the tokens of its text; what looks like a special token is text.
 2. Validation takes whole documents, chosen by a hash of their text, smallest first, until it holds at least
    `val_tokens` tokens. Copies of a text go together, so that no validation document is also trained on, and
-   those that are longer than `val_tokens` are only taken when the others do not suffice.
+   those that are longer than `val_tokens` are only taken when the others do not suffice. With `split_by` it takes whole
+   sources in the same way, by a hash of their names.
 3. Both sides keep the order of 1, or with `shuffle` go by a hash of each text, so that every stretch of a shard is
    a sample of all inputs. Training fills one shard after another with whole documents: a shard ends before the
    document that would take it above `shard_tokens`.
-4. On request, copies of a text and short documents are left out first.
+4. On request, copies of a text, short documents and near-duplicates are left out first, in this order.
 
 Number of workers, listing order and time play no part. Tokens go to a spool first, because the choice needs the
 lengths of all documents; shards are written from it, hashed as they fill, and take their names together at the
-end, with the manifest `text.json` last. Memory holds 24 bytes a document, a path a file and a few units of work.
+end, with the manifest `text.json` last. Memory holds 32 bytes a document, 504 more to find near-duplicates, a path a
+file and a few units of work.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -32,7 +34,10 @@ from nanogpt.console import human_bytes, progress
 from nanogpt.data.documents import JSON_SUFFIXES, SourceFile, find_files, plan
 from nanogpt.data.embedded import embedded_corpus
 from nanogpt.data.encode import Encoded, Encoder, available_cores
+from nanogpt.data.near_duplicates import Signatures, check_installed
+from nanogpt.data.near_duplicates import near_duplicates as first_near_duplicates
 from nanogpt.data.skips import Skip, Skips, as_text
+from nanogpt.data.sources import SplitBy, source_key
 from nanogpt.data.text_shards import (
     DROPPED,
     Keys,
@@ -57,6 +62,7 @@ __all__ = ["Input", "Part", "Shard", "Summary", "embedded_corpus", "prepare_text
 FULL_VALIDATION = 10_485_760 + 1  # what an evaluation of the full run reads: its tokens and the last target
 TRAINED_LENGTH = 2048  # tokens of a document, BOS included, that training uses; the rest is cut off
 WORKER_BYTES = 8 << 20  # of text that are worth starting a worker for
+NAMED_SOURCES = 1000  # in the manifest, of validation
 COMPRESSION = 3  # text bytes a byte of a compressed file, roughly: for the number of workers only
 
 
@@ -81,6 +87,23 @@ class Input:
 
 
 @dataclass(frozen=True)
+class Sources:
+    """How a split by sources came out."""
+
+    val: int
+    train: int
+    val_names: list[str]  # the first `NAMED_SOURCES` in the order of their characters
+
+
+@dataclass(frozen=True)
+class NearDuplicates:
+    """How many documents nearly equal one before them, and how many validation documents one that is trained on."""
+
+    documents: int
+    val_in_train: int
+
+
+@dataclass(frozen=True)
 class Summary:
     """What `prepare_text` did. `skipped` is reason -> count, `skipped_examples` the first places of each."""
 
@@ -93,6 +116,8 @@ class Summary:
     skipped_examples: dict[str, list[str]]
     workers: int
     seconds: float
+    sources: Sources | None  # None: split by documents
+    near_duplicates: NearDuplicates | None  # None: not looked for
 
     @property
     def text_bytes(self) -> int:
@@ -115,6 +140,8 @@ def prepare_text(
     workers: int | None = None,
     force: bool = False,
     keep_damaged: bool = False,
+    split_by: str = "document",
+    near_duplicates: Literal["count", "drop"] | None = None,
     quiet: bool = False,
 ) -> Summary:
     """Tokenize `paths` into validation and training shards in `directory`.
@@ -135,6 +162,9 @@ def prepare_text(
         force: replace the shards in `directory`, all of them, once the new ones are whole.
         keep_damaged: make shards of what can be read, although something of the files in `paths` cannot. What is only
             found in a folder is always left out and counted.
+        split_by: what goes to one side as a whole, see `nanogpt.data.sources.SplitBy`.
+        near_duplicates: count documents that are nearly equal, or leave out all but the first; see
+            `nanogpt.data.near_duplicates`.
         quiet: show no progress.
 
     Raises:
@@ -159,19 +189,25 @@ def prepare_text(
         )
     if not paths:
         raise InputError("no input: give files or folders, or --embedded for the prose that ships with the package")
+    split = SplitBy.parse(split_by)
+    if near_duplicates is not None:
+        check_installed()
     check_free(directory, force)
     found, planned, read = Skips(), Skips(), Skips()  # apart, so that their order does not depend on the workers
-    files = find_files(paths, found, suffixes=suffixes, exclude=directory)
+    files = find_files(paths, found, suffixes=suffixes, exclude=directory, split_by=split)
     files_given = {file.input for file in files if file.explicit}
     if workers is None:
         workers = max(1, min(available_cores(), _text_estimate(files) // WORKER_BYTES))
 
-    with writing_to(directory, force) as staging, Encoder(workers, document_tokens) as encoder:
+    with (
+        writing_to(directory, force) as staging,
+        Encoder(workers, document_tokens, near_duplicates is not None) as encoder,
+    ):
         spool = Spool(staging)
         tally = _Tally(len(paths))
         textless: dict[int, Skip] = {}  # of the files that the user named, the first record without the field
         with _bytes_done(sum(file.size for file in files), quiet) as advance:
-            for encoded in encoder.encode(plan(files, field, planned)):
+            for encoded in encoder.encode(plan(files, field, planned, split.field)):
                 spool.write(encoded.tokens)
                 tally.add(encoded)
                 for skip in encoded.skipped:
@@ -199,6 +235,13 @@ def prepare_text(
             short = kept & (lengths < min_tokens)
             kept &= ~short
             left.add(f"shorter than {min_tokens} tokens", "", count=int(short.sum()))
+        first = np.arange(lengths.size)  # of each document's near-duplicates
+        if near_duplicates is not None and kept.any():
+            first[kept] = np.flatnonzero(kept)[first_near_duplicates(tally.signatures()[kept])]
+            near = kept & (first != np.arange(lengths.size))
+            if near_duplicates == "drop":
+                kept &= ~near
+                left.add("near-duplicate of a document before it", "", count=int(near.sum()))
         skips = Skips.joined(found, planned, read, left)
         if not kept.any():
             left_out = (
@@ -213,7 +256,9 @@ def prepare_text(
         if val_tokens is None:
             val_tokens = max(1, min(FULL_VALIDATION, int(lengths[kept].sum()) // 10))
         is_val = np.zeros(lengths.size, dtype=bool)
-        is_val[kept] = choose_validation(lengths[kept], keys[kept], val_tokens)
+        of_sources = split.kind != "document"
+        split_keys, source_names = tally.sources() if of_sources else (keys, {})
+        is_val[kept] = choose_validation(lengths[kept], split_keys[kept], val_tokens, of_sources=of_sources)
         is_train = kept & ~is_val
         order = shuffled(keys, ordinals) if shuffle else None
         train = np.flatnonzero(is_train) if order is None else order[is_train[order]]
@@ -231,6 +276,10 @@ def prepare_text(
             skipped_examples=skips.examples,
             workers=workers,
             seconds=time.perf_counter() - start,
+            sources=_sources(split_keys[is_val], split_keys[is_train], source_names) if of_sources else None,
+            near_duplicates=None
+            if near_duplicates is None
+            else NearDuplicates(int(near.sum()), int(np.isin(first[is_val], first[is_train]).sum())),
         )
         settings = {
             "val_tokens": val_tokens,
@@ -242,6 +291,8 @@ def prepare_text(
             "field": field,
             "suffixes": list(suffixes),
             "keep_damaged": keep_damaged,
+            "split_by": split_by,
+            "near_duplicates": near_duplicates,
         }
         publish(staging, directory, shards, _manifest(summary, settings))
     return summary
@@ -283,6 +334,9 @@ class _Tally:
         self._lengths: list[Lengths] = []
         self._keys: list[Keys] = []
         self._ordinals: list[Ordinals] = []
+        self._sources: list[Ordinals] = []
+        self._names: dict[str, int] = {}
+        self._signatures: list[Signatures] = []
         self._sums = np.zeros((inputs, 3), dtype=np.int64)  # documents, tokens, text bytes
 
     def add(self, encoded: Encoded) -> None:
@@ -292,6 +346,10 @@ class _Tally:
             self._lengths.append(encoded.lengths)
             self._keys.append(encoded.keys)
             self._ordinals.append(encoded.ordinals)
+            found = [self._names.setdefault(name, len(self._names)) for name in encoded.sources]
+            self._sources.append(np.array(found, dtype=np.int64))
+            if encoded.signatures is not None:
+                self._signatures.append(encoded.signatures)
         documents = 0 if encoded.continued else encoded.lengths.size
         self._sums[encoded.input] += (documents, encoded.tokens.size, encoded.text_bytes)
 
@@ -302,6 +360,15 @@ class _Tally:
         none = np.empty(0, dtype=np.int64)
         keys = np.concatenate([none.astype(np.uint64), *self._keys])
         return np.concatenate([none, *self._lengths]), keys, np.concatenate([none, *self._ordinals])
+
+    def signatures(self) -> Signatures:
+        """(documents, minima); there is one document at least."""
+        return np.concatenate(self._signatures)
+
+    def sources(self) -> tuple[Keys, dict[int, str]]:
+        """The key of each document's source, (documents,), and the names by key."""
+        keys = np.array([source_key(name) for name in self._names], dtype=np.uint64)
+        return keys[np.concatenate(self._sources)], dict(zip(keys.tolist(), self._names, strict=True))
 
     def inputs(self, paths: Sequence[str | Path], files: Sequence[SourceFile]) -> tuple[Input, ...]:
         held = np.bincount([file.input for file in files], minlength=len(paths))
@@ -319,6 +386,11 @@ def _part(lengths: Lengths) -> Part:
     return Part(int(lengths.size), int(lengths.sum()), int(np.minimum(lengths, TRAINED_LENGTH).sum()))
 
 
+def _sources(val: Keys, train: Keys, names: dict[int, str]) -> Sources:
+    val, train = np.unique(val), np.unique(train)
+    return Sources(val.size, train.size, sorted(as_text(names[key]) for key in val.tolist())[:NAMED_SOURCES])
+
+
 def _manifest(summary: Summary, settings: dict[str, Any]) -> dict[str, Any]:
     """What `text.json` says: only what follows from input and settings, so that it can be compared too."""
     return {
@@ -328,6 +400,8 @@ def _manifest(summary: Summary, settings: dict[str, Any]) -> dict[str, Any]:
         "inputs": [asdict(one) for one in summary.inputs],
         "val": asdict(summary.val),
         "train": asdict(summary.train),
+        "sources": asdict(summary.sources) if summary.sources else None,
+        "near_duplicates": asdict(summary.near_duplicates) if summary.near_duplicates else None,
         "shards": [asdict(shard) for shard in summary.shards],
         "skipped": {
             reason: {"count": count, "first": summary.skipped_examples[reason]}
@@ -356,6 +430,13 @@ def table(summary: Summary) -> str:
             [why, count, *(summary.skipped_examples[why][:1] or [""])] for why, count in summary.skipped.items()
         ]
         blocks.append(_columns(["left out", "count", "first"], rows))
+    if summary.sources:
+        blocks.append(f"Of {summary.sources.val:,} sources all is validation, of {summary.sources.train:,} training.")
+    if summary.near_duplicates:
+        blocks.append(
+            f"Near-duplicates of a document before them: {summary.near_duplicates.documents:,}."
+            f" Validation documents with one in training: {summary.near_duplicates.val_in_train:,}."
+        )
     if train.trained_tokens < train.tokens // 2:
         blocks.append(
             f"Training uses the first {TRAINED_LENGTH} tokens of a document, and most of this text lies beyond them."

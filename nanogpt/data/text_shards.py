@@ -73,12 +73,14 @@ def shuffled(keys: Keys, ordinals: Ordinals) -> npt.NDArray[np.int64]:
     return np.argsort(mixed, kind="stable")
 
 
-def choose_validation(lengths: Lengths, keys: Keys, val_tokens: int) -> npt.NDArray[np.bool_]:
+def choose_validation(
+    lengths: Lengths, keys: Keys, val_tokens: int, *, of_sources: bool = False
+) -> npt.NDArray[np.bool_]:
     """Which documents are validation: (documents,) bool.
 
-    Documents are taken by key, smallest first, until at least `val_tokens` tokens are held. Copies, which share a
-    key, go together and count together. Those above `val_tokens` come after all others, so that validation
-    is less than twice as long as asked wherever that is possible.
+    Documents are taken by key, smallest first, until at least `val_tokens` tokens are held. What shares a key, copies
+    or with `of_sources` all of a source, goes together and counts together. Those above `val_tokens` come after all
+    others, so that validation is less than twice as long as asked wherever that is possible.
 
     Raises:
         InputError: there are not `val_tokens` tokens, or no document would be left for training.
@@ -94,6 +96,11 @@ def choose_validation(lengths: Lengths, keys: Keys, val_tokens: int) -> npt.NDAr
     np.add.at(tokens, group, lengths)
     order = np.argsort(tokens > val_tokens, kind="stable")
     taken = 1 + int(np.searchsorted(np.cumsum(tokens[order]), val_tokens))
+    if taken == distinct.size and of_sources:
+        raise InputError(
+            f"--val-tokens {val_tokens}: validation takes whole sources and would take all {distinct.size} ({total}"
+            " tokens), so none is left for training; ask for fewer tokens, or for a finer --split-by"
+        )
     if taken == distinct.size:
         raise InputError(
             f"--val-tokens {val_tokens}: validation takes whole documents and would take all {lengths.size}"
