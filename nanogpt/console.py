@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import io
+import itertools
+import re
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from nanogpt.terminal import printable, rich_console
 
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
 Advance = Callable[[int], None]
+_BAR = re.compile(r"(?<!\\)\|")  # between cells
 
 
 def say(message: str) -> None:
@@ -31,6 +39,78 @@ def human_bytes(count: float) -> str:
 def markdown_table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:
     """The lines of a Markdown table; cells are written as `str` writes them, without escapes."""
     return [f"| {' | '.join(map(str, cells))} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def new_table(*columns: str, left: int = 1, wrap: Sequence[str] = (), spare: Sequence[str] = ()) -> Table:
+    """An empty table in the one style that commands print; fill it by `add_row`.
+
+    Args:
+        columns: headings.
+        left: the first columns, which are aligned to the left; the others to the right.
+        wrap: columns to the left as well, which take more lines where the terminal is narrow.
+        spare: columns that a narrow terminal goes without, the first one first.
+    """
+    from rich import box
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.measure import Measurement
+    from rich.table import Table
+
+    class _Table(Table):
+        def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+            self.box, self.padding = (box.SIMPLE_HEAD, (0, 1, 0, 0)) if console.is_terminal else (None, (0, 2, 0, 0))
+            for heading in spare:
+                if Measurement.get(console, options.update(max_width=10_000), self).maximum <= options.max_width:
+                    break
+                self.columns = [column for column in self.columns if column.header != heading]
+            yield from super().__rich_console__(console, options)
+
+    table = _Table(pad_edge=False, show_edge=False)
+    for index, column in enumerate(columns):
+        wraps = column in wrap
+        table.add_column(
+            column, justify="left" if index < left or wraps else "right", no_wrap=not wraps, overflow="fold"
+        )
+    return table
+
+
+def print_table(*parts: RenderableType) -> None:
+    """Print tables and text to standard output.
+
+    On a terminal as wide as it is; into a file or a pipe plainly, a line for each row, as wide as it needs.
+    """
+    console = rich_console(highlight=False)
+    if console.is_terminal:
+        console.print(*parts, sep="\n")
+    else:
+        print(plain_text(*parts), end="")
+
+
+def plain_text(*parts: RenderableType) -> str:
+    """Tables and text as lines without colours or blanks at their ends, each with its newline."""
+    console = rich_console(io.StringIO(), highlight=False, width=10_000, force_terminal=False)
+    with console.capture() as captured:
+        console.print(*parts, sep="\n")
+    return "".join(f"{line.rstrip()}\n" for line in captured.get().rstrip("\n").split("\n"))
+
+
+def print_report(lines: Iterable[str]) -> None:
+    """Print lines to standard output; the Markdown tables among them in the style of `print_table`."""
+    from rich.text import Text
+
+    parts: list[RenderableType] = []
+    for is_table, group in itertools.groupby("\n".join(lines).split("\n"), lambda line: line.startswith("| ")):
+        block = list(group)
+        cells = [[cell.strip() for cell in _BAR.split(line)[1:-1]] for line in block] if is_table else []
+        if len({*map(len, cells)}) != 1 or cells[1:2] != [["---"] * len(cells[0])]:
+            parts.append(Text("\n".join(map(printable, block))))
+            continue
+        head, _, *rows = cells
+        numbers = [all(re.match(r"[-+\d.]|$", row[column]) for row in rows) for column in range(len(head))]
+        table = new_table(*head, left=0, wrap=[name for name, number in zip(head, numbers, strict=True) if not number])
+        for row in rows:
+            table.add_row(*(Text(printable(cell.replace("\\|", "|"))) for cell in row))
+        parts.append(table)
+    print_table(*parts)
 
 
 @contextmanager

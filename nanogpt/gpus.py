@@ -5,6 +5,7 @@ No torch is needed here. A new type is a row of `GPU_TYPES` and its name in `Gpu
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -95,6 +96,16 @@ def nearest_type(capability: Capability) -> str:
     by_age = sorted(GPU_TYPES.values(), key=lambda gpu: gpu.capability)
     older = [gpu for gpu in by_age if gpu.capability <= capability]
     return (older[-1] if older else by_age[0]).name
+
+
+def same_type(found: str, wanted: str) -> bool:
+    """Whether a GPU that a site or the driver calls `found` is a `wanted`: `nvidia_h100_80gb_hbm3`, `H100-PCIe`."""
+    return wanted in re.split(r"[^a-z0-9]+", found.lower())
+
+
+def known_type(found: str) -> str | None:
+    """The one of GPU_TYPES that a GPU called `found` is."""
+    return next((gpu for gpu in GPU_TYPES if same_type(found, gpu)), None)
 
 
 def device_speed(name: str) -> Speed | None:

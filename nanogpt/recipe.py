@@ -111,10 +111,17 @@ def shipped_recipes() -> Path:
     return inside if inside.is_dir() else Path(__file__).parents[1] / "recipes"
 
 
+def own_keys(path: Path) -> tuple[str | None, set[str]]:
+    """What the recipe file says itself: the name of its base, if it has one, and its other top-level keys."""
+    data = dict(_parse(path.read_text(encoding="utf-8"), str(path), lambda line: f"{path}:{line}").data)
+    base = data.pop("base", None)
+    return (None if base is None else Path(base).stem), set(data)
+
+
 def find_recipe(name: str | Path) -> Path:
     """The recipe's path: `name` itself, else a shipped recipe of that name, with or without `.yaml`.
 
-    Raises `InputError` naming the recipes there are.
+    Raises `InputError`: no such file, a directory, or no such recipe.
     """
     path = Path(name)
     if _is_file(path):
@@ -131,10 +138,13 @@ def find_recipe(name: str | Path) -> Path:
             f"{name}: a recipe no longer says hardware in its name. Type {recipe} --on {on}, as in"
             f" `nanogpt train {recipe} --on {on}`"
         )
+    if path.is_dir() and str(name):
+        raise InputError(f"{name}: is a directory; name a recipe in it, such as {path / 'speedrun.yaml'}")
     known = sorted(file.stem for file in shipped_recipes().glob("*.yaml"))
     close = difflib.get_close_matches(path.stem, known, n=1)
     hint = f" Did you mean {close[0]}?" if close else ""
-    raise InputError(f"{name}: no such recipe.{hint} Shipped recipes: {', '.join(known)}.")
+    what = "no such file" if path.suffix in (".yaml", ".yml") or path.name != str(name) else "no such recipe"
+    raise InputError(f"{name}: {what}.{hint} `nanogpt recipes` lists the recipes of this package")
 
 
 def _is_file(path: Path) -> bool:

@@ -4,10 +4,13 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import hypothesis
 import pytest
+
+if TYPE_CHECKING:
+    from made_nvml import MadeNvml
 
 # Before anything imports torch: side by side, pytest-xdist's workers share the cores instead of fighting for them.
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -86,6 +89,14 @@ def nanogpt(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
         return Outcome(exit_info.value.code or 0, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture
+def nvml(monkeypatch: pytest.MonkeyPatch) -> "MadeNvml":
+    """The driver's answers, as the test makes them."""
+    from made_nvml import MadeNvml
+
+    return MadeNvml(monkeypatch)
 
 
 @pytest.fixture(scope="module")

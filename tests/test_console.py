@@ -1,6 +1,10 @@
 """What the console's helpers write."""
 
-from nanogpt.console import markdown_table
+import contextlib
+import io
+
+from nanogpt.console import markdown_table, new_table, print_report, print_table
+from nanogpt.terminal import rich_console
 
 
 def test_markdown_table():
@@ -14,3 +18,39 @@ def test_markdown_table():
 
 def test_markdown_table_without_rows_is_its_head():
     assert markdown_table(("stage",), ()) == ["| stage |", "| --- |"]
+
+
+def printed(print_it, *arguments):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        print_it(*arguments)
+    return out.getvalue()
+
+
+def a_table():
+    table = new_table("run", "loss", "what", "seed", wrap=["what"], spare=["seed"])
+    table.add_row("first", "3.28", "many words " * 9, "0")
+    table.add_row("b", "12.5", "few", "1")
+    return table
+
+
+def test_a_table_in_a_pipe_has_a_line_for_each_row_and_no_frame():
+    assert printed(print_table, a_table(), "a note").splitlines() == [
+        f"run    loss  what{' ' * 95}  seed",
+        f"first  3.28  {'many words ' * 9}     0",
+        f"b      12.5  few{' ' * 96}     1",
+        "a note",
+    ]
+
+
+def test_a_table_on_a_narrow_terminal_wraps_and_leaves_out_what_it_can_spare():
+    screen = io.StringIO()
+    rich_console(screen, force_terminal=True, width=40, color_system=None).print(a_table())
+    lines = screen.getvalue().splitlines()
+    assert max(map(len, lines)) <= 40 and len(lines) > 5
+    assert lines[0].split() == ["run", "loss", "what"]
+
+
+def test_a_report_shows_its_markdown_tables_in_that_style():
+    lines = ["Title", "", *markdown_table(("name", "n"), [(r"a\|b", 1), ("c", "-20")]), "", "| no table"]
+    shown = ["Title", "", "name    n", "a|b     1", "c     -20", "", "| no table"]
+    assert printed(print_report, lines).splitlines() == shown

@@ -6,12 +6,14 @@ import contextlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
-
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from nanogpt.cache.pack import SUFFIX, Header, Pack, PackError
-from nanogpt.console import human_bytes
+from nanogpt.console import human_bytes, new_table
 from nanogpt.errors import RunError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 HALF_WRITTEN_S = 3600.0  # a temporary file of that age belongs to nobody any more
 
@@ -45,9 +47,8 @@ def list_files(directory: Path) -> list[CacheFile]:
 
 def files_table(files: list[CacheFile]) -> Table:
     """The files as a table."""
-    table = Table(box=None, pad_edge=False)
-    for column in ("file", "size", "last used", "recipe", "device", "torch", "contents"):
-        table.add_column(column, justify="right" if column == "size" else "left")
+    columns = ("file", "size", "last used", "recipe", "device", "torch", "contents")
+    table = new_table(*columns, wrap=("file", "recipe", "device", "contents"), spare=("torch", "recipe"))
     for file in files:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.used))
         if file.header is None:
@@ -58,6 +59,22 @@ def files_table(files: list[CacheFile]) -> Table:
         device, torch = str(key["device"][0]), str(key["torch"][0])
         table.add_row(file.path.name, human_bytes(file.size), used, file.header.recipe, device, torch, contents)
     return table
+
+
+def files_data(files: list[CacheFile]) -> list[dict[str, Any]]:
+    """The files as data that JSON can hold; `problem` says why one cannot be used."""
+    return [
+        {
+            "file": str(file.path),
+            "bytes": file.size,
+            "used": file.used,
+            "recipe": None if file.header is None else file.header.recipe,
+            "key": None if file.header is None else file.header.key,
+            "contents": None if file.header is None else file.header.contents,
+            "problem": file.problem,
+        }
+        for file in files
+    ]
 
 
 def prune_files(directory: Path, *, keep: int) -> list[tuple[Path, int]]:

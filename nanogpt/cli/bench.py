@@ -32,6 +32,7 @@ def step(
 ) -> None:
     """Milliseconds a training step in each stage of RECIPE, with tokens/s, model FLOP utilisation and peak memory."""
     from nanogpt.bench.steps import as_json, as_table, time_stages
+    from nanogpt.console import print_report
 
     with _trainer(recipe, overrides, on, data) as trainer:
         timings = []
@@ -40,7 +41,7 @@ def step(
             if trainer.world.is_main:  # the table comes when all are there
                 typer.echo(f"stage {timing.stage + 1}: {timing.median_ms:.1f} ms a step", err=True)
         if trainer.world.is_main:
-            typer.echo(as_table(timings, trainer))
+            print_report([as_table(timings, trainer)])
             if out is not None:
                 out.write_text(json.dumps(as_json(timings, trainer), indent=1) + "\n")
 
@@ -89,6 +90,7 @@ def profile(
     """
     from nanogpt.bench import exposed
     from nanogpt.bench.profile import as_table, parts_table, profile_stages
+    from nanogpt.console import print_report
     from nanogpt.errors import InputError
 
     with _trainer(recipe, overrides, on, None) as trainer:
@@ -100,12 +102,12 @@ def profile(
         for stage in profile_stages(trainer, warmup_steps=warmup, traces=traces):
             stages.append(stage)
             if trainer.world.is_main:
-                typer.echo(as_table(stage, rows))
+                print_report([as_table(stage, rows)])
         by_rank = trainer.world.gather([stage.exposure for stage in stages], list[exposed.Exposure])
         if trainer.world.is_main:
-            typer.echo(parts_table(stages))
+            print_report([parts_table(stages)])
             if trainer.world.size > 1:
-                typer.echo(exposed.as_table(list(zip(*by_rank, strict=True))))
+                print_report([exposed.as_table(list(zip(*by_rank, strict=True)))])
 
 
 @bench.command("timeline")
@@ -158,6 +160,7 @@ def communication(
     """
     from nanogpt.bench.communication import as_table, time_row_table
     from nanogpt.cluster.at_hand import at_hand
+    from nanogpt.console import print_report
     from nanogpt.errors import InputError
     from nanogpt.launch.world import join_world
     from nanogpt.recipe import load_recipe
@@ -174,4 +177,4 @@ def communication(
         for table in spec.model.row_tables():
             timings = list(time_row_table(spec, table, world, repeats=repeats))
             if world.is_main:
-                typer.echo(f"{table.parameter}\n{as_table(timings)}")
+                print_report([table.parameter, as_table(timings)])

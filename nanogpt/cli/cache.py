@@ -28,19 +28,24 @@ def _directory(directory: Path | None) -> Path:
 
 
 @cache.command("ls")
-def ls(directory: DirectoryArgument = None) -> None:
+def ls(
+    directory: DirectoryArgument = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+) -> None:
     """List the files, the newest first: size, age, what they are for, and whether they can be used."""
-    from nanogpt.cache.listing import files_table, list_files
-    from nanogpt.console import say
-    from nanogpt.runs.table import print_rows
+    import json
+
+    from nanogpt.cache.listing import files_data, files_table, list_files
+    from nanogpt.console import print_table, say
 
     place = _directory(directory)
     files = list_files(place)
-    if not files:
+    if as_json:
+        typer.echo(json.dumps(files_data(files), indent=2))
+    elif files:
+        print_table(files_table(files))
+    else:
         say(f"{place}: no cache files")
-        return
-    table = files_table(files)
-    print_rows(table)
 
 
 @cache.command("prune")

@@ -18,9 +18,9 @@ def check(
     """
     import json
 
+    from nanogpt.console import print_table
     from nanogpt.runs.check import check_data, check_run, check_table, failed
     from nanogpt.runs.loaded import load_runs
-    from nanogpt.runs.table import print_table
 
     (loaded,) = load_runs([run])
     checks = check_run(loaded)

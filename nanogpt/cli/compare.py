@@ -22,10 +22,9 @@ def compare(
     """
     import json
 
-    from nanogpt.console import say
+    from nanogpt.console import print_table, say
     from nanogpt.runs.compare import comparison_data, comparison_table
     from nanogpt.runs.loaded import load_readable_runs, plot_runs, say_unreadable
-    from nanogpt.runs.table import print_table
 
     loaded, unreadable = load_readable_runs(runs)
     say_unreadable(unreadable)

@@ -7,6 +7,7 @@ import shutil
 import sys
 import textwrap
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -84,7 +85,7 @@ def run_demo(directory: Path, *, recipe: str = "demo", steps: int | None = None)
             f" cross-entropy, at least {NEEDED_MARGIN} are expected. This installation does not train as it should: run"
             f" `make test`, and report what fails there with {run.log_path}"
         )
-    typer.echo(f"All of it took {time.perf_counter() - began:.0f} s. What to type next:\n\n" + next_steps(run.path))
+    typer.echo(f"All of it took {time.perf_counter() - began:.0f} s. Next:\n\n" + next_steps(run.path, _gpus_here()))
     return run.path
 
 
@@ -143,11 +144,11 @@ def _sha256(path: Path) -> str | None:
 
 def show_result(run_path: Path, spec: RunSpec, data: Path, final_loss: float) -> float:
     """Print the run's tables and draw its plot; returns how far the loss ended below the unigram cross-entropy."""
+    from nanogpt.console import print_table
     from nanogpt.runs.metrics import read_run
     from nanogpt.runs.plot import Reference, plot_loss
     from nanogpt.runs.table import run_summary, run_table
     from nanogpt.runs.unigram import unigram_cross_entropy
-    from nanogpt.terminal import rich_console
 
     unigram = unigram_cross_entropy(
         list(data.glob(spec.data.train_files)),
@@ -157,25 +158,19 @@ def show_result(run_path: Path, spec: RunSpec, data: Path, final_loss: float) ->
     )
     run = read_run(run_path)
     summary = run_summary(run)
-    console = rich_console()
-    console.print()
-    console.print(run_table(summary))
-    console.print(_comparison(spec, summary["first_val_loss"], final_loss, unigram))
+    typer.echo()
+    print_table(run_table(summary), _comparison(spec, summary["first_val_loss"], final_loss, unigram))
     plot = run_path / "loss.png"
     plot_loss({run_path.name: run}, plot, [Reference(unigram, "unigram")])
-    console.print(f"Loss plot: {plot}", markup=False, highlight=False, soft_wrap=True)
+    typer.echo(f"Loss plot: {plot}")
     return unigram - final_loss
 
 
 def _comparison(spec: RunSpec, first: float | None, final: float, unigram: float) -> Table:
-    from rich import box
-    from rich.table import Table
+    from nanogpt.console import new_table
 
     vocabulary = spec.model.vocab_size
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("validation loss")
-    table.add_column("nats a token", justify="right")
-    table.add_column("")
+    table = new_table("validation loss", "nats a token", "", wrap=[""])
     chance = f"ln({vocabulary}) = {math.log(vocabulary):.4f}: all tokens alike"
     table.add_row("before training", "" if first is None else f"{first:.4f}", chance)
     table.add_row("unigram model", f"{unigram:.4f}", "knows how frequent each token is")
@@ -188,24 +183,37 @@ def _comparison(spec: RunSpec, first: float | None, final: float, unigram: float
     return table
 
 
-def next_steps(run_path: Path) -> str:
-    """Commands to go on with, each below what it is for; only those that this installation has."""
-    from nanogpt.cli.main import COMMANDS
+def next_steps(run_path: Path, gpus: Sequence[str]) -> str:
+    """Commands to go on with, each below what it is for; on a machine with these GPUs, by the driver's names."""
+    from nanogpt.gpus import known_type
+    from nanogpt.hardware import largest_count
 
-    known = {command.name for command in COMMANDS}
-    suggestions = [
-        ("sample", f"nanogpt sample {run_path} --prompt 'My wife and I'", "more text from this model"),
-        ("show", f"nanogpt show {run_path / 'spec.yaml'}", "all that decided this run"),
-        ("prep", "prep-fineweb", "FineWeb's token shards, 2 GB (needs internet)"),
-        ("validate", "nanogpt validate 1xh100 8xh200", "check the speedrun's recipes for your GPUs"),
-        ("train", "nanogpt train 1xh100", "the speedrun itself, on a machine with that GPU"),
+    lines = [
+        (f"nanogpt sample {run_path} --prompt 'My wife and I'", "more text from this model"),
+        (f"nanogpt show {run_path / 'spec.yaml'}", "everything that decided this run"),
     ]
-    lines = [(command, what) for name, command, what in suggestions if name in known]
-    if Path("slurm/run.sh").is_file():
-        lines.append(("sbatch slurm/run.sh recipes/8xh200.yaml", "the speedrun as a Slurm job"))
+    kind = known_type(gpus[0]) if gpus else None
+    if gpus:
+        count = largest_count(len(gpus))
+        on = f"--on {count}x{kind}" if kind else f"--set hardware.gpu=a100 --set hardware.gpus_per_node={count}"
+        start = "train" if count == 1 else "launch"
+        lines += [
+            ("prep-fineweb", "FineWeb's token shards, 2 GB (needs internet)"),
+            (f"nanogpt {start} speedrun {on}", f"the speedrun, on {count} x {gpus[0]}"),
+        ]
+    else:
+        lines.append(("nanogpt validate speedrun --on 1xh100", "the speedrun, which needs a GPU: check its recipe"))
+        if Path("slurm/run.sh").is_file():
+            lines.append(("slurm/run.sh --dry-run speedrun --on 1xh100", "and on a Slurm cluster: docs/cluster.md"))
     activate = Path(sys.prefix) / "bin" / "activate"
     found = shutil.which("nanogpt")
     if activate.is_file() and (found is None or Path(found).parent != activate.parent):
         shown = activate.relative_to(Path.cwd()) if activate.is_relative_to(Path.cwd()) else activate
-        lines.insert(0, (f". {shown}", "so that the commands are found"))
+        lines.insert(0, (f". {shown}", "put the commands on the PATH"))
     return "\n".join(f"  # {what}\n  {command}" for command, what in lines)
+
+
+def _gpus_here() -> list[str]:
+    import torch
+
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

@@ -9,15 +9,24 @@ import typer
 
 def doctor(
     require_gpu: Annotated[bool, typer.Option("--gpu", help="Fail where there is no GPU.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of lines.")] = False,
 ) -> None:
-    """Check the versions, the GPU and its driver, FlashAttention, Triton, and train two steps; say what to do."""
+    """Check versions, GPU, driver, FlashAttention and Triton, train two steps, and say what to do about problems.
+
+    Exit code 1: a check failed.
+    """
+    import json
+
     from nanogpt.cli.threads import wait_briefly
     from nanogpt.cluster.checkup import checkup
 
     wait_briefly()
 
-    failed = False
+    checks = []
     for check in checkup(require_gpu=require_gpu):
-        typer.echo(check.line())
-        failed = failed or check.status == "failed"
-    raise typer.Exit(1 if failed else 0)
+        checks.append(check)
+        if not as_json:
+            typer.echo(check.line())
+    if as_json:
+        typer.echo(json.dumps([check._asdict() for check in checks], indent=2))
+    raise typer.Exit(1 if any(check.status == "failed" for check in checks) else 0)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
+import typer.core
 import typer.main
 
 from nanogpt.console import say
@@ -45,6 +46,52 @@ _MACHINE = {
 }
 
 
+_TYPE = re.compile(r"<(?:list\[)?(\w+)[^>]*>")  # as Typer shows it: <int range>
+
+
+class Command(typer.core.TyperCommand):
+    """A command whose help names arguments and values as people do, without the types of the code."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """`[OPTIONS] RUN...`."""
+        given = [_named(parameter) for parameter in self.get_params(ctx) if parameter.param_type_name == "argument"]
+        return [str(self.options_metavar), *given] if self.options_metavar else given
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """The sections Arguments and Options."""
+        rows: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for parameter in self.get_params(ctx):
+            is_argument = parameter.param_type_name == "argument"
+            if (record := parameter.get_help_record(ctx)) is not None:
+                name, told = record
+                rows["Arguments" if is_argument else "Options"].append(
+                    (_named(parameter) if is_argument else _TYPE.sub(_value, name), _readable(told))
+                )
+        for title, section in rows.items():
+            if section:
+                with formatter.section(title):
+                    formatter.write_dl(section)
+
+
+def _named(argument: Any) -> str:
+    """`RECIPE`, `[DIR]` for one that may be left out, `RUN...` for several."""
+    name = str(argument.metavar or argument.name.upper())
+    several = "..." if argument.nargs != 1 and not name.endswith(("...", "]")) else ""
+    return f"{name}{several}" if argument.required or name.startswith("[") else f"[{name}{several}]"
+
+
+def _value(kind: re.Match[str]) -> str:
+    """What stands for the value of an option that gives it no name."""
+    return {"int": "N", "float": "X", "path": "PATH"}.get(kind[1].lower(), "TEXT")
+
+
+def _readable(told: str) -> str:
+    """An option's help with its default and its range in words."""
+    told = re.sub(r"\[default: \((.*?)\)([\];])", r"[default: \1\2", told)
+    told = re.sub(r"(-?[\d.]+)<=x<=(-?[\d.]+)", r"\1 to \2", told)
+    return re.sub(r"; x>=-?[\d.]+|  \[x>=-?[\d.]+\]", "", told)  # what is too little is refused by name
+
+
 def run_command(name: str, work: Callable[[], object]) -> NoReturn:
     """Do a command's `work` and exit; a user's error is a message that begins with `name`, if any, and no traceback.
 
@@ -72,9 +119,10 @@ def click_command(loaded: Any, name: str) -> Any:
     """
     if not isinstance(loaded, typer.Typer):
         single = typer.Typer(add_completion=False, rich_markup_mode=None)
-        single.command(name, cls=getattr(loaded, "command_class", None))(loaded)
+        single.command(name, cls=getattr(loaded, "command_class", Command))(loaded)
         loaded = single
     for command in loaded.registered_commands:
+        command.cls = command.cls if issubclass(command.cls or type, Command) else Command
         if command.callback is not None and not hasattr(command.callback, "__wrapped__"):
             command.callback = _with_paths_expanded(command.callback)
     return typer.main.get_command(loaded)

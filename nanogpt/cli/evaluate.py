@@ -39,6 +39,7 @@ def evaluate(
         Path | None,
         typer.Option("--out", metavar="FILE", help="Also write all documents, or answers, to this file, as JSON."),
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables, with all documents.")] = False,
     task: Annotated[str | None, typer.Option("--task", metavar="hellaswag", help="Answer questions instead.")] = None,
     items: Annotated[
         Path | None, typer.Option("--items", metavar="FILE", help="With --task: its questions, as JSON lines.")
@@ -61,7 +62,8 @@ def evaluate(
     """
     wait_briefly()
     from nanogpt.errors import InputError
-    from nanogpt.training.evaluation import as_json, as_lines, evaluate_runs
+    from nanogpt.training.evaluation import as_json as evaluation_data
+    from nanogpt.training.evaluation import as_lines, evaluate_runs
 
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise InputError(f"--out: {out}: expected a file's name in a directory that is there")
@@ -71,15 +73,14 @@ def evaluate(
             raise InputError("--data, --tokens: are for validation losses; --task reads --items")
         report, lines = _answers(directories, task, items, bos=not no_bos, device=device)
         _write(out, report, "answers")
-        for line in lines:
-            typer.echo(line)
+        _show(report, lines, as_json)
         return
     if items is not None or no_bos:
         raise InputError("--items, --no-bos: are for --task, which is not given")
     evaluation = evaluate_runs(directories, data_directory=data, tokens=tokens, device=device)
-    _write(out, as_json(evaluation), "documents")
-    for line in as_lines(evaluation, documents):
-        typer.echo(line)
+    report = evaluation_data(evaluation)
+    _write(out, report, "documents")
+    _show(report, as_lines(evaluation, documents), as_json)
 
 
 def _answers(
@@ -96,6 +97,17 @@ def _answers(
     questions = read_hellaswag(items)
     answers = answer_items(directories, questions, bos=bos, device=device)
     return as_json(answers, questions, task), as_lines(answers, questions, task)
+
+
+def _show(report: dict[str, Any], lines: list[str], as_json: bool) -> None:
+    import json
+
+    from nanogpt.console import print_report
+
+    if as_json:
+        typer.echo(json.dumps(report, indent=1))
+    else:
+        print_report(lines)
 
 
 def _write(out: Path | None, report: dict[str, Any], what: str) -> None:

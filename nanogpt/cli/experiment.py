@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-import typer.core
 
+from nanogpt.cli.entry import Command
 from nanogpt.cli.threads import wait_briefly
 from nanogpt.cli.validate import OnOption, RecipeArgument, SetOption, StepsOption
 
@@ -47,7 +47,7 @@ WindowsOption = Annotated[
 ]
 
 
-class _TakesLists(typer.core.TyperCommand):
+class _TakesLists(Command):
     """Some options take all arguments up to the next option."""
 
     joined = ("--gpus", "--idea")  # to one value, which `_named_list` takes apart
@@ -128,7 +128,7 @@ def run(
     its runs are in OUT/runs/NAME, the tables in OUT/report.md. Exit code 1 where a measurement failed.
     """
     from nanogpt.cluster.at_hand import at_hand
-    from nanogpt.console import say
+    from nanogpt.console import print_report, print_table, say
     from nanogpt.errors import InputError, RunError
     from nanogpt.experiment.comparison import report, runs_to_compare
     from nanogpt.experiment.measurements import measurements
@@ -136,7 +136,6 @@ def run(
     from nanogpt.runs.compare import comparison_data, comparison_table
     from nanogpt.runs.directory import write_whole
     from nanogpt.runs.loaded import load_runs
-    from nanogpt.runs.table import print_table
 
     recipes = {"": recipe}
     for text in also or ():
@@ -172,7 +171,7 @@ def run(
                 print_table(comparison_table(comparison_data(load_runs(paths))))
             except InputError as error:  # one that was cut off has little to show
                 say(str(error))
-    typer.echo("\n".join(lines))
+    print_report(lines)
     if any(outcome.code != 0 for outcome in outcomes):
         raise typer.Exit(1)
 
@@ -223,6 +222,7 @@ def ends(
     """
     wait_briefly()
     from nanogpt.cluster.at_hand import at_hand
+    from nanogpt.console import print_report
     from nanogpt.experiment.ends import Ends, ends_table, train_with_ends
     from nanogpt.launch.world import started_as
     from nanogpt.recipe import load_recipe
@@ -237,7 +237,7 @@ def ends(
     run = create_run(out, spec) if started_as()[0] == 0 else None
     found: Sequence[tuple[str, float]] = train_with_ends(spec, chosen, run=run, data_directory=data)
     if run is not None:
-        typer.echo("\n".join(ends_table(found)))
+        print_report(ends_table(found))
         typer.echo(f"Run directory: {run.path}")
 
 

@@ -113,7 +113,7 @@ def node(
         if os.environ.get("NANOGPT_PREFLIGHT") == "warn":
             say("preflight: NANOGPT_PREFLIGHT=warn: going on, whatever failed")
         else:
-            raise_for_failures(checks)
+            raise_for_failures(checks, told=True)
         import torch.distributed  # noqa: F401, mapped and then read
 
         from nanogpt.launch.launcher import launch

@@ -11,11 +11,13 @@ import typer
 import typer.core
 import typer.main
 
+from nanogpt.cli.entry import Command
+
 if TYPE_CHECKING:
     from nanogpt.spec import HardwareSpec
 
 
-class _AsGiven(typer.core.TyperCommand):
+class _AsGiven(Command):
     """Leaves every argument but a sole --help to the function."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -28,28 +30,39 @@ class _AsGiven(typer.core.TyperCommand):
 def launch(
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[OPTIONS BELOW] [--] RECIPE [TRAIN OPTIONS]", show_default=False),
+        typer.Argument(metavar="[OPTIONS ABOVE] [--] RECIPE [TRAIN OPTIONS]", show_default=False),
     ] = None,
 ) -> None:
-    """Train on several GPUs or nodes: options named as torchrun's, then the arguments of `nanogpt train`.
+    """Train on several GPUs or nodes: options named like torchrun's, then the arguments of `nanogpt train`.
 
-    nanogpt launch record89                  # on the GPUs of this machine, or record89 --on 4xh200
+    \b
+    nanogpt launch record89                  all GPUs of this machine
+    nanogpt launch record89 --on 4xh200      four of them
+    nanogpt launch -- --resume RUN_DIR       go on with a run
+    nanogpt launch --nnodes 2 --rdzv-endpoint NODE:29500 --rdzv-id JOB 2x4xh100
+                                             on each of two nodes
 
-    nanogpt launch --nnodes 2 --rdzv-endpoint NODE:29500 --rdzv-id JOB 2x4xh100     # on each node
+    \b
+    --nproc-per-node N   processes on this node, or `gpu` for one on each GPU;
+                         default: one for each GPU of --on, of the recipe, or
+                         of this machine
+    --standalone         one node (the default)
+    --nnodes N           number of nodes
+    --rdzv-endpoint HOST:PORT, or --master-addr and --master-port
+                         where nodes meet: the first one's address in the
+                         cluster's network
+    --rdzv-id ID         tells runs apart
+    --node-rank I        this node's number; default: in order of arrival
+    --local-addr ADDRESS where the first node listens, if not at HOST
+    --rdzv-conf join_timeout=SECONDS,is_host=true|false
+                         how long to wait for other nodes (600)
+    --grace SECONDS      how long a run may take to end after a signal (600)
+    --bench              run `nanogpt bench` on all ranks:
+                         --bench profile 4xh100
+    --experiment         likewise `nanogpt experiment`:
+                         --experiment ends 4xh100
 
-    nanogpt launch -- --resume RUN_DIR
-
-    --nproc-per-node N: processes on this node; gpu: as many as it has GPUs. Without it there is one a GPU: of --on, of
-    the recipe, or, where that leaves hardware open, of those at hand. --standalone: one node (the default).
-
-    --nnodes N: nodes. --rdzv-endpoint HOST:PORT (or --master-addr, --master-port): where they meet, the first node's
-    address in the cluster's network. --rdzv-id ID: keeps runs apart. --node-rank I: this node's number; without it
-    they are numbered as they come. --local-addr ADDRESS: where the first node listens, if not at HOST.
-    --rdzv-conf join_timeout=SECONDS (600), is_host=true|false.
-
-    SIGTERM and SIGUSR1 end the run after its step, with a checkpoint and exit code 75. --grace SECONDS: how long that
-    may take (600). --bench: the arguments are those of `nanogpt bench`, as in --bench profile 4xh100. --experiment: of
-    `nanogpt experiment`, as in --experiment ends 4xh100.
+    SIGTERM and SIGUSR1 end the run after its current step, with a checkpoint and exit code 75.
     """
     from nanogpt.launch.launcher import launch as run
 

@@ -107,7 +107,6 @@ def app() -> typer.Typer:
     """The Typer application."""
     root = typer.Typer(
         cls=_Commands,
-        add_completion=False,
         no_args_is_help=True,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,

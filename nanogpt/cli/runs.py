@@ -30,10 +30,9 @@ def runs(
     """List runs: state, steps, validation loss, time, GPUs, commit; also those that were killed, or have no record."""
     import json
 
-    from nanogpt.console import say
+    from nanogpt.console import print_table, say
     from nanogpt.environment import path_of
     from nanogpt.runs.listing import filter_runs, list_runs, runs_table, sort_runs
-    from nanogpt.runs.table import print_rows
 
     directory = directory or path_of("NANOGPT_RUNS") or Path("runs")
     rows = sort_runs(filter_runs(list_runs(directory), filters or ()), sort)
@@ -43,8 +42,7 @@ def runs(
     if not rows:
         say(f"{directory}: no runs" + (" that fit the filters" if filters else ""))
         return
-    table = runs_table(rows)
-    print_rows(table)
+    print_table(runs_table(rows))
     for row in rows:
         for text in (row.reason, row.problem):
             if text:

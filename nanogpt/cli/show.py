@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -33,21 +34,46 @@ def show(
         typer.echo(dump_spec(spec, hidden, ascii_only=not speaks_unicode()), nl=False)
 
 
-def recipes() -> None:
-    """List the recipes that come with the package."""
-    from nanogpt.recipe import resolve_recipe, shipped_recipes
+def recipes(
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+) -> None:
+    """List the recipes that come with the package, with what each is."""
+    from rich.text import Text
 
-    rows = [("recipe", "model", "gpu", "world size", "steps", "tokens")]
-    for path in sorted(shipped_recipes().glob("*.yaml"), key=lambda path: path.stem):
-        spec, left_open = resolve_recipe(path)
-        training, hardware = spec.training, spec.hardware
-        steps, tokens = f"{training.total_steps:,}", f"{training.total_tokens:,}"
-        machine = ("any", "any") if left_open else (hardware.gpu, str(spec.world_size))
-        rows.append((path.stem, spec.model.kind, *machine, steps, tokens))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        cells = [
-            cell.ljust(width) if i < 3 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        typer.echo("  ".join(cells).rstrip())
+    from nanogpt.console import new_table, print_table
+    from nanogpt.recipe import shipped_recipes
+
+    facts = [_facts(path) for path in sorted(shipped_recipes().glob("*.yaml"), key=lambda path: path.stem)]
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    table = new_table("recipe", "hardware", "steps", "tokens", "what it is", left=2, wrap=["what it is"])
+    for fact in facts:
+        if not fact["hardware_of"]:
+            tokens = f"{fact['tokens'] / 1e6:,.0f} M" if fact["tokens"] > 1e6 else f"{fact['tokens'] / 1e3:,.0f} k"
+            table.add_row(fact["recipe"], fact["hardware"] or "any", f"{fact['steps']:,}", tokens, fact["description"])
+    sizes: dict[str, list[str]] = {}
+    for fact in facts:
+        if fact["hardware_of"]:
+            sizes.setdefault(fact["hardware_of"], []).append(fact["recipe"])
+    notes = [f"{name} on stated hardware: {', '.join(names)}" for name, names in sizes.items()]
+    print_table(table, Text("\n".join([*notes, "Any recipe runs on other hardware with --on, such as --on 4xh200."])))
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """What `nanogpt recipes` tells of the shipped recipe at `path`."""
+    from nanogpt.hardware import shape
+    from nanogpt.recipe import own_keys, resolve_recipe
+
+    spec, left_open = resolve_recipe(path)
+    base, keys = own_keys(path)
+    return {
+        "recipe": path.stem,
+        "description": spec.description,
+        "model": spec.model.kind,
+        "hardware": None if left_open else shape(spec.hardware),
+        "hardware_of": base if base and keys <= {"name", "hardware"} else None,
+        "world_size": None if left_open else spec.world_size,
+        "steps": spec.training.total_steps,
+        "tokens": spec.training.total_tokens,
+    }

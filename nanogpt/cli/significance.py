@@ -26,10 +26,9 @@ def significance(
     """
     import json
 
-    from nanogpt.console import say
+    from nanogpt.console import print_table, say
     from nanogpt.runs.loaded import load_readable_runs, say_unreadable
     from nanogpt.runs.significance import repeated_seeds, runs_significance, significance_data, significance_table
-    from nanogpt.runs.table import print_table
 
     loaded, unreadable = load_readable_runs(runs, need_records=True)
     say_unreadable(unreadable)

@@ -36,8 +36,7 @@ def status(
     From squeue and sacct; where sacct is not configured, jobs that have ended are known by their runs.
     """
     from nanogpt.cluster.jobs import jobs_table, my_jobs
-    from nanogpt.console import say
-    from nanogpt.runs.table import print_rows
+    from nanogpt.console import print_table, say
 
     found = my_jobs(runs_directories(directory))
     if as_json:
@@ -52,7 +51,6 @@ def status(
     if not found.jobs:
         say("no jobs")
         return
-    table = jobs_table(found.jobs)
-    print_rows(table)
+    print_table(jobs_table(found.jobs))
     if not found.history:
         say("sacct is not configured here: jobs that have ended are listed by their runs")

@@ -8,11 +8,15 @@ from typing import Annotated
 
 import typer
 
-from nanogpt.cli.validate import LookedAtOnOption, SetOption, StepsOption
+from nanogpt.cli.validate import LookedAtOnOption, SetOption, StepsOption, recipe_names
 
 RecipeOrResume = Annotated[
     str | None,
-    typer.Argument(metavar="RECIPE", help="A file, or the name of a shipped recipe. May be left out with --resume."),
+    typer.Argument(
+        metavar="RECIPE",
+        help="A file, or the name of a shipped recipe. May be left out with --resume.",
+        autocompletion=recipe_names,
+    ),
 ]
 ResumeOption = Annotated[
     Path | None, typer.Option("--resume", metavar="RUN_DIR", help="Go on from this run's newest checkpoint.")

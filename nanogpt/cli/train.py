@@ -10,14 +10,16 @@ from typing import Annotated
 import typer
 
 from nanogpt.cli.threads import wait_briefly
-from nanogpt.cli.validate import OnOption, SetOption, StepsOption
+from nanogpt.cli.validate import OnOption, SetOption, StepsOption, recipe_names
 
 
 def train(
     recipe: Annotated[
         str | None,
         typer.Argument(
-            metavar="RECIPE", help="A file, or the name of a shipped recipe. May be left out with --resume."
+            metavar="RECIPE",
+            help="A file, or the name of a shipped recipe. May be left out with --resume.",
+            autocompletion=recipe_names,
         ),
     ] = None,
     overrides: SetOption = None,
@@ -56,7 +58,7 @@ def train(
     """
     wait_briefly()
     from nanogpt.background import GivenUp, Worker, wait_for
-    from nanogpt.cluster.at_hand import at_hand
+    from nanogpt.cluster.at_hand import at_hand, check_type
     from nanogpt.console import say
     from nanogpt.errors import InputError, Interrupted
     from nanogpt.launch.watchdog import Watchdog
@@ -92,6 +94,7 @@ def train(
             else:
                 assert recipe is not None
                 spec = load_recipe(recipe, overrides or (), steps, on=on, fill=at_hand(os.environ))
+            check_type(spec.hardware, os.environ)
             watch.limits = spec.watchdog
             data = data or default_data_directory(spec)
             files = check_start(spec, data)
@@ -122,9 +125,9 @@ def train(
         train_run(spec, run=run, data_directory=data, resume=resume is not None, watch=watch)
 
         if run is not None and is_main:
+            from nanogpt.console import print_table
             from nanogpt.runs.metrics import read_run
             from nanogpt.runs.table import run_summary, run_table
-            from nanogpt.terminal import rich_console
 
-            rich_console().print(run_table(run_summary(read_run(run.path))))
+            print_table(run_table(run_summary(read_run(run.path))))
             typer.echo(f"Run directory: {run.path}")

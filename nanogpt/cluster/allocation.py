@@ -11,7 +11,7 @@ from nanogpt.cluster.job_runs import job_name_for_slurm
 from nanogpt.cluster.outside import ask_or_fail
 from nanogpt.cluster.request import JobRequest
 from nanogpt.environment import value_of
-from nanogpt.gpus import GPU_TYPES
+from nanogpt.gpus import same_type
 
 _NODE_LINE = re.compile(r"^ *Nodes=(\S+) .*?\bGRES=(\S*)", re.MULTILINE)
 _GPUS = re.compile(r"gpu(?::(?P<type>[^:,()]+))??:(?P<count>\d+)(?=[,(]|$)")
@@ -49,16 +49,6 @@ class Allocation:
             if wrong:
                 lines.append(f"GPUs of type {request.gpu} needed, {', '.join(wrong)} allocated on {node}")
         return list(dict.fromkeys(lines))
-
-
-def same_type(found: str, wanted: str) -> bool:
-    """Whether a GPU that a site or the driver calls `found` is a `wanted`: `nvidia_h100_80gb_hbm3`, `H100-PCIe`."""
-    return wanted in re.split(r"[^a-z0-9]+", found.lower())
-
-
-def known_type(found: str) -> str | None:
-    """The one of GPU_TYPES that a GPU called `found` is."""
-    return next((gpu for gpu in GPU_TYPES if same_type(found, gpu)), None)
 
 
 def read_allocation(environ: Mapping[str, str]) -> Allocation:

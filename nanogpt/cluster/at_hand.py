@@ -9,19 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
-from nanogpt.cluster.allocation import known_type, read_allocation
+from nanogpt.cluster.allocation import read_allocation
 from nanogpt.cluster.gpus import visible_gpus
 from nanogpt.console import say
 from nanogpt.errors import InputError, RunError
-from nanogpt.gpus import GPU_NAMES, GPU_TYPES
-from nanogpt.hardware import EXAMPLES, Fill, largest_count
-from nanogpt.spec import WORLD_SIZES
+from nanogpt.gpus import GPU_NAMES, GPU_TYPES, known_type, same_type
+from nanogpt.hardware import EXAMPLES, Fill, largest_count, shape
+from nanogpt.spec import WORLD_SIZES, HardwareSpec
 
 OPEN = "hardware: the recipe leaves it open"
 
 
 def at_hand(environ: Mapping[str, str]) -> Fill:
-    """What this machine has, told by nvidia-smi, which is asked where a recipe leaves type or number of GPUs open.
+    """What this machine has, told by the driver, which is asked where a recipe leaves type or number of GPUs open.
 
     Raises (when it fills):
         InputError: there is no GPU, or none of a type that is known; the message says how to go on.
@@ -46,7 +46,7 @@ def at_hand(environ: Mapping[str, str]) -> Fill:
 
 
 def of_the_job(environ: Mapping[str, str]) -> Fill:
-    """What Slurm gave the job that `environ` tells of; where it has no types of GPUs, nvidia-smi tells the type.
+    """What Slurm gave the job that `environ` tells of; where it has no types of GPUs, the driver tells the type.
 
     Raises (when it fills): as `at_hand`, and `RunError` where Slurm does not answer.
     """
@@ -68,6 +68,26 @@ def of_the_job(environ: Mapping[str, str]) -> Fill:
         return found, f"hardware of job {allocation.job_id}"
 
     return fill
+
+
+def check_type(hardware: HardwareSpec, environ: Mapping[str, str]) -> None:
+    """Refuse GPUs of another type than `hardware` names; those of no known type may stand for any.
+
+    Raises:
+        InputError: says how to run on the GPUs that are here.
+    """
+    if hardware.gpu == "cpu":
+        return
+    try:
+        names = [gpu.name for gpu in visible_gpus(environ)]
+    except RunError:  # PyTorch has the last word on whether there is a GPU
+        return
+    for name in names:
+        if (found := known_type(name)) and not same_type(name, hardware.gpu):
+            here = shape(hardware.model_copy(update={"gpu": found}))
+            raise InputError(
+                f"hardware.gpu: the recipe is for {hardware.gpu}, this machine has {name}. To run on it: --on {here}"
+            )
 
 
 def to_be_said(stated: Mapping[str, Any]) -> NoReturn:

@@ -1,25 +1,24 @@
-"""The GPUs of this machine as nvidia-smi tells of them: no CUDA context, no torch, a fraction of a second."""
+"""The GPUs of this machine as the driver's NVML tells of them: no CUDA context, no torch, a fraction of a second."""
 
 from __future__ import annotations
 
-import csv
 import re
-import shutil
-import subprocess
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from nanogpt.errors import RunError
 from nanogpt.gpus import OLDEST_DRIVER
 
-GPU_FIELDS = ("index", "uuid", "name", "driver_version", "memory.total", "memory.used")
-APP_FIELDS = ("gpu_uuid", "pid", "process_name", "used_memory")
+T = TypeVar("T")
 TIMEOUT_S = 15.0
+MIB = 1 << 20
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU. Memory in MiB; None where nvidia-smi does not tell, as of a GPU that is cut into MIG instances."""
+    """One GPU. Memory in MiB; None where the driver does not tell, as of a GPU that is cut into MIG instances."""
 
     index: int
     uuid: str
@@ -40,38 +39,21 @@ class GpuProcess:
 
 
 def visible_gpus(environ: Mapping[str, str]) -> list[Gpu]:
-    """The GPUs that are this job's: all that nvidia-smi shows, or of them those in CUDA_VISIBLE_DEVICES.
+    """The GPUs that are this job's: all that the driver shows, or of them those in CUDA_VISIBLE_DEVICES.
 
     Raises:
-        RunError: there is no nvidia-smi, or it fails.
+        RunError: there is no driver, or it does not answer.
     """
-    gpus = parse_gpus(_nvidia_smi(f"--query-gpu={','.join(GPU_FIELDS)}"))
+    gpus = _ask(_gpus)
     visible = [name.strip() for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     if not visible or len(visible) >= len(gpus):
-        return gpus  # where Slurm confines devices, nvidia-smi counts the job's own from 0, as CUDA does
+        return gpus  # where Slurm confines devices, the driver counts the job's own from 0, as CUDA does
     return [gpu for gpu in gpus if str(gpu.index) in visible or any(gpu.uuid.startswith(name) for name in visible)]
 
 
 def gpu_processes() -> list[GpuProcess]:
     """The processes on all GPUs that can be seen. Raises `RunError` as `visible_gpus` does."""
-    return parse_processes(_nvidia_smi(f"--query-compute-apps={','.join(APP_FIELDS)}"))
-
-
-def parse_gpus(text: str) -> list[Gpu]:
-    """GPUs of `--query-gpu` of GPU_FIELDS as CSV without header and units."""
-    return [
-        Gpu(int(index), uuid, name, driver, _number(total), _number(used))
-        for index, uuid, name, driver, total, used in _rows(text, len(GPU_FIELDS))
-    ]
-
-
-def parse_processes(text: str) -> list[GpuProcess]:
-    """Processes of `--query-compute-apps` of APP_FIELDS."""
-    return [
-        GpuProcess(uuid, int(pid), name, _number(used))
-        for uuid, pid, name, used in _rows(text, len(APP_FIELDS))
-        if pid.isdecimal()
-    ]
+    return _ask(_processes)
 
 
 def oldest_driver(cuda: str) -> tuple[int, ...]:
@@ -84,31 +66,65 @@ def version_numbers(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version))
 
 
-def _rows(text: str, columns: int) -> list[Sequence[str]]:
-    rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines()) if row]
-    return [row for row in rows if len(row) == columns]
+def _ask(question: Callable[[Any], T]) -> T:
+    """What NVML answers, in a thread, since a driver that hangs never does."""
+    answers: list[T | Exception] = []
+
+    def ask() -> None:
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            try:
+                answers.append(question(pynvml))
+            finally:
+                pynvml.nvmlShutdown()
+        except Exception as error:
+            answers.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(TIMEOUT_S)
+    if not answers:
+        raise RunError(f"NVIDIA driver: no answer in {TIMEOUT_S:.0f} s: it hangs; use another node")
+    answer = answers[0]
+    if isinstance(answer, ImportError):
+        raise RunError("nvidia-ml-py: not installed; pip install nvidia-ml-py")
+    if type(answer).__name__ in ("NVMLError_LibraryNotFound", "NVMLError_DriverNotLoaded"):
+        raise RunError("NVIDIA driver: not found; a container needs --nv, and the machine a GPU with its driver")
+    if isinstance(answer, Exception):
+        raise RunError(f"NVIDIA driver: {answer}") from answer
+    return answer
 
 
-def _number(text: str) -> int | None:
-    return int(text) if text.isdecimal() else None
+def _devices(nvml: Any) -> list[Any]:
+    return [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
 
 
-def _nvidia_smi(query: str) -> str:
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        raise RunError("nvidia-smi: not found; in a container it needs --nv, and the machine a GPU driver")
+def _gpus(nvml: Any) -> list[Gpu]:
+    driver = nvml.nvmlSystemGetDriverVersion()
+    found = []
+    for index, device in enumerate(_devices(nvml)):
+        memory = _told(nvml, nvml.nvmlDeviceGetMemoryInfo, device)
+        total, used = (None, None) if memory is None else (memory.total // MIB, memory.used // MIB)
+        name, uuid = nvml.nvmlDeviceGetName(device), nvml.nvmlDeviceGetUUID(device)
+        found.append(Gpu(index, uuid, name, driver, total, used))
+    return found
+
+
+def _processes(nvml: Any) -> list[GpuProcess]:
+    found = []
+    for device in _devices(nvml):
+        for process in _told(nvml, nvml.nvmlDeviceGetComputeRunningProcesses, device) or ():
+            name = _told(nvml, nvml.nvmlSystemGetProcessName, process.pid) or "?"
+            used = None if process.usedGpuMemory is None else process.usedGpuMemory // MIB
+            found.append(GpuProcess(nvml.nvmlDeviceGetUUID(device), process.pid, name, used))
+    return found
+
+
+def _told(nvml: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What `function` returns; None where this GPU, or who asks, is not told."""
     try:
-        done = subprocess.run(
-            [command, query, "--format=csv,noheader,nounits"],
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            timeout=TIMEOUT_S,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise RunError(f"nvidia-smi: no answer: {error}; the driver hangs, leave this node out") from error
-    if done.returncode:
-        what = (done.stdout.strip() or done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        raise RunError(f"nvidia-smi: {what}")
-    return done.stdout
+        return function(*arguments)
+    except (nvml.NVMLError_NotSupported, nvml.NVMLError_NoPermission, nvml.NVMLError_NotFound):
+        return None

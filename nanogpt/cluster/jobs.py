@@ -186,18 +186,13 @@ def refresh(job: Job) -> None:
 
 
 def jobs_table(jobs: Sequence[Job]) -> Table:
-    """The jobs for a Rich console."""
-    from rich import box
-    from rich.table import Table
+    """The jobs for a Rich console; a narrow terminal goes without nodes, training loss and speed."""
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("job", no_wrap=True)
-    table.add_column("state", no_wrap=True)
-    for name in ("step", "train loss", "val loss", "ms/step", "run left", "limit left"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("where", overflow="fold")
-    table.add_column("run", overflow="fold")
+    from nanogpt.console import new_table
+
+    columns = ("job", "state", "step", "val loss", "run left", "limit left", "run", "train loss", "ms/step", "where")
+    table = new_table(*columns, wrap=("state", "run", "where"), spare=("where", "train loss", "ms/step"))
     for job in jobs:
         run = job.run
         state = job.state.lower() or (f"run {run.state}" if run else "")
@@ -206,13 +201,13 @@ def jobs_table(jobs: Sequence[Job]) -> Table:
             job.id,
             state + (f" ({job.reason})" if job.reason else ""),
             "" if run is None else run.progress,
-            "" if job.train_loss is None else f"{job.train_loss:.4f}",
             "" if run is None or run.val_loss is None else f"{run.val_loss:.4f}",
-            "" if run is None or run.ms_per_step is None else ms_text(run.ms_per_step),
             "" if left is None else duration(left),
             job.left if job.live else "",
-            Text(printable(job.node_list or job.partition)),
             Text(printable(run.name if run else job.name)),
+            "" if job.train_loss is None else f"{job.train_loss:.4f}",
+            "" if run is None or run.ms_per_step is None else ms_text(run.ms_per_step),
+            Text(printable(job.node_list or job.partition)),
         )
     return table
 

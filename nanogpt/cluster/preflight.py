@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import get_args
 
 from nanogpt.cluster import bandwidth
-from nanogpt.cluster.allocation import known_type, same_type
 from nanogpt.cluster.gpus import Gpu, GpuProcess, gpu_processes, oldest_driver, version_numbers, visible_gpus
 from nanogpt.console import human_bytes, say
 from nanogpt.data.manifest import ShardCheck, file_sha256, verify_directory
 from nanogpt.data.shards import ShardError, check_shard_tokens
 from nanogpt.data.tokenizer import VOCAB_SIZE
 from nanogpt.errors import InputError, RunError
-from nanogpt.gpus import GPU_TYPES
+from nanogpt.gpus import GPU_TYPES, known_type, same_type
 from nanogpt.hardware import largest_count, shape
 from nanogpt.image.build_checks import Check, Status
 from nanogpt.spec import RunSpec
@@ -43,11 +42,14 @@ def _node(environ: Mapping[str, str]) -> str:
     return environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def raise_for_failures(checks: Iterable[Check]) -> None:
-    """Raise `InputError` with every check that failed, if any did."""
+def raise_for_failures(checks: Iterable[Check], *, told: bool = False) -> None:
+    """Raise `InputError` with every check that failed, if any did; by name alone where they have been `told`."""
     failed = [check for check in checks if check.status == "failed"]
+    node = _node(os.environ)
+    if failed and told:
+        raise InputError(f"preflight on {node}: the run does not start: {', '.join(check.name for check in failed)}")
     if failed:
-        raise InputError("\n".join(f"preflight on {_node(os.environ)}: {check}" for check in failed))
+        raise InputError("\n".join(f"preflight on {node}: {check}" for check in failed))
 
 
 def preflight(spec: RunSpec, data: Path, out: Path, environ: Mapping[str, str]) -> list[Check]:
@@ -110,12 +112,12 @@ def _number_and_type(spec: RunSpec, gpus: Sequence[Gpu]) -> Iterable[Check]:
     ask_for = f"Ask for --gres=gpu:{hardware.gpu}:{hardware.gpus_per_node}"
     if len(gpus) < hardware.gpus_per_node:
         advice = f"{ask_for}, or run on fewer: --on {here}" if there else ask_for
-        yield Check("GPUs", "failed", f"the recipe wants {wanted}, found {found}", advice)
+        yield Check("GPUs", "failed", f"the recipe needs {wanted}, found {found}", advice)
         return
     wrong = [name for name in dict.fromkeys(names) if not same_type(name, hardware.gpu)]
     if wrong:
         advice = f"{ask_for}, or say what there is: {f'--on {here}' if types else '--set hardware.gpu=...'}"
-        yield Check("GPUs", "failed", f"the recipe wants {wanted}, found {found}", advice)
+        yield Check("GPUs", "failed", f"the recipe needs {wanted}, found {found}", advice)
     elif len(gpus) > hardware.gpus_per_node:
         advice = f"The rest idles; --on {here} uses more" if there > hardware.gpus_per_node else "The rest idles"
         yield Check("GPUs", "warning", f"the recipe uses {wanted} of {found}", advice)

@@ -104,18 +104,18 @@ def _other_world_size(spec: RunSpec, size: int) -> str:
     hardware = spec.hardware
     nodes = f"--nnodes {hardware.nodes} --rdzv-endpoint NODE:29500 --rdzv-id JOB " if hardware.nodes > 1 else ""
     if spec.world_size == 1:
-        wanted, start = "1 process", "`nanogpt train RECIPE` without a launcher is one"
+        wanted, start = "1 process", "Start it without a launcher: `nanogpt train RECIPE`"
     else:
         wanted = f"{spec.world_size} processes"
         start = (
-            f"`nanogpt launch {nodes}RECIPE`{' on each node' if nodes else ''} starts them (--bench first, and"
-            " it starts `nanogpt bench`), slurm/run.sh RECIPE a job of them"
+            f"Start them by `nanogpt launch {nodes}RECIPE`{' on each node' if nodes else ''} (for a benchmark with"
+            " --bench before RECIPE), or as a Slurm job by `slurm/run.sh RECIPE`"
         )
     here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     there = shape(hardware.model_copy(update={"gpus_per_node": here, "nodes": max(1, size // here)}))
     fits = size in WORLD_SIZES and spec.training.slots % size == 0
-    return f"hardware: the recipe wants {wanted}, found {size}. {start}" + (
-        f"; --on {there} runs on what there is" if fits else ""
+    return f"hardware: the recipe needs {wanted}, found {size}. {start}" + (
+        f". With --on {there} it runs on what there is" if fits else ""
     )
 
 
@@ -169,7 +169,7 @@ def _device(spec: RunSpec, local_rank: int) -> torch.device:
     alone = spec.world_size > 1 and see_own_gpu(os.environ, local_rank)
     if not torch.cuda.is_available():
         raise InputError(
-            f"hardware.gpu: the recipe wants {spec.hardware.gpu}, this machine shows no GPU to PyTorch"
+            f"hardware.gpu: the recipe needs {spec.hardware.gpu}, this machine shows no GPU to PyTorch"
             f" {torch.__version__}. Run it on a GPU node (apptainer needs --nv), or try recipes/demo.yaml on a CPU"
         )
     index = 0 if alone else local_rank

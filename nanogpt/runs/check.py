@@ -390,14 +390,11 @@ def check_data(run: LoadedRun, checks: Sequence[Check]) -> dict[str, Any]:
 
 def check_table(checks: Sequence[Check]) -> RenderableType:
     """The checks for a Rich console."""
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("rule", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    table.add_column("evidence", overflow="fold")
+    from nanogpt.console import new_table
+
+    table = new_table("rule", "", "evidence", wrap=["evidence"], left=2)
     styles = {"passed": "green", "failed": "bold red", "unknown": "yellow"}
     for check in checks:
         table.add_row(check.rule, Text(check.state, style=styles[check.state]), Text(printable(check.evidence)))

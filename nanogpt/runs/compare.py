@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from nanogpt.runs.display import ms_text
 from nanogpt.runs.loaded import LoadedRun, differences, require, show
 from nanogpt.runs.table import run_summary
+from nanogpt.terminal import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -18,15 +19,15 @@ OWN_KEYS = ("name", "description", "output", "reference")
 def comparison_data(runs: Sequence[LoadedRun]) -> dict[str, Any]:
     """What two or more runs came to and differ in, as data that JSON can hold. What is not known is None.
 
-    - runs: for each `run_summary`'s fields (with the directory's name as `run`), val_loss (after the last step),
-      train_seconds, ms_per_step, seed, interruptions, and code: commit, clean, source_sha256
+    - runs: for each `label` (A, B, ...), `run_summary`'s fields (with the directory's name as `run`), val_loss (after
+      the last step), train_seconds, ms_per_step, seed, interruptions, and code: commit, clean, source_sha256
     - differences: part (spec, code, hardware or data), key, values in the order of the runs
 
     Raises `InputError` for fewer than two runs.
     """
     require(runs, 2, "compare")
     return {
-        "runs": [_facts(run) for run in runs],
+        "runs": [{"label": letter(index), **_facts(run)} for index, run in enumerate(runs)],
         "differences": [
             {"part": found.part, "key": found.key, "values": list(found.values)}
             for found in differences(runs, ignore=OWN_KEYS)
@@ -56,14 +57,19 @@ def _facts(run: LoadedRun) -> dict[str, Any]:
 
 
 def comparison_table(data: dict[str, Any]) -> RenderableType:
-    """`comparison_data`'s for a Rich console: a column for each run, numbers with their distance from the first's."""
+    """`comparison_data` for a Rich console.
+
+    Runs have letters, which a legend explains; numbers stand with their distance from those of run A.
+    """
     from rich.console import Group
     from rich.text import Text
 
-    from nanogpt.runs.table import plain_table
+    from nanogpt.console import new_table
 
     runs = data["runs"]
-    table = plain_table("", *(run["run"] for run in runs), left=1, wrap=True)
+    letters = [letter(index) for index in range(len(runs))]
+    legend = Text("\n".join(f"{name} = {printable(run['run'])}" for name, run in zip(letters, runs, strict=True)))
+    table = new_table("", *letters)
     table.add_row("state", *(run["state"] for run in runs))
     table.add_row("hardware", *(_hardware(run) for run in runs))
     table.add_row("commit", *(_commit(run["code"]) for run in runs))
@@ -84,11 +90,17 @@ def comparison_table(data: dict[str, Any]) -> RenderableType:
         table.add_row("interruptions", *(show(run["interruptions"]) for run in runs))
 
     if not data["differences"]:
-        return Group(table, Text("No difference in spec, code, hardware or data."))
-    apart = plain_table("differences", "", *(run["run"] for run in runs), left=2, wrap=True)
+        return Group(legend, table, Text("No difference in spec, code, hardware or data."))
+    apart = new_table("differs", "key", *letters, wrap=("key", *letters))
     for found in data["differences"]:
-        apart.add_row(found["part"], found["key"], *(show(value) for value in found["values"]))
-    return Group(table, apart)
+        apart.add_row(found["part"], *(Text(printable(text)) for text in (found["key"], *map(show, found["values"]))))
+    return Group(legend, table, apart)
+
+
+def letter(index: int) -> str:
+    """0 -> `A`, 25 -> `Z`, 26 -> `AA`: a run's name in the table."""
+    before, last = divmod(index, 26)
+    return (letter(before - 1) if before else "") + chr(ord("A") + last)
 
 
 def _numbers(table: Any, name: str, values: list[float | None], text: Callable[[float], str], delta: str) -> None:

@@ -275,19 +275,13 @@ def _fits(value: Any, sign: str, wanted: str, text: str) -> bool:
 
 
 def runs_table(rows: Sequence[RunRow]) -> Table:
-    """The rows for a Rich console."""
-    from rich import box
-    from rich.table import Table
+    """The rows for a Rich console; a terminal of 80 columns goes without those at the end."""
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("run", overflow="fold")
-    table.add_column("state", no_wrap=True)
-    for name in ("steps", "val loss", "time", "ms/step"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("GPUs", overflow="fold")
-    table.add_column("commit", no_wrap=True)
-    table.add_column("date", no_wrap=True)
+    from nanogpt.console import new_table
+
+    columns = ("run", "state", "steps", "val loss", "time", "GPUs", "ms/step", "commit", "date")
+    table = new_table(*columns, wrap=("run", "GPUs"), spare=("commit", "ms/step", "date", "GPUs"))
     for row in rows:
         commit = row.commit or ""
         table.add_row(
@@ -296,9 +290,14 @@ def runs_table(rows: Sequence[RunRow]) -> Table:
             row.progress,
             "" if row.val_loss is None else f"{row.val_loss:.4f}",
             "" if row.train_seconds is None else f"{row.train_seconds:,.1f} s",
+            Text(printable(_short(row.gpus or ""))),
             "" if row.ms_per_step is None else ms_text(row.ms_per_step),
-            Text(printable((row.gpus or "").removeprefix("1 x ").replace("NVIDIA ", ""))),
             commit[:7] + ("+" if commit.endswith("+") else ""),
             "" if row.created is None else row.created.astimezone().strftime("%Y-%m-%d %H:%M"),
         )
     return table
+
+
+def _short(gpus: str) -> str:
+    """`8 x H100` of `8 x NVIDIA H100 80GB HBM3`, `cpu` of `1 x cpu`."""
+    return re.sub(r"NVIDIA | \d+GB\b| HBM\w+|^1 x (?=cpu$)", "", gpus)

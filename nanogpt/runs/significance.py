@@ -185,9 +185,10 @@ def significance_table(result: Significance, runs: Sequence[LoadedRun]) -> Rende
     from rich.console import Group
     from rich.text import Text
 
-    from nanogpt.runs.table import plain_table, seconds_text
+    from nanogpt.console import new_table
+    from nanogpt.runs.table import seconds_text
 
-    table = plain_table("run", "seed", "validation loss", "training time", left=1)
+    table = new_table("run", "seed", "validation loss", "training time", wrap=["run"])
     for run in runs:
         seconds = run.train_seconds
         table.add_row(

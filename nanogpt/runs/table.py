@@ -6,9 +6,10 @@ import itertools
 import statistics
 from typing import TYPE_CHECKING, Any
 
+from nanogpt.console import new_table
 from nanogpt.runs.display import ms_text
 from nanogpt.runs.metrics import Record, RunMetrics
-from nanogpt.terminal import printable, rich_console
+from nanogpt.terminal import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -126,7 +127,7 @@ def _subtitle(summary: dict[str, Any]) -> str:
 
 
 def _evaluations(summary: dict[str, Any]) -> Table:
-    table = plain_table("step", "validation loss", "training time", "ms/step so far")
+    table = new_table("step", "validation loss", "training time", "ms/step so far", left=0)
     for record in summary["evaluations"]:
         table.add_row(
             f"{record['step']:,}",
@@ -138,7 +139,7 @@ def _evaluations(summary: dict[str, Any]) -> Table:
 
 
 def _stages(summary: dict[str, Any]) -> Table:
-    table = plain_table("stage", "steps", "tokens", "ms/step (median of pairs)", "tokens/s")
+    table = new_table("stage", "steps", "tokens", "ms/step (median of pairs)", "tokens/s", left=0)
     for stage in summary["stages"]:
         table.add_row(
             str(stage["stage"] + 1),
@@ -148,32 +149,6 @@ def _stages(summary: dict[str, Any]) -> Table:
             "" if stage["tokens_per_second"] is None else f"{stage['tokens_per_second']:,}",
         )
     return table
-
-
-def plain_table(*columns: str, left: int = 0, wrap: bool = False) -> Table:
-    """A table without frames; the first `left` columns to the left, the others to the right, on one line or `wrap`."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < left else "right", no_wrap=index >= left and not wrap)
-    return table
-
-
-def print_table(renderable: RenderableType) -> None:
-    """Print to standard output: as wide as the terminal; into a file or pipe as wide as it needs."""
-    console = rich_console(highlight=False)
-    if not console.is_terminal:
-        console.width = 1000  # tables take no more than they need, and text is not broken
-    console.print(renderable)
-
-
-def print_rows(table: RenderableType) -> None:
-    """Print rows that stay one line each where nobody looks, as in a job's output; a narrow terminal folds them."""
-    console = rich_console()
-    console.width = max(console.width, rich_console(width=1000).measure(table).maximum)
-    console.print(table)
 
 
 def seconds_text(ms: float | None) -> str:

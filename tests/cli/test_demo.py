@@ -61,7 +61,7 @@ def test_it_shows_tables_losses_sample_and_what_comes_next(shown):
     assert "Tokenizing the embedded prose into" in err
     assert "tiny: finished, 4 of 4 steps" in out
     assert "ln(50257) = 10.8249" in out
-    rows = {match[1]: float(match[2]) for match in re.finditer(r"^ (\w+ \w+) +(\d+\.\d{4}) ", out, re.MULTILINE)}
+    rows = {match[1]: float(match[2]) for match in re.finditer(r"^ ?(\w+ \w+) +(\d+\.\d{4}) ", out, re.MULTILINE)}
     assert rows["before training"] == pytest.approx(math.log(50304), abs=0.05)
     train, val = (sorted((directory / "data").glob(f"fineweb_{part}_*.bin")) for part in ("train", "val"))
     assert rows["unigram model"] == pytest.approx(unigram_cross_entropy(train, val, 512, 50257), abs=1e-4)
@@ -78,15 +78,13 @@ def test_it_shows_tables_losses_sample_and_what_comes_next(shown):
 
 def test_what_it_says_to_type_works(shown, nanogpt):
     _, run, out, _ = shown
-    lines = [line.strip() for line in out.partition("What to type next:")[2].splitlines()]
+    lines = [line.strip() for line in out.partition("Next:")[2].splitlines()]
     commands = [shlex.split(line) for line in lines if line.startswith("nanogpt ")]
-    assert {"sample", "show", "validate", "train"} <= {command[1] for command in commands}
-    assert "prep-fineweb" in lines
+    assert {command[1] for command in commands} >= {"sample", "show"}
     for command in commands:
-        if command[1] != "train":
-            assert nanogpt(*command[1:]).code == 0, command
-        else:
-            assert nanogpt("validate", command[2]).code == 0
+        if command[1] in ("train", "launch"):
+            command[1] = "validate"
+        assert nanogpt(*command[1:]).code == 0, command
     assert nanogpt("plot", run, "--out", run / "again.svg").out == f"{run / 'again.svg'}\n"
     assert nanogpt("plot", run).out == f"{run / 'loss.png'}\n"
 
@@ -113,7 +111,7 @@ def test_a_whole_run_that_learned_too_little_fails(shown, recipe, capsys):
     assert "is in" in captured.err and "already" in captured.err
     assert {path: path.stat().st_mtime_ns for path in (directory / "data").iterdir()} == before
     assert "What it writes" in captured.out
-    assert "What to type next" not in captured.out
+    assert "Next:" not in captured.out
 
 
 def test_a_whole_run_that_learned_enough_passes(shown, recipe, capsys, monkeypatch):
@@ -169,11 +167,25 @@ def test_damaged_shards_are_made_again(tmp_path, damage):
     assert (shard.read_bytes() == data) == (damage != "other split")
 
 
+@pytest.mark.parametrize(
+    ("gpus", "command"),
+    [
+        (["NVIDIA H100 80GB HBM3"], "nanogpt train speedrun --on 1xh100"),
+        (["NVIDIA H200"] * 4, "nanogpt launch speedrun --on 4xh200"),
+        (["NVIDIA Something New"], "nanogpt train speedrun --set hardware.gpu=a100 --set hardware.gpus_per_node=1"),
+    ],
+)
+def test_the_next_step_fits_the_gpus(gpus, command):
+    lines = next_steps(Path("runs/x"), gpus).splitlines()
+    assert lines[-1].strip() == command
+    assert "  prep-fineweb" in lines
+
+
 def test_only_what_is_here_is_suggested(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "slurm" not in next_steps(Path("runs/x"))
+    assert "slurm" not in next_steps(Path("runs/x"), [])
     (tmp_path / "slurm").mkdir()
     (tmp_path / "slurm" / "run.sh").write_text("")
-    assert "sbatch slurm/run.sh recipes/8xh200.yaml" in next_steps(Path("runs/x"))
+    assert "slurm/run.sh --dry-run speedrun --on 1xh100" in next_steps(Path("runs/x"), [])
     monkeypatch.setenv("PATH", "/nowhere")
-    assert re.search(r"^  \. \S*/bin/activate$", next_steps(Path("runs/x")), re.MULTILINE)
+    assert re.search(r"^  \. \S*/bin/activate$", next_steps(Path("runs/x"), []), re.MULTILINE)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
+from made_nvml import MadeNvml
 
 from nanogpt.cli.launch import _hardware
 from nanogpt.errors import REQUEUE_EXIT_CODE, InputError
@@ -82,11 +82,8 @@ def test_options_that_are_refused(options: str, words: str) -> None:
 
 
 @pytest.fixture
-def four_h200(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    smi = tmp_path / "nvidia-smi"
-    smi.write_text("#!/bin/sh\nfor i in 0 1 2 3; do echo $i, GPU-$i, NVIDIA H200, 580.95.05, 143771, 1; done\n")
-    smi.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+def four_h200(nvml: MadeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml.show(*["NVIDIA H200"] * 4)
     for name in ("CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE", "PET_NPROC_PER_NODE"):
         monkeypatch.delenv(name, raising=False)
 

@@ -11,6 +11,7 @@ import time
 from importlib import metadata
 
 import pytest
+import typer
 
 import nanogpt
 from nanogpt.cli import main as cli
@@ -39,6 +40,29 @@ def test_every_command_explains_itself(nanogpt, name):
     outcome = nanogpt(name, "--help")
     assert outcome.code == 0
     assert f"Usage: nanogpt {name}" in outcome.out
+
+
+def all_helps(nanogpt):
+    for command in cli.COMMANDS:
+        loaded = command.load()
+        names = [part.name for part in loaded.registered_commands] if isinstance(loaded, typer.Typer) else [None]
+        for name in names:
+            yield nanogpt(command.name, *([name] if name else []), "--help").out
+
+
+def test_help_names_values_without_the_types_of_the_code(nanogpt):
+    for text in all_helps(nanogpt):
+        for unwanted in ("<int", "<str", "<path", "<list", "<float", "INTEGER", "{", "x>=", "x<=", "default: ("):
+            assert unwanted not in text, text
+        assert max(map(len, text.splitlines())) <= 80
+
+
+def test_the_shell_completes_commands_and_recipes(nanogpt, monkeypatch):
+    monkeypatch.setenv("_NANOGPT_COMPLETE", "complete_bash")
+    for words, at, expected in (("nanogpt comp", 1, ["compare"]), ("nanogpt train 8xh", 2, ["8xh100", "8xh200"])):
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(at))
+        assert nanogpt().out.split() == expected
 
 
 def test_no_arguments_show_the_help(nanogpt):

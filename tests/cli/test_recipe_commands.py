@@ -1,6 +1,7 @@
 """`nanogpt validate`, `show`, `schema` and `recipes`."""
 
 import json
+import re
 
 import pytest
 
@@ -42,6 +43,14 @@ def test_validate_goes_on_after_an_error_and_names_all(nanogpt, tmp_path):
     lines = outcome.err.splitlines()
     assert [line.partition(": ")[0] for line in lines] == [f"{wrong}:3", f"{wrong}:4", "nothing"]
     assert "did you mean width?" in lines[0]
+
+
+def test_validate_for_programs(nanogpt):
+    outcome = nanogpt("validate", "speedrun", "nothing", "--json")
+    good, bad = json.loads(outcome.out)
+    assert (outcome.code, outcome.err) == (2, "")
+    assert good == {"recipe": "speedrun", "valid": True, "errors": []}
+    assert not bad["valid"] and bad["errors"][0].startswith("nothing: no such recipe")
 
 
 def test_validate_names_an_override_that_is_wrong_once(nanogpt):
@@ -121,9 +130,21 @@ def test_schema_prints_the_committed_schema(nanogpt):
     assert json.loads(nanogpt("schema", "--resolved").out) == recipe_schema(resolved=True)
 
 
-def test_recipes_lists_all(nanogpt):
-    header, *rows = nanogpt("recipes").out.splitlines()
-    assert header.split() == ["recipe", "model", "gpu", "world", "size", "steps", "tokens"]
-    assert [row.split()[0] for row in rows] == SHIPPED
-    assert ["4xh200", "speedrun", "h200", "4", "1,555", "412,876,800"] in [row.split() for row in rows]
-    assert ["record89", "record89", "any", "any", "1,285", "338,821,120"] in [row.split() for row in rows]
+def test_recipes_lists_and_describes_all(nanogpt):
+    out = nanogpt("recipes").out
+    assert sorted(set(re.findall(r"[\w-]+", out)) & set(SHIPPED)) == SHIPPED
+    (line,) = [line for line in out.splitlines() if line.startswith("record89 ")]
+    assert line.split() == ["record89", "any", "1,285", "339", "M", *load_recipe("record89").description.split()]
+    facts = {fact["recipe"]: fact for fact in json.loads(nanogpt("recipes", "--json").out)}
+    assert sorted(facts) == SHIPPED
+    assert facts["2x4xh100"] == {
+        "recipe": "2x4xh100",
+        "description": load_recipe("speedrun").description,
+        "model": "speedrun",
+        "hardware": "2x4xh100",
+        "hardware_of": "speedrun",
+        "world_size": 8,
+        "steps": 1555,
+        "tokens": 412_876_800,
+    }
+    assert facts["record89"]["hardware"] is None and facts["record89-averaged"]["hardware_of"] is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import io
 import json
 import shutil
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 import pytest
 from tiny_runs import make_data, tiny_spec, train
 
-from nanogpt.runs.listing import list_runs
+from nanogpt.runs.listing import list_runs, runs_table
 from nanogpt.runs.record import Process, Slurm, read_record, write_record
+from nanogpt.terminal import rich_console
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -123,13 +125,26 @@ def test_the_table(nanogpt: Any, runs: Path, monkeypatch: pytest.MonkeyPatch) ->
     outcome = nanogpt("runs", runs)
     assert outcome.code == 0
     lines = [line.split() for line in outcome.out.splitlines() if line.strip()]
-    assert lines[0] == ["run", "state", "steps", "val", "loss", "time", "ms/step", "GPUs", "commit", "date"]
-    assert [line[0] for line in lines[2:7]] == ["quiet", "killed", "broken", "bad", "good"]  # by date
+    assert lines[0] == ["run", "state", "steps", "val", "loss", "time", "GPUs", "ms/step", "commit", "date"]
+    assert [line[0] for line in lines[1:6]] == ["quiet", "killed", "broken", "bad", "good"]  # by date
     (good,) = (line for line in lines if line[0] == "good")
     assert good[1:4] == ["finished", "12/12", "3.2779"]
-    assert good[7:10] == ["cpu", "abcdef0", "2026-01-05"]
+    assert good[6] == "cpu" and good[8:10] == ["abcdef0", "2026-01-05"]
     assert "broken: RunError: no luck" in outcome.err
     assert "old: record.json: no such record" in outcome.err
+
+
+def test_a_terminal_of_80_columns_has_a_line_for_each_run(runs: Path) -> None:
+    rows = list_runs(runs)
+    for row in rows:
+        row.name, row.gpus = "speedrun-8xh200-20261122-182056", "8 x NVIDIA H200"
+        row.steps, row.total_steps, row.train_seconds = 1234, 1555, 154.7
+    screen = io.StringIO()
+    rich_console(screen, force_terminal=True, width=80, color_system=None).print(runs_table(rows))
+    head, rule, *lines = screen.getvalue().splitlines()
+    assert "time" in head and "commit" not in head and set(rule.strip()) == {"\u2500"}
+    assert len(lines) == len(rows) and max(map(len, screen.getvalue().splitlines())) <= 80
+    assert all("speedrun-8xh200-20261122-182056" in line and "1,234/1,555" in line for line in lines)
 
 
 def test_sorting(nanogpt: Any, runs: Path) -> None:

@@ -16,10 +16,9 @@ from tiny_runs import make_data, tiny_spec, train, write_recipe
 
 from nanogpt import terminal
 from nanogpt.cluster.jobs import Job, jobs_table
-from nanogpt.console import progress, say
+from nanogpt.console import print_table, progress, say
 from nanogpt.recipe import load_recipe
 from nanogpt.runs.display import StepDisplay
-from nanogpt.runs.table import print_rows
 
 NANOGPT = [sys.executable, "-m", "nanogpt"]
 PREP_TEXT = [sys.executable, "-c", "from nanogpt.cli.prep_text import text_main; text_main()"]
@@ -196,7 +195,7 @@ def test_tables_show_escape_sequences(tmp_path):
 def test_jobs_show_escape_sequences(capsys):
     job = Job("1", "1", "RUNNING", "1:00", "2:00", "p", 1, "\x1b[5m", "n\u202e1", None, "a\x1b[2Jb")
     with terminal.terminal():
-        print_rows(jobs_table([job]))
+        print_table(jobs_table([job]))
         say(job.name)
     captured = capsys.readouterr()
     assert r"a\x1b[2Jb" in captured.out and r"running (\x1b[5m)" in captured.out and r"n\u202e1" in captured.out

@@ -41,7 +41,7 @@ def test_a_refusal_is_told_once(data: Path, tmp_path: Path) -> None:
     recipe = endless_recipe(tmp_path / "endless.yaml", 4)  # for four, on two
     with Launched(tmp_path / "refused", 2, recipe, "--data", data) as launched:
         assert launched.end() == 2, launched.output
-        assert launched.output.count("the recipe wants 4 processes, found 2") == 1
+        assert launched.output.count("the recipe needs 4 processes, found 2") == 1
         assert "Traceback" not in launched.output
         assert not launched.runs.exists()
 

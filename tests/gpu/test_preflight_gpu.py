@@ -10,11 +10,10 @@ import pytest
 import torch
 from tiny_runs import make_data
 
-from nanogpt.cluster.allocation import same_type
 from nanogpt.cluster.bandwidth import measure_apart
 from nanogpt.cluster.gpus import gpu_processes, visible_gpus
 from nanogpt.cluster.preflight import preflight
-from nanogpt.gpus import GPU_TYPES
+from nanogpt.gpus import GPU_TYPES, same_type
 from nanogpt.recipe import load_recipe
 
 pytestmark = pytest.mark.gpu
@@ -29,7 +28,7 @@ def gpu_type() -> str:
     pytest.skip(f"no recipe is for a {name}")
 
 
-def test_nvidia_smi_tells_what_torch_sees() -> None:
+def test_the_driver_tells_what_torch_sees() -> None:
     gpus = visible_gpus(os.environ)
     assert [gpu.name for gpu in gpus] == [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     assert all(gpu.memory_mib and gpu.driver for gpu in gpus)

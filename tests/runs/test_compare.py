@@ -25,6 +25,7 @@ def test_the_table(tmp_path, nanogpt):
     assert "4.2240 4.2240 (+0.0000)" in " ".join(rows["loss at step 500"])
     assert f"{COMMIT[:12]} {COMMIT[:12]} with changes" in " ".join(rows["commit"])
     text = " ".join(done.out.split())
+    assert text.startswith("A = first B = second A B state finished finished")
     assert "spec optimizer.normuon.lr 0.023 0.025" in text
     assert "spec training.seed 0 1" in text
     assert "code source_sha256 555555555555 666666666666" in text
@@ -38,6 +39,7 @@ def test_json(tmp_path, nanogpt):
     data = json.loads(nanogpt("compare", first, second, third, "--json").out)
     assert [run["run"] for run in data["runs"]] == ["first", "second", "third"]
     one = data["runs"][0]
+    assert [run["label"] for run in data["runs"]] == ["A", "B", "C"]
     assert (one["state"], one["val_loss"], one["train_seconds"]) == ("finished", 3.2776, 93.0)
     assert one["ms_per_step"] == pytest.approx(93_000 / 1555)
     assert [stage["steps"] for stage in one["stages"]] == [505, 505, 505, 40]

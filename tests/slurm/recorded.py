@@ -1,4 +1,4 @@
-"""What Slurm and nvidia-smi print, as recorded (names of machines and users made up), and programs that print it."""
+"""What Slurm prints, as recorded (names of machines and users made up), and programs that print it."""
 
 from __future__ import annotations
 
@@ -44,15 +44,6 @@ SACCT = """\
 77|77|RUNNING|00:10:00|gpu|2|n[1-2]|0:0|a|strange name
 """
 SACCT_OFF = "Slurm accounting storage is disabled\n"
-
-
-def gpus(*names: str, driver: str = "580.95.05", total: str = "143771", used: Mapping[int, str] | None = None) -> str:
-    """nvidia-smi --query-gpu=index,uuid,name,driver_version,memory.total,memory.used --format=csv,noheader,nounits."""
-    used = used or {}
-    return "".join(
-        f"{index}, GPU-{index:08d}-aaaa, {name}, {driver}, {total}, {used.get(index, '1')}\n"
-        for index, name in enumerate(names)
-    )
 
 
 def program(directory: Path, name: str, answers: Mapping[str, str], *, code: int = 0) -> Path:

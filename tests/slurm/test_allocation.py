@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from recorded import NO_GPU, ONE_NODE, TWO_NODES, UNLIKE_NODES, program
 
-from nanogpt.cluster.allocation import Allocation, parse_gpus, read_allocation, same_type
+from nanogpt.cluster.allocation import Allocation, parse_gpus, read_allocation
 from nanogpt.cluster.rendezvous import FIRST_PORT, choose_addresses, free_port, rendezvous
 from nanogpt.cluster.request import job_request
 from nanogpt.errors import RunError
+from nanogpt.gpus import same_type
 from nanogpt.recipe import load_recipe
 
 

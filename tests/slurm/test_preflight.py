@@ -1,13 +1,15 @@
-"""Preflight's checks, with a recorded nvidia-smi and real files."""
+"""Preflight's checks, with a made-up driver and real files."""
 
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import pynvml
 import pytest
-from recorded import gpus, program
+from made_nvml import MadeNvml
 from tiny_runs import make_data, tiny_spec
 
 from nanogpt.cluster import preflight as module
@@ -20,93 +22,99 @@ from nanogpt.image.build_checks import Check
 from nanogpt.recipe import load_recipe
 
 H200 = "NVIDIA H200"
-Smi = Callable[..., None]
 
 
-@pytest.fixture
-def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Smi:
-    """Put an nvidia-smi that prints these GPUs and processes on PATH."""
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+@pytest.fixture(autouse=True)
+def cuda_13(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "cuda_version", lambda: "13.0")
-
-    def make(query_gpu: str, processes: str = "", code: int = 0) -> None:
-        program(tmp_path / "bin", "nvidia-smi", {"query-gpu": query_gpu, "query-compute": processes}, code=code)
-
-    return make
 
 
 def states(checks: list[Check]) -> dict[str, str]:
     return {check.name: check.status for check in checks}
 
 
-def test_eight_good_gpus_pass(smi: Smi) -> None:
-    smi(gpus(*[H200] * 8))
+def test_eight_good_gpus_pass(nvml: MadeNvml) -> None:
+    nvml.show(*[H200] * 8)
     checks = check_gpus(load_recipe("8xh200"), {})
     assert states(checks) == {"GPUs": "passed", "driver": "passed", "GPU memory": "passed"}
     assert checks[0].found == "8 x NVIDIA H200"
 
 
-def test_number_and_type_are_compared_with_the_recipe(smi: Smi) -> None:
-    smi(gpus(*[H200] * 4))
+def test_number_and_type_are_compared_with_the_recipe(nvml: MadeNvml) -> None:
+    nvml.show(*[H200] * 4)
     checks = check_gpus(load_recipe("8xh200"), {})
     assert states(checks)["GPUs"] == "failed"
-    assert "wants 8 x h200, found 4 x NVIDIA H200" in checks[0].found and "gpu:h200:8" in checks[0].advice
+    assert "needs 8 x h200, found 4 x NVIDIA H200" in checks[0].found and "gpu:h200:8" in checks[0].advice
     assert checks[0].advice.endswith("run on fewer: --on 4xh200")
     checks = check_gpus(load_recipe("2xh200"), {})
     assert states(checks)["GPUs"] == "warning" and "--on 4xh200 uses more" in checks[0].advice
     checks = check_gpus(load_recipe("4xh100"), {})
     assert states(checks)["GPUs"] == "failed" and checks[0].advice.endswith("say what there is: --on 4xh200")
-    smi(gpus("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe"))
+    nvml.show("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe")
     (check,) = [check for check in check_gpus(load_recipe("2xh100"), {}) if check.name == "GPUs"]
     assert check.status == "warning" and "several kinds" in check.found
 
 
-def test_the_job_s_gpus_are_those_that_slurm_shows(smi: Smi) -> None:
-    smi(gpus(*["NVIDIA A100-SXM4-80GB"] * 4, *[H200] * 4))
+def test_the_job_s_gpus_are_those_that_slurm_shows(nvml: MadeNvml) -> None:
+    nvml.show(*["NVIDIA A100-SXM4-80GB"] * 4, *[H200] * 4)
     assert [gpu.index for gpu in visible_gpus({"CUDA_VISIBLE_DEVICES": "4,5"})] == [4, 5]
     assert [gpu.index for gpu in visible_gpus({"CUDA_VISIBLE_DEVICES": "GPU-00000002"})] == [2]
     assert states(check_gpus(load_recipe("2xh200"), {"CUDA_VISIBLE_DEVICES": "4,5"}))["GPUs"] == "passed"
-    smi(gpus(H200, H200))  # confined devices count from 0, whatever their number on the node
+    nvml.show(H200, H200)  # confined devices count from 0, whatever their number on the node
     assert len(visible_gpus({"CUDA_VISIBLE_DEVICES": "0,1"})) == 2
 
 
-def test_an_old_driver_fails_with_the_one_that_is_needed(smi: Smi) -> None:
-    smi(gpus(H200, driver="535.104.12"))
+def test_an_old_driver_fails_with_the_one_that_is_needed(nvml: MadeNvml) -> None:
+    nvml.show(H200, driver="535.104.12")
     (check,) = [check for check in check_gpus(load_recipe("1xh200"), {}) if check.name == "driver"]
     assert check.status == "failed"
     assert "535.104.12 is too old for CUDA 13.0, which needs 580.65" in check.found
     assert oldest_driver("12.8") == (525, 60) and oldest_driver("14.1") == oldest_driver("13.0")
 
 
-def test_memory_in_use_and_foreign_processes_are_named(smi: Smi) -> None:
-    processes = "GPU-00000001-aaaa, 4711, python3, 60000\nGPU-00000007-aaaa, 5, other, 10\n"
-    smi(gpus(H200, H200, used={1: "60500"}), processes)
+def test_memory_in_use_and_foreign_processes_are_named(nvml: MadeNvml) -> None:
+    processes = [(1, 4711, "python3", 60000), (7, 5, "other", 10)]
+    nvml.show(H200, H200, used={1: 60500}, processes=processes)
     checks = check_gpus(load_recipe("2xh200"), {})
     assert states(checks)["GPU memory"] == "failed"
     (foreign,) = [check for check in checks if check.name == "foreign process"]
     assert foreign.status == "warning" and "python3 (pid 4711) with 60000 MiB" in foreign.found
-    smi(gpus(H200, used={0: "2000"}))
+    nvml.show(H200, used={0: 2000})
     assert states(check_gpus(load_recipe("1xh200"), {}))["GPU memory"] == "warning"
-    smi(gpus(H200, used={0: "[N/A]"}))
+    nvml.show(H200, used={0: None})
     assert "GPU memory" not in states(check_gpus(load_recipe("1xh200"), {}))
 
 
-def test_no_nvidia_smi_or_one_that_fails(smi: Smi, monkeypatch: pytest.MonkeyPatch) -> None:
-    smi("NVIDIA-SMI has failed because it could not communicate with the NVIDIA driver.", code=9)
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND), "--nv"),
+        (pynvml.NVMLError(pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH), "mismatch"),
+        (ImportError("pynvml"), "pip install nvidia-ml-py"),
+    ],
+)
+def test_no_driver_or_one_that_fails(nvml: MadeNvml, error: Exception, words: str) -> None:
+    nvml.error = error
     (check,) = check_gpus(load_recipe("1xh200"), {})
-    assert check.status == "failed" and "could not communicate" in check.found
-    monkeypatch.setenv("PATH", "/nowhere")
-    (check,) = check_gpus(load_recipe("1xh200"), {})
-    assert check.status == "failed" and "--nv" in check.found
+    assert check.status == "failed" and words in check.found
 
 
-def test_links_are_held_against_the_kind_of_gpu(smi: Smi) -> None:
+def test_a_driver_that_hangs(nvml: MadeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", answered.wait)
+    monkeypatch.setattr("nanogpt.cluster.gpus.TIMEOUT_S", 0.1)
+    (check,) = check_gpus(load_recipe("1xh200"), {})
+    answered.set()
+    assert check.status == "failed" and "no answer" in check.found
+
+
+def test_links_are_held_against_the_kind_of_gpu(nvml: MadeNvml) -> None:
     spec = load_recipe("4xh100")
-    smi(gpus(*["NVIDIA H100 80GB HBM3"] * 4))
+    nvml.show(*["NVIDIA H100 80GB HBM3"] * 4)
     assert check_links(spec, {}, lambda: [390.0, 385.0, 391.0, 388.0]).status == "passed"
     slow = check_links(spec, {}, lambda: [390.0, 41.0, 391.0, 388.0])
     assert slow.status == "warning" and "41 GB/s from GPU 1" in slow.found and "nvlink" in slow.advice
-    smi(gpus(*["NVIDIA H100 PCIe"] * 4))
+    nvml.show(*["NVIDIA H100 PCIe"] * 4)
     assert check_links(spec, {}, lambda: [41.0] * 4).status == "passed"
 
     def fails() -> list[float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import re
@@ -15,6 +17,7 @@ import torch
 from small_specs import batch_of
 from tiny_runs import BOS, FIRST_WITH_PREFIX, language, losses, make_data, tiny_spec, train
 
+from nanogpt.console import print_report
 from nanogpt.data.batches import ValBatches
 from nanogpt.data.shards import read_tokens, val_name, write_tokens
 from nanogpt.data.tokenizer import gpt2_encoding
@@ -420,6 +423,12 @@ def test_the_text_of_gpt2_tokens(tmp_path: Path) -> None:
 # --- the command ---
 
 
+def printed(evaluation: Evaluation, documents: int) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        print_report(as_lines(evaluation, documents))
+    return out.getvalue()
+
+
 def test_the_command(
     nanogpt: Any, runs: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -427,7 +436,7 @@ def test_the_command(
     outcome = nanogpt("evaluate", runs["speedrun"], runs["seed1"], "--documents", 3, "--out", tmp_path / "all.json")
     assert outcome.code == 0, outcome.err
     evaluation = evaluate_runs([runs["speedrun"], runs["seed1"]], data_directory=data)
-    assert outcome.out.splitlines() == as_lines(evaluation, 3)
+    assert printed(evaluation, 3) == outcome.out
     assert json.loads((tmp_path / "all.json").read_text()) == as_json(evaluation)
     assert re.search(r"^speedrun: micro-batches: 4 of 4, \d+ s$", outcome.err, re.MULTILINE)
     assert re.search(r"^seed1: micro-batches: 4 of 4, \d+ s$", outcome.err, re.MULTILINE)
@@ -435,7 +444,9 @@ def test_the_command(
 
     outcome = nanogpt("evaluate", runs["gpt2"], "--data", data, "--tokens", 64, "--device", "cpu")
     assert outcome.code == 0, outcome.err
-    assert outcome.out.splitlines() == as_lines(evaluate_runs([runs["gpt2"]], data_directory=data, tokens=64), 10)
+    assert printed(evaluate_runs([runs["gpt2"]], data_directory=data, tokens=64), 10) == outcome.out
+    outcome = nanogpt("evaluate", runs["gpt2"], "--data", data, "--tokens", 64, "--device", "cpu", "--json")
+    assert json.loads(outcome.out) == as_json(evaluate_runs([runs["gpt2"]], data_directory=data, tokens=64))
 
 
 def test_shards_are_where_the_run_read_them_or_where_train_would_look(

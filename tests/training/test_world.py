@@ -52,8 +52,8 @@ def test_the_place_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("recipe", "size", "message"),
     [
-        ("8xh100", 1, "wants 8 processes, found 1. `nanogpt launch RECIPE` starts them"),
-        ("1xh100", 2, "wants 1 process, found 2. `nanogpt train RECIPE` without a launcher is one"),
+        ("8xh100", 1, "needs 8 processes, found 1. Start them by `nanogpt launch RECIPE`"),
+        ("1xh100", 2, "needs 1 process, found 2. Start it without a launcher: `nanogpt train RECIPE`"),
     ],
 )
 def test_another_world_size(monkeypatch: pytest.MonkeyPatch, recipe: str, size: int, message: str) -> None:
@@ -73,7 +73,7 @@ def test_another_world_size_on_several_nodes(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(InputError, match="the recipe wants h200, this machine shows no GPU") as error:
+    with pytest.raises(InputError, match="the recipe needs h200, this machine shows no GPU") as error:
         check_world(load_recipe("1xh200"))
     assert "apptainer needs --nv" in str(error.value)
     assert "recipes/demo.yaml" in str(error.value)
