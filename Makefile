@@ -14,6 +14,7 @@ FLAVOUR ?= cuda
 BASE ?=
 WHEELS ?=
 KERNELS ?= all
+COMPRESSION ?=
 OUT ?= $(if $(filter cuda,$(FLAVOUR)),nanogpt.sif,nanogpt-$(FLAVOUR).sif)
 SIF ?= $(OUT)
 
@@ -26,7 +27,7 @@ TEST_READY := $(READY)/test
 TRITON := $(READY)/triton
 TRANSFORMERS := $(READY)/transformers
 
-.PHONY: help demo test test-export lint mutations format schema clean sif sif-diff lock sign verify shell test-cluster need-python
+.PHONY: help demo test test-export lint mutations format schema clean sif sif-diff lock sign verify push pull shell test-cluster need-python
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -55,9 +56,9 @@ schema: $(DEMO_READY) ## Write recipes/schema.json anew, after a change of nanog
 	$(BIN)/nanogpt schema > recipes/schema.json.new && mv recipes/schema.json.new recipes/schema.json
 
 # Needs Python and Apptainer alone, no virtual environment: it is typed on login nodes.
-sif: need-python ## Build the image, nanogpt.sif (FLAVOUR=cpu, BASE=tree, OUT=FILE, WHEELS=DIR)
+sif: need-python ## Build the image, nanogpt.sif (FLAVOUR=cpu, BASE=tree, OUT=FILE, WHEELS=DIR, COMPRESSION=gzip)
 	@$(PYTHON) -m nanogpt.image.build --flavour '$(FLAVOUR)' --base '$(BASE)' --wheels '$(WHEELS)' \
-	  --kernels '$(KERNELS)' --out '$(OUT)'
+	  --kernels '$(KERNELS)' --compression='$(COMPRESSION)' --out '$(OUT)'
 
 sif-diff: need-python ## What differs in two images or directories: make sif-diff A=old.sif B=new.sif
 	@$(PYTHON) -m nanogpt.image.tree '$(A)' '$(B)'
@@ -66,11 +67,18 @@ lock: $(DEMO_READY) ## Write containers/*.lock anew, after a change of pyproject
 	@$(PIP) install --quiet uv
 	@$(BIN)/python containers/lock.py --uv $(BIN)/uv
 
-sign: ## Sign the image with your key (apptainer key newpair makes one)
-	apptainer sign '$(SIF)'
+sign: ## Sign the image with your key (apptainer key newpair makes one), or with KEY=PRIVATE.pem
+	apptainer sign $(if $(KEY),--key '$(KEY)') '$(SIF)'
 
-verify: ## Check the image's signature
-	apptainer verify '$(SIF)'
+verify: ## Check the image's signature, by your keyring or KEY=PUBLIC.pem
+	apptainer verify $(if $(KEY),--key '$(KEY)') '$(SIF)'
+
+push: ## Put the image into a registry: TO=oras://REGISTRY/NAME:TAG
+	@$(if $(KEY),NANOGPT_SIF_KEY='$(KEY)') containers/push.sh '$(SIF)' '$(TO)'
+
+pull: ## Fetch an image that is built: FROM=oras://REGISTRY/NAME:TAG, KEY=PUBLIC.pem, SHA256=HEX
+	@$(if $(KEY),NANOGPT_SIF_KEY='$(KEY)') $(if $(SHA256),NANOGPT_SIF_SHA256='$(SHA256)') \
+	  containers/pull.sh '$(FROM)' '$(OUT)'
 
 shell: ## A shell in the image that runs this checkout's code
 	@test -e '$(SIF)' || { echo "make: there is no $(SIF); make sif builds it, SIF=FILE names another" >&2; exit 2; }
@@ -92,10 +100,11 @@ clean: ## Remove the virtual environment and the tools' caches
 need-python:
 	@command -v $(PYTHON) > /dev/null || { \
 	  echo "make: there is no $(PYTHON). On Debian or Ubuntu: apt install python3 python3-venv." \
-	    "Or name another one: make PYTHON=python3.12" >&2; exit 1; }
+	    "On a cluster: module load miniforge. Or name another one: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "make: $(PYTHON) is $$($(PYTHON) -V 2>&1), needed is 3.11 or newer." \
-	    "Name another one: make PYTHON=python3.12" >&2; exit 1; }
+	    "Try module load miniforge, or another module that brings one; or name it: make PYTHON=python3.12." \
+	    "An image that is built elsewhere needs none: make pull FROM=oras://..." >&2; exit 1; }
 
 $(READY)/venv: | need-python
 	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { \

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import mmap
+import os
 import struct
 import subprocess
 from collections.abc import Iterable, Iterator
@@ -139,7 +140,11 @@ def main() -> None:
     parser.add_argument("python")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    opened = subprocess.run([arguments.python, "-c", OPENED], check=True, capture_output=True, text=True).stdout
+    # A build without subordinate ids runs under the fakeroot command, whose library is not the image's.
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    opened = subprocess.run(
+        [arguments.python, "-c", OPENED], check=True, capture_output=True, text=True, env=environment
+    ).stdout
     lines, total = [], 0
     for path in filter(Path.is_file, map(Path, dict.fromkeys(opened.splitlines()))):
         for offset, length in pieces_of(path):

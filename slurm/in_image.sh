@@ -3,6 +3,7 @@
 #
 #   NANOGPT_SIF=FILE   the image (default: nanogpt.sif here, or beside the project's folder slurm/)
 #   NANOGPT_SITE=FILE  is sourced first, for what a site needs: module load apptainer, export HTTPS_PROXY=..., ...
+#   NANOGPT_SIF_SHA256, NANOGPT_SIF_KEY   refuse any other image, or one without that signature: see check_image.sh
 #   APPTAINER=COMMAND  default: apptainer, or singularity where there is no apptainer
 #   APPTAINER_BIND=... more directories to show inside, as Apptainer knows it
 #
@@ -92,7 +93,8 @@ if [[ -n ${NANOGPT_STAGED_BELOW:-} ]]; then # a copy in a place that others writ
 fi
 
 NANOGPT_SIF=$(realpath "$sif")
-export NANOGPT_SIF
+export NANOGPT_SIF APPTAINER
+"$root/slurm/check_image.sh" "$NANOGPT_SIF" || exit
 
 prefix=APPTAINERENV_
 places=()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,10 +26,20 @@ def versions() -> dict[str, str | None]:
     if container is not None:
         found |= {
             "sif": container.image,
-            "sif_sha256": container.sha256,
+            "sif_sha256": container.sha256 or hash_of(Path(container.image)),
             "lock_sha256": container.labels.get(LOCK_LABEL),
         }
     return found
+
+
+def hash_of(image: Path) -> str | None:
+    """sha256 of the image's file; None: it cannot be seen from inside, or is an unpacked one."""
+    from nanogpt.image.tree import file_sha256
+
+    try:
+        return file_sha256(image)
+    except OSError:
+        return None
 
 
 def version(as_json: Annotated[bool, typer.Option("--json", help="JSON instead of lines.")] = False) -> None:

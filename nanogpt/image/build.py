@@ -34,6 +34,7 @@ from nanogpt.image.labels import Built, read_built, sidecar
 from nanogpt.image.sources import (
     DEFINITION,
     PROXIES,
+    UMASK,
     build_arguments,
     find_source,
     host_part,
@@ -51,8 +52,6 @@ FLAVOURS = ("cuda", "cpu")
 SUITES = {"cuda": "trixie", "cpu": "bookworm"}
 REGISTRY_BASES = {"cuda": "debian:trixie-20250811-slim", "cpu": "debian:bookworm-20250811-slim"}
 PASSED_ON = ("PATH", "HOME", "USER", "LOGNAME", "TMPDIR", "XDG_RUNTIME_DIR", "TERM")
-# Chosen by measurement: docs/container.md has the table.
-COMPRESSION = "-comp zstd -Xcompression-level 6 -b 256K"
 
 # What a log of a failed build may hold, and what it means.
 MEANINGS = (
@@ -62,7 +61,7 @@ MEANINGS = (
     ),
     ("Disk quota exceeded", "A quota is used up: point APPTAINER_TMPDIR and APPTAINER_CACHEDIR at scratch."),
     (
-        "CERTIFICATE_VERIFY_FAILED",
+        "CERTIFICATE_VERIFY_FAILED|certificate signed by unknown authority",
         "A proxy with a certificate authority of its own stands between: export SSL_CERT_FILE=/path/to/its/bundle.crt.",
     ),
     (
@@ -85,7 +84,7 @@ MEANINGS = (
     ),
     (
         "while making image from oci registry|failed to get checksum for docker|unable to retrieve auth token"
-        "|error pinging",
+        "|error pinging|conveyor failed to get|initializing source docker",
         "The registry of the base cannot be reached; BASE=tree makes a Debian tree without one.",
     ),
     (
@@ -101,6 +100,10 @@ MEANINGS = (
         "Killed|Cannot allocate memory|signal: killed",
         "The machine ran out of memory; build on a node with 8 GB or more.",
     ),
+)
+UNKNOWN = (
+    "No cause is known for that. Read the log above its end; `make pull` fetches an image that was built elsewhere"
+    " (docs/container.md)."
 )
 
 
@@ -168,6 +171,7 @@ def run_apptainer(command: Sequence[str], cwd: Path, log: Path, environment: Map
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
+            umask=UMASK,
         )
         teller = threading.Thread(target=tell, daemon=True)
         teller.start()
@@ -190,10 +194,10 @@ def run_apptainer(command: Sequence[str], cwd: Path, log: Path, environment: Map
 
 
 def explain(log: Path) -> str:
-    """What a failed build's log means, and its last lines."""
+    """The last lines of a failed build's log, and below them what they mean and what to do."""
     text = log.read_text(errors="replace")
-    meaning = next((said for pattern, said in MEANINGS if re.search(pattern, text, re.IGNORECASE)), "")
-    return f"{meaning}\nThe end of {log}:\n{last_lines(log)}"
+    meaning = next((said for pattern, said in MEANINGS if re.search(pattern, text, re.IGNORECASE)), UNKNOWN)
+    return f"The end of {log}:\n{last_lines(log)}\n{meaning}"
 
 
 @contextlib.contextmanager
@@ -219,7 +223,7 @@ class Options:
     out: Path = Path("nanogpt.sif")
     wheels: str | None = None
     work: Path = Path("build/sif")
-    compression: str = COMPRESSION
+    compression: str | None = None  # of build_checks.COMPRESSIONS, or mksquashfs's arguments; None: what it can
     kernels: str = "all"  # of which GPU architectures: all, or "80,90"
     test: bool = True
 
@@ -230,7 +234,7 @@ def machine_checks(options: Options, environ: Mapping[str, str]) -> list[build_c
     scratch = "Point it at scratch: export APPTAINER_TMPDIR=/scratch/$USER/tmp (make the directory first)."
     checks = [
         build_checks.check_apptainer(),
-        build_checks.check_squashfs_tools(),
+        build_checks.check_squashfs_tools(options.compression),
         build_checks.check_privileges(),
         build_checks.check_base(options.base or REGISTRY_BASES[options.flavour]),
         build_checks.check_space(
@@ -242,7 +246,7 @@ def machine_checks(options: Options, environ: Mapping[str, str]) -> list[build_c
             build_checks.IMAGE_NEEDED[options.flavour],
             "Choose another place: make sif OUT=DIR/nanogpt.sif.",
         ),
-        build_checks.check_certificates(build_checks.certificate_authority(environ, pip_setting("cert"))),
+        build_checks.check_certificates(build_checks.certificate_authority(environ, pip_setting("cert", environ))),
     ]
     if options.base is None or not (options.base == "tree" or options.base.startswith(("/", "."))):
         way_out = "Point it at scratch: export APPTAINER_CACHEDIR=/scratch/$USER/apptainer."
@@ -267,9 +271,10 @@ def build(root: Path, options: Options, environ: Mapping[str, str]) -> Built:
         files = stage(root, source, work / "stage")
         lock = (work / "stage" / lock_path).read_bytes()
         base_name = options.base or REGISTRY_BASES[options.flavour]
+        compression = build_checks.choose_compression(options.compression)
         key = hashlib.sha256(
             "\0".join(
-                [files, options.flavour, base_name, options.compression, options.kernels, str(source.clean)]
+                [files, options.flavour, base_name, compression, options.kernels, str(source.clean), source.url]
             ).encode()
         ).hexdigest()
         built = read_built(out)
@@ -278,10 +283,12 @@ def build(root: Path, options: Options, environ: Mapping[str, str]) -> Built:
             return built
 
         checks = machine_checks(options, environ)
+        refused = [check for check in checks if check.status == "failed"]
         for check in checks:
-            say(check.line())
-        if any(check.status == "failed" for check in checks):
-            raise InputError("The image cannot be built here as it stands; see above what to do.")
+            say((check._replace(advice="") if check in refused else check).line())  # what to do comes last
+        if refused:
+            ways_out = "".join(f"\n  {check.name}: {check.advice}" for check in refused)
+            raise InputError(f"The image cannot be built here as it stands.{ways_out}")
 
         base: Path | str = base_name
         if base_name == "tree":
@@ -289,18 +296,18 @@ def build(root: Path, options: Options, environ: Mapping[str, str]) -> Built:
             base = make_tree(SUITES[options.flavour], options.work, source.epoch)
         elif base_name.startswith(("/", ".")):
             base = Path(base_name)
-        authority = build_checks.certificate_authority(environ, pip_setting("cert"))
-        wheels = wheel_directory(options.wheels, options.flavour, pip_setting("find-links"))
+        authority = build_checks.certificate_authority(environ, pip_setting("cert", environ))
+        wheels = wheel_directory(options.wheels, options.flavour, pip_setting("find-links", environ))
         host = (work / "host").absolute()
         binds = host_part(host, environ, authority[0] if authority else None, wheels)
         if isinstance(base, Path):
             # Relative, so that the image does not tell where it was built.
             base = Path(os.path.relpath(base.resolve(), (work / "stage").resolve()))
-        arguments = build_arguments(options.flavour, base, source, lock_path, lock, options.kernels)
+        arguments = build_arguments(work / "stage", options.flavour, base, source, lock_path, lock, options.kernels)
 
         new = out.with_name(out.name + ".new")
         out.parent.mkdir(parents=True, exist_ok=True)
-        squash = f"{options.compression} -no-xattrs"
+        squash = f"{compression} -no-xattrs"
         command = ["apptainer", "build", "--force", "--notest", "--mksquashfs-args", squash, *binds]
         if os.geteuid() != 0:
             command.append("--fakeroot")
@@ -314,8 +321,11 @@ def build(root: Path, options: Options, environ: Mapping[str, str]) -> Built:
         temporary = build_checks.temporary_directory(environ)
         temporary.mkdir(parents=True, exist_ok=True)
         environment["APPTAINER_TMPDIR"] = str(temporary)
+        if authority:
+            environment["SSL_CERT_FILE"] = str(authority[0])  # for Apptainer itself, which asks the base's registry
         try:
             run_apptainer([*command, str(new), DEFINITION], work / "stage", work / "build.log", environment, stages)
+            new.chmod(0o777 & ~umask())
             stages.enter("hashes")
             status = new.stat()
             facts = Built(
@@ -350,6 +360,13 @@ def build(root: Path, options: Options, environ: Mapping[str, str]) -> Built:
     return facts
 
 
+def umask() -> int:
+    """This process's mask of permissions."""
+    mask = os.umask(UMASK)
+    os.umask(mask)
+    return mask
+
+
 def test(image: Path) -> None:
     """Run the image's own %test.
 
@@ -369,7 +386,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("nanogpt.sif"))
     parser.add_argument("--wheels", help="directory with wheels that pip may use too")
     parser.add_argument("--work", type=Path, default=Path("build/sif"))
-    parser.add_argument("--compression", default=COMPRESSION, help="arguments for mksquashfs")
+    parser.add_argument("--compression", help="zstd, gzip, lz4, or arguments for mksquashfs")
     parser.add_argument("--kernels", default="all", help="of which GPU architectures: all, or 80,90")
     parser.add_argument("--check", action="store_true", help="look whether this machine can build, and no more")
     arguments = parser.parse_args(argv)
@@ -381,7 +398,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         out=arguments.out,
         wheels=arguments.wheels or None,
         work=arguments.work,
-        compression=arguments.compression,
+        compression=arguments.compression or None,
         kernels=arguments.kernels or "all",
     )
     try:

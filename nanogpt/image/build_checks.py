@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 import pwd
 import re
+import shlex
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -18,7 +20,14 @@ from nanogpt.console import human_bytes
 
 Status = Literal["passed", "warning", "failed"]
 APPTAINER_NEEDED = (1, 2)
-SQUASHFS_TOOLS_NEEDED = (4, 5)  # zstd, and options for the times of files
+SQUASHFS_TOOLS_NEEDED = (4, 5)  # options for the times of files
+# Arguments for mksquashfs, chosen by measurement (docs/container.md has the table); some are built without zstd.
+COMPRESSIONS = {
+    "zstd": "-comp zstd -Xcompression-level 6 -b 256K",
+    "gzip": "-comp gzip -Xcompression-level 6 -b 256K",
+    "lz4": "-comp lz4 -b 128K",
+}
+GZIP_PRICE = "The image becomes GG % larger and PyTorch starts SS % later than with zstd, which another mksquashfs has."
 # Free bytes: for the tree while it is built, at times twice; and for the image.
 TEMPORARY_NEEDED = {"cuda": 14_000_000_000, "cpu": 4_000_000_000}
 IMAGE_NEEDED = {"cuda": 3_000_000_000, "cpu": 1_000_000_000}
@@ -89,16 +98,52 @@ def check_apptainer() -> Check:
     return Check("Apptainer", "passed", shown)
 
 
-def check_squashfs_tools() -> Check:
-    """mksquashfs is there, and new enough for zstd and fixed times."""
-    path = shutil.which("mksquashfs") or shutil.which("mksquashfs", path="/usr/sbin:/sbin:/usr/libexec/apptainer/bin")
+def find_mksquashfs() -> str | None:
+    """Where mksquashfs is: on PATH, or where Apptainer looks as well."""
+    return shutil.which("mksquashfs") or shutil.which("mksquashfs", path="/usr/sbin:/sbin:/usr/libexec/apptainer/bin")
+
+
+def refusal(mksquashfs: str, compression: str) -> str | None:
+    """Why mksquashfs does not pack with these arguments, tried on an empty directory; None: it does."""
+    with tempfile.TemporaryDirectory(prefix="nanogpt-squashfs-") as scratch:
+        empty = Path(scratch, "empty")
+        empty.mkdir()
+        try:
+            words = shlex.split(compression)
+            command = [mksquashfs, str(empty), str(Path(scratch, "packed")), *words, "-no-xattrs", "-no-progress"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
+            return str(error)
+        said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        return None if done.returncode == 0 else (said[0] if said else f"exit code {done.returncode}")[:200]
+
+
+def choose_compression(asked: str | None) -> str:
+    """Arguments for mksquashfs: those asked for, by a compressor's name or in full; else zstd, else gzip."""
+    if asked:
+        return COMPRESSIONS.get(asked, asked)
+    mksquashfs = find_mksquashfs()
+    usable = [each for each in ("zstd", "gzip") if mksquashfs and refusal(mksquashfs, COMPRESSIONS[each]) is None]
+    return COMPRESSIONS[usable[0] if usable else "zstd"]
+
+
+def check_squashfs_tools(asked: str | None = None) -> Check:
+    """mksquashfs is there, new enough for fixed times, and packs with the arguments that the build will give it."""
+    path = find_mksquashfs()
     if path is None:
         return Check("mksquashfs", "failed", "not on PATH", "Install squashfs-tools 4.5 or newer, or load its module.")
     version = parse_version((_output(path, "-version") or "").partition("\n")[0])
+    shown = ".".join(map(str, version or ("unknown version",)))
     if version is None or version < SQUASHFS_TOOLS_NEEDED:
-        shown = ".".join(map(str, version or ("unknown version",)))
         return Check("mksquashfs", "failed", shown, "Needed is squashfs-tools 4.5 or newer; build on another machine.")
-    return Check("mksquashfs", "passed", ".".join(map(str, version)))
+    compression = choose_compression(asked)
+    refused = refusal(path, compression)
+    if refused:
+        advice = "Name another: make sif COMPRESSION=gzip, or mksquashfs's own arguments, beginning with -comp."
+        return Check("mksquashfs", "failed", f"{shown}, does not pack with {compression!r}: {refused}", advice)
+    if not asked and compression == COMPRESSIONS["gzip"]:
+        return Check("mksquashfs", "warning", f"{shown}, built without zstd: gzip is taken", GZIP_PRICE)
+    return Check("mksquashfs", "passed", f"{shown}, {compression}")
 
 
 def check_privileges(proc: Path = Path("/proc"), etc: Path = Path("/etc"), user: str | None = None) -> Check:
@@ -125,26 +170,33 @@ def check_privileges(proc: Path = Path("/proc"), etc: Path = Path("/etc"), user:
             "user namespaces are switched off on this machine",
             "Ask the administrator for user.max_user_namespaces, or build on a machine that has them.",
         )
-    mapped = all(
-        re.search(rf"^({re.escape(user)}|{os.geteuid()}):\d+:\d+", _read(etc / file), re.MULTILINE)
-        for file in ("subuid", "subgid")
-    )
-    if mapped and shutil.which("newuidmap"):
+    if has_subordinate_ids(etc, user):
         return Check(name, "passed", f"user namespaces, with subordinate ids for {user}")
     if shutil.which("fakeroot"):
         return Check(
             name,
             "warning",
-            f"no subordinate ids for {user}; Apptainer goes on with the fakeroot command",
-            f"If the build fails, ask the administrator for `usermod --add-subuids 100000-165535 "
-            f"--add-subgids 100000-165535 {user}`.",
+            f"no subordinate ids for {user}; Apptainer uses the fakeroot command",
+            f"If the build fails, `make pull` fetches an image that is built; or ask the administrator for `usermod "
+            f"--add-subuids 100000-165535 --add-subgids 100000-165535 {user}`.",
         )
     return Check(
         name,
         "failed",
         f"no ids for {user} in {etc / 'subuid'} and {etc / 'subgid'}, or no newuidmap; and no fakeroot command",
-        "Ask the administrator for one of them; or build on another machine and copy the image.",
+        "`make pull` fetches an image that is built, or ask the administrator for one of them. The fakeroot command may"
+        " come with Apptainer's module.",
     )
+
+
+def has_subordinate_ids(etc: Path = Path("/etc"), user: str | None = None) -> bool:
+    """Whether a user may have more ids than one in a namespace."""
+    user = user or pwd.getpwuid(os.geteuid()).pw_name
+    mapped = all(
+        re.search(rf"^({re.escape(user)}|{os.geteuid()}):\d+:\d+", _read(etc / file), re.MULTILINE)
+        for file in ("subuid", "subgid")
+    )
+    return mapped and shutil.which("newuidmap") is not None
 
 
 def check_space(name: str, directory: Path, needed: int, way_out: str) -> Check:
@@ -201,6 +253,13 @@ def check_base(base: str) -> Check:
                 "failed",
                 "BASE=tree, and there is no mmdebstrap",
                 "apt install mmdebstrap, or BASE=DIRECTORY|IMAGE",
+            )
+        if os.geteuid() != 0 and not has_subordinate_ids():
+            return Check(
+                name,
+                "failed",
+                "BASE=tree, and mmdebstrap needs subordinate ids, which this user does not have",
+                "Take a registry's base (without BASE), or a tree or image that another has made: BASE=DIRECTORY|IMAGE",
             )
         return Check(name, "passed", "a Debian tree made here")
     if base.startswith(("/", ".")):

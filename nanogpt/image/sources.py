@@ -5,6 +5,7 @@ Standard library only: see `nanogpt.image.build`.
 
 from __future__ import annotations
 
+import configparser
 import contextlib
 import datetime
 import hashlib
@@ -14,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +26,9 @@ from nanogpt.image import build_checks
 
 SOURCES = ("containers", "nanogpt", "recipes", "pyproject.toml", "README.md", "LICENSE")
 SHOWN_PACKAGES = ("torch", "triton", "flash-attn-4", "nvidia-cutlass-dsl", "nvidia-nccl-cu13", "nvidia-cudnn-cu13")
+PIP_CONF = Path("/etc/pip.conf")
 LAST_LINES = 15
+UMASK = 0o022  # of whatever makes files of the image: they do not depend on the builder's
 PIP_SETTINGS = ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_TRUSTED_HOST", "PIP_DEFAULT_TIMEOUT", "PIP_PROXY")
 PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 DEFINITION = "containers/nanogpt.def"
@@ -38,6 +42,7 @@ class Source:
     clean: bool | None = None  # None: not a git checkout
     epoch: int = 0  # seconds since 1970, of the commit
     files: list[str] = field(default_factory=list)
+    url: str = "unknown"  # of the repository, as a browser opens it
 
 
 # --- what goes in -----------------------------------------------------------------------------------------------
@@ -69,7 +74,19 @@ def find_source(root: Path) -> Source:
         clean=not _git(root, "status", "--porcelain", "--", *SOURCES).strip(),
         epoch=int(_git(root, "log", "-1", "--format=%ct").strip()),
         files=sorted({name for name in files if (root / name).is_file()}),
+        url=public_url(_git(root, "config", "--default", "", "remote.origin.url").strip()),
     )
+
+
+def public_url(remote: str) -> str:
+    """The address of a git remote without user and password; "unknown" of a directory or of none.
+
+    "git@host:me/repo.git" -> "https://host/me/repo".
+    """
+    match = re.fullmatch(
+        r"(?:(?:https?|ssh|git)://(?:[^@/]*@)?|[^@/:]+@)([\w.-]+)(?::\d+(?=/))?[:/](.+?)(?:\.git)?/?", remote
+    )
+    return f"https://{match.group(1)}/{match.group(2).lstrip('/')}" if match else "unknown"
 
 
 def _git(root: Path, *arguments: str) -> str:
@@ -105,12 +122,19 @@ def locked_versions(lock: str) -> dict[str, str]:
 
 
 def build_arguments(
-    flavour: str, base: Path | str, source: Source, lock_path: str, lock: bytes, kernels: str = "all"
+    root: Path,
+    flavour: str,
+    base: Path | str,
+    source: Source,
+    lock_path: str,
+    lock: bytes,
+    kernels: str = "all",
 ) -> dict[str, str]:
-    """Values for the definition's arguments."""
+    """Values for the definition's arguments; `root` is the checkout, or what is staged of it."""
     versions = locked_versions(lock.decode())
     local = isinstance(base, Path)
     created = datetime.datetime.fromtimestamp(source.epoch, datetime.timezone.utc)  # noqa: UP017
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return {
         "BOOTSTRAP": "localimage" if local else "docker",
         "BASE": str(base),
@@ -124,21 +148,55 @@ def build_arguments(
         "CLEAN": "unknown" if source.clean is None else str(source.clean).lower(),
         "CREATED": created.strftime("%Y-%m-%dT%H:%M:%SZ"),
         "EPOCH": str(source.epoch),
+        "SOURCE": source.url,
+        "LICENSES": project["license"],
+        "AUTHORS": ", ".join(author["name"] for author in project["authors"]),
+        "BASE_NAME": base.name if isinstance(base, Path) else base,
     }
 
 
 # --- the host's part --------------------------------------------------------------------------------------------
 
 
-def pip_setting(name: str) -> str | None:
-    """A setting of pip's configuration files or PIP_* variables; None: not set, or there is no pip."""
-    if os.environ.get("PIP_" + name.upper().replace("-", "_")):
-        return os.environ["PIP_" + name.upper().replace("-", "_")]
-    command = [sys.executable, "-m", "pip", "config", "get", f"global.{name}"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        return done.stdout.strip() or None if done.returncode == 0 else None
-    return None
+def pip_files(environ: Mapping[str, str]) -> list[Path]:
+    """Where pip looks for its configuration, the system's first; a later file wins.
+
+    pip itself may not be there, and `pip config get` reads one of the files alone.
+    """
+    named = environ.get("PIP_CONFIG_FILE", "")
+    if named == os.devnull:
+        return []
+    home = Path(environ.get("HOME") or "/")
+    system = reversed((environ.get("XDG_CONFIG_DIRS") or "/etc/xdg").split(":"))
+    own = Path(environ.get("XDG_CONFIG_HOME") or home / ".config")
+    files = [*(Path(directory, "pip/pip.conf") for directory in system), PIP_CONF]
+    files += [home / ".pip/pip.conf", own / "pip/pip.conf", Path(sys.prefix, "pip.conf")]
+    return [*files, Path(named)] if named else files
+
+
+def pip_setting(name: str, environ: Mapping[str, str]) -> str | None:
+    """A setting of `pip install`, such as find-links: of its variable, else of pip's configuration files."""
+    variable = environ.get("PIP_" + name.upper().replace("-", "_"))
+    if variable:
+        return variable
+    found: dict[str, str] = {}
+    for file in pip_files(environ):
+        parser = configparser.RawConfigParser()
+        with contextlib.suppress(OSError, ValueError, configparser.Error):
+            parser.read(file, encoding="utf-8")
+            found |= {section: parser[section][name] for section in parser.sections() if name in parser[section]}
+    return found.get("install") or found.get("global")
+
+
+def pip_settings(environ: Mapping[str, str]) -> dict[str, str]:
+    """Variables for the build's pip: which indexes there are and how to reach them, without those of local files."""
+    found = {}
+    for variable in PIP_SETTINGS:
+        value = pip_setting(variable.removeprefix("PIP_").lower().replace("_", "-"), environ) or ""
+        words = [word for word in value.split() if not word.startswith(("file:", "/"))]
+        if words:
+            found[variable] = " ".join(words)
+    return found
 
 
 def wheel_directory(given: str | None, flavour: str, find_links: str | None) -> Path | None:
@@ -160,7 +218,7 @@ def host_part(to: Path, environ: Mapping[str, str], certificates: Path | None, w
     if to.exists():
         shutil.rmtree(to)
     (to / "wheels").mkdir(parents=True)
-    settings = {name: environ[name] for name in (*PROXIES, *PIP_SETTINGS) if environ.get(name)}
+    settings = {name: environ[name] for name in PROXIES if environ.get(name)} | pip_settings(environ)
     if certificates is not None:
         shutil.copyfile(certificates, to / "certificates.crt")
         settings |= dict.fromkeys(build_checks.CERTIFICATE_VARIABLES, "/mnt/certificates.crt")
@@ -205,15 +263,22 @@ def make_tree(suite: str, work: Path, epoch: int) -> Path:
         command.insert(1, "--mode=unshare")
     with log.open("w") as stream:
         environment = {**os.environ, "SOURCE_DATE_EPOCH": str(epoch)} if epoch else None
-        done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False, env=environment)
+        done = subprocess.run(
+            command, stdout=stream, stderr=subprocess.STDOUT, check=False, env=environment, umask=UMASK
+        )
     if done.returncode != 0:
-        raise RunError(f"mmdebstrap could not make a tree of Debian {suite}; the end of {log}:\n{last_lines(log)}")
+        raise RunError(
+            f"mmdebstrap could not make a tree of Debian {suite}. The end of {log}:\n{last_lines(log)}\n"
+            "Without BASE=tree the base comes from a registry; BASE=DIRECTORY|IMAGE takes one that is there."
+        )
     half = work / f"base-{suite}.new"
     if half.exists():
         shutil.rmtree(half)
     half.mkdir()
+    half.chmod(0o755)
     # As the user's own files, whoever owns them inside, and without device nodes, which a user cannot make.
-    subprocess.run(["tar", "--no-same-owner", "--exclude=./dev/*", "-xf", archive, "-C", half], check=True)
+    unpack: list[str | Path] = ["tar", "--no-same-owner", "--exclude=./dev/*", "-xf", archive, "-C", half]
+    subprocess.run(unpack, check=True, umask=UMASK)
     archive.unlink()
     half.rename(tree)
     return tree

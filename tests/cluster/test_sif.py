@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from definition_file import read_definition
+from spython.main import get_client
 
-from nanogpt.image.labels import file_labels, read_built, read_definition
+from nanogpt.image.labels import read_built
 from nanogpt.image.sources import locked_versions
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -60,6 +62,16 @@ def inside(as_user: Run, sif: Path, *command: str, options: tuple[str, ...] = ()
     return as_user(["apptainer", "exec", *options, sif, *command], check=True, **keywords).stdout
 
 
+@pytest.fixture(scope="module")
+def labels(sif: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The labels of the image's file, as spython reads them."""
+    link = tmp_path_factory.mktemp("bin") / "singularity"  # spython's word for it; most packages of Apptainer have it
+    link.symlink_to(shutil.which("apptainer") or "apptainer")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{link.parent}:{os.environ['PATH']}")
+        return get_client(quiet=True).inspect(str(sif))["attributes"]["labels"]
+
+
 def test_commands_are_on_the_path_and_run_is_nanogpt(sif: Path, as_user: Run) -> None:
     found = inside(as_user, sif, "sh", "-c", f"for name in {' '.join(COMMANDS)}; do command -v $name; done")
     assert [Path(line).name for line in found.split()] == list(COMMANDS)
@@ -75,13 +87,18 @@ def test_its_own_test_passes(sif: Path, as_user: Run) -> None:
     assert "failed" not in done.stdout
 
 
-def test_labels_and_version_name_commit_lock_and_hash(sif: Path, as_user: Run, user_checkout: Path) -> None:
-    labels = file_labels(sif)
+def test_labels_and_version_name_commit_lock_and_hash(
+    sif: Path, as_user: Run, user_checkout: Path, labels: dict[str, str]
+) -> None:
     commit = labels["org.opencontainers.image.revision"]
     assert len(commit) == 40
     flavour = labels["nanogpt.flavour"]
     lock = (user_checkout / "containers" / f"{flavour}.lock").read_bytes()
     assert labels["nanogpt.lock.sha256"] == hashlib.sha256(lock).hexdigest()
+    assert labels["org.opencontainers.image.licenses"] == "MIT"
+    assert labels["org.opencontainers.image.authors"] == "The nanogpt-speedrun authors"
+    assert labels["org.opencontainers.image.base.name"].startswith("base-")
+    assert labels["org.opencontainers.image.source"].startswith(("https://", "unknown"))
     assert labels["org.label-schema.build-date"] == labels["org.opencontainers.image.created"]
 
     found = json.loads(as_user(["apptainer", "run", sif, "version", "--json"], check=True).stdout)
@@ -91,13 +108,20 @@ def test_labels_and_version_name_commit_lock_and_hash(sif: Path, as_user: Run, u
     built = read_built(sif)
     assert built
     assert found["sif_sha256"] == built.sha256 == hashlib.sha256(sif.read_bytes()).hexdigest()
+    with directory_of_user(as_user) as elsewhere:
+        copy = elsewhere / "copy.sif"  # without the file of facts beside it
+        as_user(["cp", sif, copy], check=True)
+        told = as_user(["apptainer", "run", "--bind", elsewhere, copy, "version", "--json"], check=True).stdout
+    assert json.loads(told)["sif_sha256"] == built.sha256
 
 
-def test_the_list_of_contents_is_what_the_lock_says(sif: Path, as_user: Run, user_checkout: Path) -> None:
+def test_the_list_of_contents_is_what_the_lock_says(
+    sif: Path, as_user: Run, user_checkout: Path, labels: dict[str, str]
+) -> None:
     bill = json.loads(inside(as_user, sif, "cat", "/opt/nanogpt/sbom.cdx.json"))
     assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.6")
     python = {entry["name"]: entry["version"] for entry in bill["components"] if entry["purl"].startswith("pkg:pypi/")}
-    locked = locked_versions((user_checkout / "containers" / f"{file_labels(sif)['nanogpt.flavour']}.lock").read_text())
+    locked = locked_versions((user_checkout / "containers" / f"{labels['nanogpt.flavour']}.lock").read_text())
     not_kept = (user_checkout / "containers" / "not-kept.txt").read_text().split()
     assert {name: version for name, version in python.items() if name in locked} == {
         name: version for name, version in locked.items() if name not in not_kept
@@ -146,13 +170,14 @@ def test_home_and_the_hosts_python_do_not_leak_in(sif: Path, as_user: Run, scrat
     assert str(scratch) not in paths
 
 
-def test_a_run_needs_no_home_and_leaves_nothing_there(sif: Path, as_user: Run, demo: Demo) -> None:
+def test_a_run_needs_no_home_and_leaves_nothing_there(
+    sif: Path, as_user: Run, demo: Demo, labels: dict[str, str]
+) -> None:
     assert list(demo.home.iterdir()) == []
     records = list(demo.runs.glob("*/record.json"))
     assert len(records) == 1
     record = json.loads(records[0].read_text())
     assert record["state"] == "finished"
-    labels = file_labels(sif)
     assert record["code"]["commit"] == labels["org.opencontainers.image.revision"]
     assert record["code"]["clean"] == {"true": True, "false": False}[labels["nanogpt.clean"]]
     assert record["container"]["base"].startswith("localimage base-")
@@ -234,6 +259,7 @@ def test_the_definition_inside_is_the_one_of_the_checkout(
 ) -> None:
     copy = tmp_path / "definition"
     copy.write_text(inside(as_user, sif, "cat", "/.singularity.d/Singularity"))
-    ours = read_definition(user_checkout / "containers" / "nanogpt.def")
-    assert read_definition(copy).environment == ours.environment
-    assert read_definition(copy).files == ours.files
+    ours = read_definition(user_checkout / "containers" / "nanogpt.def", tmp_path)
+    inside_it = read_definition(copy, tmp_path)
+    assert inside_it.environment == ours.environment
+    assert inside_it.files == ours.files

@@ -10,7 +10,7 @@ import pytest
 
 from nanogpt.errors import InputError, RunError
 from nanogpt.image import build as image_build
-from nanogpt.image import build_checks
+from nanogpt.image import build_checks, sources
 from nanogpt.image.build import Options, Stages, build, explain
 from nanogpt.image.labels import Built, read_built, sidecar
 from nanogpt.image.sources import (
@@ -18,6 +18,9 @@ from nanogpt.image.sources import (
     find_source,
     host_part,
     locked_versions,
+    pip_setting,
+    pip_settings,
+    public_url,
     stage,
     wheel_directory,
 )
@@ -59,7 +62,7 @@ def checkout(tmp_path: Path) -> Path:
     (root / "containers/cpu.lock").write_text(
         "torch==2.13.0+cpu \\\n    --hash=sha256:0\nnumpy==2.4.6 \\\n    --hash=sha256:1\n"
     )
-    (root / "pyproject.toml").write_text("[project]\n")
+    (root / "pyproject.toml").write_text('[project]\nlicense = "MIT"\nauthors = [{ name = "A" }, { name = "B" }]\n')
     (root / ".gitignore").write_text("*.pyc\n")
     for arguments in (
         ("init", "-q"),
@@ -97,6 +100,42 @@ def test_apptainer_is_there_and_new_enough(only_path: Path, says: str | None, st
 def test_squashfs_tools_are_new_enough(only_path: Path, says: str, status: str) -> None:
     script(only_path / "mksquashfs", f"echo '{says}'")
     assert build_checks.check_squashfs_tools().status == status
+
+
+def mksquashfs_without(directory: Path, *compressors: str) -> None:
+    """A mksquashfs that was built without these compressors, and says so as the real one does."""
+    script(
+        directory / "mksquashfs",
+        '[ "$1" = -version ] && { echo mksquashfs version 4.6.1; exit; }\n'
+        '[ -z "$(ls "$1")" ] || exit 3\n'  # tried on an empty directory
+        f'case " $* " in {"|".join(f"*-comp?{name}?*" for name in compressors)})'
+        ' echo "$0: Compressor is not supported!" >&2; exit 1;; esac',
+    )
+    (directory / "ls").symlink_to("/bin/ls")
+
+
+def test_without_zstd_gzip_is_taken_and_its_price_told(only_path: Path) -> None:
+    mksquashfs_without(only_path, "zstd")
+    check = build_checks.check_squashfs_tools()
+    assert check.status == "warning"
+    assert "%" in check.line() and "gzip" in check.line()
+    assert build_checks.choose_compression(None).startswith("-comp gzip")
+    asked = build_checks.check_squashfs_tools("zstd")
+    assert asked.status == "failed"
+    assert "COMPRESSION=gzip" in asked.line() and "not supported" in asked.line()
+    assert build_checks.check_squashfs_tools("-comp lz4 -Xhc").status == "passed"
+
+
+def test_a_mksquashfs_that_packs_nothing_is_refused(only_path: Path) -> None:
+    mksquashfs_without(only_path, "zstd", "gzip")
+    assert build_checks.check_squashfs_tools().status == "failed"
+
+
+@pytest.mark.skipif(build_checks.find_mksquashfs() is None, reason="needs squashfs-tools")
+@pytest.mark.parametrize("name", build_checks.COMPRESSIONS)
+def test_the_real_mksquashfs_takes_our_arguments(name: str) -> None:
+    assert build_checks.refusal(build_checks.find_mksquashfs() or "", build_checks.choose_compression(name)) is None
+    assert build_checks.refusal(build_checks.find_mksquashfs() or "", "-comp none-such") is not None
 
 
 def test_privileges(tmp_path: Path, only_path: Path) -> None:
@@ -142,8 +181,15 @@ def test_certificates(tmp_path: Path) -> None:
     assert build_checks.certificate_authority({}, str(path)) == (path, "pip's configuration, cert")
 
 
-def test_base(tmp_path: Path, only_path: Path) -> None:
-    assert "mmdebstrap" in build_checks.check_base("tree").line()
+def test_base(tmp_path: Path, only_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "apt install mmdebstrap" in build_checks.check_base("tree").line()
+    script(only_path / "mmdebstrap", "true")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(build_checks, "has_subordinate_ids", lambda: False)
+    refused = build_checks.check_base("tree")
+    assert (refused.status, "BASE=DIRECTORY" in refused.line()) == ("failed", True)
+    monkeypatch.setattr(build_checks, "has_subordinate_ids", lambda: True)
+    assert build_checks.check_base("tree").status == "passed"
     assert build_checks.check_base(str(tmp_path)).status == "passed"
     assert build_checks.check_base(str(tmp_path / "none")).status == "failed"
     assert "BASE=tree" in build_checks.check_base("debian:x").found
@@ -187,9 +233,38 @@ def test_an_archive_without_git_has_no_commit(checkout: Path) -> None:
     source = find_source(checkout)
     assert (source.commit, source.clean, source.epoch) == ("unknown", None, 0)
     assert "nanogpt/a.py" in source.files
-    assert build_arguments("cpu", "x", source, "containers/cpu.lock", b"")["CLEAN"] == "unknown"
+    assert build_arguments(checkout, "cpu", "x", source, "containers/cpu.lock", b"")["CLEAN"] == "unknown"
     with pytest.raises(InputError, match=r"containers/nanogpt\.def"):
         find_source(checkout.parent)
+
+
+@pytest.mark.parametrize(
+    ("remote", "url"),
+    [
+        ("https://host.org/me/repo.git", "https://host.org/me/repo"),
+        ("https://me:secret@host.org:8443/me/repo/", "https://host.org/me/repo"),
+        ("git@host.org:me/repo.git", "https://host.org/me/repo"),
+        ("ssh://git@host.org:22/me/repo", "https://host.org/me/repo"),
+        ("/home/me/repo", "unknown"),
+        ("../repo.git", "unknown"),
+        ("file:///home/me/repo", "unknown"),
+        ("", "unknown"),
+    ],
+)
+def test_the_source_s_address_tells_neither_passwords_nor_directories(remote: str, url: str) -> None:
+    assert public_url(remote) == url
+
+
+def test_the_labels_name_source_licence_authors_and_base(checkout: Path) -> None:
+    subprocess.run(["git", "-C", checkout, "remote", "add", "origin", "git@host.org:me/repo.git"], check=True)
+    source = find_source(checkout)
+    given = build_arguments(checkout, "cpu", Path("../../base-bookworm"), source, "containers/cpu.lock", b"")
+    assert [given[name] for name in ("SOURCE", "LICENSES", "AUTHORS", "BASE_NAME")] == [
+        "https://host.org/me/repo",
+        "MIT",
+        "A, B",
+        "base-bookworm",
+    ]
 
 
 def test_what_the_host_lends_is_not_copied_into_the_image(tmp_path: Path) -> None:
@@ -199,7 +274,7 @@ def test_what_the_host_lends_is_not_copied_into_the_image(tmp_path: Path) -> Non
     authority = tmp_path / "ca.crt"
     authority.write_text("BEGIN CERTIFICATE")
     environ = {"https_proxy": "http://proxy:3128/a b", "PIP_INDEX_URL": "https://mirror/simple"}
-    environ |= {"PIP_EXTRA_INDEX_URL": "https://cpu-builds/whl", "OTHER": "1"}
+    environ |= {"PIP_EXTRA_INDEX_URL": "https://cpu-builds/whl", "OTHER": "1", "PIP_CONFIG_FILE": os.devnull}
     options = host_part(tmp_path / "host", environ, authority, wheels)
     assert options == ["--bind", f"{tmp_path / 'host'}:/mnt:ro"]
     names = ("https_proxy", "PIP_INDEX_URL", "PIP_CERT", "PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "OTHER")
@@ -214,8 +289,29 @@ def test_what_the_host_lends_is_not_copied_into_the_image(tmp_path: Path) -> Non
         "https://cpu-builds/whl",
         "",
     ]
-    host_part(tmp_path / "host", {}, None, None)
+    host_part(tmp_path / "host", {"PIP_CONFIG_FILE": os.devnull}, None, None)
     assert (tmp_path / "host" / "build-env.sh").read_text() == ""
+
+
+def test_pip_s_settings_are_found_in_each_file_that_pip_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "PIP_CONF", tmp_path / "etc-pip.conf")
+    environ = {"HOME": str(tmp_path / "home"), "XDG_CONFIG_DIRS": str(tmp_path / "system")}
+    assert pip_setting("no-such-setting", environ) is None
+    system, own = tmp_path / "system/pip/pip.conf", tmp_path / "home/.config/pip/pip.conf"
+    for file in (system, own):
+        file.parent.mkdir(parents=True)
+    system.write_text("[global]\ncert = /system.crt\nindex-url = file:///here\nextra-index-url = /a https://b\n")
+    assert pip_setting("cert", environ) == "/system.crt"
+    assert pip_settings(environ)["PIP_EXTRA_INDEX_URL"] == "https://b"
+    assert "PIP_INDEX_URL" not in pip_settings(environ)
+    own.write_text("[global]\ncert = /own.crt\n[download]\ncert = /other.crt\n")
+    assert pip_setting("cert", environ) == "/own.crt"
+    system.write_text("[install]\ncert = /system.crt\n")
+    assert pip_setting("cert", environ) == "/system.crt"
+    own.write_text("no configuration\n")
+    assert pip_setting("cert", environ) == "/system.crt"
+    assert pip_setting("cert", environ | {"PIP_CERT": "/variable.crt"}) == "/variable.crt"
+    assert pip_setting("cert", environ | {"PIP_CONFIG_FILE": os.devnull}) is None
 
 
 def test_wheels_come_from_where_pip_looks_or_from_a_flag(tmp_path: Path) -> None:
@@ -302,7 +398,22 @@ def test_a_failed_build_says_what_to_do_and_leaves_no_image(
         build(checkout, options, environ)
     for word in ("'Python packages'", "APPTAINER_TMPDIR=/scratch", "Errno 28", "build.log"):
         assert word in str(error.value)
+    assert "APPTAINER_TMPDIR=/scratch" in str(error.value).splitlines()[-1]
     assert list(options.out.parent.iterdir()) == []
+
+
+def test_what_builds_has_a_mask_of_its_own_and_the_image_the_user_s(
+    checkout: Path, options: Options, only_path: Path, tmp_path: Path
+) -> None:
+    fake_machine(only_path, 'umask > "$APPTAINER_TMPDIR/mask"\n' + BUILDS)
+    environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "APPTAINER_TMPDIR": str(tmp_path / "tmp")}
+    before = os.umask(0o077)
+    try:
+        build(checkout, options, environ)
+    finally:
+        os.umask(before)
+    assert int((tmp_path / "tmp" / "mask").read_text(), 8) == 0o022
+    assert options.out.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_machine_that_cannot_build_is_refused_before(
@@ -310,9 +421,10 @@ def test_a_machine_that_cannot_build_is_refused_before(
 ) -> None:
     fake_machine(only_path, "touch /no/build")
     (only_path / "mksquashfs").unlink()
-    with pytest.raises(InputError):
+    with pytest.raises(InputError) as error:
         build(checkout, options, {"HOME": str(tmp_path), "APPTAINER_TMPDIR": str(tmp_path)})
     assert "failed   mksquashfs" in capsys.readouterr().err
+    assert str(error.value).splitlines()[-1] == f"  mksquashfs: {build_checks.check_squashfs_tools().advice}"
 
 
 @pytest.mark.parametrize(
@@ -322,15 +434,19 @@ def test_a_machine_that_cannot_build_is_refused_before(
         ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE", "make lock"),
         ("ERROR: No matching distribution found for torch==2.13.0+cpu", "WHEELS="),
         ("FATAL: While making image from oci registry: dial tcp: i/o timeout", "BASE=tree"),
+        ('FATAL: While performing build: conveyor failed to get: Get "https://r/v2/": no such host', "BASE=tree"),
+        ('Get "https://r/v2/": x509: certificate signed by unknown authority', "SSL_CERT_FILE"),
         ("Temporary failure in name resolution", "login node"),
         ("FATAL: could not use fakeroot: no mapping entry found", "--check"),
-        ("something else", "something else"),
+        ("something else", "make pull"),
     ],
 )
 def test_logs_are_explained(tmp_path: Path, line: str, advice: str) -> None:
     log = tmp_path / "log"
     log.write_text(f"begin\n{line}\nFATAL: While performing build\n")
-    assert advice in explain(log)
+    explained = explain(log).splitlines()
+    assert advice in explained[-1]
+    assert f"    {line}" in explained
 
 
 def test_stages_are_said_as_they_begin(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
