@@ -226,13 +226,14 @@ def ends(
     from nanogpt.experiment.ends import Ends, ends_table, train_with_ends
     from nanogpt.launch.world import started_as
     from nanogpt.recipe import load_recipe
+    from nanogpt.runs.data_files import shards_directory
     from nanogpt.training.recorder import create_run
-    from nanogpt.training.trainer import check_start, default_data_directory
+    from nanogpt.training.trainer import check_start
 
     spec = load_recipe(recipe, overrides or (), steps, on=on, fill=at_hand(os.environ))
     chosen = Ends(average or (), before or (), [_blocks(text) for text in windows or ()])
     chosen.check(spec.training.total_steps)
-    data = data or default_data_directory(spec)
+    data = data or shards_directory(spec)
     check_start(spec, data)
     run = create_run(out, spec) if started_as()[0] == 0 else None
     found: Sequence[tuple[str, float]] = train_with_ends(spec, chosen, run=run, data_directory=data)

@@ -65,13 +65,14 @@ def train(
     from nanogpt.launch.world import started_as
     from nanogpt.recipe import load_recipe
     from nanogpt.runs.claim import RunClaim
+    from nanogpt.runs.data_files import shards_directory
     from nanogpt.runs.directory import RunDirectory, output_directory
     from nanogpt.spec import RunSpec
     from nanogpt.training.agreement import Start, agree, describe_start
     from nanogpt.training.checkpoint import list_checkpoints
     from nanogpt.training.recorder import create_run
-    from nanogpt.training.resume import check_checkpoints, check_not_running, resumed_spec
-    from nanogpt.training.trainer import check_start, default_data_directory, train_run
+    from nanogpt.training.resume import check_checkpoints, check_not_running, resumed_data_directory, resumed_spec
+    from nanogpt.training.trainer import check_start, train_run
 
     if resume is not None and out is not None:
         raise InputError("--out: a resumed run stays in its directory; leave --out away, or --resume")
@@ -96,7 +97,7 @@ def train(
                 spec = load_recipe(recipe, overrides or (), steps, on=on, fill=at_hand(os.environ))
             check_type(spec.hardware, os.environ)
             watch.limits = spec.watchdog
-            data = data or default_data_directory(spec)
+            data = data or (resumed_data_directory(run, spec) if run is not None else shards_directory(spec))
             files = check_start(spec, data)
             if run is not None and is_main:
                 stack.enter_context(RunClaim(run.path, asked=lambda: watch.asked))

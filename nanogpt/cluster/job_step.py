@@ -16,14 +16,14 @@ from nanogpt.cluster.rendezvous import rendezvous
 from nanogpt.cluster.request import environment_overrides, job_request, sbatch_command, shown
 from nanogpt.cluster.staging import staged_data, staged_image
 from nanogpt.console import say
-from nanogpt.data import fineweb
 from nanogpt.environment import number_of, value_of
 from nanogpt.errors import InputError
 from nanogpt.hardware import Fill, shape
 from nanogpt.recipe import load_recipe, resolve_recipe
+from nanogpt.runs.data_files import STAGED_FROM, shards_directory
 from nanogpt.runs.directory import RunDirectory, output_directory
 from nanogpt.spec import RunSpec
-from nanogpt.training.resume import resumed_spec
+from nanogpt.training.resume import resumed_data_directory, resumed_spec
 
 SCRIPTS = "NANOGPT_SCRIPTS"  # where slurm/run.sh is
 WAIT_S = 110  # for the other nodes, once one has ended: the first may still write the checkpoint of all
@@ -67,7 +67,11 @@ class RunArguments:
 
     def data_directory(self, spec: RunSpec) -> Path:
         """Where the shards are."""
-        return self.data or (Path(spec.data.directory) if spec.data.directory else fineweb.default_directory())
+        if self.data is not None:
+            return self.data
+        if self.resume is not None:
+            return resumed_data_directory(RunDirectory.open(self.resume), spec)
+        return shards_directory(spec)
 
     def output_directory(self, spec: RunSpec) -> Path:
         """Where run directories are made."""
@@ -97,7 +101,7 @@ def plan_step(arguments: RunArguments, environ: Mapping[str, str]) -> list[str]:
 
     arguments = arguments.with_environment(environ).settled(of_the_job(environ))
     spec = arguments.spec()
-    request = job_request(spec)
+    request = job_request(spec, environ)
     allocation = read_allocation(environ)
     misfits = allocation.misfits(request)
     if misfits:
@@ -136,12 +140,12 @@ def plan_step(arguments: RunArguments, environ: Mapping[str, str]) -> list[str]:
     stage = environ.get("NANOGPT_STAGE")
     local = []
     if stage:
+        image = Path(value_of("NANOGPT_SIF", environ))
+        local = ["env", f"{STAGED_FROM}={data.resolve()}"]
+        if not image.is_dir():  # one that is unpacked stays where it is
+            local.append(f"NANOGPT_SIF={staged_image(Path(stage), image)}")
+            local.append(f"NANOGPT_STAGED_BELOW={Path(stage)}")  # in_image.sh looks whose it is
         data = staged_data(Path(stage), data)
-        local = [
-            "env",
-            f"NANOGPT_SIF={staged_image(Path(stage), Path(value_of('NANOGPT_SIF', environ)))}",
-            f"NANOGPT_STAGED_BELOW={Path(stage)}",  # in_image.sh looks whose it is
-        ]
     meeting = []
     if request.nodes > 1:
         meeting = [f"--endpoint={rendezvous(allocation.nodes, number_of('SLURM_JOB_ID', environ=environ)).endpoint}"]

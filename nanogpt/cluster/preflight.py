@@ -225,9 +225,20 @@ def _shards(spec: RunSpec, data: Path) -> Iterable[Check]:
         advice = f"{again}; or name the directory: --data, NANOGPT_DATA, data.directory in the recipe"
         yield Check("shards", "failed", f"{data}: no such directory", advice)
         return
-    for kind, pattern, tokens in (
-        ("training", spec.data.train_files, spec.training.total_tokens if spec.data.epochs == 1 else 1),
-        ("validation", spec.data.val_files, spec.evaluation.tokens + 1),
+    for kind, pattern, tokens, more in (
+        (
+            "training",
+            spec.data.train_files,
+            spec.training.total_tokens if spec.data.epochs == 1 else 1,
+            "Get more: prep-fineweb --chunks N, or prep-text with more text",
+        ),
+        (
+            "validation",
+            spec.data.val_files,
+            spec.evaluation.tokens + 1,
+            "Make them anew with more of them: prep-text --val-tokens N --force (FineWeb's one shard has 100 million);"
+            " or validate on fewer: --set evaluation.tokens=N",
+        ),
     ):
         names = {path.name for path in data.glob(pattern)}
         if not names:
@@ -246,7 +257,7 @@ def _shards(spec: RunSpec, data: Path) -> Iterable[Check]:
             yield Check(f"{kind} shards", "failed", "; ".join(bad), again)
         elif found < tokens:
             text = f"{data}: {found:,} tokens, the run needs {tokens:,}"
-            yield Check(f"{kind} shards", "failed", text, "Get more: prep-fineweb --chunks N, prep-text")
+            yield Check(f"{kind} shards", "failed", text, more)
         elif unread := _unreadable(spec, data, checks, spec.training.total_tokens if kind == "training" else tokens):
             yield Check(f"{kind} shards", "failed", unread, again)
         else:

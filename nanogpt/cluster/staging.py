@@ -163,16 +163,13 @@ def stage(stage: Path, *, image: Path | None, shards: Sequence[Path], manifests:
     """Copy image and shards to this node's disk below `stage`, and say how long that took.
 
     Raises:
-        InputError: `stage` cannot be written to or is not safe there, the image is a directory, or a shard is a link
-            to nothing.
+        InputError: `stage` cannot be written to or is not safe there, or a shard is a link to nothing.
         RunError: too little space there, or a copy failed.
     """
     parts: list[tuple[str, list[Path], Path, Callable[[], dict[Path, str]]]] = []
-    if image is not None:
-        if image.is_dir():
-            raise InputError(
-                f"NANOGPT_SIF: {image} is an unpacked image, and NANOGPT_STAGE copies files: unset it, or name a .sif"
-            )
+    if image is not None and image.is_dir():
+        say(f"staged image: {image} is unpacked and stays where it is; a .sif would be copied")
+    elif image is not None:
         files = [image, sidecar(image)] if read_built(image) else [image]
         digest = known_sha256(image)
         parts.append(("image", files, staged_image(stage, image).parent, lambda: {image: digest} if digest else {}))

@@ -14,13 +14,23 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from nanogpt.data import fineweb
 from nanogpt.data.manifest import known_sha256, pinned_sha256, read_manifest
 from nanogpt.data.shards import HEADER_BYTES, TOKEN_BYTES
 from nanogpt.data.text_shards import MANIFEST as TEXT_MANIFEST
 from nanogpt.files import open_regular, read_json
-from nanogpt.runs.record import DataFile
+from nanogpt.runs.record import Data, DataFile
+from nanogpt.spec import RunSpec
 
 BLOCK_BYTES = 1 << 20
+STAGED_FROM = "NANOGPT_STAGED_FROM"  # where the shards are of which the run reads a node's own copies
+
+
+def shards_directory(spec: RunSpec, read: Data | None = None) -> Path:
+    """Where the shards of `spec` are: where a run `read` them if that is there, else data.directory or NANOGPT_DATA."""
+    if read is not None and Path(read.directory).is_dir():
+        return Path(read.directory)
+    return Path(spec.data.directory) if spec.data.directory else fineweb.default_directory()
 
 
 def describe_shards(paths: Sequence[Path]) -> list[DataFile]:

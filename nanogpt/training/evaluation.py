@@ -30,13 +30,14 @@ from nanogpt.data.canonical_mask import build
 from nanogpt.data.shards import Tokens
 from nanogpt.data.tokenizer import VOCAB_SIZE, gpt2_encoding
 from nanogpt.errors import InputError, RunError
+from nanogpt.runs.data_files import shards_directory
 from nanogpt.runs.directory import RECORD_NAME, RunDirectory
 from nanogpt.runs.metrics import read_run
 from nanogpt.runs.record import Data, read_record
 from nanogpt.spec import RunSpec
 from nanogpt.training.schedule import Schedule
 from nanogpt.training.trained_model import TrainedModel, evaluating_implementations, find_device, load_trained_model
-from nanogpt.training.trainer import default_data_directory, find_files
+from nanogpt.training.trainer import find_files
 
 Numbers = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
@@ -149,7 +150,7 @@ def evaluate_runs(
     _check_count(count, specs)
     place = find_device(device)
     recorded = [_recorded_data(RunDirectory.open(path)) for path in run_directories]
-    files = find_files(data_directory or _shards_of(first, recorded[0]), first.data.val_files)
+    files = find_files(data_directory or shards_directory(first, recorded[0]), first.data.val_files)
     stream = read_stream(files, count + 1, first.model.vocab_size)
     trained = [
         load_trained_model(path, device=place, implementations=evaluating_implementations(spec, place))
@@ -241,12 +242,6 @@ def _recorded_loss(trained: TrainedModel, data: Data | None, count: int, stream:
     if recorded_stream not in (None, hashlib.sha256(stream.astype("<u2").tobytes()).hexdigest()):
         return None, "its record tells of other validation tokens"
     return float(found[0]), ""
-
-
-def _shards_of(spec: RunSpec, data: Data | None) -> Path:
-    """Where the run read its shards, if that is there still, else where another one would look for them."""
-    read_from = None if data is None else Path(data.directory)
-    return read_from if read_from is not None and read_from.is_dir() else default_data_directory(spec)
 
 
 def _recorded_data(run: RunDirectory) -> Data | None:

@@ -26,7 +26,7 @@ from nanogpt.launch.world import World, started_as
 from nanogpt.recipe import dump_spec, load_recipe
 from nanogpt.runs.claim import RunClaim
 from nanogpt.runs.consistency import SPEC_HEAD
-from nanogpt.runs.data_files import OffClockHashes, describe_shards, refusal
+from nanogpt.runs.data_files import STAGED_FROM, OffClockHashes, describe_shards, refusal
 from nanogpt.runs.directory import FLOAT_DIGITS, RECORD_NAME, RunDirectory
 from nanogpt.runs.known_variables import compiler_variables, known_variables
 from nanogpt.runs.provenance import (
@@ -216,7 +216,7 @@ class RunRecorder:
         tokens = self.spec.evaluation.tokens
         try:
             record.data = Data(
-                directory=str(self._data_directory.resolve()),
+                directory=os.environ.get(STAGED_FROM) or str(self._data_directory.resolve()),
                 train=describe_shards(train_files),
                 val=describe_shards(val_files),
                 val_tokens=tokens,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from nanogpt.errors import InputError
 from nanogpt.recipe import load_recipe
+from nanogpt.runs.data_files import shards_directory
 from nanogpt.runs.directory import RunDirectory
 from nanogpt.runs.record import process_lives, read_record
 from nanogpt.spec import RunSpec
@@ -37,6 +39,14 @@ def resumed_spec(
     differences = list(deciding_differences(run.spec(), spec))
     _refuse(run, differences, "the command line", f"a resumed run may change {', '.join(CHANGEABLE)}; start a new one")
     return spec
+
+
+def resumed_data_directory(run: RunDirectory, spec: RunSpec) -> Path:
+    """Where the run read its shards, by its record, if that is there; else where a new run would look for them."""
+    try:
+        return shards_directory(spec, read_record(run.path).data)
+    except InputError:  # no record, or a damaged one
+        return shards_directory(spec)
 
 
 def check_not_running(run: RunDirectory) -> None:

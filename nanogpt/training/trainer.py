@@ -26,7 +26,6 @@ from torch import Tensor
 
 from nanogpt.cache.compile_cache import CompileCache, cache_directory, compile_cache
 from nanogpt.console import say
-from nanogpt.data import fineweb
 from nanogpt.data.batches import TrainBatches, ValBatches, read_stream
 from nanogpt.data.prefixes import gpt2_tokens, prefix_table
 from nanogpt.data.shards import check_shard_tokens, missing_target
@@ -74,11 +73,6 @@ class Result:
     steps: int
     train_seconds: float
     late_graphs: int = 0  # graphs compiled after the clock had started: 0 in a run that warmed up
-
-
-def default_data_directory(spec: RunSpec) -> Path:
-    """Where the spec's shards are: data.directory, else where prep-fineweb puts them."""
-    return Path(spec.data.directory) if spec.data.directory else fineweb.default_directory()
 
 
 def find_shards(spec: RunSpec, directory: Path) -> tuple[list[Path], list[Path]]:
