@@ -15,7 +15,12 @@ BASE ?=
 WHEELS ?=
 KERNELS ?= all
 COMPRESSION ?=
-OUT ?= $(if $(filter cuda,$(FLAVOUR)),nanogpt.sif,nanogpt-$(FLAVOUR).sif)
+# Where a site has a file (see slurm/sites/example.sh), recipes run in a shell that has sourced it.
+ifneq ($(NANOGPT_SITE)$(wildcard slurm/site.sh),)
+SHELL := slurm/use_site.sh
+SITE_SIF := $(shell printf %s "$$NANOGPT_SIF")
+endif
+OUT ?= $(if $(filter cuda,$(FLAVOUR)),$(or $(SITE_SIF),nanogpt.sif),nanogpt-$(FLAVOUR).sif)
 SIF ?= $(OUT)
 
 BIN := $(VENV)/bin

@@ -3,6 +3,7 @@
 #
 #   NANOGPT_SIF=FILE   the image (default: nanogpt.sif here, or beside the project's folder slurm/)
 #   NANOGPT_SITE=FILE  is sourced first, for what a site needs: module load apptainer, export HTTPS_PROXY=..., ...
+#                      (default: site.sh beside this script, if there is one; see sites/)
 #   NANOGPT_SIF_SHA256, NANOGPT_SIF_KEY   refuse any other image, or one without that signature: see check_image.sh
 #   APPTAINER=COMMAND  default: apptainer, or singularity where there is no apptainer
 #   APPTAINER_BIND=... more directories to show inside, as Apptainer knows it
@@ -12,54 +13,15 @@ set -euo pipefail
 
 say() { echo "in_image.sh on $(hostname): $*" >&2; }
 
-# A site's file is written for a login shell: nothing in it may end this script without a word, change the directory or
-# write into the command's output.
-if [[ -n ${NANOGPT_SITE:-} ]]; then
-    nanogpt_site=$NANOGPT_SITE nanogpt_directory=$PWD nanogpt_failed=
-    if [[ ! -f $nanogpt_site || ! -r $nanogpt_site ]]; then
-        say "NANOGPT_SITE=$nanogpt_site: no such file, or not readable. Name one that this machine can read, or unset it"
-        exit 2
-    fi
-    if [[ $nanogpt_site != */* ]]; then nanogpt_site=./$nanogpt_site; fi # or PATH is searched
-    nanogpt_site_failed() { # exit code, file, line, command
-        if [[ $2 != "$nanogpt_site" ]]; then return; fi
-        nanogpt_failed=yes
-        say "NANOGPT_SITE=$nanogpt_site, line $3: \`$4\` failed (exit code $1); going on without it"
-    }
-    nanogpt_no_module() {
-        say "there is no command 'module' here. Put the line that defines it before its first use in $nanogpt_site:" \
-            ". DIRECTORY/init/bash, where a login shell's \$LMOD_PKG or \$MODULESHOME names the directory"
-        return 127
-    }
-    set +eu +o pipefail
-    if grep -Eqw 'module|ml' "$nanogpt_site" && ! type module > /dev/null 2>&1; then # as in a batch job's shell
-        for nanogpt_init in ${LMOD_PKG:+"$LMOD_PKG/init/bash"} ${MODULESHOME:+"$MODULESHOME/init/bash"} \
-            /etc/profile.d/{modules,lmod,z00_lmod}.sh /usr/share/{lmod/lmod,modules,Modules}/init/bash; do
-            # shellcheck disable=SC1090
-            if [[ -r $nanogpt_init ]]; then . "$nanogpt_init" >&2; fi
-            if type module > /dev/null 2>&1; then break; fi
-        done
-        type module > /dev/null 2>&1 || module() { nanogpt_no_module; }
-        type ml > /dev/null 2>&1 || ml() { module "$@"; }
-    fi
-    trap 'say "NANOGPT_SITE=$nanogpt_site has ended the script (exit code $?): take its \`exit\` out"; exit 2' EXIT
-    trap 'nanogpt_site_failed "$?" "${BASH_SOURCE[0]}" "$LINENO" "$BASH_COMMAND"' ERR
-    # shellcheck disable=SC1090
-    . "$nanogpt_site" >&2
-    nanogpt_code=$?
-    trap - ERR EXIT
-    if ((nanogpt_code)) && [[ -z $nanogpt_failed ]]; then
-        say "NANOGPT_SITE=$nanogpt_site: ended early (exit code $nanogpt_code); what it says is above. Going on"
-    fi
-    unset IFS CDPATH
-    set -euo pipefail
-    cd "$nanogpt_directory"
-fi
+here=$(cd -P "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=slurm/use_site.sh
+. "$here/use_site.sh"
+use_site "$here"
 
 PASS='^(SLURM|SLURMD|SBATCH|NCCL|NANOGPT|NVIDIA|CUDA|OMP|TORCH|PYTORCH|TRITON|UCX|GLOO|WANDB|HF)_|^(FINEWEB_CHUNKS|GPU_TYPE|NUM_GPUS|GPU_DEVICE_ORDINAL|USER|LOGNAME|TERM|COLUMNS|LINES|TZ|NO_COLOR|TMPDIR|(https?|no|all)_proxy|(HTTPS?|NO|ALL)_PROXY|SSL_CERT_FILE|SSL_CERT_DIR|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE)$'
 # Directories of the site that recipes and NANOGPT_* may name, as $SCRATCH/shards: shown inside under the same names.
 PLACES='^[A-Z]*(SCRATCH|WORK|WORKDIR|PROJECT)$'
-root=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=${here%/*}
 
 if [[ -n ${TMPDIR:-} && ! (-d $TMPDIR && -w $TMPDIR) ]]; then # often the login node's, which a job has brought along
     say "TMPDIR=$TMPDIR: no directory here that can be written to; /tmp is used. export TMPDIR=one that nodes have"
@@ -110,13 +72,22 @@ if [[ -n ${NANOGPT_SRC:-} ]]; then export "${prefix}PYTHONPATH=$NANOGPT_SRC"; fi
 
 options=(--cleanenv --pwd "$PWD")
 if [[ -e /dev/nvidiactl ]]; then options+=(--nv); fi
+# Apptainer takes home from the user database, where it may be another directory, or the same by another name.
+if [[ -d ${HOME:-} && $HOME != *:* && $HOME != "$(getent passwd "$EUID" | cut -d : -f 6)" ]]; then
+    options+=(--home "$HOME")
+fi
 
 # Apptainer shows home, /tmp and the current directory; the rest is to be named. A directory that is still to be made
 # is shown by the nearest one that exists, a link by what it leads to as well.
 declare -A shown=()
 bind() {
-    if [[ -z ${shown[$1]:-} && $1 != / ]]; then options+=(--bind "$1"); fi
+    local quoted=${1//\"/\"\"}
+    if [[ -n ${shown[$1]:-} || $1 == / ]]; then return; fi
     shown[$1]=yes
+    case $1 in
+        *[:,\"]*) options+=(--mount "type=bind,\"src=$quoted\",\"dst=$quoted\"") ;; # which mean something in --bind
+        *) options+=(--bind "$1") ;;
+    esac
 }
 show() {
     local path
@@ -143,18 +114,39 @@ show_targets() {
     done < <(find -H "$1/" -maxdepth 1 -type l -printf '%l\0' 2> /dev/null)
 }
 
-data=("${NANOGPT_DATA:-data}" "${NANOGPT_DATA:-data/fineweb10B}")
-for ((index = 1; index <= $#; index++)); do
-    case ${!index} in
-        --data | --dir) if ((index < $#)); then next=$((index + 1)) && data+=("${!next}"); fi ;;
-        --data=* | --dir=*) data+=("${!index#*=}") ;;
-    esac
-done
-for directory in "$PWD" "$root" "${data[@]}" "${NANOGPT_RUNS:-runs}" "${NANOGPT_CACHE:-}" \
+# What arguments name counts as what variables name: values of options, and what is there. A run also leads to its shards.
+data=("${NANOGPT_DATA:-data}" "${NANOGPT_DATA:-data/fineweb10B}") named=()
+SYSTEM='^/(proc|sys|dev|etc|run|bin|sbin|lib|lib64|usr|opt|var)?$|^/(proc|sys|dev|etc|run|usr/(bin|lib|share))/'
+name() { # a value; whether it may be still to be made
+    if [[ -z $1 || $(realpath -m -- "$1") =~ $SYSTEM ]]; then return; fi
+    if [[ -n ${2:-} || -e $1 || -h $1 ]]; then named+=("$1"); fi
+    if [[ -f $1/record.json ]]; then
+        data+=("$(sed -n '/^ *"data": {/,/}/s/^ *"directory": "\(.*\)",\{0,1\}$/\1/p' "$1/record.json" | head -n 1)")
+    fi
+}
+if [[ ${1:-} =~ ^(nanogpt|prep-fineweb|prep-text|build-flash-attn)$ ]]; then
+    for ((index = 2; index <= $#; index++)); do
+        word=${!index} before=$((index - 1))
+        case $word in
+            --data=* | --dir=*) data+=("${word#*=}") ;;
+            --out=* | --runs=* | --resume=* | --traces=*) name "${word#*=}" yes ;;
+            --*=*) name "${word#*=}" ;;
+            -*) ;;
+            *)
+                case ${!before} in
+                    --data | --dir) data+=("$word") ;;
+                    --out | --runs | --resume | --traces) name "$word" yes ;;
+                    *) name "$word" ;;
+                esac
+                ;;
+        esac
+    done
+fi
+for directory in "$PWD" "$root" "${data[@]}" "${named[@]}" "${NANOGPT_RUNS:-runs}" "${NANOGPT_CACHE:-}" \
     "${NANOGPT_STAGE:-}" "${NANOGPT_RELAY:-}" "${NANOGPT_SRC:-}" "${NANOGPT_FLASH_ATTN:-}" "$(dirname "$NANOGPT_SIF")"; do
     if [[ -n $directory ]]; then show "$directory"; fi
 done
-for directory in "${data[@]}"; do show_targets "$directory"; done
+for directory in "${data[@]}"; do if [[ -n $directory ]]; then show_targets "$directory"; fi; done
 for file in "${TMPDIR:-}" "${HF_HOME:-}" "${HF_TOKEN_PATH:-}" "${SSL_CERT_FILE:-}" "${SSL_CERT_DIR:-}" \
     "${REQUESTS_CA_BUNDLE:-}" "${CURL_CA_BUNDLE:-}" "${places[@]}"; do
     if [[ -d $file ]]; then

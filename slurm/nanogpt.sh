@@ -9,6 +9,9 @@
 # The environment counts as described in slurm/in_image.sh.
 set -euo pipefail
 here=$(cd -P "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=slurm/use_site.sh
+. "$here/use_site.sh"
+use_site "$here"
 
 if [[ -n ${TMPDIR:-} && ! (-d $TMPDIR && -w $TMPDIR) ]]; then # often the login node's, which a job has brought along
     echo "nanogpt.sh on $(hostname): TMPDIR=$TMPDIR: no directory here that can be written to; /tmp is used." \

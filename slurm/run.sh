@@ -2,13 +2,14 @@
 # A recipe on a Slurm cluster, by nanogpt launch inside the image, one container a node. Two ways:
 #
 #   sbatch slurm/run.sh RECIPE [--on 8xh200] [--set KEY=VALUE]...    with the resources below: 8 GPUs on one node
-#   slurm/run.sh [--runs N] [--dry-run] RECIPE [--on 4xh200] [--set KEY=VALUE]... [-- SBATCH OPTIONS]
+#   slurm/run.sh [--runs N[%M]] [--dry-run] RECIPE [--on 4xh200] [--set KEY=VALUE]... [-- SBATCH OPTIONS]
 #       checks the recipe, works out the resources, prints the sbatch command and submits it; --dry-run only prints,
-#       --runs N makes an array of N runs with a seed of its own each
+#       --runs N makes an array of N runs with a seed of its own each, --runs 10%2 two at a time
 #   either with --resume RUN in RECIPE's place: the run goes on from its newest checkpoint
 #   --on 4xh200, or 2x4xh100 for two nodes: the hardware in the recipe's place; a job that is there already knows its own
+#   --parsable: prints the job's id alone, as sbatch does
 #
-# Partition and account: SBATCH_PARTITION, SBATCH_ACCOUNT, or sbatch's options. GPU_TYPE and NUM_GPUS (of a node) change
+# Partition and account: SBATCH_PARTITION, SBATCH_ACCOUNT (in slurm/site.sh: see sites/), or sbatch's options. GPU_TYPE and NUM_GPUS (of a node) change
 # the recipe's hardware without --on. NCCL_*, OMP_NUM_THREADS and FINEWEB_CHUNKS go through; NCCL_IB_DISABLE is 1 by default on one node.
 # NANOGPT_STAGE=DIR copies image and shards to DIR on each node first. Image and site: see slurm/in_image.sh. More:
 # docs/cluster.md.
@@ -31,7 +32,11 @@ if [[ ! -e $here/nanogpt.sh ]]; then # Slurm runs a copy of a batch script: the 
     read -r here <<< "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\)/run\.sh\( .*\)\{0,1\}$|\1|p')"
     here=$(cd -P "${here:-slurm}" && pwd) || exit 2
 fi
+# shellcheck source=slurm/use_site.sh
+. "$here/use_site.sh"
+use_site "$here"
 export NANOGPT_SCRIPTS=$here
+export SLURM_EXPORT_ENV=ALL # of srun: what `sbatch --export` has let in goes on to every node
 
 mapfile -d '' -t step < <("$here/nanogpt.sh" job plan "$@")
 wait "$!" || exit

@@ -1,4 +1,4 @@
-"""`nanogpt job`: the parts of `slurm/run.sh` inside a Slurm job. Not for users: the script calls them in order."""
+"""`nanogpt job`: the parts of `slurm/run.sh` inside a Slurm job, and of `slurm/warm.sh`. Not for users."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ from typing import Annotated
 
 import typer
 
-from nanogpt.cli.submit import DataOption, OutOption, RecipeOrResume, ResumeOption
+from nanogpt.cli.submit import DataOption, ForSlurm, OutOption, RecipeOrResume, ResumeOption, submit_warm
 from nanogpt.cli.validate import OnOption, SetOption, StepsOption
 
 job = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Parts of slurm/run.sh inside a job. Not for users.",
+    help="Parts of slurm/run.sh and warm.sh. Not for users.",
 )
+
+job.command("submit-warm", cls=ForSlurm)(submit_warm)
 
 JOIN_TIMEOUT_S = 300  # for all nodes to come; images may start slowly
 
 
-@job.command()
+@job.command(cls=ForSlurm)
 def plan(
     recipe: RecipeOrResume = None,
     overrides: SetOption = None,
@@ -35,7 +37,7 @@ def plan(
     data: DataOption = None,
     out: OutOption = None,
     resume: ResumeOption = None,
-    runs: Annotated[int | None, typer.Option("--runs", hidden=True)] = None,
+    runs: Annotated[str | None, typer.Option("--runs", hidden=True)] = None,
 ) -> None:
     """Check the job against RECIPE and print its srun command, each word ended by a NUL; nothing if it is done."""
     from nanogpt.cluster.job_step import RunArguments, plan_step
@@ -48,7 +50,7 @@ def plan(
     verbatim(sys.stdout).write("".join(f"{word}\0" for word in words))
 
 
-@job.command()
+@job.command(cls=ForSlurm)
 def stage(
     recipe: RecipeOrResume = None,
     overrides: SetOption = None,
@@ -75,7 +77,7 @@ def stage(
     )
 
 
-@job.command()
+@job.command(cls=ForSlurm)
 def node(
     nodes: Annotated[int, typer.Option("--nodes")],
     ranks: Annotated[int, typer.Option("--ranks")],
@@ -151,7 +153,7 @@ def _pid_file(index: int) -> Iterator[None]:
             path.unlink()
 
 
-@job.command()
+@job.command(cls=ForSlurm)
 def requeue(
     recipe: RecipeOrResume = None,
     overrides: SetOption = None,

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nanogpt.cli.validate import LookedAtOnOption, SetOption, StepsOption, recipe_names
+from nanogpt.cli.entry import Command
+from nanogpt.cli.validate import LookedAtOnOption, RecipeArgument, SetOption, StepsOption, recipe_names
+from nanogpt.cli.warm import CacheOutOption, FreshOption, WorldSizesOption
+
+if TYPE_CHECKING:
+    from nanogpt.cluster.request import JobRequest
 
 RecipeOrResume = Annotated[
     str | None,
@@ -32,13 +38,47 @@ OutOption = Annotated[
     ),
 ]
 
+SbatchOptions = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[-- SBATCH OPTIONS]", help="Handed to sbatch, and stronger than what is worked out."),
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the sbatch command, and submit nothing.")]
+ParsableOption = Annotated[
+    bool, typer.Option("--parsable", help="Print the job's id alone (`12`, `12;CLUSTER`), as sbatch does, for scripts.")
+]
+
+
+class ForSlurm(Command):
+    """What stands after `--` is sbatch's; an option that there is not may be one of sbatch's as well."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the arguments. Raises `InputError` where one is sbatch's and not in its place."""
+        from nanogpt.errors import InputError
+
+        at = args.index("--") if "--" in args else len(args)
+        theirs = args[at + 1 :]
+        submits = any(parameter.name == "sbatch_options" for parameter in self.params)
+        place = "after --: slurm/run.sh RECIPE --" if submits else "before the script: sbatch"
+        if theirs and not submits:
+            raise InputError(f"{theirs[0]}: in a job it is too late for it. Options of sbatch go {place} {theirs[0]}")
+        try:
+            rest = super().parse_args(ctx, args[:at])
+        except Exception as error:  # of Click, or of Typer's copy of Click
+            option = getattr(error, "option_name", None)
+            if option is None or not hasattr(error, "possibilities"):
+                raise
+            close = f" Did you mean {error.possibilities[0]}?" if error.possibilities else ""
+            raise InputError(f"{option}: no such option.{close} One of sbatch's goes {place} {option}") from None
+        if submits:
+            if surplus := ctx.params["sbatch_options"]:
+                raise InputError(f"{surplus[0]}: one RECIPE is expected; options of sbatch go {place} {surplus[0]}")
+            ctx.params["sbatch_options"] = theirs
+        return rest
+
 
 def submit(
     recipe: RecipeOrResume = None,
-    sbatch_options: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[-- SBATCH OPTIONS]", help="Handed to sbatch, and stronger than what is worked out."),
-    ] = None,
+    sbatch_options: SbatchOptions = None,
     overrides: SetOption = None,
     steps: StepsOption = None,
     on: LookedAtOnOption = None,
@@ -46,54 +86,107 @@ def submit(
     out: OutOption = None,
     resume: ResumeOption = None,
     runs: Annotated[
-        int | None,
-        typer.Option("--runs", min=1, max=1000, metavar="N", help="An array of N runs, each with a seed of its own."),
+        str | None,
+        typer.Option(
+            "--runs", metavar="N[%M]", help="An array of N runs, each with a seed of its own; at most M at a time."
+        ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the sbatch command, and submit nothing.")] = False,
+    parsable: ParsableOption = False,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Validate RECIPE, work out nodes, GPUs, CPUs, memory, time and log from it, and submit the job.
 
     Started by slurm/run.sh, outside of a job. Partition and account: SBATCH_PARTITION, SBATCH_ACCOUNT, or after `--`.
+    With --dry-run the exit code is 2 where the job would be refused for its shards.
     """
     from nanogpt.cluster.at_hand import to_be_said
-    from nanogpt.cluster.job_step import SCRIPTS, RunArguments
-    from nanogpt.cluster.outside import ask_or_fail
+    from nanogpt.cluster.job_step import RunArguments
     from nanogpt.cluster.preflight import check_shards, raise_for_failures
-    from nanogpt.cluster.request import LOG, job_request, sbatch_command, shown
+    from nanogpt.cluster.request import job_request
     from nanogpt.console import say
+
+    scripts = _scripts()
+    arguments = RunArguments(recipe, overrides or (), steps, data, out, resume, on).with_environment(os.environ)
+    arguments = arguments.settled(to_be_said)
+    spec = arguments.spec()
+    shards = check_shards(spec, arguments.data_directory(spec))
+    if not dry_run:
+        raise_for_failures(shards)
+    request = job_request(spec, os.environ)
+    job = _sbatch(
+        f"{scripts}/run.sh", request, arguments.words(), sbatch_options or (), runs, parsable=parsable, dry_run=dry_run
+    )
+    if job is None:
+        raise_for_failures(shards)
+    else:
+        say(f"Follow it: {scripts}/nanogpt.sh watch {job}; all of them: {scripts}/nanogpt.sh status")
+
+
+submit.command_class = ForSlurm  # type: ignore[attr-defined]
+
+
+def submit_warm(
+    recipe: RecipeArgument,
+    sbatch_options: SbatchOptions = None,
+    overrides: SetOption = None,
+    on: LookedAtOnOption = None,
+    world_sizes: WorldSizesOption = None,
+    out: CacheOutOption = None,
+    fresh: FreshOption = False,
+    parsable: ParsableOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Submit slurm/warm.sh RECIPE to one GPU of the type that the runs will be on."""
+    from nanogpt.cluster.at_hand import to_be_said
+    from nanogpt.cluster.job_step import RunArguments
+    from nanogpt.cluster.request import job_request, warm_request
+
+    scripts = _scripts()
+    arguments = RunArguments(recipe, overrides or (), on=on).with_environment(os.environ).settled(to_be_said)
+    words = [*arguments.words(), *(f"--world-size={size}" for size in world_sizes or ())]
+    words += [*([f"--out={out}"] if out else []), *(["--fresh"] if fresh else [])]
+    request = warm_request(job_request(arguments.spec(), os.environ))
+    _sbatch(f"{scripts}/warm.sh", request, words, sbatch_options or (), parsable=parsable, dry_run=dry_run)
+
+
+def _scripts() -> str:
+    from nanogpt.cluster.job_step import SCRIPTS
     from nanogpt.errors import InputError
 
     scripts = os.environ.get(SCRIPTS)
     if scripts is None:
         raise InputError("submit: start it by slurm/run.sh RECIPE, which has sbatch at hand outside of the image")
-    arguments = RunArguments(recipe, overrides or (), steps, data, out, resume, on).with_environment(os.environ)
-    arguments = arguments.settled(to_be_said)
-    spec = arguments.spec()
-    shards = check_shards(spec, arguments.data_directory(spec))
+    return scripts
+
+
+def _sbatch(
+    script: str,
+    request: JobRequest,
+    words: Sequence[str],
+    extra: Sequence[str],
+    runs: str | None = None,
+    *,
+    parsable: bool,
+    dry_run: bool,
+) -> str | None:
+    """Print the command and run it; returns the job's id, None of a dry run."""
+    from nanogpt.cluster.outside import ask_or_fail
+    from nanogpt.cluster.request import LOG, sbatch_command, shown
+    from nanogpt.console import say
+    from nanogpt.errors import InputError
+
+    command = sbatch_command(request, script, words, environ=os.environ, runs=runs, extra=extra)
+    parsable = parsable or "--parsable" in extra
+    (say if parsable else typer.echo)(shown(command))
     if dry_run:
-        for check in shards:
-            if check.status != "passed":
-                say(f"{check}")
-    else:
-        raise_for_failures(shards)
-    command = sbatch_command(
-        job_request(spec),
-        f"{scripts}/run.sh",
-        arguments.words(),
-        environ=os.environ,
-        runs=runs,
-        extra=sbatch_options or (),
-    )
-    typer.echo(shown(command))
-    if dry_run:
-        return
+        return None
     try:
         Path(LOG).parent.mkdir(exist_ok=True)
     except OSError as error:
         raise InputError(
             f"{Path(LOG).parent.absolute()}: cannot be made for the job's log: {error.strerror}"
         ) from error
-    said = ask_or_fail(*command).strip()
-    typer.echo(said)
-    job = said.split()[-1]
-    say(f"Follow it: {scripts}/nanogpt.sh watch {job}; all of them: {scripts}/nanogpt.sh status")
+    answer = ask_or_fail(command[0], "--parsable", *command[1:]).split()[-1]
+    job, _, cluster = answer.partition(";")
+    typer.echo(answer if parsable else f"Submitted batch job {job}" + (f" on cluster {cluster}" if cluster else ""))
+    return job

@@ -137,7 +137,13 @@ def my_jobs(runs_directories: Sequence[Path], *, only: str | None = None) -> Job
         jobs = _ended(jobs, _rows(places)) + jobs
     if only is not None:
         jobs = [job for job in jobs if only in (job.id, job.raw_id)]
-    return Jobs(jobs, history.code == 0)
+    return Jobs(sorted(jobs, key=_by_number), history.code == 0)
+
+
+def _by_number(job: Job) -> tuple[int, ...]:
+    """Of the job or its array, then the task's; tasks that wait together, `120_[4-9]`, by the first."""
+    numbers = [int(number) for number in re.findall(r"\d+", job.id)]
+    return tuple(numbers[:2])
 
 
 def _rows(directories: Iterable[Path]) -> list[RunRow]:

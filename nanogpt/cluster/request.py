@@ -10,8 +10,10 @@ import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
+from nanogpt.environment import number_of
 from nanogpt.errors import InputError
 from nanogpt.gpus import GPU_NAMES, GPU_TYPES
 from nanogpt.spec import RunSpec
@@ -19,13 +21,17 @@ from nanogpt.spec import RunSpec
 CPUS_PER_CPU_RANK = 2
 MEMORY_PER_CPU_RANK_GB = 4
 STOP_SIGNAL = "B:USR1@120"  # to the batch script alone: in the image's step it would kill squashfuse
-LOG = "logs/%x-%j.out"
+LOG, ARRAY_LOG = "logs/%x-%j.out", "logs/%x-%A_%a.out"
+GIVEN = "NANOGPT_GIVEN"  # names of the NANOGPT_* variables that slurm/use_site.sh found set
+CPUS = "NANOGPT_CPUS_PER_GPU"  # in place of `GpuType.cpus`
+MOST_RUNS = 1000  # of an array
 
 # A start from nothing: staging, compiling (10 minutes), warm-up; then the steps at a speed that no healthy machine
 # fails to reach (`GpuType.slow_flops`), forward and backward. 8 x H100 do 400e12 each.
 START_MINUTES_CPU, START_MINUTES_GPU = 10, 30
 SLOW_FLOPS_CPU = 5e9
 ROUND_MINUTES = 10
+WARM_MINUTES, WARM_MEMORY_GB = 15, 64
 
 # An option that the user has set by sbatch's variable is left to it: on the command line it would win.
 VARIABLES = {
@@ -54,8 +60,8 @@ class JobRequest:
         """`gpu:h200:8`; `none` undoes the header's."""
         return f"gpu:{self.gpu}:{self.gpus_per_node}" if self.gpus_per_node else "none"
 
-    def options(self, *, runs: int | None = None) -> dict[str, str]:
-        """sbatch's options for `runs` jobs in an array, or a job of its own."""
+    def options(self, *, runs: str | None = None) -> dict[str, str]:
+        """sbatch's options for a job of its own, or for an array of `runs` (see `array_range`)."""
         options = {
             "--job-name": self.name,
             "--nodes": str(self.nodes),
@@ -64,25 +70,54 @@ class JobRequest:
             "--cpus-per-task": str(self.cpus_per_node),
             "--mem": f"{self.memory_gb}G",
             "--time": f"{self.minutes // 60:02d}:{self.minutes % 60:02d}:00",
-            "--output": LOG,
+            "--output": LOG if runs is None else ARRAY_LOG,
         }
         if runs is not None:
-            options["--array"] = f"0-{runs - 1}"
+            options["--array"] = array_range(runs)
         return options
 
 
-def job_request(spec: RunSpec) -> JobRequest:
-    """The resources that `spec` needs."""
+def array_range(runs: str) -> str:
+    """`0-9` for `10`, and `0-9%2`, two at a time, for `10%2`. Raises `InputError`."""
+    match = re.fullmatch("([0-9]{1,4})(%[1-9][0-9]{0,3})?", runs)
+    if match is None or not 1 <= int(match[1]) <= MOST_RUNS:
+        raise InputError(
+            f"--runs {runs}: expected a number of runs from 1 to {MOST_RUNS}, such as 10; 10%2 for two at a time"
+        )
+    return f"0-{int(match[1]) - 1}{match[2] or ''}"
+
+
+def job_request(spec: RunSpec, environ: Mapping[str, str] = MappingProxyType({})) -> JobRequest:
+    """The resources that `spec` needs.
+
+    Raises:
+        InputError: the number of CPUs that `environ` asks for with each GPU is none.
+    """
     hardware = spec.hardware
     ranks, kind = hardware.gpus_per_node, GPU_TYPES.get(hardware.gpu)
+    cpus = number_of(CPUS, kind.cpus, least=1, most=1024, environ=environ) if kind else CPUS_PER_CPU_RANK
     return JobRequest(
         name=spec.name,
         nodes=hardware.nodes,
         gpu=hardware.gpu,
         gpus_per_node=ranks if kind else 0,
-        cpus_per_node=ranks * (kind.cpus if kind else CPUS_PER_CPU_RANK),
+        cpus_per_node=ranks * cpus,
         memory_gb=ranks * (kind.host_memory_gb if kind else MEMORY_PER_CPU_RANK_GB),
         minutes=_minutes(spec),
+    )
+
+
+def warm_request(request: JobRequest) -> JobRequest:
+    """What `nanogpt warm` needs to compile for runs of `request`: one of their GPUs."""
+    cpus, minutes = max(1, request.cpus_per_node // max(1, request.gpus_per_node)), WARM_MINUTES
+    return replace(
+        request,
+        name=f"{request.name}-warm",
+        nodes=1,
+        gpus_per_node=min(1, request.gpus_per_node),
+        cpus_per_node=cpus,
+        memory_gb=WARM_MEMORY_GB,
+        minutes=minutes,
     )
 
 
@@ -102,13 +137,35 @@ def sbatch_command(
     arguments: Sequence[str],
     *,
     environ: Mapping[str, str],
-    runs: int | None = None,
+    runs: str | None = None,
     extra: Sequence[str] = (),
 ) -> list[str]:
-    """`sbatch OPTIONS script arguments`; `extra` are the user's own options, which win."""
+    """`sbatch OPTIONS script arguments`; `extra` are the user's own options, which win.
+
+    Raises:
+        InputError: `extra` leaves a setting of the user's behind (see `left_behind`).
+    """
+    behind = left_behind(environ, extra)
+    if behind:
+        raise InputError(
+            f"--export: leaves {', '.join(behind)} behind, which this command was given, and the job would do something"
+            f" else. Name them, as in --export=NONE,{','.join(behind)}, or unset them here"
+        )
     options = request.options(runs=runs)
     left = [f"{name}={value}" for name, value in options.items() if not environ.get(VARIABLES.get(name, ""))]
     return ["sbatch", *left, *extra, script, *arguments]
+
+
+def left_behind(environ: Mapping[str, str], extra: Sequence[str]) -> list[str]:
+    """Of the NANOGPT_* variables that the user has set (NANOGPT_GIVEN) those that the job would not see."""
+    exported = environ.get("SBATCH_EXPORT", "ALL")
+    for position, word in enumerate(extra):
+        if word.startswith("--export="):
+            exported = word.partition("=")[2]
+        elif word == "--export" and position + 1 < len(extra):
+            exported = extra[position + 1]
+    names = {part.partition("=")[0] for part in exported.split(",")}
+    return [] if "ALL" in names else sorted({*environ.get(GIVEN, "").split()} - names)
 
 
 def shown(command: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ set -euo pipefail
 while [[ $1 == --* ]]; do
     case $1 in
         --pwd) cd "$2" && shift 2 ;;
+        --mount | --home) shift 2 ;;
         --bind) [[ -e $2 ]] && shift 2 ;;
         --cleanenv | --nv) shift ;;
         *) echo "fake apptainer: unknown option $1" >&2 && exit 1 ;;

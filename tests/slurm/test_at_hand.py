@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pynvml
@@ -104,6 +105,13 @@ def test_another_type_of_gpu_is_refused(nvml: MadeNvml) -> None:
     check_type(load_recipe("1xa100").hardware, {})
     nvml.error = pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
     check_type(load_recipe("1xh200").hardware, {})
+
+
+def test_code_is_not_compiled_on_another_type_of_gpu(nvml: MadeNvml, nanogpt: Callable) -> None:
+    nvml.show("NVIDIA H200")
+    outcome = nanogpt("warm", "record89", "--on", "8xh100")
+    assert outcome.code == 2 and "this machine has NVIDIA H200" in outcome.err
+    assert "ask for --gres=gpu:h100:1" in outcome.err and "--on 8xh200" in outcome.err
 
 
 def job(number: int, nodes: str) -> dict[str, str]:

@@ -73,7 +73,7 @@ def test_jobs_come_with_their_runs_without_accounting(slurm: Path, run: Path) ->
     found = my_jobs([run.parent])
     assert not found.history
     by_id = {job.id: job for job in found.jobs}
-    assert list(by_id) == ["120_[4-9]", "120_3", "77", "76"]
+    assert list(by_id) == ["76", "77", "120_3", "120_[4-9]"]  # newest last, whatever Slurm's order
     job = by_id["77"]
     assert job.run is not None and (job.run.steps, job.run.total_steps) == (10, 12)
     assert job.train_loss is not None and job.seconds_of_run_left is not None
@@ -89,7 +89,7 @@ def test_accounting_tells_of_jobs_that_ended(slurm: Path, run: Path) -> None:
     program(slurm, "sacct", {"--user": SACCT})
     found = my_jobs([run.parent])
     assert found.history
-    assert [job.id for job in found.jobs] == ["70", "71", "72_0", "120_[4-9]", "120_3", "77", "76"]
+    assert [job.id for job in found.jobs] == ["70", "71", "72_0", "76", "77", "120_3", "120_[4-9]"]
     assert [job.id for job in my_jobs([], only="124").jobs] == ["120_3"]
 
 

@@ -9,7 +9,16 @@ import pytest
 import yaml
 from tiny_runs import python
 
-from nanogpt.cluster.request import STOP_SIGNAL, environment_overrides, job_request, sbatch_command
+from nanogpt.cluster.request import (
+    CPUS,
+    GIVEN,
+    STOP_SIGNAL,
+    environment_overrides,
+    job_request,
+    left_behind,
+    sbatch_command,
+    warm_request,
+)
 from nanogpt.errors import InputError
 from nanogpt.recipe import load_recipe, shipped_recipes
 
@@ -60,11 +69,55 @@ def test_the_command_leaves_to_the_user_what_the_user_has_set() -> None:
     assert "--gres=gpu:h200:8" in plain and plain[-2:] == ["slurm/run.sh", "8xh200"]
     set_by_user = {"SBATCH_TIMELIMIT": "2:00:00", "SBATCH_GRES": "gpu:8", "SBATCH_JOB_NAME": ""}
     command = sbatch_command(
-        request, "slurm/run.sh", ["8xh200"], environ=set_by_user, runs=10, extra=["--partition=mit_normal_gpu"]
+        request, "slurm/run.sh", ["8xh200"], environ=set_by_user, runs="10", extra=["--partition=mit_normal_gpu"]
     )
     assert not any(word.startswith(("--time", "--gres")) for word in command)
     assert "--array=0-9" in command and "--job-name=speedrun-8xh200" in command
     assert command[-3:] == ["--partition=mit_normal_gpu", "slurm/run.sh", "8xh200"]  # after ours: it wins
+
+
+def test_an_array_has_its_own_logs_and_may_be_throttled() -> None:
+    request = job_request(load_recipe("8xh200"))
+    assert request.options()["--output"] == "logs/%x-%j.out"
+    options = request.options(runs="10%2")
+    assert (options["--array"], options["--output"]) == ("0-9%2", "logs/%x-%A_%a.out")
+    for runs in ("0", "1001", "10%0", "10%", "ten", "-3", "3,5"):
+        with pytest.raises(InputError, match=f"--runs {re.escape(runs)}: expected"):
+            request.options(runs=runs)
+
+
+def test_cpus_of_a_gpu_can_be_set() -> None:
+    spec = load_recipe("2x4xh100")
+    assert job_request(spec, {CPUS: "8"}).cpus_per_node == 32
+    assert job_request(load_recipe("demo"), {CPUS: "8"}).cpus_per_node == 2  # of a CPU run's process
+    with pytest.raises(InputError, match=CPUS):
+        job_request(spec, {CPUS: "few"})
+
+
+def test_warming_takes_one_gpu_of_the_type_of_the_runs() -> None:
+    request = warm_request(job_request(load_recipe("2x4xh100"), {CPUS: "8"}))
+    assert (request.nodes, request.gres, request.cpus_per_node) == (1, "gpu:h100:1", 8)
+
+
+@pytest.mark.parametrize(
+    ("exported", "extra", "left"),
+    [
+        (None, [], []),
+        ("ALL", [], []),
+        ("NONE", [], ["NANOGPT_DATA", "NANOGPT_SIF"]),
+        (None, ["--export=NONE"], ["NANOGPT_DATA", "NANOGPT_SIF"]),
+        (None, ["--export", "HOME,NANOGPT_SIF=/x.sif"], ["NANOGPT_DATA"]),
+        ("NONE", ["--export=ALL,A=b"], []),
+    ],
+)
+def test_settings_that_export_leaves_behind_are_refused(
+    exported: str | None, extra: list[str], left: list[str]
+) -> None:
+    environ = {GIVEN: "NANOGPT_SIF NANOGPT_DATA", **({"SBATCH_EXPORT": exported} if exported else {})}
+    assert left_behind(environ, extra) == left
+    if left:
+        with pytest.raises(InputError, match=f"--export=NONE,{','.join(left)}"):
+            sbatch_command(job_request(load_recipe("demo")), "run.sh", [], environ=environ, extra=extra)
 
 
 def test_variables_of_the_guide_change_the_recipe() -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from made_runs import made_run
 from other_user import ME, as_other, needs_root, shared_place
 from recorded import ONE_NODE, SQUEUE, program
 from tiny_runs import make_data, tiny_spec
@@ -29,7 +30,7 @@ def place(tmp_path: Path) -> Path:
     """A directory with an image, shards, Slurm's commands in bin/ and those of the image in inside/."""
     (tmp_path / "nanogpt.sif").touch()
     make_data(tmp_path / "data", val_tokens=20_000, bos=50256)
-    program(tmp_path / "bin", "sbatch", {"": "Submitted batch job 12\n"})
+    program(tmp_path / "bin", "sbatch", {"": "12\n"})
     program(tmp_path / "bin", "squeue", {"": SQUEUE})
     inside = tmp_path / "inside"
     inside.mkdir()
@@ -72,29 +73,66 @@ def run(place: Path) -> Run:
 
 
 def test_run_sh_validates_prints_and_submits(run: Run, place: Path) -> None:
-    done = run("run.sh", "demo", "--steps=20", "--data=data", "--runs=3", "--", "--partition=gpu")
+    done = run("run.sh", "demo", "--steps=20", "--data=data", "--runs=3%2", "--", "--partition=gpu")
     assert done.returncode == 0, done.stderr
     command, said = done.stdout.splitlines()
-    assert command.startswith("sbatch --job-name=demo --nodes=1") and "--array=0-2 --partition=gpu" in command
+    assert command.startswith("sbatch --job-name=demo --nodes=1") and "--array=0-2%2 --partition=gpu" in command
     assert command.endswith(f"{SCRIPTS}/run.sh demo --steps=20 --data=data")
     assert said == "Submitted batch job 12"
-    assert (place / "bin" / "calls").read_text().strip() == command
+    assert (place / "bin" / "calls").read_text().strip() == command.replace("sbatch", "sbatch --parsable", 1)
     assert (place / "logs").is_dir()
     assert "nanogpt.sh watch 12" in done.stderr
 
 
+def test_a_script_gets_the_job_s_id(run: Run, place: Path) -> None:
+    """Also where Slurm adds the cluster's name."""
+    program(place / "bin", "sbatch", {"": "12;north\n"})
+    done = run("run.sh", "demo", "--steps=20", "--data=data")
+    assert done.stdout.splitlines()[1] == "Submitted batch job 12 on cluster north"
+    assert "nanogpt.sh watch 12;" in done.stderr
+    for options in (["--parsable"], ["--", "--parsable"]):
+        done = run("run.sh", "demo", "--steps=20", "--data=data", *options)
+        assert done.stdout == "12;north\n" and "sbatch --job-name=demo" in done.stderr
+
+
+def test_options_of_sbatch_have_their_place(run: Run, place: Path) -> None:
+    done = run("run.sh", "demo", "--data=data", "--mail-type=END")
+    assert done.returncode == 2
+    assert "--mail-type: no such option. One of sbatch's goes after --: slurm/run.sh RECIPE -- --mail" in done.stderr
+    done = run("run.sh", "demo", "--data=data", "--step=20")
+    assert done.returncode == 2 and "Did you mean --steps?" in done.stderr
+    done = run("run.sh", "demo", "gpt2", "--data=data")
+    assert done.returncode == 2 and "gpt2: one RECIPE is expected" in done.stderr
+    for script, option in (("run.sh", ["--mail-type=END"]), ("run.sh", ["--", "--mail-type=END"])):
+        done = run(script, "demo", "--data=data", *option, **job_environment(place))
+        assert done.returncode == 2 and "before the script: sbatch --mail-type" in done.stderr
+    assert not (place / "bin" / "calls").exists()
+
+
+def test_warm_is_submitted_outside_of_a_job(run: Run, place: Path) -> None:
+    done = run("warm.sh", "record89", "--on=8xh100", "--world-size=4", "--fresh", "--", "--partition=gpu")
+    assert done.returncode == 0, done.stderr
+    command, said = done.stdout.splitlines()
+    assert "--nodes=1 " in command and "--gres=gpu:h100:1 --cpus-per-task=15 " in command
+    assert command.endswith(f"--partition=gpu {SCRIPTS}/warm.sh record89 --on=8xh100 --world-size=4 --fresh")
+    assert said == "Submitted batch job 12"
+    done = run("warm.sh", "record89")
+    assert done.returncode == 2 and "Say what it runs on" in done.stderr
+    executable(place / "inside" / "nanogpt", '#!/bin/sh\necho "$@"\n')
+    assert run("warm.sh", "record89", SLURM_JOB_ID="7").stdout == "warm record89\n"
+
+
 def test_dry_run_submits_nothing(run: Run, place: Path) -> None:
     done = run("run.sh", "--dry-run", "recipes/8xh200.yaml", GPU_TYPE="h100", NUM_GPUS="4", SBATCH_TIMELIMIT="60")
-    assert done.returncode == 0, done.stderr
     assert "--gres=gpu:h100:4 --cpus-per-task=60" in done.stdout and "--time" not in done.stdout
     assert done.stdout.strip().endswith("--set=hardware.gpu=h100 --set=hardware.gpus_per_node=4")
-    assert "no such directory" in done.stderr  # the shards are not there: said, not refused
+    assert done.returncode == 2 and "no such directory" in done.stderr  # the shards, which the job would be refused for
+    assert run("run.sh", "--dry-run", "demo", "--data=data").returncode == 0
     assert not (place / "bin" / "calls").exists() and not (place / "logs").exists()
 
 
 def test_hardware_is_said_on_the_command_line(run: Run, place: Path) -> None:
     done = run("run.sh", "--dry-run", "record89", "--on", "2x4xh100", "--", "--time=20", NUM_GPUS="8")
-    assert done.returncode == 0, done.stderr
     assert "sbatch --job-name=record89 --nodes=2" in done.stdout and "--gres=gpu:h100:4 " in done.stdout
     assert done.stdout.strip().endswith(f" --time=20 {SCRIPTS}/run.sh record89 --on=2x4xh100")
     done = run("run.sh", "--dry-run", "record89", GPU_TYPE="h200", NUM_GPUS="2")
@@ -245,7 +283,8 @@ def test_staging_is_a_step_before_and_the_copies_are_used(run: Run, place: Path)
     run("run.sh", "demo", "--data=data", NANOGPT_STAGE=str(place / "disk"), **job_environment(place))
     stage, step = re.findall("^srun (.*)$", (place / "bin" / "calls").read_text(), re.MULTILINE)
     assert stage.endswith("in_image.sh nanogpt job stage demo --data=data")
-    assert f"env NANOGPT_SIF={place}/disk/nanogpt-" in step and step.endswith("/shards")
+    assert f" NANOGPT_SIF={place}/disk/nanogpt-" in step and step.endswith("/shards")
+    assert f"env NANOGPT_STAGED_FROM={place}/data " in step
     assert f"NANOGPT_STAGED_BELOW={place}/disk " in step
 
 
@@ -314,6 +353,26 @@ def test_a_run_goes_on_in_a_new_job(run: Run, place: Path) -> None:
     done = run("run.sh", "--dry-run", f"--resume={path}", "--set=training.seed=5")
     assert done.returncode == 2 and "training.seed" in done.stderr
     assert "name a RECIPE" in run("run.sh", "--dry-run").stderr
+
+
+def test_a_run_that_goes_on_finds_its_shards_by_its_record(run: Run, place: Path) -> None:
+    """And what is said after `--` is sbatch's, though no recipe is named."""
+    from nanogpt.runs.directory import RunDirectory
+    from nanogpt.runs.record import read_record, write_record
+
+    make_data(place / "elsewhere" / "shards", val_tokens=20_000)
+    path = RunDirectory.create(place / "runs", tiny_spec()).path
+    record = read_record(made_run(place / "made"))
+    assert record.data is not None
+    record.data.directory = str(place / "elsewhere" / "shards")
+    write_record(path, record)
+    done = run("run.sh", f"--resume={path.relative_to(place)}", "--", "--exclude=n9")
+    assert done.returncode == 0, done.stderr
+    assert f" --exclude=n9 {SCRIPTS}/run.sh --resume=runs/" in done.stdout
+    shown = bound(run, place, "nanogpt", "evaluate", str(path))
+    assert str(place / "elsewhere" / "shards") in shown
+    run("run.sh", f"--resume={path.relative_to(place)}", **job_environment(place))
+    assert f"--data {place}/elsewhere/shards" in (place / "bin" / "calls").read_text()
 
 
 # --- what is around a run: the site's file, links, proxies, TMPDIR, signals, other users ---------------------------
