@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.console import say
+from nanogpt.data import official
 from nanogpt.errors import InputError
 from nanogpt.runs.directory import RECORD_NAME, RunDirectory
 from nanogpt.runs.metrics import RunMetrics, read_run
@@ -67,6 +68,12 @@ class LoadedRun:
         return [(e["step"], e.get("val_loss"), e.get("train_time_ms")) for e in self.metrics.evaluations]
 
     @property
+    def on_fineweb(self) -> bool:
+        """Whether it was validated on FineWeb's shards, by the sha256 of what was read: a target means this text."""
+        files = [] if self.record is None or self.record.data is None else self.record.data.val
+        return bool(files) and all(official.SHA256.get(file.name, "") == file.sha256 for file in files)
+
+    @property
     def has_reference(self) -> bool:
         """Whether the run was held against its recipe's reference curve as it trained."""
         return self.spec.reference is not None and any("reference_loss" in e for e in self.metrics.evaluations)
@@ -123,13 +130,13 @@ def _load(label: str, path: Path, *, need_record: bool) -> LoadedRun:
 
 
 def plot_runs(runs: Sequence[LoadedRun], path: Path) -> None:
-    """Draw the runs' losses into `path`, with their targets and, for runs held against it, their reference.
+    """Draw the runs' losses into `path`, with the targets of those on FineWeb and the references of those held to one.
 
     Raises as `nanogpt.runs.plot.plot_loss`.
     """
     from nanogpt.runs.plot import Reference, plot_loss
 
-    targets = {run.spec.evaluation.target_loss for run in runs} - {None}
+    targets = {run.spec.evaluation.target_loss for run in runs if run.on_fineweb} - {None}
     curves = {
         curve.name: curve.points
         for run in runs

@@ -15,8 +15,9 @@ from made_runs import made_run, made_runs
 from tiny_runs import python
 
 from nanogpt.errors import InputError
+from nanogpt.runs.curves import MOST_POINTS
+from nanogpt.runs.curves import points as curve_points
 from nanogpt.runs.metrics import iter_metrics, read_run, run_metrics
-from nanogpt.runs.plot import MOST_POINTS, _points
 
 
 def break_run(path: Path, how: str) -> Path:
@@ -138,7 +139,7 @@ def test_a_large_run_needs_little_memory(large, tmp_path, command):
 def test_a_thin_curve_keeps_its_peaks_and_its_ends(large):
     run = read_run(large)
     assert (len(run.steps), run.last["step"]) == (STEPS, STEPS)
-    points = _points(run.steps, "step", "train_loss")
+    points = curve_points(run.steps, "step", "train_loss")
     assert len(points) <= MOST_POINTS + 2
     assert points[0] == (1.0, 10.0) and points[-1][0] == STEPS and (123_456.0, 99.0) in points
     assert points == sorted(points)
