@@ -63,6 +63,11 @@ REMOVED = (
     Rule("cuDNN's recurrent networks", ("nvidia/cudnn/lib/libcudnn_adv*",)),
     Rule("CUDA headers; Triton brings its own", ("nvidia/*/include", "nvidia/cu13/bin")),
     Rule("assembler for GPUs that no recipe names", ("triton/backends/nvidia/bin/ptxas-blackwell",)),
+    Rule(
+        "plotly but for plotly.js, which reports have inside",
+        ("plotly/*", "plotly/package_data/*"),
+        keep=("plotly/package_data", "plotly.min.js"),
+    ),
     Rule("Arrow's network part", ("pyarrow/libarrow_flight*", "pyarrow/_flight*")),
 )
 

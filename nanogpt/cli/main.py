@@ -52,6 +52,7 @@ COMMANDS = (
     Command("export", "nanogpt.cli.export:export", "Runs", "Write a model for Hugging Face transformers."),
     Command("plot", "nanogpt.cli.plot:plot", "Runs", "Draw the losses of runs."),
     Command("compare", "nanogpt.cli.compare:compare", "Runs", "Runs side by side, and what they differ in."),
+    Command("report", "nanogpt.cli.report:report", "Runs", "Write a page about runs that opens without network."),
     Command("significance", "nanogpt.cli.significance:significance", "Records", "Test the mean loss of several runs."),
     Command("check", "nanogpt.cli.check:check", "Records", "Check a run against the public rules."),
     Command("submission", "nanogpt.cli.submission:submission", "Records", "Make a record ready to publish."),

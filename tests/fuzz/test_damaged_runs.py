@@ -40,6 +40,7 @@ def read(nanogpt: Nanogpt, runs: list[Path], out: Path, which: int) -> None:
         ("significance", *runs),
         ("significance", *runs, "--unofficial"),
         ("plot", runs[0], "--out", out / "loss.svg"),
+        ("report", *runs, "--out", out / "report.html"),
         ("submission", runs[0], "--unofficial", "--description", "x", "--out", out / "submission"),
     )
     outcome = nanogpt(*commands[which % len(commands)])

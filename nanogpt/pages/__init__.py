@@ -1,0 +1,1 @@
+"""Static pages for people: the report of runs, and a leaderboard of submissions."""
