@@ -5,11 +5,12 @@ No torch is needed here. A new type is a row of `GPU_TYPES` and its name in `Gpu
 
 from __future__ import annotations
 
+import ctypes
 import re
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
-GpuName = Literal["h100", "h200", "a100", "cpu"]  # what hardware.gpu can be
+GpuName = Literal["h100", "h200", "a100", "l40s", "cpu"]  # what hardware.gpu can be
 GPU_NAMES: tuple[str, ...] = get_args(GpuName)
 Capability = tuple[int, int]  # CUDA's compute capability
 
@@ -29,7 +30,7 @@ class GpuType:
     capability: Capability
     speed: Speed
     slow_flops: float  # of training, in the matrices: what no healthy machine fails to reach
-    nvlink: float  # between two of a node, with room: copies reach 80 % and more of the link (NVLink 4: 450, 3: 300)
+    nvlink: float | None  # between two of a node: copies reach 80 % and more of the link (NVLink 4: 450, 3: 300)
     pcie: float  # where they have no NVLink (PCIe 5 x16: 63, PCIe 4 x16: 32)
     cpus: int  # that a job asks for with each
     host_memory_gb: int  # likewise
@@ -41,6 +42,7 @@ GPU_TYPES = {
         GpuType("h100", (9, 0), Speed(989e12, 3.35e12), 150e12, nvlink=280, pcie=20, cpus=15, host_memory_gb=24),
         GpuType("h200", (9, 0), Speed(989e12, 4.8e12), 150e12, nvlink=280, pcie=20, cpus=15, host_memory_gb=24),
         GpuType("a100", (8, 0), Speed(312e12, 1.9e12), 60e12, nvlink=180, pcie=10, cpus=15, host_memory_gb=24),
+        GpuType("l40s", (8, 9), Speed(362e12, 0.86e12), 40e12, nvlink=None, pcie=8, cpus=15, host_memory_gb=24),
     )
 }
 
@@ -55,9 +57,10 @@ _SPEEDS = {
     "H800": GPU_TYPES["h100"].speed,
     "A100": GPU_TYPES["a100"].speed,
     "A800": GPU_TYPES["a100"].speed,
-    "L40S": Speed(362e12, 0.86e12),
+    "L40S": GPU_TYPES["l40s"].speed,
     "L40": Speed(181e12, 0.86e12),
     "L4": Speed(121e12, 0.3e12),
+    "RTX PRO 6000": Speed(503e12, 1.6e12),
     "A40": Speed(150e12, 0.7e12),
     "A10": Speed(125e12, 0.6e12),
     "4090": Speed(165e12, 1.0e12),
@@ -68,22 +71,58 @@ _SPEEDS = {
 # The oldest Linux driver for each major version of CUDA: within one, newer toolkits run on older drivers.
 OLDEST_DRIVER = {11: (450, 80), 12: (525, 60), 13: (580, 65)}
 
-# The first capability that each has code for, and the first that it has none for again. FlashAttention 4 computes its
-# backward pass from sm_90 on.
-_RUNS_ON: dict[str, tuple[Capability, Capability]] = {
-    "fa4": ((9, 0), (99, 0)),
-    "fa3": ((9, 0), (10, 0)),
-    "fa2": ((8, 0), (99, 0)),
-    "varlen": ((8, 0), (99, 0)),
-    "fp8": ((9, 0), (99, 0)),
-    "triton": ((8, 0), (99, 0)),
+
+class Multiprocessor(NamedTuple):
+    """What a multiprocessor has, by the CUDA programming guide's table of compute capabilities."""
+
+    block_shared: int  # bytes of shared memory that one block can have
+    shared: int  # bytes of shared memory
+    warps: int
+
+
+_LARGE, _SMALL = Multiprocessor(232_448, 233_472, 64), Multiprocessor(101_376, 102_400, 48)
+MULTIPROCESSORS: dict[Capability, Multiprocessor] = {
+    (8, 0): Multiprocessor(166_912, 167_936, 64),  # A100
+    (8, 6): _SMALL,  # A40, RTX 30
+    (8, 9): _SMALL,  # L40S, L4, RTX 40
+    (9, 0): _LARGE,  # H100, H200
+    (10, 0): _LARGE,  # B200
+    (10, 3): _LARGE,  # B300
+    (12, 0): _SMALL,  # RTX PRO 6000 Blackwell, RTX 50
+    (12, 1): _SMALL,
 }
+
+
+class Needs(NamedTuple):
+    """What code needs of a GPU."""
+
+    first: Capability  # the first that there is code for
+    end: Capability = (99, 0)  # the first that there is none for again
+    shared: int = 0  # bytes of shared memory of one block
+
+
+FP8 = Needs((8, 9))  # products of 8-bit floats, and conversions to them
+
+# FlashAttention 4 computes its backward pass on sm_90 and sm_100; the library's kernels for sm_120 lack it.
+_RUNS_ON = {
+    "fa4": Needs((9, 0), end=(12, 0)),
+    "fa3": Needs((9, 0), end=(10, 0)),
+    "fa2": Needs((8, 0)),
+    "varlen": Needs((8, 0)),
+    "fp8": FP8,
+    "triton": Needs((8, 0)),
+}
+
+
+def meets(needs: Needs, capability: Capability) -> bool:
+    """Whether a device has what `needs` says. One that is not in the table has as little shared memory as any."""
+    room = MULTIPROCESSORS.get(capability, _SMALL).block_shared
+    return needs.first <= capability < needs.end and needs.shared <= room
 
 
 def runs_on(what: str, capability: Capability) -> bool:
     """Whether a device has what `what` needs: an attention backend (fa4, ...), fp8 products, or our Triton kernels."""
-    first, end = _RUNS_ON[what]
-    return first <= capability < end
+    return meets(_RUNS_ON[what], capability)
 
 
 def types_with(what: str) -> tuple[str, ...]:
@@ -111,3 +150,27 @@ def known_type(found: str) -> str | None:
 def device_speed(name: str) -> Speed | None:
     """Of the device that CUDA calls `name`; None: not known."""
     return next((speed for part, speed in _SPEEDS.items() if part.lower() in name.lower()), None)
+
+
+def driver_cuda_version() -> tuple[int, int] | None:
+    """The newest CUDA version that the driver knows; None: there is no libcuda to ask."""
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+        version = ctypes.c_int()
+        if library.cuDriverGetVersion(ctypes.byref(version)) != 0:
+            return None
+    except (OSError, AttributeError):
+        return None
+    return version.value // 1000, version.value % 1000 // 10
+
+
+OTHER_DRIVER = "Take nodes with a newer one (another partition, --exclude=NODE), or ask the administrator for it"
+
+
+def newer_driver(built_for: str, driver_cuda: tuple[int, int]) -> str | None:
+    """What libraries for CUDA `13.0` need where the driver knows no CUDA but older ones; None: they run."""
+    major = int(built_for.partition(".")[0])
+    if driver_cuda[0] >= major:
+        return None
+    oldest = f"driver {OLDEST_DRIVER[major][0]} or newer" if major in OLDEST_DRIVER else "a newer driver"
+    return f"CUDA {major} needs {oldest}"

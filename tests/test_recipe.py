@@ -73,8 +73,10 @@ def test_shipped_recipes_round_trip(name, recipe):
     assert load_recipe(recipe(spec.model_dump_json(indent=2))) == spec
 
 
-@pytest.mark.parametrize("gpu", ["h100", "h200", "a100"])
-@pytest.mark.parametrize("count", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    ("gpu", "count"),
+    [*itertools.product(("h100", "h200", "a100"), (1, 2, 4, 8)), ("l40s", 1), ("l40s", 2), ("l40s", 4)],
+)
 def test_hardware_recipes_differ_in_hardware_and_name_only(gpu, count):
     spec = load_recipe(f"{count}x{gpu}")
     assert (spec.hardware.gpu, spec.world_size, spec.name) == (gpu, count, f"speedrun-{count}x{gpu}")
@@ -419,7 +421,7 @@ def test_every_problem_is_named_with_file_line_key_value_and_what_is_allowed(rec
         13: r"training\.stages\.0\.window_blocks\.long: is missing; add it \(a list replaces .*\)$",
         20: r"optimizer\.adam\.groups\.embed\.beta: unknown key, did you mean betas\?; allowed keys: betas, lr_mul, "
         r"wd_mul, communication$",
-        22: r'hardware\.gpu: found "H200", did you mean h200\?; allowed: h100, h200, a100, cpu$',
+        22: r'hardware\.gpu: found "H200", did you mean h200\?; allowed: h100, h200, a100, l40s, cpu$',
         23: r"hardware\.gpus: unknown key, did you mean gpu\?; allowed keys: gpu, gpus_per_node, nodes$",
         24: r'runtime: must be a mapping, found "fast"$',
         25: r"extra: unknown key; allowed keys: name, description, model, .*base$",
@@ -438,7 +440,7 @@ def test_cross_checks_point_at_the_line_that_is_to_blame(recipe):
     assert problems_of(path) == [
         "recipe.yaml:4: model.width: is 640, must be heads * head_dim = 6 * 128 = 768",
         "recipe.yaml:5: hardware.gpus_per_node: 1 x 3 makes a world size of 3, allowed are 1, 2, 4, 8",
-        "recipe.yaml:7: runtime.head_precision: fp8 needs hardware.gpu h100 or h200, found cpu",
+        "recipe.yaml:7: runtime.head_precision: fp8 needs hardware.gpu h100 or h200 or l40s, found cpu",
     ]
 
 

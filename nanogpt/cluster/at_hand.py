@@ -119,7 +119,7 @@ def _type_of(names: Iterable[str]) -> str:
         known = ", ".join(GPU_TYPES)
         raise InputError(
             f"{OPEN}, and {kinds[0]} is none of the types that are known: {known}. Name the one that is most like it:"
-            " --set hardware.gpu=a100 (h100 for one that has Hopper's kernels); the number of GPUs is still found"
+            " --set hardware.gpu=l40s (h100 for a newer one); the number of GPUs is still found"
         )
     return gpu
 

@@ -7,7 +7,6 @@ asked for: what needs a GPU then says that it was not tried.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import io
 import os
 import platform
@@ -17,7 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from nanogpt.gpus import GPU_TYPES, OLDEST_DRIVER, nearest_type, runs_on
+from nanogpt.gpus import GPU_TYPES, OTHER_DRIVER, driver_cuda_version, nearest_type, newer_driver, runs_on
 from nanogpt.image.build_checks import Check, Status
 
 SHARED_MEMORY_NEEDED = 1 << 30  # NCCL and the batches' workers
@@ -54,10 +53,18 @@ def checkup(*, require_gpu: bool = False, environ: Mapping[str, str] | None = No
     yield gpu
     yield check_compiler()
     yield check_attention(environ)
-    yield check_triton()
+    triton = check_triton()
+    yield triton
+    if triton.status != "failed":
+        yield check_kernels()
     yield check_shared_memory()
     yield check_cache(environ)
     yield check_training()
+
+
+def first_line(error: Exception) -> str:
+    """Of what the error says."""
+    return str(error).strip().partition("\n")[0] or "no message"
 
 
 def check_code() -> Check:
@@ -94,30 +101,11 @@ def check_torch() -> Check:
     return Check("PyTorch", "passed", f"{torch.__version__} {built_for}, imported in {seconds:.1f} s")
 
 
-def driver_cuda_version() -> tuple[int, int] | None:
-    """The newest CUDA version that the driver knows; None: there is no libcuda to ask."""
-    try:
-        library = ctypes.CDLL("libcuda.so.1")
-        version = ctypes.c_int()
-        if library.cuDriverGetVersion(ctypes.byref(version)) != 0:
-            return None
-    except (OSError, AttributeError):
-        return None
-    return version.value // 1000, version.value % 1000 // 10
-
-
 def judge_driver(built_for: str, driver_cuda: tuple[int, int], driver: str | None) -> Check:
     """Whether the driver is new enough for the CUDA libraries of this PyTorch."""
-    major = int(built_for.partition(".")[0])
     shown = f"driver {driver or 'of unknown version'} for CUDA {driver_cuda[0]}.{driver_cuda[1]}"
-    if driver_cuda[0] < major:
-        needed = OLDEST_DRIVER[major][0] if major in OLDEST_DRIVER else "a newer one"
-        return Check(
-            "driver",
-            "failed",
-            f"{shown}; this PyTorch has CUDA {built_for}",
-            f"CUDA {major} needs driver {needed} or newer: ask the administrator for it, or use another partition.",
-        )
+    if (needed := newer_driver(built_for, driver_cuda)) is not None:
+        return Check("driver", "failed", f"{shown}; this PyTorch has CUDA {built_for}", f"{needed}. {OTHER_DRIVER}.")
     return Check("driver", "passed", f"{shown}, PyTorch has CUDA {built_for}")
 
 
@@ -210,10 +198,34 @@ def check_triton() -> Check:
                 "Triton", "failed", "a kernel gave a wrong result", "Empty its cache (NANOGPT_CACHE), try again."
             )
     except Exception as error:
-        first = str(error).strip().partition("\n")[0]
         advice = "Needs gcc, libcuda (--nv) and a cache that can be written (NANOGPT_CACHE)."
-        return Check("Triton", "failed", f"{type(error).__name__}: {first}", advice)
+        return Check("Triton", "failed", f"{type(error).__name__}: {first_line(error)}", advice)
     return Check("Triton", "passed", f"a kernel was compiled and ran in {time.perf_counter() - start:.1f} s")
+
+
+def check_kernels() -> Check:
+    """Each kernel, as it is chosen on this GPU, can be launched at the sizes of a run."""
+    import torch
+
+    from nanogpt.bench.kernels import all_bench_cases
+
+    name, tried = "kernels", dict[str, None]()
+    if not torch.cuda.is_available():
+        return Check(name, "passed", "not tried, there is no GPU")
+    start = time.perf_counter()
+    try:
+        for case in all_bench_cases():
+            if case.name not in tried:
+                tried[case.name] = None
+                case.fast()
+                torch.cuda.synchronize()
+    except torch.OutOfMemoryError as error:
+        advice = "Is the GPU in use? A run needs some 30 GB; --set training.slots=16 halves its micro-batches."
+        return Check(name, "warning", f"{next(reversed(tried), 'the first')}: {first_line(error)}", advice)
+    except Exception as error:
+        found = f"{next(reversed(tried), 'the first')}: {type(error).__name__}: {first_line(error)}"
+        return Check(name, "failed", found, "Runs go on without: --set runtime.kernels=plain runtime.attention=plain.")
+    return Check(name, "passed", f"{len(tried)} were launched in {time.perf_counter() - start:.1f} s")
 
 
 def check_shared_memory(place: Path = Path("/dev/shm"), needed: int = SHARED_MEMORY_NEEDED) -> Check:
@@ -258,11 +270,10 @@ def check_training() -> Check:
         ):
             device, loss = _train_two_steps(Path(directory))
     except Exception as error:
-        first = str(error).strip().partition("\n")[0] or "no message"
         return Check(
             "training",
             "failed",
-            f"{type(error).__name__}: {first}",
+            f"{type(error).__name__}: {first_line(error)}",
             "Run `nanogpt demo --steps 2` for the whole story.",
         )
     return Check("training", "passed", f"two steps on {device} in {time.perf_counter() - start:.1f} s, loss {loss:.2f}")

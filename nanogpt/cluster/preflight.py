@@ -26,7 +26,7 @@ from nanogpt.data.manifest import ShardCheck, file_sha256, verify_directory
 from nanogpt.data.shards import ShardError, check_shard_tokens
 from nanogpt.data.tokenizer import VOCAB_SIZE
 from nanogpt.errors import InputError, RunError
-from nanogpt.gpus import GPU_TYPES, known_type, same_type
+from nanogpt.gpus import GPU_TYPES, OTHER_DRIVER, known_type, same_type
 from nanogpt.hardware import largest_count, shape
 from nanogpt.image.build_checks import Check, Status
 from nanogpt.spec import RunSpec
@@ -115,8 +115,11 @@ def _number_and_type(spec: RunSpec, gpus: Sequence[Gpu]) -> Iterable[Check]:
         yield Check("GPUs", "failed", f"the recipe needs {wanted}, found {found}", advice)
         return
     wrong = [name for name in dict.fromkeys(names) if not same_type(name, hardware.gpu)]
-    if wrong:
-        advice = f"{ask_for}, or say what there is: {f'--on {here}' if types else '--set hardware.gpu=...'}"
+    if wrong and not types:  # the recipe names the one that is most like it
+        advice = f"The kernels fit it or plain PyTorch runs: `nanogpt doctor` tries them. {hardware.gpu} stands for it"
+        yield Check("GPUs", "warning", f"the recipe needs {wanted}, found {found}, no type that is known", advice)
+    elif wrong:
+        advice = f"{ask_for}, or say what there is: --on {here}"
         yield Check("GPUs", "failed", f"the recipe needs {wanted}, found {found}", advice)
     elif len(gpus) > hardware.gpus_per_node:
         advice = f"The rest idles; --on {here} uses more" if there > hardware.gpus_per_node else "The rest idles"
@@ -134,8 +137,7 @@ def _driver(gpus: Sequence[Gpu]) -> Iterable[Check]:
     oldest = oldest_driver(cuda)
     needed = ".".join(map(str, oldest))
     if version_numbers(driver) < oldest:
-        advice = "Take nodes with a newer one, or an image with an older CUDA"
-        yield Check("driver", "failed", f"{driver} is too old for CUDA {cuda}, which needs {needed}", advice)
+        yield Check("driver", "failed", f"{driver} is too old for CUDA {cuda}, which needs {needed}", OTHER_DRIVER)
     else:
         yield Check("driver", "passed", f"{driver}; CUDA {cuda} needs {needed}")
 
@@ -191,9 +193,9 @@ def check_links(
         gpus, rates = visible_gpus(environ), measure()
     except RunError as error:
         return Check("GPU links", "failed", str(error), "Check `nvidia-smi topo -m` and dmesg; leave this node out")
-    pcie = any("pcie" in gpu.name.lower() for gpu in gpus)
     kind = GPU_TYPES[spec.hardware.gpu]
-    expected = kind.pcie if pcie else kind.nvlink
+    pcie = kind.nvlink is None or any("pcie" in gpu.name.lower() for gpu in gpus)
+    expected = kind.pcie if pcie or kind.nvlink is None else kind.nvlink
     worst = min(range(len(rates)), key=rates.__getitem__)
     found = f"{'PCIe' if pcie else 'NVLink'}: {rates[worst]:.0f} GB/s from GPU {worst} to the next, the slowest"
     if rates[worst] >= expected:

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanogpt.errors import InputError
-from nanogpt.gpus import runs_on
+from nanogpt.gpus import Needs, meets, runs_on
 from nanogpt.kernels.attention_flash import LOADERS, attention_flash, flash_library
 from nanogpt.kernels.attention_plain import attention_plain
 
 BACKENDS = ("fa4", "fa3", "fa2", "varlen", "plain")
+_WIDE_HEADS = Needs((8, 0), shared=160_000)  # FlashAttention 2's backward pass for heads of more than 192
 
 
 def attention(
@@ -120,13 +121,14 @@ def _hardware_obstacle(
     if capability is None:
         return "it needs a CUDA GPU"
     if backend == "fa4" and not runs_on("fa4", capability):
-        return "its backward pass needs sm_90 or newer"
+        return "its backward pass is for sm_90 and sm_100"
     if backend == "fa3" and not runs_on("fa3", capability):
         return "it needs sm_90"
     if not runs_on(backend, capability):
         return "it needs sm_80 or newer"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it computes in bf16 or fp16, not {dtype}"
-    if head_dim % 8 or head_dim > 256 or (backend == "fa4" and capability[0] > 9 and head_dim > 128):
+    limit = 128 if backend == "fa4" and capability[0] > 9 else 256 if meets(_WIDE_HEADS, capability) else 192
+    if head_dim % 8 or head_dim > limit:
         return f"it does not support heads of {head_dim}"
     return None

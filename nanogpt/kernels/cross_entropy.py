@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanogpt.gpus import FP8
 from nanogpt.kernels.dispatch import runs_kernel
 from nanogpt.kernels.fp8_head import (
     GRAD_SCALE,
@@ -101,7 +102,7 @@ def head_loss(
     the specified e5m2 scale grad_scale * 0.75 / 448 without `grad_scale` having to be known here. On a CPU, fp8
     is emulated: the same roundings around fp32 products.
 
-    bf16 tensors on a GPU take the Triton kernel; fp8 its products in 8 bits where the GPU is Hopper or newer and T, D
+    bf16 tensors on a GPU take the Triton kernel; fp8 its products in 8 bits where the GPU has them and T, D
     and V are multiples of 16. Everything else is computed in plain PyTorch, and with `plain` everything is.
 
     The values of `weights` and `prefix_weight` may change from call to call without recompilation; the number K and
@@ -230,8 +231,8 @@ def _check(x: Tensor, lm_head: Tensor, targets: Tensor, cap: float) -> None:
 def _runs_kernel(x: Tensor, lm_head: Tensor, fp8: bool) -> bool:
     """Whether the Triton kernels take these tensors: bf16 on a GPU, with sizes that fill whole vectors."""
     if fp8:
-        return runs_kernel(x, lm_head, capability=9) and not any(size % 16 for size in (*x.shape, lm_head.shape[1]))
-    return runs_kernel(x, lm_head, capability=8) and lm_head.shape[1] % 8 == 0
+        return runs_kernel(x, lm_head, needs=FP8) and not any(size % 16 for size in (*x.shape, lm_head.shape[1]))
+    return runs_kernel(x, lm_head) and lm_head.shape[1] % 8 == 0
 
 
 # ---------------------------------------------------------------- bf16 on a GPU

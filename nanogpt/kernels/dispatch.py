@@ -5,9 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nanogpt.gpus import Capability, Needs, meets
 
-def runs_kernel(*tensors: Tensor, capability: int) -> bool:
-    """Whether the Triton kernels take these tensors: bf16, on one GPU of compute capability `capability`.x or newer.
+# Of kernels that ask for no more than any GPU from the A100 on has.
+ANY = Needs((8, 0))
+
+
+def runs_kernel(*tensors: Tensor, needs: Needs = ANY) -> bool:
+    """Whether a Triton kernel takes these tensors: bf16, on one GPU that has what it `needs`.
 
     The answer is a constant under `torch.compile`.
     """
@@ -15,8 +20,13 @@ def runs_kernel(*tensors: Tensor, capability: int) -> bool:
     return (
         first.is_cuda
         and all(x.dtype == torch.bfloat16 and x.device == first.device for x in tensors)
-        and torch.cuda.get_device_capability(first.device)[0] >= capability
+        and meets(needs, device_capability(first.device))
     )
+
+
+def device_capability(device: torch.device) -> Capability:
+    """The GPU's, (9, 0) of an H100: whatever is chosen by it asks here."""
+    return torch.cuda.get_device_capability(device)
 
 
 def run_time_number(value: float | Tensor, dtype: torch.dtype) -> Tensor:

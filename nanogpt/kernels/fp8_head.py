@@ -1,4 +1,4 @@
-"""The head's three products in 8-bit floats (Hopper and newer), and the choice between them and bf16.
+"""The head's three products in 8-bit floats, and the choice between them and bf16.
 
 Scales are fixed: the head's input is normalised (at most sqrt(D), 27.7 for 768 channels), its weights stay small, and
 the gradient of a cross-entropy is bounded. Forward, e4m3 inputs and weights give bf16 logits, with the tensor cores'
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nanogpt.errors import InputError
-from nanogpt.gpus import runs_on
+from nanogpt.gpus import FP8, Needs, meets
 
 Precision = Literal["bf16", "fp8"]
 
@@ -39,6 +39,7 @@ def select_head_precision(
     products_work: Callable[[], bool] | None = None,
     *,
     key: str = "head_precision",
+    kernels: Needs = FP8,
 ) -> tuple[Precision, str]:
     """Which precision the training head runs in, and why: `("fp8", "compute capability 9.0")`.
 
@@ -48,9 +49,10 @@ def select_head_precision(
             activations are not bf16.
         products_work: tries the FP8 products; `fp8_products_work` by default, which needs the GPU.
         key: the setting that asks, for messages; the MLP's precision is chosen in the same way.
+        kernels: what those need that make FP8 worth while. Without them "fp8" rounds in plain PyTorch.
 
-    "auto" takes fp8 on Hopper or newer where its products work, else bf16. "fp8" on a CPU is emulated, with the
-    same roundings.
+    "auto" takes fp8 where its products work and the GPU meets `kernels`, else bf16. "fp8" on a CPU is emulated, with
+    the same roundings.
 
     Raises:
         InputError: an unknown request, or fp8 asked for on a GPU that cannot do it.
@@ -64,8 +66,10 @@ def select_head_precision(
             return "fp8", "requested; emulated on a CPU"
         return "bf16", "FP8 needs a GPU and bf16 activations"
     shown = f"compute capability {capability[0]}.{capability[1]}"
-    if not runs_on("fp8", capability):
-        obstacle = f"{shown}, and FP8 products need 9.0 (Hopper) or newer"
+    if requested == "auto" and meets(FP8, capability) and not meets(kernels, capability):
+        return "bf16", f"{shown}, for which there are no FP8 kernels"
+    if not meets(FP8, capability):
+        obstacle = f"{shown}, and FP8 products need 8.9 (Ada) or newer"
     elif not (products_work or fp8_products_work)():
         obstacle = f"{shown}, but a trial of PyTorch's FP8 products failed"
     else:
@@ -76,12 +80,13 @@ def select_head_precision(
 
 
 def fp8_products_work(device: torch.device | str = "cuda") -> bool:
-    """Whether a small e4m3 x e4m3 and e5m2 x e4m3 product run on this GPU with this PyTorch and come out right."""
+    """Whether small products of the head's kinds run on this GPU with this PyTorch and come out right."""
+    e4m3, e5m2, bf16 = torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16
+    kinds = ((e4m3, e4m3, bf16, True), (e5m2, e4m3, bf16, False), (e4m3, e5m2, torch.float32, False))
     try:
-        for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-            a = torch.ones(32, 64, device=device).to(dtype)
-            b = torch.ones(16, 64, device=device).to(torch.float8_e4m3fn)
-            out = scaled_product(a, 0.5, b, 0.25, out_dtype=torch.bfloat16, fast=False)
+        for left, right, out_dtype, fast in kinds:
+            a, b = torch.ones(32, 64, device=device).to(left), torch.ones(16, 64, device=device).to(right)
+            out = scaled_product(a, 0.5, b, 0.25, out_dtype=out_dtype, fast=fast)
             if not bool((out == 8).all()):
                 return False
     except (RuntimeError, AssertionError, AttributeError, TypeError):

@@ -38,10 +38,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanogpt.gpus import FP8, Needs
 from nanogpt.kernels.dispatch import runs_kernel
 from nanogpt.kernels.fp8_head import scaled_product
 from nanogpt.kernels.relu_squared_mlp import relu_squared_backward
 
+NEEDS = Needs((9, 0), end=(10, 0))  # as compiled for sm_100 a tile takes 245,808 bytes of shared memory: none has them
 E4M3_MAX = 448.0
 E5M2_MAX = 57344.0
 PEAK_FLOOR = 1e-12
@@ -87,12 +89,12 @@ def round_weights(
     """Write the 8-bit weights: up by a scale of its own, down by the one given.
 
     In fp32, where the record makes the up weights' scale and quotient in bf16. Returns the up weights' scale and the
-    largest of the down weights, (layers,) fp32 each. Every rank does this after every step: on Hopper three kernels.
+    largest of the down weights, (layers,) fp32 each. Every rank does this after every step: on a GPU three kernels.
     """
     peaks = torch.linalg.vector_norm(bank, math.inf, (2, 3)).float()
     up_scale = scale_of(peaks[:, 0])
     up8_t, down8_t = transposed8 or (None, None)
-    if not plain and runs_kernel(bank, capability=9):
+    if not plain and runs_kernel(bank, needs=FP8):
         from nanogpt.kernels.fp8_head_triton import quantize_matrices
 
         quantize_matrices(bank[:, 0], up_scale, up8, up8_t)
@@ -173,7 +175,7 @@ class _Fp8MLP(torch.autograd.Function):
         weights8 = (up8, up_scale, down8, down_scale)
         x = u if u8 is None else u8  # whose dtype does not tell whether there are kernels for u's
         kept8 = (weight_gradients8, square8)
-        plain = plain or not runs_kernel(u, capability=9)
+        plain = plain or not runs_kernel(u, needs=NEEDS)
         out, post, peak, *kept = _forward(x, u_scale, *weights8, post_scale, u.dtype, *kept8, plain)
         ctx.mark_non_differentiable(peak)
         weights = (up, down) if up8_t is None else (up8_t, up_scale, down8_t, down_scale)
@@ -305,7 +307,7 @@ def _backward(
     plain: bool,
 ) -> tuple[Tensor, Tensor]:
     """(the gradient of u (T, D), that before the activation (T, F))."""
-    if not plain and runs_kernel(grad, post, capability=9):
+    if not plain and runs_kernel(grad, post, needs=NEEDS):
         from nanogpt.kernels.fp8_mlp_triton import gradient_and_quantized, quantize
 
         grad8 = quantize(grad.contiguous(), grad_scale, torch.float8_e5m2)
@@ -338,7 +340,7 @@ def _backward_all(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of u (T, D), up and down (F, D), all of 8-bit products; `post` as it is or as e4m3."""
     square_scale = post_scale if post.dtype == torch.float8_e4m3fn else None
-    if not plain and runs_kernel(grad, capability=9):
+    if not plain and runs_kernel(grad, needs=NEEDS):
         from nanogpt.kernels.fp8_head_triton import quantize_both_ways
         from nanogpt.kernels.fp8_mlp_triton import gradient_both_ways
 

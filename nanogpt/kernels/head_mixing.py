@@ -49,11 +49,11 @@ def mix_heads(
 ) -> Tensor:
     """`y` with the correction added, (T, H, D). Differentiable in the first six arguments.
 
-    bf16 on Hopper or newer takes the Triton kernels where the window and the heads suit them (112 and 128).
+    bf16 on a GPU takes the Triton kernels where the window and the heads suit them (112 and 128).
     """
     q, k, v, w1, w2 = (x.contiguous() for x in (q, k, v, w1, w2))
     first = first_visible_key(cu_seqlens, q.shape[0], window - 1)
-    fast = not plain and runs_kernel(q, k, v, w1, w2, capability=9) and window == 112 and q.shape[2] == 128
+    fast = not plain and runs_kernel(q, k, v, w1, w2) and window == 112 and q.shape[2] == 128
     number = run_time_number(scale, torch.float64)
     correction = _mix_heads(q, k, v, w1, w2, first, number, window, fast)[0]
     return (y.to(correction.dtype) + correction).to(y.dtype)

@@ -1,8 +1,8 @@
 """The MLP of the speedrun, `relu(u up^T)^2 down`, after Primer (So et al., 2021).
 
-On Hopper the activation is computed in the epilogue of the up-projection, and its derivative in that of the product
-which needs it. Only the square is kept for the backward pass: it is what the gradient of `down` needs, and its root
-is the ReLU that the derivative needs, closer to it than a bf16 copy of the projection would be.
+On a GPU with room for its tiles the activation is computed in the epilogue of the up-projection, and its derivative in
+that of the product which needs it. Only the square is kept for the backward pass: it is what the gradient of `down`
+needs, and its root is the ReLU that the derivative needs, closer to it than a bf16 copy of the projection would be.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nanogpt.gpus import Needs
 from nanogpt.kernels.dispatch import runs_kernel
+
+NEEDS = Needs((9, 0), shared=229_424)  # as compiled for sm_100, the largest
 
 
 def relu_squared_mlp_plain(u: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -21,7 +24,7 @@ def relu_squared_mlp_plain(u: Tensor, up: Tensor, down: Tensor) -> Tensor:
 def relu_squared_mlp(u: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """`relu(u @ up.T)**2 @ down`. u (T, D), up (F, D), down (F, D), one dtype; returns (T, D). Differentiable.
 
-    bf16 on Hopper or newer, with D and F multiples of 8, takes the fused kernels; anything else the plain ones.
+    bf16 with D and F multiples of 8 takes the fused kernels on a GPU that meets `NEEDS`, anything else the plain ones.
     """
     if _runs_kernel(u, up, down):
         return _FusedMLP.apply(u, up, down)
@@ -41,7 +44,7 @@ def relu_squared_backward(grad: Tensor, down: Tensor, post: Tensor, *, plain: bo
 
 def _runs_kernel(x: Tensor, weight: Tensor, *others: Tensor) -> bool:
     sizes_fit = x.shape[1] % 8 == 0 and weight.shape[0] % 8 == 0
-    return runs_kernel(x, weight, *others, capability=9) and sizes_fit
+    return runs_kernel(x, weight, *others, needs=NEEDS) and sizes_fit
 
 
 class _FusedMLP(torch.autograd.Function):

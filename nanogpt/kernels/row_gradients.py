@@ -42,7 +42,7 @@ def add_rows(
 
     bf16 on a GPU takes the Triton kernels, where D is a multiple of 16.
     """
-    if not plain and runs_kernel(table, grads, capability=8) and table.shape[1] % 16 == 0:
+    if not plain and runs_kernel(table, grads) and table.shape[1] % 16 == 0:
         from nanogpt.kernels.row_gradients_triton import add_sorted_rows
 
         add_sorted_rows(table, order.sorted, order.tokens, grads.contiguous())

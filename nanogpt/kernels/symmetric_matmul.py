@@ -1,6 +1,6 @@
 """Matrix products whose result is symmetric: X X^T, and b A + c A A for symmetric A (Polar Express).
 
-On Hopper only the tiles on and above the diagonal are computed, each stored twice: 21 of 36 for 768 x 768.
+On Hopper and newer only the tiles on and above the diagonal are computed, each stored twice: 21 of 36 for 768 x 768.
 """
 
 from __future__ import annotations
@@ -8,7 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nanogpt.gpus import Needs
 from nanogpt.kernels.dispatch import runs_kernel
+
+NEEDS = Needs((9, 0), shared=98_384)
 
 
 def x_xt_plain(x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -57,7 +60,7 @@ def ba_plus_caa(a: Tensor, b: float, c: float, out: Tensor | None = None, *, dia
 
 def _runs_kernel(x: Tensor) -> bool:
     return (
-        runs_kernel(x, capability=9)
+        runs_kernel(x, needs=NEEDS)
         and x.shape[1] % 8 == 0
         and x.shape[2] % 8 == 0
         and (x.is_contiguous() or x.mT.is_contiguous())

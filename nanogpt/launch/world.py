@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 
 from nanogpt.environment import number_of
 from nanogpt.errors import InputError, RunError
+from nanogpt.gpus import OTHER_DRIVER, driver_cuda_version, newer_driver
 from nanogpt.hardware import shape
 from nanogpt.launch.watchdog import connect
 from nanogpt.optim.communication import Communicator
@@ -168,6 +169,10 @@ def _device(spec: RunSpec, local_rank: int) -> torch.device:
         return torch.device("cpu")
     alone = spec.world_size > 1 and see_own_gpu(os.environ, local_rank)
     if not torch.cuda.is_available():
+        driver_cuda = driver_cuda_version()
+        if driver_cuda and torch.version.cuda and (needed := newer_driver(torch.version.cuda, driver_cuda)):
+            major, minor = driver_cuda
+            raise InputError(f"the driver is for CUDA {major}.{minor}, and {needed}. {OTHER_DRIVER}")
         raise InputError(
             f"hardware.gpu: the recipe needs {spec.hardware.gpu}, this machine shows no GPU to PyTorch"
             f" {torch.__version__}. Run it on a GPU node (apptainer needs --nv), or try recipes/demo.yaml on a CPU"

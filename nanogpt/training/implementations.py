@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from nanogpt.kernels.attention import select_attention_backend
+from nanogpt.kernels.dispatch import device_capability
 from nanogpt.kernels.fp8_head import select_head_precision
+from nanogpt.kernels.fp8_mlp import NEEDS as FP8_MLP_NEEDS
 from nanogpt.models.language_model import Implementations, Precision
 from nanogpt.spec import RunSpec
 from nanogpt.training.tables import table_bytes
@@ -22,7 +24,7 @@ def choose_implementations(spec: RunSpec, device: torch.device) -> tuple[Impleme
 
     Raises `InputError` where the spec asks for one that this device or installation does not have.
     """
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    capability = device_capability(device) if device.type == "cuda" else None
     runtime, model = spec.runtime, spec.model
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[runtime.dtype]
     head_dim = model.width // model.heads
@@ -36,7 +38,8 @@ def choose_implementations(spec: RunSpec, device: torch.device) -> tuple[Impleme
         lines.append(f"head precision: {head}: {reason}")
     lines.append(f"kernels: {runtime.kernels}")
     if model.fp8_mlp:
-        mlp, reason = select_head_precision(runtime.mlp_precision, fp8_capability, key="mlp_precision")
+        key = "mlp_precision"
+        mlp, reason = select_head_precision(runtime.mlp_precision, fp8_capability, key=key, kernels=FP8_MLP_NEEDS)
         lines.append(f"MLP precision: {mlp}: {reason}")
     projection: Precision = "bf16"
     if model.fp8_projection:

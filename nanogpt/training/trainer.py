@@ -64,6 +64,11 @@ from nanogpt.training.schedule import Schedule, StepSettings
 from nanogpt.training.startup import StartUp, phases_table
 from nanogpt.training.tables import TableCycles, check_tables_fit, rows_of
 
+SMALLER_MICRO_BATCHES = (
+    "Micro-batches of half the tokens need half as much: --set training.slots=16"
+    " --set evaluation.micro_batch_tokens=131072; documents are then cut at other places"
+)
+
 
 @dataclass(frozen=True)
 class Result:
@@ -174,6 +179,9 @@ def train_run(
                 make(spec, world, **place, recorder=recorder, watch=watch, cache=cache, startup=startup)
             )
             return trainer.run(resume=resume)
+    except torch.OutOfMemoryError as error:
+        full = str(error).partition("\n")[0].partition(" If reserved")[0].rstrip(".")
+        raise RunError(f"{full}. {SMALLER_MICRO_BATCHES}") from error
     except Exception as error:
         explained = watch.explain(error)
         if explained is error:

@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from nanogpt.cluster import checkup
-from nanogpt.cluster.checkup import check_cache, check_gpu, check_shared_memory, check_training, judge_driver
+from nanogpt.cluster.checkup import (
+    check_cache,
+    check_gpu,
+    check_kernels,
+    check_shared_memory,
+    check_training,
+    judge_driver,
+)
+from nanogpt.kernels.bench import BenchCase
 from nanogpt.runs import provenance
 from nanogpt.runs.provenance import code_state
 from nanogpt.runs.record import Container
@@ -53,6 +61,31 @@ def test_cache_and_shared_memory(tmp_path: Path) -> None:
     assert check_shared_memory(tmp_path, needed=1).status == "passed"
     assert check_shared_memory(tmp_path, needed=10**18).status == "warning"
     assert check_shared_memory(tmp_path / "none").status == "warning"
+
+
+def test_a_kernel_that_cannot_be_launched_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_kernels().found == "not tried, there is no GPU"
+    launched: list[str] = []
+
+    def case(name: str, error: Exception | None = None) -> BenchCase:
+        def launch() -> None:
+            launched.append(name)
+            if error is not None:
+                raise error
+
+        return BenchCase(name, "", launch, None, flops=0, bytes=0)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    cases = [case("x x^T"), case("head"), case("head")]
+    monkeypatch.setattr("nanogpt.bench.kernels.all_bench_cases", lambda: iter(cases))
+    assert (check_kernels().status, launched) == ("passed", ["x x^T", "head"])
+    cases.append(case("MLP", RuntimeError("out of resource: shared memory, Required: 180248, Hardware limit: 101376")))
+    broken = check_kernels()
+    assert broken.status == "failed" and broken.found.startswith("MLP: RuntimeError: out of resource: shared memory")
+    assert "runtime.kernels=plain" in broken.advice
+    cases[-1] = case("MLP", torch.OutOfMemoryError("CUDA out of memory."))
+    assert check_kernels().status == "warning"
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -39,6 +39,10 @@ from triton.runtime.jit import JITFunction
 
 import nanogpt.kernels
 from nanogpt.data.batches import MicroBatch, cu_seqlens_length
+from nanogpt.gpus import FP8, MULTIPROCESSORS, Multiprocessor, Needs, meets
+from nanogpt.kernels.dispatch import ANY
+from nanogpt.kernels.fp8_head import select_head_precision
+from nanogpt.kernels.fp8_mlp import NEEDS as FP8_MLP
 from nanogpt.models.language_model import Implementations, Windows, make_model
 from nanogpt.models.record_model import LossInputs, RecordModel
 from nanogpt.models.record_spec import BIGRAM_ROWS
@@ -52,14 +56,16 @@ from nanogpt.training.micro_step import MicroStep
 
 @dataclass(frozen=True)
 class Gpu:
-    """A kind of GPU. Per-multiprocessor numbers are NVIDIA's for its compute capability."""
+    """A kind of GPU."""
 
     capability: tuple[int, int]
     multiprocessors: int
-    shared_a_block: int  # bytes that one block can have
-    shared: int  # bytes of a multiprocessor
-    registers: int = 65_536  # of a multiprocessor
-    warps: int = 64  # of a multiprocessor
+    spills: int = 0  # bytes a thread that its assembler spills where that of sm_90 does not
+
+    @property
+    def each(self) -> Multiprocessor:
+        """What a multiprocessor has."""
+        return MULTIPROCESSORS[self.capability]
 
 
 GRADIENTS = "model.mlp_fp8.gradients"
@@ -76,9 +82,13 @@ RECIPES = {
 COLUMNS = ("warps", "stages", "shared", "registers", "spilled", "blocks", "launch")  # of the table
 
 GPUS = {
-    "sm_90": Gpu((9, 0), 132, 232_448, 233_472),  # H100, H200
-    "sm_80": Gpu((8, 0), 108, 166_912, 167_936),  # A100
+    "sm_80": Gpu((8, 0), 108),  # A100
+    "sm_89": Gpu((8, 9), 142),  # L40S; an L4 has 58
+    "sm_90": Gpu((9, 0), 132),  # H100, H200
+    "sm_100": Gpu((10, 0), 148, spills=96),  # B200
+    "sm_120": Gpu((12, 0), 188, spills=96),  # RTX PRO 6000
 }
+REGISTERS = 65_536  # of a multiprocessor
 RESERVED_SHARED = 1_024  # bytes that CUDA adds to each block's
 
 # Bytes a thread that may be spilled, stored and loaded. The cross-entropy keeps a row's gradient in registers and is
@@ -104,12 +114,13 @@ class Resources:
     def problems(self, gpu: Gpu) -> list[str]:
         """Why this cannot run on `gpu`, or not well."""
         found = list(self.remarks)
-        if self.shared > gpu.shared_a_block:
-            found.append(f"needs {self.shared:,} bytes of shared memory, a block has at most {gpu.shared_a_block:,}")
+        room, allowed = gpu.each.block_shared, SPILLS.get(self.kernel, 0) + gpu.spills
+        if self.shared > room:
+            found.append(f"needs {self.shared:,} bytes of shared memory, a block has at most {room:,}")
         elif self.blocks == 0:
             found.append(f"needs {self.registers} registers in each of {self.warps} warps")
-        if self.spilled > SPILLS.get(self.kernel, 0):
-            found.append(f"spills {self.spilled} bytes a thread, allowed are {SPILLS.get(self.kernel, 0)}")
+        if self.spilled > allowed:
+            found.append(f"spills {self.spilled} bytes a thread, allowed are {allowed}")
         return [f"{self.kernel} ({self.launch}): {problem}" for problem in found]
 
 
@@ -180,9 +191,9 @@ def _resources(kernel: JITFunction, compiled: Any, log: str, gpu: Gpu) -> Resour
         raise RuntimeError(f"{kernel.__name__}: the assembler has not told what it spills: {log!r}")
     # A warp's registers are given out 256 at a time.
     blocks = min(
-        gpu.registers // (-(-registers * 32 // 256) * 256 * metadata.num_warps),
-        gpu.shared // (metadata.shared + RESERVED_SHARED),
-        gpu.warps // metadata.num_warps,
+        REGISTERS // (-(-registers * 32 // 256) * 256 * metadata.num_warps),
+        gpu.each.shared // (metadata.shared + RESERVED_SHARED),
+        gpu.each.warps // metadata.num_warps,
     )
     signature, constants = compiled.src.signature, compiled.src.constants
     launch = [type_ for type_ in signature.values() if type_ != "constexpr"]
@@ -220,8 +231,8 @@ class _RunLaunches(TorchDispatchMode):
 def dispatched_as_on(gpu: Gpu) -> Iterator[None]:
     """Inside, operations on `meta` tensors choose their kernels as on `gpu`."""
 
-    def runs_kernel(*tensors: Tensor, capability: int) -> bool:
-        return all(x.dtype == torch.bfloat16 for x in tensors) and gpu.capability[0] >= capability
+    def runs_kernel(*tensors: Tensor, needs: Needs = ANY) -> bool:
+        return all(x.dtype == torch.bfloat16 for x in tensors) and meets(needs, gpu.capability)
 
     modules = [importlib.import_module(f"nanogpt.kernels.{path.stem}") for path in kernel_files("*.py")]
     properties = SimpleNamespace(multi_processor_count=gpu.multiprocessors)
@@ -285,7 +296,10 @@ def make_steps(spec: RunSpec, implementations: Implementations) -> None:
 def paths_on(gpu: Gpu) -> list[Implementations]:
     """What a run can take on `gpu`, but for attention's libraries."""
     bf16 = Implementations(attention="plain")
-    return [bf16, replace(bf16, head_precision="fp8", mlp_precision="fp8")] if gpu.capability >= (9, 0) else [bf16]
+    if not meets(FP8, gpu.capability):
+        return [bf16]
+    mlp, _ = select_head_precision("auto", gpu.capability, lambda: True, kernels=FP8_MLP)
+    return [bf16, replace(bf16, head_precision="fp8", mlp_precision=mlp)]
 
 
 def all_launches(

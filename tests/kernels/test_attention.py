@@ -286,7 +286,7 @@ def test_library_operations_are_registered_correctly():
 
 # --- selection ---
 
-H100, A100, B200, T4, CPU = (9, 0), (8, 0), (10, 0), (7, 5), None
+H100, A100, L40S, B200, RTX_PRO, T4, CPU = (9, 0), (8, 0), (8, 9), (10, 0), (12, 0), (7, 5), None
 
 
 def selected(requested, capability, **options):
@@ -306,6 +306,9 @@ def installed(*names: str):
         (H100, ("fa2",), "fa2"),
         (H100, (), "plain"),
         (A100, ("fa4", "fa3", "fa2", "varlen"), "varlen"),
+        (L40S, ("fa4", "fa3", "fa2", "varlen"), "varlen"),
+        (L40S, ("fa4", "fa3", "fa2"), "fa2"),
+        (RTX_PRO, ("fa4", "fa3", "fa2", "varlen"), "varlen"),
         (B200, ("fa4", "fa3", "fa2", "varlen"), "fa4"),
         (B200, ("fa3", "varlen"), "varlen"),
         (T4, ("fa4", "fa3", "fa2", "varlen"), "plain"),
@@ -330,6 +333,9 @@ def test_auto_needs_half_precision_and_supported_heads():
     assert choice.backend == "plain"
     assert "float32" in choice.reason
     assert selected("auto", H100, head_dim=20, import_failure=everything).backend == "plain"
+    wide = {gpu: selected("auto", gpu, head_dim=256, import_failure=everything).backend for gpu in (H100, A100, L40S)}
+    assert wide == {H100: "fa4", A100: "varlen", L40S: "plain"}
+    assert selected("auto", L40S, head_dim=192, import_failure=everything).backend == "varlen"
 
 
 def test_an_explicit_backend_is_kept_or_refused():
@@ -337,7 +343,7 @@ def test_an_explicit_backend_is_kept_or_refused():
     for backend in BACKENDS:
         assert selected(backend, H100, import_failure=everything).backend == backend
     assert selected("plain", CPU, import_failure=installed()).backend == "plain"
-    with pytest.raises(InputError, match=r"'fa4' cannot run here: its backward pass needs sm_90"):
+    with pytest.raises(InputError, match=r"'fa4' cannot run here: its backward pass is for sm_90"):
         selected("fa4", A100, import_failure=everything)
     with pytest.raises(InputError, match=r"'fa3' cannot run here: ModuleNotFoundError: no fa3; use auto"):
         selected("fa3", H100, import_failure=installed("varlen"))

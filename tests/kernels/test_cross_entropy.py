@@ -18,6 +18,7 @@ from nanogpt.kernels.fp8_head import (
     fp8_products_work,
     select_head_precision,
 )
+from nanogpt.kernels.fp8_mlp import NEEDS as FP8_MLP
 
 HALVED = (1.0, 0.5, 0.25)
 SOFTCAP = {"cap": 23.0, "shift": 5.0, "scale": 7.5}
@@ -283,7 +284,12 @@ def test_select_head_precision():
     assert select_head_precision("fp8", hopper, works)[0] == "fp8"
     assert select_head_precision("bf16", hopper, works) == ("bf16", "requested")
     precision, reason = select_head_precision("auto", ampere, works)
-    assert precision == "bf16" and "8.0" in reason and "9.0" in reason
+    assert precision == "bf16" and "8.0" in reason and "8.9" in reason
+    assert select_head_precision("auto", (8, 9), works)[0] == "fp8"
+    for capability in ((8, 9), (10, 0), (12, 0)):  # which have the products, and not the MLP's kernels
+        assert select_head_precision("auto", capability, works, kernels=FP8_MLP)[0] == "bf16"
+        assert select_head_precision("fp8", capability, works, kernels=FP8_MLP)[0] == "fp8"
+    assert select_head_precision("auto", hopper, works, kernels=FP8_MLP)[0] == "fp8"
     precision, reason = select_head_precision("auto", hopper, fails)
     assert precision == "bf16" and "trial" in reason
     assert select_head_precision("auto", None) == ("bf16", "FP8 needs a GPU and bf16 activations")

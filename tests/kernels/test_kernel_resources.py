@@ -46,15 +46,33 @@ def test_all_kernels_fit_hopper() -> None:
     assert report["unused"] == []  # neither does a kernel exist that this test does not see
 
 
-def test_the_kernels_for_ampere_fit_it() -> None:
-    report = compiled("sm_80")
+EVERYWHERE = {
+    "_add_across_blocks_kernel",
+    "_add_within_blocks_kernel",
+    "_cross_entropy_kernel",
+    "_mix_heads_kernel",
+    "_mix_heads_key_gradients_kernel",
+    "_mix_heads_query_gradients_kernel",
+    "_transposed_add_kernel",
+}
+PRODUCTS = {"_symmetric_product_kernel", "_relu_squared_kernel"}
+FP8_HEAD = {"_quantize_both_ways_kernel", "_transpose_gradient_kernel"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kernels"),
+    [
+        (("sm_80",), EVERYWHERE),
+        (("sm_89",), EVERYWHERE | FP8_HEAD),
+        (("sm_100", "--recipe", "record89"), EVERYWHERE | FP8_HEAD | PRODUCTS),
+        (("sm_120", "--recipe", "record89"), EVERYWHERE | FP8_HEAD | {"_symmetric_product_kernel"}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_the_kernels_that_are_sent_to_another_gpu_fit_it(arguments: tuple[str, ...], kernels: set[str]) -> None:
+    report = compiled(*arguments)
     assert report["problems"] == []
-    assert {entry["kernel"] for entry in report["kernels"]} == {
-        "_add_across_blocks_kernel",
-        "_add_within_blocks_kernel",
-        "_cross_entropy_kernel",
-        "_transposed_add_kernel",
-    }
+    assert {entry["kernel"] for entry in report["kernels"]} == kernels
 
 
 def test_what_does_not_fit_is_seen() -> None:

@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nanogpt.kernels.dispatch import runs_kernel
+from nanogpt.gpus import meets
+from nanogpt.kernels import relu_squared_mlp as mlp_module
+from nanogpt.kernels import symmetric_matmul
+from nanogpt.kernels.dispatch import ANY, runs_kernel
 from nanogpt.kernels.relu_squared_mlp import (
     _relu_squared_backward,
     _relu_squared_up,
@@ -93,22 +96,36 @@ def test_transposes(dtype):
 
 def test_a_cpu_never_takes_a_kernel():
     x = randn(16, 16, dtype=torch.bfloat16)
-    assert not runs_kernel(x, capability=8)
+    assert not runs_kernel(x)
 
 
 @pytest.mark.parametrize(
-    ("device_capability", "dtype", "minimum", "expected"),
+    ("device_capability", "dtype", "needs", "expected"),
     [
-        ((9, 0), torch.bfloat16, 9, True),
-        ((10, 0), torch.bfloat16, 9, True),
-        ((8, 0), torch.bfloat16, 9, False),
-        ((8, 0), torch.bfloat16, 8, True),
-        ((9, 0), torch.float32, 9, False),
+        ((9, 0), torch.bfloat16, mlp_module.NEEDS, True),
+        ((10, 0), torch.bfloat16, mlp_module.NEEDS, True),
+        ((12, 0), torch.bfloat16, mlp_module.NEEDS, False),
+        ((8, 9), torch.bfloat16, mlp_module.NEEDS, False),
+        ((12, 0), torch.bfloat16, symmetric_matmul.NEEDS, True),
+        ((8, 0), torch.bfloat16, symmetric_matmul.NEEDS, False),
+        ((8, 0), torch.bfloat16, ANY, True),
+        ((7, 5), torch.bfloat16, ANY, False),
+        ((9, 0), torch.float32, ANY, False),
     ],
 )
-def test_kernels_are_chosen_by_capability_and_dtype(monkeypatch, device_capability, dtype, minimum, expected):
+def test_kernels_are_chosen_by_capability_and_dtype(monkeypatch, device_capability, dtype, needs, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: device_capability)
     with FakeTensorMode():
         x = torch.empty(16, 16, device="cuda", dtype=dtype)
-        assert runs_kernel(x, x, capability=minimum) is expected
-        assert not runs_kernel(x, torch.empty(16, dtype=torch.float32, device="cuda"), capability=minimum)
+        assert runs_kernel(x, x, needs=needs) is expected
+        assert not runs_kernel(x, torch.empty(16, dtype=torch.float32, device="cuda"), needs=needs)
+
+
+def test_the_choice_is_a_constant_of_compiled_code():
+    """Neither a graph break nor a guard that costs: the dispatch is traced with the model."""
+
+    def double_where_it_fits(x):
+        return 2 * x if meets(mlp_module.NEEDS, (9, 0)) and not meets(mlp_module.NEEDS, (12, 0)) else x
+
+    compiled = torch.compile(double_where_it_fits, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.ones(3)), torch.full((3,), 2.0))

@@ -34,6 +34,7 @@ def filled(fill: Fill, *overrides: str, recipe: str = "record89") -> str:
         ([H200] * 4, "4xh200"),
         (["NVIDIA H100 80GB HBM3"], "1xh100"),
         (["NVIDIA A100-SXM4-80GB"] * 8, "8xa100"),
+        (["NVIDIA L40S"] * 4, "4xl40s"),
         ([H200] * 6, "4xh200"),
         ([H200] * 3, "2xh200"),
         ([H200] * 16, "8xh200"),
@@ -81,8 +82,8 @@ def test_what_is_said_is_not_asked_for(nvml: MadeNvml) -> None:
 
 
 def test_a_type_that_is_not_known_says_how_to_go_on(nvml: MadeNvml) -> None:
-    nvml.show("NVIDIA L40S", "NVIDIA L40S")
-    with pytest.raises(InputError, match=r"NVIDIA L40S is none of .*known: h100, h200, a100.*--set hardware\.gpu=a100"):
+    nvml.show("NVIDIA L4", "NVIDIA L4")
+    with pytest.raises(InputError, match=r"NVIDIA L4 is none of .*known: .*, l40s.*--set hardware\.gpu=l40s"):
         filled(at_hand({}))
     nvml.show(H200, "NVIDIA A100-SXM4-80GB")
     with pytest.raises(InputError, match=r"several types: NVIDIA H200, NVIDIA A100-SXM4-80GB.*--on 1xh100"):

@@ -53,6 +53,9 @@ def test_number_and_type_are_compared_with_the_recipe(nvml: MadeNvml) -> None:
     nvml.show("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe")
     (check,) = [check for check in check_gpus(load_recipe("2xh100"), {}) if check.name == "GPUs"]
     assert check.status == "warning" and "several kinds" in check.found
+    nvml.show("NVIDIA RTX PRO 6000 Blackwell Server Edition")
+    check, *_ = check_gpus(load_recipe("1xh100"), {})
+    assert check.status == "warning" and "no type that is known" in check.found and "doctor" in check.advice
 
 
 def test_the_job_s_gpus_are_those_that_slurm_shows(nvml: MadeNvml) -> None:
@@ -116,6 +119,9 @@ def test_links_are_held_against_the_kind_of_gpu(nvml: MadeNvml) -> None:
     assert slow.status == "warning" and "41 GB/s from GPU 1" in slow.found and "nvlink" in slow.advice
     nvml.show(*["NVIDIA H100 PCIe"] * 4)
     assert check_links(spec, {}, lambda: [41.0] * 4).status == "passed"
+    nvml.show(*["NVIDIA L40S"] * 4)  # without NVLink, whatever its name
+    check = check_links(load_recipe("4xl40s"), {}, lambda: [20.0] * 4)
+    assert check.status == "passed" and check.found.startswith("PCIe")
 
     def fails() -> list[float]:
         raise RunError("CUDA error: peer access is not supported")

@@ -79,6 +79,16 @@ def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "recipes/demo.yaml" in str(error.value)
 
 
+def test_a_driver_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(world, "driver_cuda_version", lambda: (12, 8))
+    with pytest.raises(
+        InputError, match=r"for CUDA 12\.8, and CUDA 13 needs driver 580 or newer\. .*another partition"
+    ):
+        check_world(load_recipe("1xh200"))
+
+
 def test_fewer_gpus_than_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

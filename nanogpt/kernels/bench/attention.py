@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nanogpt.kernels.attention import attention, select_attention_backend
 from nanogpt.kernels.bench import BenchCase, document_ends
+from nanogpt.kernels.dispatch import device_capability
 
 # (tokens, heads, longest document, window): the record's stages on one of eight slots, unpaired short, paired short,
 # and long windows.
@@ -28,7 +29,7 @@ SHAPES = tuple(
 def bench_cases(device: torch.device | str = "cuda", backends: tuple[str, ...] | None = None) -> Iterator[BenchCase]:
     """Forward, and forward with backward, at the shapes of the record; `backends` defaults to what `auto` takes."""
     if backends is None:
-        capability = torch.cuda.get_device_capability(device)
+        capability = device_capability(torch.device(device))
         backends = (select_attention_backend("auto", capability, head_dim=128, dtype=torch.bfloat16).backend,)
     for (tokens, heads, longest, window), backend in itertools.product(SHAPES, backends):
         ends = [

@@ -10,6 +10,7 @@ import torch
 from nanogpt.kernels.bench import BenchCase
 from nanogpt.kernels.dispatch import runs_kernel
 from nanogpt.kernels.fp8_mlp import (
+    NEEDS,
     _backward_all,
     _forward,
     _gradients,
@@ -29,7 +30,7 @@ def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
     """
     width, hidden = 768, 3_072
     up, down = ((0.03 * torch.randn(hidden, width, device=device)).bfloat16() for _ in range(2))
-    if not runs_kernel(up, capability=9):
+    if not runs_kernel(up, needs=NEEDS):
         return
     from nanogpt.kernels.fp8_head_triton import paired_transpose, quantize_both_ways
     from nanogpt.kernels.fp8_mlp_triton import quantize, up_squared_and_quantized
