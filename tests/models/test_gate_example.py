@@ -1,4 +1,4 @@
-"""A model by copying a folder, and in it a gate with a learning rate of its own: CONTRIBUTING.md's diff as it stands.
+"""A model by copying a folder, and in it a gate with a learning rate of its own: docs/adding.md's diff as it stands.
 
 The package is copied, record 89's folder in it becomes a new kind, and a process of its own imports the copy.
 """
@@ -59,8 +59,8 @@ print(json.dumps({
 
 
 def changes() -> dict[Path, list[str]]:
-    """The lines of the diff in CONTRIBUTING.md, by file."""
-    found = re.search(r"```diff\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    """The lines of the diff in docs/adding.md, by file."""
+    found = re.search(r"```diff\n(.*?)```", (ROOT / "docs/adding.md").read_text(), re.DOTALL)
     assert found
     parts = (part.splitlines() for part in found[1].split("--- ")[1:])
     return {Path(name): lines for name, *lines in parts}
@@ -100,7 +100,7 @@ def copy(tmp_path: Path) -> Path:
 
 
 def test_the_diff_is_as_small_as_contributing_says():
-    text, diff = (ROOT / "CONTRIBUTING.md").read_text(), changes()
+    text, diff = (ROOT / "docs/adding.md").read_text(), changes()
     lines = [line for part in diff.values() for line in part]
     added, removed = (sum(line.startswith(mark) for line in lines) for mark in "+-")
     assert f"{len(diff)} files, +{added} -{removed}" in text
