@@ -44,11 +44,13 @@ demo: $(DEMO_READY) ## Train a small model on the embedded prose, in minutes, wi
 test: $(TEST_READY) $(TRITON)/.ready ## Run the tests (PYTEST_ARGS="-k adam" to pass arguments on)
 	@$(BIN)/python -m pytest -n "$$($(BIN)/python -c 'import os; print(len(os.sched_getaffinity(0)) + 1)')" $(PYTEST_ARGS)
 
-lint: $(TEST_READY) ## Check style, types and shell scripts
+lint: $(TEST_READY) ## Check style, types, shell scripts and spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file tests/mypy.ini
 	@scripts=$$(git -c safe.directory='*' ls-files '*.sh' .ci/run) && set -x && $(BIN)/shellcheck $$scripts
+	@files=$$(git -c safe.directory='*' ls-files) && set -x && $(BIN)/codespell $$files
 
 mutations: $(TEST_READY) ## Break each mechanism on purpose and see that a test notices; some 10 CPU minutes
 	$(BIN)/python tests/mutations/run.py

@@ -3,4 +3,4 @@
 Importing this package touches no device, no environment variable and no file.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

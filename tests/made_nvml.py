@@ -31,7 +31,7 @@ class MadeNvml:
             "nvmlDeviceGetUUID": lambda index: f"GPU-{index:08d}-aaaa",
             "nvmlDeviceGetMemoryInfo": self._memory,
             "nvmlDeviceGetComputeRunningProcesses": self._processes,
-            "nvmlSystemGetProcessName": lambda pid: {p: name for _, p, name, _ in self.processes}[pid],
+            "nvmlSystemGetProcessName": self._name,
         }
         for name, function in functions.items():
             monkeypatch.setattr(pynvml, name, function)
@@ -50,6 +50,9 @@ class MadeNvml:
         self.calls += 1
         if self.error is not None:
             raise self.error
+
+    def _name(self, pid: int) -> str:
+        return next(name for _, number, name, _ in self.processes if number == pid)
 
     def _memory(self, index: int) -> SimpleNamespace:
         used = self.used.get(index, 1)
