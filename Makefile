@@ -32,7 +32,7 @@ TEST_READY := $(READY)/test
 TRITON := $(READY)/triton
 TRANSFORMERS := $(READY)/transformers
 
-.PHONY: help demo test test-export lint mutations format schema clean sif sif-diff lock sign verify push pull shell test-cluster need-python
+.PHONY: help demo test test-export lint mutations bench-cli format schema clean sif sif-diff lock sign verify push pull shell test-cluster need-python
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -54,6 +54,9 @@ lint: $(TEST_READY) ## Check style, types, shell scripts and spelling
 
 mutations: $(TEST_READY) ## Break each mechanism on purpose and see that a test notices; some 10 CPU minutes
 	$(BIN)/python tests/mutations/run.py
+
+bench-cli: $(TEST_READY) ## Time the start of everyday commands, as ratios to that of Python
+	@$(BIN)/python tests/cli/bench_cli.py
 
 format: $(TEST_READY) ## Format the code and fix what can be fixed
 	$(BIN)/ruff format .

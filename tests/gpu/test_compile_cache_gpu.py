@@ -12,7 +12,7 @@ from nanogpt.data.made_up import write_made_up_shards
 from nanogpt.data.shards import train_name, val_name
 from nanogpt.runs.record import Record, read_record
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.gpu, pytest.mark.long, pytest.mark.timeout(1800)]
 
 # A short run of every stage at the sizes of the record.
 SHORT = (

@@ -10,7 +10,7 @@ from tiny_runs import GPU_SIZES, averaged_spec, losses, make_text_data, train
 
 from nanogpt.training.evaluation import evaluate_runs
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.gpu, pytest.mark.long, pytest.mark.timeout(900)]
 
 
 def test_a_compiled_run_ends_as_it_is_evaluated_anew(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from tiny_runs import GPU_SIZES, make_data, tiny_spec, train
 
 from nanogpt.training.evaluation import evaluate_runs
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.gpu, pytest.mark.long, pytest.mark.timeout(900)]
 
 
 def test_the_recorded_loss_comes_out_again_in_bf16(tmp_path: Path) -> None:

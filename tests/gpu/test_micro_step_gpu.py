@@ -68,6 +68,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 ONE = "hardware={gpu: h100, gpus_per_node: 1}"
 
 
+@pytest.mark.long
 def test_recorded_micro_steps_compute_what_others_do(data: Path, tmp_path: Path) -> None:
     """A whole run, with warm-up, stages, YaRN, the head's split; and one that is resumed in the middle of a stage."""
     runtime = "runtime={{dtype: bf16, compile: 'on', attention: varlen, cuda_graphs: {}}}"

@@ -19,7 +19,7 @@ from nanogpt.recipe import load_recipe
 from nanogpt.training import implementations
 from nanogpt.training.trainer import train_run
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.gpu, pytest.mark.long, pytest.mark.timeout(1800)]
 
 L40S, MEMORY = (8, 9), 44_000_000_000
 

@@ -330,6 +330,7 @@ def test_prefixes_in_the_kernel(precision, terms):
 # --- the model ---
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("precision", "settings"),
     [

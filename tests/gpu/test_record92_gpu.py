@@ -74,6 +74,7 @@ def begin_cycle(model: LanguageModel, *batches: MicroBatch) -> None:
         table.begin_cycle(np.unique(torch.cat(rows).cpu().numpy().astype(np.int64)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("candidates", [None, 3_584])
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_fast_plain_and_compiled_paths_agree(precision, candidates):
@@ -96,6 +97,7 @@ def test_fast_plain_and_compiled_paths_agree(precision, candidates):
     assert max(map(max, errors)) < 0.3
 
 
+@pytest.mark.long
 def test_captured_micro_steps_read_the_rows_of_their_cycle():
     """Three cycles of two micro-steps: what is pulled has another size, and lies elsewhere, in each."""
     torch.manual_seed(0)

@@ -18,7 +18,7 @@ from nanogpt.errors import REQUEUE_EXIT_CODE
 from nanogpt.runs.metrics import read_run
 from nanogpt.runs.record import read_record
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.gpu, pytest.mark.long, pytest.mark.timeout(600)]
 
 PLAIN = "attention: plain, kernels: plain, head_precision: bf16, compile: off"
 STEPS = 200
