@@ -44,13 +44,14 @@ demo: $(DEMO_READY) ## Train a small model on the embedded prose, in minutes, wi
 test: $(TEST_READY) $(TRITON)/.ready ## Run the tests (PYTEST_ARGS="-k adam" to pass arguments on)
 	@$(BIN)/python -m pytest -n "$$($(BIN)/python -c 'import os; print(len(os.sched_getaffinity(0)) + 1)')" $(PYTEST_ARGS)
 
-lint: $(TEST_READY) ## Check style, types, shell scripts and spelling
+lint: $(TEST_READY) ## Check style, types, shell scripts, workflows and spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy --config-file tests/mypy.ini
 	@scripts=$$(git -c safe.directory='*' ls-files '*.sh' .ci/run) && set -x && $(BIN)/shellcheck $$scripts
 	@files=$$(git -c safe.directory='*' ls-files) && set -x && $(BIN)/codespell $$files
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 mutations: $(TEST_READY) ## Break each mechanism on purpose and see that a test notices; some 10 CPU minutes
 	$(BIN)/python tests/mutations/run.py

@@ -16,4 +16,4 @@ here=$(cd -P "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if [[ ! -e $here/in_image.sh ]]; then # Slurm runs a copy of a batch script: the others are beside the original
     read -r here <<< "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\)/build_sif\.sh\( .*\)\{0,1\}$|\1|p')"
 fi
-exec make -C "$here/.." sif "$@"
+exec make --no-print-directory -C "$here/.." sif "$@"

@@ -19,20 +19,21 @@ import pytest
 
 CHECKOUT = Path(__file__).parents[2]
 USER = os.environ.get("CLUSTER_TEST_USER", "nanogpt")
+OTHER_USER = f"{USER}-plain"  # without subordinate ids
 MINUTES_FOR_A_BUILD = 30
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-def home_of_user() -> Path:
+def home_of_user(user: str = USER) -> Path:
     """Home of the user that the tests run commands as."""
-    return Path(pwd.getpwnam(USER).pw_dir) if os.geteuid() == 0 else Path.home()
+    return Path(pwd.getpwnam(user).pw_dir) if os.geteuid() == 0 else Path.home()
 
 
-def environment_of_user(extra: dict[str, str] | None = None) -> dict[str, str]:
+def environment_of_user(extra: dict[str, str] | None = None, user: str = USER) -> dict[str, str]:
     """This process's environment with the user's own home and names, and `extra`."""
     environment = dict(os.environ)
     if os.geteuid() == 0:
-        environment |= {"HOME": str(home_of_user()), "USER": USER, "LOGNAME": USER}
+        environment |= {"HOME": str(home_of_user(user)), "USER": user, "LOGNAME": user}
     environment.pop("XDG_RUNTIME_DIR", None)
     return environment | (extra or {})
 
@@ -48,6 +49,19 @@ def as_user() -> Run:
 
     Text in and out; a failure of the command is the caller's to look at, unless `check` is set.
     """
+    return runner(USER)
+
+
+@pytest.fixture(scope="session")
+def as_other() -> Run:
+    """`as_user` for another user, who has no subordinate ids; there is one where the tests run as root."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to be two users")
+    return runner(OTHER_USER)
+
+
+def runner(user: str) -> Run:
+    """What runs commands as this user."""
 
     def run(
         command: Sequence[str | Path],
@@ -57,11 +71,11 @@ def as_user() -> Run:
         timeout: float = 600,
         check: bool = False,
     ) -> subprocess.CompletedProcess[str]:
-        prefix = ["runuser", "-u", USER, "--"] if os.geteuid() == 0 else []
+        prefix = [shutil.which("runuser") or "runuser", "-u", user, "--"] if os.geteuid() == 0 else []
         done = subprocess.run(
             [*prefix, *map(str, command)],
-            cwd=cwd or home_of_user(),
-            env=environment_of_user(environment),
+            cwd=cwd or home_of_user(user),
+            env=environment_of_user(environment, user),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
 # A real Apptainer on a bare Debian 12, for tests. As root:
-#   tests/cluster/setup-apptainer.sh [USER]    USER (made if there is none): who builds and runs, with subordinate ids
+#   tests/cluster/setup-apptainer.sh [USER]    USER (made if there is none): who builds and runs, with subordinate ids;
+#                                              and USER-plain, who has none
+#
+# With it a registry for images and Lmod, from Debian 12 itself.
 #
 # Debian 12 has no package of Apptainer, and the one of a later Debian needs a later C library. It gets that library
 # in a directory of its own; the system's stays as it is. The packages come from the mirror in this machine's apt
@@ -14,14 +17,16 @@ multiarch=/usr/lib/x86_64-linux-gnu
 [[ $(dpkg --print-architecture) == amd64 ]] || { echo "setup-apptainer: for amd64 only" >&2; exit 2; }
 export DEBIAN_FRONTEND=noninteractive
 
-tools=(mksquashfs squashfuse fuse2fs fuse-overlayfs fusermount3 newuidmap fakeroot mmdebstrap patchelf)
+tools=(mksquashfs squashfuse fuse2fs fuse-overlayfs fusermount3 newuidmap fakeroot mmdebstrap patchelf docker-registry
+    /usr/share/lmod/lmod/libexec/lmod curl openssl)
 missing=()
 for tool in "${tools[@]}"; do command -v "$tool" > /dev/null || missing+=("$tool"); done
 if ((${#missing[@]})); then
     echo "setup-apptainer: installing the packages of ${missing[*]}"
     apt-get update -qq
     apt-get install -y -qq --no-install-recommends squashfs-tools squashfuse fuse2fs fuse-overlayfs fuse3 uidmap \
-        fakeroot mmdebstrap patchelf ca-certificates > /dev/null
+        fakeroot mmdebstrap patchelf ca-certificates docker-registry lmod curl openssl > /dev/null
+    service docker-registry stop > /dev/null 2>&1 || true # the tests start one of their own, at the loopback address
 fi
 
 # apptainer from unstable; the C library and the two libraries that it wants newer from Debian 13. Debian 12's
@@ -79,5 +84,7 @@ if [[ -e /dev/fuse && $(stat -c %a /dev/fuse) != 666 ]]; then chmod 666 /dev/fus
 if [[ -n $user ]]; then
     id "$user" > /dev/null 2>&1 || useradd --create-home --shell /bin/bash "$user" # with ranges in subuid and subgid
     grep -q "^$user:" /etc/subuid || usermod --add-subuids 100000-165535 --add-subgids 100000-165535 "$user"
+    id "$user-plain" > /dev/null 2>&1 || useradd --create-home --shell /bin/bash "$user-plain"
+    sed -i "/^$user-plain:/d" /etc/subuid /etc/subgid
 fi
 apptainer --version

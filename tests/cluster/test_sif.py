@@ -16,6 +16,7 @@ import pytest
 from definition_file import read_definition
 from spython.main import get_client
 
+from nanogpt.image.build import SUITES
 from nanogpt.image.labels import read_built
 from nanogpt.image.sources import locked_versions
 
@@ -215,7 +216,10 @@ def test_torchrun_trains_on_two_processes_inside(sif: Path, as_user: Run, scratc
     assert (record["state"], record["hardware"]["world_size"]) == ("finished", 2)
 
 
-def test_two_builds_have_the_same_files(sif: Path, as_user: Run, user_checkout: Path, scratch: Path) -> None:
+def test_two_builds_have_the_same_files(
+    sif: Path, as_user: Run, as_other: Run, user_checkout: Path, scratch: Path
+) -> None:
+    """The second by another user: without subordinate ids, by the fakeroot command, and with another umask."""
     first = read_built(sif)
     assert first
     command = ["make", "sif", f"FLAVOUR={first.flavour}", "BASE=tree"]
@@ -225,14 +229,32 @@ def test_two_builds_have_the_same_files(sif: Path, as_user: Run, user_checkout: 
         as_user([*command, f"OUT={sif}"], cwd=user_checkout, timeout=2000, check=True)
         first = read_built(sif)
         assert first
-    again = scratch / "again.sif"
-    as_user([*command, f"OUT={again}"], cwd=user_checkout, timeout=2000, check=True)
+    with directory_of_user(as_other) as place:
+        copy, built_there = place / "checkout", user_checkout / "build" / "sif"
+        tree = next(built_there.glob(f"base-{SUITES[first.flavour]}"))
+        subprocess.run(["cp", "-a", user_checkout, copy], check=True)
+        shutil.rmtree(copy / "build")
+        (copy / "build" / "sif").mkdir(parents=True)
+        subprocess.run(["cp", "-a", tree, copy / "build" / "sif"], check=True)
+        subprocess.run(["chown", "-hR", "--reference", place, copy], check=True)
+        base = copy / "build" / "sif" / tree.name
+        other = ["sh", "-c", 'umask 077; exec "$@"', "sh", "make", "sif", f"FLAVOUR={first.flavour}", f"BASE={base}"]
+        refused = as_other(["make", "sif", f"FLAVOUR={first.flavour}", "BASE=tree", "OUT=no.sif"], cwd=copy)
+        assert refused.returncode != 0
+        assert "BASE=DIRECTORY|IMAGE" in [line for line in refused.stderr.splitlines() if "make: ***" not in line][-1]
+        done = as_other([*other, f"OUT={place / 'again.sif'}"], cwd=copy, timeout=2000, check=True)
+        assert "uses the fakeroot command" in done.stderr
+        assert (place / "again.sif").stat().st_mode & 0o777 == 0o700
+        again = scratch / "again.sif"
+        for name in ("again.sif", "again.sif.json"):
+            subprocess.run(["cp", "--preserve=timestamps", place / name, scratch], check=True)
+            subprocess.run(["chown", "--reference", scratch, scratch / name], check=True)
     compared = as_user(["make", "-s", "sif-diff", f"A={sif}", f"B={again}"], cwd=user_checkout)
     assert compared.returncode == 0, compared.stdout + compared.stderr
     second = read_built(again)
     assert second
     assert second.content_sha256 == first.content_sha256
-    quick = as_user([*command, f"OUT={again}"], cwd=user_checkout, timeout=60, check=True)
+    quick = as_user([*command, f"OUT={sif}"], cwd=user_checkout, timeout=60, check=True)
     assert "nothing that goes into it has changed" in quick.stderr
 
 

@@ -490,3 +490,26 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path, mo
     assert "run `make sif` in a checkout" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         image_build.main(["--flavour", "rocm"])
+
+
+def test_a_python_that_is_too_old_is_told_with_the_ways_out(tmp_path: Path) -> None:
+    old = script(tmp_path / "python3.6", '[ "$1" != -V ] || { echo Python 3.6.8; exit; }\nexit 1')
+    done = subprocess.run(["make", "sif", f"PYTHON={old}"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    for word in ("Python 3.6.8", "3.11 or newer", "module load miniforge", "make pull FROM="):
+        assert word in done.stderr
+
+
+def test_a_job_builds_where_the_checkout_is(tmp_path: Path) -> None:
+    """Slurm runs a copy of the script, and `scontrol` knows whose."""
+    here = ROOT / "slurm" / "build_sif.sh"
+    copy = tmp_path / "spool" / "slurm_script"
+    copy.parent.mkdir()
+    copy.write_text(here.read_text())
+    script(tmp_path / "bin" / "make", 'echo "$@"')
+    script(tmp_path / "bin" / "scontrol", f"echo '   Command={here} BASE=tree'")
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    for path in (here, copy):
+        command = ["bash", path, "BASE=tree", "OUT=n.sif"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout == f"--no-print-directory -C {ROOT / 'slurm'}/.. sif BASE=tree OUT=n.sif\n"
