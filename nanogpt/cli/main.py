@@ -56,6 +56,7 @@ COMMANDS = (
     Command("significance", "nanogpt.cli.significance:significance", "Records", "Test the mean loss of several runs."),
     Command("check", "nanogpt.cli.check:check", "Records", "Check a run against the public rules."),
     Command("submission", "nanogpt.cli.submission:submission", "Records", "Make a record ready to publish."),
+    Command("leaderboard", "nanogpt.cli.leaderboard:leaderboard", "Records", "Write submissions as a static page."),
     Command("submit", "nanogpt.cli.submit:submit", "Cluster", "Submit a recipe to Slurm: what slurm/run.sh does."),
     Command("preflight", "nanogpt.cli.preflight:preflight", "Cluster", "Check this machine for a recipe, in seconds."),
     Command("status", "nanogpt.cli.status:status", "Cluster", "My jobs: step, loss, ms/step, time left."),

@@ -24,6 +24,6 @@ def report(
         raise InputError(f"--out: found {str(out)!r}, expected the name of a page, such as report.html")
     loaded, unreadable = load_readable_runs(runs)
     say_unreadable(unreadable)
-    write_report(loaded, out, [str(error) for error in unreadable])
+    write_report(loaded, out, left_out=[str(error) for error in unreadable])
     typer.echo(str(out))
     raise typer.Exit(1 if unreadable else 0)

@@ -29,12 +29,12 @@ MOST_VALUES = 8  # of a key, listed
 FEW_RUNS = 3  # named beside a value
 
 
-def write_report(runs: Sequence[LoadedRun], out: Path, left_out: Sequence[str] = ()) -> None:
-    """Write the report of `runs` into the file `out`; left_out: why others are not in it.
+def write_report(runs: Sequence[LoadedRun], out: Path, **options: Any) -> None:
+    """Write the report of `runs` into the file `out`; options: of `report_page`.
 
     Raises RunError where it cannot be written.
     """
-    text = report_page(runs, left_out=left_out)
+    text = report_page(runs, **options)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(out, text)

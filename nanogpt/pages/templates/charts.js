@@ -41,7 +41,7 @@
       hovermode: figure.runs > 6 ? "closest" : "x unified",
       hoverlabel: { bgcolor: css("--raised"), bordercolor: css("--line"), font: { color: css("--text") } },
       xaxis: { ...axis, title: { text: figure.x }, rangemode: "tozero", nticks: 8, hoverformat: figure.x_format },
-      yaxis: { ...axis, type: figure.logarithmic ? "log" : "linear", nticks: 8, range: figure.range },
+      yaxis: { ...axis, type: figure.logarithmic ? "log" : "linear", nticks: 8, exponentformat: "none" },
       shapes: figure.stages.map((x) => ({
         type: "line", x0: x, x1: x, y0: 0, y1: 1, yref: "paper", layer: "below",
         opacity: 0.5, line: { color: css("--faint"), width: 1, dash: "dot" },
