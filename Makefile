@@ -13,6 +13,7 @@ PYTEST_ARGS ?=
 FLAVOUR ?= cuda
 BASE ?=
 WHEELS ?=
+CACHE ?=
 KERNELS ?= all
 COMPRESSION ?=
 # Where a site has a file (see slurm/sites/example.sh), recipes run in a shell that has sourced it.
@@ -67,9 +68,9 @@ schema: $(DEMO_READY) ## Write recipes/schema.json anew, after a change of nanog
 	$(BIN)/nanogpt schema > recipes/schema.json.new && mv recipes/schema.json.new recipes/schema.json
 
 # Needs Python and Apptainer alone, no virtual environment: it is typed on login nodes.
-sif: need-python ## Build the image, nanogpt.sif (FLAVOUR=cpu, BASE=tree, OUT=FILE, WHEELS=DIR, COMPRESSION=gzip)
+sif: need-python ## Build the image, nanogpt.sif (FLAVOUR=cpu, BASE=tree, OUT=FILE, WHEELS=DIR, COMPRESSION=gzip, CACHE=FILE)
 	@$(PYTHON) -m nanogpt.image.build --flavour '$(FLAVOUR)' --base '$(BASE)' --wheels '$(WHEELS)' \
-	  --kernels '$(KERNELS)' --compression='$(COMPRESSION)' --out '$(OUT)'
+	  --kernels '$(KERNELS)' --compression='$(COMPRESSION)' --cache '$(CACHE)' --out '$(OUT)'
 
 sif-diff: need-python ## What differs in two images or directories: make sif-diff A=old.sif B=new.sif
 	@$(PYTHON) -m nanogpt.image.tree '$(A)' '$(B)'

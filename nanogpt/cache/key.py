@@ -74,21 +74,37 @@ def cache_key(spec: RunSpec, device: torch.device) -> dict[str, Any]:
     import torch
 
     key = {
-        "format": FORMAT,
-        "python": f"{platform.python_version()} {sys.implementation.cache_tag}",
-        "prefix": sys.prefix,
-        "packages": _package_versions(),
-        "torch": [torch.__version__, torch.version.git_version, torch.version.cuda],
-        "libc": " ".join(platform.libc_ver()),
+        **installation_key(),
         "cpu": [platform.machine(), _cpu_flags_sha256(), torch.get_num_threads() if device.type == "cpu" else None],
         "device": _device(device),
         # Kernels are compiled by what comes with the packages; the driver loads them. A new major version may differ.
         "driver": (driver_version() or "").partition(".")[0] if device.type == "cuda" else "",
         "environment": _compiler_variables(os.environ),
-        "source": graph_source_sha256(),
         "spec": graph_settings(spec),
     }
-    plain: dict[str, Any] = json.loads(json.dumps(key))  # as it comes back from a file: lists, no tuples
+    return _plain(key)
+
+
+def installation_key() -> dict[str, Any]:
+    """The part of the key that is the same for all machines and recipes: this installation's."""
+    import torch
+
+    return _plain(
+        {
+            "format": FORMAT,
+            "python": f"{platform.python_version()} {sys.implementation.cache_tag}",
+            "prefix": sys.prefix,
+            "packages": _package_versions(),
+            "torch": [torch.__version__, torch.version.git_version, torch.version.cuda],
+            "libc": " ".join(platform.libc_ver()),
+            "source": graph_source_sha256(),
+        }
+    )
+
+
+def _plain(key: Mapping[str, Any]) -> dict[str, Any]:
+    """As it comes back from a file: lists, no tuples."""
+    plain: dict[str, Any] = json.loads(json.dumps(key))
     return plain
 
 

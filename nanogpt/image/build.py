@@ -43,6 +43,7 @@ from nanogpt.image.sources import (
     make_tree,
     pip_setting,
     stage,
+    stage_compiled,
     wheel_directory,
 )
 from nanogpt.image.tree import content_sha256, file_sha256
@@ -68,6 +69,10 @@ MEANINGS = (
         "DO NOT MATCH THE HASHES",
         "A downloaded file is not the one that the lock names. A broken download: build again. Wheels of your own:"
         " make lock.",
+    ),
+    (
+        "compiled code: ",
+        "A file of CACHE was made by another installation than this image's; the log's end says what differs.",
     ),
     (
         "No matching distribution found for torch",
@@ -225,6 +230,7 @@ class Options:
     work: Path = Path("build/sif")
     compression: str | None = None  # of build_checks.COMPRESSIONS, or mksquashfs's arguments; None: what it can
     kernels: str = "all"  # of which GPU architectures: all, or "80,90"
+    cache: str | None = None  # files of compiled code that the image is to bring along
     test: bool = True
 
 
@@ -270,11 +276,16 @@ def build(root: Path, options: Options, environ: Mapping[str, str]) -> Built:
     with _locked(work / "lock"):
         files = stage(root, source, work / "stage")
         lock = (work / "stage" / lock_path).read_bytes()
+        torch = locked_versions(lock.decode())["torch"]
+        compiled = stage_compiled(options.cache, work / "stage" / "containers" / "compiled", torch)
         base_name = options.base or REGISTRY_BASES[options.flavour]
         compression = build_checks.choose_compression(options.compression)
         key = hashlib.sha256(
             "\0".join(
-                [files, options.flavour, base_name, compression, options.kernels, str(source.clean), source.url]
+                [
+                    *(files, compiled, options.flavour, base_name, compression, options.kernels),
+                    *(str(source.clean), source.url),
+                ]
             ).encode()
         ).hexdigest()
         built = read_built(out)
@@ -388,6 +399,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("build/sif"))
     parser.add_argument("--compression", help="zstd, gzip, lz4, or arguments for mksquashfs")
     parser.add_argument("--kernels", default="all", help="of which GPU architectures: all, or 80,90")
+    parser.add_argument("--cache", help="files of compiled code that the image brings along, of nanogpt warm")
     parser.add_argument("--check", action="store_true", help="look whether this machine can build, and no more")
     arguments = parser.parse_args(argv)
     if not re.fullmatch(r"all|\d+(,\d+)*|", arguments.kernels):
@@ -400,6 +412,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         work=arguments.work,
         compression=arguments.compression or None,
         kernels=arguments.kernels or "all",
+        cache=arguments.cache or None,
     )
     try:
         if arguments.check:

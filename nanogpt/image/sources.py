@@ -9,6 +9,7 @@ import configparser
 import contextlib
 import datetime
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -113,6 +114,34 @@ def stage(root: Path, source: Source, to: Path) -> str:
         digest.update(f"{name}\0{executable}\0{len(content)}\0".encode() + content)
     for directory in (to, *(path for path in to.rglob("*") if path.is_dir())):
         directory.chmod(0o755)
+    return digest.hexdigest()
+
+
+def stage_compiled(given: str | None, to: Path, torch: str) -> str:
+    """Copy the cache files named in `given`, apart by spaces, to the directory `to`; a hash over names and contents.
+
+    Raises `InputError` for one that is not there or whole, that others may write, or that was made with another PyTorch
+    than `torch`. Whether it is of the image's own code is told in the image.
+    """
+    to.mkdir(exist_ok=True)
+    to.chmod(0o755)
+    digest = hashlib.sha256()
+    for path in map(Path, (given or "").split()):
+        try:
+            content, status = path.read_bytes(), path.stat()
+        except OSError as error:
+            raise InputError(f"CACHE={path}: {error.strerror}; `nanogpt warm` makes such files") from error
+        first, _, rest = content.partition(b"\n")
+        if path.suffix != ".compiled" or hashlib.sha256(rest).hexdigest() != first[-64:].decode(errors="replace"):
+            raise InputError(f"CACHE={path}: no file of compiled code, or damaged; `nanogpt warm` makes one")
+        if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022:
+            raise InputError(f"CACHE={path}: it would be run, and others own or may write it; make one of your own")
+        made_with = str(json.loads(rest.partition(b"\n")[0])["key"]["torch"][0])
+        if made_with.partition("+")[0] != torch.partition("+")[0]:
+            raise InputError(f"CACHE={path}: made with PyTorch {made_with}, the image has {torch}")
+        (to / path.name).write_bytes(content)
+        (to / path.name).chmod(0o644)
+        digest.update(f"{path.name}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()
 
 

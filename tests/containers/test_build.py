@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -387,6 +390,43 @@ def test_a_build_says_what_came_out_and_is_not_repeated(
     options.out.write_text("another file")
     build(checkout, options, environ)
     assert (tmp_path / "tmp" / "arguments").exists()
+
+
+def test_compiled_code_goes_into_the_image(
+    checkout: Path, options: Options, only_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_machine(only_path, BUILDS)
+    environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "APPTAINER_TMPDIR": str(tmp_path / "tmp")}
+    file = tmp_path / "h200-torch.compiled"
+    torch_version = locked_versions((checkout / "containers/cpu.lock").read_text())["torch"]
+
+    def write(made_with: str) -> None:
+        rest = json.dumps({"key": {"torch": [made_with, "", None]}}).encode() + b"\ncode"
+        file.write_bytes(b"nanogpt compiled code 1 sha256 " + hashlib.sha256(rest).hexdigest().encode() + b"\n" + rest)
+
+    write(torch_version)
+    without = build(checkout, options, environ)
+    options.cache = str(file)
+    built = build(checkout, options, environ)
+    assert built.key != without.key
+    staged = options.work / "cpu" / "stage" / "containers" / "compiled" / file.name
+    assert staged.read_bytes() == file.read_bytes()
+    assert build(checkout, options, environ) == built
+    assert "nothing that goes into it has changed" in capsys.readouterr().err
+
+    file.chmod(0o666)
+    with pytest.raises(InputError, match="others own or may write it"):
+        build(checkout, options, environ)
+    file.chmod(0o644)
+    write("1.0.0")
+    with pytest.raises(InputError, match=rf"made with PyTorch 1\.0\.0, the image has {re.escape(torch_version)}"):
+        build(checkout, options, environ)
+    file.write_bytes(file.read_bytes() + b"x")
+    with pytest.raises(InputError, match="no file of compiled code, or damaged"):
+        build(checkout, options, environ)
+    file.unlink()
+    with pytest.raises(InputError, match="No such file"):
+        build(checkout, options, environ)
 
 
 def test_a_failed_build_says_what_to_do_and_leaves_no_image(
