@@ -71,5 +71,21 @@ while
     [[ -n $told ]]
 do :; done # a signal ends `wait` early
 trap '' USR1
-if ((code == 75)); then "$here/nanogpt.sh" job requeue "$@"; fi
+
+# Slurm requeues a job whose first node is lost. Of another node's loss the run knows minutes before Slurm does, and a
+# script that had ended by then would have failed: so the job puts itself back.
+lost_nodes() {
+    local node
+    for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+        timeout --kill-after=5 60 srun --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 --gres=none --mem=0 \
+            --nodelist="$node" true < /dev/null > /dev/null 2>&1 || echo "$node" &
+    done
+    wait
+}
+lost=()
+if ((code != 0 && code != 75 && SLURM_JOB_NUM_NODES > 1)); then mapfile -t lost < <(lost_nodes); fi
+if ((code == 75 || ${#lost[@]})); then
+    trap '' TERM # which `scontrol requeue` sends to the whole job, before all is done
+    "$here/nanogpt.sh" job requeue "${lost[@]/#/--lost=}" "$@"
+fi
 exit "$code"

@@ -155,6 +155,7 @@ def _pid_file(index: int) -> Iterator[None]:
 
 @job.command(cls=ForSlurm)
 def requeue(
+    lost: Annotated[list[str] | None, typer.Option("--lost", metavar="NODE", help="Does not answer.")] = None,
     recipe: RecipeOrResume = None,
     overrides: SetOption = None,
     steps: StepsOption = None,
@@ -163,20 +164,34 @@ def requeue(
     out: OutOption = None,
     resume: ResumeOption = None,
 ) -> None:
-    """Put this job back into the queue, if its interrupted run would get further the next time."""
-    from nanogpt.cluster.job_runs import job_name_for_slurm, requeue_refusal
+    """Put this job back into the queue, if its interrupted run would get further the next time, without lost nodes."""
+    from nanogpt.cluster.job_runs import excluded_nodes, job_name_for_slurm, newest_run, requeue_refusal
     from nanogpt.cluster.job_step import RunArguments
-    from nanogpt.cluster.outside import ask_or_fail
+    from nanogpt.cluster.outside import ask, ask_or_fail
     from nanogpt.console import say
     from nanogpt.errors import RunError
 
     arguments = RunArguments(recipe, overrides or (), steps, data, out, resume, on).with_environment(os.environ)
-    refusal = requeue_refusal(arguments.output_directory(arguments.spec()), os.environ)
+    runs = arguments.output_directory(arguments.spec())
+    run, name, nodes = newest_run(runs, os.environ), job_name_for_slurm(os.environ), ",".join(lost or ())
+    by_hand = ""
+    if lost:
+        say(f"node {nodes} does not answer: lost, or about to be")
+        if run is not None and run.has_checkpoint:
+            by_hand = f". By hand: slurm/run.sh --resume {run.path} -- --exclude={nodes}"
+    refusal = requeue_refusal(run, os.environ, lost=bool(lost)) if run else f"no run of this job in {runs}"
     if refusal:
-        raise RunError(f"not requeued: {refusal}")
-    name = job_name_for_slurm(os.environ)
+        raise RunError(f"not requeued: {refusal}{by_hand}")
     state = ask_or_fail("squeue", "--noheader", f"--jobs={name}", "--format=%T").strip()
     if state != "RUNNING":  # cancelled, or preempted and requeued by Slurm itself
         raise RunError(f"not requeued: job {name} is {state or 'gone'}")
-    say(f"requeued: job {name} goes on from its checkpoint when it starts again")
-    ask_or_fail("scontrol", "requeue", name)
+    excluded = excluded_nodes(ask_or_fail("scontrol", "show", "job", name))
+    answer = ask("scontrol", "requeue", name)
+    if answer.code:
+        raise RunError(f"not requeued: {answer.err.strip()}{by_hand}")
+    start = "goes on from its checkpoint" if run and run.has_checkpoint else "starts over, for want of a checkpoint,"
+    say(f"requeued: job {name} {start} when it starts again")
+    if lost:
+        without = ",".join([*excluded, *lost])
+        ask_or_fail("scontrol", "update", f"JobId={name}", f"ExcNodeList={without}")
+        say(f"without {nodes}; scontrol update JobId={name} ExcNodeList={','.join(excluded)} lets it in again")

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nanogpt.environment import value_of
+from nanogpt.environment import number_of, value_of
 from nanogpt.errors import InputError
 from nanogpt.runs.directory import CHECKPOINTS_NAME, is_run
 from nanogpt.runs.record import Record, read_record
+
+RESTARTS = 3  # after lost nodes, of a run that gets no further
 
 
 @dataclass(frozen=True)
@@ -71,24 +73,39 @@ def continuation(parent: Path, environ: Mapping[str, str]) -> Continuation:
     return Continuation("start", None, f"restart {restarts} of the job: it has no run in {parent} yet")
 
 
-def requeue_refusal(parent: Path, environ: Mapping[str, str]) -> str | None:
+def newest_run(parent: Path, environ: Mapping[str, str]) -> JobRun | None:
+    """The last run that the job that `environ` tells of has made in the directory `parent`."""
+    runs = runs_of_job(parent, value_of("SLURM_JOB_ID", environ), environ.get("SLURM_CLUSTER_NAME"))
+    return runs[-1] if runs else None
+
+
+def requeue_refusal(run: JobRun, environ: Mapping[str, str], *, lost: bool = False) -> str | None:
     """Why the job, whose run was interrupted, should not start again; None: it should.
 
     A run that got no further since its last start would not the next time: the time limit is too short for a start.
+    Where a node was `lost` it may do so RESTARTS times, without a checkpoint from the beginning.
     """
-    runs = runs_of_job(parent, value_of("SLURM_JOB_ID", environ), environ.get("SLURM_CLUSTER_NAME"))
-    if not runs:
-        return f"no run of this job in {parent}"
-    run = runs[-1]
+    start = run.record.starts[-1]
+    if lost:
+        steps = [int(path.stem.rpartition("-")[2]) for path in run.path.glob(f"{CHECKPOINTS_NAME}/step-*.pt")]
+        restarts = number_of("SLURM_RESTART_COUNT", 0, environ=environ)
+        if max(steps, default=0) > (start.resumed_at or 0) or restarts < RESTARTS:
+            return None
+        return f"{run.path} has no newer checkpoint after {restarts} restarts of the job"
     if not run.has_checkpoint:
         return f"{run.path} has no checkpoint"
-    start = run.record.starts[-1]
     if run.record.steps <= (start.resumed_at or 0):
         return (
             f"{run.path} made no step since its last start: the time limit is too short for start and compilation;"
             " submit again with a longer --time"
         )
     return None
+
+
+def excluded_nodes(shown: str) -> list[str]:
+    """The nodes that the job that `scontrol show job` has `shown` is to leave out, as Slurm writes them."""
+    match = re.search(r"\bExcNodeList=(\S+)", shown)
+    return [] if match is None or match[1] == "(null)" else [match[1]]
 
 
 def job_name_for_slurm(environ: Mapping[str, str]) -> str:

@@ -11,7 +11,7 @@ from recorded import SACCT, SACCT_OFF, SQUEUE, program
 from tiny_runs import make_data, tiny_spec, train
 
 from nanogpt.cli.watch import one_line, view
-from nanogpt.cluster.job_runs import continuation, job_name_for_slurm, requeue_refusal
+from nanogpt.cluster.job_runs import continuation, job_name_for_slurm, newest_run, requeue_refusal
 from nanogpt.cluster.jobs import duration, find_job, my_jobs, parse_sacct, parse_squeue
 from nanogpt.errors import InputError, RunError
 from nanogpt.runs.directory import RunDirectory
@@ -178,11 +178,51 @@ def test_the_newest_run_counts(run: Path) -> None:
     assert continuation(run.parent, AGAIN).action == "resume"
 
 
+def refusal(run: Path, environ: dict[str, str] = JOB, *, lost: bool = False) -> str | None:
+    newest = newest_run(run.parent, environ)
+    assert newest is not None
+    return requeue_refusal(newest, environ, lost=lost)
+
+
 def test_a_job_that_gets_no_further_is_not_requeued(run: Path) -> None:
-    assert requeue_refusal(run.parent, JOB) is None
+    assert refusal(run) is None
     change(run, "interrupted", steps=10, resumed_at=10)
-    assert "made no step" in (requeue_refusal(run.parent, JOB) or "")
-    assert "no run of this job" in (requeue_refusal(run.parent / "none", JOB) or "")
+    assert "made no step" in (refusal(run) or "")
+    assert newest_run(run.parent / "none", JOB) is None
+
+
+def test_a_lost_node_is_no_reason_to_give_up_at_once(run: Path) -> None:
+    change(run, "failed", steps=11, resumed_at=5)
+    assert refusal(run, {**JOB, "SLURM_RESTART_COUNT": "9"}, lost=True) is None  # step 10 is new
+    change(run, "failed", steps=11, resumed_at=10)
+    assert refusal(run, {**JOB, "SLURM_RESTART_COUNT": "2"}, lost=True) is None
+    assert "no newer checkpoint" in (refusal(run, {**JOB, "SLURM_RESTART_COUNT": "3"}, lost=True) or "")
+    for checkpoint in (run / "checkpoints").iterdir():
+        checkpoint.unlink()
+    assert refusal(run, lost=True) is None and "has no checkpoint" in (refusal(run) or "")
+
+
+LOST = ("--lost=n2", "demo", "--out")
+
+
+def test_a_job_goes_back_without_its_lost_node(
+    slurm: Path, run: Path, nanogpt: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in JOB.items():
+        monkeypatch.setenv(name, value)
+    program(slurm, "squeue", {"": "RUNNING\n"})
+    program(slurm, "scontrol", {"show job": "   ReqNodeList=(null) ExcNodeList=n[7-9]\n"})
+    outcome = nanogpt("job", "requeue", *LOST, run.parent)
+    assert outcome.code == 0, outcome.err
+    assert "node n2 does not answer" in outcome.err and "goes on from its checkpoint" in outcome.err
+    calls = (slurm / "calls").read_text().splitlines()
+    assert calls[-2:] == ["scontrol requeue 77", "scontrol update JobId=77 ExcNodeList=n[7-9],n2"]
+    (slurm / "scontrol").write_text(
+        "#!/bin/sh\n[ $1 = show ] || { echo 'Requested operation is disabled' >&2; exit 1; }\n"
+    )
+    outcome = nanogpt("job", "requeue", *LOST, run.parent)
+    assert outcome.code == 1 and "Requested operation is disabled" in outcome.err
+    assert f"slurm/run.sh --resume {run} -- --exclude=n2" in outcome.err
 
 
 def test_a_task_of_an_array_is_named_as_one() -> None:
