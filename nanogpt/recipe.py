@@ -188,7 +188,8 @@ def resolve_recipe(
     Args:
         name: path of the recipe, or the name of a shipped one.
         overrides: `key.path=value` strings; values are YAML.
-        steps: shorten the schedule in proportion to this many steps.
+        steps: shorten the schedule in proportion to this many steps. What `overrides` say stays as it is, but for
+            the lengths of stages, which are shares of the whole.
         on: hardware in place of the recipe's, such as `4xh200`.
         fill: says what is left open of the hardware; None: as `USUAL`, for recipes that are only looked at.
 
@@ -202,7 +203,11 @@ def resolve_recipe(
         _fill_in(source, fill or _as_usual, left_open)
     try:
         spec = RunSpec.model_validate(source.data)
-        return (spec if steps is None else shorten(spec, steps)), left_open
+        if steps is not None:
+            data = shorten(spec, steps).model_dump()
+            _keep_overrides(source, spec.model_dump(), data)
+            spec = RunSpec.model_validate(data)
+        return spec, left_open
     except ValidationError as error:
         problems = list(dict.fromkeys(_explain(error, source)))
         if left_open and fill is None and _fits(source, gpus_per_node=1):
@@ -211,6 +216,18 @@ def resolve_recipe(
         raise RecipeError(problems) from None
     except CrossCheckError as error:
         raise RecipeError([f"--steps {steps}: {text}" for _, text in error.problems]) from None
+
+
+def _keep_overrides(source: _Source, whole: Any, short: Any, path: KeyPath = ()) -> None:
+    """Put back into `short` what the user has said of `whole` by --set."""
+    if path[:2] in (("training", "stages"), ("training", "extension")):
+        return
+    for key in whole.keys() & short.keys() if isinstance(whole, dict) else range(min(len(whole), len(short))):
+        here = (*path, key)
+        if isinstance(whole[key], dict | list) and isinstance(short[key], dict | list):
+            _keep_overrides(source, whole[key], short[key], here)
+        elif source.place(here).startswith("--set "):
+            short[key] = whole[key]
 
 
 def shorten(spec: RunSpec, total_steps: int) -> RunSpec:

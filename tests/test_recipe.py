@@ -537,6 +537,21 @@ def test_what_does_not_fit_names_where_it_came_from(recipe):
     assert "checked for" not in problem_of(recipe("base: speedrun.yaml\nmodel: {width: 640}\n"))
 
 
+def test_steps_leave_alone_what_set_says() -> None:
+    said = ("evaluation.every=5", "training.lr_schedule.ramp_steps=30", "optimizer.normuon.momentum.warmup_steps=7")
+    spec = load_recipe("record89", said, 300)
+    plain = load_recipe("record89", (), 300)
+    assert spec.training.total_steps == plain.training.total_steps == 300
+    assert spec.evaluation.every == 5
+    data = spec.model_dump()
+    assert data["training"]["lr_schedule"]["ramp_steps"] == 30
+    assert data["optimizer"]["normuon"]["momentum"]["warmup_steps"] == 7
+    assert data["training"]["stages"] == plain.model_dump()["training"]["stages"]
+    longer = load_recipe("record89", ("training.stages.0.steps=1000",), 300)  # a larger share of the 300
+    assert longer.training.total_steps == 300
+    assert longer.training.stages[0].steps > plain.training.stages[0].steps
+
+
 def test_too_few_steps():
     assert problem_of("speedrun", steps=3) == "--steps 3: a run of 3 steps has no room for its 4 stages"
     assert load_recipe("speedrun", steps=4).training.total_steps == 4

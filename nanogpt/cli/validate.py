@@ -47,7 +47,9 @@ LookedAtOnOption = Annotated[
 ]
 StepsOption = Annotated[
     int | None,
-    typer.Option("--steps", min=1, metavar="N", help="Shorten the schedule in proportion to this many steps."),
+    typer.Option(
+        "--steps", min=1, metavar="N", help="Shorten the schedule in proportion to N steps; what --set says stays."
+    ),
 ]
 
 

@@ -96,7 +96,7 @@ def nodes() -> Iterator[tuple[Node, Node]]:
 
 
 # Eight ranks need eight slots. Three short validations: before, after four steps, at the end.
-EVALUATION = "evaluation={tokens: 2048, micro_batch_tokens: 256, every: 60, target_loss: null}"
+EVALUATION = "evaluation={tokens: 2048, micro_batch_tokens: 256, every: 4, target_loss: null}"
 SHORT_DEMO = ("training.slots=8", EVALUATION, "data.epochs=null")
 
 
