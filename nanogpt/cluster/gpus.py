@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from nanogpt.gpus import OLDEST_DRIVER
 T = TypeVar("T")
 TIMEOUT_S = 15.0
 MIB = 1 << 20
+WORD_BITS = 64  # of NVML's sets of CPUs
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,18 @@ def visible_gpus(environ: Mapping[str, str]) -> list[Gpu]:
     if not visible or len(visible) >= len(gpus):
         return gpus  # where Slurm confines devices, the driver counts the job's own from 0, as CUDA does
     return [gpu for gpu in gpus if str(gpu.index) in visible or any(gpu.uuid.startswith(name) for name in visible)]
+
+
+def nearest_cpus(gpu: Gpu) -> set[int]:
+    """The CPUs of the NUMA node that `gpu` hangs on; empty where the driver does not tell. Raises `RunError`."""
+
+    def cpus(nvml: Any) -> set[int]:
+        size = (max(os.sched_getaffinity(0)) + WORD_BITS) // WORD_BITS
+        device = nvml.nvmlDeviceGetHandleByIndex(gpu.index)
+        words = _told(nvml, nvml.nvmlDeviceGetCpuAffinity, device, size) or ()
+        return {WORD_BITS * at + bit for at, word in enumerate(words) for bit in range(WORD_BITS) if word >> bit & 1}
+
+    return _ask(cpus)
 
 
 def gpu_processes() -> list[GpuProcess]:

@@ -55,6 +55,7 @@ if TYPE_CHECKING:  # every command imports this module, and `nanogpt --help` nee
 
 LAUNCH_DIRECTORY = "NANOGPT_LAUNCH_DIR"  # a directory that this launcher and its ranks share
 PREFIX = "nanogpt-launch-"  # of its name
+NUMA = "NANOGPT_NUMA"  # bind: each rank to the CPUs nearest to its GPU
 STOP_NAME = "stop"  # in it: the signal's name, once a stop has been asked for
 GRACE_S = 600.0
 STOPPED_S = 25.0  # a rank in state T for so long is killed: later than other ranks find it silent, so that they say so
@@ -279,6 +280,7 @@ def _started(options: Options, place: Place, directory: Path, signals: _Signals)
     environ = {"OMP_NUM_THREADS": "1", **os.environ, LAUNCH_DIRECTORY: str(directory)}
     if options.meeting.nodes == 1:  # what ranks say to one another stays on the node
         environ = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "=lo", **environ}
+    cpus = _nearest_cpus(options.meeting.processes)
     ranks: Ranks = {}
     try:
         for local_rank in range(options.meeting.processes):
@@ -295,6 +297,9 @@ def _started(options: Options, place: Place, directory: Path, signals: _Signals)
             except OSError as error:
                 raise RunError(f"nanogpt launch: rank {own['RANK']} cannot be started: {error}") from error
             signals.ranks = list(ranks.values())
+            if local_rank < len(cpus) and cpus[local_rank]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.sched_setaffinity(ranks[int(own["RANK"])].pid, cpus[local_rank])  # before it has threads
         yield ranks
     finally:
         signals.ranks = []
@@ -302,6 +307,25 @@ def _started(options: Options, place: Place, directory: Path, signals: _Signals)
             _signal(process, signal.SIGKILL)
         for process in ranks.values():
             process.wait()
+
+
+def _nearest_cpus(processes: int) -> list[set[int]]:
+    """By local rank the CPUs that it is bound to, those of its GPU's NUMA node, where NANOGPT_NUMA asks for it."""
+    if os.environ.get(NUMA, "off") == "off":
+        return []
+    if os.environ[NUMA] != "bind":
+        raise InputError(f"{NUMA}: found {os.environ[NUMA]!r}, expected bind or off")
+    from nanogpt.cluster.gpus import nearest_cpus, visible_gpus
+
+    allowed = os.sched_getaffinity(0)
+    try:
+        near = [nearest_cpus(gpu) & allowed for gpu in visible_gpus(os.environ)[:processes]]
+    except RunError as error:
+        say(f"nanogpt launch: {NUMA}=bind: {error}; ranks are not bound")
+        return []
+    counts = ", ".join(str(len(cpus) or "unknown: all") for cpus in near)
+    say(f"nanogpt launch: {NUMA}=bind: CPUs near each rank's GPU: {counts}, of {len(allowed)}")
+    return near
 
 
 def _supervise(ranks: Ranks, signals: _Signals, grace_s: float) -> None:

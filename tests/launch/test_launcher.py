@@ -13,10 +13,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pynvml
 import pytest
 from launched import children, descendants, lives, read
+from made_nvml import MadeNvml
 
-from nanogpt.errors import REQUEUE_EXIT_CODE
+from nanogpt.errors import REQUEUE_EXIT_CODE, InputError
+from nanogpt.launch import launcher
 
 HERE = Path(__file__).parent
 PATIENCE_S = 100.0
@@ -306,3 +309,24 @@ def test_what_ranks_are_told(tmp_path: Path) -> None:
     with ended(Alone(tmp_path, code, processes=2)) as launcher:
         assert launcher.end() == 0, launcher.output
         assert sorted(launcher.output.splitlines()) == ["0 0 2 2 127.0.0.1", "1 1 2 2 127.0.0.1"]
+
+
+def test_ranks_are_bound_to_the_cpus_near_their_gpus(
+    nvml: MadeNvml, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    mine = sorted(os.sched_getaffinity(0))
+    near = [mine[0], mine[-1]]
+    sets = [[(1 << cpu) >> 64 * word & 2**64 - 1 for word in range(cpu // 64 + 1)] for cpu in near]
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCpuAffinity", lambda index, size: sets[index])
+    waits = "import os, time\nwhile len(os.sched_getaffinity(0)) > 1: time.sleep(0.01)\n"
+    says = "print(os.environ['RANK'], *os.sched_getaffinity(0))"
+    monkeypatch.setattr(launcher, "tied_command", lambda *_: [sys.executable, "-c", waits + says])
+    monkeypatch.setenv("NANOGPT_NUMA", "bind")
+    nvml.show("NVIDIA H200", "NVIDIA H200")
+    assert launcher.launch(["--standalone", "--nproc-per-node=2", "--", "demo"]) == 0
+    out, err = capfd.readouterr()
+    assert sorted(out.splitlines()) == [f"0 {near[0]}", f"1 {near[1]}"]
+    assert f"CPUs near each rank's GPU: 1, 1, of {len(mine)}" in err
+    monkeypatch.setenv("NANOGPT_NUMA", "yes")
+    with pytest.raises(InputError, match="NANOGPT_NUMA: found 'yes', expected bind or off"):
+        launcher.launch(["--standalone", "--nproc-per-node=2", "--", "demo"])
