@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# A real Slurm on this machine, for the tests: two nodes of eight fake H200s, no accounting database. Any user of the
-# machine may submit. For bare Debian 12, as root. May be run again, also after a restart of the machine: what runs is stopped first.
+# A real Slurm on this machine, for the tests: two nodes of eight fake H200s, and in a partition of their own three
+# without, one of which a test loses; no accounting database. Any user of the machine may submit. For bare Debian 12, as root. May be run again, also after a restart of the machine: what runs is stopped first.
 #
 #   tests/cluster/setup-slurm.sh          install, configure, start, and wait until both nodes are idle
 #   tests/cluster/setup-slurm.sh stop     stop what it started
 set -euo pipefail
 
-nodes=(n1 n2)
+nodes=(n1 n2 n3 n4 n5)
 host=$(hostname -s)
 conf=/etc/slurm/slurm.conf
 
@@ -61,7 +61,7 @@ chmod 755 /run/munge
 rm -f /run/munge/munge.socket*
 setpriv --reuid munge --regid munge --clear-groups munged
 
-# Both nodes are this machine.
+# All nodes are this machine.
 for node in "${nodes[@]}"; do
     grep -qE "[[:space:]]$node\$" /etc/hosts || printf '127.0.0.1\t%s\n' "$node" >> /etc/hosts
     mkdir -p "/var/spool/slurmd/$node"
@@ -103,6 +103,8 @@ KillWait=30
 MessageTimeout=60
 MinJobAge=7200
 NodeName=n[1-2] NodeHostname=$host NodeAddr=127.0.0.1 Port=[17001-17002] CPUs=128 Boards=1 SocketsPerBoard=1 CoresPerSocket=128 ThreadsPerCore=1 RealMemory=400000 Gres=gpu:h200:8
+NodeName=n[3-5] NodeHostname=$host NodeAddr=127.0.0.1 Port=[17003-17005] CPUs=128 Boards=1 SocketsPerBoard=1 CoresPerSocket=128 ThreadsPerCore=1 RealMemory=400000
+PartitionName=spare Nodes=n[3-5] MaxTime=1-00:00:00 DefaultTime=10 State=UP
 PartitionName=gpu Nodes=n[1-2] Default=YES MaxTime=1-00:00:00 DefaultTime=10 State=UP
 END
 

@@ -6,7 +6,9 @@ The nodes are this machine twice, and their GPUs are fake: runs are for the CPU,
 from __future__ import annotations
 
 import json
+import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,15 @@ def single(cluster: Cluster, data: Path) -> Path:
     ended = cluster.wait(job).succeeded()
     assert "staged image" in ended.log and "staged shards" in ended.log
     return cluster.only_run(job)
+
+
+@pytest.fixture
+def outside(as_user: Run, cluster: Cluster) -> Iterator[Path]:
+    """A directory of the user's out of home, which only its links lead to."""
+    made = Path(as_user(["mktemp", "-d", "/var/tmp/slurm-test-XXXXXX"], check=True).stdout.strip())
+    yield made
+    cluster.run("chmod", "-R", "u+w", made)
+    shutil.rmtree(made)
 
 
 def losses(path: Path) -> list[float]:
@@ -112,7 +123,8 @@ def test_two_nodes_train_as_one_process(cluster: Cluster, single: Path, ranks: i
 
 
 def test_an_array_is_runs_of_their_own(cluster: Cluster, single: Path) -> None:
-    job = cluster.submit(cluster.scripts / "run.sh", "--runs=3", "tiny.yaml", "--steps=4", "--data=data")
+    job = cluster.submit(cluster.scripts / "run.sh", "--runs=3%2", "tiny.yaml", "--steps=4", "--data=data")
+    assert cluster.show(job)["ArrayTaskThrottle"] == "2"
     tasks = [f"{job}_{index}" for index in range(3)]
     for task in tasks:
         cluster.wait(task).succeeded()
@@ -120,7 +132,52 @@ def test_an_array_is_runs_of_their_own(cluster: Cluster, single: Path) -> None:
     assert sorted(record["seed"] for record in records) == [0, 1, 2]
     assert {record["state"] for record in records} == {"finished"}
     assert len({record["val_loss"] for record in records}) == 3
-    assert len(list((cluster.work / "logs").glob("tiny-*.out"))) >= 3
+    assert all((cluster.work / "logs" / f"tiny-{task}.out").exists() for task in tasks)
+
+
+def test_odd_places(cluster: Cluster, single: Path, outside: Path) -> None:
+    """What is named by a link that leads out of home, with colons and commas; an unpacked image, by a link, is not
+    staged; a umask that shuts out others; nothing of the environment but what --export names, on every node.
+    """
+    (outside / "tmp").mkdir()
+    done = cluster.run("cp", "-r", cluster.work / "data", outside / "da:ta,1")
+    assert done.returncode == 0, done.stderr
+    cluster.run("ln", "-s", outside, cluster.work / "out of home")
+    done = cluster.run("apptainer", "build", "--sandbox", outside / "unpacked", cluster.sif, timeout=600)
+    assert done.returncode == 0, done.stderr
+    cluster.run("ln", "-s", outside / "unpacked", cluster.work / "image:link")
+    given = {"NANOGPT_SIF": cluster.work / "image:link", "NANOGPT_STAGE": outside / "disk", "TMPDIR": outside / "tmp"}
+    if "NANOGPT_SRC" in cluster.environment:
+        given["NANOGPT_SRC"] = cluster.checkout
+    exported = ",".join(["NONE", *(f"{name}={value}" for name, value in given.items())])
+    places = ("--data=out of home/da:ta,1", "--out=out of home/ru,ns:1")
+    two_nodes = ("--set=hardware.gpus_per_node=2", "--set=hardware.nodes=2")
+    sbatch = ("sbatch", "--gres=none", "--nodes=2", "--cpus-per-task=4", "--mem=8G", f"--export={exported}")
+    umask = ("sh", "-c", 'umask 077; exec "$@"', "sh")
+    job = cluster.submit(*umask, *sbatch, cluster.scripts / "run.sh", "tiny.yaml", STEPS, *two_nodes, *places)
+    ended = cluster.wait(job).succeeded()
+    (run,) = (outside / "ru,ns:1").glob("tiny-*")
+    record = cluster.record(run)
+    assert record["container"]["image"] == str(outside / "unpacked")
+    assert record["data"]["directory"] == str(outside / "da:ta,1")
+    assert run.stat().st_mode & 0o077 == 0
+    assert "is unpacked and stays where it is" in ended.log and "staged shards" in ended.log
+    assert_same_losses(run, single)
+    assert list((outside / "tmp").iterdir()) == []
+
+    shown = cluster.run(cluster.scripts / "run.sh", "--dry-run", f"--resume=out of home/ru,ns:1/{run.name}")
+    assert shown.returncode == 0, shown.stderr  # the shards are found by the record
+    left = cluster.run(cluster.scripts / "run.sh", "tiny.yaml", "--data=data", "--", "--export=NONE")
+    assert left.returncode == 2 and "--export=NONE,NANOGPT_SIF" in left.stderr
+
+
+def test_a_home_elsewhere(cluster: Cluster, outside: Path) -> None:
+    """Than the user database says: the image sees the one that the user means."""
+    (outside / "home").mkdir()
+    command = ("sh", "-c", 'touch "$HOME/here" && echo "$HOME"')
+    done = cluster.run(cluster.scripts / "in_image.sh", *command, HOME=str(outside / "home"))
+    assert done.stdout.strip() == str(outside / "home"), done.stderr
+    assert (outside / "home" / "here").exists()
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------
