@@ -46,12 +46,38 @@ WindowsOption = Annotated[
     ),
 ]
 
+HorizonOption = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--horizon",
+        metavar="N...",
+        help="Ends: (1 - g) w + g EMA over the last N steps, norms kept, for each N and each g of --blend.",
+    ),
+]
+BlendOption = Annotated[
+    list[float] | None,
+    typer.Option("--blend", metavar="G...", help="With --horizon.", show_default="0.25 0.35 0.45 0.55 0.65"),
+]
+BlendedOption = Annotated[
+    list[str] | None,
+    typer.Option("--blended", metavar="PARAMETER...", help="With --horizon: blend these.", show_default="all"),
+]
+ValidateOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--validate",
+        metavar="NAME=DIR...",
+        help="Evaluate the ends of runs on the validation shards of these directories too.",
+    ),
+]
+BLENDS = (0.25, 0.35, 0.45, 0.55, 0.65)
+
 
 class _TakesLists(Command):
     """Some options take all arguments up to the next option."""
 
     joined = ("--gpus", "--idea")  # to one value, which `_named_list` takes apart
-    repeated = ("--average", "--before", "--windows")
+    repeated = ("--average", "--before", "--windows", "--horizon", "--blend", "--blended", "--validate")
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         given: list[str] = []
@@ -108,15 +134,19 @@ def run(
     average: AverageOption = None,
     before: BeforeOption = None,
     windows: WindowsOption = None,
+    horizon: HorizonOption = None,
+    blend: BlendOption = None,
+    blended: BlendedOption = None,
+    validate: ValidateOption = None,
 ) -> None:
     """Measure RECIPE, and ideas against it, on the GPUs of this machine; the tables come at the end.
 
     How many GPUs a run is on, --gpus says; their type the recipe, or, where it leaves hardware open, the machine.
 
     Of RECIPE there are: fast, its run in --steps steps; again, the same; plain, without fused kernels and 8-bit
-    numbers; whole, the whole schedule; full, that with other ends (--average, --before, --windows); warm, 40 steps;
-    deterministic and deterministic-again, 40 steps that should have the same bits; step, profile, communication and
-    kernels, of `nanogpt bench`.
+    numbers; whole, the whole schedule; full, that with other ends (--average, --before, --windows, --horizon); warm,
+    40 steps; deterministic and deterministic-again, 40 steps that should have the same bits; step, profile,
+    communication and kernels, of `nanogpt bench`.
 
     fast:1 is fast with seed 1, and is compared with the idea's :1. fast:1@100 ends with the first evaluation at or
     after step 100.
@@ -145,7 +175,15 @@ def run(
         recipes[f"{prefix}-"] = other
     ideas = dict(_named_list("--idea", text, "NAME KEY=VALUE...") for text in idea or ())
     options = []
-    for flag, values in (("--average", average), ("--before", before), ("--windows", windows)):
+    listed: dict[str, Sequence[object] | None] = {
+        "--average": average,
+        "--before": before,
+        "--windows": windows,
+        "--horizon": horizon,
+        "--blend": blend,
+        "--blended": blended,
+    }
+    for flag, values in listed.items():
         options += [part for value in values or () for part in (flag, str(value))]
     known = measurements(
         recipes,
@@ -153,6 +191,7 @@ def run(
         settings=overrides or (),
         ideas=ideas,
         end_options=options,
+        validations=_directories(validate),
         fill=at_hand(os.environ),
     )
     place = Place(out.resolve(), None if data is None else data.resolve())
@@ -213,10 +252,15 @@ def ends(
     average: AverageOption = None,
     before: BeforeOption = None,
     windows: WindowsOption = None,
+    horizon: HorizonOption = None,
+    blend: BlendOption = None,
+    blended: BlendedOption = None,
+    validate: ValidateOption = None,
 ) -> None:
     """Train RECIPE, then evaluate other ends of the run on the same validation tokens, and write RUN_DIR/ends.json.
 
-    Weights are kept on the GPU for each: a bf16 copy, or for an average an fp32 one.
+    Weights are kept on the GPU for each: a bf16 copy, or for an average and a horizon an fp32 one. Tables that are
+    pulled stay as the last step has left them.
 
     On several GPUs: nanogpt launch --nproc-per-node N --experiment ends RECIPE ...
     """
@@ -231,15 +275,36 @@ def ends(
     from nanogpt.training.trainer import check_start
 
     spec = load_recipe(recipe, overrides or (), steps, on=on, fill=at_hand(os.environ))
-    chosen = Ends(average or (), before or (), [_blocks(text) for text in windows or ()])
-    chosen.check(spec.training.total_steps)
+    chosen = Ends(
+        averages=average or (),
+        before=before or (),
+        windows=[_blocks(text) for text in windows or ()],
+        horizons=horizon or (),
+        blends=blend or (BLENDS if horizon else ()),
+        blended=blended or (),
+        validations=_directories(validate),
+    )
+    chosen.check(spec)
     data = data or shards_directory(spec)
     check_start(spec, data)
     run = create_run(out, spec) if started_as()[0] == 0 else None
-    found: Sequence[tuple[str, float]] = train_with_ends(spec, chosen, run=run, data_directory=data)
+    found = train_with_ends(spec, chosen, run=run, data_directory=data)
     if run is not None:
         print_report(ends_table(found))
         typer.echo(f"Run directory: {run.path}")
+
+
+def _directories(texts: Sequence[str] | None) -> dict[str, Path]:
+    """Of NAME=DIR."""
+    from nanogpt.errors import InputError
+
+    found = {}
+    for text in texts or ():
+        name, equals, directory = text.partition("=")
+        if not (name and equals and directory) or name in found:
+            raise InputError(f"--validate {text}: expected NAME=DIR, each name once")
+        found[name] = Path(directory).resolve()
+    return found
 
 
 def _blocks(text: str) -> tuple[int, int]:

@@ -113,6 +113,7 @@ def measurements(
     settings: Sequence[str] = (),
     ideas: Mapping[str, Sequence[str]] | None = None,
     end_options: Sequence[str] = (),
+    validations: Mapping[str, Path] | None = None,
     fill: Fill | None = None,
 ) -> dict[str, Measurement]:
     """All of them by name.
@@ -123,23 +124,26 @@ def measurements(
         settings: of every recipe.
         ideas: settings by name; each belongs to the recipe of the longest prefix that its name has.
         end_options: of `nanogpt experiment ends`.
+        validations: directories by name, on which the runs that are compared are evaluated at their ends too.
         fill: says what GPU a recipe is for that leaves it open.
 
     Raises:
         InputError: an idea has the name of a measurement.
     """
     found = {"kernels": Measurement(("bench", "kernels"))}
+    sets = [part for name, directory in (validations or {}).items() for part in ("--validate", f"{name}={directory}")]
+    command, validated = (ENDS if sets else TRAIN), tuple(sets)
     for prefix, recipe in recipes.items():
         gpu = load_recipe(recipe, (*settings, *on_one_node(1)), fill=fill).hardware.gpu
         base = (*settings, f"hardware.gpu={gpu}")
         plain = (*base, *PLAIN, f"runtime.attention={'plain' if gpu == 'cpu' else 'varlen'}")
         short = min(SHORT_STEPS, steps)
         of_recipe = {
-            "fast": Measurement(TRAIN, recipe, base, steps=steps),  # cold where it is the first
-            "again": Measurement(TRAIN, recipe, base, steps=steps),
-            "plain": Measurement(TRAIN, recipe, plain, steps=steps),
-            "whole": Measurement(TRAIN, recipe, base),
-            "full": Measurement(ENDS, recipe, base, tuple(end_options)),
+            "fast": Measurement(command, recipe, base, validated, steps=steps),  # cold where it is the first
+            "again": Measurement(command, recipe, base, validated, steps=steps),
+            "plain": Measurement(command, recipe, plain, validated, steps=steps),
+            "whole": Measurement(command, recipe, base, validated),
+            "full": Measurement(ENDS, recipe, base, (*validated, *end_options)),
             "warm": Measurement(TRAIN, recipe, base, steps=short),
             "deterministic": Measurement(TRAIN, recipe, (*base, *DETERMINISTIC), steps=short),
             "deterministic-again": Measurement(TRAIN, recipe, (*base, *DETERMINISTIC), steps=short),

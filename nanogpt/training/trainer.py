@@ -219,20 +219,8 @@ class Trainer:
         train_files, val_files = find_shards(spec, data_directory)
         self.train_shards = len(train_files)
         self.recorder.reads(train_files, val_files)
-        place: dict[str, Any] = {
-            "slots": spec.training.slots,
-            "rank": world.rank,
-            "world_size": world.size,
-            "bos": spec.data.bos,
-            "vocab_size": spec.model.vocab_size,
-            "device": world.device,
-            "extras": spec.model.batch_extras,
-        }
-        evaluation = spec.evaluation
         with self.startup.phase("data"):
-            self.val_batches = ValBatches(
-                val_files, tokens=evaluation.tokens, micro_batch_tokens=evaluation.micro_batch_tokens, **place
-            )
+            self.val_batches = self.validation_batches(val_files, spec.evaluation.tokens)
             self.touched = self._touched_rows()
             self.train_batches = TrainBatches(
                 train_files,
@@ -242,7 +230,7 @@ class Trainer:
                 hashed=run is not None and world.local_rank == 0,
                 kept_extras={touched.extra for touched in self.touched.values()},
                 asked=lambda: self.watch.asked,
-                **place,
+                **self._place(),
             )
         with self.startup.phase("attention library"):
             self.implementations, self.implementation_lines = choose_implementations(spec, world.device)
@@ -466,6 +454,23 @@ class Trainer:
             self.model.set_prefixes(torch.from_numpy(prefixes))
 
     # --- validation ---
+
+    def validation_batches(self, files: Sequence[Path], tokens: int) -> ValBatches:
+        """The first so many tokens of shards, as validation reads them. Raises as `ValBatches` does."""
+        size = self.spec.evaluation.micro_batch_tokens
+        return ValBatches(files, tokens=tokens, micro_batch_tokens=size, **self._place())
+
+    def _place(self) -> dict[str, Any]:
+        """What all batches of this rank have in common."""
+        return {
+            "slots": self.spec.training.slots,
+            "rank": self.world.rank,
+            "world_size": self.world.size,
+            "bos": self.spec.data.bos,
+            "vocab_size": self.spec.model.vocab_size,
+            "device": self.world.device,
+            "extras": self.spec.model.batch_extras,
+        }
 
     def evaluate(self, windows: Windows, mask: Tensor | None = None, *, micro_steps: int | None = None) -> float:
         """Validation loss in nats: mean over (the first) micro-steps, then over ranks. `mask`: the canonical one."""
