@@ -71,7 +71,7 @@ def test_ends_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nanogp
     assert found == pytest.approx(dict(Remembering.expected), abs=1e-6)
     assert found.pop("0 steps before") == found["mean of the last 1"]
     assert len(set(found.values())) == 4
-    assert f"| mean of the last 1 | {final:.4f} | +0.0000 |" in done.out
+    assert f"mean of the last 1 {final:.4f} +0.0000" in " ".join(done.out.split())
 
 
 class AllWeights(ends.TrainerWithEnds):
@@ -142,7 +142,7 @@ def test_a_grid_of_blends_and_horizons_on_two_sets(
         by_set = {of_set: trainer.loss_of(weights, of_set) for of_set in ("validation", "prose")}
         assert found[name] == pytest.approx(by_set, abs=2e-6), name
     assert len({losses["validation"] for losses in found.values()}) == len(found)
-    assert "| end of the run | validation loss | against the last weights | prose loss |" in done.out
+    assert done.out.count("prose loss") == 1
 
 
 def test_the_mask_is_on_all_ends_and_off_on_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nanogpt: Callable):
@@ -182,7 +182,7 @@ def test_ends_of_a_run_on_two_ranks_are_those_of_one(tmp_path: Path, nanogpt: Ca
             done = python(*map(str, [*launch, *call]), timeout=300)
             code, out, err = done.returncode, done.stdout, done.stderr
         assert code == 0, err
-        assert out.count("| mean of the last 3 |") == 1  # rank 0 tells
+        assert out.count("mean of the last 3") == 1  # rank 0 tells
         [path] = (tmp_path / f"runs-{ranks}").iterdir()
         found.append({name: losses["validation"] for name, losses in json.loads((path / "ends.json").read_text())})
     assert len(set(found[0].values())) == 5
