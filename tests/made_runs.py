@@ -6,7 +6,7 @@ import datetime
 import functools
 import hashlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nanogpt.data import official
@@ -53,6 +53,7 @@ def made_run(
     recipe: str = "8xh100",
     overrides: Sequence[str] = (),
     curve: Sequence[tuple[int, float]] = RECORD_67,
+    trained: Callable[[int], float] = lambda step: 4.0 + 1 / step,
     state: str = "finished",
     with_record: bool = True,
     began: datetime.datetime | None = None,
@@ -87,7 +88,7 @@ def made_run(
         if step:
             number, stage = stages[step - 1]
             tokens += stage.batch_tokens
-            run.metric({"kind": "step", "stage": number, "train_loss": 4.0 + own + 1 / step, "tokens": tokens, **place})
+            run.metric({"kind": "step", "stage": number, "train_loss": trained(step) + own, "tokens": tokens, **place})
             if step % spec.output.log_every == 0:
                 run.log(f"step:{step}/{total} train_time:{ms:.0f}ms step_avg:{average:.2f}ms")
         if (loss := losses.get(step)) is not None:
@@ -173,6 +174,7 @@ def made_record(
             directory=str(path / "gone"),
             train=files,
             val=[val],
+            passes=1,
             val_tokens=spec.evaluation.tokens,
             val_stream_sha256="e" * 64,
         ),

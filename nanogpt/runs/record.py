@@ -213,6 +213,7 @@ class Data(Part):
     directory: str
     train: list[DataFile] = []
     val: list[DataFile] = []
+    passes: int | None = Field(default=None, description="over the training shards, the last begun; None: not yet over")
     val_tokens: int = Field(description="targets of an evaluation")
     val_stream_sha256: str | None = Field(
         default=None,

@@ -311,6 +311,7 @@ class RunRecorder:
         *,
         late_graphs: int,
         shards_read: int,
+        passes: int,
         memory: Sequence[tuple[int, int]],
         read_sha256: Sequence[Mapping[str, Sequence[str]]] = (),
     ) -> None:
@@ -319,6 +320,7 @@ class RunRecorder:
         Args:
             late_graphs: compiled since the clock started.
             shards_read: training shards that have been read from, from the first.
+            passes: over the training shards, the last one begun.
             memory: most bytes allocated and reserved on each rank's GPU; zeros on CPUs.
             read_sha256: by rank, the sha256 of training shards as they were read.
         """
@@ -330,6 +332,7 @@ class RunRecorder:
         self._ask_compiler()
         if record.data:
             record.data.train = record.data.train[:shards_read]
+            record.data.passes = passes
             for shard in record.data.train:
                 read = list(dict.fromkeys(digest for of_rank in read_sha256 for digest in of_rank.get(shard.name, ())))
                 if read:

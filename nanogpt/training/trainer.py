@@ -391,6 +391,7 @@ class Trainer:
         self.recorder.trained(
             late_graphs=late_graphs,
             shards_read=position["shard"] + 1 if position["epoch"] == 0 else self.train_shards,
+            passes=position["epoch"] + 1,
             memory=self.world.gather(memory),
             read_sha256=self.world.gather(self.train_batches.sha256()),
         )

@@ -9,16 +9,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from made_runs import RECORD_67, made_run
+from made_runs import RECORD_67, change_record, made_run
 from tiny_runs import make_data, tiny_spec, write_recipe
 
 from nanogpt.errors import InputError
 from nanogpt.experiment import queues
-from nanogpt.experiment.comparison import differences, report, same_bits
+from nanogpt.experiment.comparison import differences, judged, report, same_bits, scatter
 from nanogpt.experiment.measurements import Name, measurements
 from nanogpt.experiment.queues import Outcome, Place, Queue, kill_tree, make_queues
 from nanogpt.runs.metrics import read_run
@@ -70,21 +71,22 @@ def test_an_idea_is_compared_seed_by_seed_and_the_same_call_goes_on(
 ):
     out = tmp_path / "out"
     idea = ["--idea", "low", "optimizer.normuon.lr=0.001", "optimizer.normuon.weight_decay=0.0"]
+    idea += ["--validate", f"prose={make_data(tmp_path / 'prose', train_tokens=(), val_tokens=300)}"]
     first = nanogpt(*tiny(), *idea, "--gpus", "0", "fast:1", "low:1", "--gpus", "1", "profile")
     assert first.code == 1  # which a profile on a CPU is refused with
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in first.out.splitlines() if "profile" in line]
-    assert rows[0][:2] == ["profile", "1"] and rows[0][3].startswith("exit code 2: bench profile:")
-    assert "| step | low - fast | mean | standard error |" in first.out
     report = (out / "report.md").read_text()
-    assert report.strip() in first.out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines() if "profile" in line]
+    assert rows[0][:2] == ["profile", "1"] and rows[0][3].startswith("exit code 2: bench profile:")
+    assert "| step | low - fast | mean | standard error |" in report and "| prose loss at the end | 1 | " in report
+    assert "low - fast" in first.out
     [run] = (out / "runs/low-1").iterdir()
     spec = (run / "spec.yaml").read_text()
     assert "lr: 0.001" in spec and "seed: 1" in spec
     written = (out / "low-1.json").read_bytes()
 
     second = nanogpt(*tiny(), *idea, "--gpus", "0", "low:1", "fast:1@3")
-    assert second.code == 0 and second.out.count("| done before |") == 2
-    assert "| step | low - fast | mean | standard error |" in second.out
+    assert second.code == 0 and second.out.count("done before") == 2
+    assert "| step | low - fast | mean | standard error |" in (out / "report.md").read_text()
     assert (out / "low-1.json").read_bytes() == written and len(list((out / "runs/low-1").iterdir())) == 1
 
     other = nanogpt(*tiny(steps=5), *idea, "--gpus", "0", "low:1")
@@ -204,7 +206,7 @@ def test_fast_again_and_plain_are_compared(tmp_path: Path, nanogpt: Callable, mo
     losses = {line.split()[3]: line.split()[4:] for line in done.out.splitlines() if "loss at step" in line}
     assert losses["250"] == ["4.5680", "4.5695", "(+0.0015)"]
     assert losses["750"][0] == "3.8770" and len(losses["750"]) < 3  # which plain has not come to
-    assert "| 250 | +0.0015 | +0.0015 |  |" in done.out
+    assert "| 250 | +0.0015 | +0.0015 |  |" in (tmp_path / "report.md").read_text()
 
 
 def test_pairs_of_seeds_have_a_mean_and_its_error(tmp_path: Path):
@@ -226,6 +228,47 @@ def test_pairs_of_seeds_have_a_mean_and_its_error(tmp_path: Path):
         "| 1555 | -0.0010, -0.0030 | -0.0020 | 0.0010 |",
     ]
     assert differences(place, "record89-fast", "record89-plain") == []
+
+
+def noisy(step: int) -> float:
+    """A training loss whose steps differ by more than anything that is to be seen."""
+    return 3 + 0.1 * ((step * 7919) % 13)
+
+
+def test_training_losses_of_the_next_token_are_paired_by_step_and_say_how_many_seeds_it_takes(tmp_path: Path):
+    def lower(step: int, by: float) -> float:
+        multi_token = 1.0 if step <= 1010 else 0.0  # steps whose loss is of more than the next token: no measure
+        return noisy(step) + multi_token - by + 1e-4 * (-1) ** (step // 10)
+
+    for seed, by in ((1, 0.0010), (2, 0.0016), (3, -0.0001)):
+        made_run(tmp_path / f"runs/fast-{seed}/a-run", 3.2776 + 0.0011 * seed, trained=noisy)
+        made_run(tmp_path / f"runs/low-{seed}/a-run", 3.2770, trained=partial(lower, by=by))
+    place = Place(tmp_path, None)
+    for name in ("fast-3", "low-3"):
+        change_record(tmp_path / f"runs/{name}/a-run", data__passes=2)
+    for name, loss in (("fast-1", 3.5), ("fast-2", 3.6), ("low-1", 3.4)):
+        ends = [["the last weights", {"prose": loss}], ["mean of the last 4", {"prose": 1.0}]]
+        (tmp_path / f"runs/{name}/a-run/ends.json").write_text(json.dumps(ends))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in judged(place, "low", "fast")[2:]]
+    training = "training loss of the next token, steps 1011 to 1555"
+    assert rows == [
+        [training, "2", "-0.00130", "0.00030", "1", "0.00001"],
+        ["validation loss at the end", "3", "-0.00280", "0.00064", "5", ""],
+        ["prose loss at the end", "1", "-0.10000", "", "", ""],
+        [f"{training}, tokens maybe seen before", "1", "+0.00010", "", "", "0.00001"],
+    ]
+    assert scatter(place, ["fast", "low", "plain"])[2:] == [
+        "| fast | validation | 3 | 3.2798 | 0.0011 | 0.0022 |",
+        "| fast | prose | 2 | 3.5500 | 0.0707 | 0.1000 |",
+        "| low | validation | 3 | 3.2770 | 0.0000 | 0.0000 |",
+    ]
+
+
+def test_runs_on_other_tokens_are_no_measure_of_training(tmp_path: Path):
+    made_run(tmp_path / "runs/fast-1/a-run", trained=noisy)
+    batches = ["training.extension.batch_tokens=262144", "training.stages.2.batch_tokens=262144"]
+    made_run(tmp_path / "runs/small-1/a-run", trained=noisy, overrides=batches)
+    assert not any("training" in line for line in judged(Place(tmp_path, None), "small", "fast")[2:])
 
 
 def test_the_same_bits_or_not(tmp_path: Path):

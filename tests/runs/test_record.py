@@ -216,7 +216,7 @@ def test_ranks_other_than_0_and_runs_without_a_directory_write_nothing(
         with RunRecorder(SPEC, where) as recorder:
             recorder.clock_starts(0, 0, 0.0, resumed=False, graphs=0)
             recorder.evaluation(4.0, 0, 0, 0.0)
-            recorder.trained(late_graphs=0, shards_read=1, memory=[(0, 0)])
+            recorder.trained(late_graphs=0, shards_read=1, passes=1, memory=[(0, 0)])
             recorder.end("finished", None, 0.0)
     assert [file.name for file in run.path.iterdir()] == ["spec.yaml"]
 
