@@ -93,7 +93,7 @@ pull: ## Fetch an image that is built: FROM=oras://REGISTRY/NAME:TAG, KEY=PUBLIC
 	  containers/pull.sh '$(FROM)' '$(OUT)'
 
 shell: ## A shell in the image that runs this checkout's code
-	@test -e '$(SIF)' || { echo "make: there is no $(SIF); make sif builds it, SIF=FILE names another" >&2; exit 2; }
+	@test -e '$(SIF)' || { echo "make: there is no $(SIF); make sif builds it, make pull fetches one, SIF=FILE names another" >&2; exit 2; }
 	@echo "In the image, running the code of $(CURDIR); leave with exit" >&2
 	@NANOGPT_SRC='$(CURDIR)' apptainer shell $$(test -e /dev/nvidiactl && echo --nv) --bind '$(CURDIR)' '$(SIF)'
 

@@ -38,7 +38,7 @@ fi
 sif=${NANOGPT_SIF:-nanogpt.sif}
 if [[ -z ${NANOGPT_SIF:-} && ! -e $sif ]]; then sif=$root/nanogpt.sif; fi
 if [[ ! -r $sif ]]; then
-    say "there is no image $sif. Make one with 'make sif' in $root, or name one that this machine can read:" \
+    say "there is no image $sif. Make one with 'make sif' in $root, fetch one with 'make pull', or name one that this machine can read:" \
         "export NANOGPT_SIF=/path/to/nanogpt.sif"
     exit 2
 fi

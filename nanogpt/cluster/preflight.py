@@ -364,6 +364,11 @@ class _Hash:
             yield Check("image", "passed", f"{self._image}, sha256 unknown: {why}")
         elif self._expected and self._digest != self._expected:
             text = f"{self._image} has sha256 {self._digest}, NANOGPT_SIF_SHA256 says {self._expected}"
-            yield Check("image", "failed", text, "It is damaged, or another one: make sif, or copy it again")
+            yield Check(
+                "image",
+                "failed",
+                text,
+                "It is damaged, or another one: fetch that one (make pull), or correct the variable",
+            )
         else:
             yield Check("image", "passed", f"{self._image}, sha256 {self._digest}")

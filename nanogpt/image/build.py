@@ -42,6 +42,7 @@ from nanogpt.image.sources import (
     locked_versions,
     make_tree,
     pip_setting,
+    quoted,
     stage,
     stage_compiled,
     wheel_directory,
@@ -323,7 +324,7 @@ def build(root: Path, options: Options, environ: Mapping[str, str]) -> Built:
         if os.geteuid() != 0:
             command.append("--fakeroot")
         for name, value in arguments.items():
-            command += ["--build-arg", f"{name}={value}"]
+            command += ["--build-arg", quoted(f"{name}={value}")]
         stages = Stages(len(locked_versions(lock.decode())))
         kept = (*PASSED_ON, *PROXIES)
         environment = {name: value for name, value in environ.items() if name in kept or name.startswith("APPTAINER_")}

@@ -184,6 +184,11 @@ def build_arguments(
     }
 
 
+def quoted(text: str) -> str:
+    """As one value where Apptainer splits an option at commas."""
+    return '"' + text.replace('"', '""') + '"'
+
+
 # --- the host's part --------------------------------------------------------------------------------------------
 
 
@@ -251,7 +256,7 @@ def host_part(to: Path, environ: Mapping[str, str], certificates: Path | None, w
     if certificates is not None:
         shutil.copyfile(certificates, to / "certificates.crt")
         settings |= dict.fromkeys(build_checks.CERTIFICATE_VARIABLES, "/mnt/certificates.crt")
-    options = ["--bind", f"{to}:/mnt:ro"]
+    options = ["--mount", f"type=bind,{quoted(f'src={to}')},dst=/mnt,ro"]  # --bind takes neither colon nor comma
     if wheels is not None:
         for wheel in sorted(wheels.glob("*.whl")):
             _link_or_copy(wheel, to / "wheels" / wheel.name)

@@ -6,6 +6,7 @@ The nodes are this machine twice, and their GPUs are fake: runs are for the CPU,
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -326,3 +327,12 @@ def test_status_watch_and_cancel(cluster: Cluster, data: Path) -> None:
 
     watched = cluster.run(script, "watch", job)
     assert watched.returncode == 0 and f"{job} cancelled" in watched.stdout
+
+
+@pytest.mark.skipif("CLUSTER_TEST_SIF" in os.environ, reason="that image was not built here")
+def test_the_image_is_built_in_a_job(cluster: Cluster, sif: Path) -> None:
+    """Slurm runs a copy of the script, which finds the checkout; there the image is as it should be already."""
+    flavour = os.environ.get("CLUSTER_TEST_FLAVOUR", "cpu")
+    arguments = (f"FLAVOUR={flavour}", "BASE=tree", f"OUT={sif}")
+    job = cluster.submit("sbatch", cluster.scripts / "build_sif.sh", *arguments)
+    assert "nothing that goes into it has changed" in cluster.wait(job).succeeded().log

@@ -279,7 +279,7 @@ def test_what_the_host_lends_is_not_copied_into_the_image(tmp_path: Path) -> Non
     environ = {"https_proxy": "http://proxy:3128/a b", "PIP_INDEX_URL": "https://mirror/simple"}
     environ |= {"PIP_EXTRA_INDEX_URL": "https://cpu-builds/whl", "OTHER": "1", "PIP_CONFIG_FILE": os.devnull}
     options = host_part(tmp_path / "host", environ, authority, wheels)
-    assert options == ["--bind", f"{tmp_path / 'host'}:/mnt:ro"]
+    assert options == ["--mount", f'type=bind,"src={tmp_path / "host"}",dst=/mnt,ro']
     names = ("https_proxy", "PIP_INDEX_URL", "PIP_CERT", "PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "OTHER")
     show = "; ".join(f'echo "${name}"' for name in names)
     sourced = f". {tmp_path / 'host' / 'build-env.sh'}; {show}"
@@ -372,6 +372,7 @@ def test_a_build_says_what_came_out_and_is_not_repeated(
 ) -> None:
     fake_machine(only_path, BUILDS)
     environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "APPTAINER_TMPDIR": str(tmp_path / "tmp")}
+    options.kernels = "80,90"
     built = build(checkout, options, environ)
     said = capsys.readouterr().err
     assert built.sha256 in said
@@ -379,7 +380,8 @@ def test_a_build_says_what_came_out_and_is_not_repeated(
     assert options.out.read_text() == "image\n"
     assert read_built(options.out) == built
     arguments = (tmp_path / "tmp" / "arguments").read_text()
-    assert f"COMMIT={built.commit}" in arguments
+    assert f'--build-arg "COMMIT={built.commit}"' in arguments
+    assert '--build-arg "KERNELS=80,90"' in arguments  # Apptainer splits what is not quoted at commas
     assert "BASE=../../../tree" in arguments  # does not tell where it was built
     assert not (options.work / "cpu" / "host").exists()
 
