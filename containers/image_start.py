@@ -13,7 +13,7 @@ READ_AHEAD = os.path.join(os.path.dirname(__file__), "nanogpt_read_ahead.py")  #
 
 
 def start() -> None:
-    """Act on NANOGPT_SRC and NANOGPT_FLASH_ATTN; point libraries' caches away from home."""
+    """Act on NANOGPT_SRC, NANOGPT_FLASH_ATTN and NANOGPT_EXTRA; point libraries' caches away from home."""
     path = []
     source = os.environ.get("NANOGPT_SRC")
     if source:
@@ -32,6 +32,14 @@ def start() -> None:
             )
         path.append(flash_attention)
     sys.path[:0] = path
+    extra = os.environ.get("NANOGPT_EXTRA")
+    if extra:
+        if not is_mine(extra, make=False):
+            fail(
+                f"NANOGPT_EXTRA={extra}: is no directory, as seen in the container, or others may"
+                " write to it; expected what pip install --target made. It may need --bind, or chmod go-w."
+            )
+        sys.path.append(extra)  # what the image has comes first
     cache = os.environ.get("NANOGPT_CACHE")
     if cache and cache != "off":
         os.environ.setdefault("HF_HOME", os.path.join(cache, "huggingface"))  # noqa: PTH118
@@ -42,17 +50,33 @@ def start() -> None:
     sys.meta_path.insert(0, Torch)
 
 
-def is_mine(place: str) -> bool:
-    """Make a directory that is this user's alone, or see whether one is: another may have made it before, in /tmp."""
+def is_mine(place: str, make: bool = True) -> bool:
+    """Make a directory that is this user's alone, or see whether one is: another may have made it before, in /tmp.
+
+    Where it is not to be made, root's will do, and a link to one.
+    """
+    owners = {os.getuid()}
     try:
-        try:  # noqa: SIM105, as contextlib is not imported yet
-            os.mkdir(place, 0o700)  # noqa: PTH102
-        except FileExistsError:
-            pass
-        status = os.lstat(place)
+        if make:
+            try:  # noqa: SIM105, as contextlib is not imported yet
+                os.mkdir(place, 0o700)  # noqa: PTH102
+            except FileExistsError:
+                pass
+        else:
+            owners |= {0, *unknown_root()}
+        status = os.lstat(place) if make else os.stat(place)  # noqa: PTH116
     except OSError:
         return False
-    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
+    return stat.S_ISDIR(status.st_mode) and status.st_uid in owners and not status.st_mode & 0o022
+
+
+def unknown_root() -> set[int]:
+    """The id that root's files have in a user namespace without root, as a container's is; else none."""
+    try:
+        with open("/proc/self/uid_map") as ids, open("/proc/sys/kernel/overflowuid") as overflow:  # noqa: PTH123
+            return set() if any(line.split()[1] == "0" for line in ids) else {int(overflow.read())}
+    except OSError:
+        return set()
 
 
 class Torch:

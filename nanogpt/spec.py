@@ -254,8 +254,13 @@ class OutputSpec(Strict):
         default=None, description="parent of run directories; null: NANOGPT_RUNS, else ./runs"
     )
     log_every: Count = Field(default=1, description="steps between lines of the log; evaluations are always logged")
-    tracker: Literal["none", "tensorboard", "wandb"] = Field(
-        default="none", description="also write the metrics for TensorBoard, or for Weights & Biases (offline)"
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = Field(
+        default="none",
+        description="also write the metrics for TensorBoard, Weights & Biases or Trackio, into the run's directory",
+    )
+    online: bool = Field(
+        default=False,
+        description="wandb and trackio also send them to their server as the run trains",
     )
 
 
@@ -397,6 +402,9 @@ def _cross_checks(spec: RunSpec) -> Iterator[Problem]:
             f"is {evaluation.tokens}, must be a multiple of micro_batch_tokens * training.slots"
             f" = {evaluation.micro_batch_tokens * training.slots}",
         )
+
+    if spec.output.online and spec.output.tracker not in ("wandb", "trackio"):
+        yield ("output", "online"), f"is true, which wandb and trackio can, and output.tracker is {spec.output.tracker}"
 
     schedule = training.lr_schedule
     if isinstance(schedule, CosineSchedule) and schedule.warmup_steps > training.total_steps:

@@ -18,7 +18,7 @@ here=$(cd -P "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$here/use_site.sh"
 use_site "$here"
 
-PASS='^(SLURM|SLURMD|SBATCH|NCCL|NANOGPT|NVIDIA|CUDA|OMP|TORCH|PYTORCH|TRITON|UCX|GLOO|WANDB|HF)_|^(FINEWEB_CHUNKS|GPU_TYPE|NUM_GPUS|GPU_DEVICE_ORDINAL|USER|LOGNAME|TERM|COLUMNS|LINES|TZ|NO_COLOR|TMPDIR|(https?|no|all)_proxy|(HTTPS?|NO|ALL)_PROXY|SSL_CERT_FILE|SSL_CERT_DIR|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE)$'
+PASS='^(SLURM|SLURMD|SBATCH|NCCL|NANOGPT|NVIDIA|CUDA|OMP|TORCH|PYTORCH|TRITON|UCX|GLOO|WANDB|TRACKIO|HF)_|^(FINEWEB_CHUNKS|GPU_TYPE|NUM_GPUS|GPU_DEVICE_ORDINAL|USER|LOGNAME|TERM|COLUMNS|LINES|TZ|NO_COLOR|TMPDIR|(https?|no|all)_proxy|(HTTPS?|NO|ALL)_PROXY|SSL_CERT_FILE|SSL_CERT_DIR|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE)$'
 # Directories of the site that recipes and NANOGPT_* may name, as $SCRATCH/shards: shown inside under the same names.
 PLACES='^[A-Z]*(SCRATCH|WORK|WORKDIR|PROJECT)$'
 root=${here%/*}
@@ -143,7 +143,8 @@ if [[ ${1:-} =~ ^(nanogpt|prep-fineweb|prep-text|build-flash-attn)$ ]]; then
     done
 fi
 for directory in "$PWD" "$root" "${data[@]}" "${named[@]}" "${NANOGPT_RUNS:-runs}" "${NANOGPT_CACHE:-}" \
-    "${NANOGPT_STAGE:-}" "${NANOGPT_RELAY:-}" "${NANOGPT_SRC:-}" "${NANOGPT_FLASH_ATTN:-}" "$(dirname "$NANOGPT_SIF")"; do
+    "${NANOGPT_STAGE:-}" "${NANOGPT_RELAY:-}" "${NANOGPT_SRC:-}" "${NANOGPT_FLASH_ATTN:-}" "${NANOGPT_EXTRA:-}" \
+    "$(dirname "$NANOGPT_SIF")"; do
     if [[ -n $directory ]]; then show "$directory"; fi
 done
 for directory in "${data[@]}"; do if [[ -n $directory ]]; then show_targets "$directory"; fi; done

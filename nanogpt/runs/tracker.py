@@ -1,32 +1,50 @@
-"""Optional trackers behind `output.tracker`: the run's metrics for TensorBoard, or for Weights & Biases offline.
+"""Optional trackers behind `output.tracker`: the run's metrics for TensorBoard, Weights & Biases or Trackio.
 
 Step records are held back until the next evaluation, while the clock stands still: a tracker's own threads and files
-cost no training time. Nothing leaves the machine: Weights & Biases writes a directory that `wandb sync` can upload.
+cost no training time. Nothing leaves the machine unless `output.online` says so: Weights & Biases writes a directory
+that `wandb sync` can upload, Trackio a database that `trackio show` reads.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator, Mapping
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from nanogpt.console import say
 from nanogpt.errors import InputError, RunError
+from nanogpt.image.labels import inside_labels
 from nanogpt.spec import RunSpec
 
 SCALARS = ("train_loss", "val_loss", "reference_loss", "step_avg_ms", "lr_factor", "tokens", "train_time_ms")
 
 
+PROJECT = "nanogpt-speedrun"
+MODULES = {"tensorboard": "tensorboardX"}  # others are called as their tracker
+TRACKIO_SERVERS = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")
+
+
 def check_tracker(spec: RunSpec) -> None:
     """Raise `InputError` with the way out where the package of the spec's tracker is not installed."""
     name = spec.output.tracker
-    if name != "none" and importlib.util.find_spec(name) is None:
-        raise InputError(
-            f"output.tracker: is {name}, whose package is not installed. Install it with `pip install {name}`, or"
-            " leave output.tracker at none"
+    module = MODULES.get(name, name)
+    if name == "none" or importlib.util.find_spec(module) is not None:
+        return
+    where, way_out = "installed", f"`pip install {module}`"
+    if inside_labels():  # pip could not write there
+        python = f"{sys.version_info.major}.{sys.version_info.minor}"
+        options = f"--target DIR --python-version {python} --only-binary :all:"
+        where, way_out = (
+            "in the image",
+            f"Where there is a network, `pip install {options} {module}`; NANOGPT_EXTRA=DIR",
         )
+    raise InputError(
+        f"output.tracker: is {name}, whose package is not {where}. {way_out}, or leave output.tracker at none"
+    )
 
 
 class _Sink(Protocol):
@@ -39,7 +57,7 @@ class _Sink(Protocol):
 
 class _TensorBoard:
     def __init__(self, directory: Path, spec: RunSpec):
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboardX import SummaryWriter
 
         from nanogpt.recipe import dump_spec
 
@@ -60,8 +78,8 @@ class _Wandb:
         import wandb
 
         self._run = wandb.init(
-            mode="offline",
-            project="nanogpt-speedrun",
+            mode="online" if spec.output.online else "offline",
+            project=PROJECT,
             name=directory.resolve().name,
             dir=str(directory),
             config=spec.model_dump(mode="json"),
@@ -73,6 +91,39 @@ class _Wandb:
 
     def close(self) -> None:
         self._run.finish()
+
+
+class _Trackio:
+    def __init__(self, directory: Path, spec: RunSpec):
+        os.environ.setdefault("TRACKIO_DIR", str(directory.resolve() / "trackio"))  # read at its import
+        for name in () if spec.output.online else TRACKIO_SERVERS:
+            os.environ.pop(name, None)
+        import trackio
+
+        self._trackio = trackio
+        with contextlib.redirect_stdout(sys.stderr):
+            trackio.init(
+                project=PROJECT,
+                name=directory.resolve().name,
+                config=spec.model_dump(mode="json"),
+                embed=False,
+                auto_log_gpu=False,
+                auto_log_cpu=False,
+            )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._trackio.log(dict(values), step=step)
+
+    def close(self) -> None:
+        with contextlib.redirect_stdout(sys.stderr):
+            self._trackio.finish()
+
+
+_SINKS: dict[str, Callable[[Path, RunSpec], _Sink]] = {
+    "tensorboard": _TensorBoard,
+    "wandb": _Wandb,
+    "trackio": _Trackio,
+}
 
 
 class Tracker:
@@ -88,12 +139,11 @@ class Tracker:
 
     def __init__(self, spec: RunSpec, directory: Path):
         check_tracker(spec)
-        kind = _TensorBoard if spec.output.tracker == "tensorboard" else _Wandb
         self._name = spec.output.tracker
         self._waiting: list[Mapping[str, Any]] = []
         self._sink: _Sink | None
         try:
-            self._sink = kind(directory, spec)
+            self._sink = _SINKS[self._name](directory, spec)
         except Exception as error:
             raise RunError(
                 f"output.tracker: {self._name} cannot start: {error}; run without it: --set output.tracker=none"

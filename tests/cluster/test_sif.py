@@ -78,7 +78,8 @@ def test_commands_are_on_the_path_and_run_is_nanogpt(sif: Path, as_user: Run) ->
     assert [Path(line).name for line in found.split()] == list(COMMANDS)
     assert "Train GPT-2-sized models fast" in as_user(["apptainer", "run", sif, "--help"], check=True).stdout
     text = as_user(["apptainer", "run-help", sif], check=True).stdout
-    for word in ("prep-fineweb", "torchrun", "--nv", "NANOGPT_SRC", "NANOGPT_CACHE", "NANOGPT_FLASH_ATTN"):
+    variables = (f"NANOGPT_{name}" for name in ("SRC", "CACHE", "FLASH_ATTN", "EXTRA"))
+    for word in ("prep-fineweb", "torchrun", "--nv", *variables):
         assert word in text
 
 
@@ -204,6 +205,32 @@ def test_the_code_of_a_checkout_runs_instead(sif: Path, as_user: Run, user_check
 def test_the_demo_learns_inside(demo: Demo) -> None:
     assert "What it writes after" in demo.output
     assert "not judged" not in demo.output
+
+
+def test_trackers(sif: Path, as_user: Run, scratch: Path, demo: Demo) -> None:
+    """TensorBoard's writer is inside; another tracker's package comes from a directory, here a stub."""
+    options = ("--bind", str(scratch), "--bind", str(demo.runs), "--pwd", str(scratch))
+    train = ["nanogpt", "train", "demo", "--steps", "2", "--data", demo.runs / "data", "--set"]
+    train += ["evaluation={tokens: 2048, micro_batch_tokens: 512, every: 60, target_loss: null}", "--set"]
+    inside(as_user, sif, *map(str, train), "output.tracker=tensorboard", "--out", "tracked", options=options)
+    (events,) = (scratch / "tracked").glob("*/tensorboard/events.out.tfevents.*")
+    assert b"val_loss" in events.read_bytes()
+
+    tracked = ["apptainer", "exec", *options, sif, *train, "output.tracker=wandb", "--out", "more"]
+    refused = as_user(tracked)
+    assert refused.returncode == 2
+    assert "--only-binary :all: wandb`; NANOGPT_EXTRA=DIR" in refused.stderr
+    stub = "import pathlib\n\n\nclass Settings(dict): pass\n\n\ndef init(**options): return Run(options['mode'])\n\n\n"
+    stub += "class Run:\n    def __init__(self, mode): self.lines = [mode]\n"
+    stub += "    def log(self, values, step): self.lines.append(f'{step} {sorted(values)}')\n"
+    stub += "    def finish(self): pathlib.Path('tracked.txt').write_text('\\n'.join(self.lines))\n"
+    as_user(["mkdir", "-p", scratch / "extra"], check=True)
+    as_user(["sh", "-c", f'printf "%s" "$0" > {scratch}/extra/wandb.py', stub], check=True)
+    as_user(tracked, environment={"NANOGPT_EXTRA": str(scratch / "extra")}, check=True)
+    told = (scratch / "tracked.txt").read_text()
+    assert told.startswith("offline\n") and "val_loss" in told
+    as_user(["chmod", "g+w", scratch / "extra"], check=True)
+    assert "NANOGPT_EXTRA=" in as_user(tracked, environment={"NANOGPT_EXTRA": str(scratch / "extra")}).stderr
 
 
 def test_torchrun_trains_on_two_processes_inside(sif: Path, as_user: Run, scratch: Path, demo: Demo) -> None:

@@ -55,6 +55,31 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleTyp
     ended.touch()
 
 
+def test_extra_packages_come_last_and_from_nobody_else(
+    start: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extra = tmp_path / "extra"
+    monkeypatch.setenv("NANOGPT_EXTRA", str(extra))
+    monkeypatch.setattr(start.os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
+    for mode in (None, 0o775, 0o757):  # not there, and others may write to it
+        if mode:
+            extra.mkdir(exist_ok=True)
+            extra.chmod(mode)
+        with pytest.raises(SystemExit, match="2"):
+            start.start()
+        assert f"NANOGPT_EXTRA={extra}: is no directory" in capsys.readouterr().err
+    extra.chmod(0o755)
+    start.start()
+    assert sys.path[-1] == str(extra)
+    if os.geteuid() == 0:
+        os.chown(extra, 12_345, 12_345)
+    else:
+        monkeypatch.setattr(start.os, "getuid", lambda: 12_345)
+    monkeypatch.setattr(start, "unknown_root", set)
+    with pytest.raises(SystemExit, match="2"):
+        start.start()
+
+
 def test_matplotlib_s_directory_is_taken_only_if_it_is_mine(start: ModuleType, tmp_path: Path) -> None:
     place = tmp_path / "matplotlib"
     assert start.is_mine(str(place)) and place.stat().st_mode & 0o777 == 0o700

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 from tiny_runs import make_data, tiny_spec, train, write_recipe
@@ -27,13 +29,67 @@ def test_none_imports_nothing(tmp_path):
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+@pytest.mark.parametrize("name", ["tensorboardX", "wandb", "trackio"])
 def test_a_missing_package_is_said_before_anything_is_made(tmp_path, data, nanogpt, monkeypatch, name):
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: None)
-    recipe = write_recipe(tmp_path / "tiny.yaml", tiny_spec(f"output.tracker={name}"))
+    tracker = "tensorboard" if name == "tensorboardX" else name
+    recipe = write_recipe(tmp_path / "tiny.yaml", tiny_spec(f"output.tracker={tracker}"))
     refused = nanogpt("train", recipe, "--data", data, "--out", tmp_path / "runs")
     assert refused.code == 2 and f"pip install {name}" in refused.err
     assert not (tmp_path / "runs").exists()
+    monkeypatch.setattr(module, "inside_labels", lambda: {"nanogpt.flavour": "cpu"})  # in an image pip changes nothing
+    refused = nanogpt("train", recipe, "--data", data, "--out", tmp_path / "runs")
+    assert refused.code == 2 and f":all: {name}`; NANOGPT_EXTRA=DIR" in refused.err
+
+
+class Stub(ModuleType):
+    """wandb or trackio: keeps what it is called with."""
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.started, self.logged, self.ended = {}, [], 0
+
+    def init(self, **options):
+        print("where to look: https://example.org")
+        self.started = options
+        return self
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.ended += 1
+
+    Settings = dict
+
+
+@pytest.mark.parametrize("online", [False, True])
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_online_is_said_and_nothing_else_sends(tmp_path, monkeypatch, capsys, name, online):
+    stub = Stub(name)
+    monkeypatch.setitem(sys.modules, name, stub)
+    monkeypatch.setattr(module, "check_tracker", lambda spec: None)
+    monkeypatch.setenv("TRACKIO_SPACE_ID", "lab/space")
+    monkeypatch.setenv("TRACKIO_DIR", "x")
+    monkeypatch.delenv("TRACKIO_DIR")
+    spec = tiny_spec(f"output={{tracker: {name}, online: {str(online).lower()}}}")
+    tracker = Tracker(spec, tmp_path / "run")
+    tracker.metric({"kind": "evaluation", "step": 3, "val_loss": 3.25})
+    tracker.close()
+    assert (stub.logged, stub.ended) == ([(3, {"val_loss": 3.25})], 1)
+    assert (stub.started["project"], stub.started["name"]) == ("nanogpt-speedrun", "run")
+    assert stub.started["config"]["training"]["seed"] == 0
+    if name == "wandb":
+        assert stub.started["mode"] == ("online" if online else "offline")
+    else:
+        assert ("TRACKIO_SPACE_ID" in os.environ) == online
+        assert os.environ["TRACKIO_DIR"] == str(tmp_path / "run" / "trackio")
+        assert capsys.readouterr().out == ""  # results alone are written there
+
+
+def test_online_is_for_trackers_that_can(nanogpt):
+    refused = nanogpt("validate", "speedrun", "--set", "output.online=true")
+    assert refused.code == 2 and "output.online: is true, which wandb and trackio can" in refused.err + refused.out
 
 
 class Kept:
@@ -54,7 +110,7 @@ class Kept:
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "check_tracker", lambda spec: None)
-    monkeypatch.setattr(module, "_Wandb", Kept)
+    monkeypatch.setitem(module._SINKS, "wandb", Kept)
     return Tracker(tiny_spec("output.tracker=wandb"), tmp_path)
 
 
