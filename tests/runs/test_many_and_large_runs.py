@@ -116,11 +116,12 @@ main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("command", ["check", "plot", "compare"])
+@pytest.mark.parametrize("command", ["check", "plot", "compare", "report"])
 def test_a_large_run_needs_little_memory(large, tmp_path, command):
     arguments = {
         "check": ("check", large),
         "plot": ("plot", large, "--out", tmp_path / "loss.svg"),
+        "report": ("report", large, "--out", tmp_path / "report.html"),
         "compare": ("compare", large, made_run(tmp_path / "run"), "--json"),
     }[command]
     done = subprocess.run(
@@ -134,6 +135,8 @@ def test_a_large_run_needs_little_memory(large, tmp_path, command):
     assert done.returncode == (1 if command == "check" else 0), done.stderr
     if command == "plot":
         assert (tmp_path / "loss.svg").stat().st_size < 2 << 20
+    if command == "report":
+        assert (tmp_path / "report.html").stat().st_size < 8 << 20
 
 
 def test_a_thin_curve_keeps_its_peaks_and_its_ends(large):
