@@ -6,9 +6,9 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,8 +25,8 @@ def step(
     recipe: RecipeArgument,
     overrides: SetOption = None,
     on: OnOption = None,
-    steps: Annotated[int, typer.Option(help="Steps timed in each stage.", min=2)] = 20,
-    warmup: Annotated[int, typer.Option(help="Steps before them, not timed.", min=2)] = 6,
+    steps: Annotated[int, typer.Option(help="Steps timed in each stage.", min=2)] = 12,
+    warmup: Annotated[int, typer.Option(help="Steps before them, not timed.", min=2)] = 4,
     data: Annotated[Path | None, typer.Option(help="Directory of token shards; made-up tokens if not given.")] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the figures to this file, as JSON.")] = None,
 ) -> None:
@@ -55,23 +55,30 @@ def _trainer(recipe: str, overrides: list[str] | None, on: str | None, data: Pat
     from nanogpt.launch.world import join_world
     from nanogpt.recipe import load_recipe
     from nanogpt.training.implementations import compiles
+    from nanogpt.training.startup import StartUp, phases_table
     from nanogpt.training.trainer import Trainer
 
     spec = load_recipe(recipe, [*(overrides or ()), "data.epochs=null"], on=on, fill=at_hand(os.environ))
-    with tempfile.TemporaryDirectory() as scratch, join_world(spec) as world:
+    startup = StartUp()
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        with startup.phase("device and process group"):
+            world = stack.enter_context(join_world(spec))
         if data is None:
-            data = Path(scratch)
-            largest = max(stage.batch_tokens for stage in spec.training.all_stages)
-            write_made_up_shards(
-                data, train_tokens=20 * largest, val_tokens=spec.evaluation.tokens + 1, bos=spec.data.bos
-            )
-        kept_in = cache_directory(spec.output.directory) if compiles(spec, world.device) else None
-        with (
-            compile_cache(spec, world, kept_in) as cache,
-            Trainer(spec, world, run=None, data_directory=data, cache=cache) as trainer,
-        ):
+            with startup.phase("made-up tokens"):
+                largest = max(stage.batch_tokens for stage in spec.training.all_stages)
+                sizes = {"train_tokens": 20 * largest, "val_tokens": spec.evaluation.tokens + 1}
+                write_made_up_shards(scratch, **sizes, bos=spec.data.bos)
+        with startup.phase("compiler, compile cache"):
+            kept_in = cache_directory(spec.output.directory) if compiles(spec, world.device) else None
+            cache = stack.enter_context(compile_cache(spec, world, kept_in))
+        place: dict[str, Any] = {"run": None, "data_directory": data or scratch}
+        trainer = stack.enter_context(Trainer(spec, world, **place, cache=cache, startup=startup))
+        with startup.phase("compiling, by several processes"):
             trainer.compile_in_parallel()
-            yield trainer
+        if world.is_main:
+            typer.echo("\n".join([*cache.lines, *phases_table(startup.phases())]), err=True)
+        yield trainer
 
 
 @bench.command("profile")

@@ -1,19 +1,20 @@
 """Compiling the model's graphs by several processes at once, each graph by one of them, where nothing is kept yet.
 
-All processes of a node look for compiled code in one directory (`nanogpt.cache`). So before the warm-up each takes its
-share of the graphs, calls them once on made-up tokens without any communication, and finds the others' in the directory
-when the warm-up comes to them. The processes are the ranks of a node; a run on one GPU starts helpers, as many as
-processor cores and the GPU's memory allow, which make the model, compile one graph and end.
+All processes of a node look for compiled code in one directory (`nanogpt.cache`). So before the warm-up each takes one
+graph after another that nobody has taken, calls it once on made-up tokens without any communication, and finds the
+others' in the directory when the warm-up comes to them. The processes are the ranks of a node; a run on one GPU starts
+helpers, as many as processor cores and the GPU's memory allow, which make the model, compile graphs and end.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +25,6 @@ import torch
 from nanogpt.cache.compile_cache import CompileCache, compiled_code_of
 from nanogpt.console import say
 from nanogpt.data.batches import MicroBatch, cu_seqlens_length
-from nanogpt.environment import number_of
 from nanogpt.launch.tied import tied_command
 from nanogpt.launch.world import World, join_world
 from nanogpt.models.model_spec import Slot
@@ -99,10 +99,25 @@ def call_graph(
         parameter.grad = None
 
 
+def take(root: Path, number: int) -> bool:
+    """Whether this process is the first of the node to take job `number`."""
+    try:
+        os.close(os.open(root / f".graph-{number}", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except FileExistsError:
+        return False
+    return True
+
+
+def not_taken(jobs: Iterable[tuple[int, GraphJob]], root: Path) -> Iterator[GraphJob]:
+    """Of numbered jobs those that no process of this node has taken yet, each taken when it is come to."""
+    return (job for number, job in jobs if take(root, number))
+
+
 def helpers_that_fit(jobs: Sequence[GraphJob], cores: int, memory: int | None) -> int:
     """How many helpers, each with one of `jobs` from the first on; the last job at least is left to the run itself.
 
-    memory: bytes of the GPU that are free beside the run's model and optimizer; None: without a GPU.
+    memory: bytes of the GPU that are free beside the run's model and optimizer; None: without a GPU. Jobs that a
+    process takes later are smaller than its first.
     """
     count, needed = 0, jobs[-1].memory
     for job in jobs[: min(len(jobs) - 1, cores // CORES_PER_HELPER)]:
@@ -139,11 +154,8 @@ def compile_in_parallel(
             if count == 0:
                 return
             helpers = [stack.enter_context(Helper(spec, cache.root, index, count)) for index in range(count)]
-            share = jobs[count:]
-        else:
-            ranks = number_of("LOCAL_WORLD_SIZE", world.size, least=1)
-            share = jobs[world.local_rank :: ranks]
-        for job in share:
+        numbered = list(enumerate(jobs))
+        for job in not_taken(reversed(numbered) if helpers else numbered, cache.root):  # helpers have the first
             call_graph(job, spec, micro_step, evaluation_loss)
         if helpers:
             warm_up_optimizer()
@@ -154,9 +166,13 @@ def compile_in_parallel(
 
 
 class Helper:
-    """A process that compiles graph number `index` into `root`. A context manager: leaving it ends the process."""
+    """A process that compiles graph number `index` into `root`, and then others that nobody has taken.
+
+    A context manager: leaving it ends the process.
+    """
 
     def __init__(self, spec: RunSpec, root: Path, index: int, count: int):
+        take(root, index)
         self.name = f"helper {index + 1} of {count} that compiles ahead"
         self._output = root / f".helper-{index}.txt"
         threads = max(1, len(os.sched_getaffinity(0)) // (count + 1))
@@ -202,8 +218,10 @@ def main(root: str, index: str) -> None:
         micro_step = MicroStep(
             model, compile_whole(model.training_loss), grad_scale=1.0, plain_kernels=implementations.plain_kernels
         )
-        job = graph_jobs(spec)[int(index)]
-        call_graph(job, spec, micro_step, compile_whole(model.evaluation_loss))
+        evaluation_loss = compile_whole(model.evaluation_loss)
+        jobs = graph_jobs(spec)
+        for job in itertools.chain([jobs[int(index)]], not_taken(enumerate(jobs), Path(root))):
+            call_graph(job, spec, micro_step, evaluation_loss)
         world.synchronize()
 
 

@@ -16,7 +16,7 @@ from nanogpt.models.record89.spec import Record89ModelSpec
 from nanogpt.recipe import load_recipe
 from nanogpt.runs.record import read_record
 from nanogpt.training.compilation import CompileCounts, compile_counts, compiled_functions, functions_table
-from nanogpt.training.parallel_compile import GraphJob, call_graph, graph_jobs, helpers_that_fit
+from nanogpt.training.parallel_compile import GraphJob, call_graph, graph_jobs, helpers_that_fit, not_taken
 from nanogpt.training.schedule import Schedule
 from nanogpt.training.trainer import Trainer
 
@@ -117,6 +117,15 @@ def test_segments_and_candidates_make_graphs_of_their_own(monkeypatch: pytest.Mo
     assert [job.settings and job.settings.point.loss.candidates for job in graph_jobs(spec)] == [
         14_336, None, None, None, None
     ]  # fmt: skip
+
+
+def test_each_job_is_taken_by_one_process(tmp_path: Path):
+    """Whoever is free takes the next: helpers the most expensive that is left, the run the cheapest."""
+    jobs = graph_jobs(load_recipe("1xh100"))
+    helper, other = not_taken(enumerate(jobs), tmp_path), not_taken(enumerate(jobs), tmp_path)
+    run = not_taken(reversed(list(enumerate(jobs))), tmp_path)
+    assert [next(helper), next(run), next(other), next(helper)] == [jobs[0], jobs[3], jobs[1], jobs[2]]
+    assert [*helper, *other, *run] == []
 
 
 def test_helpers_leave_cores_and_memory():
