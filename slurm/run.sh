@@ -84,8 +84,13 @@ lost_nodes() {
 }
 lost=()
 if ((code != 0 && code != 75 && SLURM_JOB_NUM_NODES > 1)); then mapfile -t lost < <(lost_nodes); fi
-if ((code == 75 || ${#lost[@]})); then
-    trap '' TERM # which `scontrol requeue` sends to the whole job, before all is done
-    "$here/nanogpt.sh" job requeue "${lost[@]/#/--lost=}" "$@"
+if ((code != 75 && !${#lost[@]})); then exit "$code"; fi
+mapfile -t again < <("$here/nanogpt.sh" job requeue "${lost[@]/#/--lost=}" "$@")
+wait "$!" || exit "$code"
+trap '' TERM # which `scontrol requeue` sends to the whole job, before all is done
+if ! scontrol requeue "${again[0]}"; then
+    echo "run.sh: not requeued${again[2]:+; by hand: ${again[2]}}" >&2
+elif [[ -n ${again[1]} ]] && scontrol update "JobId=${again[0]}" "ExcNodeList=${again[1]}"; then
+    echo "run.sh: without ${again[1]}; scontrol update JobId=${again[0]} ExcNodeList= lets all in again" >&2
 fi
 exit "$code"

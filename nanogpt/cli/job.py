@@ -164,10 +164,13 @@ def requeue(
     out: OutOption = None,
     resume: ResumeOption = None,
 ) -> None:
-    """Put this job back into the queue, if its interrupted run would get further the next time, without lost nodes."""
+    """Whether this job should go back into the queue: its interrupted run would get further the next time.
+
+    Prints a line each: the job's name, the nodes to leave out, the command to go on by hand. These two may be empty.
+    """
     from nanogpt.cluster.job_runs import excluded_nodes, job_name_for_slurm, newest_run, requeue_refusal
     from nanogpt.cluster.job_step import RunArguments
-    from nanogpt.cluster.outside import ask, ask_or_fail
+    from nanogpt.cluster.outside import ask_or_fail
     from nanogpt.console import say
     from nanogpt.errors import RunError
 
@@ -178,20 +181,14 @@ def requeue(
     if lost:
         say(f"node {nodes} does not answer: lost, or about to be")
         if run is not None and run.has_checkpoint:
-            by_hand = f". By hand: slurm/run.sh --resume {run.path} -- --exclude={nodes}"
+            by_hand = f"slurm/run.sh --resume {run.path} -- --exclude={nodes}"
     refusal = requeue_refusal(run, os.environ, lost=bool(lost)) if run else f"no run of this job in {runs}"
     if refusal:
-        raise RunError(f"not requeued: {refusal}{by_hand}")
+        raise RunError(f"not requeued: {refusal}" + (f". By hand: {by_hand}" if by_hand else ""))
     state = ask_or_fail("squeue", "--noheader", f"--jobs={name}", "--format=%T").strip()
     if state != "RUNNING":  # cancelled, or preempted and requeued by Slurm itself
         raise RunError(f"not requeued: job {name} is {state or 'gone'}")
-    excluded = excluded_nodes(ask_or_fail("scontrol", "show", "job", name))
-    answer = ask("scontrol", "requeue", name)
-    if answer.code:
-        raise RunError(f"not requeued: {answer.err.strip()}{by_hand}")
+    without = [*excluded_nodes(ask_or_fail("scontrol", "show", "job", name)), *lost] if lost else []
     start = "goes on from its checkpoint" if run and run.has_checkpoint else "starts over, for want of a checkpoint,"
     say(f"requeued: job {name} {start} when it starts again")
-    if lost:
-        without = ",".join([*excluded, *lost])
-        ask_or_fail("scontrol", "update", f"JobId={name}", f"ExcNodeList={without}")
-        say(f"without {nodes}; scontrol update JobId={name} ExcNodeList={','.join(excluded)} lets it in again")
+    typer.echo(f"{name}\n{','.join(without)}\n{by_hand}")

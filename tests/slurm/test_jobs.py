@@ -215,14 +215,12 @@ def test_a_job_goes_back_without_its_lost_node(
     outcome = nanogpt("job", "requeue", *LOST, run.parent)
     assert outcome.code == 0, outcome.err
     assert "node n2 does not answer" in outcome.err and "goes on from its checkpoint" in outcome.err
-    calls = (slurm / "calls").read_text().splitlines()
-    assert calls[-2:] == ["scontrol requeue 77", "scontrol update JobId=77 ExcNodeList=n[7-9],n2"]
-    (slurm / "scontrol").write_text(
-        "#!/bin/sh\n[ $1 = show ] || { echo 'Requested operation is disabled' >&2; exit 1; }\n"
-    )
+    by_hand = f"slurm/run.sh --resume {run} -- --exclude=n2"
+    assert outcome.out.splitlines() == ["77", "n[7-9],n2", by_hand]
+    change(run, "failed", steps=10, resumed_at=10)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
     outcome = nanogpt("job", "requeue", *LOST, run.parent)
-    assert outcome.code == 1 and "Requested operation is disabled" in outcome.err
-    assert f"slurm/run.sh --resume {run} -- --exclude=n2" in outcome.err
+    assert outcome.code == 1 and f"restarts of the job. By hand: {by_hand}" in outcome.err
 
 
 def test_a_task_of_an_array_is_named_as_one() -> None:

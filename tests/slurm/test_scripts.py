@@ -299,6 +299,28 @@ def test_exit_codes_and_requeue(run: Run, place: Path) -> None:
     assert done.returncode == 2 and "8 GPUs a node needed, 2 allocated on n1" in done.stderr
 
 
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_job_whose_node_is_lost_goes_back_without_it(run: Run, place: Path, allowed: bool) -> None:
+    environment = {**job_environment(place), "SLURM_JOB_NUM_NODES": "2"}
+    answers = {"show hostnames": "n1\nn2\n"}
+    program(place / "bin", "scontrol", answers)
+    executable(place / "bin" / "srun", '#!/bin/sh\ncase "$*" in *--nodelist=n1*) exit 0 ;; esac\nexit 1\n')
+    executable(
+        place / "inside" / "nanogpt",
+        f'#!/bin/sh\necho "$@" >> {place}/asked\n'
+        "case $2 in plan) printf 'srun\\0step\\0' ;; requeue) printf '77\\nn9,n2\\nby my hand\\n' ;; esac\n",
+    )
+    if not allowed:
+        program(place / "bin", "scontrol", answers, code=1)
+    done = run("run.sh", "demo", **environment)
+    assert done.returncode == 1
+    assert (place / "asked").read_text().splitlines() == ["job plan demo", "job requeue --lost=n2 demo"]
+    calls = (place / "bin" / "calls").read_text()
+    assert "scontrol requeue 77\n" in calls
+    assert ("scontrol update JobId=77 ExcNodeList=n9,n2\n" in calls) == allowed
+    assert ("not requeued; by hand: by my hand" in done.stderr) == (not allowed)
+
+
 def test_scripts_name_no_site() -> None:
     for script in SCRIPTS.glob("*.sh"):
         assert os.access(script, os.X_OK)
