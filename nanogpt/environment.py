@@ -50,6 +50,13 @@ def expanded_path(text: str, place: str) -> Path:
         raise InputError(f"{place}: found {text!r}: {error}") from None
 
 
+def seen_inside(path: Path) -> str:
+    """Of a `path` that is not there: in a container, how to have it shown, after a comma; elsewhere nothing."""
+    if not (os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")):
+        return ""
+    return f", as seen in the container. If it is there outside: export APPTAINER_BIND={path.absolute()}"
+
+
 def path_of(variable: str) -> Path | None:
     """The path that an environment variable names; None where it is not set, or empty. Raises `InputError`."""
     text = os.environ.get(variable)

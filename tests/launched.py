@@ -58,6 +58,7 @@ class Launched:
         given = list(map(str, arguments))
         if "--resume" not in given and "--out" not in given:
             given += ["--out", str(self.runs)]
+        own = {"TMPDIR": str(directory)} if launcher == "torchrun" else {}  # where it leaves a directory of its own
         middle = ["--"] if launcher == "launch" else ["-m", "nanogpt", "train"]
         command = [*prefix, sys.executable, *NAMES[launcher], *(("--standalone",) if options is None else options)]
         with self.output_path.open("ab") as output:
@@ -66,7 +67,7 @@ class Launched:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+                env={**os.environ, "OMP_NUM_THREADS": "1", **own, **(environment or {})},
             )
         self.processes = processes
         self.seen: dict[int, int] = {}  # pids of ranks by rank

@@ -17,7 +17,7 @@ import typer.core
 import typer.main
 
 from nanogpt.console import say
-from nanogpt.environment import expanded_path
+from nanogpt.environment import expanded_path, seen_inside
 from nanogpt.errors import InputError, NanogptError, RunError
 from nanogpt.terminal import terminal
 
@@ -184,5 +184,6 @@ def _explained(error: OSError | MemoryError) -> NanogptError | None:
         return None
     place = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
     if error.errno in _WRONG_NAME:
-        return InputError(f"{place}{error.strerror}; name another file or directory, or mend this one")
+        hint = seen_inside(Path(os.fsdecode(error.filename))) if error.filename is not None else ""
+        return InputError(f"{place}{error.strerror}; name another file or directory, or mend this one{hint}")
     return RunError(f"{place}{error.strerror}; see that disk and memory have room, and that the file system answers")

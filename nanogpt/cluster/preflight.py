@@ -25,6 +25,7 @@ from nanogpt.console import human_bytes, say
 from nanogpt.data.manifest import ShardCheck, file_sha256, verify_directory
 from nanogpt.data.shards import ShardError, check_shard_tokens
 from nanogpt.data.tokenizer import VOCAB_SIZE
+from nanogpt.environment import seen_inside
 from nanogpt.errors import InputError, RunError
 from nanogpt.gpus import GPU_TYPES, OTHER_DRIVER, known_type, same_type
 from nanogpt.hardware import largest_count, shape
@@ -225,7 +226,7 @@ def _shards(spec: RunSpec, data: Path) -> Iterable[Check]:
     again = f"Make them anew: prep-fineweb --dir {data} (on the login node), or prep-text"
     if not data.is_dir():
         advice = f"{again}; or name the directory: --data, NANOGPT_DATA, data.directory in the recipe"
-        yield Check("shards", "failed", f"{data}: no such directory", advice)
+        yield Check("shards", "failed", f"{data}: no such directory{seen_inside(data)}", advice)
         return
     for kind, pattern, tokens, more in (
         (
@@ -314,7 +315,8 @@ def _output(spec: RunSpec, out: Path) -> Iterable[Check]:
             os.fsync(file.fileno())
         free = shutil.disk_usage(out).free
     except OSError as error:
-        yield Check("output", "failed", f"{out.absolute()}: cannot be written: {error.strerror}", advice)
+        what = f"{out.absolute()}: cannot be written: {error.strerror}{seen_inside(out)}"
+        yield Check("output", "failed", what, advice)
         return
     yield Check("output", "passed", f"{out.absolute()} can be written")
     copies = spec.checkpoint.keep + 1 if spec.checkpoint.every else 1

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from nanogpt.environment import seen_inside
 from nanogpt.errors import InputError
 from nanogpt.files import open_regular
 
@@ -51,11 +52,8 @@ def missing_target(path: Path) -> str | None:
             target.lstat()
         except OSError as error:
             what = f"{path}: is a link to {target}: {error.strerror}"
-            if os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER"):
-                return (
-                    f"{what}, as seen in the container. If it is there outside: export APPTAINER_BIND={target.parent}"
-                )
-            return f"{what}. Mend the link, or make the shards anew: prep-fineweb, prep-text"
+            way_out = ". Mend the link, or make the shards anew: prep-fineweb, prep-text"
+            return what + (seen_inside(target.parent) or way_out)
         if not target.is_symlink():
             return None
         link = target

@@ -234,7 +234,7 @@ def test_trackers(sif: Path, as_user: Run, scratch: Path, demo: Demo) -> None:
 
 
 def test_torchrun_trains_on_two_processes_inside(sif: Path, as_user: Run, scratch: Path, demo: Demo) -> None:
-    options = ("--bind", str(scratch), "--bind", str(demo.runs), "--pwd", str(scratch))
+    options = ("--bind", str(scratch), "--bind", str(demo.runs), "--pwd", str(scratch), "--env", f"TMPDIR={scratch}")
     train = ["-m", "nanogpt", "train", "demo", "--steps", "4", "--set", "hardware.gpus_per_node=2"]
     train += ["--set", "evaluation={tokens: 2048, micro_batch_tokens: 512, every: 60, target_loss: null}"]
     place = ["--data", str(demo.runs / "data"), "--out", "two"]

@@ -136,6 +136,43 @@ def test_an_array_is_runs_of_their_own(cluster: Cluster, single: Path) -> None:
     assert all((cluster.work / "logs" / f"tiny-{task}.out").exists() for task in tasks)
 
 
+# One layer, whose compilation takes half a minute.
+COMPILED = """\
+base: gpt2.yaml
+name: compiled
+model: {layers: 1, width: 32, heads: 2, context: 64}
+training:
+  slots: 4
+  max_document_tokens: 64
+  window_block: 64
+  stages: [{steps: 4, batch_tokens: 256, window_blocks: {short: 1, long: 1}, token_weights: [1], lr_factor: 1}]
+  final_window_blocks: {short: 1, long: 1}
+  lr_schedule: {warmup_steps: 1}
+evaluation: {every: null, tokens: 256, micro_batch_tokens: 64, target_loss: null}
+data: {epochs: null}
+hardware: {gpu: cpu, gpus_per_node: 1}
+runtime: {dtype: fp32, compile: on}
+checkpoint: {at_end: false}
+"""
+
+
+def test_two_jobs_with_one_compile_cache(cluster: Cluster, data: Path) -> None:
+    """Both compile and write, at once; what is there afterwards is whole."""
+    (cluster.work / "compiled.yaml").write_text(COMPILED)
+    (cluster.work / "compiled.yaml").chmod(0o644)
+    cache = cluster.work / "kept"
+    script = cluster.scripts / "run.sh"
+    job = cluster.submit(script, "--runs=2", "compiled.yaml", "--data=data", NANOGPT_CACHE=str(cache))
+    for task in (f"{job}_0", f"{job}_1"):
+        cluster.wait(task).succeeded()
+    for run in cluster.runs(job):
+        lines = cluster.record(run)["compilation"]["cache"]
+        assert any("written" in line or "used" in line for line in lines), lines
+    (file,) = cache.iterdir()
+    listed = cluster.run(cluster.scripts / "nanogpt.sh", "cache", "ls", NANOGPT_CACHE=str(cache))
+    assert listed.returncode == 0 and file.suffix == ".compiled" and "compiled" in listed.stdout, listed.stderr
+
+
 def test_odd_places(cluster: Cluster, single: Path, outside: Path) -> None:
     """What is named by a link that leads out of home, with colons and commas; an unpacked image, by a link, is not
     staged; a umask that shuts out others; nothing of the environment but what --export names, on every node.

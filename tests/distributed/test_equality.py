@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def torchrun(processes: int, *arguments: object) -> str:
     """`torchrun -m nanogpt train` on this machine; returns standard output and error together."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
-    done = python(*launcher, "-m", "nanogpt", "train", *map(str, arguments))
+    with tempfile.TemporaryDirectory() as place:  # torchrun leaves a directory of its own
+        done = python(*launcher, "-m", "nanogpt", "train", *map(str, arguments), TMPDIR=place)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
