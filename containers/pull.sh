@@ -120,7 +120,7 @@ signature() { # of a file that has the right sha256
         "make pull KEY=PUBLIC.pem; or take it nevertheless: make pull UNSIGNED=yes, which does not fetch it again"
     exit 2
 }
-flock --nonblock "$lock" || fail "another pull writes $part; wait for it"
+flock --nonblock "$lock" || (($? != 1)) || fail "another pull writes $part; wait for it" # other codes: no locks there
 have() { stat -c %s "$part"; }
 mb() { echo "$(($1 / 1000000)) MB"; }
 
@@ -152,10 +152,11 @@ while (($(have) < size)); do
     if ((code == 33)); then : > "$part"; fi # the server cannot begin in the middle
     if (($(have) > before)); then attempts=0; else attempts=$((attempts + 1)); fi
     if ((code == 0)); then break; fi
+    ((code != 23)) || fail "$part cannot be written to: is a quota used up? Free some space; the same command goes on there"
     ((attempts < 5)) || fail "the connection to $host broke at $(mb "$(have)") of $(mb "$size"); the same command goes on there"
     say "the connection broke at $(mb "$(have)") of $(mb "$size"); going on"
-    sleep "$attempts"
-    open # a registry's permission lasts minutes
+    sleep $((attempts * attempts))
+    if [[ $(manifest_code) == 401 ]]; then authorize || true; fi # a registry's permission lasts minutes
 done
 
 found=$(sha256sum < "$part" | cut -d ' ' -f 1)

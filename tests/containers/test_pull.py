@@ -34,6 +34,7 @@ class Registry(ThreadingHTTPServer):
         self.auth: str | None = None  # Basic, Bearer
         self.cut: list[int] = []  # after how many bytes the next answers end
         self.ranges = True
+        self.drops = 0  # how many questions for the manifest are not answered, after the first
         self.asked: list[str] = []  # path and range of each request
 
     @property
@@ -73,6 +74,9 @@ class Handler(BaseHTTPRequestHandler):
         elif registry.auth and given != {"Basic": login, "Bearer": "Bearer t1"}[registry.auth]:
             realm = f'realm="http://127.0.0.1:{registry.server_port}/token",service="s"'
             self.answer(401, WWW_Authenticate=f"{registry.auth} {realm}")
+        elif "/manifests/" in self.path and registry.drops and len(registry.asked) > 1:
+            registry.drops -= 1
+            self.close_connection = True
         elif self.path == "/v2/me/nanogpt/manifests/1" or "/manifests/sha256:" in self.path:
             self.answer(200, registry.manifest)
         elif self.path != f"/v2/me/nanogpt/blobs/sha256:{DIGEST}":
@@ -129,6 +133,13 @@ def test_a_pull_goes_on_where_the_connection_or_an_earlier_one_ended(registry: R
     assert pull(tmp_path, f"{registry.address}:1").returncode == 0
     assert [line.partition(" bytes=")[2] for line in registry.asked if "/blobs/" in line] == ["300000-"]
     assert (tmp_path / "n.sif").read_bytes() == IMAGE
+
+
+def test_a_network_that_is_gone_for_a_while_is_waited_for(registry: Registry, tmp_path: Path) -> None:
+    registry.cut, registry.drops = [100_000, 0], 2
+    done = pull(tmp_path, f"{registry.address}:1", PATH=f"{quick_sleep(tmp_path / 'bin')}:{os.environ['PATH']}")
+    assert (tmp_path / "n.sif").read_bytes() == IMAGE, done.stderr
+    assert registry.drops == 0
 
 
 def test_a_server_that_cannot_begin_in_the_middle_is_asked_for_all(registry: Registry, tmp_path: Path) -> None:
