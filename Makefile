@@ -64,7 +64,7 @@ format: $(TEST_READY) ## Format the code and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-schema: $(DEMO_READY) ## Write recipes/schema.json anew, after a change of nanogpt/spec.py
+schema: $(DEMO_READY) ## Write recipes/schema.json again, after a change of nanogpt/spec.py
 	$(BIN)/nanogpt schema > recipes/schema.json.new && mv recipes/schema.json.new recipes/schema.json
 
 # Needs Python and Apptainer alone, no virtual environment: it is typed on login nodes.
@@ -75,7 +75,7 @@ sif: need-python ## Build the image, nanogpt.sif (FLAVOUR=cpu, BASE=tree, OUT=FI
 sif-diff: need-python ## What differs in two images or directories: make sif-diff A=old.sif B=new.sif
 	@$(PYTHON) -m nanogpt.image.tree '$(A)' '$(B)'
 
-lock: $(DEMO_READY) ## Write containers/*.lock anew, after a change of pyproject.toml or containers/*.in
+lock: $(DEMO_READY) ## Write containers/*.lock again, after a change of pyproject.toml or containers/*.in
 	@$(PIP) install --quiet uv
 	@$(BIN)/python containers/lock.py --uv $(BIN)/uv
 
@@ -106,7 +106,7 @@ test-export: $(TRANSFORMERS)/.ready ## Load exports with Hugging Face transforme
 	  $(BIN)/python -m pytest tests/transformers $(PYTEST_ARGS)
 
 clean: ## Remove the virtual environment and the tools' caches
-	@test ! -e $(VENV) -o -e $(VENV)/pyvenv.cfg || { echo "make: $(VENV) is no virtual environment, not removed" >&2; exit 1; }
+	@test ! -e $(VENV) -o -e $(VENV)/pyvenv.cfg || { echo "make: $(VENV) is not a virtual environment, not removed" >&2; exit 1; }
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 
 need-python:
@@ -114,7 +114,7 @@ need-python:
 	  echo "make: there is no $(PYTHON). On Debian or Ubuntu: apt install python3 python3-venv." \
 	    "On a cluster: module load miniforge. Or name another one: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "make: $(PYTHON) is $$($(PYTHON) -V 2>&1), needed is 3.11 or newer." \
+	  echo "make: $(PYTHON) is $$($(PYTHON) -V 2>&1), 3.11 or newer is needed." \
 	    "Try module load miniforge, or another module that brings one; or name it: make PYTHON=python3.12." \
 	    "An image that is built elsewhere needs none: make pull FROM=oras://..." >&2; exit 1; }
 

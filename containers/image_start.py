@@ -1,4 +1,4 @@
-"""What every Python of the image does first: other code, caches outside of home, reading ahead of an import of PyTorch.
+"""What every Python of the image does first: other code, caches outside home, reading ahead of an import of PyTorch.
 
 The build puts this into site-packages, with a .pth line that imports it. Variables of the host cannot be read
 in the definition's %environment: Apptainer clears them before and brings them back after.
@@ -20,7 +20,7 @@ def start() -> None:
         if not os.path.isfile(os.path.join(source, "nanogpt", "__init__.py")):  # noqa: PTH113, PTH118
             fail(
                 f"NANOGPT_SRC={source}: has no nanogpt/__init__.py, as seen in the container; expected a checkout."
-                " A directory outside of home and the current one needs --bind."
+                " A directory outside home and the current one needs --bind."
             )
         path.append(source)
     flash_attention = os.environ.get("NANOGPT_FLASH_ATTN")
@@ -36,7 +36,7 @@ def start() -> None:
     if extra:
         if not is_mine(extra, make=False):
             fail(
-                f"NANOGPT_EXTRA={extra}: is no directory, as seen in the container, or others may"
+                f"NANOGPT_EXTRA={extra}: is not a directory, as seen in the container, or others may"
                 " write to it; expected what pip install --target made. It may need --bind, or chmod go-w."
             )
         sys.path.append(extra)  # what the image has comes first

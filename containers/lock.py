@@ -1,4 +1,4 @@
-"""Write containers/*.lock anew: `make lock`. Needs uv, which resolves for another Python than the one that runs.
+"""Write containers/*.lock again: `make lock`. Needs uv, which resolves for another Python than the one that runs.
 
 Each lock names every package with the hashes of its files, for Linux on x86-64 and the Python of its flavour's Debian.
 PyTorch's CPU builds are on an index of their own, which PIP_EXTRA_INDEX_URL names, or in a directory of PIP_FIND_LINKS.

@@ -7,7 +7,7 @@ local commands = { "nanogpt", "prep-fineweb", "prep-text", "torchrun" }
 
 help([[
 The NanoGPT speedrun, in an Apptainer image: nanogpt doctor, prep-fineweb, nanogpt launch RECIPE.
-Directories outside of home and the current one are shown inside if APPTAINER_BIND names them.
+Directories outside home and the current one are shown inside if APPTAINER_BIND names them.
 NANOGPT_SIF names the image; slurm/run.sh of a clone takes it from there.
 ]])
 whatis("Name: nanogpt")

@@ -2,7 +2,7 @@
 # An image from a registry: containers/pull.sh oras://REGISTRY/NAME:TAG [FILE], or make pull FROM=... Needs curl, and
 # for the signature Apptainer; neither Python nor squashfs-tools.
 #
-# It comes beside FILE (default: nanogpt.sif) under a temporary name, goes on where an earlier call was interrupted, and
+# It comes beside FILE (default: nanogpt.sif) under a temporary name, continues where an earlier call was interrupted, and
 # has its name once it is right: the sha256 that the registry names, and what slurm/check_image.sh is asked for.
 #
 #   NANOGPT_SIF_SHA256=HEX   the sha256 that the image must have. A tag can be moved, this cannot
@@ -21,7 +21,7 @@ fail() { # message, exit code
 }
 
 if [[ ! $from =~ ^oras://([^/]+)/([a-z0-9._/-]+)(:([A-Za-z0-9_][A-Za-z0-9._-]*)|@(sha256:[0-9a-f]{64}))?$ ]]; then
-    fail "FROM=$from is no address of an image; expected oras://REGISTRY/NAME:TAG (make pull FROM=oras://...)" 2
+    fail "FROM=$from is not an address of an image; expected oras://REGISTRY/NAME:TAG (make pull FROM=oras://...)" 2
 fi
 host=${BASH_REMATCH[1]} name=${BASH_REMATCH[2]} digest=${BASH_REMATCH[5]:-} reference=${BASH_REMATCH[5]:-${BASH_REMATCH[4]:-latest}}
 scheme=https
@@ -30,7 +30,7 @@ for tool in curl sha256sum flock; do
     command -v "$tool" > /dev/null || fail "there is no $tool on this machine; copy an image by other means, and verify it" 2
 done
 directory=$(dirname "$out")
-[[ -d $directory && -w $directory ]] || fail "OUT=$out: $directory is no directory that can be written to" 2
+[[ -d $directory && -w $directory ]] || fail "OUT=$out: $directory is not a directory that can be written to" 2
 [[ ! -d $out ]] || fail "OUT=$out is a directory; name a file" 2
 
 work=$(mktemp -d)
@@ -106,7 +106,7 @@ layer=$(tr -d '\n' < "$work/manifest" | sed -n 's/.*"layers" *: *\[ *\({[^}]*\).
 sha256=$(field digest <<< "$layer") size=$(field size <<< "$layer")
 sha256=${sha256#sha256:}
 [[ $layer == *vnd.sylabs.sif.layer* && $sha256 =~ ^[0-9a-f]{64}$ && $size =~ ^[0-9]+$ ]] ||
-    fail "$name:$reference is no image of Apptainer's (make push makes one); apptainer pull docker://... is for others" 2
+    fail "$name:$reference is not an image of Apptainer's (make push makes one); apptainer pull docker://... is for others" 2
 if [[ -n ${NANOGPT_SIF_SHA256:-} && $sha256 != "${NANOGPT_SIF_SHA256#sha256:}" ]]; then
     fail "$name:$reference is another image than NANOGPT_SIF_SHA256 names: $sha256. Nothing was fetched" 2
 fi
@@ -152,9 +152,9 @@ while (($(have) < size)); do
     if ((code == 33)); then : > "$part"; fi # the server cannot begin in the middle
     if (($(have) > before)); then attempts=0; else attempts=$((attempts + 1)); fi
     if ((code == 0)); then break; fi
-    ((code != 23)) || fail "$part cannot be written to: is a quota used up? Free some space; the same command goes on there"
-    ((attempts < 5)) || fail "the connection to $host broke at $(mb "$(have)") of $(mb "$size"); the same command goes on there"
-    say "the connection broke at $(mb "$(have)") of $(mb "$size"); going on"
+    ((code != 23)) || fail "$part cannot be written to: is a quota used up? Free some space; the same command continues there"
+    ((attempts < 5)) || fail "the connection to $host broke at $(mb "$(have)") of $(mb "$size"); the same command continues there"
+    say "the connection broke at $(mb "$(have)") of $(mb "$size"); continuing"
     sleep $((attempts * attempts))
     if [[ $(manifest_code) == 401 ]]; then authorize || true; fi # a registry's permission lasts minutes
 done

@@ -6,7 +6,7 @@ set -euo pipefail
 root=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 sif=$1 to=${2:-}
 if [[ ! $to =~ ^oras://([^/]+)/[a-z0-9._/-]+:[A-Za-z0-9_][A-Za-z0-9._-]*$ ]]; then
-    echo "push: TO=$to is no address for an image; expected oras://REGISTRY/NAME:TAG (make push TO=oras://...)" >&2
+    echo "push: TO=$to is not an address for an image; expected oras://REGISTRY/NAME:TAG (make push TO=oras://...)" >&2
     exit 2
 fi
 host=${BASH_REMATCH[1]}

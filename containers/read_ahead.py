@@ -2,7 +2,7 @@
 
 An image's files come through squashfuse. Each page fault of an import waits for it to unpack one block, one fault after
 the other, and squashfuse's threads have nothing to do meanwhile. Told beforehand, they unpack on the other cores while
-the import goes on. posix_fadvise copies nothing, and does nothing for pages that are there.
+the import continues. posix_fadvise copies nothing, and does nothing for pages that are there.
 
 A process of its own, since the loader holds Python's lock while it maps and relocates libraries. FD is the open list of
 import_pieces.py, whose lock this process holds; PROCESS the one that imports, without which there is no hurry.

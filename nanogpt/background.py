@@ -46,7 +46,7 @@ class Worker:
         return future
 
     def close(self, wait_s: float) -> None:
-        """End once all that was given is done; wait for it so long at most."""
+        """End once all that was given is done; wait for it at most that long."""
         self._work.put(None)
         self._thread.join(wait_s)
 

@@ -1,4 +1,4 @@
-"""What the user sees while work goes on: progress bars on a terminal, plain lines in a log."""
+"""What the user sees while it waits: progress bars on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 

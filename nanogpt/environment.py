@@ -16,7 +16,7 @@ _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+)|(\{))", re.ASCII)
 def expanded(text: str) -> str:
     """`text`, the name of a directory or file, with `~`, `~user`, `$VARIABLE` and `${VARIABLE}` replaced.
 
-    Raises ValueError, which says why, for a user or a variable that there is not, and for what cannot be a path.
+    Raises ValueError, which says why, for a user or a variable that does not exist, and for what cannot be a path.
     """
     found = os.path.expanduser(text)  # noqa: PTH111, a Path would lose a / at the end, and raise for who is not there
     if found.startswith("~"):
@@ -89,6 +89,4 @@ def number_of(
     if re.fullmatch("[0-9]{1,10}", text, re.ASCII) and least <= int(text) <= most:
         return int(text)
     found = f"found {text!r}" if text else "is not set"
-    raise InputError(
-        f"{variable}: {found}, expected a whole number from {least} to {most}; unset or mend it, whoever sets it"
-    )
+    raise InputError(f"{variable}: {found}, expected a whole number from {least} to {most}; unset or correct it")

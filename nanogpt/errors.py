@@ -4,7 +4,7 @@ Exit codes: 0 done, 1 failed (`RunError`), 2 the user's input is wrong (`InputEr
 interrupted with a whole checkpoint.
 """
 
-# EX_TEMPFAIL of sysexits.h: nothing is wrong, start the run again and it goes on where it was.
+# EX_TEMPFAIL of sysexits.h: nothing is wrong, start the run again and it continues where it was.
 REQUEUE_EXIT_CODE = 75
 
 

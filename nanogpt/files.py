@@ -63,7 +63,7 @@ def read_json(path: Path | str) -> Any:
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text} is no number that JSON has")
+        raise ValueError(f"{text} is not a number that JSON has")
     return value
 
 

@@ -190,7 +190,7 @@ def resolve_recipe(
         overrides: `key.path=value` strings; values are YAML.
         steps: shorten the schedule in proportion to this many steps. What `overrides` say stays as it is, but for
             the lengths of stages, which are shares of the whole.
-        on: hardware in place of the recipe's, such as `4xh200`.
+        on: hardware instead of the recipe's, such as `4xh200`.
         fill: says what is left open of the hardware; None: as `USUAL`, for recipes that are only looked at.
 
     Raises:
@@ -492,7 +492,7 @@ def _parse(text: str, name: str, place: Callable[[int], str]) -> _Source:
                     f"{here}: {dotted}: merge keys are not supported; repeat the keys, or inherit by `base:`"
                 )
             elif key in result:
-                problems.append(f"{here}: {dotted}: stands twice in this mapping, first at {places[(*path, key)]}")
+                problems.append(f"{here}: {dotted}: appears twice in this mapping, first at {places[(*path, key)]}")
             else:
                 places[(*path, key)] = here
                 result[key] = plain(value_node, (*path, key))
@@ -674,7 +674,7 @@ def _nearest(word: str, allowed: Sequence[str]) -> str:
 
 
 def _path_in_data(loc: tuple[str | int, ...], data: Any, *, keep_last: bool) -> KeyPath:
-    """Pydantic's location without the `kind` that follows a mapping which has one, as that is no key of the recipe."""
+    """Pydantic's location without the `kind` after a mapping that has one, which is not a key of the recipe."""
     path: list[str | int] = []
     kind: Any = None
     for position, key in enumerate(loc):

@@ -70,7 +70,7 @@ class StageSpec(StageLoss):
     lr_factor: Annotated[Positive, NOT_COMPILED]
     max_document_tokens: Count | None = Field(default=None, description="null: training.max_document_tokens")
     max_segment_tokens: Count | None = Field(
-        default=None, description="attention cuts documents into segments of so many; null: it does not"
+        default=None, description="attention cuts documents into segments of this many tokens; null: it does not"
     )
     max_documents: Count | None = Field(
         default=None,
@@ -160,7 +160,7 @@ class EvaluationSpec(Strict):
     """Validation, outside the clock."""
 
     every: Annotated[Count | None, NOT_COMPILED] = Field(
-        description="steps between validations, the first at step 0, the last at the end; null: at the end alone"
+        description="steps between validations, the first at step 0, the last at the end; null: only at the end"
     )
     tokens: Annotated[Tokens, NOT_COMPILED] = Field(description="validation tokens, from the stream's start")
     micro_batch_tokens: Count
@@ -185,7 +185,7 @@ class DataSpec(Strict):
     train_files: FilePattern = "fineweb_train_*.bin"
     val_files: FilePattern = "fineweb_val_*.bin"
     bos: Annotated[int, Field(ge=0, le=65535)] = 50256
-    epochs: Count | None = Field(default=1, description="passes over the training shards; null repeats for ever")
+    epochs: Count | None = Field(default=1, description="passes over the training shards; null repeats forever")
 
 
 class HardwareSpec(Strict):
@@ -239,9 +239,9 @@ class WatchdogSpec(Strict):
     """When the ranks of a run give up on one another, in seconds; a run on one process waits for nobody."""
 
     silence_seconds: Seconds = Field(
-        default=20.0, description="a process that has not been heard of for so long is dead or stopped"
+        default=20.0, description="a process that has not been heard of for this long is dead or stopped"
     )
-    step_seconds: Seconds = Field(default=300.0, description="a rank that is at one step for so long hangs")
+    step_seconds: Seconds = Field(default=300.0, description="a rank that is at one step for this long hangs")
     phase_seconds: Seconds = Field(
         default=3600.0, description="likewise for starting, compiling, a validation, a checkpoint"
     )
@@ -277,7 +277,7 @@ class ReferenceSpec(Strict):
     """What the shipped recipe `recipe` is known to give on FineWeb; off for runs that differ from it in result."""
 
     recipe: Name = Field(description="the shipped recipe that the curves belong to")
-    curves: list[ReferenceCurve] = Field(min_length=1, max_length=20, description="a run is held against the first")
+    curves: list[ReferenceCurve] = Field(min_length=1, max_length=20, description="a run is compared with the first")
     spread: list[Annotated[tuple[Index, Positive], Field(strict=False)]] = Field(
         min_length=1,
         max_length=1000,
@@ -371,7 +371,7 @@ def _cross_checks(spec: RunSpec) -> Iterator[Problem]:
         )
 
     if spec.data.bos >= spec.model.vocab_size:
-        yield ("data", "bos"), f"is {spec.data.bos}, outside of the vocabulary of {spec.model.vocab_size} tokens"
+        yield ("data", "bos"), f"is {spec.data.bos}, outside the vocabulary of {spec.model.vocab_size} tokens"
     yield from _runtime_problems(spec.runtime, hardware.gpu)
     if spec.runtime.mlp_precision == "fp8" and not spec.model.fp8_mlp:
         yield ("runtime", "mlp_precision"), f"is fp8, which the MLP of a {spec.model.kind} model cannot do"

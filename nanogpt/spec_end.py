@@ -66,7 +66,7 @@ class TailAverage(Strict):
         max_length=1024,
         description="by parameter, how far it goes from its last value to its average: lerp(last, average, blend)",
     )
-    window_steps: Count = Field(description="the last so many steps of the run, in which the ticks are")
+    window_steps: Count = Field(description="the ticks are in this many last steps of the run")
     every: Count = Field(description="steps from tick to tick; --steps leaves it, as optimizers have their cadences")
     last: Index = Field(default=0, description="the last of these ticks, in steps before the run's last one")
     also: list[Index] = Field(
@@ -119,18 +119,18 @@ class TailAverages(EndEntry):
         for index, average in enumerate(self.averages):
             path = ("averages", index)
             for name in average.blend.keys() - known:
-                yield (*path, "blend", name), "is no parameter of the model"
+                yield (*path, "blend", name), "is not a parameter of the model"
             if average.window_steps > total_steps:
                 yield (*path, "window_steps"), f"is {average.window_steps}, the run has {total_steps} steps"
             if average.last >= average.window_steps:
-                yield (*path, "last"), f"is {average.last}, outside of the last {average.window_steps} steps"
+                yield (*path, "last"), f"is {average.last}, outside the last {average.window_steps} steps"
             if any(each >= total_steps for each in average.also):
                 yield (*path, "also"), f"has {max(average.also)}, the run has {total_steps} steps"
         for index, name in enumerate(self.keep_norms):
             if name not in averaged:
                 yield ("keep_norms", index), f"{name} is not averaged"
             elif name in self.keep_norms[:index]:
-                yield ("keep_norms", index), f"{name} stands there twice"
+                yield ("keep_norms", index), f"{name} is there twice"
 
     def averaged(self, names: Iterable[str]) -> Iterator[str]:
         """Those of each average."""

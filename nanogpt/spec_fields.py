@@ -52,7 +52,7 @@ Problem = tuple[tuple[str | int, ...], str]  # path below a part of the spec, me
 
 
 class Strict(BaseModel):
-    """Base of every part of a spec: unknown keys are refused, "12" and true are no numbers, nothing can be changed."""
+    """Base of every part of a spec: unknown keys are refused, "12" and true are not numbers, nothing can be changed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=(), str_max_length=10_000)
 

@@ -1,6 +1,6 @@
 """Standard output and error as every command has them: text goes there by one way, which knows what can go wrong.
 
-Inside of `terminal()`, `sys.stdout` and `sys.stderr` are `_Stream`s:
+Inside `terminal()`, `sys.stdout` and `sys.stderr` are `_Stream`s:
 
 - What a terminal would obey (escape sequences and other control characters) or be confused by (marks that turn the
   direction of writing) is shown as `\\x1b`: run names, values, file names and documents are other people's.
@@ -35,7 +35,7 @@ def printable(text: str) -> str:
 
 
 class _Verbatim:
-    """A stream's text as it is: for what is no text of a terminal, and for Rich, which escapes by itself."""
+    """A stream's text as it is: for what is not text of a terminal, and for Rich, which escapes by itself."""
 
     def __init__(self, raw: TextIO | None, *, results: bool):
         self.raw = raw
@@ -170,7 +170,7 @@ def speaks_unicode() -> bool:
 def rich_console(stream: TextIO | None = None, **options: Any) -> Console:
     """A Rich console on `stream`, standard output by default, that takes text as it is, and shows control characters.
 
-    Where they stand in a `Text`, its width is reckoned without: give it `printable` text.
+    Where they stand in a `Text`, its width is calculated without: give it `printable` text.
     """
     from rich.console import Console
     from rich.segment import Segment

@@ -5,7 +5,7 @@
 #   slurm/run.sh [--runs N[%M]] [--dry-run] RECIPE [--on 4xh200] [--set KEY=VALUE]... [-- SBATCH OPTIONS]
 #       checks the recipe, works out the resources, prints the sbatch command and submits it; --dry-run only prints,
 #       --runs N makes an array of N runs with a seed of its own each, --runs 10%2 two at a time
-#   either with --resume RUN in RECIPE's place: the run goes on from its newest checkpoint
+#   either with --resume RUN in RECIPE's place: the run continues from its newest checkpoint
 #   --on 4xh200, or 2x4xh100 for two nodes: the hardware in the recipe's place; a job that is there already knows its own
 #   --parsable: prints the job's id alone, as sbatch does
 #
@@ -36,13 +36,13 @@ fi
 . "$here/use_site.sh"
 use_site "$here"
 export NANOGPT_SCRIPTS=$here
-export SLURM_EXPORT_ENV=ALL # of srun: what `sbatch --export` has let in goes on to every node
+export SLURM_EXPORT_ENV=ALL # of srun: what `sbatch --export` has let in is passed to every node
 
 mapfile -d '' -t step < <("$here/nanogpt.sh" job plan "$@")
 wait "$!" || exit
 ((${#step[@]})) || exit 0
-one_a_node=(--nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
-if [[ -n ${NANOGPT_STAGE:-} ]]; then srun "${one_a_node[@]}" "$here/in_image.sh" nanogpt job stage "$@" || exit; fi
+one_per_node=(--nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
+if [[ -n ${NANOGPT_STAGE:-} ]]; then srun "${one_per_node[@]}" "$here/in_image.sh" nanogpt job stage "$@" || exit; fi
 
 # The launcher's process number, in /tmp of its node: under a name that nobody can have made before.
 NANOGPT_PID_FILE=/tmp/nanogpt-$SLURM_JOB_ID-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
@@ -54,7 +54,7 @@ export NANOGPT_PID_FILE
 tell_launchers() {
     told=yes
     echo "run.sh: time is nearly up, the run is asked for a checkpoint" >&2
-    srun --overlap "${one_a_node[@]}" bash -c "$tell_launcher" _ "$NANOGPT_PID_FILE"
+    srun --overlap "${one_per_node[@]}" bash -c "$tell_launcher" _ "$NANOGPT_PID_FILE"
 }
 # A file of this user's with the number of a process of this user's, or nothing is signalled: -1 would mean all of them.
 # shellcheck disable=SC2016

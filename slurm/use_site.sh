@@ -29,7 +29,7 @@ use_site() { # the directory of the scripts
     site_failed() { # exit code, file, line, command
         if [[ $2 != "$nanogpt_site" ]]; then return; fi
         nanogpt_failed=yes
-        site_say "$nanogpt_name, line $3: \`$4\` failed (exit code $1); going on without it"
+        site_say "$nanogpt_name, line $3: \`$4\` failed (exit code $1); continuing without it"
     }
     site_has_no_module() {
         site_say "there is no command 'module' here. Put the line that defines it before its first use in" \
@@ -54,7 +54,7 @@ use_site() { # the directory of the scripts
     nanogpt_code=$?
     trap - ERR EXIT
     if ((nanogpt_code)) && [[ -z $nanogpt_failed ]]; then
-        site_say "$nanogpt_name: ended early (exit code $nanogpt_code); what it says is above. Going on"
+        site_say "$nanogpt_name: ended early (exit code $nanogpt_code); what it says is above. Continuing"
     fi
     unset IFS CDPATH
     set -uo pipefail

@@ -25,7 +25,7 @@ LONG = (
 
 
 def endless_recipe(path: Path, processes: int, *overrides: str) -> Path:
-    """A recipe of the tiny run that goes on until it is stopped."""
+    """A recipe of the tiny run that continues until it is stopped."""
     settings = (LONG, f"hardware.gpus_per_node={processes}", "evaluation.every=1000000", "training.warmup=false")
     return write_recipe(path, tiny_spec(*settings, *overrides))
 

@@ -12,7 +12,7 @@ MIB = 1 << 20
 
 
 class MadeNvml:
-    """Answers in place of the driver; `calls` counts how often it was asked."""
+    """Answers instead of the driver; `calls` counts how often it was asked."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.calls = 0

@@ -113,7 +113,7 @@ def commands(document: Path) -> Iterator[Shown]:
     for start in lines:
         if start.startswith(BEGINNINGS) and not start.startswith("NANOGPT_STAGE:"):
             line = start
-            while line.partition(" #")[0].count("'") % 2:  # a quoted value goes on
+            while line.partition(" #")[0].count("'") % 2:  # a quoted value continues
                 line += f" {next(lines).strip()}"
             yield Shown(name, line)
     for line in re.findall(r"`((?:nanogpt|prep-\w+) [^`]*)`", text):
@@ -166,7 +166,7 @@ def command_of(arguments: list[str]) -> tuple[Any, list[str]]:
 
 
 def filled(arguments: list[str]) -> list[str]:
-    """The arguments with something real in place of each placeholder."""
+    """The arguments with something real for each placeholder."""
     return [part for word in arguments for part in (PLACES[word].split() if word in PLACES else [word])]
 
 

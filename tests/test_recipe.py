@@ -241,8 +241,8 @@ DUPLICATES = "base: speedrun.yaml\nname: a\nmodel:\n  width: 768\n  width: 640\n
         (
             DUPLICATES,
             [
-                "recipe.yaml:5: model.width: stands twice in this mapping, first at recipe.yaml:4",
-                "recipe.yaml:6: name: stands twice in this mapping, first at recipe.yaml:2",
+                "recipe.yaml:5: model.width: appears twice in this mapping, first at recipe.yaml:4",
+                "recipe.yaml:6: name: appears twice in this mapping, first at recipe.yaml:2",
             ],
         ),
         (
@@ -363,7 +363,7 @@ def test_overrides_apply_in_order_and_only_where_they_point():
         ("training.stages.²=1", "--set training.stages.²=1: training.stages has entries 0..2, found '²'"),
         ("training.seed.x=1", "--set training.seed.x=1: training.seed is the value 0, it has no keys"),
         ("training.seed=[", "--set training.seed=[: not valid YAML: expected the node content, but found"),
-        ("training={a: 1, a: 2}", "--set training={a: 1, a: 2}: a: stands twice in this mapping"),
+        ("training={a: 1, a: 2}", "--set training={a: 1, a: 2}: a: appears twice in this mapping"),
         ("training.seed=x", '--set training.seed=x: training.seed: must be a whole number, found "x"'),
         ("training.sed=1", "--set training.sed=1: training.sed: unknown key, did you mean seed?"),
         ("trainin.seed=1", "--set trainin.seed=1: trainin: unknown key, did you mean training?"),
@@ -707,7 +707,7 @@ def fields_of(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, typ
 
 
 def leaves(path: str, annotation: Any, metadata: list[Any]) -> Iterator[tuple[str, type, list[Any]]]:
-    """(path, type, what bounds it) of each value that is no mapping."""
+    """(path, type, what bounds it) of each value that is not a mapping."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         inner = [item for one in arguments[1:] for item in (one.metadata if isinstance(one, FieldInfo) else [one])]
@@ -750,7 +750,7 @@ def test_every_value_of_a_spec_has_a_largest_one():
         ("data.val_files=''", "data.val_files: "),
         ('data.directory="a\\0b"', "data.directory: holds a NUL character"),
         ("data.directory=" + "d" * 256, "data.directory: is longer than 4096 bytes, or a part of it than 255"),
-        ("data.bos=50257", "data.bos: is 50257, outside of the vocabulary of 50257 tokens"),
+        ("data.bos=50257", "data.bos: is 50257, outside the vocabulary of 50257 tokens"),
         ("training.seed=9223372036854775808", "training.seed: must be less than or equal to 9223372036854775807"),
         ("training.seed=" + "9" * 400, "training.seed: must be"),
     ],

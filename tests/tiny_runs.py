@@ -229,7 +229,7 @@ def write_recipe(path: Path, spec: RunSpec) -> Path:
 
 
 def language(tokens: int, seed: int) -> np.ndarray:
-    """Documents of 4 to 60 tokens that mostly go on as a fixed permutation says: (tokens,) uint16, from a BOS on."""
+    """Documents of 4 to 60 tokens that mostly continue as a fixed permutation says: (tokens,) uint16, from a BOS on."""
     successor = np.random.default_rng(0).permutation(BOS)
     rng = np.random.default_rng(seed)
     stream: list[int] = []

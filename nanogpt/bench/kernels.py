@@ -1,4 +1,4 @@
-"""Measuring kernels: each against its plain equal, and against what the machine can do.
+"""Measuring kernels: each against its plain equivalent, and against what the machine can do.
 
 The cases are those of the modules of `nanogpt.kernels.bench`. The floor of a case is the larger of its operations over
 the measured rate of a large matrix product and its bytes over the measured rate of a large copy.

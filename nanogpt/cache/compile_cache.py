@@ -4,7 +4,7 @@ Notable features:
 - The first rank of a node reads the file and unpacks it into a directory that it has made for this job alone; torch,
   Triton and FlashAttention of all ranks there look for compiled code in it, and leave theirs in it. On a GPU a thread
   does so while the compiler is imported.
-- After the warm-up, rank 0 writes the file anew if anything has been compiled, with what another job may have added.
+- After the warm-up, rank 0 writes the file again if anything has been compiled, with what another job may have added.
   A few small kernels that the file lacked are no reason to keep the run waiting: they are added at its end.
 - Nothing here fails a run: a file that cannot be used or written is a line of the log.
 """

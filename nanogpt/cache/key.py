@@ -1,6 +1,6 @@
 """What decides compiled code: versions, machine, the package's source, and the part of the spec that reaches a graph.
 
-A cache file belongs to one key and is used for no other. Inside of it torch, Triton and FlashAttention have keys of
+A cache file belongs to one key and is used for no other. Inside it torch, Triton and FlashAttention have keys of
 their own (each graph's and each kernel's), so a run whose graphs differ all the same, as another world size's do,
 compiles what is missing and adds it to the file.
 """
@@ -136,7 +136,7 @@ def _package_versions() -> dict[str, str | None]:
 
 
 def _compiler_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """By name a hash of the value: it tells of a difference, and keeps out of the file what a variable may hold."""
+    """By name a hash of the value: it describes a difference, and keeps out of the file what a variable may hold."""
     return {
         name: hashlib.sha256(os.fsencode(f"{name}={value}")).hexdigest()[:16]
         for name, value in sorted(environ.items())

@@ -31,7 +31,7 @@ from nanogpt.runs.record import utc_now
 SUFFIX = ".compiled"
 MAGIC = b"nanogpt compiled code 1 sha256 "
 LEVEL = 3  # of zstd: higher ones gain a few per cent here
-NOT_KEPT = ("__pycache__", "locks")  # directories that each process makes anew
+NOT_KEPT = ("__pycache__", "locks")  # directories that each process makes itself
 TEMPORARY = (".lock", ".tmp", ".pending")
 
 
@@ -195,7 +195,7 @@ class Pack:
                 for member in archive:
                     parts = PurePosixPath(member.name).parts
                     if not member.isreg() or ".." in parts or member.name.startswith("/"):
-                        raise PackError(f"has a member that is no plain file: {member.name}")
+                        raise PackError(f"has a member that is not a plain file: {member.name}")
                     file = archive.extractfile(member)
                     assert file is not None
                     yield member.name, file.read(), member.mode & 0o700, member.mtime

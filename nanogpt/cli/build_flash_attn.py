@@ -1,4 +1,4 @@
-"""`build-flash-attn`: FlashAttention 3 from source, for who wants it instead of the image's FlashAttention 4."""
+"""`build-flash-attn`: FlashAttention 3 from source, for those who want it instead of the image's FlashAttention 4."""
 
 from __future__ import annotations
 

@@ -37,4 +37,4 @@ def cancel(
     if job.run is not None:
         say(f"{job.run.path}: {job.run.state} after step {job.run.progress}")
         if any((job.run.path / "checkpoints").glob("step-*.pt")):
-            say(f"It can go on: slurm/run.sh --resume {job.run.path}")
+            say(f"It can continue: slurm/run.sh --resume {job.run.path}")

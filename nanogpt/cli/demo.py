@@ -184,7 +184,7 @@ def _comparison(spec: RunSpec, first: float | None, final: float, unigram: float
 
 
 def next_steps(run_path: Path, gpus: Sequence[str]) -> str:
-    """Commands to go on with, each below what it is for; on a machine with these GPUs, by the driver's names."""
+    """Commands to try next, each below what it is for; on a machine with these GPUs, by the driver's names."""
     from nanogpt.gpus import known_type
     from nanogpt.hardware import largest_count
 

@@ -185,5 +185,5 @@ def _explained(error: OSError | MemoryError) -> NanogptError | None:
     place = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
     if error.errno in _WRONG_NAME:
         hint = seen_inside(Path(os.fsdecode(error.filename))) if error.filename is not None else ""
-        return InputError(f"{place}{error.strerror}; name another file or directory, or mend this one{hint}")
+        return InputError(f"{place}{error.strerror}; name another file or directory, or fix this one{hint}")
     return RunError(f"{place}{error.strerror}; see that disk and memory have room, and that the file system answers")

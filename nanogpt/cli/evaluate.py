@@ -49,7 +49,7 @@ def evaluate(
         typer.Option("--no-bos", help="With --task: no <|endoftext|> before a question, as lm-eval has it for GPT-2."),
     ] = False,
 ) -> None:
-    """Compute the validation loss of RUN's newest checkpoint anew, and list the documents that weigh most on it.
+    """Compute the validation loss of RUN's newest checkpoint again and list the documents that weigh most on it.
 
     With OTHER_RUN, both are evaluated on the same tokens, and the documents that make the difference are listed.
 

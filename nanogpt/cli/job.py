@@ -113,7 +113,7 @@ def node(
     with _pid_file(index):
         checks = preflight(spec, shards, arguments.output_directory(spec), os.environ)
         if os.environ.get("NANOGPT_PREFLIGHT") == "warn":
-            say("preflight: NANOGPT_PREFLIGHT=warn: going on, whatever failed")
+            say("preflight: NANOGPT_PREFLIGHT=warn: continuing, whatever failed")
         else:
             raise_for_failures(checks, told=True)
         import torch.distributed  # noqa: F401, mapped and then read
@@ -166,7 +166,7 @@ def requeue(
 ) -> None:
     """Whether this job should go back into the queue: its interrupted run would get further the next time.
 
-    Prints a line each: the job's name, the nodes to leave out, the command to go on by hand. These two may be empty.
+    Prints a line each: the job's name, the nodes to leave out, the command to continue by hand. These two may be empty.
     """
     from nanogpt.cluster.job_runs import excluded_nodes, job_name_for_slurm, newest_run, requeue_refusal
     from nanogpt.cluster.job_step import RunArguments
@@ -189,6 +189,6 @@ def requeue(
     if state != "RUNNING":  # cancelled, or preempted and requeued by Slurm itself
         raise RunError(f"not requeued: job {name} is {state or 'gone'}")
     without = [*excluded_nodes(ask_or_fail("scontrol", "show", "job", name)), *lost] if lost else []
-    start = "goes on from its checkpoint" if run and run.has_checkpoint else "starts over, for want of a checkpoint,"
+    start = "continues from its checkpoint" if run and run.has_checkpoint else "starts over, for lack of a checkpoint,"
     say(f"requeued: job {name} {start} when it starts again")
     typer.echo(f"{name}\n{','.join(without)}\n{by_hand}")

@@ -38,7 +38,7 @@ def launch(
     \b
     nanogpt launch record89                  all GPUs of this machine
     nanogpt launch record89 --on 4xh200      four of them
-    nanogpt launch -- --resume RUN_DIR       go on with a run
+    nanogpt launch -- --resume RUN_DIR       continue a run
     nanogpt launch --nnodes 2 --rdzv-endpoint NODE:29500 --rdzv-id JOB 2x4xh100
                                              on each of two nodes
 
@@ -83,7 +83,7 @@ def _hardware(command: str, arguments: Sequence[str]) -> tuple[HardwareSpec, lis
     if isinstance(reader, typer.core.TyperGroup):  # of its commands the one that is named
         known = reader.commands.get(arguments.pop(0) if arguments else "")
         if known is None or not any(parameter.name == "recipe" for parameter in known.params):
-            raise InputError("nanogpt launch --bench: goes on with step, profile or communication, and a RECIPE")
+            raise InputError("nanogpt launch --bench: takes step, profile or communication, and a RECIPE")
         reader = known
     with reader.make_context(f"nanogpt {command}", arguments) as context:
         said = context.params

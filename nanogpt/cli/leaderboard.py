@@ -12,7 +12,7 @@ def leaderboard(
     submissions: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of what `nanogpt submission` made.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the page goes; an earlier one is renewed.")],
 ) -> None:
-    """Check every submission in DIR anew, and write those that pass as a page, sorted by time, with their reports.
+    """Check every submission in DIR again, and write those that pass as a page, sorted by time, with their reports.
 
     What fails is listed apart, with the reason.
     """

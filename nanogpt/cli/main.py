@@ -44,7 +44,7 @@ COMMANDS = (
     Command("schema", "nanogpt.cli.schema:schema", "Recipes", "Print the JSON Schema of recipes, for editors."),
     Command("prep", "nanogpt.cli.prep:prep_fineweb", "Data", "Download FineWeb's token shards and verify them."),
     Command("prep-text", "nanogpt.cli.prep_text:prep_text", "Data", "Make token shards of your own text."),
-    Command("train", "nanogpt.cli.train:train", "Runs", "Train a recipe, or go on with a run."),
+    Command("train", "nanogpt.cli.train:train", "Runs", "Train a recipe, or continue a run."),
     Command("launch", "nanogpt.cli.launch:launch", "Runs", "Train on several GPUs or nodes."),
     Command("runs", "nanogpt.cli.runs:runs", "Runs", "List runs: state, loss, time, GPUs."),
     Command("sample", "nanogpt.cli.sample:sample", "Runs", "Write text with a run's model."),

@@ -96,7 +96,7 @@ def prep_text(
     out and counted. Where a file that is named cannot be read, or not to its end, all reasons are told, no shards are
     written, and the exit code is 1; --keep-damaged makes shards of the rest. Validation takes whole documents by a hash
     of their text, or whole sources by a hash of their names, so the same input gives the same shards everywhere.
-    text.json, beside the shards, tells of them.
+    text.json, beside the shards, describes them.
     """
     from nanogpt.data import text
 

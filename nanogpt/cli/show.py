@@ -61,7 +61,7 @@ def recipes(
 
 
 def _facts(path: Path) -> dict[str, Any]:
-    """What `nanogpt recipes` tells of the shipped recipe at `path`."""
+    """What `nanogpt recipes` lists of the shipped recipe at `path`."""
     from nanogpt.hardware import shape
     from nanogpt.recipe import own_keys, resolve_recipe
 

@@ -17,7 +17,7 @@ def submission(
     ] = None,
     log_url: Annotated[str | None, typer.Option("--log-url", metavar="URL", help="Where the log is published.")] = None,
     unofficial: Annotated[
-        bool, typer.Option("--unofficial", help="Go on where a rule or the test fails, and mark it everywhere.")
+        bool, typer.Option("--unofficial", help="Continue where a rule or the test fails, and mark it everywhere.")
     ] = False,
     layout: Annotated[
         str | None,

@@ -25,7 +25,7 @@ RecipeOrResume = Annotated[
     ),
 ]
 ResumeOption = Annotated[
-    Path | None, typer.Option("--resume", metavar="RUN_DIR", help="Go on from this run's newest checkpoint.")
+    Path | None, typer.Option("--resume", metavar="RUN_DIR", help="Continue from this run's newest checkpoint.")
 ]
 DataOption = Annotated[
     Path | None,
@@ -96,7 +96,7 @@ def submit(
 ) -> None:
     """Validate RECIPE, work out nodes, GPUs, CPUs, memory, time and log from it, and submit the job.
 
-    Started by slurm/run.sh, outside of a job. Partition and account: SBATCH_PARTITION, SBATCH_ACCOUNT, or after `--`.
+    Started by slurm/run.sh, outside a job. Partition and account: SBATCH_PARTITION, SBATCH_ACCOUNT, or after `--`.
     With --dry-run the exit code is 2 where the job would be refused for its shards.
     """
     from nanogpt.cluster.at_hand import to_be_said
@@ -155,7 +155,7 @@ def _scripts() -> str:
 
     scripts = os.environ.get(SCRIPTS)
     if scripts is None:
-        raise InputError("submit: start it by slurm/run.sh RECIPE, which has sbatch at hand outside of the image")
+        raise InputError("submit: start it by slurm/run.sh RECIPE, which has sbatch at hand outside the image")
     return scripts
 
 

@@ -46,7 +46,7 @@ def train(
     resume: Annotated[
         Path | None,
         typer.Option(
-            "--resume", metavar="RUN_DIR", help="Go on from this run's newest checkpoint, on any hardware (--on)."
+            "--resume", metavar="RUN_DIR", help="Continue from this run's newest checkpoint, on any hardware (--on)."
         ),
     ] = None,
 ) -> None:
@@ -54,7 +54,7 @@ def train(
 
     On several GPUs: nanogpt launch RECIPE, or torchrun ... -m nanogpt train RECIPE.
 
-    SIGTERM, SIGUSR1 or Ctrl-C ends the run after its step, with a checkpoint and exit code 75; --resume goes on.
+    SIGTERM, SIGUSR1 or Ctrl-C ends the run after its step, with a checkpoint and exit code 75; --resume continues.
     """
     wait_briefly()
     from nanogpt.background import GivenUp, Worker, wait_for
@@ -77,7 +77,7 @@ def train(
     if resume is not None and out is not None:
         raise InputError("--out: a resumed run stays in its directory; leave --out away, or --resume")
     if resume is None and recipe is None:
-        raise InputError("train: name a RECIPE (`nanogpt recipes` lists them), or a run to go on with by --resume")
+        raise InputError("train: name a RECIPE (`nanogpt recipes` lists them), or a run to continue with --resume")
     rank, size, _ = started_as()
     is_main = rank == 0
 
@@ -114,7 +114,7 @@ def train(
             except GivenUp as error:
                 raise Interrupted(
                     f"{error}: the run stopped before its first step, while it waited for a file of {resume or recipe}"
-                    f" or its data ({data or 'data.directory'}); nothing is to be saved; start it again"
+                    f" or its data ({data or 'data.directory'}); there is nothing to save; start it again"
                 ) from None
 
         agree(prepare_or_stop, watch)

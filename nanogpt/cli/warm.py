@@ -28,7 +28,7 @@ CacheOutOption = Annotated[
         show_default="NANOGPT_CACHE, else cache beside the runs",
     ),
 ]
-FreshOption = Annotated[bool, typer.Option("--fresh", help="Compile everything anew, and replace the file.")]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Compile everything again, and replace the file.")]
 
 
 def warm(
@@ -58,7 +58,7 @@ def warm(
     except InputError as error:
         raise InputError(
             f"{error}. To compile for {spec.hardware.gpu}, ask for --gres=gpu:{spec.hardware.gpu}:1, as slurm/warm.sh"
-            " does outside of a job"
+            " does outside a job"
         ) from None
     alone = [*(overrides or ()), "hardware.gpus_per_node=1", "hardware.nodes=1", "data.epochs=null"]
     on_one = load_recipe(recipe, alone, on=shape(spec.hardware))

@@ -24,7 +24,7 @@ def at_hand(environ: Mapping[str, str]) -> Fill:
     """What this machine has, told by the driver, which is asked where a recipe leaves type or number of GPUs open.
 
     Raises (when it fills):
-        InputError: there is no GPU, or none of a type that is known; the message says how to go on.
+        InputError: there is no GPU, or none of a type that is known; the message says how to continue.
     """
 
     def fill(stated: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
@@ -46,7 +46,7 @@ def at_hand(environ: Mapping[str, str]) -> Fill:
 
 
 def of_the_job(environ: Mapping[str, str]) -> Fill:
-    """What Slurm gave the job that `environ` tells of; where it has no types of GPUs, the driver tells the type.
+    """What Slurm gave the job that `environ` describes; where it has no types of GPUs, the driver tells the type.
 
     Raises (when it fills): as `at_hand`, and `RunError` where Slurm does not answer.
     """

@@ -224,7 +224,9 @@ def check_kernels() -> Check:
         return Check(name, "warning", f"{next(reversed(tried), 'the first')}: {first_line(error)}", advice)
     except Exception as error:
         found = f"{next(reversed(tried), 'the first')}: {type(error).__name__}: {first_line(error)}"
-        return Check(name, "failed", found, "Runs go on without: --set runtime.kernels=plain runtime.attention=plain.")
+        return Check(
+            name, "failed", found, "Runs continue without: --set runtime.kernels=plain runtime.attention=plain."
+        )
     return Check(name, "passed", f"{len(tried)} were launched in {time.perf_counter() - start:.1f} s")
 
 

@@ -1,4 +1,4 @@
-"""The GPUs of this machine as the driver's NVML tells of them: no CUDA context, no torch, a fraction of a second."""
+"""The GPUs of this machine as the driver's NVML describes them: no CUDA context, no torch, a fraction of a second."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def _processes(nvml: Any) -> list[GpuProcess]:
 
 
 def _told(nvml: Any, function: Callable[..., Any], *arguments: Any) -> Any:
-    """What `function` returns; None where this GPU, or who asks, is not told."""
+    """What `function` returns; None where the driver does not tell, of this GPU or to this user."""
     try:
         return function(*arguments)
     except (nvml.NVMLError_NotSupported, nvml.NVMLError_NoPermission, nvml.NVMLError_NotFound):

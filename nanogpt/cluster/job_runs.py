@@ -1,4 +1,4 @@
-"""The runs of a Slurm job: which one a requeued job goes on with, and whether another requeue would help.
+"""The runs of a Slurm job: which one a requeued job continues with, and whether another requeue would help.
 
 A requeued job keeps its id, so its runs are those whose record names that id and cluster.
 """
@@ -28,7 +28,7 @@ class JobRun:
 
     @property
     def has_checkpoint(self) -> bool:
-        """Whether there is one to go on from."""
+        """Whether there is one to continue from."""
         return any((self.path / CHECKPOINTS_NAME).glob("step-*.pt"))
 
 
@@ -40,7 +40,7 @@ def runs_of_job(parent: Path, job_id: str, cluster: str | None) -> list[JobRun]:
             continue
         try:
             record = read_record(path)
-        except InputError:  # none, or damaged: not to be known whose it is
+        except InputError:  # none, or damaged: whose it is cannot be known
             continue
         slurm = record.slurm
         if slurm is not None and slurm.job_id == job_id and cluster in (None, slurm.cluster):
@@ -50,7 +50,7 @@ def runs_of_job(parent: Path, job_id: str, cluster: str | None) -> list[JobRun]:
 
 @dataclass(frozen=True)
 class Continuation:
-    """What a job is to do: start a run, go on with `run`, or nothing, for `run` is finished."""
+    """What a job is to do: start a run, continue with `run`, or nothing, for `run` is finished."""
 
     action: Literal["start", "resume", "nothing"]
     run: JobRun | None = None
@@ -58,7 +58,7 @@ class Continuation:
 
 
 def continuation(parent: Path, environ: Mapping[str, str]) -> Continuation:
-    """What the job that `environ` tells of is to do. Only a job that was requeued has anything to go on with."""
+    """What the job that `environ` describes is to do. Only a job that was requeued has anything to continue with."""
     restarts = environ.get("SLURM_RESTART_COUNT", "0")
     if not re.fullmatch("0*[1-9][0-9]*", restarts):
         return Continuation("start")
@@ -67,14 +67,14 @@ def continuation(parent: Path, environ: Mapping[str, str]) -> Continuation:
         if run.record.state == "finished":
             return Continuation("nothing", run, f"job was requeued after its run {run.path} had finished")
         if run.has_checkpoint:
-            return Continuation("resume", run, f"restart {restarts} of the job: going on with {run.path}")
+            return Continuation("resume", run, f"restart {restarts} of the job: continuing with {run.path}")
     if runs:
         return Continuation("start", None, f"restart {restarts} of the job: {runs[-1].path} has no checkpoint")
     return Continuation("start", None, f"restart {restarts} of the job: it has no run in {parent} yet")
 
 
 def newest_run(parent: Path, environ: Mapping[str, str]) -> JobRun | None:
-    """The last run that the job that `environ` tells of has made in the directory `parent`."""
+    """The last run that the job that `environ` describes has made in the directory `parent`."""
     runs = runs_of_job(parent, value_of("SLURM_JOB_ID", environ), environ.get("SLURM_CLUSTER_NAME"))
     return runs[-1] if runs else None
 

@@ -38,8 +38,8 @@ class RunArguments:
     steps: int | None = None
     data: Path | None = None
     out: Path | None = None
-    resume: Path | None = None  # a run to go on with
-    on: str | None = None  # hardware in place of the recipe's: 4xh200
+    resume: Path | None = None  # a run to continue with
+    on: str | None = None  # hardware instead of the recipe's: 4xh200
 
     def with_environment(self, environ: Mapping[str, str]) -> RunArguments:
         """The same with GPU_TYPE and NUM_GPUS taken in; a `--on` or `--set` of the user's wins."""
@@ -62,7 +62,7 @@ class RunArguments:
         if self.resume is not None:
             return resumed_spec(RunDirectory.open(self.resume), self.recipe, self.overrides, self.steps, on=self.on)
         if self.recipe is None:
-            raise InputError("name a RECIPE (`nanogpt recipes` lists them), or a run to go on with by --resume")
+            raise InputError("name a RECIPE (`nanogpt recipes` lists them), or a run to continue with --resume")
         return load_recipe(self.recipe, self.overrides, self.steps, on=self.on)
 
     def data_directory(self, spec: RunSpec) -> Path:
@@ -91,7 +91,7 @@ class RunArguments:
 
 
 def plan_step(arguments: RunArguments, environ: Mapping[str, str]) -> list[str]:
-    """The srun command of the job that `environ` tells of; empty where there is nothing left to do.
+    """The srun command of the job that `environ` describes; empty where there is nothing left to do.
 
     Raises:
         InputError: the recipe is invalid, or the allocation, the shards or the output do not fit it.

@@ -62,7 +62,7 @@ class Job:
 
     @property
     def seconds_of_run_left(self) -> float | None:
-        """Of the run's steps, at its mean speed so far; None: not to be told."""
+        """Of the run's steps, at its mean speed so far; None: not known."""
         run = self.run
         if run is None or not run.ms_per_step or run.total_steps is None or self.state != "RUNNING":
             return None
@@ -164,7 +164,7 @@ def _join(jobs: Sequence[Job], rows: Sequence[RunRow]) -> None:
 
 
 def _ended(jobs: Sequence[Job], rows: Sequence[RunRow]) -> list[Job]:
-    """Jobs that squeue does not know any more, as their runs tell of them: for want of sacct."""
+    """Jobs that squeue does not know any more, from their runs, where sacct is missing."""
     known = {job.id for job in jobs}
     since = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=2)
     ended: dict[str, Job] = {}
@@ -186,7 +186,7 @@ def last_train_loss(path: Path) -> float | None:
 
 
 def refresh(job: Job) -> None:
-    """Read the job's run anew."""
+    """Read the job's run again."""
     if job.run is not None:
         job.run, job.train_loss = run_row(job.run.path), last_train_loss(job.run.path)
 

@@ -31,7 +31,7 @@ class Answer(NamedTuple):
 
 
 def ask(*command: str, timeout_s: float = 60.0) -> Answer:
-    """Run one of Slurm's commands (or getent) outside of the image, and wait for it.
+    """Run one of Slurm's commands (or getent) outside the image, and wait for it.
 
     Raises:
         RunError: the relay is gone, or the command took longer than `timeout_s` (without a relay).

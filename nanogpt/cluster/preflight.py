@@ -223,7 +223,7 @@ def check_shards(spec: RunSpec, data: Path) -> list[Check]:
 
 
 def _shards(spec: RunSpec, data: Path) -> Iterable[Check]:
-    again = f"Make them anew: prep-fineweb --dir {data} (on the login node), or prep-text"
+    again = f"Make them again: prep-fineweb --dir {data} (on the login node), or prep-text"
     if not data.is_dir():
         advice = f"{again}; or name the directory: --data, NANOGPT_DATA, data.directory in the recipe"
         yield Check("shards", "failed", f"{data}: no such directory{seen_inside(data)}", advice)
@@ -239,7 +239,7 @@ def _shards(spec: RunSpec, data: Path) -> Iterable[Check]:
             "validation",
             spec.data.val_files,
             spec.evaluation.tokens + 1,
-            "Make them anew with more of them: prep-text --val-tokens N --force (FineWeb's one shard has 100 million);"
+            "Make them again with more of them: prep-text --val-tokens N --force (FineWeb's one shard has 100 million);"
             " or validate on fewer: --set evaluation.tokens=N",
         ),
     ):

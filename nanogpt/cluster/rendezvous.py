@@ -1,6 +1,6 @@
 """Where the nodes of a run meet: the first node's address, and a port of the job's own.
 
-Names are resolved outside of the image, which may lack what the node's resolver needs. A name that cannot be resolved
+Names are resolved outside the image, which may lack what the node's resolver needs. A name that cannot be resolved
 is an error: with localhost in its place every node would wait, or train, alone.
 """
 

@@ -23,7 +23,7 @@ MEMORY_PER_CPU_RANK_GB = 4
 STOP_SIGNAL = "B:USR1@120"  # to the batch script alone: in the image's step it would kill squashfuse
 LOG, ARRAY_LOG = "logs/%x-%j.out", "logs/%x-%A_%a.out"
 GIVEN = "NANOGPT_GIVEN"  # names of the NANOGPT_* variables that slurm/use_site.sh found set
-CPUS = "NANOGPT_CPUS_PER_GPU"  # in place of `GpuType.cpus`
+CPUS = "NANOGPT_CPUS_PER_GPU"  # instead of `GpuType.cpus`
 MOST_RUNS = 1000  # of an array
 
 # A start from nothing: staging, compiling (10 minutes), warm-up; then the steps at a speed that no healthy machine

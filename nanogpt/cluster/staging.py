@@ -144,7 +144,7 @@ def _copy(source: Path, folder: int, known: str | None) -> int:
         if known and digest.hexdigest() != known:
             raise RunError(
                 f"{source}: has sha256 {digest.hexdigest()}, the file beside it says {known}: it is damaged, or was"
-                " changed. Make it anew: make sif for an image, prep-fineweb --verify for shards"
+                " changed. Make it again: make sif for an image, prep-fineweb --verify for shards"
             )
         os.rename(partial, source.name, src_dir_fd=folder, dst_dir_fd=folder)
     finally:

@@ -64,7 +64,7 @@ class StepRequest(NamedTuple):
     max_document_tokens: int  # documents are cut there
     max_documents: int | None = None  # room for segments, see `cu_seqlens_length`; None: by a micro-batch's tokens
     loss: StageLoss | None = None  # handed on to the extras
-    max_segment_tokens: int | None = None  # a document's segments have so many but for its last; None: it is one
+    max_segment_tokens: int | None = None  # a document's segments have this many but for its last; None: it is one
 
     @property
     def max_seqlen(self) -> int:
@@ -108,7 +108,7 @@ class TrainBatches:
             the current stream waits for; the host never waits.
         prefetch: Build the next step and read the next shard in background threads. The batches are the same
             without.
-        epochs: Passes over the files; None repeats for ever. The speedrun makes one pass at most.
+        epochs: Passes over the files; None repeats forever. The speedrun makes one pass at most.
         run_tokens: Tokens that the whole run will take, if known: a data set that is smaller is refused at once.
         hashed: Hash each shard in the background once it is read, for `sha256`.
         extras: Called for this rank's slots while a step is built; for all of them, by every rank alike, where it gives
@@ -116,7 +116,7 @@ class TrainBatches:
         kept_extras: Names of those that are also kept on the host, of all ranks' slots in order, in `step_extras` for
             the step that was handed out last.
         ahead_extras: For `look_ahead`, the names of the extras of which each value is a row of a table, by table.
-        asked: Says why the run is to stop, if it is: then nobody waits for ever for a file system that does not answer.
+        asked: Says why the run is to stop, if it is: then nobody waits forever for a file system that does not answer.
 
     Only the files' headers are read here, and nothing by `restart`: the first `next_step` opens the first shard, so
     that a clock started before it covers the opening. All methods belong to one thread.
@@ -147,7 +147,7 @@ class TrainBatches:
     ):
         _check_ranks(slots, rank, world_size)
         if epochs is not None and epochs < 1:
-            raise InputError(f"epochs: {epochs}, must be at least 1, or None to repeat the data for ever")
+            raise InputError(f"epochs: {epochs}, must be at least 1, or None to repeat the data forever")
         self._files = _sorted_shards(files, "training")
         self._counts = [read_count(path) for path in self._files]
         self._own_slots = range(rank, slots, world_size)
@@ -186,7 +186,7 @@ class TrainBatches:
         Raises:
             InputError: the data are used up, or a slot has more segments than `cu_seqlens` has room for, or the
                 request does not fit the slots.
-            ShardError: a shard cannot be read, has a token outside of the vocabulary, or no BOS.
+            ShardError: a shard cannot be read, has a token outside the vocabulary, or no BOS.
             RunError: the run is to stop, and the step has not come for `nanogpt.background.GRACE_S` since.
         """
         began = time.perf_counter()
@@ -194,7 +194,7 @@ class TrainBatches:
         try:
             step = self._wait(self._coming[0][1])
         except BaseException:
-            for _, future in self._coming:  # they go on from this one; nobody waits for one that hangs
+            for _, future in self._coming:  # they continue from this one; nobody waits for one that hangs
                 future.cancel()
             self._coming.clear()
             raise
@@ -237,7 +237,7 @@ class TrainBatches:
         return {**position._asdict(), "file": self._files[position.shard].name}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state`, of `state_dict`, was taken; the world size may be another.
+        """Continue where `state`, of `state_dict`, was taken; the world size may be another.
 
         Raises:
             InputError: the state names another file, or lacks an entry. A document beyond the shard's end is found
@@ -491,7 +491,7 @@ class ValBatches:
 
     Piece p, the tokens from `p * micro_batch_tokens` on plus one for the last target, is slot `p % slots` of its
     group, and belongs to rank `p % world_size`. Documents are not cut at a maximum; they begin at BOS tokens, and a
-    piece that begins inside a document counts that rest as one. Iterating starts anew each time. A shard that ends
+    piece that begins inside a document counts that rest as one. Iterating starts again each time. A shard that ends
     early is followed by the next. Everything is read and checked here, by every rank alike; `sha256` is of the stream
     as it was read: `tokens` + 1 little-endian uint16.
 
@@ -508,7 +508,7 @@ class ValBatches:
         extras: As for `TrainBatches`.
 
     Raises:
-        ShardError: a file is missing or not a shard, or has a token outside of the vocabulary.
+        ShardError: a file is missing or not a shard, or has a token outside the vocabulary.
         InputError: no files, too few tokens, sizes that do not divide, or more documents in a piece than
             `cu_seqlens` has room for.
     """

@@ -119,7 +119,7 @@ class FilesUnit(Unit):
 
 @dataclass(slots=True)
 class SegmentUnit(Unit):
-    """Bytes `start` to `end` of a large text file; all but its `first` segment go on with the document."""
+    """Bytes `start` to `end` of a large text file; all but its `first` segment continue with the document."""
 
     path: str
     start: int
@@ -524,7 +524,7 @@ def read_unit(unit: Unit) -> Iterator[Document | Skip]:
             else:
                 yield _of_source(_read_value(value, place, unit.field), named)
     else:
-        raise TypeError(f"{type(unit).__name__} is no unit of work")
+        raise TypeError(f"{type(unit).__name__} is not a unit of work")
 
 
 def _of_source(item: Document | Skip, source: str) -> Document | Skip:
@@ -607,7 +607,7 @@ def _values(line: bytes) -> int:
 def _fields(record: object) -> str:
     """What a record has where the field that was asked for is missing."""
     if not isinstance(record, dict):
-        return "it is no object"
+        return "it is not an object"
     text = [name for name, value in record.items() if isinstance(value, str)]
     return f"its fields with text: {listed(text)}" if text else f"its fields, none with text: {listed(record)}"
 

@@ -47,7 +47,7 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_
 class Encoded:
     """The tokens of a unit, a BOS before each document.
 
-    Where `continued`, the unit goes on with the document of the unit before and starts without a BOS.
+    Where `continued`, the unit continues with the document of the unit before and starts without a BOS.
     """
 
     input: int

@@ -67,7 +67,7 @@ class Outcome:
 
 
 class DownloadError(RunError):
-    """Some shards could not be had; `outcomes` tells of all of them."""
+    """Some shards could not be fetched; `outcomes` has all of them."""
 
     def __init__(self, message: str, outcomes: list[Outcome]) -> None:
         super().__init__(message)
@@ -105,7 +105,7 @@ def download(
 
     Raises:
         InputError: an argument is out of bounds, or the directory cannot be made.
-        DownloadError: some shards could not be had; the others are here.
+        DownloadError: some shards could not be fetched; the others are here.
         Interrupted: SIGINT or SIGTERM came. What has arrived is kept.
         RunError: no network, too little space, a file is not in the data set.
     """
@@ -122,7 +122,7 @@ def download(
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
-            f"{directory}: is no directory and cannot be made one: {error.strerror}. Choose another with --dir or "
+            f"{directory}: is not a directory and cannot be made one: {error.strerror}. Choose another with --dir or "
             "NANOGPT_DATA"
         ) from error
 
@@ -309,7 +309,7 @@ class _Todo:
             partial_path.unlink(missing_ok=True)
             detail = str(error).removeprefix(f"{partial_path}: ")
             raise RunError(
-                f"{file.name}: the hub's own file ({self.hub.endpoint}, {self.hub.repository}) is no token shard:"
+                f"{file.name}: the hub's own file ({self.hub.endpoint}, {self.hub.repository}) is not a token shard:"
                 f" {detail}"
             ) from error
         partial_path.replace(path)

@@ -236,7 +236,7 @@ class Hub:
                     if have == file.bytes:
                         break
             finally:
-                # Network file systems tell of a full disk or quota only now.
+                # Network file systems report a full disk or quota only now.
                 with disk_errors(partial):
                     try:
                         if have == file.bytes:

@@ -167,7 +167,7 @@ def pinned_sha256(name: str, repository: str) -> str | None:
 
 
 def file_sha256(path: Path, stop: Stop | None = None) -> str:
-    """A file's sha256 in hexadecimal, read anew."""
+    """A file's sha256 in hexadecimal, read again."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(4 << 20))
     with open_regular(path) as file:

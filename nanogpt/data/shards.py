@@ -52,12 +52,12 @@ def missing_target(path: Path) -> str | None:
             target.lstat()
         except OSError as error:
             what = f"{path}: is a link to {target}: {error.strerror}"
-            way_out = ". Mend the link, or make the shards anew: prep-fineweb, prep-text"
+            way_out = ". Fix the link, or make the shards again: prep-fineweb, prep-text"
             return what + (seen_inside(target.parent) or way_out)
         if not target.is_symlink():
             return None
         link = target
-    return f"{path}: is a link that leads back to itself. Mend it, or make the shards anew: prep-fineweb, prep-text"
+    return f"{path}: is a link that leads back to itself. Fix it, or make the shards again: prep-fineweb, prep-text"
 
 
 def read_count(path: Path) -> int:
@@ -96,7 +96,7 @@ def check_tokens(path: Path, tokens: Tokens, vocab_size: int, first: int = 0) ->
         place = int(np.argmax(tokens >= vocab_size))
         raise ShardError(
             f"{path}: token {first + place:,} (from 0) is {tokens[place]}, the vocabulary is 0..{vocab_size - 1}"
-            " (model.vocab_size): the shard is damaged, or another tokenizer's. Get it anew (prep-fineweb --verify,"
+            " (model.vocab_size): the shard is damaged, or another tokenizer's. Get it again (prep-fineweb --verify,"
             " prep-text), or leave it out"
         )
 
@@ -105,7 +105,7 @@ def check_shard_tokens(path: Path, vocab_size: int, bos: int) -> int:
     """Read a whole shard, some MiB at a time, and return its count of tokens.
 
     Raises:
-        ShardError: as `read_count`, or a token outside of the vocabulary, or no `bos`, which begins each document.
+        ShardError: as `read_count`, or a token outside the vocabulary, or no `bos`, which begins each document.
     """
     count = read_count(path)
     buffer = np.empty(CHECKED_TOKENS, dtype="<u2")

@@ -35,7 +35,7 @@ class Skips:
     first_losses: list[str] = field(default_factory=list)
 
     def add(self, reason: str, place: str, *, note: str = "", count: int = 1, named: bool = False) -> None:
-        """Count one more, or `count`; an empty `place` is no example. `named`: the user named the file it is in."""
+        """Count one more, or `count`; an empty `place` is not an example. `named`: the user named the file it is in."""
         if not count:
             return
         self.counts[reason] = self.counts.get(reason, 0) + count

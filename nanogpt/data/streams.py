@@ -52,7 +52,7 @@ def wide_encoding(head: bytes) -> str | None:
 
 
 def peek(blocks: Iterator[Block], limit: int, wanted: Callable[[bytes], bool] = bool) -> tuple[bytes, Iterator[Block]]:
-    """The contents up to a block that is `wanted`, or up to `limit` bytes; and all blocks anew.
+    """The contents up to a block that is `wanted`, or up to `limit` bytes; and all blocks again.
 
     An error of `blocks` is raised where the blocks returned come to it.
     """

@@ -107,7 +107,7 @@ def _encode(text: str) -> npt.NDArray[np.uint32]:
     try:
         return encoding.encode_to_numpy(text, disallowed_special=())
     except BaseException as error:
-        # Out of stack: a ValueError, from older tiktoken a Rust panic, which is no Exception.
+        # Out of stack: a ValueError, from older tiktoken a Rust panic, which is not an Exception.
         if not (isinstance(error, ValueError) or type(error).__name__ == "PanicException"):
             raise
         cuts = [match.end() for match in LONG_SPACE_END.finditer(text)]

@@ -55,7 +55,7 @@ def report(place: Place, prefixes: Sequence[str], ideas: Iterable[str], outcomes
 def differences(place: Place, name: str, other: str) -> list[str]:
     """`name` minus `other` at each evaluation, by pairs of one seed, with the pairs' mean and its standard error.
 
-    Runs of different lengths are no pair: the same step is at another place of the schedule.
+    Runs of different lengths are not a pair: the same step is at another place of the schedule.
     """
     pairs: list[dict[int, float]] = []
     for run, base in _pairs(place, name, other):
@@ -173,7 +173,7 @@ def training_difference(run: SeedRun, base: SeedRun) -> tuple[str, float, float]
 
 
 def _pairs(place: Place, name: str, other: str) -> Iterator[tuple[SeedRun, SeedRun]]:
-    """The runs of both with one seed. Those of different lengths are no pair."""
+    """The runs of both with one seed. Those of different lengths are not pair."""
     ours, theirs = _seeds(place, name), _seeds(place, other)
     for seed, base in theirs.items():
         run = ours.get(seed)

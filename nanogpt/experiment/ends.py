@@ -42,8 +42,8 @@ class Ends:
     last so many steps: the first of them copied, then each with the rate 2 / (horizon + 1).
     """
 
-    averages: Sequence[int] = ()  # the mean of the weights that each of the last so many steps has left, in fp32
-    before: Sequence[int] = ()  # the weights of so many steps before the end
+    averages: Sequence[int] = ()  # the mean of the weights that each of the last N steps has left, in fp32
+    before: Sequence[int] = ()  # the weights of N steps before the end
     windows: Sequence[tuple[int, int]] = ()  # the last weights with other windows, short and long, in blocks
     horizons: Sequence[int] = ()  # of running averages, in steps
     blends: Sequence[float] = ()

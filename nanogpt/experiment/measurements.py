@@ -67,7 +67,7 @@ class Measurement:
         return self.command in (TRAIN, ENDS)
 
     def on(self, ranks: int, seed: int | None) -> Measurement:
-        """The same on so many GPUs of one machine, with this seed if there is one."""
+        """The same on this many GPUs of one machine, with this seed if there is one."""
         if self.recipe is None:
             return self
         seeds = () if seed is None else (f"training.seed={seed}",)
@@ -102,7 +102,7 @@ class Measurement:
 
 
 def on_one_node(ranks: int) -> tuple[str, str]:
-    """Settings for so many GPUs of one machine."""
+    """Settings for this many GPUs of one machine."""
     return f"hardware.gpus_per_node={ranks}", "hardware.nodes=1"
 
 

@@ -240,13 +240,13 @@ def finished(place: Place, name: Name, fingerprint: str) -> Outcome | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path}: not the outcome of a measurement ({error}); delete it to measure anew") from error
+        raise InputError(f"{path}: not the outcome of a measurement ({error}); delete it to measure again") from error
     if not stored.covers(name):
         return None
     if stored.fingerprint != fingerprint:
         raise InputError(
             f"{path}: {name.file} was measured with another recipe, settings, steps, data or number of GPUs. Delete"
-            " this file to measure it anew, or name another directory"
+            " this file to measure it again, or name another directory"
         )
     return stored
 

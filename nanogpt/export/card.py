@@ -61,7 +61,7 @@ def model_card(
             else []
         ),
         f"The logits have {spec.model.padded_vocab_size:,} columns, of which the last"
-        f" {spec.model.padded_vocab_size - spec.model.vocab_size:,} are no tokens.",
+        f" {spec.model.padded_vocab_size - spec.model.vocab_size:,} are not tokens.",
         "",
         "## The run",
         "",

@@ -11,7 +11,7 @@ from nanogpt.errors import InputError, RunError
 
 
 def check_name(name: str) -> None:
-    """Raise InputError where `name` is no OWNER/NAME of a repository."""
+    """Raise InputError where `name` is not an OWNER/NAME of a repository."""
     if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name, re.ASCII):
         raise InputError(f"--push-to-hub: found {name!r}, expected OWNER/NAME, such as my-lab/speedrun-1555")
 

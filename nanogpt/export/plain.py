@@ -1,4 +1,4 @@
-"""Kernels as exported code computes them: the plain equals, without backends and without this package's operations."""
+"""Kernels as exported code computes them: plain equivalents, without backends or this package's operations."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ class NanogptModel(MODEL):
         return softcap(x @ self.lm_head, spec.softcap.cap, spec.softcap.shift, spec.softcap.scale)
 
     def fill_rotary_tables(self, tokens: int, device: torch.device) -> None:
-        """Where there are none yet for so many tokens, in this dtype and on this device."""
+        """Where there are none yet for this many tokens, in this dtype and on this device."""
         dtype = self.embed.dtype
         if self.rotary_rows >= 2 * tokens and self.rotary_place == (dtype, device):
             return

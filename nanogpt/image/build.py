@@ -82,7 +82,7 @@ MEANINGS = (
     ),
     (
         "requirements have to have their versions pinned",
-        "The lock is not complete; write it anew with `make lock`.",
+        "The lock is not complete; write it again with `make lock`.",
     ),
     (
         "toomanyrequests",

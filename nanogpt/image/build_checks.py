@@ -89,14 +89,14 @@ def check_apptainer() -> Check:
     text = _output(path, "--version") or ""
     version = parse_version(text)
     if version is None:
-        return Check("Apptainer", "failed", f"{path} --version says {text[:80]!r}", "Is it broken? Install it anew.")
+        return Check("Apptainer", "failed", f"{path} --version says {text[:80]!r}", "Is it broken? Install it again.")
     shown = ".".join(map(str, version))
     if version < APPTAINER_NEEDED:
         return Check(
             "Apptainer",
             "failed",
             shown,
-            f"Needed is {needed} or newer (build arguments); try `module avail apptainer`.",
+            f"{needed} or newer is needed (build arguments); try `module avail apptainer`.",
         )
     return Check("Apptainer", "passed", shown)
 
@@ -138,7 +138,7 @@ def check_squashfs_tools(asked: str | None = None) -> Check:
     version = parse_version((_output(path, "-version") or "").partition("\n")[0])
     shown = ".".join(map(str, version or ("unknown version",)))
     if version is None or version < SQUASHFS_TOOLS_NEEDED:
-        return Check("mksquashfs", "failed", shown, "Needed is squashfs-tools 4.5 or newer; build on another machine.")
+        return Check("mksquashfs", "failed", shown, "squashfs-tools 4.5 or newer is needed; build on another machine.")
     compression = choose_compression(asked)
     refused = refusal(path, compression)
     if refused:

@@ -1,4 +1,4 @@
-"""`build-flash-attn`: FlashAttention 3 from source, no more of it than a run needs.
+"""`build-flash-attn`: FlashAttention 3 from source, only what a run needs.
 
 The image's FlashAttention 4 needs no building. FlashAttention 3 was a little quicker on short documents; its source, in
 `hopper/` of the flash-attention repository, builds hundreds of kernels unless told otherwise. Here: heads of 128, bf16,
@@ -89,7 +89,7 @@ def unpack_source(source: Path, scratch: Path) -> Path:
 
 
 def _extract(archive: tarfile.TarFile, to: Path) -> None:
-    """Unpack, but nothing outside of `to`. Raises `tarfile.TarError` for an archive that would."""
+    """Unpack, but nothing outside `to`. Raises `tarfile.TarError` for an archive that would."""
     if hasattr(tarfile, "data_filter"):
         archive.extractall(to, filter="data")
         return
@@ -99,7 +99,7 @@ def _extract(archive: tarfile.TarFile, to: Path) -> None:
         path = top / member.name
         places = [path, path.parent / member.linkname if member.issym() else top / member.linkname]
         if member.isdev() or not all(place.resolve().is_relative_to(top) for place in places):
-            raise tarfile.TarError(f"{member.name!r} would be written outside of the destination")
+            raise tarfile.TarError(f"{member.name!r} would be written outside the destination")
     archive.extractall(to)
 
 

@@ -32,7 +32,7 @@ class Built:
 
 
 def inside_labels(directory: Path = INSIDE) -> dict[str, str]:
-    """Labels of the image that this process runs in; empty outside of one."""
+    """Labels of the image that this process runs in; empty outside one."""
     try:
         found = json.loads((directory / "labels.json").read_bytes())
     except (OSError, ValueError):

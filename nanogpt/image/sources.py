@@ -100,7 +100,7 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 def stage(root: Path, source: Source, to: Path) -> str:
-    """Copy the source's files to the directory `to`, made anew; a hash over their paths, modes and contents."""
+    """Copy the source's files to the directory `to`, made again; a hash over their paths, modes and contents."""
     if to.exists():
         shutil.rmtree(to)
     digest = hashlib.sha256()
@@ -237,7 +237,7 @@ def wheel_directory(given: str | None, flavour: str, find_links: str | None) -> 
     """A directory of wheels for pip: the one given, else for the CPU flavour one that pip's settings name.
 
     Raises:
-        InputError: the one given is no directory.
+        InputError: the one given is not a directory.
     """
     if given:
         if not Path(given).is_dir():

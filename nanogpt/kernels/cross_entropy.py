@@ -314,7 +314,7 @@ _bf16_head_loss.register_autograd(_bf16_backward, setup_context=_bf16_setup)
 # ---------------------------------------------------------------- plain implementation, chunk by chunk
 
 # On a CPU: the gradient's products take 256 tokens at a time, to amortise adding to the (D, V) gradient; logits are
-# made for 64 (13 MB, which malloc recycles where larger blocks would be mapped and zeroed anew), and worked on
+# made for 64 (13 MB, which malloc recycles where larger blocks would be mapped and zeroed again), and worked on
 # elementwise 16 rows at a time (3 MB), so that about ten passes stay in cache.
 _CPU_ROWS = (256, 64, 16)
 _CUDA_ROWS = (4096, 4096, 4096)

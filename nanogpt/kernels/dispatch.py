@@ -1,4 +1,4 @@
-"""Where a hand-written kernel runs, and where its plain equal does; and how a kernel is given a number."""
+"""Where a hand-written kernel runs, and where its plain equivalent does; and how a kernel is given a number."""
 
 from __future__ import annotations
 
@@ -31,6 +31,6 @@ def device_capability(device: torch.device) -> Capability:
 
 def run_time_number(value: float | Tensor, dtype: torch.dtype) -> Tensor:
     """`value` as a CPU tensor (), which an operation reads when it runs: under `torch.compile`, a number given as a
-    tensor is no constant of the code, so that one graph serves all its values.
+    tensor is not a constant of the code, so that one graph serves all its values.
     """
     return value if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype, device="cpu")

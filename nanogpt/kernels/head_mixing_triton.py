@@ -2,7 +2,7 @@
 
 Forward, and the gradients of q, w1 and w2: a program takes `block` queries and the `reach` keys that end with the last
 of them, which is all that the window can reach, so there is no loop over keys. The gradients of k and v: a program
-takes `block` keys and the `reach` queries that begin with the first of them, and computes the weights anew. So every
+takes `block` keys and the `reach` queries that begin with the first of them, and computes the weights again. So every
 gradient has one writer, nothing is added atomically, and the result is the same every time.
 
 Each kernel goes over the heads twice, since the mixture needs all of them before any can use it. Programs read

@@ -2,7 +2,7 @@
 
 A program takes a block of the sorted rows. One product with a matrix of zeros and ones, which says what belongs to the
 same row, gives every row's sum at once. Rows that lie within a block are added to the table by its program. The parts
-of a row that goes on from block to block are put aside, and added by the second kernel: by the program of the block in
+of a row that spans several blocks are put aside, and added by the second kernel: by the program of the block in
 which the row begins, in the order of the blocks. So each row of the table has one writer.
 """
 
@@ -28,7 +28,7 @@ def _add_within_blocks_kernel(
     rows_ptr,  # (T,) sorted
     tokens_ptr,  # (T,) int64
     grads_ptr,  # (T, D)
-    parts_ptr,  # (blocks, 2, D) fp32: of the row that comes from the block before, of the one that goes on to the next
+    parts_ptr,  # (blocks, 2, D) fp32: of the row that comes from the block before, of the one that leads into the next
     T,
     D,
     BLOCK: tl.constexpr,
@@ -80,7 +80,7 @@ def _add_across_blocks_kernel(
     before = tl.load(rows_ptr + start - 1, mask=start > 0, other=NO_ROW)
     row = tl.load(rows_ptr + end - 1, mask=end < T, other=NO_ROW)  # of the block's last place
     after = tl.load(rows_ptr + end, mask=end < T, other=NO_ROW)
-    if (row == after) & (row != before) & (end < T):  # begins here, and goes on
+    if (row == after) & (row != before) & (end < T):  # begins here, and continues
         total = tl.load(parts_ptr + (2 * block + 1) * D + column, mask=in_row, other=0.0)
         following = block + 1 + tl.arange(0, AT_ONCE)
         going = True

@@ -12,7 +12,7 @@ what torchrun tells (plain `torchrun -m nanogpt train` works as well). Beyond th
   signal changes nothing, since Slurm and a user's shell may well send them to launcher and ranks alike; a second
   Ctrl-C, SIGHUP or SIGQUIT kills the ranks.
 - After `--grace` seconds the ranks are killed.
-- Ctrl-Z (SIGTSTP) stops the ranks and then the launcher; going on lets them go on. Time in which the launcher itself
+- Ctrl-Z (SIGTSTP) stops the ranks and then the launcher; SIGCONT lets them continue. Time in which the launcher itself
   was stopped counts against no limit.
 - A rank that is stopped (SIGSTOP) takes no other signal: after `STOPPED_S` it is killed, whether or not any other
   rank of this node is left to notice.

@@ -117,7 +117,7 @@ def meet(meeting: Meeting, cancelled: Callable[[], bool], hurried: Callable[[], 
         hurried: asked while it waits for them to end.
 
     Raises:
-        InputError: `host` is no address, or none that the other nodes can reach, or the nodes do not fit together.
+        InputError: `host` is not an address, or none that the other nodes can reach, or the nodes do not fit together.
         RunError: the port is in use, or nodes do not come.
         Cancelled: it is.
     """
@@ -225,7 +225,7 @@ def _open_on_first(meeting: Meeting) -> socket.socket | None:
     if not mine:
         if told:
             raise InputError(
-                f"nanogpt launch: {meeting.host} ({', '.join(addresses)}) is no address of {socket.gethostname()},"
+                f"nanogpt launch: {meeting.host} ({', '.join(addresses)}) is not an address of {socket.gethostname()},"
                 " which is to be the first node; name the first node's address in --rdzv-endpoint"
             )
         return None

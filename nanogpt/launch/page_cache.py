@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 BLOCK_BYTES = 4 << 20
-DATA_BYTES = 64 << 20  # of one mapping that is no code: larger ones are GPU code, which the driver has by then
+DATA_BYTES = 64 << 20  # of one mapping that is not code: larger ones are GPU code, which the driver has by then
 
 
 def keep_code_in_memory(environ: Mapping[str, str], *, wait: bool = False) -> None:

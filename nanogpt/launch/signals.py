@@ -21,7 +21,7 @@ INTERRUPT_EXIT_CODE = 130
 
 
 class StopSignals:
-    """Notes that a signal came; a context manager. Outside of the main thread it only hears the launcher."""
+    """Notes that a signal came; a context manager. Outside the main thread it only hears the launcher."""
 
     def __init__(self) -> None:
         self._seen: str | None = None

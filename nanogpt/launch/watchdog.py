@@ -5,20 +5,21 @@ Notable features:
   outlives every rank. It makes no CUDA call and no collective; a step costs a lock and a counter.
 - Death: a process that is gone from this host is noticed at the next beat; one that is silent (stopped, or its host
   or network is down) after `watchdog.silence_seconds`. A beat says "the process runs", whatever its main thread does,
-  so compiling and writing are no silence.
+  so compiling and writing are not silence.
 - Suspension: time in which this process stood still counts against no limit, its own or another's, so a job that is
-  stopped as a whole and continued goes on. A rank that is stopped alone is silent: nobody can know that it comes back.
+  stopped as a whole and continued is unharmed. A rank that is stopped alone is silent: nobody can know that it
+  comes back.
 - Anybody on the node can write into the store. What is read from it is words for a message, never a command: they are
   made printable, a process is killed only where it is a child of the same launcher, and a log is written to only where
   it is this user's.
-- Hanging: threads go on where a collective never ends. A rank whose main thread has not got past a step for
+- Hanging: threads continue where a collective never ends. A rank whose main thread has not got past a step for
   `watchdog.step_seconds`, or in any other phase for `watchdog.phase_seconds`, gives up, and says who is behind.
 - The end: every other rank says who was lost and at which step, writes that into the run's log, and exits, by force
   where its main thread is stuck. A stopped process takes no signal but SIGKILL: it gets it from a rank of its host, or
   from the launcher. Ranks whose launcher dies are killed by the kernel.
 - Stopping: once a signal has come to any rank or launcher, each rank's thread reports the segment (a step, or one of
   the warm-up) that its main thread is in, and holds the main thread at the end of it until all have reported. All
-  then go on to the end of the farthest reported segment and stop there. No rank waits for another as long as no
+  then continue to the end of the farthest reported segment and stop there. No rank waits for another as long as no
   signal comes, and no device is synchronized.
 
 A run on one process has signals only: no store, no thread.
@@ -82,7 +83,7 @@ class Beat:
 
     @classmethod
     def decode(cls, text: bytes) -> Beat:
-        """From the store. Raises ValueError where it is no beat."""
+        """From the store. Raises ValueError where it is not a beat."""
         try:
             beat = cls(**json.loads(text))
             beat.process = Process.model_validate(beat.process)
@@ -303,7 +304,7 @@ class Watchdog:
                 self._own.asked = beat.asked
 
     def _agree(self) -> None:
-        """Hold the main thread at the end of its segment, and let it go on once the last segment of all is known."""
+        """Hold the main thread at the end of its segment, and let it continue once the last segment of all is known."""
         if self._own.asked is None or self._stop_at is not None:
             return
         with self._lock:
@@ -419,7 +420,7 @@ class Watchdog:
         return self.rank
 
     def _kill_silent_peers(self) -> None:
-        """On this host: nobody else might be left to do it, and a stopped process holds its GPU for ever."""
+        """On this host: nobody else might be left to do it, and a stopped process holds its GPU forever."""
         if self._first_living(self._own.process.host) != self.rank:
             return
         now = self._clock.now()

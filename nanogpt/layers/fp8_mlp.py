@@ -114,7 +114,7 @@ class Fp8Mlp(nn.Module):
 
     @torch.no_grad()
     def reload(self, bank: Tensor) -> None:
-        """Round anew with the scales that `set_extra_state` has brought; measure them where it brought none."""
+        """Round again with the scales that `set_extra_state` has brought; measure them where it brought none."""
         if self.active and self._loaded:
             self._round(bank)
         else:

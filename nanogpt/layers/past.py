@@ -58,5 +58,5 @@ class Past:
         return keys[first:], values[first:], bounds
 
     def advance(self, tokens: int) -> None:
-        """A call has read so many tokens."""
+        """A call has read this many tokens."""
         self.length += tokens

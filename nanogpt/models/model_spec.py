@@ -27,7 +27,7 @@ class RowTableSpec(NamedTuple):
 
 
 class PulledTableSpec(NamedTuple):
-    """A table of rows that is no parameter: ranks keep parts of it and pull the rows that they read."""
+    """A table of rows that is not a parameter: ranks keep parts of it and pull the rows that they read."""
 
     rows: int
     width: int

@@ -42,7 +42,7 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
         rows: the table.
         touched: by label, the rows that a table's gradient has, where it is exchanged by rows.
         keep_gradients: their memory stays and is cleared in place, for those who have captured where it is.
-        tables: by name, tables of rows that are no parameters, for a subclass that updates such.
+        tables: by name, tables of rows that are not parameters, for a subclass that updates such.
     """
 
     bank_update: ClassVar[Callable[..., None]]  # the formula, which is compiled

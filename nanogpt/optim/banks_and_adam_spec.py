@@ -107,7 +107,7 @@ class BanksAndAdamRates(Rates):
     adam_step: bool = True  # Adam's parameters step too; otherwise their gradients keep accumulating
     split: bool = False  # after this step the embedding and the head train apart
     event: bool = True  # tables of rows and cyclic parameters step
-    repeat: int = 1  # of a cyclic parameter's updates this one stands for so many: betas and decay
+    repeat: int = 1  # of a cyclic parameter's updates this one stands for this many: betas and decay
 
 
 class BanksAndAdamSpec(BaseOptimizerSpec):

@@ -50,7 +50,7 @@ def build_optimizer(
 
     compiled: the update formulas go through torch.compile. plain_kernels: plain PyTorch also where a Triton kernel
     could run. touched: by parameter, the rows of the tables that are exchanged by rows. keep_gradients: clear them in
-    place. tables: by name, tables of rows that are no parameters of the model. An optimizer that has no use for one of
+    place. tables: by name, tables of rows that are not parameters of the model. An optimizer that has no use for one of
     these passes it over.
     """
     kind = built_class(OPTIMIZERS, spec)

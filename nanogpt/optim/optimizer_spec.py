@@ -18,7 +18,7 @@ class Rates:
 
 
 class TableRates(NamedTuple):
-    """The schedule's say in an update of a table of rows that is no parameter of the model."""
+    """The schedule's say in an update of a table of rows that is not a parameter of the model."""
 
     lr: float
     beta2: float

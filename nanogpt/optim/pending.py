@@ -53,7 +53,7 @@ def gather_pending(communicator: Communicator, gradients: Mapping[str, Tensor]) 
 
 
 def pending_gradient(pending: Sequence[Mapping[str, Kept]], label: str, communicator: Communicator) -> Tensor | None:
-    """What this rank goes on with of what `gather_pending` gave on rank 0, on the CPU; None: no such gradient.
+    """What this rank continues with of what `gather_pending` gave on rank 0, on the CPU; None: no such gradient.
 
     Its own, on as many ranks; on another number of them the mean over ranks.
     """

@@ -133,7 +133,7 @@ class PulledTable:
 
     @contextmanager
     def reading(self, rows: Sequence[Tensor]) -> Iterator[None]:
-        """Pull and read `rows`, any numbers of them, meanwhile; collective. A cycle goes on afterwards."""
+        """Pull and read `rows`, any numbers of them, meanwhile; collective. A cycle continues afterwards."""
         before = self._read_from
         if self.communicator.size > 1 and not self._idle:
             self._read_from = self._pull(torch.unique(torch.cat([each.flatten() for each in rows]).long()))
@@ -169,14 +169,14 @@ class PulledTable:
         if self._idle:
             return
         if self._cycle is None or self.gradient is None:
-            raise RuntimeError("a table has a gradient outside of a cycle")
+            raise RuntimeError("a table has a gradient outside a cycle")
         self.gradient.index_add_(0, torch.searchsorted(self._cycle.rows, rows.long()), gradient.float())
 
     @torch.no_grad()
     def start_push(self) -> None:
         """The cycle's last gradient is there: start to bring its rows to their owners. Collective."""
         if self._cycle is None or self.gradient is None:
-            raise RuntimeError("a table is updated outside of a cycle")
+            raise RuntimeError("a table is updated outside a cycle")
         cycle, sent = self._cycle, self.gradient
         if self.communicator.size == 1:
             self._push = completed(sent)
@@ -287,7 +287,7 @@ class PulledTable:
         return found
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave on rank 0 of any number of ranks; `begin_cycle` goes on with its cycle."""
+        """Take over what `state_dict` gave on rank 0 of any number of ranks; `begin_cycle` continues with its cycle."""
         for tensor in (self.values, self.second_moment, self.last_update):
             tensor.zero_()
         rows: Tensor = state["rows"]

@@ -1,6 +1,6 @@
 """Tables of rows of which a step reads few: lookup, gradient by row, and its exchange between ranks by touched rows.
 
-- Lookup: outside of the compiled loss, as a leaf (`LookUp.read`).
+- Lookup: outside the compiled loss, as a leaf (`LookUp.read`).
 - Gradient: added to the table's row by row (`add_gradients`), so that what was not read is not touched.
 - Exchange: each rank sends the rows of other ranks' shards that it has touched, and no more (`average_touched_shard`).
 - Update and cadence are the optimizer's: by Adam on the rank's shard, on the last of every N steps, over which
@@ -141,7 +141,7 @@ class TouchedRows:
         return {"shape": list(self._mask.shape), "mask": torch.from_numpy(np.packbits(self._mask))}
 
     def load_state(self, state: dict[str, Any] | None) -> None:
-        """Go on from `state`; one of another number of ranks, or None, says nothing of this one's gradient."""
+        """Continue from `state`; one of another number of ranks, or None, says nothing of this one's gradient."""
         self.forget()
         if state is not None and tuple(state["shape"]) == self._mask.shape:
             bits = np.unpackbits(state["mask"].numpy(), count=self._mask.size)

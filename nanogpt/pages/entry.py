@@ -1,4 +1,4 @@
-"""A submission of somebody's, checked anew: by a process of its own, which may neither eat the memory nor hang.
+"""A submission of somebody's, checked again: by a process of its own, which may neither eat the memory nor hang.
 
 Nothing in it is believed: rules, test and time are computed from its runs, and what submission.json claims is held
 against them. Links are refused, as they could show a file of this machine.

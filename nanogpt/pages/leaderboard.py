@@ -1,7 +1,7 @@
 """The leaderboard: a folder of submissions as a static page, with the data behind it, for any web server.
 
-Every entry is checked anew before it is listed, and what fails stands apart with the reason. The directory is served as
-it is, by GitHub Pages for one: no file of it needs Jekyll, and `.nojekyll` says so.
+Every entry is checked again before it is listed, and what fails is listed apart with the reason. The directory is
+served as it is, by GitHub Pages for one: no file of it needs Jekyll, and `.nojekyll` says so.
 """
 
 from __future__ import annotations

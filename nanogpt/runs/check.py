@@ -258,7 +258,7 @@ def _timing(run: LoadedRun, record: Record) -> tuple[State, str]:
     problems = [*_disagreements(run, record)]
     compilation, training = record.compilation, run.spec.training
     if not training.warmup:
-        problems.append("training.warmup is off: kernels were compiled and tuned inside of the clock")
+        problems.append("training.warmup is off: kernels were compiled and tuned inside the clock")
     late = None if compilation is None else compilation.late_graphs
     if late:
         problems.append(f"{late} graphs were compiled after the clock had started")

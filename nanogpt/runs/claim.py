@@ -73,8 +73,8 @@ class RunClaim:
             self._number = self._take()
         except OSError as error:
             raise RunError(
-                f"{self._folder}: the run cannot be claimed: {error.strerror}. Free space or mend the file system, then"
-                " resume the run"
+                f"{self._folder}: the run cannot be claimed: {error.strerror}. Free space or repair the file system,"
+                " then resume the run"
             ) from error
         if self._number is not None:
             threading.Thread(target=self._beat, name="claim", daemon=True).start()
@@ -181,7 +181,7 @@ class RunClaim:
             return None
 
     def _state(self, number: int) -> tuple[int, int] | None:
-        """Opened anew each time, for which NFS asks its server."""
+        """Opened again each time, for which NFS asks its server."""
         try:
             with open_regular(self._path(number)) as file:
                 status = os.fstat(file.fileno())

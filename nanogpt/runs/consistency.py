@@ -1,4 +1,4 @@
-"""What one run's files say of each other: spec.yaml, record.json, metrics.jsonl and log.txt tell of the same run.
+"""What one run's files say of each other: spec.yaml, record.json, metrics.jsonl and log.txt describe the same run.
 
 A run writes them side by side, each from what happened. Files that were edited, or put together by hand, contradict
 each other or lack something that a run always writes. That they agree shows no more than that they do: whoever invents
@@ -142,7 +142,7 @@ def _series(spec: RunSpec, records: Records, what: str, wanted: list[int]) -> It
 
 
 def _tokens_before(spec: RunSpec, steps: Any) -> Any:
-    """Tokens trained on after so many steps, (n,)."""
+    """Tokens trained on after this many steps, (n,)."""
     import numpy as np
 
     found, first = np.zeros(len(steps)), 0
@@ -294,7 +294,7 @@ def _log_lines(run: LoadedRun, log: _Log) -> Iterator[str]:
 
 
 def contradictions_between(runs: Sequence[LoadedRun]) -> list[str]:
-    """Why runs with records cannot be so many different runs; empty where nothing speaks against it."""
+    """Why runs with records cannot be that many different runs; empty where nothing speaks against it."""
     return [text for one, other in itertools.combinations(runs, 2) for text in _pair(one, other)]
 
 

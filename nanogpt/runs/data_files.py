@@ -1,4 +1,4 @@
-"""The token shards of a run for its record: what they are to be, and what was read.
+"""The token shards of a run for its record: what they should be, and what was read.
 
 What they are to be, prep-fineweb's and prep-text's manifests say, and for the first shards of FineWeb the package. None
 of them is believed: training shards are hashed as they are read (`TrainBatches.sha256`), validation shards before
@@ -73,7 +73,7 @@ def refusal(directory: Path, shards: Sequence[DataFile], stream_sha256: str | No
     for shard in shards:
         if (problem := shard.contradiction) is not None:
             way_out = (
-                f"make it anew with prep-text, or remove {TEXT_MANIFEST}"
+                f"make it again with prep-text, or remove {TEXT_MANIFEST}"
                 if shard.expected_from == "text.json"
                 else f"run prep-fineweb --dir {directory}, or remove manifest.json if it is not to be FineWeb's"
             )
@@ -84,7 +84,7 @@ def refusal(directory: Path, shards: Sequence[DataFile], stream_sha256: str | No
         return (
             f"{directory}: the validation tokens that rank {ranks} read are not those of the files that rank 0 sees:"
             f" sha256 {min(others)[:12]}, not {str(stream_sha256 or read[0])[:12]}. The nodes' shards differ, or"
-            " changed just now: copy them anew"
+            " changed just now: copy them again"
         )
     return None
 
@@ -144,7 +144,7 @@ class OffClockHashes:
             pass
 
     def finish(self, timeout_s: float) -> None:
-        """Go on, and wait for the rest or until the time is up."""
+        """Continue, and wait for the rest or until the time is up."""
         self._wanted.put(None)
         self._go.set()
         self._thread.join(timeout_s)

@@ -4,7 +4,7 @@ Notable features:
 - Appears whole, spec and record in it, under `NAME-YYYYmmdd-HHMMSS`; two runs of one second get two directories.
 - spec.yaml, the resolved spec, is what makes a directory a run.
 - Every line is on its way to the disk when the call returns, so a killed run has told all it knew. A half-written
-  last line, of a kill or a full disk, is repaired when the run goes on.
+  last line, of a kill or a full disk, is repaired when the run continues.
 
 One process of a run writes (rank 0); any number may read. No torch is needed here.
 """
@@ -185,7 +185,7 @@ class _Lines:
                 data = data[self._file.write(data) :]
         except OSError as error:
             raise RunError(
-                f"{self._path}: cannot be written: {error.strerror}. Free space or mend the file system, then resume"
+                f"{self._path}: cannot be written: {error.strerror}. Free space or repair the file system, then resume"
                 " the run from its last checkpoint"
             ) from error
 

@@ -1,6 +1,6 @@
 """What the user sees while a run trains: a progress bar on a terminal, plain lines in a job's log.
 
-The bar is drawn inside `step`, at most `REDRAWS_A_SECOND` times a second, and by no thread of its own: a thread would
+The bar is drawn inside `step`, at most `REDRAWS_PER_SECOND` times a second, and by no thread of its own: a thread would
 take the interpreter away from the one that launches kernels, within the time that is measured.
 """
 
@@ -16,7 +16,7 @@ from nanogpt.terminal import rich_console
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-REDRAWS_A_SECOND = 4
+REDRAWS_PER_SECOND = 4
 AVERAGED_STEPS = 20
 
 
@@ -75,7 +75,7 @@ class StepDisplay:
         if train_loss is not None:
             self._train_loss = train_loss
         last = step >= self._total
-        due = 1 / REDRAWS_A_SECOND if self._progress else self._every_s
+        due = 1 / REDRAWS_PER_SECOND if self._progress else self._every_s
         if not last and now - self._shown_at < due:
             return
         self._shown_at = now
@@ -90,7 +90,7 @@ class StepDisplay:
         self._print(text_line)
         if self._progress:
             self._draw(step)
-        # The validation's own time is no step's.
+        # The validation's own time is not a step's.
         self._last = (step, self._clock())
 
     def close(self) -> None:

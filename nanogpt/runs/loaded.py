@@ -75,14 +75,14 @@ class LoadedRun:
 
     @property
     def has_reference(self) -> bool:
-        """Whether the run was held against its recipe's reference curve as it trained."""
+        """Whether the run was compared with its recipe's reference curve as it trained."""
         return self.spec.reference is not None and any("reference_loss" in e for e in self.metrics.evaluations)
 
 
 def load_runs(paths: Iterable[Path], *, need_records: bool = False) -> list[LoadedRun]:
     """The runs in these directories, a directory that is named twice once; labels tell them apart.
 
-    Raises `InputError` for what is no run, or with `need_records` for a run without a record.
+    Raises `InputError` for what is not a run, or with `need_records` for a run without a record.
     """
     runs, unreadable = load_readable_runs(paths, need_records=need_records)
     if unreadable:
@@ -123,7 +123,7 @@ def _load(label: str, path: Path, *, need_record: bool) -> LoadedRun:
     except InputError as error:
         if need_record:
             raise
-        say(f"{error}; going on without the record")
+        say(f"{error}; continuing without the record")
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     return LoadedRun(label, path, directory.spec(), read_run(path), record)

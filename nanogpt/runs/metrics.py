@@ -11,7 +11,7 @@ Each line is a JSON object whose `kind` is one of
 - `end`: state (finished, failed or interrupted), reason, train_time_ms
 
 `step` counts the steps done, `tokens` those trained on, both since the run's start. A loss that was not finite is null.
-A run that was resumed appends to the same file; what it had done after the checkpoint stands there twice.
+A run that was resumed appends to the same file; what it had done after the checkpoint is there twice.
 
 A long run has a million lines: they are read one by one, and kept as columns of numbers (`Records`), a hundred bytes a
 step.
@@ -58,7 +58,7 @@ def iter_metrics(path: Path) -> Iterator[Record]:
     A last line without its newline, which a killed run may leave, is read if it is whole and left out if not.
 
     Raises:
-        InputError: no such file, a line before the last that is no JSON object, or a value that is not of its key.
+        InputError: no such file, a line before the last that is not a JSON object, or a value that is not of its key.
     """
     try:
         with open_regular(path) as file:
@@ -198,7 +198,7 @@ class RunMetrics:
     steps: Records = field(default_factory=Records)
     evaluations: Records = field(default_factory=Records)
     checkpoints: Records = field(default_factory=Records)
-    end: Record | None = None  # of the last start; None while the run goes on, and after a kill
+    end: Record | None = None  # of the last start; None while the run lasts, and after a kill
 
     @property
     def total_steps(self) -> int | None:

@@ -100,7 +100,7 @@ def source_sha256(directory: Path | None = None) -> str:
 def training_sources() -> tuple[Path, ...]:
     """The package's modules that `nanogpt train` can come to import, in the order of their paths.
 
-    Followed through the import statements of each, those inside of functions too, from the command on.
+    Followed through the import statements of each, those inside functions too, from the command on.
     """
     package = package_directory()
     found: set[Path] = set()
@@ -151,7 +151,7 @@ def source_text(paths: Iterable[Path]) -> str:
 
 
 def slurm_job(environ: Mapping[str, str]) -> Slurm | None:
-    """The Slurm job that `environ` tells of; None outside of one."""
+    """The Slurm job that `environ` describes; None outside one."""
     if not environ.get("SLURM_JOB_ID"):
         return None
     get = environ.get
@@ -169,7 +169,7 @@ def slurm_job(environ: Mapping[str, str]) -> Slurm | None:
 
 
 def container_of(environ: Mapping[str, str], inside: Path = INSIDE) -> Container | None:
-    """The Apptainer image that `environ` names, with its labels; None outside of one.
+    """The Apptainer image that `environ` names, with its labels; None outside one.
 
     Its hash is NANOGPT_SIF_SHA256, else what `make sif` left beside the file, where that can be seen from inside.
     """

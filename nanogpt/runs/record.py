@@ -42,7 +42,7 @@ class Part(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _as_unicode(cls, value: Any) -> Any:
-        """What the system gave as bytes that are no UTF-8 (paths, variables, names of hosts), with their escapes."""
+        """What the system gave as bytes that are not UTF-8 (paths, variables, names of hosts), with their escapes."""
         if isinstance(value, str):
             return value.encode("utf-8", "backslashreplace").decode("utf-8")
         if isinstance(value, list):
@@ -198,7 +198,7 @@ class DataFile(Part):
 
     @property
     def contradiction(self) -> str | None:
-        """How what was read is not what it is to be."""
+        """How what was read is not what it should be."""
         if self.also_read:
             return f"{self.name}: read with sha256 {str(self.sha256)[:12]}, and with {self.also_read[0][:12]}"
         if None in (self.sha256, self.expected_sha256) or self.sha256 == self.expected_sha256:
@@ -238,7 +238,7 @@ class StartUpPhase(Part):
     graphs: int = Field(default=0, description="traced in the phase")
     from_cache: int = Field(default=0, description="of them taken whole from the compile cache")
     bypassed: int = Field(default=0, description="of them not kept by torch's cache, ever")
-    parts_compiled: int = Field(default=0, description="forward and backward passes compiled anew")
+    parts_compiled: int = Field(default=0, description="forward and backward passes compiled again")
     kernels_tuned: int = Field(default=0, description="kernels of which variants were timed on the GPU")
 
 

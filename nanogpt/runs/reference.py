@@ -59,7 +59,7 @@ class Comparison:
         where = "above" if self.difference > 0 else "below"
         return [
             text,
-            f"warning: {abs(self.difference):.2g} {where} {self.reference} at step {self.step}, outside of the band of"
+            f"warning: {abs(self.difference):.2g} {where} {self.reference} at step {self.step}, outside the band of"
             f" {self.band:.2g}: stop and look",
         ]
 

@@ -56,7 +56,7 @@ class Significance:
     def verdict(self) -> str:
         """One sentence."""
         if self.p is None:
-            return "not shown: one run says nothing of the spread; two at least are needed"
+            return "not shown: one run says nothing of the spread; at least two are needed"
         if self.significant:
             return f"significant: the mean is below {self.target:g}, p = {self.p:.2g} < {self.alpha:g}"
         if self.mean >= self.target:
@@ -65,13 +65,13 @@ class Significance:
             more = f"more than {MOST_RUNS:,} runs would be needed"
         else:
             more = f"about {self.more_runs} more {'run' if self.more_runs == 1 else 'runs'} at this mean and spread"
-        return f"not shown yet: p = {self.p:.2g}, needed is p < {self.alpha:g}: {more}"
+        return f"not shown yet: p = {self.p:.2g}, p has to be < {self.alpha:g}: {more}"
 
 
 def significance(losses: Sequence[float], *, target: float = TARGET, alpha: float = ALPHA) -> Significance:
     """The one-sided one-sample t-test that the mean of `losses` (one a run) is below `target`.
 
-    Raises `InputError` for no losses, one that is not finite, or an alpha outside of 0 to 1.
+    Raises `InputError` for no losses, one that is not finite, or an alpha outside 0 to 1.
     """
     if not losses or not all(math.isfinite(loss) for loss in losses):
         raise InputError(f"significance: needs a finite loss of each run, found {list(losses)}")
@@ -127,7 +127,7 @@ def runs_significance(runs: Sequence[LoadedRun], *, target: float | None = None,
     """
     unfinished = [f"  {run.label}: {run.why_unfinished}" for run in runs if run.why_unfinished]
     if unfinished:
-        raise InputError("\n".join(["significance: these runs have no result; leave them away:", *unfinished]))
+        raise InputError("\n".join(["significance: these runs have no result; leave them out:", *unfinished]))
     for one, other in itertools.combinations(runs, 2):
         if one.curve() == other.curve():
             raise InputError(

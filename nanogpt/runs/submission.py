@@ -62,7 +62,7 @@ class Submission:
     runs: tuple[LoadedRun, ...]
     checks: dict[str, list[Check]]  # by the run's label
     significance: Significance
-    objections: tuple[str, ...]  # why it is no record
+    objections: tuple[str, ...]  # why it is not a record
     unofficial: bool
 
     @property
@@ -99,7 +99,7 @@ def prepare(runs: Sequence[LoadedRun], fields: Fields, *, unofficial: bool = Fal
     if objections and not unofficial:
         lines = [f"  {objection}" for objection in objections]
         raise InputError(
-            "\n".join(["submission: this is no record by the public rules (--unofficial marks it as such):", *lines])
+            "\n".join(["submission: this is not a record by the public rules (--unofficial marks it as such):", *lines])
         )
     return Submission(fields, tuple(runs), checks, result, tuple(objections), unofficial)
 

@@ -180,7 +180,7 @@ class Tracker:
             yield
         except Exception as error:
             self._sink = None
-            say(f"output.tracker: {self._name} failed: {error}. The run goes on without it; metrics.jsonl has it all")
+            say(f"output.tracker: {self._name} failed: {error}. The run continues without it; metrics.jsonl has it all")
 
 
 def tracker_for(spec: RunSpec, directory: Path) -> Tracker | None:

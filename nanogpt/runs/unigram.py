@@ -36,7 +36,7 @@ def unigram_cross_entropy(
         seen += _counts(path, read_tokens(path), vocab_size)
 
     wanted = np.zeros(vocab_size, dtype=np.int64)
-    first, left = 1, val_tokens  # the stream's first token is no target
+    first, left = 1, val_tokens  # the stream's first token is not a target
     for path in sorted(val_files):
         if not left:
             break

@@ -1,7 +1,7 @@
 """Before anything is built: do all ranks start the same run?
 
 Each rank puts what it is about to run into the rendezvous' store, before there is a process group (ranks of different
-recipes might not even agree on one), and compares everybody's with rank 0's. A rank that cannot start, for want of a
+recipes might not even agree on one), and compares everybody's with rank 0's. A rank that cannot start, for lack of a
 shard say, tells the others, and all refuse with the same words.
 """
 

@@ -73,7 +73,7 @@ def save_checkpoint(directory: Path, step: int, state: dict[str, Any], *, keep: 
         cause = error if isinstance(error, OSError) else error.__context__
         reason = cause.strerror if isinstance(cause, OSError) else error
         raise RunError(
-            f"{path}: the checkpoint could not be written: {reason}. Earlier checkpoints are whole: mend this, then go"
+            f"{path}: the checkpoint could not be written: {reason}. Earlier checkpoints are whole: fix this, then go"
             " on with --resume"
         ) from error
     for old in list_checkpoints(directory)[:-keep]:

@@ -24,7 +24,7 @@ class Clock:
         return self._before + 1000 * running
 
     def start(self) -> None:
-        """Synchronise and go on."""
+        """Synchronise and continue."""
         self.world.synchronize()
         self._started = time.perf_counter()
 

@@ -17,7 +17,7 @@ class CompileCounts:
     graphs: int = 0  # traced and guarded: once a process, whatever the cache has
     from_cache: int = 0  # whole graphs taken from the cache
     bypassed: int = 0  # graphs that torch's cache does not take: something in them cannot be kept
-    parts_compiled: int = 0  # parts that were compiled anew
+    parts_compiled: int = 0  # parts that were compiled again
     parts_from_cache: int = 0  # parts taken from the cache although their graph as a whole was not
     kernels_tuned: int = 0  # kernels whose variants were timed; counted where a cache file is in use
 

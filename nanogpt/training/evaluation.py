@@ -1,4 +1,4 @@
-"""The validation loss of a run's newest checkpoint, computed anew and by document; of two runs on the same tokens.
+"""The validation loss of a run's newest checkpoint, computed again and by document; of two runs on the same tokens.
 
 - A run reads the validation stream as it does while it trains: in micro-batches of its own recipe, with the windows of
   its last validation. One process, nothing compiled.
@@ -8,7 +8,7 @@
 - Losses are in nats: of a token in fp32, added up in fp64.
 
 Means are per token, so a long document weighs more. Their standard error is over documents, as the tokens of one are
-not independent: see `mean_over_documents`. It tells of other documents, and not of other seeds.
+not independent: see `mean_over_documents`. It is about other documents, not about other seeds.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ def _recorded_loss(trained: TrainedModel, data: Data | None, count: int, stream:
         return None, f"its validation of step {step:,} has the next stage's windows, which the checkpoint has not"
     recorded_stream = None if data is None else data.val_stream_sha256
     if recorded_stream not in (None, hashlib.sha256(stream.astype("<u2").tobytes()).hexdigest()):
-        return None, "its record tells of other validation tokens"
+        return None, "its record is of other validation tokens"
     return float(found[0]), ""
 
 
@@ -251,7 +251,7 @@ def _recorded_data(run: RunDirectory) -> Data | None:
     try:
         return read_record(run.path).data
     except InputError as error:
-        say(f"{error}; going on without the record")
+        say(f"{error}; continuing without the record")
         return None
 
 

@@ -31,7 +31,7 @@ class MaskBuilder:
     def wait(self) -> Mask:
         """The mask, once it is done; where the process has failed it is built here. Raises `RunError` as `build`."""
         if code := self._process.wait():
-            say(f"The process that builds the canonical mask ended with exit code {code}: it is built anew")
+            say(f"The process that builds the canonical mask ended with exit code {code}: it is built again")
             self._mask[:] = 0
             build(self._mask)
         return self._mask

@@ -1,7 +1,7 @@
 """A micro-step: the loss of one micro-batch, and its gradients added to the parameters'.
 
 Notable features:
-- Tables of rows are read outside of the compiled loss, and their gradients added by row (`nanogpt.optim.row_table`).
+- Tables of rows are read outside the compiled loss, and their gradients added by row (`nanogpt.optim.row_table`).
 - On a GPU it is captured as a CUDA graph, once a stage, and replayed: the host needs 27 ms to launch the 650 kernels
   of a small micro-batch one by one, the GPU less to run them. What stays the same within a stage, such as windows and
   scales of attention, is part of the capture; what is on the GPU, the batch and what the loss gets from the schedule,
@@ -102,7 +102,7 @@ class MicroStep:
         look_ups = self.model.look_ups(batch)
         pulled = {i: look_up.read() for i, look_up in enumerate(look_ups) if isinstance(look_up, TableLookUp)}
         graph = torch.cuda.CUDAGraph()
-        # Other threads, such as the one that brings the next batch, go on as usual meanwhile.
+        # Other threads, such as the one that brings the next batch, continue as usual meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             embedded = tuple(pulled[i] if i in pulled else look_up.read() for i, look_up in enumerate(look_ups))
             loss = self._backward(batch, inputs, embedded)

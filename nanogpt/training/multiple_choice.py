@@ -58,7 +58,7 @@ class Answers:
 def read_hellaswag(path: Path) -> list[Item]:
     """The items of a JSON-lines file as HellaSwag has them: ctx_a, ctx_b and activity_label, or ctx; endings; label.
 
-    Raises InputError with file and line for what is no item.
+    Raises InputError with file and line for what is not an item.
     """
     try:
         lines = read_regular(path).decode("utf-8").splitlines()

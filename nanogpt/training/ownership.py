@@ -1,4 +1,4 @@
-"""A checkpoint belongs to its run: it names the run's id and recipe, and no other run goes on from it."""
+"""A checkpoint belongs to its run: it names the run's id and recipe, and no other run continues from it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def owner_check(run: RunDirectory, spec: RunSpec, *, tell: bool = True) -> Check
             if tell:
                 say(f"{file}: names no run, as an older version wrote it; taken for one of {run.path}")
             return
-        way_out = f"Move it away to go on from an earlier one of {run.path}, or resume the run that it is of"
+        way_out = f"Move it away to continue from an earlier one of {run.path}, or resume the run that it is of"
         if own_id is not None and named.get("id") not in (None, own_id):
             raise InputError(
                 f"{file}: is a checkpoint of the run {named.get('name')} (id {named['id']}), this run's id is {own_id}."

@@ -196,7 +196,7 @@ class Helper:
             time.sleep(0.1)
         code = self._process.poll()
         if code is None and not given_up():
-            say(f"{self.name}: not done after {PATIENCE_S:.0f} s; the run goes on without it")
+            say(f"{self.name}: not done after {PATIENCE_S:.0f} s; the run continues without it")
         elif code:
             last = self._output.read_text(errors="replace").strip().splitlines()[-1:]
             say(f"{self.name}: ended with exit code {code}{f': {last[0]}' if last else ''}; the run compiles by itself")

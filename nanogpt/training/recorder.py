@@ -125,7 +125,7 @@ class RunRecorder:
     Args:
         spec: the run.
         run: its directory; one that `create` has just made has its first record already.
-        resume: the run goes on: the old record's past is kept.
+        resume: the run continues: the old record's past is kept.
     """
 
     def __init__(self, spec: RunSpec, run: RunDirectory | None, *, resume: bool = False):
@@ -267,7 +267,7 @@ class RunRecorder:
             self._nvidia_smi = None
 
     def clock_starts(self, step: int, tokens: int, elapsed_ms: float, *, resumed: bool, graphs: int) -> None:
-        """Training goes on from here: `step` steps are done, `graphs` have been compiled."""
+        """Training continues from here: `step` steps are done, `graphs` have been compiled."""
         record = self._record
         if record is None:
             return
@@ -375,7 +375,7 @@ class RunRecorder:
                 write_record(self.run.path, self._record)
             except OSError as error:
                 raise RunError(
-                    f"{self.run.path / RECORD_NAME}: cannot be written: {error.strerror}. Free space or mend the file"
+                    f"{self.run.path / RECORD_NAME}: cannot be written: {error.strerror}. Free space or repair the file"
                     " system, then resume the run from its last checkpoint"
                 ) from error
 

@@ -1,4 +1,4 @@
-"""What a run says of itself while it goes on: log lines, metrics records, the terminal's display.
+"""What a run reports of itself while it runs: log lines, metrics records, the terminal's display.
 
 Every rank watches the training loss of all, so that they stop together where it is not finite; only rank 0 writes.
 """
@@ -144,7 +144,7 @@ class Reporter:
         self._metric(kind="checkpoint", step=step, path=str(path))
 
     def checkpoint_failed(self, step: int, reason: str) -> None:
-        """The checkpoint after `step` steps could not be written, and the run goes on."""
+        """The checkpoint after `step` steps could not be written, and the run continues."""
         line = f"step:{step}/{self.schedule.total_steps} no checkpoint: {reason}"
         if self.display:
             say(line)

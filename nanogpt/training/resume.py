@@ -24,7 +24,7 @@ def resumed_spec(
     *,
     on: str | None = None,
 ) -> RunSpec:
-    """The spec to go on with: the run's own on hardware `on`, with `overrides`, which may touch CHANGEABLE only.
+    """The spec to continue with: the run's own on hardware `on`, with `overrides`, which may touch CHANGEABLE only.
 
     `recipe`, if given, must come to the same with the same hardware, overrides and steps.
 
@@ -73,4 +73,4 @@ def check_checkpoints(run: RunDirectory, spec: RunSpec) -> None:
 def _refuse(run: RunDirectory, differences: Sequence[tuple[Any, ...]], source: str, way_out: str) -> None:
     if differences:
         lines = [f"  {key}: {there} in the run, {here} by {source}" for key, there, here in differences]
-        raise InputError("\n".join([f"{run.spec_path}: cannot go on as another run; {way_out}:", *lines]))
+        raise InputError("\n".join([f"{run.spec_path}: cannot continue as another run; {way_out}:", *lines]))

@@ -1,7 +1,7 @@
 """Text from a finished run: the next token drawn again and again.
 
 Each token is read once: the model keeps keys, values and what else later tokens look back at, `nanogpt.layers.past`. A
-text that outgrows the longest document of training is read anew from its latter half on.
+text that outgrows the longest document of training is read again from its latter half on.
 """
 
 from __future__ import annotations

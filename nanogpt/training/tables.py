@@ -20,7 +20,7 @@ from nanogpt.training.schedule import Schedule, StepSettings
 
 USABLE = 0.96  # of a device's memory: the rest is the driver's and the allocator's
 EVALUATED_ROWS = 32_768  # whose logits a validation has at a time
-ROW_SHARE = 16  # tables are told in multiples of so many rows, so that eight ranks share each half
+ROW_SHARE = 16  # tables are told in multiples of this many rows, so that eight ranks share each half
 
 
 class TableCycles:
@@ -30,7 +30,7 @@ class TableCycles:
         self.is_event = spec.optimizer.is_event
         # Steps whose batches are built, this one and, where there are tables, what the next cycle reads among them.
         self.ahead = 2 + (spec.optimizer.steps_between_updates if model.tables else 0)
-        self._expected: int | None = None  # the step that goes on with the cycle
+        self._expected: int | None = None  # the step that continues with the cycle
         self.schedule = schedule
         self.tables = model.tables
         self.batches = batches

@@ -52,7 +52,7 @@ def find_device(name: str | None) -> torch.device:
     if name not in (None, "cpu", "cuda"):
         raise InputError(f"--device: found {name}, expected cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device: PyTorch sees no GPU here (apptainer needs --nv); leave it away to use the CPU")
+        raise InputError("--device: PyTorch sees no GPU here (apptainer needs --nv); leave it out to use the CPU")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())

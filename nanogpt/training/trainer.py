@@ -6,7 +6,7 @@ YaRN's table rebuilds and log lines are inside it, as in the public record.
 
 SIGTERM or SIGUSR1 to any rank ends a run after a step on which all agree (`nanogpt.launch.watchdog`), with a checkpoint
 whatever the spec says of those, by `Interrupted`. Before the first step of a start there is nothing new to save: the
-run ends without, and goes on from the checkpoint that it had, or from the beginning.
+run ends without, and continues from the checkpoint that it had, or from the beginning.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def check_numbering(files: Sequence[Path]) -> None:
         more = f" and {len(missing) - 1} more are missing" if len(missing) > 1 else " is missing"
         raise InputError(
             f"{before.parent / name}:{more} between {before.name} and {after.name}. Fetch what is missing (prep-fineweb"
-            " goes on where it stopped), or move the shards after it away"
+            " continues where it stopped), or move the shards after it away"
         )
 
 
@@ -149,7 +149,7 @@ def train_run(
         spec: the run.
         run: the run's directory; rank 0 writes there. None writes nothing, and no checkpoint.
         data_directory: the shards.
-        resume: go on from the run directory's newest checkpoint, or from the start where there is none.
+        resume: continue from the run directory's newest checkpoint, or from the start where there is none.
         watch: over the other ranks and for signals, already entered; None makes one.
         make_trainer: called instead of `Trainer`, for an experiment with one of its own.
 
@@ -559,7 +559,7 @@ class Trainer:
         return every is not None and self.next_step % every == 0
 
     def _save_checkpoint(self, *, needed: bool = False) -> bool:
-        """Write the run's whole state, unless it is one that no run can go on from. Collective.
+        """Write the run's whole state, unless it is one that no run can continue from. Collective.
 
         Returns whether there is a checkpoint of this step now. Raises `RunError` on all ranks where it cannot be
         written although `needed`, or the spec says to stop then.
@@ -591,7 +591,7 @@ class Trainer:
                     path = save_checkpoint(directory, self.next_step, state, keep=self.spec.checkpoint.keep)
                 except RunError as error:
                     failure = error
-            failed = self.world.gather(failure is not None)[0]  # nobody ends, or goes on, before it is written
+            failed = self.world.gather(failure is not None)[0]  # nobody ends, or continues, before it is written
         if failed and (needed or self.spec.checkpoint.on_failure == "stop"):
             raise failure or RunError(f"the checkpoint after step {self.next_step} could not be written on rank 0")
         if failure is not None:
@@ -606,11 +606,13 @@ class Trainer:
         self.clock.stop()
         if not saved:
             self._save_checkpoint(needed=True)
-        way_on = "" if self.run_directory is None else f"; go on with: nanogpt train --resume {self.run_directory.path}"
+        way_on = (
+            "" if self.run_directory is None else f"; continue with: nanogpt train --resume {self.run_directory.path}"
+        )
         raise Interrupted(f"{reason}: the run stopped after step {self.next_step}, its state is saved{way_on}")
 
     def _nothing_done(self, reason: str) -> Interrupted:
-        return Interrupted(f"{reason}: the run stopped before its first step; nothing is to be saved; start it again")
+        return Interrupted(f"{reason}: the run stopped before its first step; there is nothing to save; start it again")
 
     def _load_checkpoint(self) -> bool:
         """Take over the newest checkpoint of the run's directory, if there is one."""

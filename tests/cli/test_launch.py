@@ -116,7 +116,7 @@ def test_several_nodes_meet_by_torchruns_options(four_h200: None) -> None:
 
 def test_benchmarks_without_a_recipe_are_not_launched(four_h200: None) -> None:
     for arguments in (["--bench", "kernels"], ["--bench", "nothing"], ["--bench"]):
-        with pytest.raises(InputError, match="goes on with step, profile or communication"):
+        with pytest.raises(InputError, match="takes step, profile or communication"):
             parse(arguments, _hardware)
     assert parse(["--bench", "--nproc-per-node=2", "kernels"], _hardware).meeting == Meeting(1, 2)
 

@@ -186,7 +186,7 @@ def test_resume_with_another_recipe_shows_the_differences(
     outcome = nanogpt("train", recipe, "--resume", stopped, "--data", data, "--set", "training.seed=3", "--set", stage)
     assert outcome.code == 2
     lines = outcome.err.splitlines()
-    assert lines[0].startswith(f"{stopped / 'spec.yaml'}: cannot go on as another run")
+    assert lines[0].startswith(f"{stopped / 'spec.yaml'}: cannot continue as another run")
     assert lines[1:] == [
         "  training.seed: 0 in the run, 3 by the command line",
         "  training.stages.1.window_blocks.long: 6 in the run, 7 by the command line",

@@ -100,7 +100,7 @@ class Cluster:
         return Ended(job, shown["JobState"], int(shown["ExitCode"].partition(":")[0]), run_time, self.log(shown))
 
     def log(self, shown: dict[str, str]) -> str:
-        """The log of the job that `show` tells of; empty where there is none."""
+        """The log of the job that `show` describes; empty where there is none."""
         path = Path(shown["StdOut"])
         return path.read_text() if path.is_file() else ""
 

@@ -1,4 +1,4 @@
-"""A node of a job is lost, as when it loses its power: the job goes on without it, from its last checkpoint.
+"""A node of a job is lost, as when it loses its power: the job continues without it, from its last checkpoint.
 
 In a partition of its own, so that no other test's jobs are on the nodes. Needs root, whose processes Slurm's are.
 """
@@ -60,7 +60,7 @@ def test_a_job_goes_on_without_a_node_that_is_lost(cluster: Cluster) -> None:
     cluster.wait_until("requeue", lambda: cluster.show(job)["JobState"] != "RUNNING")
     log = cluster.log(cluster.show(job))
     cluster.wait_until("the exclusion", lambda: cluster.show(job)["ExcNodeList"] == VICTIM)
-    assert f"node {VICTIM} does not answer" in log and f"requeued: job {job} goes on from its checkpoint" in log
+    assert f"node {VICTIM} does not answer" in log and f"requeued: job {job} continues from its checkpoint" in log
     # As Slurm finds out for itself after SlurmdTimeout; until then the job is completing there.
     subprocess.run(
         ["scontrol", "update", f"NodeName={VICTIM}", "State=DOWN", "Reason=lost"], check=True, capture_output=True

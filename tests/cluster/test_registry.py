@@ -145,7 +145,7 @@ def test_an_interrupted_pull_goes_on(
 
 
 def part_size(said: str) -> int:
-    """From how many MB on a pull says that it goes on."""
+    """From how many MB on a pull says that it continues."""
     return int(said.partition(", at ")[2].partition(" MB")[0])
 
 

@@ -27,7 +27,7 @@ COMMANDS = ("nanogpt", "prep-fineweb", "prep-text", "build-flash-attn", "torchru
 
 @contextlib.contextmanager
 def directory_of_user(as_user: Run) -> Iterator[Path]:
-    """A directory of the user's own, outside of home, for as long as it lasts."""
+    """A directory of the user's own, outside home, for as long as it lasts."""
     made = Path(as_user(["mktemp", "-d", "/var/tmp/sif-test-XXXXXX"], check=True).stdout.strip())
     yield made
     shutil.rmtree(made)
@@ -35,7 +35,7 @@ def directory_of_user(as_user: Run) -> Iterator[Path]:
 
 @pytest.fixture
 def scratch(as_user: Run) -> Iterator[Path]:
-    """A directory of the user's own, outside of home."""
+    """A directory of the user's own, outside home."""
     with directory_of_user(as_user) as made:
         yield made
 

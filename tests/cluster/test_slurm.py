@@ -21,7 +21,7 @@ from nanogpt.runs.metrics import read_run
 
 TOLERANCE = 1e-5  # relative, in fp32: sums in another order
 STEPS = "--steps=12"
-LONG = "--steps=80"  # goes on for seconds, on a fast machine too, after it is seen at work
+LONG = "--steps=80"  # continues for seconds, on a fast machine too, after it is seen at work
 ENDLESS = "--steps=100000"
 SECONDS_TO_REFUSE = 120  # on a busy machine
 
@@ -326,7 +326,7 @@ def test_a_requeued_job_goes_on(cluster: Cluster, uninterrupted: Path) -> None:
     first, second = record["starts"]
     assert first["state"] in ("interrupted", "killed", "failed") and second["state"] == "finished"
     assert second["resumed_at"] >= 10
-    assert "restart 1 of the job: going on with" in ended.log
+    assert "restart 1 of the job: continuing with" in ended.log
     assert_same_losses(run, uninterrupted)
 
 

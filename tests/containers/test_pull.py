@@ -152,7 +152,7 @@ def test_a_connection_that_brings_nothing_is_given_up_and_what_came_is_kept(regi
     registry.cut = [100_000, *[0] * 20]
     done = pull(tmp_path, f"{registry.address}:1", PATH=f"{quick_sleep(tmp_path / 'bin')}:{os.environ['PATH']}")
     assert done.returncode == 1
-    assert "goes on there" in done.stderr.splitlines()[-1]
+    assert "continues there" in done.stderr.splitlines()[-1]
     assert (tmp_path / f"n.sif.part-{DIGEST[:16]}").stat().st_size == 100_000
     assert not (tmp_path / "n.sif").exists()
 

@@ -67,7 +67,7 @@ def test_extra_packages_come_last_and_from_nobody_else(
             extra.chmod(mode)
         with pytest.raises(SystemExit, match="2"):
             start.start()
-        assert f"NANOGPT_EXTRA={extra}: is no directory" in capsys.readouterr().err
+        assert f"NANOGPT_EXTRA={extra}: is not a directory" in capsys.readouterr().err
     extra.chmod(0o755)
     start.start()
     assert sys.path[-1] == str(extra)

@@ -243,7 +243,7 @@ def test_interrupted_run_is_continued_by_the_next(
     prep.until_partial(ONE, 40_000)
     until((data / VAL).exists)
     run.process.send_signal(number)
-    run.wait()  # the hub would never go on
+    run.wait()  # the hub would never continue
     assert run.code == code
     assert not (data / ONE).exists()
     if number != signal.SIGKILL:

@@ -266,7 +266,7 @@ def test_the_fields_that_there_are_are_told(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="its fields, none with text: n, m;"):
         prepare_text([path], tmp_path / "out", quiet=True)
     path.write_text('"text"\n')
-    with pytest.raises(InputError, match="it is no object;"):
+    with pytest.raises(InputError, match="it is not an object;"):
         prepare_text([path], tmp_path / "out", quiet=True)
     # A file where it is missing here and there is read.
     path.write_bytes(jsonl(["one", "two"]) + b'{"other": 1}\n')

@@ -50,7 +50,7 @@ class Bomb:
 
 
 def test_another_user_can_run_nothing(data: Path, tmp_path: Path) -> None:
-    """Who can reach a port of the run writes pickles wherever something is kept, and the run goes on."""
+    """Who can reach a port of the run writes pickles wherever something is kept, and the run continues."""
     recipe = endless_recipe(tmp_path / "endless.yaml", 2)
     bomb = pickle.dumps(Bomb(tmp_path / "marker"))
     with Launched(tmp_path / "run", 2, recipe, "--data", data) as launched:

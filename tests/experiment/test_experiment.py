@@ -1,4 +1,4 @@
-"""`nanogpt experiment run` on a CPU: queues, logs, results, the limit, going on, what is compared."""
+"""`nanogpt experiment run` on a CPU: queues, logs, results, the limit, continuing, what is compared."""
 
 from __future__ import annotations
 

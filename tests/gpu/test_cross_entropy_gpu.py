@@ -1,4 +1,4 @@
-"""The head's loss on the GPU: kernels against fp64, FP8 and bf16 against their plain equals, compilation, memory."""
+"""The head's loss on the GPU: kernels against fp64, FP8 and bf16 against plain equivalents, compilation, memory."""
 
 from __future__ import annotations
 

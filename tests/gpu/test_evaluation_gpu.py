@@ -1,4 +1,4 @@
-"""On a GPU: the validation loss of a checkpoint, computed anew without a compiled graph."""
+"""On a GPU: the validation loss of a checkpoint, computed again without a compiled graph."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def machine(count: int) -> str:
 
 
 def on(count: int, data: Path, directory: Path, *overrides: str) -> Path:
-    """A run on so many GPUs, by `nanogpt launch`."""
+    """A run on this many GPUs, by `nanogpt launch`."""
     recipe = write_recipe(directory / f"{count}.yaml", tiny_spec(*overrides, machine(count)))
     with Launched(directory / str(count), count, recipe, "--data", data) as launched:
         assert launched.end(300) == 0, launched.output

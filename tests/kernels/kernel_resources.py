@@ -326,7 +326,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print a Report")
     parser.add_argument("--recipe", choices=RECIPES, help="its launches alone")
     parser.add_argument("--kernel", help="the only one to compile")
-    parser.add_argument("--stages", type=int, help="in place of what the launches ask for")
+    parser.add_argument("--stages", type=int, help="instead of what the launches ask for")
     chosen = parser.parse_args()
     report = all_launches(
         GPUS[chosen.gpu],

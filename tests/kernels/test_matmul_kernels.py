@@ -1,4 +1,4 @@
-"""The plain equals of the matrix kernels, and what the dispatch promises on a CPU."""
+"""The plain equivalents of the matrix kernels, and what the dispatch promises on a CPU."""
 
 from __future__ import annotations
 

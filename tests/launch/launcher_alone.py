@@ -1,4 +1,4 @@
-"""`nanogpt launch` with ranks that are a few lines of Python in place of a training run: they start in no time.
+"""`nanogpt launch` with ranks that are a few lines of Python instead of a training run: they start in no time.
 
 python launcher_alone.py RANK_CODE [OPTION OF LAUNCH]... -- [ARGUMENT]...
 """

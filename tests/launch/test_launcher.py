@@ -246,7 +246,7 @@ def test_ctrl_z_stops_the_ranks_and_fg_lets_them_go_on(tmp_path: Path) -> None:
 
 
 def test_a_long_suspension_of_all_costs_no_rank_its_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ranks were stopped first, and are seen stopped once more when the launcher goes on."""
+    """The ranks were stopped first, and are seen stopped once more when the launcher continues."""
     monkeypatch.setenv("TEST_STOPPED_S", "3")
     with ended(Alone(tmp_path, LISTENS)) as launcher:
         launcher.wait_for_ranks()

@@ -87,7 +87,7 @@ def test_one_node_listens_at_loopback_alone() -> None:
     ("meeting", "error", "words"),
     [
         (Meeting(2, 1, "no-such-host.invalid", 29500), InputError, "no-such-host.invalid: "),
-        (Meeting(2, 1, "192.0.2.1", 29500, node=0), InputError, r"192\.0\.2\.1 .* is no address of "),
+        (Meeting(2, 1, "192.0.2.1", 29500, node=0), InputError, r"192\.0\.2\.1 .* is not an address of "),
         (Meeting(1, 1, "192.0.2.1", 29500), RunError, r"cannot listen at 192\.0\.2\.1 port 29500: "),
     ],
 )

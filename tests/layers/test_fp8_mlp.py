@@ -1,4 +1,4 @@
-"""The MLP in 8-bit floats on a CPU: its formulas with such floats of its own, and how its scales go on by steps."""
+"""The MLP in 8-bit floats on a CPU: its formulas with such floats of its own, and how its scales continue by steps."""
 
 from __future__ import annotations
 

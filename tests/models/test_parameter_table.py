@@ -86,7 +86,7 @@ def test_a_recipe_changes_one_number_of_the_table():
 
 
 def test_nobody_else_names_a_model_or_an_optimizer():
-    """Only its folder and the registry do; recipes, tests and docs are outside of the package."""
+    """Only its folder and the registry do; recipes, tests and docs are outside the package."""
     package = package_directory()
     specs = [*specs_of(MODELS), *specs_of(OPTIMIZERS)]
     kinds = {kind_of(spec) for spec in specs}

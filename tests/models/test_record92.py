@@ -108,7 +108,7 @@ def test_losses_and_every_gradient_are_those_of_the_definition(case, growths, ca
     assert len(classes) == (candidates or VOCAB) and set(targets) <= set(classes)
     prefixes = [dense.prefixes[target] for target in targets]
     assert 0 < sum(prefix in classes for prefix in prefixes) < T
-    if candidates == 40:  # a term that is dropped as its prefix is no candidate
+    if candidates == 40:  # a term that is dropped as its prefix is not a candidate
         assert any(prefix >= 0 and prefix not in classes for prefix in prefixes)
     x = dense.hidden(batch.inputs.tolist(), document, short, long)
     expected = dense.training_loss(x, targets, WEIGHTS, PREFIX_WEIGHT, classes)

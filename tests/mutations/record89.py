@@ -397,7 +397,7 @@ _add(
 _add(
     "8-bit gradients",
     FP8_MLP,
-    "up weights not transposed anew",
+    "up weights not transposed again",
     ("(rounded[0], up8, up8_t)", "(rounded[0], up8, None)"),
 )
 _add(

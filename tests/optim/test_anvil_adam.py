@@ -253,7 +253,7 @@ def test_a_shortened_run_keeps_its_shares():
     assert short.anvil.slow_momentum.from_step == 86
     assert (short.tables.every, short.tables.then_every, short.tables.from_step) == (2, 4, 56)
     short = AnvilAdamSpec.model_validate(SPEC.shortened(lambda steps: round(steps / 8), 149))
-    assert short.tables.from_step == 40  # 42 is no multiple of four
+    assert short.tables.from_step == 40  # 42 is not a multiple of four
     assert not list(short.problems(ROWS, world_size=1, stages=5, total_steps=149))
 
 
@@ -275,7 +275,7 @@ def test_what_does_not_fit_is_told(change: dict[str, Any], expected: str):
     assert re.search(expected, message), message
 
 
-# --- tables that are no parameters ---
+# --- tables that are not parameters ---
 
 
 class FakeTable:

@@ -83,7 +83,7 @@ def accumulate(model: nn.Module, gradients: dict[str, torch.Tensor]) -> None:
 
 
 class SlowOptimizer:
-    """The whole history of gradients is kept and Adam is run anew from the start each time."""
+    """The whole history of gradients is kept and Adam is run again from the start each time."""
 
     def __init__(
         self,

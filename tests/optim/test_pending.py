@@ -26,7 +26,7 @@ def test_every_bit_is_kept(dtype: torch.dtype) -> None:
     gradients = {str(shape): gradient(shape, dtype, 0) for shape in SHAPES}
     (kept,) = pending = gather_pending(Communicator(), gradients)
     assert kept is not None
-    assert len(kept["(5, 4)"]["rows"]) == 3  # the -0.0's row and the two that are no zeros
+    assert len(kept["(5, 4)"]["rows"]) == 3  # the -0.0's row and the two that are not zeros
     for label, expected in gradients.items():
         found = pending_gradient([kept], label, Communicator())
         assert found is not None and found.dtype == dtype and found.shape == expected.shape

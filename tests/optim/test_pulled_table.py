@@ -149,9 +149,9 @@ def test_an_idle_table_has_zeros_and_no_memory() -> None:
 
 def test_what_has_no_cycle_is_refused() -> None:
     table = make_table()
-    with pytest.raises(RuntimeError, match="outside of a cycle"):
+    with pytest.raises(RuntimeError, match="outside a cycle"):
         table.add_gradient(torch.tensor([1]), torch.ones(1, WIDTH))
-    with pytest.raises(RuntimeError, match="outside of a cycle"):
+    with pytest.raises(RuntimeError, match="outside a cycle"):
         table.start_push()
     with pytest.raises(ValueError, match="50 rows of a table cannot be shared evenly by 4 ranks"):
         PulledTable(ROWS, WIDTH, dtype=torch.float32, communicator=RankOf(4), device=CPU)

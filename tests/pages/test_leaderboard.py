@@ -62,7 +62,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "logs-alone": (lambda s: [(s / "submission.json").unlink(), (s / "README.md").touch()], "logs alone cannot be"),
     "no-runs": (lambda s: shutil.rmtree(s / "runs"), "no runs in it"),
     "a-link": (lambda s: (s / "runs" / "log.txt").symlink_to("/etc/passwd"), "runs/log.txt: is a link"),
-    "a-pipe": (lambda s: os.mkfifo(s / "loss.pipe"), "loss.pipe: is no file"),
+    "a-pipe": (lambda s: os.mkfifo(s / "loss.pipe"), "loss.pipe: is not a file"),
     "another-loss": (lambda s: edit(s, "metrics.jsonl", "3.2756", "3.2656"), "run-0: files agree: "),
     "another-log": (
         lambda s: next(s.glob("records/*/*/*.txt")).write_text("x"),

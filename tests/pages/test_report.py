@@ -116,7 +116,7 @@ def test_several_runs(runs, nanogpt, tmp_path):
     assert "run-2 3.2796 0.0004 below 3.28 95.00 61.1 1,555 2 finished" in page.text
     assert "other 3.2811 0.0011 above 3.28" in page.text
     assert "spec optimizer.normuon.lr 0.023 run-0, run-1, run-2 0.025 other" in page.text
-    assert "not shown yet: p = 0.068, needed is p < 0.01" in page.text  # of the three that belong together
+    assert "not shown yet: p = 0.068, p has to be < 0.01" in page.text  # of the three that belong together
     figures = {figure["id"]: figure for figure in json.loads(page.figures)["figures"]}
     assert [line["y"][-1] for line in figures["difference"]["lines"]] == pytest.approx(
         [0, 0.001, 0.002, 0.0035], abs=1e-6

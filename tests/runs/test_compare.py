@@ -57,7 +57,7 @@ def test_equal_runs_and_too_few(tmp_path, nanogpt):
     assert (refused.code, refused.err) == (2, "compare: needs 2 different runs at least, found 1\n")
     (run / "record.json").write_text("{")
     shown = nanogpt("compare", run, tmp_path / "b")
-    assert shown.code == 0 and "going on without the record" in shown.err
+    assert shown.code == 0 and "continuing without the record" in shown.err
 
 
 def test_lists_of_other_lengths_are_one_difference(tmp_path):

@@ -1,4 +1,4 @@
-"""record.json: what it says of runs that finish, fail, are interrupted and go on, and who is believed to live."""
+"""record.json: what it says of runs that finish, fail, are interrupted and continue, and who is believed to live."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ def test_a_run_has_a_record_from_its_first_moment(tmp_path: Path) -> None:
     assert (record.state, record.steps, record.total_steps, record.data) == ("running", 0, 12, None)
     assert live_state(record, run.path) == "running"
     assert record.code == code_state()
-    # The recorder of the same process goes on with it.
+    # The recorder of the same process continues with it.
     with RunRecorder(SPEC, run):
         assert read_record(run.path).starts == record.starts
 
@@ -543,7 +543,7 @@ def test_why_validation_is_refused(tmp_path: Path) -> None:
     assert other and "the validation tokens that rank 2 read are not those of the files that rank 0 sees" in other
     shard.sha256 = "b" * 64
     changed = refusal(tmp_path, [shard], "c" * 64, ["c" * 64])
-    assert changed and "text.json has aaaaaaaaaaaa. Losses on it could not be compared: make it anew" in changed
+    assert changed and "text.json has aaaaaaaaaaaa. Losses on it could not be compared: make it again" in changed
     shard.sha256, shard.also_read = "a" * 64, ["e" * 64]
     assert shard.contradiction == "val.bin: read with sha256 aaaaaaaaaaaa, and with eeeeeeeeeeee"
 

@@ -53,7 +53,7 @@ def test_more_runs_are_the_fewest_that_are_enough():
     assert p_value(repeated(found.mean, found.sd, total), 3.28) < 0.01
     assert p_value(repeated(found.mean, found.sd, total - 1), 3.28) > 0.01
     assert found.verdict() == (
-        f"not shown yet: p = 0.042, needed is p < 0.01: about {found.more_runs} more runs at this mean and spread"
+        f"not shown yet: p = 0.042, p has to be < 0.01: about {found.more_runs} more runs at this mean and spread"
     )
 
 

@@ -32,7 +32,7 @@ def test_equals_the_formula_over_several_shards(tmp_path, monkeypatch, chunk):
     train = np.minimum(rng.geometric(0.1, 900), VOCABULARY - 1).tolist()
     val = np.minimum(rng.geometric(0.12, 300), VOCABULARY - 1).tolist()
     train_files = [write(tmp_path, train_name(1), train[:500]), write(tmp_path, train_name(2), train[500:])]
-    pieces = [val[:1], val[1:120], val[120:]]  # the first token, which is no target, has a shard of its own
+    pieces = [val[:1], val[1:120], val[120:]]  # the first token, which is not a target, has a shard of its own
     val_files = [write(tmp_path, val_name(index), piece) for index, piece in enumerate(pieces)]
     for val_tokens in (1, 118, 119, 120, 299):
         found = unigram_cross_entropy(train_files[::-1], val_files[::-1], val_tokens, VOCABULARY)

@@ -1,4 +1,4 @@
-"""Jobs as squeue and sacct list them, their runs, and what a requeued job goes on with."""
+"""Jobs as squeue and sacct list them, their runs, and what a requeued job continues with."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ def test_a_job_goes_back_without_its_lost_node(
     program(slurm, "scontrol", {"show job": "   ReqNodeList=(null) ExcNodeList=n[7-9]\n"})
     outcome = nanogpt("job", "requeue", *LOST, run.parent)
     assert outcome.code == 0, outcome.err
-    assert "node n2 does not answer" in outcome.err and "goes on from its checkpoint" in outcome.err
+    assert "node n2 does not answer" in outcome.err and "continues from its checkpoint" in outcome.err
     by_hand = f"slurm/run.sh --resume {run} -- --exclude=n2"
     assert outcome.out.splitlines() == ["77", "n[7-9],n2", by_hand]
     change(run, "failed", steps=10, resumed_at=10)

@@ -304,7 +304,7 @@ def test_a_checkpoint_of_another_seed_is_refused(nanogpt: Any, data: Path, tmp_p
     assert "training.seed: 1 in the checkpoint, 0 in the run" in outcome.err
     own.unlink()  # the way out
     assert nanogpt("train", "--resume", tmp_path / "run0", "--data", data).code == 0
-    # A run whose record was lost goes on under the id that its checkpoints name.
+    # A run whose record was lost continues under the id that its checkpoints name.
     named = torch.load(own.with_name("step-000005.pt"), weights_only=True)["run"]["id"]
     assert read_record(tmp_path / "run0").run_id == named
 

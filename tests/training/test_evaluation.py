@@ -1,4 +1,4 @@
-"""The validation loss of a checkpoint, computed anew and by document; of two runs on the same tokens."""
+"""The validation loss of a checkpoint, computed again and by document; of two runs on the same tokens."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def test_what_the_run_did_not_record(runs: dict[str, Path], data: Path, tmp_path
 
     other = shutil.copytree(data, tmp_path / "other")
     write_tokens(other / val_name(), language(600, 77))
-    assert no_record(runs["speedrun"], other) == "its record tells of other validation tokens"
+    assert no_record(runs["speedrun"], other) == "its record is of other validation tokens"
 
     path = shutil.copytree(runs["speedrun"], tmp_path / "run")
     lines = (path / "metrics.jsonl").read_text().splitlines()
@@ -243,7 +243,7 @@ def test_a_record_that_cannot_be_read_is_no_hindrance(
     (path / "record.json").write_text("{")
     (run,) = evaluate_runs([path], data_directory=data).runs
     assert run.recorded is not None
-    assert "going on without the record" in capsys.readouterr().err
+    assert "continuing without the record" in capsys.readouterr().err
 
 
 def test_a_run_for_another_machine(data: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 on one process: the step is finished, the state saved, and the run goes on bit for bit."""
+"""SIGTERM and SIGUSR1 on one process: the step is finished, the state saved, and the run continues bit for bit."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_step_is_finished_and_saved(
             train(tiny_spec(checkpoints), data, path)
     assert error.value.exit_code == REQUEUE_EXIT_CODE
     assert signal.Signals(number).name in str(error.value)
-    assert f"after step 6, its state is saved; go on with: nanogpt train --resume {path}" in str(error.value)
+    assert f"after step 6, its state is saved; continue with: nanogpt train --resume {path}" in str(error.value)
     assert [file.name for file in list_checkpoints(path / "checkpoints")] == ["step-000006.pt"]
     run, record = read_run(path), read_record(path)
     assert (run.state, run.last["step"], [c["step"] for c in run.checkpoints]) == ("interrupted", 6, [6])
@@ -89,7 +89,7 @@ def test_during_warm_up_nothing_is_lost_and_nothing_saved(
     path = tmp_path / "run"
     with monkeypatch.context() as patch:
         signal_in_call(patch, "train_step", 2, signal.SIGTERM)
-        with pytest.raises(Interrupted, match="before its first step; nothing is to be saved"):
+        with pytest.raises(Interrupted, match="before its first step; there is nothing to save"):
             train(tiny_spec(AT_END, "training.warmup=true"), data, path)
     assert not list_checkpoints(path / "checkpoints")
     assert read_run(path).state == "interrupted"
@@ -148,7 +148,7 @@ def test_ctrl_c_once_and_twice(data: Path, tmp_path: Path, after: int | None, co
     row, files = run_row(path), [file.name for file in list_checkpoints(path / "checkpoints")]
     assert row.state == "interrupted"
     if after:
-        assert "Ctrl-C: the run stopped after step 4, its state is saved; go on with: nanogpt train" in done.stderr
+        assert "Ctrl-C: the run stopped after step 4, its state is saved; continue with: nanogpt train" in done.stderr
         assert files == ["step-000004.pt"]
         assert "Ctrl-C: the run stopped after step 4" in (row.reason or "")
     else:
@@ -260,7 +260,9 @@ def test_the_command_exits_with_the_code_that_asks_for_a_requeue(data: Path, tmp
     done = forked_code(SIGNALLED, "train", recipe, "--data", data, "--out", tmp_path / "runs")
     assert done.returncode == REQUEUE_EXIT_CODE, done.stderr
     (path,) = (tmp_path / "runs").iterdir()
-    assert f"the run stopped after step 4, its state is saved; go on with: nanogpt train --resume {path}" in done.stderr
+    assert (
+        f"the run stopped after step 4, its state is saved; continue with: nanogpt train --resume {path}" in done.stderr
+    )
     assert "Traceback" not in done.stderr
     resumed = forked_nanogpt("train", "--resume", path, "--data", data)
     assert resumed.returncode == 0, resumed.stderr

@@ -1,4 +1,4 @@
-"""A micro-step's loss and gradients, with tables read outside of the loss, against autograd through all of it."""
+"""A micro-step's loss and gradients, with tables read outside the loss, against autograd through all of it."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def test_temperature_zero_takes_the_likeliest(run: Path) -> None:
 
 
 def answers(monkeypatch: pytest.MonkeyPatch, *tokens: int) -> list[tuple[int, int]]:
-    """The model is sure of these next tokens, then of the last for ever.
+    """The model is sure of these next tokens, then of the last forever.
 
     Returns how many tokens of the text each call reads, and how many it has read before.
     """

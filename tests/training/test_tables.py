@@ -1,4 +1,4 @@
-"""When a run's pulled tables begin their cycles, and which are refused for want of memory."""
+"""When a run's pulled tables begin their cycles, and which are refused for lack of memory."""
 
 from __future__ import annotations
 

@@ -263,9 +263,9 @@ def test_every_length_is_a_valid_run():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"blend": {"kq": 0.5}}, r"training\.end\.0\.averages\.0\.blend\.kq: is no parameter of the model"),
+        ({"blend": {"kq": 0.5}}, r"training\.end\.0\.averages\.0\.blend\.kq: is not a parameter of the model"),
         ({"window_steps": 1286}, r"averages\.0\.window_steps: is 1286, the run has 1285 steps"),
-        ({"last": 100}, r"averages\.0\.last: is 100, outside of the last 100 steps"),
+        ({"last": 100}, r"averages\.0\.last: is 100, outside the last 100 steps"),
         ({"also": [3, 1285]}, r"averages\.0\.also: has 1285, the run has 1285 steps"),
         ({"rate": 1.5}, r"averages\.0\.rate: must be less than or equal to 1"),
     ],
@@ -278,5 +278,5 @@ def test_what_cannot_be_is_refused(changes: dict[str, Any], message: str):
 def test_norms_of_what_is_not_averaged_are_refused():
     with pytest.raises(RecipeError, match=r"keep_norms\.0: mlp is not averaged"):
         spec_with(tail(), keep_norms=("mlp",))
-    with pytest.raises(RecipeError, match=r"keep_norms\.1: qk stands there twice"):
+    with pytest.raises(RecipeError, match=r"keep_norms\.1: qk is there twice"):
         spec_with(tail(), keep_norms=("qk", "qk"))

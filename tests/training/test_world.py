@@ -98,7 +98,7 @@ def test_fewer_gpus_than_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_processes_that_do_not_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here for want of an address, as when a launcher other than torchrun sets the ranks alone."""
+    """Here for lack of an address, as when a launcher other than torchrun sets the ranks alone."""
     started_by_torchrun(monkeypatch, 1, 2, 1)
     with (
         pytest.raises(RunError, match=r"rank 1 on .*: cannot join the other processes"),

@@ -17,8 +17,8 @@ from nanogpt.kernels.fp8_head import Precision
 def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
     """The head's loss, forward and backward, at the record's micro-batches; the kernel inside it; and evaluation.
 
-    The plain equal of the first is `head_loss_reference` compiled. FP8 products count half their operations, since the
-    machine's rate is that of bf16.
+    The plain equivalent of the first is `head_loss_reference` compiled. FP8 products count half their operations, since
+    the machine's rate is that of bf16.
     """
     from nanogpt.kernels.cross_entropy_triton import loss_and_gradient
 

@@ -13,7 +13,7 @@ from nanogpt.kernels.head_mixing import mix_heads
 
 
 def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
-    """Forward, and forward with backward, at the record's micro-batches; the plain equal is this file's."""
+    """Forward, and forward with backward, at the record's micro-batches; the plain equivalent is this file's."""
     window, heads, head_dim = 112, 6, 128
     for tokens in (16_384, 32_768, 49_152):
         q, k, v, y, grad = (torch.randn(tokens, heads, head_dim, device=device, dtype=torch.bfloat16) for _ in range(5))

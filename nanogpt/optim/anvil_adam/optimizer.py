@@ -3,7 +3,7 @@
 - `nanogpt.optim.banks_and_adam` has all that it shares with NorMuon's.
 - Groups of Adam in `tables.groups` step at events only (public record 92, PR #360): their gradients are sums over the
   steps since the one before. Those of the steps after a run's last event are dropped.
-- Tables that are no parameters of the model update themselves. A step tells them when: their gradients leave when the
+- Tables that are not parameters of the model update themselves. A step tells them when: their gradients leave when the
   banks' reductions have started, and their rows return ahead of the small parameters and what comes after those.
 """
 

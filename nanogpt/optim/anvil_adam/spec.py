@@ -73,7 +73,7 @@ class AnvilAdamRates(BanksAndAdamRates):
 
     fast_beta: float = 0.0
     fast_share: float = 1.0
-    table: TableRates | None = None  # of tables that are no parameters
+    table: TableRates | None = None  # of tables that are not parameters
 
 
 class AnvilAdamSpec(BanksAndAdamSpec):
@@ -88,7 +88,7 @@ class AnvilAdamSpec(BanksAndAdamSpec):
     anvil: AnvilSpec
     tables: TablesSpec
     row_adam: RowAdamSpec | None = Field(
-        default=None, description="for tables that are no parameters of the model; null: it has none"
+        default=None, description="for tables that are not parameters of the model; null: it has none"
     )
 
     @classmethod
