@@ -207,10 +207,17 @@ def test_the_demo_learns_inside(demo: Demo) -> None:
     assert "not judged" not in demo.output
 
 
+def test_a_report_is_written_inside(sif: Path, as_user: Run, scratch: Path, demo: Demo) -> None:
+    (run,) = (path.parent for path in demo.runs.glob("*/record.json"))
+    options = ("--bind", str(scratch), "--bind", str(demo.runs))
+    inside(as_user, sif, "nanogpt", "report", str(run), "--out", str(scratch / "report.html"), options=options)
+    assert 'id="figures"' in (scratch / "report.html").read_text()
+
+
 def test_trackers(sif: Path, as_user: Run, scratch: Path, demo: Demo) -> None:
     """TensorBoard's writer is inside; another tracker's package comes from a directory, here a stub."""
     options = ("--bind", str(scratch), "--bind", str(demo.runs), "--pwd", str(scratch))
-    train = ["nanogpt", "train", "demo", "--steps", "2", "--data", demo.runs / "data", "--set"]
+    train = ["nanogpt", "train", "demo", "--steps", "4", "--data", demo.runs / "data", "--set"]
     train += ["evaluation={tokens: 2048, micro_batch_tokens: 512, every: 60, target_loss: null}", "--set"]
     inside(as_user, sif, *map(str, train), "output.tracker=tensorboard", "--out", "tracked", options=options)
     (events,) = (scratch / "tracked").glob("*/tensorboard/events.out.tfevents.*")
