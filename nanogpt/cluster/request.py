@@ -152,6 +152,8 @@ def sbatch_command(
             f" else. Name them, as in --export=NONE,{','.join(behind)}, or unset them here"
         )
     options = request.options(runs=runs)
+    if environ.get(VARIABLES["--array"]) or any(re.match("--array|-a", word) for word in extra):
+        options["--output"] = ARRAY_LOG
     left = [f"{name}={value}" for name, value in options.items() if not environ.get(VARIABLES.get(name, ""))]
     return ["sbatch", *left, *extra, script, *arguments]
 

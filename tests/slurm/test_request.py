@@ -81,6 +81,8 @@ def test_an_array_has_its_own_logs_and_may_be_throttled() -> None:
     assert request.options()["--output"] == "logs/%x-%j.out"
     options = request.options(runs="10%2")
     assert (options["--array"], options["--output"]) == ("0-9%2", "logs/%x-%A_%a.out")
+    for environ, extra in (({"SBATCH_ARRAY_INX": "0-3"}, []), ({}, ["--array=0-3"]), ({}, ["-a", "0-3"])):
+        assert "--output=logs/%x-%A_%a.out" in sbatch_command(request, "run.sh", [], environ=environ, extra=extra)
     for runs in ("0", "1001", "10%0", "10%", "ten", "-3", "3,5"):
         with pytest.raises(InputError, match=f"--runs {re.escape(runs)}: expected"):
             request.options(runs=runs)
