@@ -366,9 +366,8 @@ def _plain_head_loss(
         stop = min(start + chunk, tokens)
         for i in range(start, stop, rows):
             if (i - start) % part == 0:
-                logits = _mm(in_x[i : min(i + part, stop)], in_w).to(logit_dtype).to(wide)
-                if fp8 and logits8:
-                    logits = round_to_e4m3(logits)
+                logits = _mm(in_x[i : min(i + part, stop)], in_w)
+                logits = round_to_e4m3(logits) if fp8 and logits8 else logits.to(logit_dtype).to(wide)
             block = slice(i, min(i + rows, stop))
             first = (i - start) % part
             s = logits[first : first + rows].add_(shift).mul_(1 / scale).sigmoid_()

@@ -155,9 +155,8 @@ def fp8_head_loss(
 
     x8, x8_t = quantize_both_ways(x.contiguous(), x_scale)
     w8, w8_t = quantize_both_ways(lm_head.contiguous(), w_scale)
-    logits = scaled_product(x8, x_scale, w8_t, w_scale, out_dtype=torch.bfloat16, fast=True)
-    if logits8:
-        logits = round_to_e4m3(logits)
+    dtype = torch.float8_e4m3fn if logits8 else torch.bfloat16
+    logits = scaled_product(x8, x_scale, w8_t, w_scale, out_dtype=dtype, fast=True).bfloat16()
     grad = torch.empty_like(logits, dtype=torch.float8_e5m2) if need_grad else None
     losses = loss_and_gradient(
         logits,

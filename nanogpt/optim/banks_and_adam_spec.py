@@ -238,6 +238,11 @@ class BanksAndAdamSpec(BaseOptimizerSpec):
             step += 1
         return step
 
+    def warmup_steps(self, first_steps: Sequence[int]) -> list[int]:
+        """The split and the first update after it, the embedding's own, where no later stage's steps make one."""
+        split = self.split_step(first_steps)
+        return [split, split + self.adam.every] if split >= first_steps[-1] else []
+
     def rates(self, step: int, lr_factor: float, *, first_steps: Sequence[int], total_steps: int) -> BanksAndAdamRates:
         """See the base."""
         return BanksAndAdamRates(

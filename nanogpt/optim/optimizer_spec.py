@@ -57,7 +57,7 @@ class BaseOptimizerSpec(Strict):
         """What holds for tables at the event `step`; None: it updates none but the model's parameters."""
         return None
 
-    def warmup_steps(self) -> list[int]:
+    def warmup_steps(self, first_steps: Sequence[int]) -> list[int]:
         """Steps that compile something of their own, besides the first ones of the run and of its stages."""
         return []
 

@@ -137,5 +137,5 @@ class Schedule:
     def warmup_steps(self) -> list[int]:
         """The steps that the warm-up runs: 0, 1, 2, those around stage changes, the optimizer's, where they exist."""
         around = {0, 1, 2}.union(*({first - 1, first, first + 1} for first in self.first_steps[1:]))
-        around |= set(self.spec.optimizer.warmup_steps())
+        around |= set(self.spec.optimizer.warmup_steps(self.first_steps))
         return sorted(step for step in around if step < self.total_steps)

@@ -64,6 +64,12 @@ def test_events():
         assert rates.decay == pytest.approx(lr * lr * 0.005 * 5 * doubled)
 
 
+def test_warm_up_steps():
+    """After the split, in the last stage, Adam's update of the embedding is another one: that of step 1177."""
+    around_stages = [step for first in (320, 681, 965, 1107, 1174) for step in (first - 1, first, first + 1)]
+    assert SCHEDULE.warmup_steps() == sorted([0, 1, 2, 339, *around_stages, 1177])
+
+
 def test_averages():
     head, tail, values, blend = (average.ticks(1194) for average in SPEC.training.end[0].averages)
     r = 2 / 299

@@ -147,10 +147,12 @@ class AnvilAdamSpec(BanksAndAdamSpec):
             eps=row_adam.eps,
         )
 
-    def warmup_steps(self) -> list[int]:
-        """The first event of the second cadence: betas are part of compiled code."""
-        tables = self.tables
-        return [tables.from_step + tables.then_every - 1] if tables.groups and tables.then_every > tables.every else []
+    def warmup_steps(self, first_steps: Sequence[int]) -> list[int]:
+        """Also the first event of the second cadence: betas are part of compiled code."""
+        steps, tables = super().warmup_steps(first_steps), self.tables
+        if tables.groups and tables.then_every > tables.every:
+            steps.append(tables.from_step + tables.then_every - 1)
+        return steps
 
     def rates(self, step: int, lr_factor: float, *, first_steps: Sequence[int], total_steps: int) -> AnvilAdamRates:
         """See the base."""
