@@ -50,10 +50,12 @@ def render(template: str, *, figures: Any = None, plotly: str | None = None, **v
     scripts = [] if figures is None else [_text("charts.js")]
     if figures is not None and plotly is None:
         scripts.insert(0, plotly_source())
-    sources = [f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" for script in scripts]
+    allowed = [f"'sha256-{_sha256_base64(script)}'" for script in scripts]
+    if plotly is not None:
+        allowed.append("'self'")
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
-    if figures is not None:
-        policy += f"; script-src {' '.join(sources)}{' ' + chr(39) + 'self' + chr(39) if plotly else ''}"
+    if scripts:
+        policy += f"; script-src {' '.join(allowed)}"
     return (
         _environment()
         .get_template(template)
@@ -67,6 +69,10 @@ def render(template: str, *, figures: Any = None, plotly: str | None = None, **v
             **values,
         )
     )
+
+
+def _sha256_base64(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def script_json(data: Any) -> str:

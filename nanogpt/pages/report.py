@@ -102,7 +102,7 @@ def _run(run: LoadedRun) -> dict[str, Any]:
         "hardware": _hardware(run),
         "checks": checks,
         "counts": {state: sum(check.state == state for check in checks) for state in ("passed", "failed", "unknown")},
-        "provenance": [] if record is None else _provenance(run, record),
+        "provenance": [] if record is None else _provenance(record),
         "start_up": [] if record is None else record.starts[-1].start_up,
         "changes": [] if record is None else [(c.key, show(c.base), show(c.run)) for c in record.spec_differences],
         "base_recipe": None if record is None else record.base_recipe,
@@ -209,7 +209,7 @@ def _differences(runs: Sequence[LoadedRun]) -> list[dict[str, Any]]:
     return found
 
 
-def _provenance(run: LoadedRun, record: Record) -> Facts:
+def _provenance(record: Record) -> Facts:
     """Where it comes from: (what, value), without what is not known."""
     code, data, container, slurm = record.code, record.data, record.container, record.slurm
     facts: list[tuple[str, Any]] = [
@@ -227,10 +227,7 @@ def _provenance(run: LoadedRun, record: Record) -> Facts:
         ("peak memory", record.peak_memory_bytes and f"{record.peak_memory_bytes / 1e9:.1f} GB a GPU"),
         *_computation(record),
         ("validation shards", data and "; ".join(f"{file.name} {file.sha256 or 'not hashed'}" for file in data.val)),
-        (
-            "training shards",
-            data and "; ".join(f"{file.name} {str(file.sha256 or '')[:12]}" for file in data.train[:12]),
-        ),
+        ("training shards", data and "; ".join(f"{file.name} {show(file.sha256)}" for file in data.train[:12])),
         ("validation stream sha256", data and data.val_stream_sha256),
         ("spec.yaml sha256", record.spec_sha256),
     ]
