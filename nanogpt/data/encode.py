@@ -40,7 +40,7 @@ from nanogpt.errors import NanogptError, RunError
 HELD_BYTES = 128 << 20  # of text that waits for all workers: no more than four of the longest records
 
 # Numeric libraries start a thread a core when they are imported: 64 workers on 64 cores need none of them.
-ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
 
 
 @dataclass(slots=True)

@@ -10,7 +10,6 @@ The minima are the package rensa's; a signature is a function of the tokens alon
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 
@@ -41,7 +40,6 @@ def check_installed() -> None:
 
 def signatures(documents: Sequence[TokenIds]) -> Signatures:
     """Of documents as token ids, without BOS, none of them empty: (documents, HASHES)."""
-    os.environ.setdefault("RAYON_NUM_THREADS", "1")  # workers are processes
     from rensa import RMinHash
 
     if not documents:
