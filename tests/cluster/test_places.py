@@ -98,7 +98,8 @@ def test_odd_places(cluster: Cluster, data: Path, outside: Path) -> None:
     assert record["data"]["directory"] == str(outside / "da:ta,1")
     assert run.stat().st_mode & 0o077 == 0
     assert "is unpacked and stays where it is" in ended.log and "staged shards" in ended.log
-    assert list((outside / "tmp").iterdir()) == []
+    left = [path.name for path in (outside / "tmp").iterdir()]
+    assert [name for name in left if not name.startswith("nanogpt-matplotlib-")] == []  # fonts, one directory a user
 
     shown = cluster.run(cluster.scripts / "run.sh", "--dry-run", f"--resume=out of home/ru,ns:1/{run.name}")
     assert shown.returncode == 0, shown.stderr  # the shards are found by the record
