@@ -195,7 +195,7 @@ def next_steps(run_path: Path, gpus: Sequence[str]) -> str:
     kind = known_type(gpus[0]) if gpus else None
     if gpus:
         count = largest_count(len(gpus))
-        on = f"--on {count}x{kind}" if kind else f"--set hardware.gpu=a100 --set hardware.gpus_per_node={count}"
+        on = f"--on {count}x{kind}" if kind else f"--set hardware.gpu=l40s --set hardware.gpus_per_node={count}"
         start = "train" if count == 1 else "launch"
         lines += [
             ("prep-fineweb", "FineWeb's token shards, 2 GB (needs internet)"),

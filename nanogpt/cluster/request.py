@@ -49,7 +49,7 @@ class JobRequest:
 
     name: str
     nodes: int
-    gpu: str  # h100, h200, a100, or cpu
+    gpu: str  # of GPU_NAMES
     gpus_per_node: int  # 0 for cpu
     cpus_per_node: int
     memory_gb: int  # of a node

@@ -172,7 +172,7 @@ def test_damaged_shards_are_made_again(tmp_path, damage):
     [
         (["NVIDIA H100 80GB HBM3"], "nanogpt train speedrun --on 1xh100"),
         (["NVIDIA H200"] * 4, "nanogpt launch speedrun --on 4xh200"),
-        (["NVIDIA Something New"], "nanogpt train speedrun --set hardware.gpu=a100 --set hardware.gpus_per_node=1"),
+        (["NVIDIA Something New"], "nanogpt train speedrun --set hardware.gpu=l40s --set hardware.gpus_per_node=1"),
     ],
 )
 def test_the_next_step_fits_the_gpus(gpus, command):
