@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanogpt.gpus import FP8
 from nanogpt.kernels.bench import BenchCase
 from nanogpt.kernels.cross_entropy import head_loss, head_loss_reference, head_mean_loss
+from nanogpt.kernels.dispatch import runs_kernel
 from nanogpt.kernels.fp8_head import Precision
 
 
@@ -31,13 +33,15 @@ def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
     def train(function: Callable[..., Tensor], *inputs: Tensor) -> object:
         return torch.autograd.grad(function(*inputs), inputs[:2])
 
+    fp8 = runs_kernel(lm_head, needs=FP8)
+    precisions: tuple[tuple[Precision, int], ...] = (("fp8", 2), ("bf16", 1)) if fp8 else (("bf16", 1),)
+    gradients = [*([("e5m2", torch.float8_e5m2, 3)] if fp8 else []), ("bf16", torch.bfloat16, 4)]
     for tokens, terms in ((16_384, 3), (32_768, 2), (49_152, 1)):
         x = torch.randn(tokens, width, device=device).bfloat16().requires_grad_()
         targets = torch.randint(vocab, (tokens,), device=device)
         weights = torch.ones(terms, device=device)
         inputs = (x, lm_head, targets, weights)
         shape = f"{tokens:,} x {width} x {vocab:,}, {terms} targets"
-        precisions: tuple[tuple[Precision, int], ...] = (("fp8", 2), ("bf16", 1))
         for precision, rate in precisions:
             yield BenchCase(
                 f"head loss {precision}, forward + backward",
@@ -49,7 +53,7 @@ def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
             )
         with torch.no_grad():
             logits = x @ lm_head
-        for name, dtype, number_bytes in (("e5m2", torch.float8_e5m2, 3), ("bf16", torch.bfloat16, 4)):
+        for name, dtype, number_bytes in gradients:
             grad = torch.empty_like(logits, dtype=dtype)
             yield BenchCase(
                 f"cross-entropy with {name} gradient, from logits",
