@@ -23,7 +23,7 @@ _BAR = re.compile(r"(?<!\\)\|")  # between cells
 
 
 def say(message: str) -> None:
-    """Print one line to standard error at once (standard output is kept for results)."""
+    """Print one line to standard error at once (standard output is for results)."""
     print(message, file=sys.stderr, flush=True)
 
 

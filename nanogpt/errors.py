@@ -21,7 +21,7 @@ class RunError(NanogptError):
 
 
 class InputError(NanogptError):
-    """The user's input is wrong: a recipe, a flag, a file. The message names it and the way out."""
+    """The user's input is wrong: a recipe, a flag, a file. The message names it and says what to do."""
 
     exit_code = 2
 

@@ -1,4 +1,4 @@
-"""What is known of GPUs, in one place: the types that recipes can name, what they do, and what runs on which.
+"""All facts about GPUs, in one place: the types that recipes can name, what they do, and what runs on which.
 
 No torch is needed here. A new type is a row of `GPU_TYPES` and its name in `GpuName`.
 """

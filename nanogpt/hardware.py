@@ -1,4 +1,4 @@
-"""What a run is started on, as it is typed: `4xh200`, or with nodes first, `2x4xh100`.
+"""Hardware that a run is started on, as it is typed: `4xh200`, or with nodes first, `2x4xh100`.
 
 A recipe may leave hardware open, whole or in part. `--on` says it; without, a `Fill` does.
 """

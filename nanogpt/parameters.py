@@ -1,4 +1,4 @@
-"""The table of parameters: one row says all there is to say of one. No torch.
+"""The table of parameters: one row has everything about one of them. No torch.
 
 A model makes its tensors from its table, its optimizer the plans of its steps, the spec the cross-checks and the values
 that a recipe leaves out. A row's place is its place in the order of reduction.

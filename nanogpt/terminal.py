@@ -1,8 +1,8 @@
-"""Standard output and error as every command has them: text goes there by one way, which knows what can go wrong.
+"""Standard output and error of every command: all text goes through here, where failures are handled.
 
 Inside `terminal()`, `sys.stdout` and `sys.stderr` are `_Stream`s:
 
-- What a terminal would obey (escape sequences and other control characters) or be confused by (marks that turn the
+- What a terminal would obey (escape sequences and other control characters) or be confused by (marks that change the
   direction of writing) is shown as `\\x1b`: run names, values, file names and documents are other people's.
 - A character that the terminal's encoding lacks is shown as `\\u2028`.
 - Standard error that takes no more is no reason to end a run: what it does not take is lost.

@@ -26,7 +26,7 @@ def step(
     overrides: SetOption = None,
     on: OnOption = None,
     steps: Annotated[int, typer.Option(help="Steps timed in each stage.", min=2)] = 12,
-    warmup: Annotated[int, typer.Option(help="Steps before them, not timed.", min=2)] = 4,
+    warmup: Annotated[int, typer.Option(help="Untimed steps before them.", min=2)] = 4,
     data: Annotated[Path | None, typer.Option(help="Directory of token shards; made-up tokens if not given.")] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the figures to this file, as JSON.")] = None,
 ) -> None:
@@ -86,7 +86,7 @@ def profile(
     recipe: RecipeArgument,
     overrides: SetOption = None,
     on: OnOption = None,
-    warmup: Annotated[int, typer.Option(help="Steps before the profiled ones, in each stage.", min=2)] = 4,
+    warmup: Annotated[int, typer.Option(help="Unprofiled steps before them, in each stage.", min=2)] = 4,
     rows: Annotated[int, typer.Option(help="Kernels listed for each stage.", min=1)] = 25,
     traces: Annotated[Path | None, typer.Option(help="Keep every rank's Chrome traces in this directory.")] = None,
 ) -> None:
@@ -119,9 +119,11 @@ def profile(
 
 @bench.command("timeline")
 def timeline(
-    traces: Annotated[Path, typer.Argument(help="Of `bench profile --traces`.", exists=True, file_okay=False)],
+    traces: Annotated[
+        Path, typer.Argument(help="Directory that `bench profile --traces` wrote.", exists=True, file_okay=False)
+    ],
     out: Annotated[Path, typer.Option(help="The picture, .png or .svg.")] = Path("timeline.png"),
-    rank: Annotated[int, typer.Option(help="Whose GPU.", min=0)] = 0,
+    rank: Annotated[int, typer.Option(help="Rank whose GPU is drawn.", min=0)] = 0,
 ) -> None:
     """A picture of the communication in a step of each stage: what is hidden by computing, and what is exposed."""
     from nanogpt.bench.timeline import plot_timeline, read_stages
@@ -159,7 +161,7 @@ def communication(
     recipe: RecipeArgument,
     overrides: SetOption = None,
     on: OnOption = None,
-    repeats: Annotated[int, typer.Option(help="Times that each is timed.", min=1)] = 20,
+    repeats: Annotated[int, typer.Option(help="Repetitions of each measurement.", min=1)] = 20,
 ) -> None:
     """The gradient of each table of rows over ranks, whole or by touched rows: milliseconds and bytes in each stage.
 

@@ -9,7 +9,7 @@ import typer
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Directories of two runs or more.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Directories of two or more runs.")],
     out: Annotated[
         list[Path] | None,
         typer.Option("--out", metavar="FILE", help="Draw the losses too, as .png or .svg. May be repeated."),

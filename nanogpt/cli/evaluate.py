@@ -13,7 +13,7 @@ from nanogpt.cli.threads import wait_briefly
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's directory.", show_default=False)],
     other: Annotated[
-        Path | None, typer.Argument(metavar="OTHER_RUN", help="Another's, to compare with.", show_default=False)
+        Path | None, typer.Argument(metavar="OTHER_RUN", help="Another run's, to compare with.", show_default=False)
     ] = None,
     data: Annotated[
         Path | None,
@@ -53,7 +53,7 @@ def evaluate(
 
     With OTHER_RUN, both are evaluated on the same tokens, and the documents that make the difference are listed.
 
-    With --task, the share of questions that RUN answers rightly, by the rules of EleutherAI's lm-evaluation-harness.
+    With --task, the share of questions that RUN answers correctly, by the rules of EleutherAI's lm-evaluation-harness.
 
     Standard errors are over documents of s nats and n tokens: with D of them and R = sum(s) / sum(n), the mean,
     sqrt(D / (D - 1) * sum((s - R n)^2)) / sum(n). For a difference, s is the difference of a document's losses.

@@ -141,9 +141,9 @@ def run(
 ) -> None:
     """Measure RECIPE, and ideas against it, on the GPUs of this machine; the tables come at the end.
 
-    How many GPUs a run is on, --gpus says; their type the recipe, or, where it leaves hardware open, the machine.
+    --gpus says how many GPUs a run uses; their type comes from the recipe or, if it leaves hardware open, the machine.
 
-    Of RECIPE there are: fast, its run in --steps steps; again, the same; plain, without fused kernels and 8-bit
+    Measurements of RECIPE: fast, its run in --steps steps; again, the same; plain, without fused kernels and 8-bit
     numbers; whole, the whole schedule; full, that with other ends (--average, --before, --windows, --horizon); warm,
     40 steps; deterministic and deterministic-again, 40 steps that should have the same bits; step, profile,
     communication and kernels, of `nanogpt bench`.

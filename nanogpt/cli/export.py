@@ -35,7 +35,7 @@ def export(
     if push_to_hub is not None:
         check_name(push_to_hub)
     elif private:
-        raise InputError("--private: says how --push-to-hub makes its repository, which is not given")
+        raise InputError("--private: is for the repository of --push-to-hub, which is not given")
     made = export_run(run, out, name=push_to_hub)
     say(f"Step {made.step:,}, {made.parameters:,} parameters")
     if push_to_hub is not None:

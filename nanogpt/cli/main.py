@@ -113,7 +113,7 @@ def app() -> typer.Typer:
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
-        epilog="`nanogpt COMMAND --help` tells more.",
+        epilog="`nanogpt COMMAND --help` explains each.",
     )
     root.callback()(_root)
     for command in COMMANDS:  # the names, which Typer suggests from after a typo

@@ -24,12 +24,15 @@ def prep_fineweb(
     directory: Annotated[
         Path | None,
         typer.Option(
-            "--dir", envvar="NANOGPT_DATA", help="Where to.", show_default="./data/fineweb10B, or as --dataset says"
+            "--dir",
+            envvar="NANOGPT_DATA",
+            help="Directory for the shards.",
+            show_default="./data/fineweb10B, or as --dataset says",
         ),
     ] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, max=32, help="Parallel connections.")] = 4,
     retries: Annotated[
-        int, typer.Option("--retries", min=0, max=100, help="Repeats of a request that brought nothing, in a row.")
+        int, typer.Option("--retries", min=0, max=100, help="Retries of a failing request, in a row.")
     ] = 6,
     verify: Annotated[
         bool, typer.Option("--verify", help="Hash the shards that are here, even if they look unchanged.")
@@ -37,9 +40,9 @@ def prep_fineweb(
 ) -> None:
     """Download FineWeb's token shards and verify them.
 
-    The validation shard and the first training shards of the hub data set kjj0/NAME-gpt2. What is here and valid
-    is kept, what is corrupt is fetched again, what was interrupted continues. Run it where there is internet: on most
-    clusters, the login node. HF_ENDPOINT, HF_TOKEN, HTTPS_PROXY and SSL_CERT_FILE count.
+    The validation shard and the first training shards of the hub data set kjj0/NAME-gpt2. Valid
+    shards are kept, corrupt ones fetched again, interrupted downloads resumed. Run it where there is internet: on most
+    clusters, the login node. HF_ENDPOINT, HF_TOKEN, HTTPS_PROXY and SSL_CERT_FILE are used if set.
     """
     from nanogpt.data import fineweb
     from nanogpt.errors import InputError

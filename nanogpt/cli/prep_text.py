@@ -15,7 +15,7 @@ from nanogpt.errors import NanogptError
 
 
 def prep_text(
-    directory: Annotated[Path, typer.Option("--dir", help="Where to; made if missing.")],
+    directory: Annotated[Path, typer.Option("--dir", help="Directory for the shards; made if missing.")],
     paths: Annotated[
         list[str] | None,
         typer.Argument(
@@ -24,7 +24,7 @@ def prep_text(
             " .xz or .bz2, and .parquet.",
         ),
     ] = None,
-    embedded: Annotated[bool, typer.Option("--embedded", help="Also the prose that ships with the package.")] = False,
+    embedded: Annotated[bool, typer.Option("--embedded", help="Add the prose that ships with the package.")] = False,
     val_tokens: Annotated[
         int | None,
         typer.Option(
@@ -89,11 +89,11 @@ def prep_text(
         ),
     ] = False,
 ) -> None:
-    """Tokenize own text into validation and training shards.
+    """Tokenize your own text into validation and training shards.
 
     A text file is a document, and so is each record of JSON and Parquet; a .json file holds an array of objects, one
     object, or a record a line. Folders are walked; what is hidden, binary, empty, damaged or not UTF-8 in them is left
-    out and counted. Where a file that is named cannot be read, or not to its end, all reasons are told, no shards are
+    out and counted. If a file that you name cannot be read to its end, all reasons are reported, no shards are
     written, and the exit code is 1; --keep-damaged makes shards of the rest. Validation takes whole documents by a hash
     of their text, or whole sources by a hash of their names, so the same input gives the same shards everywhere.
     text.json, beside the shards, describes them.

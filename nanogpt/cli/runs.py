@@ -12,7 +12,7 @@ def runs(
     directory: Annotated[
         Path | None,
         typer.Argument(
-            metavar="DIR", help="Where the runs are, in it or below.", show_default="NANOGPT_RUNS, else ./runs"
+            metavar="DIR", help="Directory with runs in it or below.", show_default="NANOGPT_RUNS, else ./runs"
         ),
     ] = None,
     sort: Annotated[

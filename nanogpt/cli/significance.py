@@ -22,7 +22,7 @@ def significance(
     """Test that the mean validation loss of RUNs is below the target (one-sided t-test).
 
     The runs must agree in spec (except seed, name, output and data directory), code and hardware. Exit code 1: not
-    shown, or a run cannot be read and was left out.
+    significant, or a run could not be read and was left out.
     """
     import json
 

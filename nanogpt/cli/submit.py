@@ -40,7 +40,7 @@ OutOption = Annotated[
 
 SbatchOptions = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[-- SBATCH OPTIONS]", help="Handed to sbatch, and stronger than what is worked out."),
+    typer.Argument(metavar="[-- SBATCH OPTIONS]", help="Passed to sbatch; they override what is worked out."),
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the sbatch command, and submit nothing.")]
 ParsableOption = Annotated[

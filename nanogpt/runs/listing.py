@@ -102,7 +102,7 @@ def _find(directory: Path, depth: int) -> Iterator[Path]:
 
 
 def _row_whatever_happens(path: Path) -> RunRow:
-    """`run_row`; a run whose files hold what nobody has thought of is a row too, and hides no other."""
+    """`run_row`; a run with files that nobody has thought of is a row too, and hides no other."""
     try:
         return run_row(path)
     except Exception as error:

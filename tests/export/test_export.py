@@ -142,7 +142,7 @@ def test_what_cannot_be_exported(nanogpt: Callable[..., Any], run: Path, exporte
             (untrained_run(tmp_path / "w", windowed), "--out", tmp_path / "new"),
             "sees 32 tokens back, its context is 64",
         ),
-        ((run, "--out", tmp_path / "new", "--private"), "--private: says how --push-to-hub"),
+        ((run, "--out", tmp_path / "new", "--private"), "--private: is for the repository of --push-to-hub"),
         ((run, "--out", tmp_path / "new", "--push-to-hub", "name"), "expected OWNER/NAME"),
     ):
         outcome = nanogpt("export", *arguments)
