@@ -82,7 +82,12 @@ def of_html(data: bytes) -> Iterator[str]:
     """Paragraphs of HTML, and of the XML of help pages."""
     if not data.strip():
         return
-    root = lxml.html.fromstring(data)
+    try:
+        data.decode()
+        parser = lxml.html.HTMLParser(encoding="utf-8")
+    except UnicodeDecodeError:  # it says itself what it is
+        parser = lxml.html.HTMLParser()
+    root = lxml.html.fromstring(data, parser=parser)
     for element in root.iter("p", "para", "div", "dd", "li"):
         if element.tag == "div" and element.get("class") != "para":
             continue
