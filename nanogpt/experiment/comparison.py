@@ -98,12 +98,19 @@ def judged(place: Place, name: str, other: str) -> list[str]:
 
 
 def scatter(place: Place, names: Iterable[str]) -> list[str]:
-    """How seeds of one measurement scatter in the losses at the end: the standard deviation, of two seeds on."""
+    """How seeds of one measurement scatter in their losses: the standard deviation, of two seeds on.
+
+    In validation at the end, and in the mean of the training losses that are of the next token alone.
+    """
     rows = []
     for name in names:
         losses: dict[str, list[float]] = {}
         for run in _seeds(place, name).values():
-            for of_set, loss in run.ends().items():
+            at_end = dict(run.ends())
+            trained = [loss for _, loss in run.next_token_losses().values()]
+            if at_end and trained:
+                at_end[TRAINING] = statistics.mean(trained)
+            for of_set, loss in at_end.items():
                 losses.setdefault(of_set, []).append(loss)
         for of_set, each in losses.items():
             if len(each) > 1:
@@ -113,7 +120,7 @@ def scatter(place: Place, names: Iterable[str]) -> list[str]:
                     f"{max(each) - min(each):.4f}",
                 )
                 rows.append((name, of_set, len(each), *shown))
-    head = ("seeds of", "losses at the end", "seeds", "mean", "standard deviation", "range")
+    head = ("seeds of", "losses", "seeds", "mean", "standard deviation", "range")
     return markdown_table(head, rows) if rows else []
 
 
