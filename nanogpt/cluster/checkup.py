@@ -225,7 +225,7 @@ def check_kernels() -> Check:
     except Exception as error:
         found = f"{next(reversed(tried), 'the first')}: {type(error).__name__}: {first_line(error)}"
         return Check(
-            name, "failed", found, "Runs continue without: --set runtime.kernels=plain runtime.attention=plain."
+            name, "failed", found, "Runs continue without: --set runtime.kernels=plain --set runtime.attention=plain."
         )
     return Check(name, "passed", f"{len(tried)} were launched in {time.perf_counter() - start:.1f} s")
 
