@@ -131,7 +131,7 @@ def _refuse_what_is_odd(directory: Path) -> None:
             status = path.lstat()
             size, count = size + status.st_size, count + 1
             if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
-                kind = "a link" if stat.S_ISLNK(status.st_mode) else "no file"
+                kind = "a link" if stat.S_ISLNK(status.st_mode) else "not a file"
                 raise InputError(f"{path.relative_to(directory)}: is {kind}; a submission has files and directories")
             if size > MOST_BYTES or count > MOST_FILES:
                 raise InputError(f"is larger than {MOST_BYTES >> 30} GB, or has more than {MOST_FILES:,} files")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from chromium import Page, needs_chromium
 from made_runs import change_record, loaded, made_run, made_runs
-from test_report import EVIL, Elements
+from page_elements import EVIL, Elements
 
 from nanogpt.cli.main import main
 from nanogpt.pages import entry
