@@ -106,7 +106,7 @@ layer=$(tr -d '\n' < "$work/manifest" | sed -n 's/.*"layers" *: *\[ *\({[^}]*\).
 sha256=$(field digest <<< "$layer") size=$(field size <<< "$layer")
 sha256=${sha256#sha256:}
 [[ $layer == *vnd.sylabs.sif.layer* && $sha256 =~ ^[0-9a-f]{64}$ && $size =~ ^[0-9]+$ ]] ||
-    fail "$name:$reference is not an image of Apptainer's (make push makes one); apptainer pull docker://... is for others" 2
+    fail "$name:$reference is not an Apptainer image (make push makes one); apptainer pull docker://... fetches others" 2
 if [[ -n ${NANOGPT_SIF_SHA256:-} && $sha256 != "${NANOGPT_SIF_SHA256#sha256:}" ]]; then
     fail "$name:$reference is another image than NANOGPT_SIF_SHA256 names: $sha256. Nothing was fetched" 2
 fi

@@ -219,7 +219,7 @@ def test_what_is_not_there_is_told(registry: Registry, tmp_path: Path, address: 
 def test_an_image_of_docker_s_is_told_apart(registry: Registry, tmp_path: Path) -> None:
     registry.media_type = "application/vnd.oci.image.layer.v1.tar+gzip"
     done = pull(tmp_path, f"{registry.address}:1")
-    assert (done.returncode, "no image of Apptainer's" in done.stderr) == (2, True)
+    assert (done.returncode, "not an Apptainer image" in done.stderr) == (2, True)
 
 
 def check(image: Path, **environment: str) -> subprocess.CompletedProcess[str]:
