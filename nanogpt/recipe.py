@@ -42,9 +42,9 @@ class RecipeError(InputError):
 
     def __init__(self, problems: Sequence[str]):
         self.problems = list(problems)
-        told = self.problems[:MAX_PROBLEMS]
-        more = len(self.problems) - len(told)
-        super().__init__("\n".join([*told, *([f"and {more} more of such problems"] if more else [])]))
+        named = self.problems[:MAX_PROBLEMS]
+        more = len(self.problems) - len(named)
+        super().__init__("\n".join([*named, *([f"and {more} more of such problems"] if more else [])]))
 
 
 class _Loader(yaml.SafeLoader):
@@ -87,7 +87,7 @@ MAX_NODES = 10_000  # values
 MAX_DEPTH = 40
 MAX_KEY = 200  # characters
 MAX_BASES = 20
-MAX_PROBLEMS = 40  # told at once
+MAX_PROBLEMS = 40  # named at once
 
 
 @dataclass
@@ -139,7 +139,7 @@ def find_recipe(name: str | Path) -> Path:
             f" `nanogpt train {recipe} --on {on}`"
         )
     if path.is_dir() and str(name):
-        raise InputError(f"{name}: is a directory; name a recipe in it, such as {path / 'speedrun.yaml'}")
+        raise InputError(f"{name}: is a directory; name a recipe in it, such as {path / 'NAME.yaml'}")
     known = sorted(file.stem for file in shipped_recipes().glob("*.yaml"))
     close = difflib.get_close_matches(path.stem, known, n=1)
     hint = f" Did you mean {close[0]}?" if close else ""
@@ -148,7 +148,7 @@ def find_recipe(name: str | Path) -> Path:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether `path` is a file. Raises `InputError` where that cannot be told."""
+    """Whether `path` is a file. Raises `InputError` where that cannot be found out."""
     try:
         return path.is_file()
     except OSError as error:

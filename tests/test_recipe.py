@@ -102,7 +102,7 @@ def test_a_file_comes_before_a_shipped_recipe(recipe, tmp_path, monkeypatch):
         ("", "no such recipe"),
         ("8xh20.yaml", "no such file"),
         ("elsewhere/8xh20.yaml", "no such file"),
-        ("recipes", "is a directory; name a recipe in it, such as recipes/speedrun.yaml"),
+        ("recipes", "is a directory; name a recipe in it, such as recipes/NAME.yaml"),
     ],
 )
 def test_what_is_no_recipe_says_why(name, what):

@@ -187,7 +187,10 @@ def next_steps(run_path: Path, gpus: Sequence[str]) -> str:
     """Commands to try next, each below what it is for; on a machine with these GPUs, by the driver's names."""
     from nanogpt.gpus import known_type
     from nanogpt.hardware import largest_count
+    from nanogpt.models import MODELS
+    from nanogpt.registry import kind_of, specs_of
 
+    recipe = kind_of(specs_of(MODELS)[0])
     lines = [
         (f"nanogpt sample {run_path} --prompt 'My wife and I'", "more text from this model"),
         (f"nanogpt show {run_path / 'spec.yaml'}", "everything that decided this run"),
@@ -199,12 +202,12 @@ def next_steps(run_path: Path, gpus: Sequence[str]) -> str:
         start = "train" if count == 1 else "launch"
         lines += [
             ("prep-fineweb", "FineWeb's token shards, 2 GB (needs internet)"),
-            (f"nanogpt {start} speedrun {on}", f"the speedrun, on {count} x {gpus[0]}"),
+            (f"nanogpt {start} {recipe} {on}", f"the speedrun, on {count} x {gpus[0]}"),
         ]
     else:
-        lines.append(("nanogpt validate speedrun --on 1xh100", "the speedrun, which needs a GPU: check its recipe"))
+        lines.append((f"nanogpt validate {recipe} --on 1xh100", "the speedrun, which needs a GPU: check its recipe"))
         if Path("slurm/run.sh").is_file():
-            lines.append(("slurm/run.sh --dry-run speedrun --on 1xh100", "and on a Slurm cluster: docs/cluster.md"))
+            lines.append((f"slurm/run.sh --dry-run {recipe} --on 1xh100", "and on a Slurm cluster: docs/cluster.md"))
     activate = Path(sys.prefix) / "bin" / "activate"
     found = shutil.which("nanogpt")
     if activate.is_file() and (found is None or Path(found).parent != activate.parent):

@@ -63,9 +63,9 @@ class Command(typer.core.TyperCommand):
         for parameter in self.get_params(ctx):
             is_argument = parameter.param_type_name == "argument"
             if (record := parameter.get_help_record(ctx)) is not None:
-                name, told = record
+                name, text = record
                 rows["Arguments" if is_argument else "Options"].append(
-                    (_named(parameter) if is_argument else _TYPE.sub(_value, name), _readable(told))
+                    (_named(parameter) if is_argument else _TYPE.sub(_value, name), _readable(text))
                 )
         for title, section in rows.items():
             if section:
@@ -85,11 +85,11 @@ def _value(kind: re.Match[str]) -> str:
     return {"int": "N", "float": "X", "path": "PATH"}.get(kind[1].lower(), "TEXT")
 
 
-def _readable(told: str) -> str:
+def _readable(text: str) -> str:
     """An option's help with its default and its range in words."""
-    told = re.sub(r"\[default: \((.*?)\)([\];])", r"[default: \1\2", told)
-    told = re.sub(r"(-?[\d.]+)<=x<=(-?[\d.]+)", r"\1 to \2", told)
-    return re.sub(r"; x>=-?[\d.]+|  \[x>=-?[\d.]+\]", "", told)  # what is too little is refused by name
+    text = re.sub(r"\[default: \((.*?)\)([\];])", r"[default: \1\2", text)
+    text = re.sub(r"(-?[\d.]+)<=x<=(-?[\d.]+)", r"\1 to \2", text)
+    return re.sub(r"; x>=-?[\d.]+|  \[x>=-?[\d.]+\]", "", text)  # what is too little is refused by name
 
 
 def run_command(name: str, work: Callable[[], object]) -> NoReturn:
@@ -154,10 +154,10 @@ def _exit_code(name: str, work: Callable[[], object]) -> int:
     except NanogptError as error:
         return _tell(name, error)
     except (OSError, MemoryError) as error:
-        told = _explained(error)
-        if told is None:
+        explanation = _explained(error)
+        if explanation is None:
             raise
-        return _tell(name, told)
+        return _tell(name, explanation)
     except KeyboardInterrupt:
         return 130
     except SystemExit as end:

@@ -115,7 +115,7 @@ def node(
         if os.environ.get("NANOGPT_PREFLIGHT") == "warn":
             say("preflight: NANOGPT_PREFLIGHT=warn: continuing, whatever failed")
         else:
-            raise_for_failures(checks, told=True)
+            raise_for_failures(checks, printed=True)
         import torch.distributed  # noqa: F401, mapped and then read
 
         from nanogpt.launch.launcher import launch

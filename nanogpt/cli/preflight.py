@@ -39,4 +39,4 @@ def preflight(
     checks = check(spec, arguments.data_directory(spec), arguments.output_directory(spec), os.environ)
     if as_json:
         typer.echo(json.dumps([one._asdict() for one in checks], indent=2))
-    raise_for_failures(checks, told=True)
+    raise_for_failures(checks, printed=True)

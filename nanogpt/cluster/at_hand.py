@@ -21,7 +21,7 @@ OPEN = "hardware: the recipe leaves it open"
 
 
 def at_hand(environ: Mapping[str, str]) -> Fill:
-    """What this machine has, told by the driver, which is asked where a recipe leaves type or number of GPUs open.
+    """What this machine has, by the driver, which is asked where a recipe leaves type or number of GPUs open.
 
     Raises (when it fills):
         InputError: there is no GPU, or none of a type that is known; the message says how to continue.

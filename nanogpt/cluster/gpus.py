@@ -59,7 +59,7 @@ def nearest_cpus(gpu: Gpu) -> set[int]:
     def cpus(nvml: Any) -> set[int]:
         size = (max(os.sched_getaffinity(0)) + WORD_BITS) // WORD_BITS
         device = nvml.nvmlDeviceGetHandleByIndex(gpu.index)
-        words = _told(nvml, nvml.nvmlDeviceGetCpuAffinity, device, size) or ()
+        words = _asked(nvml, nvml.nvmlDeviceGetCpuAffinity, device, size) or ()
         return {WORD_BITS * at + bit for at, word in enumerate(words) for bit in range(WORD_BITS) if word >> bit & 1}
 
     return _ask(cpus)
@@ -119,7 +119,7 @@ def _gpus(nvml: Any) -> list[Gpu]:
     driver = nvml.nvmlSystemGetDriverVersion()
     found = []
     for index, device in enumerate(_devices(nvml)):
-        memory = _told(nvml, nvml.nvmlDeviceGetMemoryInfo, device)
+        memory = _asked(nvml, nvml.nvmlDeviceGetMemoryInfo, device)
         total, used = (None, None) if memory is None else (memory.total // MIB, memory.used // MIB)
         name, uuid = nvml.nvmlDeviceGetName(device), nvml.nvmlDeviceGetUUID(device)
         found.append(Gpu(index, uuid, name, driver, total, used))
@@ -129,14 +129,14 @@ def _gpus(nvml: Any) -> list[Gpu]:
 def _processes(nvml: Any) -> list[GpuProcess]:
     found = []
     for device in _devices(nvml):
-        for process in _told(nvml, nvml.nvmlDeviceGetComputeRunningProcesses, device) or ():
-            name = _told(nvml, nvml.nvmlSystemGetProcessName, process.pid) or "?"
+        for process in _asked(nvml, nvml.nvmlDeviceGetComputeRunningProcesses, device) or ():
+            name = _asked(nvml, nvml.nvmlSystemGetProcessName, process.pid) or "?"
             used = None if process.usedGpuMemory is None else process.usedGpuMemory // MIB
             found.append(GpuProcess(nvml.nvmlDeviceGetUUID(device), process.pid, name, used))
     return found
 
 
-def _told(nvml: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+def _asked(nvml: Any, function: Callable[..., Any], *arguments: Any) -> Any:
     """What `function` returns; None where the driver does not tell, of this GPU or to this user."""
     try:
         return function(*arguments)

@@ -43,11 +43,11 @@ def _node(environ: Mapping[str, str]) -> str:
     return environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def raise_for_failures(checks: Iterable[Check], *, told: bool = False) -> None:
-    """Raise `InputError` with every check that failed, if any did; by name alone where they have been `told`."""
+def raise_for_failures(checks: Iterable[Check], *, printed: bool = False) -> None:
+    """Raise `InputError` with every check that failed, if any did; by name alone where they have been `printed`."""
     failed = [check for check in checks if check.status == "failed"]
     node = _node(os.environ)
-    if failed and told:
+    if failed and printed:
         raise InputError(f"preflight on {node}: the run does not start: {', '.join(check.name for check in failed)}")
     if failed:
         raise InputError("\n".join(f"preflight on {node}: {check}" for check in failed))

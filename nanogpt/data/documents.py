@@ -400,7 +400,7 @@ def _segments(file: SourceFile, skips: Skips) -> list[Unit]:
 
 def _json_units(file: SourceFile, field: str, skips: Skips, source_field: str) -> Iterator[Unit]:
     line = 1
-    told = 0
+    counted = 0
     try:
         head, blocks = peek(read_blocks(Path(file.path)), 4, lambda block: False)
         if wide := wide_encoding(head):
@@ -411,8 +411,8 @@ def _json_units(file: SourceFile, field: str, skips: Skips, source_field: str) -
             if data is None:
                 skips.add(f"record above {MAX_RECORD >> 20} MiB", f"{file.path}:{line}", named=file.explicit)
             else:
-                yield LinesUnit(file.input, done - told, file.path, line, data, field, file.source, source_field)
-                told = done
+                yield LinesUnit(file.input, done - counted, file.path, line, data, field, file.source, source_field)
+                counted = done
             line += lines
     except OSError as error:
         skips.add("cannot be read", file.path, note=error.strerror or "", named=file.explicit)

@@ -143,10 +143,10 @@ class TrainerWithEnds(Trainer):
 
     def train_step(self, settings: StepSettings, micro_steps: int | None = None) -> Tensor:
         """A step; where it is one of the last, its weights are added up, averaged, or kept."""
-        told = super().train_step(settings, micro_steps)
+        reported = super().train_step(settings, micro_steps)
         if micro_steps is None:  # not the warm-up
             self._keep(self.schedule.total_steps - settings.step)
-        return told
+        return reported
 
     @torch.no_grad()
     def _keep(self, left: int) -> None:

@@ -121,7 +121,7 @@ def stage_compiled(given: str | None, to: Path, torch: str) -> str:
     """Copy the cache files named in `given`, apart by spaces, to the directory `to`; a hash over names and contents.
 
     Raises `InputError` for one that is not there or whole, that others may write, or that was made with another PyTorch
-    than `torch`. Whether it is of the image's own code is told in the image.
+    than `torch`. Whether it comes from the image's own code is checked in the image.
     """
     to.mkdir(exist_ok=True)
     to.chmod(0o755)

@@ -49,8 +49,8 @@ class _Fp8Projection(torch.autograd.Function):
         grad8 = to_e4m3(grad.float() / GRADIENT_SCALE)
         grad_scale, x_scale = _of(GRADIENT_SCALE, grad), _of(INPUT_SCALE, grad)
         scale = weight_scale * scale_in
-        grad_u = scaled_8bit_product(grad8, grad_scale, _turned(weight8), scale, ctx.dtype, fast=False)
-        grad_w = scaled_8bit_product(_turned(grad8), grad_scale, _turned(x8), x_scale, weight.dtype, fast=False)
+        grad_u = scaled_8bit_product(grad8, grad_scale, _transposed(weight8), scale, ctx.dtype, fast=False)
+        grad_w = scaled_8bit_product(_transposed(grad8), grad_scale, _transposed(x8), x_scale, weight.dtype, fast=False)
         return grad_u, (scale_in * grad_w).to(weight.dtype), (grad_w.float() * weight.float()).sum()
 
 
@@ -58,6 +58,6 @@ def _of(scale: float, like: Tensor) -> Tensor:
     return torch.full((), scale, device=like.device)
 
 
-def _turned(matrix8: Tensor) -> Tensor:
+def _transposed(matrix8: Tensor) -> Tensor:
     """The transpose, contiguous; as bytes, since not every device can copy 8-bit floats with strides."""
     return matrix8.view(torch.uint8).mT.contiguous().view(matrix8.dtype)

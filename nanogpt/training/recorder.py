@@ -150,7 +150,7 @@ class RunRecorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        """After the trainer, which has told how the run ended unless it could not be built."""
+        """After the trainer, which has said how the run ended unless it could not be built."""
         with self._claim:
             self._leave(kind, error)
 

@@ -20,7 +20,7 @@ from nanogpt.training.schedule import Schedule, StepSettings
 
 USABLE = 0.96  # of a device's memory: the rest is the driver's and the allocator's
 EVALUATED_ROWS = 32_768  # whose logits a validation has at a time
-ROW_SHARE = 16  # tables are told in multiples of this many rows, so that eight ranks share each half
+ROW_SHARE = 16  # suggested tables have a multiple of this many rows, so that eight ranks share each half
 
 
 class TableCycles:

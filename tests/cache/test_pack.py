@@ -147,7 +147,7 @@ def test_members_that_are_no_plain_files_below_the_directory_are_refused(
     path, _ = make(tmp_path)
     pack = Pack(path)
     pack._body = zstandard.ZstdCompressor().compress(body.getvalue())
-    with pytest.raises(PackError, match="no plain file"):
+    with pytest.raises(PackError, match="not a plain file"):
         pack.unpack(tmp_path / "target")
     assert not (tmp_path / "outside").exists()
 

@@ -501,7 +501,7 @@ def test_hub_files_that_are_no_shards(hub: HubServer, here: Here, data: Path) ->
     hub.files[THREE] = b"short"
     run = here.run(data, chunks=3)
     assert run.code == 1
-    assert run.err.count("no token shard") == 3
+    assert run.err.count("not a token shard") == 3
     for problem in ("magic number 0", "promises 2000 tokens", "5 bytes long"):
         assert problem in run.err
     assert [path.name for path in data.glob("*.bin")] == [VAL]

@@ -134,11 +134,11 @@ def test_eight_bit_copies_are_exact():
     for shape in ((4_112, 768), (768, VOCAB), (16, 16)):
         x = 10 * torch.randn(shape, device="cuda").bfloat16()
         x[0, 0], x[-1, -1] = 1e6, -1e6
-        same, turned = quantize_both_ways(x, X_SCALE)
+        same, transposed = quantize_both_ways(x, X_SCALE)
         expected = fake_quantize(x, X_SCALE, torch.float8_e4m3fn)
         assert torch.equal(same.float() * X_SCALE, expected)
-        assert torch.equal(turned.view(torch.uint8), same.view(torch.uint8).t())
-        assert torch.equal(transpose_bytes(same).view(torch.uint8), turned.view(torch.uint8))
+        assert torch.equal(transposed.view(torch.uint8), same.view(torch.uint8).t())
+        assert torch.equal(transpose_bytes(same).view(torch.uint8), transposed.view(torch.uint8))
 
 
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp8", marks=needs_hopper)])

@@ -1,4 +1,4 @@
-"""On a GPU: rows added to tables by the Triton kernels, and micro-steps that are recorded as CUDA graphs."""
+"""On a GPU: rows added to tables by the Triton kernels, and micro-steps that are captured as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_rows_against_fp64(case):
     assert error < 1.01 * rounding + 1e-5
 
 
-def test_rows_in_a_recorded_graph():
+def test_rows_in_a_captured_graph():
     table = torch.zeros(100, 64, device="cuda", dtype=torch.bfloat16)
     rows, grads = torch.zeros(500, dtype=torch.int32, device="cuda"), torch.ones_like(table[:1]).repeat(500, 1)
     add_rows(table, row_order(rows), grads)
@@ -69,7 +69,7 @@ ONE = "hardware={gpu: h100, gpus_per_node: 1}"
 
 
 @pytest.mark.long
-def test_recorded_micro_steps_compute_what_others_do(data: Path, tmp_path: Path) -> None:
+def test_captured_micro_steps_compute_what_others_do(data: Path, tmp_path: Path) -> None:
     """A whole run, with warm-up, stages, YaRN, the head's split; and one that is resumed in the middle of a stage."""
     runtime = "runtime={{dtype: bf16, compile: 'on', attention: varlen, cuda_graphs: {}}}"
     for name in ("off", "auto"):

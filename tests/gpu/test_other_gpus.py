@@ -1,4 +1,4 @@
-"""Runs as on an L40S, rehearsed on a larger GPU: kernels and precisions chosen as there, memory limited to 44 GB.
+"""Runs as on an L40S, on a larger GPU: kernels and precisions chosen as there, memory limited to 44 GB.
 
 Attention is `varlen`, the head runs in FP8 or bf16, the MLP in bf16, and nothing is captured. Code is compiled for the
 GPU at hand.

@@ -26,8 +26,8 @@ def values(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-def turned(head: list[float], position: int) -> list[float]:
-    """Channels 2j and 2j + 1 are a complex number, turned clockwise by position * (1/1024)^(j/31)."""
+def rotated(head: list[float], position: int) -> list[float]:
+    """Channels 2j and 2j + 1 are a complex number, rotated clockwise by position * (1/1024)^(j/31)."""
     out = list(head)
     for j in range(32):
         pair = complex(head[2 * j], head[2 * j + 1]) * cmath.exp(-1j * position * 1024 ** (-j / 31))
@@ -35,12 +35,12 @@ def turned(head: list[float], position: int) -> list[float]:
     return out
 
 
-def test_each_pair_is_turned_by_its_position_and_the_rest_is_not():
+def test_each_pair_is_rotated_by_its_position_and_the_rest_is_not():
     x = values(8, 2, 128)
     y = make_rotary()(x)
     for t in range(8):
         for h in range(2):
-            assert y[t, h].tolist() == pytest.approx(turned(x[t, h].tolist(), t), abs=1e-5)
+            assert y[t, h].tolist() == pytest.approx(rotated(x[t, h].tolist(), t), abs=1e-5)
     assert torch.equal(y[..., 64:], x[..., 64:])
 
 
@@ -49,7 +49,7 @@ def test_paired_heads_take_turns_at_twice_the_positions():
     y = make_rotary()(x, paired=True)
     for t in range(8):
         for h in range(6):
-            assert y[t, h].tolist() == pytest.approx(turned(x[t, h].tolist(), 2 * t + h % 2), abs=1e-5)
+            assert y[t, h].tolist() == pytest.approx(rotated(x[t, h].tolist(), 2 * t + h % 2), abs=1e-5)
 
 
 def test_start_frequencies():

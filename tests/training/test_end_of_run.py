@@ -24,7 +24,7 @@ from tiny_runs import (
 
 from nanogpt.data.batches import ValBatches
 from nanogpt.data.canonical_mask import build
-from nanogpt.recipe import RecipeError, load_recipe
+from nanogpt.recipe import RecipeError, find_recipe, load_recipe
 from nanogpt.runs.record import read_record
 from nanogpt.training.evaluation import as_json, as_lines, evaluate_runs
 from nanogpt.training.trained_model import load_trained_model
@@ -82,8 +82,10 @@ def test_more_steps_than_the_run_has_are_refused():
         tiny_spec("training.end=[{kind: average, last_steps: 13}]")
 
 
-def test_a_shortened_run_averages_its_share():
-    spec = load_recipe("speedrun", ["training.end=[{kind: average, last_steps: 300}]"], steps=311)
+def test_a_shortened_run_averages_its_share(tmp_path: Path) -> None:
+    recipe = tmp_path / "averaged.yaml"
+    recipe.write_text(f"base: {find_recipe('speedrun')}\ntraining: {{end: [{{kind: average, last_steps: 300}}]}}\n")
+    spec = load_recipe(recipe, steps=311)
     assert [entry.last_steps for entry in spec.training.end] == [60]
 
 

@@ -83,7 +83,7 @@ def test_tables_get_no_other_gradient(monkeypatch):
         ("gpt2", "", 85, False),
     ],
 )
-def test_what_is_recorded(recipe, override, gigabytes, expected, monkeypatch):
+def test_what_is_captured(recipe, override, gigabytes, expected, monkeypatch):
     properties = SimpleNamespace(total_memory=gigabytes * 10**9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     spec = load_recipe(recipe, [override] if override else [])

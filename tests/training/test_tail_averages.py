@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 import threading
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,7 @@ from tiny_runs import assert_same
 from torch import Tensor, nn
 
 from nanogpt.optim.communication import Communicator, Pending, completed
-from nanogpt.recipe import RecipeError, load_recipe
+from nanogpt.recipe import RecipeError, find_recipe, load_recipe
 from nanogpt.spec_end import TailAverages
 from nanogpt.training.end_of_run import RunningAverages, lerp
 
@@ -232,7 +235,10 @@ def tail(**changes: Any) -> dict[str, Any]:
 
 def spec_with(*averages: dict[str, Any], steps: int | None = None, keep_norms: tuple[str, ...] = ()) -> Any:
     entry = {"kind": "tail_averages", "averages": list(averages), "keep_norms": list(keep_norms)}
-    return load_recipe("record89", [f"training.end={[entry]}"], steps=steps)
+    with tempfile.TemporaryDirectory() as directory:  # what --set says is not shortened
+        recipe = Path(directory) / "averaged.yaml"
+        recipe.write_text(json.dumps({"base": str(find_recipe("record89")), "training": {"end": [entry]}}))
+        return load_recipe(recipe, steps=steps)
 
 
 def test_a_shortened_run_averages_the_same_share():

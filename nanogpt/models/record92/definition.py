@@ -246,8 +246,8 @@ class DenseRecord92:
         q, k = rotated(q), rotated(k)
         scale = self.attn_scales[kind]
         if i in WIDE:
-            turned = 2 * len(self.frequencies[kind])
-            k = torch.stack([torch.cat((k[t, :, :turned], k[max(t - 1, 0), :, turned:]), dim=-1) for t in range(T)])
+            rotary = 2 * len(self.frequencies[kind])
+            k = torch.stack([torch.cat((k[t, :, :rotary], k[max(t - 1, 0), :, rotary:]), dim=-1) for t in range(T)])
         if i in PAIRED:
             q2, k2, v2 = (torch.stack([row for t in range(T) for row in (x[t, :3], x[t, 3:])]) for x in (q, k, v))
             y = attend(q2, k2, v2, [d for d in document for _ in range(2)], window, scale)
