@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -259,7 +260,7 @@ def test_status_watch_and_cancel(cluster: Cluster, data: Path) -> None:
     assert row["state"] == "RUNNING" and row["run"]["steps"] >= 1 and row["run"]["total_steps"] == 100_000
     assert row["train_loss"] > 3 and row["run"]["val_loss"] > 3
     table = cluster.run(script, "status")
-    assert f" {job} " in table.stdout and "/100,000" in table.stdout
+    assert re.search(rf"^ *{job} ", table.stdout, re.MULTILINE) and "/100,000" in table.stdout
     assert "sacct is not configured here" in table.stderr
 
     done = cluster.run(script, "cancel", job)
