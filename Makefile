@@ -51,7 +51,7 @@ lint: $(TEST_READY) ## Check style, types, shell scripts, workflows and spelling
 	$(BIN)/mypy
 	$(BIN)/mypy --config-file tests/mypy.ini
 	@scripts=$$(git -c safe.directory='*' ls-files '*.sh' .ci/run) && set -x && $(BIN)/shellcheck $$scripts
-	@files=$$(git -c safe.directory='*' ls-files) && set -x && $(BIN)/codespell $$files
+	@files=$$(git -c safe.directory='*' ls-files) && echo "$(BIN)/codespell, on all tracked files" && $(BIN)/codespell $$files
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 mutations: $(TEST_READY) ## Break each mechanism on purpose and see that a test notices; some 10 CPU minutes

@@ -19,6 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from nanogpt.data.manifest import file_sha256
 from nanogpt.errors import InputError
 from nanogpt.files import read_json
 from nanogpt.pages.page import PLOTLY_NAME
@@ -116,7 +117,7 @@ def entry_data(directory: Path, report: Path) -> dict[str, Any]:
         "sd": result.sd,
         "p": result.p,
         "caveats": caveats(made),
-        "metrics_sha256": [_sha256(run.path / METRICS_NAME) for run in runs],
+        "metrics_sha256": [file_sha256(run.path / METRICS_NAME) for run in runs],
     }
 
 
@@ -172,16 +173,11 @@ def _broken_claims(directory: Path, claimed: _Claimed, made: Submission) -> list
     found = [] if claimed.official else ["marked unofficial by whoever made it"]
     if abs(claimed.record_time_seconds - made.record_seconds) > 0.0015:
         found.append(f"claims {claimed.record_time_seconds:.3f} s, its runs took {made.record_seconds:.3f} s")
-    logs = {_sha256(run.path / LOG_NAME) for run in made.runs}
+    logs = {file_sha256(run.path / LOG_NAME) for run in made.runs}
     for log in sorted((directory / TRACK).glob("*/*.txt")):
-        if _sha256(log) not in logs:
+        if file_sha256(log) not in logs:
             found.append(f"{log.relative_to(directory)}: is the log of none of its runs")
     return found
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def page_name(directory: Path) -> str:

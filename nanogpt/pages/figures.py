@@ -22,9 +22,9 @@ def run_figures(runs: Sequence[LoadedRun]) -> list[dict[str, Any]]:
     """
     metrics = [run.metrics for run in runs]
     scale, unit = time_unit(metrics)
-    time = f"training time ({unit})"
+    axes = (("step", "step", 1.0, "step"), ("train_time_ms", f"training time ({unit})", scale, "time"))
     found = []
-    for x, title, factor, by in (("step", "step", 1.0, "step"), ("train_time_ms", time, scale, "time")):
+    for x, title, factor, by in axes:
         lines = [
             _line(_scaled(points(run.evaluations, x, "val_loss", MOST), factor), name(loaded.label), index, marked=True)
             for index, (loaded, run) in enumerate(zip(runs, metrics, strict=True))
@@ -46,7 +46,7 @@ def run_figures(runs: Sequence[LoadedRun]) -> list[dict[str, Any]]:
         ]
         heading = f"Validation loss minus that of {runs[0].label}"
         found.append(_figure("difference", heading, "step", lines, runs, "step", 1.0))
-    for x, title, factor, by in (("step", "step", 1.0, "step"), ("train_time_ms", time, scale, "time")):
+    for x, title, factor, by in axes:
         lines = []
         for index, (loaded, run) in enumerate(zip(runs, metrics, strict=True)):
             if len(runs) == 1:

@@ -21,8 +21,6 @@ from nanogpt.image.labels import inside_labels
 from nanogpt.spec import RunSpec
 
 SCALARS = ("train_loss", "val_loss", "reference_loss", "step_avg_ms", "lr_factor", "tokens", "train_time_ms")
-
-
 PROJECT = "nanogpt-speedrun"
 MODULES = {"tensorboard": "tensorboardX"}  # others are called as their tracker
 TRACKIO_SERVERS = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")

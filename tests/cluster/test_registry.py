@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import pytest
 import yaml
+from directory_of_user import directory_of_user
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 pytestmark = pytest.mark.timeout(2400)  # the first test waits for the image
@@ -89,9 +90,8 @@ def pushed(store: Store, sif: Path, as_user: Run, user_checkout: Path) -> str:
 @pytest.fixture
 def elsewhere(as_other: Run) -> Iterator[Path]:
     """A directory of the other user's."""
-    made = Path(as_other(["mktemp", "-d", "/var/tmp/pull-test-XXXXXX"], check=True).stdout.strip())
-    yield made
-    shutil.rmtree(made)
+    with directory_of_user(as_other) as made:
+        yield made
 
 
 @pytest.fixture

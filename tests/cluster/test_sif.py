@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -14,6 +13,7 @@ from typing import NamedTuple
 
 import pytest
 from definition_file import read_definition
+from directory_of_user import directory_of_user
 from spython.main import get_client
 
 from nanogpt.image.build import SUITES
@@ -23,14 +23,6 @@ from nanogpt.image.sources import locked_versions
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 pytestmark = pytest.mark.timeout(2400)  # the first test waits for the image
 COMMANDS = ("nanogpt", "prep-fineweb", "prep-text", "build-flash-attn", "torchrun", "python", "gcc", "g++")
-
-
-@contextlib.contextmanager
-def directory_of_user(as_user: Run) -> Iterator[Path]:
-    """A directory of the user's own, outside home, for as long as it lasts."""
-    made = Path(as_user(["mktemp", "-d", "/var/tmp/sif-test-XXXXXX"], check=True).stdout.strip())
-    yield made
-    shutil.rmtree(made)
 
 
 @pytest.fixture
