@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
+from nanogpt.bench.conditions import conditions
 from nanogpt.console import markdown_table
 from nanogpt.launch.world import World
 from nanogpt.models.model_spec import RowTableSpec, Slot
@@ -101,7 +103,7 @@ def _median_ms(world: World, gradient: torch.Tensor, start: Callable[[torch.Tens
     return statistics.median(times[2:])
 
 
-def as_table(timings: list[TableTiming]) -> str:
+def as_table(timings: Sequence[TableTiming]) -> str:
     """As Markdown."""
     head = (
         "stage",
@@ -124,3 +126,11 @@ def as_table(timings: list[TableTiming]) -> str:
         for t in timings
     ]
     return "\n".join(markdown_table(head, rows))
+
+
+def as_json(tables: Mapping[str, Sequence[TableTiming]], spec: RunSpec, world: World) -> dict[str, Any]:
+    """The timings of each table, by its parameter's name, with what they depend on."""
+    return {
+        **conditions(spec, world),
+        "tables": {name: [asdict(timing) for timing in timings] for name, timings in tables.items()},
+    }

@@ -1,7 +1,7 @@
-"""Measuring kernels: each against its plain equivalent, and against what the machine can do.
+"""Timing kernels: each against its plain equivalent, and against what the machine can do.
 
-The cases are those of the modules of `nanogpt.kernels.bench`. The floor of a case is the larger of its operations over
-the measured rate of a large matrix product and its bytes over the measured rate of a large copy.
+The cases come from the modules of `nanogpt.kernels.bench`. The floor of a case is the larger of two times: its
+operations at the measured rate of a large matrix product, and its bytes at the measured rate of a large copy.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
+from nanogpt.bench.conditions import device_conditions
+from nanogpt.console import markdown_table
 from nanogpt.kernels import bench
 from nanogpt.kernels.bench import BenchCase
 
@@ -22,16 +25,17 @@ class MachineRates:
     """What this device reaches on large, simple work, on random data."""
 
     matmul_flops: float
-    """bf16 product of two 8192 x 8192 matrices, operations a second."""
+    """bf16 product of two 8192 x 8192 matrices, operations per second."""
     copy_bytes: float
-    """Copy of 4 GiB within the device, bytes read and written a second."""
+    """Copy of 4 GiB within the device, bytes read and written per second."""
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Median milliseconds of a case, with the 20th and 80th percentile of the fast version."""
+    """Median milliseconds of a case, with the 20th and 80th percentile of the fast version; not the case's inputs."""
 
-    case: BenchCase
+    kernel: str
+    shape: str
     fast_ms: float
     fast_low_ms: float
     fast_high_ms: float
@@ -44,8 +48,8 @@ def measure(
 ) -> tuple[float, ...]:
     """Median, 20th and 80th percentile in milliseconds of device time, the L2 cache flushed before each run.
 
-    With `capture`, times replays of a CUDA graph, so that what the host needs to launch is not counted; runs the
-    function itself where it cannot be captured.
+    With `capture`, times replays of a CUDA graph, so that the host's launches do not count; a function that cannot be
+    captured runs itself.
     """
     from triton.testing import do_bench
 
@@ -71,9 +75,9 @@ def _captured(function: Callable[[], object]) -> Callable[[], object]:
 
 
 def machine_rates(device: torch.device | str = "cuda") -> MachineRates:
-    """Measures the two ceilings; takes about a second and 8 GiB of device memory.
+    """Measure the two ceilings; takes about a second and 8 GiB of device memory.
 
-    Not captured: a copy in a graph is made another way, seen at two thirds of the rate.
+    Not captured: a graph copies by another route, which was seen to reach two thirds of the rate.
     """
     a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(a)
@@ -90,31 +94,44 @@ def floor_ms(case: BenchCase, rates: MachineRates) -> float:
 
 
 def all_bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
-    """The cases of every kernel, one at a time: inputs live only while their case is in hand."""
+    """The cases of every kernel, one at a time: inputs live only as long as their case."""
     for module in pkgutil.iter_modules(bench.__path__, f"{bench.__name__}."):
         yield from importlib.import_module(module.name).bench_cases(device)
 
 
 def run_cases(cases: Iterable[BenchCase], rates: MachineRates) -> Iterator[BenchResult]:
-    """Times each case, the fast version and the plain one."""
+    """Time each case, the fast version and the plain one."""
     for case in cases:
         fast_ms, low, high = measure(case.fast)
         plain_ms = None if case.plain is None else measure(case.plain)[0]
-        yield BenchResult(case, fast_ms, low, high, plain_ms, floor_ms(case, rates))
+        yield BenchResult(case.name, case.shape, fast_ms, low, high, plain_ms, floor_ms(case, rates))
 
 
-def as_row(result: BenchResult) -> str:
-    """A row of a Markdown table whose columns are in TABLE_HEAD."""
-    plain = "" if result.plain_ms is None else f"{1e3 * result.plain_ms:,.0f}"
-    gain = "" if result.plain_ms is None else f"{result.plain_ms / result.fast_ms:.2f}"
-    spread = f"{1e3 * result.fast_low_ms:,.0f}-{1e3 * result.fast_high_ms:,.0f}"
-    return (
-        f"| {result.case.name} | {result.case.shape} | {1e3 * result.fast_ms:,.0f} | {spread} | {plain} | {gain} "
-        f"| {1e3 * result.floor_ms:,.0f} | {result.floor_ms / result.fast_ms:.0%} |"
-    )
+def as_table(results: Iterable[BenchResult], rates: MachineRates) -> list[str]:
+    """The results as a Markdown table, under what the device reaches."""
+    head = ("kernel", "shape", "fast, us", "20-80 %", "plain, us", "gain", "floor, us", "of floor")
+    rows = [
+        (
+            one.kernel,
+            one.shape,
+            f"{1e3 * one.fast_ms:,.0f}",
+            f"{1e3 * one.fast_low_ms:,.0f}-{1e3 * one.fast_high_ms:,.0f}",
+            "" if one.plain_ms is None else f"{1e3 * one.plain_ms:,.0f}",
+            "" if one.plain_ms is None else f"{one.plain_ms / one.fast_ms:.2f}",
+            f"{1e3 * one.floor_ms:,.0f}",
+            f"{one.floor_ms / one.fast_ms:.0%}",
+        )
+        for one in results
+    ]
+    device = device_conditions(torch.device("cuda"))
+    reached = f"bf16 product {rates.matmul_flops / 1e12:.0f} TFLOP/s, copy {rates.copy_bytes / 1e12:.2f} TB/s"
+    return [f"{device['device']}, torch {device['torch']}: {reached}", "", *markdown_table(head, rows)]
 
 
-TABLE_HEAD = (
-    "| kernel | shape | fast, us | 20-80 % | plain, us | gain | floor, us | of floor |\n"
-    "| --- | --- | --- | --- | --- | --- | --- | --- |"
-)
+def as_json(results: Iterable[BenchResult], rates: MachineRates) -> dict[str, Any]:
+    """The results with what they depend on."""
+    return {
+        **device_conditions(torch.device("cuda")),
+        **asdict(rates),
+        "kernels": [asdict(one) for one in results],
+    }

@@ -1,19 +1,21 @@
 """Where a step's time goes on the GPU, kernel by kernel, and what of it is exposed communication.
 
-`nanogpt bench profile`; on several GPUs by torchrun, every rank profiling itself.
+`nanogpt bench profile`; on several GPUs every rank profiles itself.
 """
 
 from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from nanogpt.bench.conditions import conditions
 from nanogpt.bench.exposed import Exposure, exposure, read_trace
 from nanogpt.console import markdown_table
 from nanogpt.training.trainer import Trainer
@@ -108,12 +110,20 @@ def part_of(kernel: str) -> str:
     return next((part for part, pattern in PARTS.items() if re.search(pattern, kernel)), OTHER_PART)
 
 
+def part_times(stage: StageProfile) -> dict[str, float]:
+    """Milliseconds a step of each part of PARTS and of OTHER_PART."""
+    times = dict.fromkeys((*PARTS, OTHER_PART), 0.0)
+    for kernel in stage.kernels:
+        times[part_of(kernel.name)] += kernel.milliseconds
+    return times
+
+
 def parts_table(stages: list[StageProfile]) -> str:
     """Milliseconds a step of each part of PARTS in each stage, as Markdown."""
     head = ("part, ms a step", *(f"stage {stage.stage + 1}" for stage in stages))
     rows = []
     for part in (*PARTS, OTHER_PART):
-        times = [sum(k.milliseconds for k in stage.kernels if part_of(k.name) == part) for stage in stages]
+        times = [part_times(stage)[part] for stage in stages]
         if any(times):
             rows.append((part, *(f"{time:.1f}" for time in times)))
     rows.append(("all kernels", *(f"{stage.busy_ms:.1f}" for stage in stages)))
@@ -132,3 +142,22 @@ def as_table(stage: StageProfile, rows: int) -> str:
         for k in (*stage.kernels[:rows], others)
     ]
     return "\n".join([head, "", *markdown_table(("kernel", "calls a step", "ms a step", "share"), cells), ""])
+
+
+def as_json(stages: list[StageProfile], exposures: Sequence[Sequence[Exposure]], trainer: Trainer) -> dict[str, Any]:
+    """Rank 0's kernels in each stage, with what they depend on, and `exposures` of stages by ranks."""
+    return {
+        **conditions(trainer.spec, trainer.world),
+        "implementations": trainer.implementation_lines,
+        "stages": [
+            {
+                "stage": stage.stage,
+                "span_ms": stage.span_ms,
+                "busy_ms": stage.busy_ms,
+                "parts_ms": part_times(stage),
+                "kernels": [asdict(kernel) for kernel in stage.kernels],
+                "exposure_of_ranks": [asdict(one) for one in ranks],
+            }
+            for stage, ranks in zip(stages, exposures, strict=True)
+        ],
+    }

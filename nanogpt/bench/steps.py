@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nanogpt.bench.conditions import conditions
 from nanogpt.console import human_bytes, markdown_table
 from nanogpt.gpus import GPU_TYPES
 from nanogpt.launch.world import World
@@ -134,12 +135,8 @@ def as_table(timings: list[StageTiming], trainer: Trainer) -> str:
 
 def as_json(timings: list[StageTiming], trainer: Trainer) -> dict[str, Any]:
     """The timings with what they depend on."""
-    device = trainer.world.device
     return {
-        "recipe": trainer.spec.name,
-        "world_size": trainer.world.size,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
+        **conditions(trainer.spec, trainer.world),
         "implementations": trainer.implementation_lines,
         "stages": [asdict(timing) for timing in timings],
     }

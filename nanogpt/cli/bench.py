@@ -1,4 +1,4 @@
-"""`nanogpt bench`: how fast the kernels and a training step are on this machine."""
+"""How fast the kernels and a training step are on this machine."""
 
 from __future__ import annotations
 
@@ -15,50 +15,67 @@ import typer
 from nanogpt.cli.validate import OnOption, RecipeArgument, SetOption
 
 if TYPE_CHECKING:
+    from nanogpt.spec import RunSpec
     from nanogpt.training.trainer import Trainer
 
 bench = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, help=__doc__)
 
+JsonOption = Annotated[bool, typer.Option("--json", help="JSON instead of tables.")]
 
-@bench.command("step")
+
+@bench.command("step", short_help="Time a training step in each stage of RECIPE.")
 def step(
     recipe: RecipeArgument,
     overrides: SetOption = None,
     on: OnOption = None,
     steps: Annotated[int, typer.Option(help="Steps timed in each stage.", min=2)] = 12,
     warmup: Annotated[int, typer.Option(help="Untimed steps before them.", min=2)] = 4,
-    data: Annotated[Path | None, typer.Option(help="Directory of token shards; made-up tokens if not given.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Also write the figures to this file, as JSON.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Directory of token shards.", show_default="made-up tokens"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the figures to this file, as JSON.")
+    ] = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Milliseconds a training step in each stage of RECIPE, with tokens/s, model FLOP utilisation and peak memory."""
-    from nanogpt.bench.steps import as_json, as_table, time_stages
+    """Time a training step in each stage of RECIPE: milliseconds, tokens/s, model FLOP utilisation, peak memory."""
+    from nanogpt.bench import steps as timed
     from nanogpt.console import print_report
 
-    with _trainer(recipe, overrides, on, data) as trainer:
+    with _trainer(_spec(recipe, overrides, on), data) as trainer:
         timings = []
-        for timing in time_stages(trainer, steps=steps, warmup_steps=warmup):
+        for timing in timed.time_stages(trainer, steps=steps, warmup_steps=warmup):
             timings.append(timing)
             if trainer.world.is_main:  # the table comes when all are there
                 typer.echo(f"stage {timing.stage + 1}: {timing.median_ms:.1f} ms a step", err=True)
         if trainer.world.is_main:
-            print_report([as_table(timings, trainer)])
+            figures = timed.as_json(timings, trainer)
+            if as_json:
+                typer.echo(json.dumps(figures, indent=2))
+            else:
+                print_report([timed.as_table(timings, trainer)])
             if out is not None:
-                out.write_text(json.dumps(as_json(timings, trainer), indent=1) + "\n")
+                out.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def _spec(recipe: str, overrides: list[str] | None, on: str | None) -> RunSpec:
+    from nanogpt.cluster.at_hand import at_hand
+    from nanogpt.recipe import load_recipe
+
+    return load_recipe(recipe, [*(overrides or ()), "data.epochs=null"], on=on, fill=at_hand(os.environ))
 
 
 @contextmanager
-def _trainer(recipe: str, overrides: list[str] | None, on: str | None, data: Path | None) -> Iterator[Trainer]:
+def _trainer(spec: RunSpec, data: Path | None = None) -> Iterator[Trainer]:
     """The recipe's trainer, ready to step, on `data` or on made-up tokens."""
     from nanogpt.cache.compile_cache import cache_directory, compile_cache
-    from nanogpt.cluster.at_hand import at_hand
     from nanogpt.data.made_up import write_made_up_shards
     from nanogpt.launch.world import join_world
-    from nanogpt.recipe import load_recipe
     from nanogpt.training.implementations import compiles
     from nanogpt.training.startup import StartUp, phases_table
     from nanogpt.training.trainer import Trainer
 
-    spec = load_recipe(recipe, [*(overrides or ()), "data.epochs=null"], on=on, fill=at_hand(os.environ))
     startup = StartUp()
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -81,109 +98,124 @@ def _trainer(recipe: str, overrides: list[str] | None, on: str | None, data: Pat
         yield trainer
 
 
-@bench.command("profile")
+@bench.command("profile", short_help="Say where a step's time goes on the GPU, kernel by kernel.")
 def profile(
     recipe: RecipeArgument,
     overrides: SetOption = None,
     on: OnOption = None,
-    warmup: Annotated[int, typer.Option(help="Unprofiled steps before them, in each stage.", min=2)] = 4,
+    warmup: Annotated[int, typer.Option(help="Unprofiled steps first, in each stage.", min=2)] = 4,
     rows: Annotated[int, typer.Option(help="Kernels listed for each stage.", min=1)] = 25,
-    traces: Annotated[Path | None, typer.Option(help="Keep every rank's Chrome traces in this directory.")] = None,
+    traces: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep every rank's Chrome traces in this directory.")
+    ] = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Where a training step's time goes on the GPU, kernel by kernel, in each stage of RECIPE.
+    """Say where a training step's time goes on the GPU, kernel by kernel, in each stage of RECIPE.
 
-    On several GPUs, nanogpt launch --bench profile RECIPE also tells how much of the communication
+    On several GPUs, nanogpt launch --bench profile RECIPE also says how much of the communication
     is exposed.
     """
     from nanogpt.bench import exposed
-    from nanogpt.bench.profile import as_table, parts_table, profile_stages
+    from nanogpt.bench import profile as profiled
     from nanogpt.console import print_report
     from nanogpt.errors import InputError
 
-    with _trainer(recipe, overrides, on, None) as trainer:
-        if trainer.world.device.type != "cuda":
-            raise InputError(f"bench profile: {recipe} runs on a CPU; say a GPU, --on 1xh100")
+    spec = _spec(recipe, overrides, on)
+    if spec.hardware.gpu == "cpu":
+        raise InputError(f"bench profile: {recipe} runs on a CPU; name a GPU, such as --on 1xh100")
+    with _trainer(spec) as trainer:
         if traces is not None:
             traces.mkdir(parents=True, exist_ok=True)
+        shown = trainer.world.is_main and not as_json
         stages = []
-        for stage in profile_stages(trainer, warmup_steps=warmup, traces=traces):
+        for stage in profiled.profile_stages(trainer, warmup_steps=warmup, traces=traces):
             stages.append(stage)
-            if trainer.world.is_main:
-                print_report([as_table(stage, rows)])
+            if shown:
+                print_report([profiled.as_table(stage, rows)])
         by_rank = trainer.world.gather([stage.exposure for stage in stages], list[exposed.Exposure])
-        if trainer.world.is_main:
-            print_report([parts_table(stages)])
+        exposures = list(zip(*by_rank, strict=True))
+        if shown:
+            print_report([profiled.parts_table(stages)])
             if trainer.world.size > 1:
-                print_report([exposed.as_table(list(zip(*by_rank, strict=True)))])
+                print_report([exposed.as_table(exposures)])
+        elif trainer.world.is_main:
+            typer.echo(json.dumps(profiled.as_json(stages, exposures, trainer), indent=2))
 
 
-@bench.command("timeline")
+@bench.command("timeline", short_help="Draw the communication in a step of each stage.")
 def timeline(
     traces: Annotated[
         Path, typer.Argument(help="Directory that `bench profile --traces` wrote.", exists=True, file_okay=False)
     ],
-    out: Annotated[Path, typer.Option(help="The picture, .png or .svg.")] = Path("timeline.png"),
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The picture, .png or .svg.")] = Path("timeline.png"),
     rank: Annotated[int, typer.Option(help="Rank whose GPU is drawn.", min=0)] = 0,
 ) -> None:
-    """A picture of the communication in a step of each stage: what is hidden by computing, and what is exposed."""
+    """Draw the communication in a step of each stage: what is hidden behind computation, and what is exposed."""
     from nanogpt.bench.timeline import plot_timeline, read_stages
 
     plot_timeline(read_stages(traces, rank), out)
     typer.echo(f"written: {out}")
 
 
-@bench.command("kernels")
+@bench.command("kernels", short_help="Time each kernel against plain PyTorch and the GPU's limits.")
 def kernels(
-    only: Annotated[str, typer.Option(help="Only cases whose name contains this.")] = "",
+    only: Annotated[str, typer.Option(metavar="TEXT", help="Only cases whose name contains this.")] = "",
+    as_json: JsonOption = False,
 ) -> None:
-    """Each kernel against its plain PyTorch equal and against what this GPU's copies and products reach."""
+    """Time each kernel against its plain PyTorch equivalent and against this GPU's own copies and matrix products."""
     import torch
 
-    from nanogpt.bench.kernels import TABLE_HEAD, all_bench_cases, as_row, machine_rates, run_cases
+    from nanogpt.bench import kernels as timed
     from nanogpt.cache.compile_cache import places_of_this_job
+    from nanogpt.console import print_report
     from nanogpt.errors import InputError
 
     if not torch.cuda.is_available():
         raise InputError("bench kernels: PyTorch sees no GPU here (apptainer needs --nv)")
-    rates = machine_rates()
-    typer.echo(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}:"
-        f" bf16 product {rates.matmul_flops / 1e12:.0f} TFLOP/s, copy {rates.copy_bytes / 1e12:.2f} TB/s\n"
-    )
-    typer.echo(TABLE_HEAD)
+    rates = timed.machine_rates()
+    results = []
     with places_of_this_job(os.environ.get("TORCHINDUCTOR_CACHE_DIR")):
-        for result in run_cases((case for case in all_bench_cases() if only in case.name), rates):
-            typer.echo(as_row(result))
+        for result in timed.run_cases((case for case in timed.all_bench_cases() if only in case.name), rates):
+            results.append(result)
+            typer.echo(f"{result.kernel}, {result.shape}: {1e3 * result.fast_ms:,.0f} us", err=True)
+    if as_json:
+        typer.echo(json.dumps(timed.as_json(results, rates), indent=2))
+    else:
+        print_report(timed.as_table(results, rates))
 
 
-@bench.command("communication")
+@bench.command("communication", short_help="Time the exchange of a table's gradient, whole or by rows.")
 def communication(
     recipe: RecipeArgument,
     overrides: SetOption = None,
     on: OnOption = None,
     repeats: Annotated[int, typer.Option(help="Repetitions of each measurement.", min=1)] = 20,
+    as_json: JsonOption = False,
 ) -> None:
-    """The gradient of each table of rows over ranks, whole or by touched rows: milliseconds and bytes in each stage.
+    """Time the exchange of each embedding table's gradient between ranks, whole or by touched rows, in each stage.
 
-    nanogpt launch --bench communication RECIPE
+    Start it on several GPUs: nanogpt launch --bench communication RECIPE
     """
-    from nanogpt.bench.communication import as_table, time_row_table
-    from nanogpt.cluster.at_hand import at_hand
+    from nanogpt.bench import communication as timed
     from nanogpt.console import print_report
     from nanogpt.errors import InputError
     from nanogpt.launch.world import join_world
-    from nanogpt.recipe import load_recipe
 
-    spec = load_recipe(recipe, overrides or (), on=on, fill=at_hand(os.environ))
+    spec = _spec(recipe, overrides, on)
     if not spec.model.row_tables():
-        raise InputError(f"bench communication: the model of {recipe} has no table of rows; name a recipe of a record")
+        raise InputError(
+            f"bench communication: {recipe} has no embedding table that is exchanged by rows; name a record"
+        )
     if spec.world_size == 1:
         raise InputError(
-            f"bench communication: {recipe} runs on one process here; it takes several:"
+            f"bench communication: {recipe} runs on one GPU here, and this takes several:"
             f" nanogpt launch --bench communication {recipe} --on 4xh100"
         )
     with join_world(spec) as world:
+        tables = {}
         for table in spec.model.row_tables():
-            timings = list(time_row_table(spec, table, world, repeats=repeats))
-            if world.is_main:
-                print_report([table.parameter, as_table(timings)])
+            timings = tables[table.parameter] = list(timed.time_row_table(spec, table, world, repeats=repeats))
+            if world.is_main and not as_json:
+                print_report([table.parameter, timed.as_table(timings)])
+        if world.is_main and as_json:
+            typer.echo(json.dumps(timed.as_json(tables, spec, world), indent=2))

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
+import json
 import pkgutil
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nanogpt.bench.kernels import TABLE_HEAD, BenchResult, MachineRates, as_row, floor_ms
+from nanogpt.bench import kernels as timed
+from nanogpt.bench.kernels import MachineRates, floor_ms
 from nanogpt.kernels import bench
 from nanogpt.kernels.attention_plain import first_visible_key
 from nanogpt.kernels.bench import BenchCase, document_ends
@@ -42,9 +47,30 @@ def test_the_floor_is_the_slower_of_arithmetic_and_memory():
     assert floor_ms(case, rates) == pytest.approx(1.0)
     case = BenchCase("copy", "2 x 2", lambda: None, None, flops=800e9, bytes=8e9)
     assert floor_ms(case, rates) == pytest.approx(2.0)
-    row = as_row(BenchResult(case, 4.0, 3.9, 4.1, 8.0, 2.0))
-    assert row == "| copy | 2 x 2 | 4,000 | 3,900-4,100 | 8,000 | 2.00 | 2,000 | 50% |"
-    assert row.count("|") == TABLE_HEAD.splitlines()[0].count("|")
+
+
+def test_the_command_prints_a_table_or_json(nanogpt: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, whose measuring is made up."""
+    cases = [BenchCase(f"{name} copy", "2 x 2", lambda: 4.0, lambda: 8.0, flops=0, bytes=8e9) for name in ("a", "b")]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "H")
+    monkeypatch.setattr(timed, "machine_rates", lambda: MachineRates(matmul_flops=800e12, copy_bytes=4e12))
+    monkeypatch.setattr(timed, "all_bench_cases", lambda: iter(cases))
+    monkeypatch.setattr(timed, "measure", lambda function: (function(), 3.9, 4.1))
+    monkeypatch.setattr("nanogpt.cache.compile_cache.places_of_this_job", contextlib.nullcontext)
+    outcome = nanogpt("bench", "kernels", "--only", "a c")
+    assert outcome.code == 0 and outcome.err == "a copy, 2 x 2: 4,000 us\n"
+    head, _, _, row = outcome.out.splitlines()
+    assert head == f"H, torch {torch.__version__}: bf16 product 800 TFLOP/s, copy 4.00 TB/s"
+    assert re.split("  +", row) == ["a copy", "2 x 2", "4,000", "3,900-4,100", "8,000", "2.00", "2,000", "50%"]
+    found = json.loads(nanogpt("bench", "kernels", "--json").out)
+    assert (found["device"], found["copy_bytes"], [one["kernel"] for one in found["kernels"]]) == (
+        "H", 4e12, ["a copy", "b copy"]
+    )  # fmt: skip
+    assert found["kernels"][1] == {
+        "kernel": "b copy", "shape": "2 x 2", "fast_ms": 4.0, "fast_low_ms": 3.9, "fast_high_ms": 4.1, "plain_ms": 8.0,
+        "floor_ms": 2.0,
+    }  # fmt: skip
 
 
 def test_every_kernel_has_cases():

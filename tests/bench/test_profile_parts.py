@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+import contextlib
+import json
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
+import torch
+
+from nanogpt.bench import profile as profiled
 from nanogpt.bench.exposed import Exposure
 from nanogpt.bench.profile import OTHER_PART, PARTS, KernelTime, StageProfile, as_table, part_of, parts_table
 
@@ -61,3 +69,26 @@ def test_the_longest_kernels_of_a_stage_and_its_communication() -> None:
     lines = as_table(stage, 1).splitlines()
     assert lines[0] == "Stage 2: 10.0 ms a step, kernels 8.0 ms, communication 2.00 ms, of which 1.50 exposed"
     assert lines[-2:] == ["| a | 2 | 4.00 | 40.0% |", "| 2 others | 4 | 4.00 | 40.0% |"]
+
+
+def test_the_command_prints_tables_or_json(nanogpt: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As rank 0 of two GPUs, whose profile is made up."""
+    stage = StageProfile(0, [KernelTime("ncclX", 2, 3.0), KernelTime("_mix_heads", 1, 1.0)], 10.0, GPU)
+    world = SimpleNamespace(is_main=True, size=2, device=torch.device("cuda"), gather=lambda own, _: [own, own])
+    trainer = SimpleNamespace(world=world, spec=SimpleNamespace(name="made"), implementation_lines=["attention: fa4"])
+    monkeypatch.setattr("nanogpt.cli.bench._trainer", lambda spec: contextlib.nullcontext(trainer))
+    monkeypatch.setattr(profiled, "profile_stages", lambda *_, **__: iter([stage]))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "H")
+    shown = nanogpt("bench", "profile", "speedrun", "--on", "2xh100")
+    assert shown.code == 0 and "ncclX" in shown.out and "DC correction" in shown.out and "(rank 0)" in shown.out
+    found = json.loads(nanogpt("bench", "profile", "speedrun", "--on", "2xh100", "--json").out)
+    assert (found["recipe"], found["world_size"], found["device"]) == ("made", 2, "H")
+    (only,) = found["stages"]
+    assert only["kernels"][0] == {"name": "ncclX", "calls": 2, "milliseconds": 3.0}
+    assert (only["parts_ms"]["communication"], only["parts_ms"]["DC correction"], only["busy_ms"]) == (3.0, 1.0, 4.0)
+    assert [rank["exposed"] for rank in only["exposure_of_ranks"]] == [1.5, 1.5]
+
+
+def test_a_cpu_is_refused_before_anything_is_built(nanogpt: Callable[..., Any]) -> None:
+    outcome = nanogpt("bench", "profile", "demo")
+    assert outcome == (2, "", "bench profile: demo runs on a CPU; name a GPU, such as --on 1xh100\n")
