@@ -44,6 +44,7 @@ def prep_fineweb(
     shards are kept, corrupt ones fetched again, interrupted downloads resumed. Run it where there is internet: on most
     clusters, the login node. HF_ENDPOINT, HF_TOKEN, HTTPS_PROXY and SSL_CERT_FILE are used if set.
     """
+    from nanogpt.console import print_table
     from nanogpt.data import fineweb
     from nanogpt.errors import InputError
 
@@ -59,9 +60,9 @@ def prep_fineweb(
             verify=verify,
         )
     except fineweb.DownloadError as error:
-        print(fineweb.table(error.outcomes), flush=True)
+        print_table(fineweb.outcomes_table(error.outcomes))
         raise
-    print(fineweb.table(outcomes), flush=True)
+    print_table(fineweb.outcomes_table(outcomes))
 
 
 def fineweb_main() -> NoReturn:

@@ -68,6 +68,7 @@ def prep_text(
         Literal["count", "drop"] | None,
         typer.Option(
             "--near-duplicates",
+            metavar="count|drop",
             help="Find documents that share four fifths of their runs of five tokens: count them, or leave out all but"
             " the first. Needs the package rensa.",
         ),
@@ -98,6 +99,7 @@ def prep_text(
     of their text, or whole sources by a hash of their names, so the same input gives the same shards everywhere.
     text.json, beside the shards, describes them.
     """
+    from nanogpt.console import print_table
     from nanogpt.data import text
 
     inputs: list[str | Path] = [*(paths or []), *([text.embedded_corpus()] if embedded else [])]
@@ -119,7 +121,7 @@ def prep_text(
             force=force,
             keep_damaged=keep_damaged,
         )
-    print(text.table(summary), flush=True)
+    print_table(*text.summary_tables(summary))
 
 
 class _Stopped(NanogptError):

@@ -15,13 +15,14 @@ of 100 M tokens (200 MB) each. A run needs 9 training shards at most.
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from nanogpt.console import human_bytes, progress, say
+from nanogpt.console import human_bytes, new_table, progress, say
 from nanogpt.data import official
 from nanogpt.data.hub import Hub, RemoteFile, Report, disk_errors
 from nanogpt.data.manifest import (
@@ -45,6 +46,9 @@ from nanogpt.data.shards import ShardError, read_count, train_name, val_name
 from nanogpt.data.workers import Done, FatalError, Interrupted, Stop, Stopped, in_parallel
 from nanogpt.environment import path_of
 from nanogpt.errors import InputError, NanogptError, RunError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 FINEWEB = DATA_SETS["fineweb10B"]
 DEFAULT_CHUNKS = 9
@@ -160,15 +164,15 @@ def download(
     return outcomes
 
 
-def table(outcomes: list[Outcome]) -> str:
-    """The outcomes as aligned lines: file, tokens, state, and the total."""
-    rows: list[tuple[str, str, str]] = [("file", "tokens", "state")]
-    rows += [(one.name, f"{one.tokens:,}" if one.tokens is not None else "-", one.state) for one in outcomes]
-    total = sum(one.tokens or 0 for one in outcomes)
-    counts = {state: sum(one.state == state for one in outcomes) for state in dict.fromkeys(o.state for o in outcomes)}
-    rows.append(("total", f"{total:,}", ", ".join(f"{count} {state}" for state, count in counts.items())))
-    width, numbers = (max(len(row[column]) for row in rows) for column in (0, 1))
-    return "\n".join(f"{name:<{width}}  {tokens:>{numbers}}  {state}" for name, tokens, state in rows)
+def outcomes_table(outcomes: list[Outcome]) -> Table:
+    """A row for each file, and the total."""
+    table = new_table("file", "tokens", "state", wrap=("state",))
+    for one in outcomes:
+        table.add_row(one.name, "-" if one.tokens is None else f"{one.tokens:,}", one.state)
+    counts = Counter(one.state for one in outcomes)
+    states = ", ".join(f"{count} {state}" for state, count in counts.items())
+    table.add_row("total", f"{sum(one.tokens or 0 for one in outcomes):,}", states)
+    return table
 
 
 class _Todo:
@@ -423,8 +427,8 @@ __all__ = [
     "check_shard",
     "default_directory",
     "download",
+    "outcomes_table",
     "read_manifest",
     "shard_names",
-    "table",
     "verify_directory",
 ]

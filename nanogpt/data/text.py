@@ -26,11 +26,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from nanogpt.console import human_bytes, progress
+from nanogpt.console import human_bytes, new_table, progress
 from nanogpt.data.documents import JSON_SUFFIXES, SourceFile, find_files, plan
 from nanogpt.data.embedded import embedded_corpus
 from nanogpt.data.encode import Encoded, Encoder, available_cores
@@ -56,6 +56,10 @@ from nanogpt.data.text_shards import (
 )
 from nanogpt.data.tokenizer import RANKS_SHA256
 from nanogpt.errors import InputError, RunError
+from nanogpt.terminal import printable
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 __all__ = ["Input", "Part", "Shard", "Summary", "embedded_corpus", "prepare_text"]
 
@@ -410,53 +414,43 @@ def _manifest(summary: Summary, settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def table(summary: Summary) -> str:
-    """What a user is shown at the end: both sides, each input, what was left out, and the speed."""
+def summary_tables(summary: Summary) -> list[RenderableType]:
+    """What a user is shown at the end, for `print_table`: both sides, each input, what was left out, and the speed."""
+    from rich.text import Text
+
     val, train = summary.val, summary.train
-    train_shards = len(summary.shards) - 1
-    sides: list[list[str | int]] = [
-        ["validation", val.documents, val.tokens, "", 1],
-        ["training", train.documents, train.tokens, f"{train.trained_tokens:,}", train_shards],
-    ]
-    inputs: list[list[str | int]] = [
-        [one.path, one.files, one.documents, one.tokens, human_bytes(one.text_bytes)] for one in summary.inputs
-    ]
-    blocks = [
-        _columns(["", "documents", "tokens", "trained on", "shards"], sides),
-        _columns(["input", "files", "documents", "tokens", "text"], inputs),
-    ]
+    sides = new_table("", "documents", "tokens", "trained on", "shards")
+    sides.add_row("validation", f"{val.documents:,}", f"{val.tokens:,}", "", "1")
+    trained, shards = f"{train.trained_tokens:,}", str(len(summary.shards) - 1)
+    sides.add_row("training", f"{train.documents:,}", f"{train.tokens:,}", trained, shards)
+    inputs = new_table("input", "files", "documents", "tokens", "text", wrap=("input",))
+    for one in summary.inputs:
+        counts = (f"{count:,}" for count in (one.files, one.documents, one.tokens))
+        inputs.add_row(Text(printable(one.path)), *counts, human_bytes(one.text_bytes))
+    blocks: list[RenderableType] = [sides, inputs]
     if summary.skipped:
-        rows: list[list[str | int]] = [
-            [why, count, *(summary.skipped_examples[why][:1] or [""])] for why, count in summary.skipped.items()
-        ]
-        blocks.append(_columns(["left out", "count", "first"], rows))
+        left_out = new_table("left out", "count", "first", wrap=("left out", "first"))
+        for why, count in summary.skipped.items():
+            first = Text(printable((summary.skipped_examples[why] or [""])[0]))
+            left_out.add_row(Text(printable(why)), f"{count:,}", first)
+        blocks.append(left_out)
+    notes = []
     if summary.sources:
-        blocks.append(f"Of {summary.sources.val:,} sources all is validation, of {summary.sources.train:,} training.")
+        notes.append(f"Whole sources: {summary.sources.val:,} for validation, {summary.sources.train:,} for training.")
     if summary.near_duplicates:
-        blocks.append(
-            f"Near-duplicates of a document before them: {summary.near_duplicates.documents:,}."
+        notes.append(
+            f"Near-duplicates of an earlier document: {summary.near_duplicates.documents:,}."
             f" Validation documents with one in training: {summary.near_duplicates.val_in_train:,}."
         )
     if train.trained_tokens < train.tokens // 2:
-        blocks.append(
+        notes.append(
             f"Training uses the first {TRAINED_LENGTH} tokens of a document, and most of this text lies beyond them."
             f" --document-tokens {TRAINED_LENGTH} cuts documents there, so that all of it is used."
         )
     speed = human_bytes(summary.text_bytes / max(summary.seconds, 1e-9))
-    blocks.append(
+    notes.append(
         f"{summary.directory}: {human_bytes(summary.text_bytes)} of text in {summary.seconds:.1f} s"
         f" ({speed}/s, workers: {summary.workers})"
     )
-    return "\n\n".join(blocks)
-
-
-def _columns(head: list[str], rows: Sequence[Sequence[str | int]]) -> str:
-    """Plain aligned columns: numbers, with thousands separated, to the right, and text to the left."""
-    cells = [head, *([f"{cell:,}" if isinstance(cell, int) else cell for cell in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    right = [any(isinstance(row[i], int) for row in rows) for i in range(len(head))]
-    lines = [
-        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)).rstrip()
-        for line in cells
-    ]
-    return "\n".join(lines)
+    blocks += [Text(printable(note)) for note in notes]
+    return [part for block in blocks for part in (block, "")][:-1]

@@ -7,9 +7,10 @@ import hashlib
 import json
 import os
 import random
+import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
@@ -506,3 +507,28 @@ def test_the_command_prepares_the_embedded_corpus(
     }
     assert 100_000 <= manifest["val"]["tokens"] < 110_000
     assert manifest["val"]["documents"] + manifest["train"]["documents"] == 3415
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_commands_tables(
+    tmp_path: Path, nanogpt: Callable[..., Any], request: pytest.FixtureRequest, terminal: bool
+) -> None:
+    if terminal:
+        request.getfixturevalue("terminal_of_80")
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for number in range(20):
+        (folder / f"{number}.txt").write_text(f"words of document {number}. " * 40)
+    (folder / "bad.txt").write_bytes(b"\xff")
+    outcome = nanogpt("prep-text", folder, "--dir", tmp_path / "out", "--val-tokens", 200)
+    assert outcome.code == 0
+    lines = outcome.out.splitlines()
+    heads = [line.split() for line in lines if re.match("(input|left out) ", line)]
+    assert heads == [["input", "files", "documents", "tokens", "text"], ["left", "out", "count", "first"]]
+    rows = dict(line.split()[:2] for line in lines if re.match("(validation|training) ", line))
+    assert int(rows["validation"]) + int(rows["training"]) == 20
+    assert ("\u2500" in outcome.out) == terminal
+    if terminal:
+        assert max(map(len, lines)) <= 80
+    else:  # a line for each row, however long its path
+        assert any(line.startswith(f"{folder}  ") for line in lines)
