@@ -1,5 +1,6 @@
 """Settings and fixtures of all tests."""
 
+import functools
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -73,6 +74,15 @@ class Outcome(NamedTuple):
     code: int
     out: str
     err: str
+
+
+@pytest.fixture
+def terminal_of_80(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables are printed as on a terminal of 80 columns, without colours."""
+    from nanogpt.terminal import rich_console
+
+    wide = functools.partial(rich_console, force_terminal=True, width=80, color_system=None)
+    monkeypatch.setattr("nanogpt.console.rich_console", wide)
 
 
 @pytest.fixture

@@ -130,6 +130,15 @@ def test_schema_prints_the_committed_schema(nanogpt):
     assert json.loads(nanogpt("schema", "--resolved").out) == recipe_schema(resolved=True)
 
 
+@pytest.mark.usefixtures("terminal_of_80")
+def test_recipes_fit_a_terminal_of_80_columns(nanogpt):
+    lines = nanogpt("recipes").out.splitlines()
+    assert max(map(len, lines)) <= 80 and set(lines[1].strip()) == {"\u2500"}
+    assert all(word in lines[0] for word in ("recipe", "hardware", "steps", "tokens", "what it is"))
+    named = {line.split()[0] for line in lines if re.match(r"[\w-]+ +(any|1xcpu) ", line)}
+    assert named == {name for name in SHIPPED if not re.match(r"\d+x", name)}  # whole names, not cut or wrapped
+
+
 def test_recipes_lists_and_describes_all(nanogpt):
     out = nanogpt("recipes").out
     assert sorted(set(re.findall(r"[\w-]+", out)) & set(SHIPPED)) == SHIPPED

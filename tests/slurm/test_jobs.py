@@ -116,6 +116,17 @@ def test_status_prints_a_table_and_json(slurm: Path, run: Path, nanogpt: Callabl
     assert [row["run"] and row["run"]["steps"] for row in rows if row["id"] == "77"] == [10]
 
 
+@pytest.mark.usefixtures("terminal_of_80")
+def test_status_fits_a_terminal_of_80_columns(slurm: Path, run: Path, nanogpt: Callable) -> None:
+    run.rename(run.parent / "speedrun-8xh200-20261122-182056")
+    lines = nanogpt("status", "--runs", run.parent).out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert all(word in lines[0] for word in ("job", "state", "step", "val loss", "run left", "limit left", "run"))
+    assert "where" not in lines[0]  # a wider terminal has it
+    (line,) = [line for line in lines if line.startswith("77 ")]
+    assert "running" in line and "10/12" in line and "20:00" in line
+
+
 def test_watch_follows_until_the_job_ends(slurm: Path, run: Path, nanogpt: Callable, tmp_path: Path) -> None:
     program(slurm, "scontrol", {"show job": f"   StdOut={tmp_path / 'log.out'}\n"})
     outcome = nanogpt("watch", "76", "--runs", run.parent)
