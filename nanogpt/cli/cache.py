@@ -1,4 +1,4 @@
-"""`nanogpt cache`: the files of compiled code that runs leave to later runs."""
+"""The files of compiled code that runs leave for later runs."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def _directory(directory: Path | None) -> Path:
     return found
 
 
-@cache.command("ls")
+@cache.command("ls", short_help="List the files, newest first.")
 def ls(
     directory: DirectoryArgument = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
 ) -> None:
-    """List the files, the newest first: size, age, what they are for, and whether they can be used."""
+    """List the files, newest first: size, age, what they are for, and whether they can be used."""
     import json
 
     from nanogpt.cache.listing import files_data, files_table, list_files
@@ -48,12 +48,12 @@ def ls(
         say(f"{place}: no cache files")
 
 
-@cache.command("prune")
+@cache.command("prune", short_help="Delete old and damaged files.")
 def prune(
     directory: DirectoryArgument = None,
-    keep: Annotated[int, typer.Option(help="Files to keep: those that were used or written last.", min=0)] = 4,
+    keep: Annotated[int, typer.Option(help="Files to keep: the most recently used or written.", min=0)] = 4,
 ) -> None:
-    """Delete old files, damaged ones, and what killed jobs have left half-written."""
+    """Delete old files, damaged files, and what killed jobs left half-written."""
     from nanogpt.cache.listing import prune_files
     from nanogpt.console import human_bytes
 

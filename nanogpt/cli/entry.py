@@ -87,7 +87,7 @@ def _value(kind: re.Match[str]) -> str:
 
 def _readable(text: str) -> str:
     """An option's help with its default and its range in words."""
-    text = re.sub(r"\[default: \((.*?)\)([\];])", r"[default: \1\2", text)
+    text = re.sub(r"(\[|; )default: \((.*?)\)([\];])", r"\1default: \2\3", text)
     text = re.sub(r"(-?[\d.]+)<=x<=(-?[\d.]+)", r"\1 to \2", text)
     return re.sub(r"; x>=-?[\d.]+|  \[x>=-?[\d.]+\]", "", text)  # what is too little is refused by name
 

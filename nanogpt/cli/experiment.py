@@ -1,4 +1,4 @@
-"""`nanogpt experiment`: an idea against the recipe that it changes, on the GPUs of one machine."""
+"""An idea against the recipe that it changes, on the GPUs of one machine."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ ValidateOption = Annotated[
     typer.Option(
         "--validate",
         metavar="NAME=DIR...",
-        help="Evaluate the ends of runs on the validation shards of these directories too.",
+        help="Evaluate the ends on the validation shards of these directories too.",
     ),
 ]
 BLENDS = (0.25, 0.35, 0.45, 0.55, 0.65)
 
 
 class _TakesLists(Command):
-    """Some options take all arguments up to the next option."""
+    """A command some of whose options take every argument up to the next option."""
 
     joined = ("--gpus", "--idea")  # to one value, which `_named_list` takes apart
     repeated = ("--average", "--before", "--windows", "--horizon", "--blend", "--blended", "--validate")
@@ -95,7 +95,7 @@ class _TakesLists(Command):
         return super().parse_args(ctx, given)
 
 
-@experiment.command("run", cls=_TakesLists)
+@experiment.command("run", cls=_TakesLists, short_help="Measure RECIPE, and ideas against it.")
 def run(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory of all results.", show_default=False)],
     recipe: RecipeArgument,
@@ -104,7 +104,7 @@ def run(
         typer.Option(
             "--gpus",
             metavar="GPU[,GPU...] NAME...",
-            help="Measure these one after another on that GPU, or on those together. May be repeated: side by side.",
+            help="Measure these one after another on this GPU, or on these together. Repeat it for GPUs side by side.",
         ),
     ],
     idea: Annotated[
@@ -112,7 +112,7 @@ def run(
         typer.Option(
             "--idea",
             metavar="NAME KEY=VALUE...",
-            help="Adds NAME, NAME-step and NAME-profile: fast and the benchmarks with these settings. May be repeated.",
+            help="Add NAME, NAME-step and NAME-profile: fast and the benchmarks with these settings. May be repeated.",
         ),
     ] = None,
     also: Annotated[
@@ -120,16 +120,17 @@ def run(
         typer.Option(
             "--also",
             metavar="PREFIX=RECIPE",
-            help="Measurements of another recipe: PREFIX-fast, PREFIX-step, ... May be repeated.",
+            help="Add the measurements of another recipe: PREFIX-fast, PREFIX-step, ... May be repeated.",
         ),
     ] = None,
     overrides: SetOption = None,
     data: DataOption = None,
     steps: Annotated[
-        int, typer.Option("--steps", min=1, metavar="N", help="Steps of the runs that are compared.")
+        int, typer.Option("--steps", min=1, metavar="N", help="Length of the runs that are compared.")
     ] = 300,
     limit: Annotated[
-        float | None, typer.Option("--limit", min=0, metavar="SECONDS", help="End what still runs after this time.")
+        float | None,
+        typer.Option("--limit", min=0, metavar="SECONDS", help="Stop what is still running after this time."),
     ] = None,
     average: AverageOption = None,
     before: BeforeOption = None,
@@ -139,23 +140,24 @@ def run(
     blended: BlendedOption = None,
     validate: ValidateOption = None,
 ) -> None:
-    """Measure RECIPE, and ideas against it, on the GPUs of this machine; the tables come at the end.
+    """Measure RECIPE, and ideas against it, on the GPUs of this machine, and print tables at the end.
 
-    --gpus says how many GPUs a run uses; their type comes from the recipe or, if it leaves hardware open, the machine.
+    --gpus sets how many GPUs a run uses; their type comes from the recipe, or from the machine if the recipe leaves
+    hardware open.
 
-    Measurements of RECIPE: fast, its run in --steps steps; again, the same; plain, without fused kernels and 8-bit
-    numbers; whole, the whole schedule; full, that with other ends (--average, --before, --windows, --horizon); warm,
-    40 steps; deterministic and deterministic-again, 40 steps that should have the same bits; step, profile,
-    communication and kernels, of `nanogpt bench`.
+    Measurements of RECIPE: fast, a run shortened to --steps; again, the same once more; plain, without fused kernels
+    and 8-bit numbers; whole, the whole schedule; full, the whole schedule with other ends (--average, --before,
+    --windows, --horizon); warm, 40 steps; deterministic and deterministic-again, 40 steps that should agree bit for
+    bit; step, profile, communication and kernels, from `nanogpt bench`.
 
-    fast:1 is fast with seed 1, and is compared with the idea's :1. fast:1@100 ends with the first evaluation at or
-    after step 100.
+    fast:1 is fast with seed 1, and is compared with the idea's :1. fast:1@100 ends at the first evaluation at or after
+    step 100.
 
     nanogpt experiment run OUT record89 --idea late optimizer.normuon.lr=0.02 --gpus 0 fast:1 late:1 --gpus 1
     fast:2 late:2
 
-    The same call again measures what is not finished. Each NAME has a log, OUT/NAME.txt, and a result, OUT/NAME.json;
-    its runs are in OUT/runs/NAME, the tables in OUT/report.md. Exit code 1 where a measurement failed.
+    Run the same command again to measure what is not finished. Each NAME has a log, OUT/NAME.txt, and a result,
+    OUT/NAME.json; its runs are in OUT/runs/NAME, the tables in OUT/report.md. Exit code 1: a measurement failed.
     """
     from nanogpt.cluster.at_hand import at_hand
     from nanogpt.console import print_report, print_table, say
@@ -217,11 +219,11 @@ def run(
 
 @contextmanager
 def _sigterm_stops() -> Iterator[None]:
-    """Let SIGTERM end the measurements that run before this process ends."""
+    """Let SIGTERM stop the running measurements before this process ends."""
     from nanogpt.errors import Interrupted
 
     def stop(_number: int, _frame: object) -> NoReturn:
-        raise Interrupted("SIGTERM: what ran has been ended; the same call again measures what is not finished")
+        raise Interrupted("SIGTERM: measurements were stopped; the same command again measures what is not finished")
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
@@ -239,7 +241,7 @@ def _named_list(flag: str, text: str, form: str) -> tuple[str, list[str]]:
     return first, rest
 
 
-@experiment.command("ends", cls=_TakesLists)
+@experiment.command("ends", cls=_TakesLists, short_help="Train RECIPE, and evaluate other ends of the run.")
 def ends(
     recipe: RecipeArgument,
     on: OnOption = None,
@@ -259,8 +261,8 @@ def ends(
 ) -> None:
     """Train RECIPE, then evaluate other ends of the run on the same validation tokens, and write RUN_DIR/ends.json.
 
-    Weights are kept on the GPU for each: a bf16 copy, or for an average and a horizon an fp32 one. Tables that are
-    pulled stay as the last step has left them.
+    The GPU keeps a copy of the weights for each end: in bf16, or in fp32 for an average or a horizon. Pulled tables
+    stay as the last step left them.
 
     On several GPUs: nanogpt launch --nproc-per-node N --experiment ends RECIPE ...
     """

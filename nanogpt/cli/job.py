@@ -1,4 +1,4 @@
-"""`nanogpt job`: the parts of `slurm/run.sh` inside a Slurm job, and of `slurm/warm.sh`. Not for users."""
+"""`nanogpt job`: what `slurm/run.sh` and `slurm/warm.sh` do inside a Slurm job. Not for users."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ job = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Parts of slurm/run.sh and warm.sh. Not for users.",
+    help="What slurm/run.sh and slurm/warm.sh do inside a job. Not for users.",
 )
 
-job.command("submit-warm", cls=ForSlurm)(submit_warm)
+job.command("submit-warm", cls=ForSlurm, short_help="Submit slurm/warm.sh RECIPE.")(submit_warm)
 
-JOIN_TIMEOUT_S = 300  # for all nodes to come; images may start slowly
+JOIN_TIMEOUT_S = 300  # for all nodes to arrive; images may start slowly
 
 
-@job.command(cls=ForSlurm)
+@job.command(cls=ForSlurm, short_help="Print the srun command of this job.")
 def plan(
     recipe: RecipeOrResume = None,
     overrides: SetOption = None,
@@ -39,18 +39,18 @@ def plan(
     resume: ResumeOption = None,
     runs: Annotated[str | None, typer.Option("--runs", hidden=True)] = None,
 ) -> None:
-    """Check the job against RECIPE and print its srun command, each word ended by a NUL; nothing if it is done."""
+    """Check the job against RECIPE and print its srun command, words ended by NUL; nothing if it is finished."""
     from nanogpt.cluster.job_step import RunArguments, plan_step
     from nanogpt.errors import InputError
     from nanogpt.terminal import verbatim
 
     if runs is not None:
-        raise InputError("--runs: makes an array of jobs; start slurm/run.sh --runs N RECIPE without sbatch before it")
+        raise InputError("--runs: submits an array of jobs; use slurm/run.sh --runs N RECIPE, without sbatch")
     words = plan_step(RunArguments(recipe, overrides or (), steps, data, out, resume, on), os.environ)
     verbatim(sys.stdout).write("".join(f"{word}\0" for word in words))
 
 
-@job.command(cls=ForSlurm)
+@job.command(cls=ForSlurm, short_help="Copy image and shards to this node's disk.")
 def stage(
     recipe: RecipeOrResume = None,
     overrides: SetOption = None,
@@ -101,19 +101,19 @@ def node(
     spec, words = arguments.spec(), arguments.words()
     on_cpu = spec.hardware.gpu == "cpu"
     if nodes == 1:
-        os.environ.setdefault("NCCL_IB_DISABLE", "1")  # nothing to find, and seconds to look for it
+        os.environ.setdefault("NCCL_IB_DISABLE", "1")  # one node needs no InfiniBand, and looking for it takes seconds
     cpus = number_of("SLURM_CPUS_PER_TASK", 0) or number_of("SLURM_CPUS_ON_NODE", 0)
     if on_cpu and cpus:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpus // ranks)))
     index = number_of("SLURM_NODEID", 0, most=nodes - 1)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # one that comes early waits for the launcher
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # an early one waits for the launcher
     stage, shards = os.environ.get("NANOGPT_STAGE"), arguments.data_directory(spec)
     if stage and shards.is_relative_to(stage_directory(Path(stage))):
         check_staged(Path(stage), shards)
     with _pid_file(index):
         checks = preflight(spec, shards, arguments.output_directory(spec), os.environ)
         if os.environ.get("NANOGPT_PREFLIGHT") == "warn":
-            say("preflight: NANOGPT_PREFLIGHT=warn: continuing, whatever failed")
+            say("preflight: NANOGPT_PREFLIGHT=warn: continuing in spite of failures")
         else:
             raise_for_failures(checks, printed=True)
         import torch.distributed  # noqa: F401, mapped and then read
@@ -135,14 +135,14 @@ def node(
 
 @contextmanager
 def _pid_file(index: int) -> Iterator[None]:
-    """Where `slurm/run.sh` finds the process to signal, on this node: a name that nobody else can have guessed."""
+    """Where `slurm/run.sh` finds the process to signal on this node: a name that nobody else can guess."""
     name = os.environ.get("NANOGPT_PID_FILE")
     if not name:
         yield
         return
     path = Path(f"{name}.{index}")
     partial = path.with_name(f".{path.name}")
-    with contextlib.suppress(OSError):  # without it a run ends at its time limit, with the checkpoint it has
+    with contextlib.suppress(OSError):  # without it the run ends at its time limit, with its last checkpoint
         with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(f"{os.getpid()}\n")
         partial.rename(path)
@@ -153,9 +153,9 @@ def _pid_file(index: int) -> Iterator[None]:
             path.unlink()
 
 
-@job.command(cls=ForSlurm)
+@job.command(cls=ForSlurm, short_help="Whether this job should be requeued.")
 def requeue(
-    lost: Annotated[list[str] | None, typer.Option("--lost", metavar="NODE", help="Does not answer.")] = None,
+    lost: Annotated[list[str] | None, typer.Option("--lost", metavar="NODE", help="Node that does not answer.")] = None,
     recipe: RecipeOrResume = None,
     overrides: SetOption = None,
     steps: StepsOption = None,
@@ -164,9 +164,10 @@ def requeue(
     out: OutOption = None,
     resume: ResumeOption = None,
 ) -> None:
-    """Whether this job should go back into the queue: its interrupted run would get further the next time.
+    """Whether this job should go back into the queue: would its interrupted run get further next time?
 
-    Prints a line each: the job's name, the nodes to leave out, the command to continue by hand. These two may be empty.
+    Prints three lines: the job's name, the nodes to leave out, and the command to continue by hand; the last two may be
+    empty.
     """
     from nanogpt.cluster.job_runs import excluded_nodes, job_name_for_slurm, newest_run, requeue_refusal
     from nanogpt.cluster.job_step import RunArguments
@@ -179,7 +180,7 @@ def requeue(
     run, name, nodes = newest_run(runs, os.environ), job_name_for_slurm(os.environ), ",".join(lost or ())
     by_hand = ""
     if lost:
-        say(f"node {nodes} does not answer: lost, or about to be")
+        say(f"node {nodes} does not answer: it is lost, or about to be")
         if run is not None and run.has_checkpoint:
             by_hand = f"slurm/run.sh --resume {run.path} -- --exclude={nodes}"
     refusal = requeue_refusal(run, os.environ, lost=bool(lost)) if run else f"no run of this job in {runs}"
@@ -189,6 +190,6 @@ def requeue(
     if state != "RUNNING":  # cancelled, or preempted and requeued by Slurm itself
         raise RunError(f"not requeued: job {name} is {state or 'gone'}")
     without = [*excluded_nodes(ask_or_fail("scontrol", "show", "job", name)), *lost] if lost else []
-    start = "continues from its checkpoint" if run and run.has_checkpoint else "starts over, for lack of a checkpoint,"
+    start = "continues from its checkpoint" if run and run.has_checkpoint else "has no checkpoint and starts over"
     say(f"requeued: job {name} {start} when it starts again")
     typer.echo(f"{name}\n{','.join(without)}\n{by_hand}")

@@ -45,8 +45,8 @@ def test_every_command_explains_itself(nanogpt, name):
 def all_helps(nanogpt):
     for command in cli.COMMANDS:
         loaded = command.load()
-        names = [part.name for part in loaded.registered_commands] if isinstance(loaded, typer.Typer) else [None]
-        for name in names:
+        names = [part.name for part in loaded.registered_commands] if isinstance(loaded, typer.Typer) else []
+        for name in [*names, None]:
             yield nanogpt(command.name, *([name] if name else []), "--help").out
 
 
@@ -55,6 +55,7 @@ def test_help_names_values_without_the_types_of_the_code(nanogpt):
         for unwanted in ("<int", "<str", "<path", "<list", "<float", "INTEGER", "{", "x>=", "x<=", "default: ("):
             assert unwanted not in text, text
         assert max(map(len, text.splitlines())) <= 80
+        assert not re.search(r"^  [a-z-]+ +.*\.\.\.$", text, re.MULTILINE)  # a description that was cut off
 
 
 def test_the_shell_completes_commands_and_recipes(nanogpt, monkeypatch):

@@ -153,7 +153,7 @@ def test_sigterm_ends_what_runs(tiny: Callable[..., list[str]], tmp_path: Path):
     until(lambda: list(metrics.glob("*/metrics.jsonl")))
     [child] = map(int, _children(process.pid))
     process.terminate()
-    assert "SIGTERM: what ran has been ended" in process.communicate(timeout=120)[1]
+    assert "SIGTERM: measurements were stopped" in process.communicate(timeout=120)[1]
     assert process.returncode == 75 and not _lives(child)
 
 
