@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from small_specs import batch_of, on_gpu, relative_error
 
 from nanogpt.data.batches import MicroBatch
 from nanogpt.kernels.bench import document_ends
+from nanogpt.kernels.table_rows import Gradients, RowAdam, Signs, entries_of, read_rows, row_adam, sum_rows
 from nanogpt.models.language_model import Implementations, LanguageModel, Windows
 from nanogpt.models.record_model import LossInputs
 from nanogpt.models.stage_loss import StageLoss
@@ -72,6 +75,65 @@ def begin_cycle(model: LanguageModel, *batches: MicroBatch) -> None:
     for name, table in model.tables.items():
         rows = [batch.extras[extra].flatten() for batch in batches for extra in model.table_specs[name].extras]
         table.begin_cycle(np.unique(torch.cat(rows).cpu().numpy().astype(np.int64)))
+
+
+@pytest.fixture
+def made_on_gpu() -> Iterator[None]:
+    with torch.device("cuda"):
+        yield
+
+
+@pytest.mark.usefixtures("made_on_gpu")
+def test_rows_of_a_table_of_more_than_31_bits_against_fp64():
+    """Read, summed and updated, twice with the same bits: a row of the whole first half's tokens among them."""
+    torch.manual_seed(0)
+    rows, width, tokens = 3_000_000, 768, 20_001
+    read = torch.randint(rows, (2, tokens), dtype=torch.int32)
+    read[0, : tokens // 2], read[1, -1] = 7, rows - 1
+    touched = torch.unique(read).long()
+    place = torch.searchsorted(touched, read.long())
+    table = torch.zeros(rows, width, dtype=torch.bfloat16)
+    start = (0.1 * torch.randn(len(touched), width)).bfloat16()
+    signs = Signs((2 * torch.randint(2, (64, width)) - 1).bfloat16(), torch.randint(64, (2, tokens), dtype=torch.int32))
+    factors = signs.vectors[signs.rows.long()].double()  # (2, T, D)
+    gradients = Gradients(torch.randn(tokens, width).bfloat16(), signs)
+    total = torch.zeros(len(touched), width, dtype=torch.float64)
+    total.index_add_(0, place.flatten(), (gradients.tokens.double() * factors).flatten(0, 1))
+    owed, moment_before, last_before = torch.tensor([0.8, 0.9]), torch.rand(rows), (torch.arange(rows) % 2).int()
+    update = RowAdam(number=2, step_size=0.3, beta2=0.9025, decay=0.02, eps=1e-10, divisor=2.0)
+
+    g = total / update.divisor
+    paid = moment_before[touched].double() * owed[last_before[touched].long()]
+    moments = update.beta2 * paid + (1 - update.beta2) * g.square().mean(1)
+    change = g * (update.step_size / (moments.sqrt() + update.eps))[:, None]
+    weights = start.double()
+    expected = weights - torch.where(change * weights > 0, change + weights * update.decay, change)
+
+    found = []
+    for plain in (True, False, False):
+        table[touched] = start
+        moment, last = moment_before.clone(), last_before.clone()
+        entries = entries_of(touched, read.flatten())
+        sums = sum_rows(entries, gradients, torch.float32, plain=plain)
+        looked_up = read_rows(table, read, signs, plain=plain)
+        row_adam(table, moment, last, owed, touched, entries, gradients, update, plain=plain)
+        assert (last[touched] == 2).all() and int((last != last_before).sum()) == int((last_before[touched] != 2).sum())
+        found.append((looked_up, sums, table[touched], moment))
+        exact = (start.double()[place] * factors).sum(0)
+        errors = [
+            relative_error(looked_up, exact),
+            relative_error(sums, total),
+            relative_error(table[touched], expected),
+            relative_error(moment[touched], moments),
+        ]
+        table[touched] = 0
+        assert not table.any(), "other rows"
+        print(f"{'plain' if plain else 'kernels'}: read, summed, updated, moments to fp64: {errors}")
+        assert errors[0] < 1.01 * relative_error(exact.bfloat16(), exact)
+        assert errors[2] < 1.01 * relative_error(expected.bfloat16(), expected) + 1e-6
+        assert max(errors[1], errors[3]) < 1e-6
+    assert torch.equal(found[0][0], found[1][0]), "reading rounds once, as the plain path does"
+    assert all(torch.equal(a, b) for a, b in zip(found[1], found[2], strict=True)), "the same every time"
 
 
 @pytest.mark.long

@@ -2,8 +2,9 @@
 
     python tests/kernels/kernel_resources.py sm_90
 
-A training micro-batch of each stage, a validation micro-batch and an optimizer step of both record models run on
-tensors without memory (PyTorch's `meta` device), with the kernels dispatched as on that GPU. Every launch is compiled
+A training micro-batch of each stage, a validation micro-batch and an optimizer step of two record models, and what the
+third does with its table, run on tensors without memory (PyTorch's `meta` device), with the kernels dispatched as on
+that GPU. Every launch is compiled
 as Triton would compile it there, with the dtypes, sizes and options of that launch, and not made. Prints the kernels'
 resources as a table, with `--json` as a `Report`; and ends with 1 where a kernel cannot run or spills.
 
@@ -43,6 +44,7 @@ from nanogpt.gpus import FP8, MULTIPROCESSORS, Multiprocessor, Needs, meets
 from nanogpt.kernels.dispatch import ANY
 from nanogpt.kernels.fp8_head import select_head_precision
 from nanogpt.kernels.fp8_mlp import NEEDS as FP8_MLP
+from nanogpt.kernels.table_rows import Gradients, RowAdam, Signs, entries_of, read_rows, row_adam, sum_rows
 from nanogpt.models.language_model import Implementations, Windows, make_model
 from nanogpt.models.record_model import LossInputs, RecordModel
 from nanogpt.models.record_spec import BIGRAM_ROWS
@@ -69,6 +71,7 @@ class Gpu:
 
 
 GRADIENTS = "model.mlp_fp8.gradients"
+TABLE_RECIPE = "record92"  # of it only what it does with its table
 # With each of these settings a recipe launches kernels of its own.
 RECIPES = {
     "speedrun": ((),),
@@ -78,6 +81,7 @@ RECIPES = {
         (f"{GRADIENTS}=all",),
         (f"{GRADIENTS}=all", "model.mlp_fp8.square=e4m3", "model.mlp_fp8.input_scale=bound"),
     ),
+    TABLE_RECIPE: (),
 }
 COLUMNS = ("warps", "stages", "shared", "registers", "spilled", "blocks", "launch")  # of the table
 
@@ -293,6 +297,26 @@ def make_steps(spec: RunSpec, implementations: Implementations) -> None:
     model.evaluation_loss(_micro_batch(tokens, tokens, None), windows)
 
 
+def make_table_steps(spec: RunSpec) -> None:
+    """What a run of `spec` launches for its table: a read, and updates on one and on several ranks."""
+    [table] = spec.model.pulled_tables().values()
+    tokens, rows = 49_152, 1_000
+    with torch.device("meta"):
+        values = torch.empty(rows, table.width, dtype=torch.bfloat16)
+        moments, last_update = torch.empty(rows), torch.empty(rows, dtype=torch.int32)
+        read = torch.empty(table.reads, tokens, dtype=torch.int32)
+        updated, received = torch.empty(rows, dtype=torch.int64), torch.empty(2 * rows, dtype=torch.int64)
+        owed, gradients = torch.empty(1), torch.empty(tokens, table.width, dtype=torch.bfloat16)
+    signs = Signs(values, read)
+    read_rows(values, read, signs)
+    update = RowAdam(number=1, step_size=0.5, beta2=0.9, decay=0.1, eps=1e-10, divisor=1)
+    state = values, moments, last_update, owed, updated
+    own = entries_of(updated, read.flatten()), Gradients(gradients, signs)
+    row_adam(*state, *own, update)
+    sum_rows(*own, torch.bfloat16)
+    row_adam(*state, entries_of(updated, received), Gradients(values), update)
+
+
 def paths_on(gpu: Gpu) -> list[Implementations]:
     """What a run can take on `gpu`, but for attention's libraries."""
     bf16 = Implementations(attention="plain")
@@ -311,6 +335,8 @@ def all_launches(
             for settings, implementations in itertools.product(RECIPES[recipe], paths_on(gpu)):
                 if not settings or implementations.mlp_precision == "fp8":  # which alone they change
                     make_steps(load_recipe(recipe, settings), implementations)
+            if recipe == TABLE_RECIPE:
+                make_table_steps(load_recipe(recipe, ["hardware.gpu=h100", "hardware.gpus_per_node=8"]))
     kernels = sorted(found.values(), key=lambda entry: (entry.kernel, entry.launch))
     return Report(
         kernels=kernels,
@@ -324,13 +350,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("gpu", choices=GPUS)
     parser.add_argument("--json", action="store_true", help="print a Report")
-    parser.add_argument("--recipe", choices=RECIPES, help="its launches alone")
+    parser.add_argument("--recipe", choices=RECIPES, action="append", help="the launches of these alone")
     parser.add_argument("--kernel", help="the only one to compile")
     parser.add_argument("--stages", type=int, help="instead of what the launches ask for")
     chosen = parser.parse_args()
     report = all_launches(
         GPUS[chosen.gpu],
-        [chosen.recipe] if chosen.recipe else RECIPES,
+        chosen.recipe or RECIPES,
         chosen.kernel,
         {"num_stages": chosen.stages} if chosen.stages else {},
     )

@@ -31,7 +31,8 @@ def triton() -> None:
 
 def compiled(*arguments: str) -> dict[str, Any]:
     """What `kernel_resources.py` reports."""
-    environment = os.environ | {"PYTHONPATH": str(TRITON), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(map(str, (TRITON, Path(__file__).parents[2])))
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), *arguments, "--json"]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert process.stdout, process.stderr
@@ -53,9 +54,14 @@ EVERYWHERE = {
     "_mix_heads_kernel",
     "_mix_heads_key_gradients_kernel",
     "_mix_heads_query_gradients_kernel",
+    "_read_rows_kernel",
+    "_row_adam_kernel",
+    "_sum_blocks_kernel",
+    "_sum_rows_kernel",
     "_transposed_add_kernel",
 }
 PRODUCTS = {"_symmetric_product_kernel", "_relu_squared_kernel"}
+RECORDS = ("--recipe", "record89", "--recipe", "record92")
 FP8_HEAD = {"_quantize_both_ways_kernel", "_transpose_gradient_kernel"}
 
 
@@ -64,8 +70,8 @@ FP8_HEAD = {"_quantize_both_ways_kernel", "_transpose_gradient_kernel"}
     [
         (("sm_80",), EVERYWHERE),
         (("sm_89",), EVERYWHERE | FP8_HEAD),
-        (("sm_100", "--recipe", "record89"), EVERYWHERE | FP8_HEAD | PRODUCTS),
-        (("sm_120", "--recipe", "record89"), EVERYWHERE | FP8_HEAD | {"_symmetric_product_kernel"}),
+        (("sm_100", *RECORDS), EVERYWHERE | FP8_HEAD | PRODUCTS),
+        (("sm_120", *RECORDS), EVERYWHERE | FP8_HEAD | {"_symmetric_product_kernel"}),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )

@@ -1,0 +1,73 @@
+"""Timing what record 92 does with its table: rows read by a micro-batch, and the update of a cycle's rows."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from nanogpt.kernels.bench import BenchCase
+from nanogpt.kernels.table_rows import Gradients, RowAdam, Signs, entries_of, read_rows, row_adam
+
+ROWS, SIGNS, WIDTH = 21_150_720, 8_192, 768  # a quarter of the record's rows
+MICRO_BATCHES = 32  # of a cycle: 8 slots of 4 steps
+
+
+def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
+    """The record's micro-batch of its longest stage, and a cycle of one GPU; rows as frequent as text has them."""
+    tokens, rows = 49_152, ROWS
+    while 2 * WIDTH * rows > torch.cuda.mem_get_info(device)[0] // 2:  # smaller GPUs: what lies far apart counts
+        rows //= 2
+    table = torch.zeros(rows, WIDTH, dtype=torch.bfloat16, device=device)
+    vectors = (2 * torch.randint(2, (SIGNS, WIDTH), device=device) - 1).bfloat16()
+
+    read, signs = _read(tokens, rows, device), Signs(vectors, _sign_rows(tokens, device))
+    yield BenchCase(
+        "signed rows read",
+        f"2 x {tokens:,} x {WIDTH} of {rows:,}",
+        functools.partial(read_rows, table, read, signs),
+        functools.partial(read_rows, table, read, signs, plain=True),
+        flops=0,
+        bytes=2 * WIDTH * (_distinct(read) + SIGNS + tokens) + 16 * tokens,
+    )
+
+    tokens *= MICRO_BATCHES
+    read, signs = _read(tokens, rows, device), Signs(vectors, _sign_rows(tokens, device))
+    touched = torch.unique(read).long()
+    gradients = Gradients(torch.randn(tokens, WIDTH, dtype=torch.bfloat16, device=device), signs)
+    moments, last_update = torch.zeros(rows, device=device), torch.zeros(rows, dtype=torch.int32, device=device)
+    update = RowAdam(number=1, step_size=1e-3, beta2=0.95, decay=1e-6, eps=1e-10, divisor=1.0)
+    owed = torch.ones(2, device=device)
+
+    def run(*, plain: bool) -> None:
+        entries = entries_of(touched, read.flatten())
+        row_adam(table, moments, last_update, owed, touched, entries, gradients, update, plain=plain)
+
+    yield BenchCase(
+        "row Adam of a cycle, sorted and summed",
+        f"2 x {tokens:,} x {WIDTH} into {len(touched):,} of {rows:,}",
+        functools.partial(run, plain=False),
+        functools.partial(run, plain=True),
+        flops=0,
+        bytes=2 * WIDTH * (tokens + SIGNS + 2 * len(touched)) + 16 * tokens + 24 * len(touched),
+    )
+
+
+def _read(tokens: int, rows: int, device: torch.device | str) -> Tensor:
+    """(2, T) int32: frequent ones among the first half's, fewer among the second's, anywhere in their half."""
+    half = rows // 2
+    halves = []
+    for number, skew in enumerate((1.0, 0.4)):
+        rank = (half ** (torch.rand(tokens, device=device) ** skew)).long().clamp(max=half - 1)
+        halves.append(number * half + rank * 2_654_435_761 % half)
+    return torch.stack(halves).int()
+
+
+def _sign_rows(tokens: int, device: torch.device | str) -> Tensor:
+    return torch.randint(SIGNS, (2, tokens), dtype=torch.int32, device=device)
+
+
+def _distinct(rows: Tensor) -> int:
+    return int(torch.unique(rows).numel())
