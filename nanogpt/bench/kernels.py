@@ -41,6 +41,7 @@ class BenchResult:
     fast_high_ms: float
     plain_ms: float | None
     floor_ms: float
+    error: float | None  # relative, against fp64
 
 
 def measure(
@@ -100,16 +101,17 @@ def all_bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
 
 
 def run_cases(cases: Iterable[BenchCase], rates: MachineRates) -> Iterator[BenchResult]:
-    """Time each case, the fast version and the plain one."""
+    """Time each case, the fast version and the plain one, and compare with fp64."""
     for case in cases:
         fast_ms, low, high = measure(case.fast)
         plain_ms = None if case.plain is None else measure(case.plain)[0]
-        yield BenchResult(case.name, case.shape, fast_ms, low, high, plain_ms, floor_ms(case, rates))
+        error = None if case.error is None else case.error()
+        yield BenchResult(case.name, case.shape, fast_ms, low, high, plain_ms, floor_ms(case, rates), error)
 
 
 def as_table(results: Iterable[BenchResult], rates: MachineRates) -> list[str]:
     """The results as a Markdown table, under what the device reaches."""
-    head = ("kernel", "shape", "fast, us", "20-80 %", "plain, us", "gain", "floor, us", "of floor")
+    head = ("kernel", "shape", "fast, us", "20-80 %", "plain, us", "gain", "floor, us", "of floor", "error")
     rows = [
         (
             one.kernel,
@@ -120,6 +122,7 @@ def as_table(results: Iterable[BenchResult], rates: MachineRates) -> list[str]:
             "" if one.plain_ms is None else f"{one.plain_ms / one.fast_ms:.2f}",
             f"{1e3 * one.floor_ms:,.0f}",
             f"{one.floor_ms / one.fast_ms:.0%}",
+            "" if one.error is None else f"{one.error:.1e}",
         )
         for one in results
     ]

@@ -51,7 +51,7 @@ def test_the_floor_is_the_slower_of_arithmetic_and_memory():
 
 def test_the_command_prints_a_table_or_json(nanogpt: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, whose measuring is made up."""
-    cases = [BenchCase(f"{name} copy", "2 x 2", lambda: 4.0, lambda: 8.0, flops=0, bytes=8e9) for name in ("a", "b")]
+    cases = [BenchCase(f"{name} copy", "2 x 2", lambda: 4.0, lambda: 8.0, 0, 8e9, lambda: 4.1e-3) for name in "ab"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "H")
     monkeypatch.setattr(timed, "machine_rates", lambda: MachineRates(matmul_flops=800e12, copy_bytes=4e12))
@@ -62,14 +62,16 @@ def test_the_command_prints_a_table_or_json(nanogpt: Callable[..., Any], monkeyp
     assert outcome.code == 0 and outcome.err == "a copy, 2 x 2: 4,000 us\n"
     head, _, _, row = outcome.out.splitlines()
     assert head == f"H, torch {torch.__version__}: bf16 product 800 TFLOP/s, copy 4.00 TB/s"
-    assert re.split("  +", row) == ["a copy", "2 x 2", "4,000", "3,900-4,100", "8,000", "2.00", "2,000", "50%"]
+    assert re.split("  +", row) == (
+        ["a copy", "2 x 2", "4,000", "3,900-4,100", "8,000", "2.00", "2,000", "50%", "4.1e-03"]
+    )
     found = json.loads(nanogpt("bench", "kernels", "--json").out)
     assert (found["device"], found["copy_bytes"], [one["kernel"] for one in found["kernels"]]) == (
         "H", 4e12, ["a copy", "b copy"]
     )  # fmt: skip
     assert found["kernels"][1] == {
         "kernel": "b copy", "shape": "2 x 2", "fast_ms": 4.0, "fast_low_ms": 3.9, "fast_high_ms": 4.1, "plain_ms": 8.0,
-        "floor_ms": 2.0,
+        "floor_ms": 2.0, "error": 4.1e-3,
     }  # fmt: skip
 
 

@@ -23,6 +23,8 @@ class BenchCase:
     """Multiplications and additions that the result needs (what a kernel computes beyond them counts against it)."""
     bytes: float
     """Each input read once, each output written once."""
+    error: Callable[[], float] | None = None
+    """Of `fast` against fp64 on the same inputs: ||out - exact|| / ||exact||, the largest of all outputs."""
 
 
 def document_ends(tokens: int, longest: int, entries: int) -> list[int]:
