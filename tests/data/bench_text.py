@@ -33,7 +33,7 @@ def plain_loop(files: list[SourceFile]) -> int:
     encode = gpt2_encoding().encode_ordinary
     done = 0
     for file in files:
-        if file.kind == "jsonl":
+        if file.kind == "lines":
             opened = gzip.open if file.path.endswith(".gz") else open
             with opened(file.path, "rt", encoding="utf-8") as lines:
                 for line in lines:

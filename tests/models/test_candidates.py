@@ -30,7 +30,7 @@ def slow_candidates(targets: list[int], count: int, offset: int, vocabulary: int
 
 def check(targets: list[int], count: int, offset: int, vocabulary: int = V) -> tuple[list[int], int]:
     found, after = candidate_classes(np.array(targets, dtype=np.uint16), count, offset, vocabulary=vocabulary, slot=0)
-    assert (found.dtype, found.shape) == (np.int64, (count,))
+    assert found.dtype == np.int64 and found.shape == (count,)
     expected = slow_candidates(targets, count, offset, vocabulary)
     assert (found.tolist(), after) == expected
     return expected

@@ -320,7 +320,7 @@ def test_the_standard_error_by_hand() -> None:
     sizes = np.array([2, 1, 1])
     # 12 nats of 4 tokens; the documents are 0, -1 and +1 off what their lengths at 3 nats a token come to.
     found = mean_over_documents(np.array([6.0, 2.0, 4.0]), sizes)
-    assert (found.value, found.standard_error) == (3.0, pytest.approx(math.sqrt(3 / 2 * (0 + 1 + 1)) / 4))
+    assert found.value == 3.0 and found.standard_error == pytest.approx(math.sqrt(3 / 2 * (0 + 1 + 1)) / 4)
     # Lengths do not matter where all tokens have one loss.
     assert mean_over_documents(2.5 * np.array([2.0, 1.0, 9.0]), np.array([2, 1, 9])).standard_error == 0
     assert mean_over_documents(np.array([5.0]), np.array([2])) == MeanLoss(2.5, None)
