@@ -158,6 +158,11 @@ def _exit_code(name: str, work: Callable[[], object]) -> int:
         if explanation is None:
             raise
         return _tell(name, explanation)
+    except RuntimeError as error:
+        found = str(error).partition("\n")[0].rstrip(".")
+        if "out of memory" not in found:  # of PyTorch's allocator, or of CUDA itself where another process has it all
+            raise
+        return _tell(name, RunError(f"{found}. See what else runs on the GPU: nvidia-smi"))
     except KeyboardInterrupt:
         return 130
     except SystemExit as end:

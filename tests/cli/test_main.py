@@ -11,6 +11,7 @@ import time
 from importlib import metadata
 
 import pytest
+import torch
 import typer
 
 import nanogpt
@@ -98,6 +99,11 @@ def test_wrong_usage(nanogpt, arguments, message):
         (RunError("disk full"), 1, "disk full\n"),
         (KeyboardInterrupt(), 130, ""),
         (BrokenPipeError(32, "Broken pipe"), 1, ""),
+        (
+            torch.AcceleratorError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'"),
+            1,
+            "CUDA error: out of memory. See what else runs on the GPU: nvidia-smi\n",
+        ),
     ],
 )
 def test_errors_become_messages_and_exit_codes(nanogpt, monkeypatch, error, code, message):
@@ -111,13 +117,14 @@ def test_errors_become_messages_and_exit_codes(nanogpt, monkeypatch, error, code
     assert (outcome.code, outcome.out, outcome.err.strip("\n")) == (code, "", message.strip("\n"))
 
 
-def test_a_bug_is_not_hidden(monkeypatch):
+@pytest.mark.parametrize("error", [ZeroDivisionError, RuntimeError("mat1 and mat2 shapes cannot be multiplied")])
+def test_a_bug_is_not_hidden(monkeypatch, error):
     def fail() -> None:
-        raise ZeroDivisionError
+        raise error
 
     monkeypatch.setattr(sys.modules[__name__], "fail", fail, raising=False)
     monkeypatch.setattr(cli, "COMMANDS", (cli.Command("fail", f"{__name__}:fail", "Help", "Fail."),))
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises((ZeroDivisionError, RuntimeError)):
         cli.main(["fail"])
 
 
