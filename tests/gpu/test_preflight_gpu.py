@@ -40,7 +40,7 @@ def test_preflight_passes_and_takes_seconds(tmp_path: Path) -> None:
     shape = f"hardware={{gpu: {gpu_type()}, gpus_per_node: {count}}}"
     small = ("data.epochs=null", "evaluation.tokens=131072", "evaluation.micro_batch_tokens=16384", "checkpoint.keep=1")
     spec = load_recipe("speedrun", [shape, *small])
-    data = make_data(tmp_path / "data", val_tokens=140_000)
+    data = make_data(tmp_path / "data", val_tokens=140_000, bos=spec.data.bos)
     began = time.monotonic()
     checks = preflight(spec, data, tmp_path / "runs", os.environ)
     seconds = time.monotonic() - began
