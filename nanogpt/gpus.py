@@ -39,10 +39,10 @@ class GpuType:
 GPU_TYPES = {
     gpu.name: gpu
     for gpu in (
-        GpuType("h100", (9, 0), Speed(989e12, 3.35e12), 150e12, nvlink=280, pcie=20, cpus=15, host_memory_gb=24),
-        GpuType("h200", (9, 0), Speed(989e12, 4.8e12), 150e12, nvlink=280, pcie=20, cpus=15, host_memory_gb=24),
-        GpuType("a100", (8, 0), Speed(312e12, 1.9e12), 60e12, nvlink=180, pcie=10, cpus=15, host_memory_gb=24),
-        GpuType("l40s", (8, 9), Speed(362e12, 0.86e12), 40e12, nvlink=None, pcie=8, cpus=15, host_memory_gb=24),
+        GpuType("h100", (9, 0), Speed(989e12, 3.35e12), 150e12, nvlink=280, pcie=20, cpus=8, host_memory_gb=24),
+        GpuType("h200", (9, 0), Speed(989e12, 4.8e12), 150e12, nvlink=280, pcie=20, cpus=8, host_memory_gb=24),
+        GpuType("a100", (8, 0), Speed(312e12, 1.9e12), 60e12, nvlink=180, pcie=10, cpus=8, host_memory_gb=24),
+        GpuType("l40s", (8, 9), Speed(362e12, 0.86e12), 40e12, nvlink=None, pcie=8, cpus=8, host_memory_gb=24),
     )
 }
 

@@ -17,7 +17,7 @@
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --gres=gpu:h200:8
-#SBATCH --cpus-per-task=120
+#SBATCH --cpus-per-task=64
 #SBATCH --mem=192G
 #SBATCH --time=00:40:00
 #SBATCH --output=logs/%x-%j.out

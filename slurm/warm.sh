@@ -11,7 +11,7 @@
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
 #SBATCH --gres=gpu:1
-#SBATCH --cpus-per-task=15
+#SBATCH --cpus-per-task=8
 #SBATCH --mem=64G
 #SBATCH --time=00:15:00
 #SBATCH --output=logs/%x-%j.out

@@ -11,8 +11,8 @@
 # export SBATCH_PARTITION=${SBATCH_PARTITION:-gpu}
 # export SBATCH_ACCOUNT=${SBATCH_ACCOUNT:-mylab}
 
-# CPUs that a job asks for with each GPU; 15 unless said. What a node has for each: sinfo -o '%P %G %c'
-# export NANOGPT_CPUS_PER_GPU=${NANOGPT_CPUS_PER_GPU:-8}
+# CPUs that a job asks for with each GPU; 8 unless said. What a node has for each: sinfo -o '%P %G %c'
+# export NANOGPT_CPUS_PER_GPU=${NANOGPT_CPUS_PER_GPU:-15}
 
 # Image, shards, runs and compiled code, on a file system that all nodes see and that has room: 3, 2, 2 (a checkpoint)
 # and 1 GB. Without these: nanogpt.sif, data/fineweb10B, runs and runs/cache, where a command is typed.

@@ -48,7 +48,7 @@ def test_every_shipped_recipe_has_a_request(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("recipe", "gres", "cpus", "nodes"),
-    [("1xa100", "gpu:a100:1", 15, 1), ("8xh100", "gpu:h100:8", 120, 1), ("2x4xh100", "gpu:h100:4", 60, 2)],
+    [("1xa100", "gpu:a100:1", 8, 1), ("8xh100", "gpu:h100:8", 64, 1), ("2x4xh100", "gpu:h100:4", 32, 2)],
 )
 def test_resources_follow_the_recipe(recipe: str, gres: str, cpus: int, nodes: int) -> None:
     request = job_request(load_recipe(recipe))
@@ -90,15 +90,15 @@ def test_an_array_has_its_own_logs_and_may_be_throttled() -> None:
 
 def test_cpus_of_a_gpu_can_be_set() -> None:
     spec = load_recipe("2x4xh100")
-    assert job_request(spec, {CPUS: "8"}).cpus_per_node == 32
-    assert job_request(load_recipe("demo"), {CPUS: "8"}).cpus_per_node == 2  # of a CPU run's process
+    assert job_request(spec, {CPUS: "15"}).cpus_per_node == 60
+    assert job_request(load_recipe("demo"), {CPUS: "15"}).cpus_per_node == 2  # of a CPU run's process
     with pytest.raises(InputError, match=CPUS):
         job_request(spec, {CPUS: "few"})
 
 
 def test_warming_takes_one_gpu_of_the_type_of_the_runs() -> None:
-    request = warm_request(job_request(load_recipe("2x4xh100"), {CPUS: "8"}))
-    assert (request.nodes, request.gres, request.cpus_per_node) == (1, "gpu:h100:1", 8)
+    request = warm_request(job_request(load_recipe("2x4xh100"), {CPUS: "15"}))
+    assert (request.nodes, request.gres, request.cpus_per_node) == (1, "gpu:h100:1", 15)
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_warm_is_submitted_outside_of_a_job(run: Run, place: Path) -> None:
     done = run("warm.sh", "record89", "--on=8xh100", "--world-size=4", "--fresh", "--", "--partition=gpu")
     assert done.returncode == 0, done.stderr
     command, said = done.stdout.splitlines()
-    assert "--nodes=1 " in command and "--gres=gpu:h100:1 --cpus-per-task=15 " in command
+    assert "--nodes=1 " in command and "--gres=gpu:h100:1 --cpus-per-task=8 " in command
     assert command.endswith(f"--partition=gpu {SCRIPTS}/warm.sh record89 --on=8xh100 --world-size=4 --fresh")
     assert said == "Submitted batch job 12"
     done = run("warm.sh", "record89")
@@ -124,7 +124,7 @@ def test_warm_is_submitted_outside_of_a_job(run: Run, place: Path) -> None:
 
 def test_dry_run_submits_nothing(run: Run, place: Path) -> None:
     done = run("run.sh", "--dry-run", "recipes/8xh200.yaml", GPU_TYPE="h100", NUM_GPUS="4", SBATCH_TIMELIMIT="60")
-    assert "--gres=gpu:h100:4 --cpus-per-task=60" in done.stdout and "--time" not in done.stdout
+    assert "--gres=gpu:h100:4 --cpus-per-task=32" in done.stdout and "--time" not in done.stdout
     assert done.stdout.strip().endswith("--set=hardware.gpu=h100 --set=hardware.gpus_per_node=4")
     assert done.returncode == 2 and "no such directory" in done.stderr  # the shards, which the job would be refused for
     assert run("run.sh", "--dry-run", "demo", "--data=data").returncode == 0
