@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -18,8 +18,8 @@ class EndEntry(Strict):
         """Cross-checks with the run's steps and the model's table; yields (path below the entry, message)."""
         yield from ()
 
-    def averaged(self, names: Iterable[str]) -> Iterator[str]:
-        """The parameters, of those with `names`, of which it keeps an average in fp32: once for each."""
+    def averaged(self) -> Iterator[str]:
+        """The parameters of which it keeps an average in fp32: once for each."""
         yield from ()
 
     def shortened(self, scaled: Callable[..., int], before: int, after: int) -> dict[str, Any]:
@@ -29,30 +29,6 @@ class EndEntry(Strict):
     def describe(self, total_steps: int) -> list[str]:
         """Lines for the log and the record."""
         raise NotImplementedError
-
-
-class AverageWeights(EndEntry):
-    """The run's weights become the mean of those that each of the last steps has left, kept in fp32."""
-
-    kind: Literal["average"]
-    last_steps: Count
-
-    def problems(self, total_steps: int, rows: Sequence[Parameter]) -> Iterator[Problem]:
-        """More steps than the run has."""
-        if self.last_steps > total_steps:
-            yield ("last_steps",), f"is {self.last_steps}, the run has {total_steps} steps"
-
-    def averaged(self, names: Iterable[str]) -> Iterator[str]:
-        """All."""
-        yield from names
-
-    def shortened(self, scaled: Callable[..., int], before: int, after: int) -> dict[str, Any]:
-        """The same share of the run."""
-        return {**self.model_dump(), "last_steps": scaled(self.last_steps, at_least=1)}
-
-    def describe(self, total_steps: int) -> list[str]:
-        """A line."""
-        return [f"the mean of the weights after each of the last {self.last_steps} steps"]
 
 
 class TailAverage(Strict):
@@ -115,7 +91,7 @@ class TailAverages(EndEntry):
     def problems(self, total_steps: int, rows: Sequence[Parameter]) -> Iterator[Problem]:
         """Unknown parameters, steps that the run does not have, norms of what is not averaged."""
         known = {row.name for row in rows}
-        averaged = set(self.averaged(known))
+        averaged = set(self.averaged())
         for index, average in enumerate(self.averages):
             path = ("averages", index)
             for name in average.blend.keys() - known:
@@ -132,7 +108,7 @@ class TailAverages(EndEntry):
             elif name in self.keep_norms[:index]:
                 yield ("keep_norms", index), f"{name} is there twice"
 
-    def averaged(self, names: Iterable[str]) -> Iterator[str]:
+    def averaged(self) -> Iterator[str]:
         """Those of each average."""
         for average in self.averages:
             yield from average.blend
@@ -165,7 +141,7 @@ class CanonicalMask(EndEntry):
         return ["the last validation leaves out what GPT-2's tokenizer never makes after a token: 70,889,701 pairs"]
 
 
-End = Annotated[AverageWeights | TailAverages | CanonicalMask, Field(discriminator="kind")]
+End = Annotated[TailAverages | CanonicalMask, Field(discriminator="kind")]
 
 
 def has_mask(end: Sequence[EndEntry]) -> bool:

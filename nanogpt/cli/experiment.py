@@ -29,10 +29,6 @@ DataOption = Annotated[
         show_default="data.directory of the recipe, else NANOGPT_DATA, else data/fineweb10B",
     ),
 ]
-AverageOption = Annotated[
-    list[int] | None,
-    typer.Option("--average", metavar="N...", help="End: the mean of the weights of the last N steps, for each N."),
-]
 BeforeOption = Annotated[
     list[int] | None,
     typer.Option("--before", metavar="N...", help="End: the weights of N steps before the last."),
@@ -77,7 +73,7 @@ class _TakesLists(Command):
     """A command some of whose options take every argument up to the next option."""
 
     joined = ("--gpus", "--idea")  # to one value, which `_named_list` takes apart
-    repeated = ("--average", "--before", "--windows", "--horizon", "--blend", "--blended", "--validate")
+    repeated = ("--before", "--windows", "--horizon", "--blend", "--blended", "--validate")
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         given: list[str] = []
@@ -132,7 +128,6 @@ def run(
         float | None,
         typer.Option("--limit", min=0, metavar="SECONDS", help="Stop what is still running after this time."),
     ] = None,
-    average: AverageOption = None,
     before: BeforeOption = None,
     windows: WindowsOption = None,
     horizon: HorizonOption = None,
@@ -146,9 +141,9 @@ def run(
     hardware open.
 
     Measurements of RECIPE: fast, a run shortened to --steps; again, the same once more; plain, without fused kernels
-    and 8-bit numbers; whole, the whole schedule; full, the whole schedule with other ends (--average, --before,
-    --windows, --horizon); warm, 40 steps; deterministic and deterministic-again, 40 steps that should agree bit for
-    bit; step, profile, communication and kernels, from `nanogpt bench`.
+    and 8-bit numbers; whole, the whole schedule; full, the whole schedule with other ends (--before, --windows,
+    --horizon); warm, 40 steps; deterministic and deterministic-again, 40 steps that should agree bit for bit; step,
+    profile, communication and kernels, from `nanogpt bench`.
 
     fast:1 is fast with seed 1, and is compared with the idea's :1. fast:1@100 ends at the first evaluation at or after
     step 100.
@@ -178,7 +173,6 @@ def run(
     ideas = dict(_named_list("--idea", text, "NAME KEY=VALUE...") for text in idea or ())
     options = []
     listed: dict[str, Sequence[object] | None] = {
-        "--average": average,
         "--before": before,
         "--windows": windows,
         "--horizon": horizon,
@@ -251,7 +245,6 @@ def ends(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the run's directory is made.")] = Path(
         "runs"
     ),
-    average: AverageOption = None,
     before: BeforeOption = None,
     windows: WindowsOption = None,
     horizon: HorizonOption = None,
@@ -261,8 +254,8 @@ def ends(
 ) -> None:
     """Train RECIPE, then evaluate other ends of the run on the same validation tokens, and write RUN_DIR/ends.json.
 
-    The GPU keeps a copy of the weights for each end: in bf16, or in fp32 for an average or a horizon. Pulled tables
-    stay as the last step left them.
+    The GPU keeps a copy of the weights for each end: in bf16, or in fp32 for a horizon. Pulled tables stay as
+    the last step left them.
 
     On several GPUs: nanogpt launch --nproc-per-node N --experiment ends RECIPE ...
     """
@@ -278,7 +271,6 @@ def ends(
 
     spec = load_recipe(recipe, overrides or (), steps, on=on, fill=at_hand(os.environ))
     chosen = Ends(
-        averages=average or (),
         before=before or (),
         windows=[_blocks(text) for text in windows or ()],
         horizons=horizon or (),

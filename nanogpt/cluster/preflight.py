@@ -331,7 +331,7 @@ def _output(spec: RunSpec, out: Path) -> Iterable[Check]:
 def checkpoint_bytes(spec: RunSpec) -> int:
     """Bytes of a checkpoint, at most."""
     sizes = {row.name: row.size for row in spec.model.parameters()}
-    averaged = (name for entry in spec.training.end for name in entry.averaged(sizes))
+    averaged = (name for entry in spec.training.end for name in entry.averaged())
     return WEIGHT_BYTES * sum(sizes.values()) + AVERAGE_BYTES * sum(sizes[name] for name in averaged)
 
 

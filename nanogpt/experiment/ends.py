@@ -42,7 +42,6 @@ class Ends:
     last so many steps: the first of them copied, then each with the rate 2 / (horizon + 1).
     """
 
-    averages: Sequence[int] = ()  # the mean of the weights that each of the last N steps has left, in fp32
     before: Sequence[int] = ()  # the weights of N steps before the end
     windows: Sequence[tuple[int, int]] = ()  # the last weights with other windows, short and long, in blocks
     horizons: Sequence[int] = ()  # of running averages, in steps
@@ -53,10 +52,9 @@ class Ends:
     def check(self, spec: RunSpec) -> None:
         """Raises `InputError` for steps that the run does not have, parameters that the model does not, no shards."""
         total_steps = spec.training.total_steps
-        for flag, counts in (("--average", self.averages), ("--horizon", self.horizons)):
-            for count in counts:
-                if not 1 <= count <= total_steps:
-                    raise InputError(f"{flag} {count}: expected 1 to the {total_steps} steps of the run")
+        for horizon in self.horizons:
+            if not 1 <= horizon <= total_steps:
+                raise InputError(f"--horizon {horizon}: expected 1 to the {total_steps} steps of the run")
         for count in self.before:
             if not 0 <= count < total_steps:
                 raise InputError(f"--before {count}: expected 0 to one less than the {total_steps} steps of the run")
@@ -78,7 +76,7 @@ class Ends:
 def train_with_ends(spec: RunSpec, ends: Ends, *, run: RunDirectory | None, data_directory: Path) -> list[End]:
     """An ordinary run, then the other ends, with the windows of the last validation. Every rank calls it.
 
-    The averages are added up inside the clock: some milliseconds a step, of the last steps. Returns the last weights'
+    Running averages are fed inside the clock: some milliseconds a step, of the last steps. Returns the last weights'
     losses and the others' on the rank that has the run's directory, where they are in `ENDS_NAME` too; else nothing.
     Raises as `train_run` does.
     """
@@ -131,7 +129,6 @@ class TrainerWithEnds(Trainer):
     def __init__(self, spec: RunSpec, *arguments: Any, ends: Ends, **options: Any):
         super().__init__(spec, *arguments, **options)
         self.ends = ends
-        self.sums: dict[int, Weights] = {}
         self.copies: dict[int, Weights] = {}  # by steps before the end
         self.running: dict[int, dict[int, Tensor]] = {}  # by horizon, then by the parameter's place
         self.sets = {VALIDATION: self.val_batches}
@@ -142,7 +139,7 @@ class TrainerWithEnds(Trainer):
         self.blended = [place for place, name in enumerate(names) if not ends.blended or name in ends.blended]
 
     def train_step(self, settings: StepSettings, micro_steps: int | None = None) -> Tensor:
-        """A step; where it is one of the last, its weights are added up, averaged, or kept."""
+        """A step; where it is one of the last, its weights are averaged, or kept."""
         reported = super().train_step(settings, micro_steps)
         if micro_steps is None:  # not the warm-up
             self._keep(self.schedule.total_steps - settings.step)
@@ -152,12 +149,6 @@ class TrainerWithEnds(Trainer):
     def _keep(self, left: int) -> None:
         """left: the steps of the run that were to be made, this one among them."""
         parameters = list(self.model.parameters())
-        for count in self.ends.averages:
-            if left <= count:
-                if count not in self.sums:
-                    self.sums[count] = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
-                for total, parameter in zip(self.sums[count], parameters, strict=True):
-                    total.add_(parameter)
         for horizon in self.ends.horizons:
             if left == horizon:
                 self.running[horizon] = {place: parameters[place].float().clone() for place in self.blended}
@@ -191,11 +182,9 @@ class TrainerWithEnds(Trainer):
         return found
 
     def _other_weights(self) -> Iterator[tuple[str, Weights]]:
-        for count in self.ends.averages:
-            yield f"mean of the last {count}", [total / count for total in self.sums[count]]
         for count in self.ends.before:
             yield f"{count} steps before", self.copies[count]
-        if self.ends.horizons and any(entry.averaged(["any"]) for entry in self.spec.training.end):
+        if self.ends.horizons and any(any(entry.averaged()) for entry in self.spec.training.end):
             yield "what the last step has left", self.copies[0]
         for horizon in self.ends.horizons:
             for blend in self.ends.blends:

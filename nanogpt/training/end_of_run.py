@@ -9,31 +9,15 @@ a parameter, of equal parts of its numbers as they lie in memory: together all r
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nanogpt.optim.communication import Communicator
 from nanogpt.spec import RunSpec
-from nanogpt.spec_end import AverageWeights, TailAverages
+from nanogpt.spec_end import TailAverages
 from nanogpt.training.mask_builder import MaskBuilder
-
-
-class Averages(Protocol):
-    """One entry that averages weights."""
-
-    def after_step(self, step: int) -> None:
-        """The optimizer has made `step` (from 0)."""
-
-    def finish(self) -> None:
-        """All steps are made: change the weights. Collective."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Full tensors, whatever the world size. Collective."""
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over a `state_dict`, which may be on another device."""
 
 
 class EndOfRun:
@@ -42,12 +26,11 @@ class EndOfRun:
     def __init__(self, spec: RunSpec, model: nn.Module, communicator: Communicator, device: torch.device):
         self.communicator = communicator
         parameters, total_steps = dict(model.named_parameters()), spec.training.total_steps
-        self._averages: list[Averages] = []
-        for entry in spec.training.end:
-            if isinstance(entry, AverageWeights):
-                self._averages.append(MeanWeights(entry, parameters, total_steps))
-            elif isinstance(entry, TailAverages):
-                self._averages.append(RunningAverages(entry, parameters, total_steps, communicator))
+        self._averages = [
+            RunningAverages(entry, parameters, total_steps, communicator)
+            for entry in spec.training.end
+            if isinstance(entry, TailAverages)
+        ]
         self.mask: Tensor | None = None  # (V, V / 8) uint8: zeros up to `take_mask`
         if spec.training.masked:
             rows = spec.model.padded_vocab_size
@@ -92,38 +75,6 @@ class EndOfRun:
         """Take over a `state_dict`; an empty one is that of a run without entries."""
         for entry, gathered in zip(self._averages, state or [{} for _ in self._averages], strict=True):
             entry.load_state_dict(gathered)
-
-
-class MeanWeights:
-    """The mean of all weights over the last steps, whole on every rank."""
-
-    def __init__(self, entry: AverageWeights, parameters: dict[str, nn.Parameter], total_steps: int):
-        self.entry = entry
-        self.parameters = parameters
-        self.total_steps = total_steps
-        self._sums: dict[str, Tensor] = {}
-
-    def after_step(self, step: int) -> None:
-        """Add one of the last steps' weights."""
-        if self.total_steps - step <= self.entry.last_steps:
-            for name, parameter in self.parameters.items():
-                if name in self._sums:
-                    self._sums[name].add_(parameter)
-                else:
-                    self._sums[name] = parameter.detach().to(torch.float32, copy=True)
-
-    def finish(self) -> None:
-        """The weights become their mean."""
-        for name, parameter in self.parameters.items():
-            parameter.copy_(self._sums.pop(name).div_(self.entry.last_steps))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The sums, not copied."""
-        return self._sums
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over sums."""
-        self._sums = {name: value.to(self.parameters[name].device) for name, value in state.items()}
 
 
 class RunningAverages:

@@ -44,10 +44,6 @@ class Remembering(ends.TrainerWithEnds):
         last = self.weights[-1]
         assert all(torch.equal(a, b) for a, b in zip(self.model.parameters(), last, strict=True))  # put back
         expected = []
-        for count in (1, 3):
-            means = [torch.stack(steps).mean(0) for steps in zip(*self.weights[-count:], strict=True)]
-            self._put(means)
-            expected.append((f"mean of the last {count}", self.evaluate(self.schedule.final_windows)))
         for count in (0, 2):
             self._put(self.weights[-1 - count])
             expected.append((f"{count} steps before", self.evaluate(self.schedule.final_windows)))
@@ -61,17 +57,16 @@ def test_ends_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nanogp
     monkeypatch.setattr(ends, "TrainerWithEnds", Remembering)
     data = make_data(tmp_path / "data")
     recipe = write_recipe(tmp_path / "tiny.yaml", tiny_spec("training.warmup=true"))
-    asked_for = ["--average", "1", "3", "--before", "0", "2", "--windows", "2:5"]
+    asked_for = ["--before", "0", "2", "--windows", "2:5"]
     done = nanogpt("experiment", "ends", recipe, "--data", data, "--out", tmp_path / "runs", *asked_for)
     assert done.code == 0, done.err
     [path] = (tmp_path / "runs").iterdir()
     found = {name: losses.pop("validation") for name, losses in json.loads((path / "ends.json").read_text())}
     final = read_run(path).evaluations[-1]["val_loss"]
-    assert found.pop("the last weights") == found["mean of the last 1"] == pytest.approx(final, abs=1e-6)
+    assert found.pop("the last weights") == found["0 steps before"] == pytest.approx(final, abs=1e-6)
     assert found == pytest.approx(dict(Remembering.expected), abs=1e-6)
-    assert found.pop("0 steps before") == found["mean of the last 1"]
-    assert len(set(found.values())) == 4
-    assert f"mean of the last 1 {final:.4f} +0.0000" in " ".join(done.out.split())
+    assert len(set(found.values())) == 3
+    assert f"0 steps before {final:.4f} +0.0000" in " ".join(done.out.split())
 
 
 class AllWeights(ends.TrainerWithEnds):
@@ -147,19 +142,18 @@ def test_a_grid_of_blends_and_horizons_on_two_sets(
 
 def test_the_mask_is_on_all_ends_and_off_on_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nanogpt: Callable):
     monkeypatch.setattr(ends, "TrainerWithEnds", AllWeights)
-    recipe = write_recipe(tmp_path / "tiny.yaml", averaged_spec("evaluation.every=null"))
+    masked = averaged_spec("evaluation.every=null", "training.end=[{kind: canonical_mask}]")
+    recipe = write_recipe(tmp_path / "tiny.yaml", masked)
     data = make_text_data(tmp_path / "data")
     done = nanogpt("experiment", "ends", recipe, "--data", data, "--out", tmp_path / "runs", "--horizon", 2)
     assert done.code == 0, done.err
     [path] = (tmp_path / "runs").iterdir()
     found = {name: losses["validation"] for name, losses in json.loads((path / "ends.json").read_text())}
     trainer = AllWeights.last
-    assert len(found) == 3 + 5
+    assert len(found) == 2 + 5
     assert trainer.end_of_run.mask is not None
     weights = trainer._weights()
     assert found["the last weights"] == pytest.approx(trainer.loss_of(weights, "validation"), abs=1e-6)
-    left = trainer.loss_of(trainer.left[-1], "validation")
-    assert found["what the last step has left"] == pytest.approx(left, abs=1e-6)
     trainer.end_of_run.mask = None
     unmasked = trainer.loss_of(weights, "validation")
     assert found["the last weights, without the mask"] == pytest.approx(unmasked, abs=1e-6)
@@ -173,7 +167,7 @@ def test_ends_of_a_run_on_two_ranks_are_those_of_one(tmp_path: Path, nanogpt: Ca
     for ranks in (1, 2):
         recipe = write_recipe(tmp_path / f"{ranks}.yaml", tiny_spec(f"hardware.gpus_per_node={ranks}"))
         places = ["--data", data, "--out", tmp_path / f"runs-{ranks}"]
-        asked_for = ["--average", 3, "--before", 2, "--windows", "2:5", "--horizon", 4, "--blend", 0.5]
+        asked_for = ["--before", 2, "--windows", "2:5", "--horizon", 4, "--blend", 0.5]
         call = ["ends", recipe, *places, *asked_for]
         if ranks == 1:
             code, out, err = nanogpt("experiment", *call)
@@ -182,17 +176,16 @@ def test_ends_of_a_run_on_two_ranks_are_those_of_one(tmp_path: Path, nanogpt: Ca
             done = python(*map(str, [*launch, *call]), timeout=300)
             code, out, err = done.returncode, done.stdout, done.stderr
         assert code == 0, err
-        assert out.count("mean of the last 3") == 1  # rank 0 tells
+        assert out.count("2 steps before") == 1  # rank 0 tells
         [path] = (tmp_path / f"runs-{ranks}").iterdir()
         found.append({name: losses["validation"] for name, losses in json.loads((path / "ends.json").read_text())})
-    assert len(set(found[0].values())) == 5
+    assert len(set(found[0].values())) == 4
     assert found[1] == pytest.approx(found[0], abs=1e-4)
 
 
 @pytest.mark.parametrize(
     ("wrong", "problem"),
     [
-        (("--average", "13"), "--average 13: expected 1 to the 12 steps"),
         (("--before", "12"), "--before 12: expected 0 to one less than the 12 steps"),
         (("--windows", "6"), "--windows 6: expected SHORT:LONG"),
         (("--windows", "6:4"), "--windows 6:4: expected SHORT:LONG"),

@@ -247,7 +247,7 @@ def test_training_losses_of_the_next_token_are_paired_by_step_and_say_how_many_s
     for name in ("fast-3", "low-3"):
         change_record(tmp_path / f"runs/{name}/a-run", data__passes=2)
     for name, loss in (("fast-1", 3.5), ("fast-2", 3.6), ("low-1", 3.4)):
-        ends = [["the last weights", {"prose": loss}], ["mean of the last 4", {"prose": 1.0}]]
+        ends = [["the last weights", {"prose": loss}], ["4 steps before", {"prose": 1.0}]]
         (tmp_path / f"runs/{name}/a-run/ends.json").write_text(json.dumps(ends))
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in judged(place, "low", "fast")[2:]]
     training = "training loss of the next token, steps 1011 to 1555"

@@ -24,13 +24,13 @@ from tiny_runs import (
 
 from nanogpt.data.batches import ValBatches
 from nanogpt.data.canonical_mask import build
-from nanogpt.recipe import RecipeError, find_recipe, load_recipe
+from nanogpt.recipe import RecipeError, load_recipe
 from nanogpt.runs.record import read_record
 from nanogpt.training.evaluation import as_json, as_lines, evaluate_runs
 from nanogpt.training.trained_model import load_trained_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-AVERAGE = "training.end=[{kind: average, last_steps: 3}]"
+AVERAGE = "training.end=[{kind: tail_averages, averages: [{blend: {mlp: 1}, window_steps: 3, every: 1, rate: 0.5}]}]"
 KEPT = "checkpoint={every: 1, at_end: true, keep: 20}"
 
 
@@ -47,12 +47,11 @@ def test_the_last_weights_are_averaged(data: Path, tmp_path: Path):
     plain, averaged = tmp_path / "plain", tmp_path / "averaged"
     train(tiny_spec(KEPT), data, plain)
     train(tiny_spec(KEPT, AVERAGE), data, averaged)
-    own = [weights(plain, step) for step in (10, 11, 12)]
+    first, second, last = (weights(plain, step) for step in (10, 11, 12))
     end = weights(averaged, 12)
-    for name, value in end.items():
-        if "rotary" not in name:
-            expected = torch.stack([each[name].float() for each in own]).sum(0) / 3
-            torch.testing.assert_close(value.float(), expected, rtol=1e-6, atol=1e-7, msg=name)
+    expected = (first["mlp"] + second["mlp"]) / 4 + last["mlp"] / 2
+    torch.testing.assert_close(end.pop("mlp"), expected, rtol=1e-6, atol=1e-7)
+    assert_same(dict(end), {name: last[name] for name in end})
     assert losses(plain)[0] == losses(averaged)[0]  # the steps are the same
     validation, without = losses(averaged)[1], losses(plain)[1]
     assert validation[12] != without[12]
@@ -61,32 +60,9 @@ def test_the_last_weights_are_averaged(data: Path, tmp_path: Path):
     }
     assert evaluate_runs([averaged], data_directory=data).runs[0].mean.value == pytest.approx(validation[12], abs=1e-6)
 
-    line = "the mean of the weights after each of the last 3 steps"
+    line = "mlp 1 of the way to a running average; ticks: 3, after steps 9 to 11; rate 0.5"
     assert (read_record(averaged).end_of_run, read_record(plain).end_of_run) == ([line], [])
     assert f"end of the run: {line}" in (averaged / "log.txt").read_text()
-
-
-def test_resuming_within_the_last_steps_changes_nothing(data: Path, tmp_path: Path):
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    spec = tiny_spec(AVERAGE, "checkpoint={every: 11, at_end: true, keep: 20}")
-    train(spec, data, whole)
-    train(spec, data, resumed)
-    (resumed / "checkpoints" / "step-000012.pt").unlink()
-    train(spec, data, resumed, resume=True)
-    assert losses(whole)[1] == losses(resumed)[1]
-    assert_same(newest_state(whole), newest_state(resumed))
-
-
-def test_more_steps_than_the_run_has_are_refused():
-    with pytest.raises(RecipeError, match=r"training\.end\.0\.last_steps: is 13, the run has 12"):
-        tiny_spec("training.end=[{kind: average, last_steps: 13}]")
-
-
-def test_a_shortened_run_averages_its_share(tmp_path: Path) -> None:
-    recipe = tmp_path / "averaged.yaml"
-    recipe.write_text(f"base: {find_recipe('speedrun')}\ntraining: {{end: [{{kind: average, last_steps: 300}}]}}\n")
-    spec = load_recipe(recipe, steps=311)
-    assert [entry.last_steps for entry in spec.training.end] == [60]
 
 
 # --- tail averages and the canonical mask, in the shipped recipe made small ---
