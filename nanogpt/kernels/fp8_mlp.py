@@ -1,4 +1,4 @@
-"""The squared-ReLU MLP with both products in 8-bit floats (e4m3), and the backward pass in bf16, half or all in 8 bits.
+"""The squared-ReLU MLP with both products in 8-bit floats (e4m3), and the backward pass in bf16 or in 8 bits too.
 
     up:    x8 = e4m3(u / s_x), s_x = max|u| / 448 of this very input;  pre = s_x s_u (x8 U8^T)
     post = relu(pre)^2, rounded to u's dtype
@@ -11,19 +11,16 @@ it makes it. On Hopper the square and its rounding are the epilogue of the first
 and h8 comes from the square before that is rounded. On a CPU the same roundings are made around ordinary products,
 which round pre as well.
 
-With 8-bit gradients of the activations, g the gradient of out:
+With 8-bit gradients, g the gradient of out:
 
     g8 = e5m2(g / s_g), s_g = max|g| / 16 of this very gradient;  d = 2 sqrt(post) * s_g s_w (g8 W8^T)
     d8 = e5m2(d / s_g);  u's gradient = s_g s_u (d8 U8)
-
-One scale serves g and d, so that d need not be measured: e5m2 has 30 binades, and a largest g of 2^4 leaves d room to
-be 2^11 times as large, or 2^18 times smaller. The gradients of U and W, d^T u and post^T g, stay products in u's dtype,
-of d and g that have not been rounded to 8 bits; or they are 8-bit products too, of what has been rounded already:
-
     U's gradient = s_g s_x (d8^T u8);  W's gradient = s_h s_g (h8^T g8)
 
-Both sum over tokens, and 8-bit products want operands that are contiguous along what is summed. So whatever makes d8,
-u8, h8 and g8 on Hopper writes them transposed as well. Then nothing but d reads post, which need not be kept either:
+One scale serves g and d, so that d need not be measured: e5m2 has 30 binades, and a largest g of 2^4 leaves d room to
+be 2^11 times as large, or 2^18 times smaller. The weights' gradients sum over tokens, and 8-bit products want operands
+that are contiguous along what is summed. So whatever makes d8, u8, h8 and g8 on Hopper writes them transposed as well.
+Then nothing but d reads post, which need not be kept either:
 
     d = 2 sqrt(s_h h8) * s_g s_w (g8 W8^T)
 
@@ -122,22 +119,20 @@ def fp8_relu_squared_mlp(
     *,
     u_scale: Tensor | None = None,  # measured if None
     transposed8: tuple[Tensor, Tensor] | None = None,  # (D, F), (F, D) e4m3: up8 and down8, transposed
-    weight_gradients8: bool = False,
     square8: bool = False,
     plain: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`relu(u @ up.T)**2 @ down` from the 8-bit weights, (T, D), and the largest of relu(u @ up.T)**2, () fp32.
 
-    Differentiable in u, up and down, with the gradients of the products in u's dtype; with `transposed8`, the gradients
-    of u and of what is squared come from 8-bit products; with `weight_gradients8` as well, those of up and down do, and
-    with `square8` on top the square is kept in 8 bits alone. T, D and F are multiples of 16 on a GPU. `plain`: without
+    Differentiable in u, up and down: by products in u's dtype; with `transposed8`, by 8-bit products, and with
+    `square8` on top the square is kept in 8 bits alone. T, D and F are multiples of 16 on a GPU. `plain`: without
     Triton kernels.
 
     Raises:
-        ValueError: `square8` without `weight_gradients8`, or these without `transposed8`.
+        ValueError: `square8` without `transposed8`.
     """
-    if (square8 and not weight_gradients8) or (weight_gradients8 and transposed8 is None):
-        raise ValueError("square8 needs weight_gradients8, and that needs transposed8")
+    if square8 and transposed8 is None:
+        raise ValueError("square8 needs transposed8")
     with torch.no_grad():
         if u_scale is None:  # by rows first: a compiler finds those where it makes the rows
             u8, u_scale = None, current_scale(u.abs().amax(1))
@@ -145,8 +140,7 @@ def fp8_relu_squared_mlp(
             u8 = to_e4m3(u.float() / u_scale)
     weights8 = (up8, up_scale, down8, down_scale)
     transposed = transposed8 or (None, None)
-    kept8 = (weight_gradients8, square8)
-    out, peak = _Fp8MLP.apply(u, up, down, u8, u_scale, *weights8, post_scale, *transposed, *kept8, plain)
+    out, peak = _Fp8MLP.apply(u, up, down, u8, u_scale, *weights8, post_scale, *transposed, square8, plain)
     return out, peak
 
 
@@ -166,35 +160,29 @@ class _Fp8MLP(torch.autograd.Function):
         post_scale: Tensor,
         up8_t: Tensor | None,
         down8_t: Tensor | None,
-        weight_gradients8: bool,
         square8: bool,
         plain: bool,
     ) -> tuple[Tensor, Tensor]:
-        ctx.plain = plain
-        ctx.gradients8, ctx.weight_gradients8 = up8_t is not None, weight_gradients8
+        ctx.plain, ctx.gradients8 = plain, up8_t is not None
         weights8 = (up8, up_scale, down8, down_scale)
         x = u if u8 is None else u8  # whose dtype does not tell whether there are kernels for u's
-        kept8 = (weight_gradients8, square8)
         plain = plain or not runs_kernel(u, needs=NEEDS)
-        out, post, peak, *kept = _forward(x, u_scale, *weights8, post_scale, u.dtype, *kept8, plain)
+        out, post, peak, *kept = _forward(x, u_scale, *weights8, post_scale, u.dtype, ctx.gradients8, square8, plain)
         ctx.mark_non_differentiable(peak)
-        weights = (up, down) if up8_t is None else (up8_t, up_scale, down8_t, down_scale)
-        if weight_gradients8:
-            ctx.save_for_backward(post, *weights, u_scale, *kept)
+        if ctx.gradients8:
+            ctx.save_for_backward(post, up8_t, up_scale, down8_t, down_scale, u_scale, *kept)
         else:
-            ctx.save_for_backward(u, post, *weights)
+            ctx.save_for_backward(u, post, up, down)
         return out, peak
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         gradients: tuple[Tensor, Tensor, Tensor]
-        if ctx.weight_gradients8:
-            gradients = _backward_all(grad, gradient_scale(grad), *ctx.saved_tensors, ctx.plain)
-        elif ctx.gradients8:
-            gradients = _gradients8(grad, gradient_scale(grad), *ctx.saved_tensors, plain=ctx.plain)
+        if ctx.gradients8:
+            gradients = _gradients8(grad, gradient_scale(grad), *ctx.saved_tensors, ctx.plain)
         else:
             gradients = _gradients(grad, *ctx.saved_tensors, plain=ctx.plain)
-        return *gradients, *[None] * 12
+        return *gradients, *[None] * 11
 
 
 def _gradients(
@@ -203,23 +191,6 @@ def _gradients(
     """The gradients of u, up and down, all products in u's dtype."""
     grad_pre = relu_squared_backward(grad, down, post, plain=plain)
     return grad_pre @ up, grad_pre.mT @ u, post.mT @ grad
-
-
-def _gradients8(
-    grad: Tensor,
-    grad_scale: Tensor,
-    u: Tensor,
-    post: Tensor,
-    up8: Tensor,  # (D, F)
-    up_scale: Tensor,
-    down8: Tensor,  # (F, D)
-    down_scale: Tensor,
-    *,
-    plain: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of u, up and down, those of activations by 8-bit products."""
-    grad_u, grad_pre = _backward(grad, grad_scale, post, up8, up_scale, down8, down_scale, plain)
-    return grad_u, grad_pre.mT @ u, post.mT @ grad
 
 
 # One opaque operation: whatever a compiler sees of it, it may compute again in the backward pass, when `post_scale` has
@@ -238,11 +209,11 @@ def _forward(
     square8: bool,
     plain: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(the output (T, D), relu(pre)^2 (T, F), its largest, () fp32), and for weight gradients in 8 bits (e4m3 of u
-    (D, T), e4m3 of relu(pre)^2 (F, T), a copy of `post_scale`), which are empty unless `keep8`. With `square8`, the
-    second is e4m3 of relu(pre)^2 / post_scale.
+    """(the output (T, D), relu(pre)^2 (T, F), its largest, () fp32), and for gradients in 8 bits (e4m3 of u (D, T),
+    e4m3 of relu(pre)^2 (F, T), a copy of `post_scale`), which are empty unless `keep8`. With `square8`, the second is
+    e4m3 of relu(pre)^2 / post_scale.
 
-    The kernels leave the tokens of these copies, and of those that `_backward_all` makes, in an order of their own.
+    The kernels leave the tokens of these copies, and of those that `_gradients8` makes, in an order of their own.
     """
     rounded = x.dtype == torch.float8_e4m3fn
     u8_t = post8_t = None
@@ -296,35 +267,7 @@ def _(
 
 
 @torch.library.custom_op("nanogpt::fp8_mlp_backward", mutates_args=())
-def _backward(
-    grad: Tensor,  # (T, D)
-    grad_scale: Tensor,
-    post: Tensor,  # (T, F)
-    up8: Tensor,  # (D, F)
-    up_scale: Tensor,
-    down8: Tensor,  # (F, D)
-    down_scale: Tensor,
-    plain: bool,
-) -> tuple[Tensor, Tensor]:
-    """(the gradient of u (T, D), that before the activation (T, F))."""
-    if not plain and runs_kernel(grad, post, needs=NEEDS):
-        from nanogpt.kernels.fp8_mlp_triton import gradient_and_quantized, quantize
-
-        grad8 = quantize(grad.contiguous(), grad_scale, torch.float8_e5m2)
-        grad_pre, grad_pre8 = gradient_and_quantized(grad8, grad_scale, down8, down_scale, post.contiguous())
-    else:
-        _, exact, grad_pre8 = _gradients8_plain(grad, grad_scale, post, down8, down_scale)
-        grad_pre = exact.to(post.dtype)
-    return scaled_8bit_product(grad_pre8, grad_scale, up8, up_scale, grad.dtype, fast=False), grad_pre
-
-
-@_backward.register_fake
-def _(grad: Tensor, grad_scale: Tensor, post: Tensor, *others: Tensor | bool) -> tuple[Tensor, Tensor]:
-    return grad.new_empty(grad.shape), post.new_empty(post.shape)
-
-
-@torch.library.custom_op("nanogpt::fp8_mlp_backward_all", mutates_args=())
-def _backward_all(
+def _gradients8(
     grad: Tensor,  # (T, D)
     grad_scale: Tensor,
     post: Tensor,  # (T, F)
@@ -345,34 +288,25 @@ def _backward_all(
         from nanogpt.kernels.fp8_mlp_triton import gradient_both_ways
 
         grad8, grad8_t = quantize_both_ways(grad.contiguous(), grad_scale, torch.float8_e5m2, paired=True)
-        grad_pre8, grad_pre8_t = gradient_both_ways(
-            grad8, grad_scale, down8, down_scale, post.contiguous(), square_scale
-        )
+        grad_pre8, grad_pre8_t = gradient_both_ways(grad8, down8, down_scale, post.contiguous(), square_scale)
     else:
         square = post if square_scale is None else post.to(u_scale.dtype) * square_scale
-        grad8, _, grad_pre8 = _gradients8_plain(grad, grad_scale, square, down8, down_scale)
+        root = square.to(torch.promote_types(square.dtype, torch.float32)).sqrt()
+        grad8 = to_e5m2(grad.float() / grad_scale)
+        grad_pre = 2 * root * scaled_8bit_product(grad8, grad_scale, down8, down_scale, grad.dtype, fast=False)
+        grad_pre8 = to_e5m2(grad_pre.float() / grad_scale)
         grad8_t, grad_pre8_t = grad8.mT.contiguous(), grad_pre8.mT.contiguous()
     grad_u = scaled_8bit_product(grad_pre8, grad_scale, up8, up_scale, grad.dtype, fast=False)
     grad_up = scaled_8bit_product(grad_pre8_t, grad_scale, u8_t, u_scale, grad.dtype, fast=False)
     return grad_u, grad_up, scaled_8bit_product(post8_t, post_scale, grad8_t, grad_scale, grad.dtype, fast=False)
 
 
-@_backward_all.register_fake
+@_gradients8.register_fake
 def _(
     grad: Tensor, grad_scale: Tensor, post: Tensor, up8: Tensor, *others: Tensor | bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_up, grad_down = (grad.new_empty((up8.shape[1], up8.shape[0])) for _ in range(2))
     return grad.new_empty(grad.shape), grad_up, grad_down
-
-
-def _gradients8_plain(
-    grad: Tensor, grad_scale: Tensor, post: Tensor, down8: Tensor, down_scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """e5m2 of `grad` (T, D), the gradient before the activation (T, F), not rounded, and its e5m2."""
-    grad8 = to_e5m2(grad.float() / grad_scale)
-    root = post.to(torch.promote_types(post.dtype, torch.float32)).sqrt()
-    exact = 2 * root * scaled_8bit_product(grad8, grad_scale, down8, down_scale, grad.dtype, fast=False)
-    return grad8, exact, to_e5m2(exact.float() / grad_scale)
 
 
 def scaled_8bit_product(

@@ -1,15 +1,14 @@
 """Triton kernels of the MLP's 8-bit products: the rounding of their inputs, and those with more in their epilogues.
 
 The square leaves the up-projection as bf16 for the backward pass, unless that reads 8 bits, and as e4m3 for the product
-that follows, with its largest value. The gradient before the activation leaves its product as bf16 for the weights'
-gradient and as e5m2 for the product that follows. Persistent as in relu_squared_mlp_triton.py, with the tensor cores'
-fast accumulation.
+that follows, with its largest value. The gradient before the activation leaves its product as e5m2. Persistent as in
+relu_squared_mlp_triton.py, with the tensor cores' fast accumulation.
 
-For weight gradients in 8 bits both leave their products transposed as well: Hopper's products of 8 bits want operands
-that are contiguous along the summed dimension, there the tokens. They are stored as words of two tokens that one thread
-holds, since words of 16 bits can be transposed on their way to shared memory and bytes cannot. A thread holds rows 8
-apart, so the tokens of every 16 lie in the order 0, 8, 1, 9, ..., 7, 15, which a sum over tokens does not see;
-`quantize_both_ways` makes copies in that order too, which it calls paired.
+For gradients in 8 bits both leave their products transposed as well: Hopper's products of 8 bits want operands that are
+contiguous along the summed dimension, which for the weights' gradients is the tokens. They are stored as words of two
+tokens that one thread holds, since words of 16 bits can be transposed on their way to shared memory and bytes cannot. A
+thread holds rows 8 apart, so the tokens of every 16 lie in the order 0, 8, 1, 9, ..., 7, 15, which a sum over tokens
+does not see; `quantize_both_ways` makes copies in that order too, which it calls paired.
 """
 
 # mypy: allow-untyped-defs
@@ -31,10 +30,10 @@ TILES = Config(block_k=128, stages=3)
 
 
 @triton.jit
-def _quantize_mlp_kernel(x_ptr, scale_ptr, out_ptr, count, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
+def _quantize_mlp_kernel(x_ptr, scale_ptr, out_ptr, count, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + place, mask=place < count, other=0.0).to(tl.float32) / tl.load(scale_ptr)
-    x = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
+    x = tl.minimum(tl.maximum(x, -E4M3_MAX), E4M3_MAX)
     tl.store(out_ptr + place, x.to(out_ptr.dtype.element_ty), mask=place < count)
 
 
@@ -119,27 +118,23 @@ def _fp8_relu_squared_kernel(
 
 
 @triton.jit
-def _store_gradient(acc, scale, scale8, post_desc, out_desc, out8_desc, row, column, TRANSPOSED: tl.constexpr):
+def _store_gradient(acc, scale, post_desc, out_desc, transposed_desc, row, column):
     post = post_desc.load([row, column]).to(tl.float32)
-    gradient8 = 2 * tl.sqrt(post) * acc * scale8
-    if not TRANSPOSED:
-        out_desc.store([row, column], (gradient8 * scale).to(out_desc.dtype))
-    gradient8 = tl.minimum(tl.maximum(gradient8, -E5M2_MAX), E5M2_MAX)
-    out8_desc.store([row, column], gradient8.to(out8_desc.dtype))
-    if TRANSPOSED:
-        out_desc.store([column, row // 2], _paired(gradient8, "e5m2"))
+    gradient = 2 * tl.sqrt(post) * acc * scale
+    gradient = tl.minimum(tl.maximum(gradient, -E5M2_MAX), E5M2_MAX)
+    out_desc.store([row, column], gradient.to(out_desc.dtype))
+    transposed_desc.store([column, row // 2], _paired(gradient, "e5m2"))
 
 
 @triton.jit
 def _fp8_relu_squared_gradient_kernel(
     a_desc,  # (M, K) e5m2
     b_desc,  # (N, K) e4m3
-    a_scale_ptr,
     b_scale_ptr,
     post_scale_ptr,  # None where post is as it is
     post_desc,  # (M, N)
-    out_desc,  # (M, N); where TRANSPOSED (N, M / 2) int16, words of two e5m2
-    out8_desc,  # (M, N) e5m2
+    out_desc,  # (M, N) e5m2
+    transposed_desc,  # (N, M / 2) int16: words of two e5m2
     M,
     N,
     K,
@@ -147,27 +142,24 @@ def _fp8_relu_squared_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
 ):
     rows = tl.cdiv(M, BLOCK_M)
     columns = tl.cdiv(N, BLOCK_N)
-    scale = tl.load(a_scale_ptr)
-    scale8 = tl.load(b_scale_ptr)  # out8 keeps a's scale
+    scale = tl.load(b_scale_ptr)  # out keeps a's
     if post_scale_ptr is not None:
-        scale8 *= tl.sqrt(tl.load(post_scale_ptr))
+        scale *= tl.sqrt(tl.load(post_scale_ptr))
     for tile in tl.range(tl.program_id(0), rows * columns, tl.num_programs(0), flatten=True):
         row, column = tile_corner(tile, rows, columns, BLOCK_M, BLOCK_N, GROUP)
         acc = tile_product(a_desc, b_desc, row, column, K, BLOCK_M, BLOCK_N, BLOCK_K)
         left, right = halves(acc, BLOCK_M, BLOCK_N)
-        _store_gradient(left, scale, scale8, post_desc, out_desc, out8_desc, row, column, TRANSPOSED)
-        _store_gradient(right, scale, scale8, post_desc, out_desc, out8_desc, row, column + BLOCK_N // 2, TRANSPOSED)
+        _store_gradient(left, scale, post_desc, out_desc, transposed_desc, row, column)
+        _store_gradient(right, scale, post_desc, out_desc, transposed_desc, row, column + BLOCK_N // 2)
 
 
-def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
-    """`x / scale` in the 8-bit float `dtype`, cut off at the largest that it has. x contiguous, scale () fp32."""
-    out, count = torch.empty_like(x, dtype=dtype), x.numel()
-    programs = triton.cdiv(count, BLOCK)
-    _quantize_mlp_kernel[(programs,)](x, scale, out, count, LARGEST=torch.finfo(dtype).max, BLOCK=BLOCK, num_warps=8)
+def quantize(x: Tensor, scale: Tensor) -> Tensor:
+    """e4m3 of `x / scale`, cut off at the largest that it has. x contiguous, scale () fp32."""
+    out, count = torch.empty_like(x, dtype=torch.float8_e4m3fn), x.numel()
+    _quantize_mlp_kernel[(triton.cdiv(count, BLOCK),)](x, scale, out, count, BLOCK=BLOCK, num_warps=8)
     return out
 
 
@@ -211,68 +203,35 @@ def up_squared_and_quantized(
     return post, post8, peaks.amax()
 
 
-def gradient_and_quantized(
-    grad8: Tensor,  # (T, D) e5m2
-    grad_scale: Tensor,  # () fp32, like the other scale
-    down8: Tensor,  # (F, D) e4m3
-    down_scale: Tensor,
-    post: Tensor,  # (T, F)
-    config: Config = TILES,
-) -> tuple[Tensor, Tensor]:
-    """`d = 2 sqrt(post) * ((grad_scale grad8) (down_scale down8)^T)` in post's dtype, (T, F); e5m2(d / grad_scale)."""
-    out = torch.empty_like(post)
-    out8 = _gradient(grad8, grad_scale, down8, down_scale, post, None, config.half_tiles(out), config, transposed=False)
-    return out, out8
-
-
 def gradient_both_ways(
     grad8: Tensor,  # (T, D) e5m2, T a multiple of 16
-    grad_scale: Tensor,  # () fp32, like the other scale
     down8: Tensor,  # (F, D) e4m3
-    down_scale: Tensor,
+    down_scale: Tensor,  # () fp32, like the other scale
     post: Tensor,  # (T, F)
     post_scale: Tensor | None = None,
     config: Config = TILES,
 ) -> tuple[Tensor, Tensor]:
-    """The e5m2 of `gradient_and_quantized`, (T, F), and its transpose, (F, T), tokens paired.
+    """e5m2 of `2 sqrt(post) * (grad8 (down_scale down8)^T)`, (T, F), scaled as grad8, and its transpose, tokens paired.
 
     With `post_scale`, the square is `post_scale post`.
     """
-    transposed = torch.empty(post.mT.shape, dtype=torch.float8_e5m2, device=post.device)
-    words = _half_tiles_of_words(transposed, config)
-    return _gradient(grad8, grad_scale, down8, down_scale, post, post_scale, words, config, transposed=True), transposed
-
-
-def _gradient(
-    grad8: Tensor,
-    grad_scale: Tensor,
-    down8: Tensor,
-    down_scale: Tensor,
-    post: Tensor,
-    post_scale: Tensor | None,
-    out_desc: TensorDescriptor,
-    config: Config,
-    *,
-    transposed: bool,
-) -> Tensor:
     (m, k), n = grad8.shape, down8.shape[0]
-    out8 = torch.empty_like(post, dtype=torch.float8_e5m2)
-    _fp8_relu_squared_gradient_kernel[(config.programs(out8),)](
+    out = torch.empty_like(post, dtype=torch.float8_e5m2)
+    transposed = torch.empty(post.mT.shape, dtype=out.dtype, device=out.device)
+    _fp8_relu_squared_gradient_kernel[(config.programs(out),)](
         config.left(grad8),
         config.right(down8),
-        grad_scale,
         down_scale,
         post_scale,
         config.half_tiles(post),
-        out_desc,
-        config.half_tiles(out8),
+        config.half_tiles(out),
+        _half_tiles_of_words(transposed, config),
         m,
         n,
         k,
-        TRANSPOSED=transposed,
         **config.options(),
     )
-    return out8
+    return out, transposed
 
 
 def _half_tiles_of_words(transposed: Tensor, config: Config) -> TensorDescriptor:

@@ -7,8 +7,7 @@
 - Activations: each training forward pass measures the largest of a layer; the next one, of whatever micro-batch on the
   same rank, divides by it, times a headroom. Never communicated: ranks may differ.
 
-With gradients in 8 bits, of the activations alone or of the weights too, the backward pass reads the same weights in
-the other layout.
+With gradients in 8 bits the backward pass reads the same weights in the other layout.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class Fp8Mlp(nn.Module):
         self.spec = spec
         self.layers = layers if active else 0
         self.active = active
-        self.gradients = spec.gradients if active else "bf16"
+        self.gradients8 = active and spec.gradients == "all"
         self.plain = plain
         self._loaded = False  # scales that fit the weights to come
         self.u_scale: Tensor | None
@@ -55,7 +54,7 @@ class Fp8Mlp(nn.Module):
             e4m3 = torch.float8_e4m3fn
             self.register_buffer("up8", torch.zeros(layers, hidden, width, dtype=e4m3), persistent=False)
             self.register_buffer("down8", torch.zeros(layers, width, hidden, dtype=e4m3), persistent=False)
-        if self.gradients != "bf16":
+        if self.gradients8:
             self.register_buffer("up8_t", torch.zeros(layers, width, hidden, dtype=e4m3), persistent=False)
             self.register_buffer("down8_t", torch.zeros(layers, hidden, width, dtype=e4m3), persistent=False)
 
@@ -82,8 +81,7 @@ class Fp8Mlp(nn.Module):
             getattr(self, f"down_scale_{layer}"),
             post_scale,
             u_scale=self.u_scale,
-            transposed8=None if self.gradients == "bf16" else (self.up8_t[layer], self.down8_t[layer]),
-            weight_gradients8=self.gradients == "all",
+            transposed8=(self.up8_t[layer], self.down8_t[layer]) if self.gradients8 else None,
             square8=self.spec.square == "e4m3",
             plain=self.plain,
         )
@@ -125,7 +123,7 @@ class Fp8Mlp(nn.Module):
         torch._foreach_copy_(self.scales("down_scale"), list(measured.unbind()))
 
     def _round(self, bank: Tensor) -> None:
-        transposed8 = None if self.gradients == "bf16" else (self.up8_t, self.down8_t)
+        transposed8 = (self.up8_t, self.down8_t) if self.gradients8 else None
         down_scale = torch.stack(self.scales("down_scale"))
         weights8 = (self.up8, self.down8)
         up_scale, down_peak = round_weights(bank[: self.layers], down_scale, *weights8, transposed8, plain=self.plain)

@@ -48,8 +48,8 @@ class MlpFp8Spec(Strict):
     bootstrap_steps: Annotated[Index, NOT_COMPILED] = Field(
         description="steps after which the down weights' scale is still measured afresh"
     )
-    gradients: Literal["bf16", "activations", "all"] = Field(
-        default="bf16", description="which gradients are 8-bit products too: none, those of activations, of weights too"
+    gradients: Literal["bf16", "all"] = Field(
+        default="bf16", description="all: the backward pass's products are in 8 bits too"
     )
     input_scale: Literal["measured", "bound"] = Field(
         default="measured", description="of the MLP's input: by its largest, or by what a norm's output cannot exceed"

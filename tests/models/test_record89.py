@@ -208,12 +208,12 @@ def test_training_takes_the_8_bit_mlps_and_evaluation_does_not():
     assert narrow.training_loss(batch, LossInputs(windows, weights)) != loss
 
 
-@pytest.mark.parametrize(("which", "square"), [("activations", "bf16"), ("all", "bf16"), ("all", "e4m3")])
-def test_8_bit_gradients_change_gradients_alone(which, square):
+@pytest.mark.parametrize("square", ["bf16", "e4m3"])
+def test_8_bit_gradients_change_gradients_alone(square):
     ends, short, long = CASES["windows inside documents"]
     batch, _ = make_batch(ends)
     found = []
-    for overrides in ([], [f"model.mlp_fp8.gradients={which}", f"model.mlp_fp8.square={square}"]):
+    for overrides in ([], ["model.mlp_fp8.gradients=all", f"model.mlp_fp8.square={square}"]):
         model = make_model(torch.float32, implementations=FP8, spec=small_record89(overrides=overrides))
         model.restart()  # randomize has changed the weights
         loss = model.training_loss(batch, LossInputs(Windows(short, long), torch.tensor(WEIGHTS)))
@@ -222,7 +222,7 @@ def test_8_bit_gradients_change_gradients_alone(which, square):
     (loss, mlp, head, qk), (loss8, mlp8, head8, qk8) = found
     assert torch.equal(loss, loss8) and torch.equal(head, head8)
     last = SPEC.model.layers - 1
-    assert torch.equal(mlp[last, 1], mlp8[last, 1]) == (which == "activations")
+    assert not torch.equal(mlp[last, 1], mlp8[last, 1])
     for layer in range(last + 1):
         assert 1e-3 < relative_error(mlp8[layer, 0], mlp[layer, 0]) < 0.3, layer
         assert relative_error(mlp8[layer, 1], mlp[layer, 1]) < 0.3, layer

@@ -386,7 +386,7 @@ _add(
     "8-bit gradients",
     FP8_MLP,
     "before the activation by the weights' scale",
-    ("to_e5m2(exact.float() / grad_scale)", "to_e5m2(exact.float() / down_scale)"),
+    ("to_e5m2(grad_pre.float() / grad_scale)", "to_e5m2(grad_pre.float() / down_scale)"),
 )
 _add(
     "8-bit gradients",
@@ -404,13 +404,7 @@ _add(
     "8-bit gradients",
     FP8_SCALES,
     "always",
-    ('self.gradients = spec.gradients if active else "bf16"', 'self.gradients = "activations" if active else "bf16"'),
-)
-_add(
-    "8-bit gradients",
-    FP8_SCALES,
-    "of weights always",
-    ('weight_gradients8=self.gradients == "all"', 'weight_gradients8=self.gradients != "bf16"'),
+    ('active and spec.gradients == "all"', "active"),
 )
 _add(
     "8-bit gradients",
@@ -429,14 +423,14 @@ _add(
     FP8_MLP,
     "of down by the scale of the next call",
     (
-        "ctx.save_for_backward(post, *weights, u_scale, *kept)",
-        "ctx.save_for_backward(post, *weights, u_scale, *kept[:2], post_scale.data)",
+        "down_scale, u_scale, *kept)",
+        "down_scale, u_scale, *kept[:2], post_scale.data)",
     ),
 )
 _add("8-bit input", FP8_SCALES, "bound too small", ("math.sqrt(width) / E4M3_MAX", "math.sqrt(width) / (2 * E4M3_MAX)"))
 _add("8-bit input", FP8_SCALES, "bound always", ('spec.input_scale == "bound" else None', "spec.input_scale else None"))
 _add("8-bit input", FP8_SCALES, "bound never", ("u_scale=self.u_scale,", "u_scale=None,"))
-_add("8-bit square", FP8_SCALES, "always", ('square8=self.spec.square == "e4m3"', 'square8=self.gradients == "all"'))
+_add("8-bit square", FP8_SCALES, "always", ('square8=self.spec.square == "e4m3"', "square8=self.gradients8"))
 _add("8-bit square", FP8_SCALES, "never", ('square8=self.spec.square == "e4m3"', "square8=False"))
 _add(
     "8-bit square",

@@ -11,7 +11,6 @@ from nanogpt.kernels.bench import BenchCase
 from nanogpt.kernels.dispatch import runs_kernel
 from nanogpt.kernels.fp8_mlp import (
     NEEDS,
-    _backward_all,
     _forward,
     _gradients,
     _gradients8,
@@ -23,7 +22,7 @@ from nanogpt.kernels.fp8_mlp import (
 
 def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
     """The forward pass, its first product and the backward pass for D = 768 and F = 3,072 at the record's
-    micro-batches, on Hopper, each also as weight gradients in 8 bits have it; the backward passes against that of bf16.
+    micro-batches, on Hopper; the first two also as gradients in 8 bits have them, the last against that of bf16.
 
     FP8 products count half their operations, since the machine's rate is that of bf16. The gradient's scale is given:
     compiled code measures it where it makes the gradient.
@@ -93,20 +92,12 @@ def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
         _, post, *_ = _forward(*inputs, True, False, False)
         weights8 = (up8_t, up_scale, down8_t, down_scale)
         in_bf16 = functools.partial(_gradients, grad, u, post, up, down, plain=False)
-        yield BenchCase(
-            "8-bit relu^2 MLP, backward",
-            shape,
-            functools.partial(_gradients8, grad, grad_scale, u, post, *weights8, plain=False),
-            in_bf16,
-            flops=2 * product + 2 * 2 * product,
-            bytes=2 * 3 * narrow + 2 * broad + (2 + 2 * 2) * weights,
-        )
-        for suffix, square8 in (("", False), (" and the square", True)):
+        for suffix, square8 in (("", False), (", the square too", True)):
             _, square, _, *kept8 = _forward(*inputs, True, square8, False)
             yield BenchCase(
-                f"8-bit relu^2 MLP, backward, weights too{suffix}",
+                f"8-bit relu^2 MLP, backward{suffix}",
                 shape,
-                functools.partial(_backward_all, grad, grad_scale, square, *weights8, u_scale, *kept8, False),
+                functools.partial(_gradients8, grad, grad_scale, square, *weights8, u_scale, *kept8, False),
                 in_bf16,
                 flops=4 * product,
                 bytes=(2 * 2 + 1) * narrow + (2 - square8 + 1) * broad + (2 + 2 * 2) * weights,
