@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nanogpt.errors import InputError
@@ -50,8 +49,6 @@ def attention(
     if backend == "plain":
         return attention_plain(q, k, v, cu_seqlens, max_seqlen=max_seqlen, window=window, scale=scale)
     if backend in LOADERS:
-        if (missing := v.shape[-1] - q.shape[-1]) > 0:  # zeros change no score; not all libraries take D below E
-            q, k = (F.pad(x, (0, missing)) for x in (q, k))
         return attention_flash(q, k, v, cu_seqlens, max_seqlen=max_seqlen, window=window, scale=scale, library=backend)
     raise InputError(f"attention backend {backend!r} does not exist; use one of {', '.join(BACKENDS)}")
 

@@ -16,12 +16,13 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from nanogpt.kernels.dispatch import run_time_number
+from nanogpt.kernels.dispatch import device_capability, run_time_number
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
@@ -29,9 +30,9 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 class Call(NamedTuple):
     """What attention is of, with numbers instead of tensors for window and scale."""
 
-    q: Tensor  # (T, H, D), like k and v
+    q: Tensor  # (T, H, D), like k
     k: Tensor
-    v: Tensor
+    v: Tensor  # (T, H, E)
     cu_seqlens: Tensor  # (n,) int32
     max_seqlen: int
     window: int
@@ -45,7 +46,7 @@ class Call(NamedTuple):
 class FlashLibrary(NamedTuple):
     """A library's two entry points.
 
-    `forward(call)` returns the output (T, H, D) and the logsumexp (H, T) in fp32; `backward(grad, out, lse, call)` the
+    `forward(call)` returns the output (T, H, E) and the logsumexp (H, T) in fp32; `backward(grad, out, lse, call)` the
     gradients of q, k and v, contiguous, as `grad` is.
     """
 
@@ -62,14 +63,54 @@ def _own_places() -> None:
         os.environ.update({name: os.path.join(place, name) for name in names})  # noqa: PTH118
 
 
+def _with_padded_keys(library: FlashLibrary) -> FlashLibrary:
+    """For one that has no kernels for D below E: zeros in queries and keys change no score."""
+
+    def padded(call: Call) -> Call:
+        missing = call.v.shape[-1] - call.q.shape[-1]
+        return call._replace(q=F.pad(call.q, (0, missing)), k=F.pad(call.k, (0, missing))) if missing > 0 else call
+
+    def forward(call: Call) -> tuple[Tensor, Tensor]:
+        return library.forward(padded(call))
+
+    def backward(grad: Tensor, out: Tensor, lse: Tensor, call: Call) -> Gradients:
+        dq, dk, dv = library.backward(grad, out, lse, padded(call))
+        width = call.q.shape[-1]
+        return dq[..., :width].contiguous(), dk[..., :width].contiguous(), dv
+
+    return FlashLibrary(forward, backward)
+
+
+def _choose_fa4_tiles(interface: Any) -> bool:
+    """Let FlashAttention 4 take tiles that fit D <= 64 < E on sm_90; whether that can be done.
+
+    It chooses by D alone. Backward its tile for 64 needs 248,832 bytes of shared memory with an E of 128, 232,448 are
+    there; that for 96 fits. It has no argument for that tile (4.0.0b36), which is part of its kernels' keys.
+    """
+    own = getattr(interface, "_tile_size_bwd_sm90", None)
+    if own is None or device_capability(torch.device("cuda"))[0] != 9:
+        return False
+
+    @functools.wraps(own)
+    def tiles(head_dim: int, head_dim_v: int, *args: Any, **kwargs: Any) -> Any:
+        return own(96 if head_dim <= 64 < head_dim_v else head_dim, head_dim_v, *args, **kwargs)
+
+    interface._tile_size_bwd_sm90 = tiles
+    return True
+
+
 def _load_fa4() -> FlashLibrary:
     _own_places()
-    from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+    from flash_attn.cute import interface
 
+    _flash_attn_bwd, _flash_attn_fwd = interface._flash_attn_bwd, interface._flash_attn_fwd
+    narrow = _choose_fa4_tiles(interface)
     # Said at every compilation, of an argument that its own code passes.
     warnings.filterwarnings("ignore", message=r"Argument aux_data \(position")
 
     def forward(call: Call) -> tuple[Tensor, Tensor]:
+        # By itself 192 x 128, which is slow with an E of 128.
+        tile = (128, 128) if narrow and call.q.shape[-1] <= 64 < call.v.shape[-1] else None
         result = _flash_attn_fwd(
             call.q,
             call.k,
@@ -81,6 +122,7 @@ def _load_fa4() -> FlashLibrary:
             softmax_scale=call.scale,
             causal=True,
             window_size_left=call.window,
+            tile_mn=tile,
             return_lse=True,
         )
         return result[0], result[1]
@@ -108,7 +150,8 @@ def _load_fa4() -> FlashLibrary:
         )
         return grads
 
-    return FlashLibrary(forward, backward)
+    library = FlashLibrary(forward, backward)
+    return library if narrow else _with_padded_keys(library)
 
 
 def _load_fa3() -> FlashLibrary:
@@ -152,7 +195,7 @@ def _load_fa3() -> FlashLibrary:
         library_backward(grad, q, k, v, out, lse, *ends, *grads, scale, True, *sides, deterministic=deterministic)
         return grads
 
-    return FlashLibrary(forward, backward)
+    return _with_padded_keys(FlashLibrary(forward, backward))
 
 
 def _load_fa2() -> FlashLibrary:
@@ -200,7 +243,7 @@ def _load_fa2() -> FlashLibrary:
         )
         return grads
 
-    return FlashLibrary(forward, backward)
+    return _with_padded_keys(FlashLibrary(forward, backward))
 
 
 def _load_varlen() -> FlashLibrary:
@@ -224,7 +267,7 @@ def _load_varlen() -> FlashLibrary:
         dq, dk, dv = flash_backward(grad, q, k, v, out, lse, *ends, *dropout, **numbers(call))
         return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
-    return FlashLibrary(forward, backward)
+    return _with_padded_keys(FlashLibrary(forward, backward))
 
 
 LOADERS: dict[str, Callable[[], FlashLibrary]] = {
@@ -272,7 +315,7 @@ def _flash(
     scale: Tensor,
     library: str,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the output (T, H, D) and the logsumexp of each row's scores (H, T), fp32."""
+    """Returns the output (T, H, E) and the logsumexp of each row's scores (H, T), fp32."""
     return flash_library(library).forward(Call(q, k, v, cu_seqlens, max_seqlen, int(window), float(scale)))
 
 
@@ -287,7 +330,7 @@ def _(
     scale: Tensor,
     library: str,
 ) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    return v.new_empty(v.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
 @torch.library.custom_op("nanogpt::flash_attention_backward", mutates_args=())

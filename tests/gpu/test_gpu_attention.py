@@ -31,10 +31,11 @@ def backend(request) -> str:
     return request.param
 
 
-def make(tokens: int, ends: list[int], heads: int):
+def make(tokens: int, ends: list[int], heads: int, key: int = 128, value: int = 128):
     torch.manual_seed(tokens + heads)
-    q, k, v, grad = (torch.randn(tokens, heads, 128, device="cuda", dtype=torch.bfloat16) for _ in range(4))
-    q, k = (torch.nn.functional.rms_norm(x, (128,)) for x in (q, k))
+    widths = (key, key, value, value)
+    q, k, v, grad = (torch.randn(tokens, heads, width, device="cuda", dtype=torch.bfloat16) for width in widths)
+    q, k = (torch.nn.functional.rms_norm(x, (key,)) for x in (q, k))
     cu_seqlens = torch.tensor([0, *ends], device="cuda", dtype=torch.int32)
     longest = max(b - a for a, b in zip([0, *ends], ends, strict=False))
     return [x.requires_grad_() for x in (q, k, v)], grad, cu_seqlens, longest
@@ -65,6 +66,18 @@ def test_matches_the_definition(backend, case):
         return attention_dense(q, k, v, cu_seqlens, window=window, scale=0.1)
 
     assert_matches(backend, reference, inputs, grad, cu_seqlens, longest, window, case)
+
+
+@pytest.mark.parametrize(("key", "value"), [(64, 128), (64, 64)])
+@pytest.mark.parametrize("case", ["single tokens", "padded list, paired heads"])
+def test_keys_may_be_narrow(backend, case, key, value):
+    tokens, ends, window, heads = CASES[case]
+    inputs, grad, cu_seqlens, longest = make(tokens, ends, heads, key, value)
+
+    def reference(q, k, v):
+        return attention_dense(q, k, v, cu_seqlens, window=window, scale=0.1)
+
+    assert_matches(backend, reference, inputs, grad, cu_seqlens, longest, window, f"{case} ({key}, {value})")
 
 
 @pytest.mark.parametrize(

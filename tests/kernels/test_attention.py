@@ -213,8 +213,41 @@ def test_library_backends_are_differentiable_and_compile_whole(backend):
     assert len(graphs) == 1
 
 
+@pytest.mark.usefixtures("stand_in_library")
+def test_keys_may_be_narrower_than_values():
+    cu = cumulative([10, 50, 64])
+    narrow, wide = torch.randn(2, 64, 2, 8, dtype=torch.double), torch.randn(64, 2, 24, dtype=torch.double)
+    inputs = [x.requires_grad_() for x in (*narrow, wide)]
+    grad = torch.randn_like(wide)
+    expected = torch.autograd.grad(attention_dense(*inputs, cu, window=9, scale=0.2), inputs, grad)
+    out = attention(*inputs, cu, max_seqlen=40, window=9, scale=0.2, backend="fa4")
+    for one, other in zip(torch.autograd.grad(out, inputs, grad), expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_library_without_such_kernels_gets_zeros_beside_the_keys():
+    inner = library_of_plain_operations()
+
+    def forward(call):
+        assert call.q.shape == call.k.shape == call.v.shape
+        return inner.forward(call)
+
+    def backward(grad, out, lse, call):
+        assert call.q.shape == call.k.shape == call.v.shape
+        return inner.backward(grad, out, lse, call)
+
+    padded = attention_flash._with_padded_keys(attention_flash.FlashLibrary(forward, backward))
+    narrow, wide = torch.randn(2, 64, 2, 8), torch.randn(64, 2, 24)
+    call = attention_flash.Call(*narrow, wide, cumulative([10, 64]), 54, 9, 0.2)
+    out, lse = padded.forward(call)
+    torch.testing.assert_close((out, lse), inner.forward(call))
+    grads = padded.backward(wide, out, lse, call)
+    torch.testing.assert_close(grads, inner.backward(wide, out, lse, call))
+    assert all(grad.is_contiguous() for grad in grads)
+
+
 class _Received(dict[str, object]):
-    """Keyword arguments of the last call of any function of a module that stands in for a library's."""
+    """Arguments of the last call of any function of a module that stands in for a library's; `positional` are those."""
 
     def module(self, name: str, *functions: str) -> ModuleType:
         module = ModuleType(name)
@@ -222,9 +255,9 @@ class _Received(dict[str, object]):
             setattr(module, function, self._take)
         return module
 
-    def _take(self, *_: object, **keywords: object) -> tuple[None, None]:
+    def _take(self, *positional: object, **keywords: object) -> tuple[None, None]:
         self.clear()
-        self.update(keywords)
+        self.update(keywords, positional=positional)
         return None, None
 
 
@@ -254,6 +287,26 @@ def test_libraries_get_the_numbers_and_whether_to_be_deterministic(backend, name
             assert received["deterministic"] is deterministic
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (10, 0)])
+@pytest.mark.parametrize("width", [64, 128])
+def test_fa4_gets_tiles_that_fit_narrow_keys(capability, width, monkeypatch):
+    received = _Received()
+    name, tiles = "flash_attn.cute.interface", "_tile_size_bwd_sm90"
+    for parent in ("flash_attn", "flash_attn.cute"):
+        monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
+    interface = received.module(name, "_flash_attn_fwd", "_flash_attn_bwd", tiles)
+    monkeypatch.setitem(sys.modules, name, interface)
+    monkeypatch.setattr(attention_flash, "device_capability", lambda device: capability)
+    library = attention_flash.LOADERS["fa4"]()
+    q, v = torch.zeros(4, 1, width), torch.zeros(4, 1, 128)
+    library.forward(attention_flash.Call(q, q, v, cumulative([4]), 4, 2, 0.1))
+    fitted = capability == (9, 0) and width == 64
+    assert received["tile_mn"] == ((128, 128) if fitted else None)
+    assert received["positional"][0].shape[-1] == (64 if fitted else 128)
+    getattr(interface, tiles)(width, 128, True, True)
+    assert received["positional"][0] == (96 if fitted else width)
 
 
 def test_pytorchs_own_takes_its_arguments():

@@ -13,16 +13,20 @@ from nanogpt.kernels.attention import attention, select_attention_backend
 from nanogpt.kernels.bench import BenchCase, document_ends
 from nanogpt.kernels.dispatch import device_capability
 
-# (tokens, heads, longest document, window): the record's stages on one of eight slots, unpaired short, paired short,
-# and long windows.
-SHAPES = tuple(
-    shape
-    for tokens, short, long in ((16_384, 128, 384), (32_768, 384, 896), (49_152, 640, 1_408))
-    for shape in (
-        (tokens, 6, 2_048, short),
-        (2 * tokens, 3, 4_096, short),
-        (tokens, 6, 2_048, long),
-    )
+# (tokens, heads, longest document, window, widths of keys and of values): the records' stages on one of eight slots,
+# unpaired short, paired short, and long windows; then record 92's narrow keys, and values.
+STAGES = ((16_384, 128, 384), (32_768, 384, 896), (49_152, 640, 1_408))
+SHAPES = (
+    *(
+        shape
+        for tokens, short, long in STAGES
+        for shape in (
+            (tokens, 6, 2_048, short, (128, 128)),
+            (2 * tokens, 3, 4_096, short, (128, 128)),
+            (tokens, 6, 2_048, long, (128, 128)),
+        )
+    ),
+    *((tokens, 6, 2_048, short, widths) for tokens, short, _ in STAGES for widths in ((64, 128), (64, 64))),
 )
 
 
@@ -31,15 +35,17 @@ def bench_cases(device: torch.device | str = "cuda", backends: tuple[str, ...] |
     if backends is None:
         capability = device_capability(torch.device(device))
         backends = (select_attention_backend("auto", capability, head_dim=128, dtype=torch.bfloat16).backend,)
-    for (tokens, heads, longest, window), backend in itertools.product(SHAPES, backends):
+    for (tokens, heads, longest, window, (key, value)), backend in itertools.product(SHAPES, backends):
         ends = [
             end * (2 if heads == 3 else 1)
             for end in document_ends(tokens * heads // 6, 2_048, -(-(tokens * heads // 6) // 38_400) * 128 - 1)
         ]
         pairs = visible_pairs(ends, window)
         cu_seqlens = torch.tensor([0, *ends], dtype=torch.int32, device=device)
-        q, k, v, grad = (torch.randn(tokens, heads, 128, device=device, dtype=torch.bfloat16) for _ in range(4))
-        q, k = (torch.nn.functional.rms_norm(x, (128,)).requires_grad_() for x in (q, k))
+        q, k, v, grad = (
+            torch.randn(tokens, heads, width, device=device, dtype=torch.bfloat16) for width in (key, key, value, value)
+        )
+        q, k = (torch.nn.functional.rms_norm(x, (key,)).requires_grad_() for x in (q, k))
         v.requires_grad_()
 
         def run(
@@ -55,15 +61,20 @@ def bench_cases(device: torch.device | str = "cuda", backends: tuple[str, ...] |
                 out = attention(*inputs, cu_seqlens, max_seqlen=max_seqlen, window=window, scale=0.1, backend=backend)
             return torch.autograd.grad(out, inputs, grad) if train else out
 
-        shape = f"{tokens:,} x {heads} x 128, window {window:,}"
-        for train, name, products, tensors in ((False, "forward", 2, 4), (True, "forward + backward", 7, 12)):
+        shape = f"{tokens:,} x {heads} x {key if key == value else f'({key}, {value})'}, window {window:,}"
+        # Numbers a pair and head, forward: scores, output. Backward: scores, their gradient and those of v, q and k.
+        forward, backward = key + value, 3 * key + 2 * value
+        for train, name, products, tensors in (
+            (False, "forward", forward, 2 * forward),
+            (True, "forward + backward", forward + backward, 6 * forward),
+        ):
             yield BenchCase(
                 f"attention {backend}, {name}",
                 shape,
                 functools.partial(run, backend, train),
                 None if backend == "plain" else functools.partial(run, "plain", train),
-                flops=2 * products * pairs * heads * 128,
-                bytes=tensors * tokens * heads * 128 * 2,
+                flops=2 * products * pairs * heads,
+                bytes=tensors * tokens * heads * 2,
             )
 
 
