@@ -1,4 +1,4 @@
-"""Work in threads that may be left behind: a read that never ends must not keep the process from ending."""
+"""Work in threads that may be abandoned: a read that never returns must not keep the process from ending."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ T = TypeVar("T")
 
 GRACE_S = 10.0  # after a request to stop, for work that others wait for
 _POLL_S = 0.2
-_AT_EXIT_S = 2.0  # what is cut off in the middle of a computation, rather than a read, would take the process with it
+_AT_EXIT_S = 2.0  # cutting off a computation, unlike a read, would crash the process
 
 
 class Worker:
-    """One thread that does what it is given, in order. It dies with the process, whatever it is at."""
+    """One thread that does what it is given, in order. It dies with the process, whatever it is doing."""
 
     def __init__(self, name: str):
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -46,7 +46,7 @@ class Worker:
         return future
 
     def close(self, wait_s: float) -> None:
-        """End once all that was given is done; wait for it at most that long."""
+        """End once all given work is done; wait at most that long."""
         self._work.put(None)
         self._thread.join(wait_s)
 
@@ -69,11 +69,11 @@ def _leave_all() -> None:
 
 
 class GivenUp(Exception):
-    """The process is asked to stop, and what it waits for has not come; the text is the request."""
+    """The process was asked to stop while it waited for something that did not come; the text is the request."""
 
 
 def wait_for(future: Future[T], asked: Callable[[], str | None]) -> T:
-    """The future's result. Raises `GivenUp` once `asked` has said why for `GRACE_S`; else what the work raised."""
+    """The future's result. Raises `GivenUp`, `GRACE_S` after `asked` gives a reason, or what the work raised."""
     since: float | None = None
     while True:
         try:

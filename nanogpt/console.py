@@ -1,4 +1,4 @@
-"""What the user sees while it waits: progress bars on a terminal, plain lines in a log."""
+"""What the user sees: tables, and progress bars on a terminal or plain lines in a log."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def markdown_table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> 
 
 
 def new_table(*columns: str, left: int = 1, wrap: Sequence[str] = (), spare: Sequence[str] = ()) -> Table:
-    """An empty table in the one style that commands print; fill it by `add_row`.
+    """An empty table in the one style that commands print; fill it with `add_row`.
 
     Args:
         columns: headings.
-        left: the first columns, which are aligned to the left; the others to the right.
-        wrap: columns to the left as well, which take more lines where the terminal is narrow.
-        spare: columns that a narrow terminal goes without, the first one first.
+        left: how many of the first columns are aligned to the left; the others go to the right.
+        wrap: columns that are also on the left, and wrap on a narrow terminal.
+        spare: columns that a narrow terminal drops, in this order.
     """
     from rich import box
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -76,7 +76,7 @@ def new_table(*columns: str, left: int = 1, wrap: Sequence[str] = (), spare: Seq
 def print_table(*parts: RenderableType) -> None:
     """Print tables and text to standard output.
 
-    On a terminal as wide as it is; into a file or a pipe plainly, a line for each row, as wide as it needs.
+    On a terminal they fit its width; in a file or a pipe they are plain, one line per row, as wide as needed.
     """
     console = rich_console(highlight=False)
     if console.is_terminal:
@@ -86,7 +86,7 @@ def print_table(*parts: RenderableType) -> None:
 
 
 def plain_text(*parts: RenderableType) -> str:
-    """Tables and text as lines without colours or blanks at their ends, each with its newline."""
+    """Tables and text as lines without colours or trailing blanks, each with its newline."""
     console = rich_console(io.StringIO(), highlight=False, width=10_000, force_terminal=False)
     with console.capture() as captured:
         console.print(*parts, sep="\n")
@@ -94,7 +94,7 @@ def plain_text(*parts: RenderableType) -> str:
 
 
 def print_report(lines: Iterable[str]) -> None:
-    """Print lines to standard output; the Markdown tables among them in the style of `print_table`."""
+    """Print lines to standard output, with Markdown tables among them in the style of `print_table`."""
     from rich.text import Text
 
     parts: list[RenderableType] = []
@@ -124,7 +124,7 @@ def progress(
 ) -> Iterator[Advance]:
     """A progress bar on a terminal; in a log one plain line every `every_s` seconds and one at the end.
 
-    Yields `advance(n)`, which may be called from several threads. `total` is in bytes where `bytes_unit`,
+    Yields `advance(n)`, which may be called from several threads. `total` is in bytes if `bytes_unit`,
     else in items.
     """
     stream = stream or sys.stderr

@@ -1,4 +1,4 @@
-"""What the environment says, checked: directories with `~` and `$VARIABLE` in them, and numbers."""
+"""Values from the environment, checked: directories with `~` and `$VARIABLE`, and numbers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+)|(\{))", re.ASCII)
 def expanded(text: str) -> str:
     """`text`, the name of a directory or file, with `~`, `~user`, `$VARIABLE` and `${VARIABLE}` replaced.
 
-    Raises ValueError, which says why, for a user or a variable that does not exist, and for what cannot be a path.
+    Raises ValueError, with the reason, for an unknown user or variable and for text that cannot be a path.
     """
-    found = os.path.expanduser(text)  # noqa: PTH111, a Path would lose a / at the end, and raise for who is not there
+    found = os.path.expanduser(text)  # noqa: PTH111, a Path would lose a / at the end, and raise for unknown users
     if found.startswith("~"):
         user = found[1:].partition("/")[0]
         raise ValueError(f"there is no user {user!r}; a directory of that name here is ./{text}")
@@ -43,7 +43,7 @@ def _value(match: re.Match[str]) -> str:
 
 
 def expanded_path(text: str, place: str) -> Path:
-    """`expanded` as a path. Raises `InputError` that begins with `place`, a flag or a variable."""
+    """`expanded` as a path. Raises `InputError`, beginning with `place`, a flag or a variable."""
     try:
         return Path(expanded(text))
     except ValueError as error:
@@ -51,20 +51,20 @@ def expanded_path(text: str, place: str) -> Path:
 
 
 def seen_inside(path: Path) -> str:
-    """Of a `path` that is not there: in a container, how to have it shown, after a comma; elsewhere nothing."""
+    """For a missing `path`: in a container, how to bind it, after a comma; elsewhere nothing."""
     if not (os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")):
         return ""
-    return f", as seen in the container. If it is there outside: export APPTAINER_BIND={path.absolute()}"
+    return f" in the container. If it exists outside: export APPTAINER_BIND={path.absolute()}"
 
 
 def path_of(variable: str) -> Path | None:
-    """The path that an environment variable names; None where it is not set, or empty. Raises `InputError`."""
+    """The path that an environment variable names; None if it is unset or empty. Raises `InputError`."""
     text = os.environ.get(variable)
     return expanded_path(text, variable) if text else None
 
 
 def value_of(variable: str, environ: Mapping[str, str] | None = None) -> str:
-    """What an environment variable holds. Raises `InputError` where it is not set, or empty."""
+    """The value of an environment variable. Raises `InputError` if it is unset or empty."""
     value = (os.environ if environ is None else environ).get(variable)
     if not value:
         raise InputError(f"{variable}: is not set; whoever starts this sets it: Slurm, or slurm/run.sh")
@@ -79,9 +79,9 @@ def number_of(
     most: int = 2**31 - 1,
     environ: Mapping[str, str] | None = None,
 ) -> int:
-    """The whole number that a variable of `environ` (None: the process's) holds; `default` where there is none.
+    """The whole number in a variable of `environ` (None: the process's); `default` if it is unset.
 
-    Raises `InputError` for anything else, and where it is not set and there is no default.
+    Raises `InputError` for anything else, and if it is unset without a default.
     """
     text = (os.environ if environ is None else environ).get(variable, "").strip()
     if not text and default is not None:

@@ -1,10 +1,10 @@
-"""The errors that a user meets, and the exit codes of every command.
+"""The errors that users see, and the exit codes of every command.
 
 Exit codes: 0 done, 1 failed (`RunError`), 2 the user's input is wrong (`InputError`), 75 (`REQUEUE_EXIT_CODE`)
-interrupted with a whole checkpoint.
+interrupted with a complete checkpoint.
 """
 
-# EX_TEMPFAIL of sysexits.h: nothing is wrong, start the run again and it continues where it was.
+# EX_TEMPFAIL of sysexits.h: nothing is wrong; restart the run and it continues.
 REQUEUE_EXIT_CODE = 75
 
 
@@ -27,6 +27,6 @@ class InputError(NanogptError):
 
 
 class Interrupted(NanogptError):
-    """A signal ended the run between two steps; what it had done is in its checkpoint."""
+    """A signal ended the run between two steps; its progress is in the checkpoint."""
 
     exit_code = REQUEUE_EXIT_CODE

@@ -1,4 +1,4 @@
-"""Opening a file that has to be one: a pipe, a socket or a device in its place would keep the reader waiting."""
+"""Opening only regular files: a pipe, socket or device in their place would keep the reader waiting."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _KINDS = {
 
 
 class NotRegularError(OSError):
-    """What is there is no regular file; `strerror` says what it is."""
+    """It is not a regular file; `strerror` says what it is."""
 
 
 def open_regular(path: Path | str) -> BufferedReader:
     """The file at `path`, for reading bytes. Never waits for a writer.
 
     Raises:
-        OSError: it cannot be opened; a `NotRegularError` where it is something other than a file.
+        OSError: it cannot be opened; `NotRegularError` if it is not a regular file.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -53,17 +53,17 @@ def read_regular(path: Path | str) -> bytes:
 
 
 def read_json(path: Path | str) -> Any:
-    """What a JSON file holds; every number in it is finite. Raises OSError as `open_regular` does, else ValueError."""
+    """The contents of a JSON file, all numbers finite. Raises OSError as `open_regular` does, else ValueError."""
     try:
         return json.loads(read_regular(path), parse_constant=_finite, parse_float=_finite)
     except RecursionError:
-        raise ValueError("lists in lists without end") from None
+        raise ValueError("is nested too deeply") from None
 
 
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text} is not a number that JSON has")
+        raise ValueError(f"{text} is not a number in JSON")
     return value
 
 

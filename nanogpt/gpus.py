@@ -1,4 +1,4 @@
-"""All facts about GPUs, in one place: the types that recipes can name, what they do, and what runs on which.
+"""All facts about GPUs in one place: the types that recipes can name, their speed, and what runs on which.
 
 No torch is needed here. A new type is a row of `GPU_TYPES` and its name in `GpuName`.
 """
@@ -18,21 +18,21 @@ Capability = tuple[int, int]  # CUDA's compute capability
 class Speed(NamedTuple):
     """By the data sheet."""
 
-    flops: float  # dense bf16 matrix products, operations a second
-    memory: float  # bytes a second
+    flops: float  # dense bf16 matrix products, operations per second
+    memory: float  # bytes per second
 
 
 @dataclass(frozen=True)
 class GpuType:
-    """A GPU that recipes can ask for by `name`, as Slurm does; bandwidths in GB/s of one direction."""
+    """A GPU that recipes can ask for by `name`, as Slurm does; bandwidths in GB/s, one way."""
 
     name: str
     capability: Capability
     speed: Speed
-    slow_flops: float  # of training, in the matrices: what no healthy machine fails to reach
-    nvlink: float | None  # between two of a node: copies reach 80 % and more of the link (NVLink 4: 450, 3: 300)
+    slow_flops: float  # of training, in the matrices: every healthy machine reaches it
+    nvlink: float | None  # between two GPUs of a node: copies reach 80 % and more of the link (NVLink 4: 450, 3: 300)
     pcie: float  # where they have no NVLink (PCIe 5 x16: 63, PCIe 4 x16: 32)
-    cpus: int  # that a job asks for with each
+    cpus: int  # that a job asks for per GPU
     host_memory_gb: int  # likewise
 
 
@@ -46,7 +46,7 @@ GPU_TYPES = {
     )
 }
 
-# Devices by a part of the name that CUDA gives them, the first that fits.
+# Devices by a part of their CUDA name; the first match counts.
 _SPEEDS = {
     "B300": Speed(2250e12, 8.0e12),
     "B200": Speed(2250e12, 8.0e12),
@@ -94,10 +94,10 @@ MULTIPROCESSORS: dict[Capability, Multiprocessor] = {
 
 
 class Needs(NamedTuple):
-    """What code needs of a GPU."""
+    """What code needs from a GPU."""
 
-    first: Capability  # the first that there is code for
-    end: Capability = (99, 0)  # the first that there is none for again
+    first: Capability  # the first that has code
+    end: Capability = (99, 0)  # the first that has none any more
     shared: int = 0  # bytes of shared memory of one block
 
 
@@ -115,7 +115,7 @@ _RUNS_ON = {
 
 
 def meets(needs: Needs, capability: Capability) -> bool:
-    """Whether a device has what `needs` says. One that is not in the table has as little shared memory as any."""
+    """Whether a device has what `needs` asks. An unknown device counts as having the least shared memory of all."""
     room = MULTIPROCESSORS.get(capability, _SMALL).block_shared
     return needs.first <= capability < needs.end and needs.shared <= room
 
@@ -131,14 +131,14 @@ def types_with(what: str) -> tuple[str, ...]:
 
 
 def nearest_type(capability: Capability) -> str:
-    """The name of the newest type that is no newer than the device, else of the oldest."""
+    """The name of the newest type not newer than the device, else of the oldest."""
     by_age = sorted(GPU_TYPES.values(), key=lambda gpu: gpu.capability)
     older = [gpu for gpu in by_age if gpu.capability <= capability]
     return (older[-1] if older else by_age[0]).name
 
 
 def same_type(found: str, wanted: str) -> bool:
-    """Whether a GPU that a site or the driver calls `found` is a `wanted`: `nvidia_h100_80gb_hbm3`, `H100-PCIe`."""
+    """Whether a GPU that the site or the driver calls `found` is a `wanted`: `nvidia_h100_80gb_hbm3`, `H100-PCIe`."""
     return wanted in re.split(r"[^a-z0-9]+", found.lower())
 
 
@@ -153,7 +153,7 @@ def device_speed(name: str) -> Speed | None:
 
 
 def driver_cuda_version() -> tuple[int, int] | None:
-    """The newest CUDA version that the driver knows; None: there is no libcuda to ask."""
+    """The newest CUDA version that the driver supports; None: there is no libcuda to ask."""
     try:
         library = ctypes.CDLL("libcuda.so.1")
         version = ctypes.c_int()
@@ -164,11 +164,11 @@ def driver_cuda_version() -> tuple[int, int] | None:
     return version.value // 1000, version.value % 1000 // 10
 
 
-OTHER_DRIVER = "Take nodes with a newer one (another partition, --exclude=NODE), or ask the administrator for it"
+OTHER_DRIVER = "Use nodes with a newer one (another partition, --exclude=NODE), or ask the administrator"
 
 
 def newer_driver(built_for: str, driver_cuda: tuple[int, int]) -> str | None:
-    """What libraries for CUDA `13.0` need where the driver knows no CUDA but older ones; None: they run."""
+    """The driver that libraries for CUDA `13.0` need if the present one is too old; None: they run."""
     major = int(built_for.partition(".")[0])
     if driver_cuda[0] >= major:
         return None

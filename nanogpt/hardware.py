@@ -1,6 +1,6 @@
-"""Hardware that a run is started on, as it is typed: `4xh200`, or with nodes first, `2x4xh100`.
+"""The hardware of a run as users type it: `4xh200`, or with nodes first, `2x4xh100`.
 
-A recipe may leave hardware open, whole or in part. `--on` says it; without, a `Fill` does.
+A recipe may leave hardware open, all or part of it. Then `--on` says it, or else a `Fill`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from nanogpt.errors import InputError
 from nanogpt.gpus import GPU_NAMES
 from nanogpt.spec import WORLD_SIZES, HardwareSpec
 
-# From the keys of `hardware` that are stated to values for others, and the place that messages about these name.
+# Maps the stated keys of `hardware` to values for the others, and to the place that messages about these name.
 Fill = Callable[[Mapping[str, Any]], tuple[dict[str, Any], str]]
 
 EXAMPLES = "4xh200, or nodes first, 2x4xh100"
@@ -24,7 +24,7 @@ def parse_shape(text: str) -> dict[str, Any]:
     """`hardware` of a recipe for `2x4xh100`. Raises `InputError`; counts are not judged."""
     match = _SHAPE.fullmatch(text.strip().lower())
     if match is None or match["gpu"] not in GPU_NAMES:
-        what = "expected GPUs x type" if match is None else f"{match['gpu']} is not a type that is known"
+        what = "expected GPUs x type" if match is None else f"{match['gpu']} is not a known type"
         raise InputError(f"--on {text}: {what}, such as {EXAMPLES}; types: {', '.join(GPU_NAMES)}")
     return {"gpu": match["gpu"], "gpus_per_node": int(match["count"]), "nodes": int(match["nodes"] or 1)}
 
@@ -42,5 +42,5 @@ def split_shape(name: str) -> tuple[str, str] | None:
 
 
 def largest_count(gpus: int, nodes: int = 1) -> int:
-    """GPUs a node that a run on `nodes` nodes of `gpus` takes; 0 where no world size fits."""
+    """GPUs per node that a run takes on `nodes` nodes of `gpus`; 0 if no world size fits."""
     return max((size // nodes for size in WORLD_SIZES if size % nodes == 0 and size // nodes <= gpus), default=0)

@@ -1,6 +1,6 @@
-"""The table of parameters: one row has everything about one of them. No torch.
+"""The table of parameters: one row has everything about one parameter. No torch.
 
-A model makes its tensors from its table, its optimizer the plans of its steps, the spec the cross-checks and the values
+From the table come the model's tensors, the optimizer's plans, the spec's cross-checks and the values
 that a recipe leaves out. A row's place is its place in the order of reduction.
 """
 
@@ -35,7 +35,7 @@ class Normal:
 
 @dataclass(frozen=True)
 class Values:
-    """Starts at given numbers, nested as the parameter's shape wants them, over `divisor`; a single one fills it."""
+    """Starts at given numbers over `divisor`, nested like the parameter's shape; a single number fills it."""
 
     values: Any
     divisor: float = 1.0
@@ -56,7 +56,7 @@ class Adam:
     lr_mul: float = 1.0
     wd_mul: float = 0.0
     sharded: bool = False
-    cyclic: bool = False  # updated when tables of rows are, by an optimizer that has a cadence of their own for these
+    cyclic: bool = False  # updated with the tables of rows, if the optimizer gives these their own cadence
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,9 @@ class Parameter:
     train: Adam | NorMuon | Decoupled
     start: Zeros | Uniform | Normal | Values | TransposeOf = field(default_factory=Zeros)
     update: int = 0  # in the order of updates: lower first, rows of the same number as they stand in the table
-    dtype: Literal["model", "fp32"] = "model"  # the run's, or fp32 whatever that is
-    tied_to: str | None = None  # the parameter that this one is the transpose of until they split
-    padding: str | None = None  # the field of the model that fills it up, so that ranks can share it evenly
+    dtype: Literal["model", "fp32"] = "model"  # the run's dtype, or always fp32
+    tied_to: str | None = None  # the parameter whose transpose this one is until they split
+    padding: str | None = None  # the field of the model that pads it, so that ranks can share it evenly
 
     @property
     def units(self) -> int:

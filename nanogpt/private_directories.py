@@ -1,10 +1,11 @@
 """Directories on a shared node that are this user's alone: those of predictable names, and those of one process.
 
-One of a predictable name, such as in /tmp, may be what somebody else has made, a link, or a directory that others may
-write to, and hold code of theirs under our names. `open_private` opens each part of its path by itself, relative to the
-one before and without following links, so that nothing can be exchanged between look and use.
+A directory of a predictable name, as in /tmp, may be somebody else's, a link, or writable by others, and
+contain their code under our names. `open_private` opens each part of its path separately, relative to the
+one before and without following links, so that nothing can be swapped between check and use.
 
-One of a process has a name that nobody knows beforehand. It goes with the process, or at the next one's start.
+A directory of one process has a name that nobody knows beforehand. It is removed with the process, or when the next one
+starts.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 OVERFLOW_UID = Path("/proc/sys/kernel/overflowuid")
 UID_MAP = Path("/proc/self/uid_map")
 LOCK_NAME = ".lock"
-ABANDONED_S = 24 * 3600.0  # a directory of this age without a lock: its process died before it had made one
+ABANDONED_S = 24 * 3600.0  # older than this without a lock: its process died before creating one
 
 
 @contextmanager
@@ -55,7 +56,7 @@ def make_private(prefix: str) -> tuple[Path, int]:
 
 
 def _remove_abandoned(parent: Path, prefix: str) -> None:
-    """Directories of this user's whose lock is free."""
+    """This user's directories whose lock is free."""
     for root in parent.glob(f"{prefix}*"):
         with contextlib.suppress(OSError):
             status = root.lstat()
@@ -63,7 +64,7 @@ def _remove_abandoned(parent: Path, prefix: str) -> None:
                 continue
             try:
                 lock = os.open(root / LOCK_NAME, os.O_RDWR | os.O_CLOEXEC)
-            except FileNotFoundError:  # just being made, unless it is old
+            except FileNotFoundError:  # being created, unless it is old
                 if time.time() - status.st_mtime > ABANDONED_S:
                     shutil.rmtree(root, ignore_errors=True)
                 continue
@@ -75,14 +76,14 @@ def _remove_abandoned(parent: Path, prefix: str) -> None:
 
 
 def open_private(base: Path, names: Sequence[str], *, make: bool = True) -> int:
-    """Open the directory `names` below `base`, each part of which has to be this user's alone; returns a descriptor.
+    """Open the directory `names` below `base`, each part of which must be this user's alone; returns a descriptor.
 
     Args:
-        base: the shared place; may be a link, as it is its owner's.
-        names: one directory after the other; those that are missing are made with mode 0700, if `make` says so.
+        base: the shared place; may be a link, as its owner made it.
+        names: one directory after the other; missing ones are created with mode 0700 if `make` is set.
 
     Raises:
-        InputError: a part is a link, another's, or open to others; or others may exchange what is in `base`.
+        InputError: a part is a link, somebody else's, or open to others; or others may replace the contents of `base`.
         OSError: a part does not exist or cannot be made.
     """
     _check_place(base)
@@ -111,7 +112,7 @@ def _open_part(path: Path, name: str, parent: int, *, make: bool) -> int:
         found = os.stat(name, dir_fd=parent, follow_symlinks=False)
         kind = "a link" if stat.S_ISLNK(found.st_mode) else "no directory"
         raise InputError(f"{path}: is {kind}, of {_who(found.st_uid)}; expected a directory of your own") from error
-    with contextlib.suppress(FileExistsError):  # another job's, this moment; whose it is, is seen next
+    with contextlib.suppress(FileExistsError):  # another job created it just now; the owner is checked next
         os.mkdir(name, 0o700, dir_fd=parent)
     return os.open(name, flags, dir_fd=parent)
 
@@ -125,20 +126,20 @@ def _check_mine(path: Path, found: os.stat_result) -> None:
 
 
 def _check_place(base: Path) -> None:
-    """Raise `InputError` where another user could put something else in the place of a directory in `base`."""
+    """Raise `InputError` if another user could replace a directory in `base`."""
     trusted = {0, os.geteuid(), *_hidden_owners()}
     real = base.resolve()
     for path in (real, *real.parents):
         found = path.stat()
         if found.st_uid not in trusted:
-            raise InputError(f"{path}: belongs to {_who(found.st_uid)}, who can exchange what is in it")
+            raise InputError(f"{path}: belongs to {_who(found.st_uid)}, who can replace its contents")
         if found.st_mode & OTHERS_WRITE and not found.st_mode & stat.S_ISVTX:
             mode = stat.S_IMODE(found.st_mode)
-            raise InputError(f"{path}: others can exchange what is in it (mode {mode:04o}, without a sticky bit)")
+            raise InputError(f"{path}: others can replace its contents (mode {mode:04o}, without a sticky bit)")
 
 
 def _hidden_owners() -> set[int]:
-    """The id under which root's files appear in a container's user namespace that does not know root; else none."""
+    """The id under which root's files appear in a user namespace without root; else none."""
     try:
         known = {int(line.split()[1]) for line in UID_MAP.read_text().splitlines()}
         return set() if 0 in known else {int(OVERFLOW_UID.read_text())}

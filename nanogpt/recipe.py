@@ -1,9 +1,9 @@
 """Recipes: YAML files that inherit from one another and resolve to a `RunSpec`.
 
-A recipe may name a `base` (a path beside itself). Mappings are merged key by key, lists and values replace; a mapping
-whose `kind` differs from the base's replaces it whole. Every value remembers the file and line it came from, so that
-an error can point there. Command-line overrides (`--set training.stages.0.batch_tokens=65536`) come last, after
-`--on 4xh200`, which replaces `hardware`. That may also be left open: then it is filled in from what is at hand.
+A recipe may name a `base` (a path relative to itself). Mappings are merged key by key, lists and values replace; a
+mapping whose `kind` differs from the base's replaces it whole. Every value remembers its file and line, so that errors
+can point there. Command-line overrides (`--set training.stages.0.batch_tokens=65536`) come last, after `--on 4xh200`,
+which replaces `hardware`. Hardware may also be left open, to be filled in from what is at hand.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from nanogpt.spec import CrossCheckError, HardwareSpec, RunSpec
 
 KeyPath = tuple[str | int, ...]
 
-# Keys of older recipes and runs, and what they are called now.
+# Keys of older recipes and runs, and their present names.
 RENAMED: Mapping[KeyPath, str] = {("runtime", "bigram_gradient"): "row_gradients"}
 
-# What a recipe that leaves hardware open is checked for where nothing is started: the machine of public records.
+# What an open recipe is checked for when nothing is started: the machine of the public records.
 USUAL = HardwareSpec(gpu="h100", gpus_per_node=8)
 
 
@@ -44,7 +44,7 @@ class RecipeError(InputError):
         self.problems = list(problems)
         named = self.problems[:MAX_PROBLEMS]
         more = len(self.problems) - len(named)
-        super().__init__("\n".join([*named, *([f"and {more} more of such problems"] if more else [])]))
+        super().__init__("\n".join([*named, *([f"and {more} more problems"] if more else [])]))
 
 
 class _Loader(yaml.SafeLoader):
@@ -56,7 +56,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    # Elsewhere than in double quotes, PyYAML reads these line breaks back as spaces.
+    # Outside double quotes, PyYAML reads these line breaks back as spaces.
     style = '"' if re.search("[\x85\u2028\u2029\ufeff]", text) else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
@@ -87,7 +87,7 @@ MAX_NODES = 10_000  # values
 MAX_DEPTH = 40
 MAX_KEY = 200  # characters
 MAX_BASES = 20
-MAX_PROBLEMS = 40  # named at once
+MAX_PROBLEMS = 40  # reported at once
 
 
 @dataclass
@@ -98,7 +98,7 @@ class _Source:
     places: dict[KeyPath, str]
 
     def place(self, path: KeyPath) -> str:
-        """The place of `path`, or of the nearest thing that contains it."""
+        """The place of `path`, or of its nearest container."""
         for length in range(len(path), -1, -1):
             if path[:length] in self.places:
                 return self.places[path[:length]]
@@ -112,7 +112,7 @@ def shipped_recipes() -> Path:
 
 
 def own_keys(path: Path) -> tuple[str | None, set[str]]:
-    """What the recipe file says itself: the name of its base, if it has one, and its other top-level keys."""
+    """What the recipe file itself says: the name of its base, if any, and its other top-level keys."""
     data = dict(_parse(path.read_text(encoding="utf-8"), str(path), lambda line: f"{path}:{line}").data)
     base = data.pop("base", None)
     return (None if base is None else Path(base).stem), set(data)
@@ -130,7 +130,7 @@ def find_recipe(name: str | Path) -> Path:
         shipped = shipped_recipes() / candidate
         if path.parent in (Path(), Path("recipes")) and shipped.is_file():
             return shipped
-    if path.exists() and not path.is_dir():  # reading it says what it is
+    if path.exists() and not path.is_dir():  # reading it says what is wrong
         return path
     if parts := _recipe_and_shape(path.name):
         recipe, on = parts
@@ -148,7 +148,7 @@ def find_recipe(name: str | Path) -> Path:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether `path` is a file. Raises `InputError` where that cannot be found out."""
+    """Whether `path` is a file. Raises `InputError` if that cannot be determined."""
     try:
         return path.is_file()
     except OSError as error:
@@ -183,19 +183,19 @@ def resolve_recipe(
 ) -> tuple[RunSpec, set[str]]:
     """Resolve a recipe to a validated `RunSpec`, and the keys of `hardware` that it leaves open.
 
-    Nothing is open where type and number of GPUs are said, by the recipe, `on` or `overrides`.
+    Nothing is open if the recipe, `on` or `overrides` give type and number of GPUs.
 
     Args:
         name: path of the recipe, or the name of a shipped one.
         overrides: `key.path=value` strings; values are YAML.
-        steps: shorten the schedule in proportion to this many steps. What `overrides` say stays as it is, but for
-            the lengths of stages, which are shares of the whole.
+        steps: shorten the schedule in proportion to this many steps. Overridden values stay as they are, except
+            for the lengths of stages, which are shares of the whole.
         on: hardware instead of the recipe's, such as `4xh200`.
-        fill: says what is left open of the hardware; None: as `USUAL`, for recipes that are only looked at.
+        fill: fills in hardware that is left open; None: as `USUAL`, for recipes that are only inspected.
 
     Raises:
         RecipeError: every problem found, each with file, line and key.
-        InputError: no such recipe, or no such hardware; and what `fill` raises.
+        InputError: no such recipe or hardware; and what `fill` raises.
     """
     source = _laid_over(name, overrides, on)
     left_open = _left_open(source)
@@ -211,7 +211,7 @@ def resolve_recipe(
     except ValidationError as error:
         problems = list(dict.fromkeys(_explain(error, source)))
         if left_open and fill is None and _fits(source, gpus_per_node=1):
-            why = f" (checked for {shape(USUAL)}, as {name} leaves hardware open: --on says another)"
+            why = f" (checked for {shape(USUAL)}, as {name} leaves hardware open; --on names another)"
             problems = [f"{problem}{why}" for problem in problems]
         raise RecipeError(problems) from None
     except CrossCheckError as error:
@@ -219,7 +219,7 @@ def resolve_recipe(
 
 
 def _keep_overrides(source: _Source, whole: Any, short: Any, path: KeyPath = ()) -> None:
-    """Put back into `short` what the user has said of `whole` by --set."""
+    """Restore in `short` what the user overrode in `whole` with --set."""
     if path[:2] in (("training", "stages"), ("training", "extension")):
         return
     for key in whole.keys() & short.keys() if isinstance(whole, dict) else range(min(len(whole), len(short))):
@@ -233,9 +233,9 @@ def _keep_overrides(source: _Source, whole: Any, short: Any, path: KeyPath = ())
 def shorten(spec: RunSpec, total_steps: int) -> RunSpec:
     """The same run with its schedule shortened in proportion to `total_steps` steps.
 
-    Stages, extension, evaluation interval, momentum's and the learning rate's warm-up and ramps, and the end's averages
+    Stages, extension, evaluation interval, warm-up and ramps of momentum and learning rate, and the averages at the end
     keep their shares of the run.
-    Raises `CrossCheckError` where fewer steps than stages are asked for.
+    Raises `CrossCheckError` for fewer steps than stages.
     """
     training = spec.training
     old_total = training.total_steps
@@ -270,7 +270,7 @@ def shorten(spec: RunSpec, total_steps: int) -> RunSpec:
 
 
 def dump_spec(spec: RunSpec, exclude: Mapping[str, Any] | None = None, *, ascii_only: bool = False) -> str:
-    """The fully resolved spec as YAML that `load_recipe` reads back to an equal spec; `exclude` is Pydantic's."""
+    """The fully resolved spec as YAML, which `load_recipe` reads back to an equal spec; `exclude` is Pydantic's."""
     return yaml.dump(
         spec.model_dump(mode="json", exclude=exclude),
         Dumper=_Dumper,
@@ -290,9 +290,9 @@ def publishable_spec(spec: RunSpec) -> str:
 def recipe_schema(*, resolved: bool = False) -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of a recipe file, for editors, or of a resolved `RunSpec`.
 
-    In a recipe nothing is required, as it may inherit, except in the entries of a list, which replaces the base's
-    whole; and there is `base`. A part that may be of several kinds need not say which: `oneOf` would refuse what fits
-    several, so it becomes `anyOf`.
+    In a recipe nothing is required, as it may inherit, except in the entries of a list, which replaces the base's list
+    completely; and there is `base`. A part with several possible kinds need not say which: `oneOf` would refuse what
+    fits several, so it becomes `anyOf`.
     """
     schema = RunSpec.model_json_schema()
     dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
@@ -391,7 +391,7 @@ def _read(path: Path, chain: tuple[Path, ...]) -> _Source:
         with open_regular(path) as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
-            raise RecipeError([f"{path}: is larger than the {MAX_BYTES:,} bytes that a recipe can have"])
+            raise RecipeError([f"{path}: is larger than {MAX_BYTES:,} bytes, the limit of a recipe"])
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise RecipeError([f"{path}: is not UTF-8 text: {error.reason} at byte {error.start}"]) from None
@@ -463,7 +463,7 @@ def _parse(text: str, name: str, place: Callable[[int], str]) -> _Source:
         nonlocal nodes
         nodes += 1
         if nodes > MAX_NODES:
-            raise RecipeError([f"{name}: more than {MAX_NODES:,} values, a recipe has no more; is it one?"])
+            raise RecipeError([f"{name}: more than {MAX_NODES:,} values; is it really a recipe?"])
         if len(path) > MAX_DEPTH:
             raise RecipeError([f"{name}: nested more than {MAX_DEPTH} deep; does an alias contain itself?"])
         here = place(node.start_mark.line + 1)
@@ -484,7 +484,7 @@ def _parse(text: str, name: str, place: Callable[[int], str]) -> _Source:
                 continue
             key = str(key_node.value)
             if len(key) > MAX_KEY:
-                problems.append(f"{here}: a key of {len(key):,} characters, {MAX_KEY} are the most: {key[:40]}...")
+                problems.append(f"{here}: a key of {len(key):,} characters, at most {MAX_KEY} allowed: {key[:40]}...")
                 continue
             dotted = _dotted((*path, key))
             if key == "<<":
@@ -514,7 +514,7 @@ def _parse(text: str, name: str, place: Callable[[int], str]) -> _Source:
 
 
 def _rename(source: _Source) -> None:
-    """Give keys that are called otherwise now their new names."""
+    """Give renamed keys their new names."""
     for (*folder, old), new in RENAMED.items():
         part: Any = source.data
         for key in folder:
@@ -574,7 +574,7 @@ def _override(source: _Source, text: str) -> None:
                 raise RecipeError([f"{place}: {_dotted(path)} has {_entries(parent)}, found {name!r}"])
             key = int(name)
         elif not isinstance(parent, dict):
-            raise RecipeError([f"{place}: {_dotted(path)} is the value {parent!r}, it has no keys"])
+            raise RecipeError([f"{place}: {_dotted(path)} is the value {parent!r}, which has no keys"])
         path = (*path, key)
         if depth == len(words) - 1:
             parent[key] = value
@@ -588,7 +588,7 @@ def _override(source: _Source, text: str) -> None:
 
 
 def _come_from(source: _Source, path: KeyPath, place: str) -> None:
-    """Note that all at `path` is from `place` now."""
+    """Note that everything at `path` now comes from `place`."""
     for old_path in [p for p in source.places if p[: len(path)] == path]:
         del source.places[old_path]
     source.places[path] = place
@@ -629,7 +629,7 @@ def _explain_one(details: ErrorDetails, source: _Source) -> str:
     if kind == "missing" and isinstance(path[-1], int):
         return f"{place}: {_dotted(path[:-1])}: has too few entries, entry {path[-1]} is missing"
     if kind == "missing" and any(isinstance(key, int) for key in path):
-        return f"{place}: {name}: is missing; add it (a list replaces the list of the recipe's base whole)"
+        return f"{place}: {name}: is missing; add it (a list replaces the whole list of the base)"
     if kind == "missing":
         return f"{place}: {name}: is missing; add it, or inherit it from a recipe by `base:`"
     if kind in ("union_tag_not_found", "union_tag_invalid"):
@@ -663,7 +663,7 @@ _MESSAGES = {
 
 
 def _show(value: Any) -> str:
-    """A value as it stands in a recipe, cut to a readable length."""
+    """A value as written in a recipe, cut to a readable length."""
     text = json.dumps(value, ensure_ascii=False, default=repr)
     return text if len(text) < 80 else text[:77] + "..."
 
@@ -674,7 +674,7 @@ def _nearest(word: str, allowed: Sequence[str]) -> str:
 
 
 def _path_in_data(loc: tuple[str | int, ...], data: Any, *, keep_last: bool) -> KeyPath:
-    """Pydantic's location without the `kind` after a mapping that has one, which is not a key of the recipe."""
+    """Pydantic's location without the `kind` after a mapping, which is not a key of the recipe."""
     path: list[str | int] = []
     kind: Any = None
     for position, key in enumerate(loc):
@@ -694,7 +694,7 @@ def _path_in_data(loc: tuple[str | int, ...], data: Any, *, keep_last: bool) -> 
 
 
 def _annotation_at(path: KeyPath, data: Any) -> Any:
-    """The type that the spec gives to what is at `path` of `data`."""
+    """The spec's type of what is at `path` in `data`."""
     annotation: Any = RunSpec
     for key in path:
         data = data[key]
@@ -707,7 +707,7 @@ def _annotation_at(path: KeyPath, data: Any) -> Any:
 
 
 def _keys_at(path: KeyPath, data: Any) -> list[str]:
-    """Keys that the spec allows in the mapping at `path` of `data`."""
+    """Keys that the spec allows in the mapping at `path` in `data`."""
     names = [name for model in _models_in(_annotation_at(path, data)) for name in model.model_fields]
     return list(dict.fromkeys([*names, *(["base"] if not path else [])]))
 

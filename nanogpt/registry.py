@@ -1,6 +1,6 @@
-"""Registries: one line a kind, its spec's class and the class that a spec is built into, each as `module:Class`.
+"""Registries: one line per kind, with its spec's class and the class built from it, each as `module:Class`.
 
-What stands on the right is loaded when it is asked for: specs need no torch.
+The latter is loaded only when needed: specs need no torch.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def specs_of(registry: Registry) -> tuple[Any, ...]:
 
 
 def union_of(registry: Registry) -> Any:
-    """The type that any of the specs is."""
+    """The union of the specs' types."""
     return functools.reduce(operator.or_, specs_of(registry))
 
 
 def built_class(registry: Registry, spec: Any) -> Any:
-    """The class that `spec` is built into."""
+    """The class that is built from `spec`."""
     own = f"{type(spec).__module__}:{type(spec).__qualname__}"
     return load(dict(registry)[own])
 

@@ -1,8 +1,8 @@
 """RunSpec: everything that decides a run, typed and bounded.
 
 A recipe (YAML, see `nanogpt.recipe`) becomes a `RunSpec`; the rest of the package reads nothing else. This module
-imports no torch, so that a recipe is checked on a login node in a fraction of a second. Steps are 0-based. Windows
-are given in blocks here (`StageSpec.window_blocks`) and are in tokens everywhere else.
+imports no torch, so that a login node checks a recipe in a fraction of a second. Steps are 0-based. Windows
+are in blocks here (`StageSpec.window_blocks`) and in tokens everywhere else.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _MODEL: TypeAdapter[Any] = TypeAdapter(ModelSpec)
 
 
 class CrossCheckError(ValueError):
-    """Values that are each fine and do not fit together: a list of (path in the spec, what is wrong)."""
+    """Values that are each valid but do not fit together: a list of (path in the spec, what is wrong)."""
 
     def __init__(self, problems: list[tuple[tuple[str | int, ...], str]]):
         self.problems = problems
@@ -64,18 +64,17 @@ class StageSpec(StageLoss):
 
     steps: Annotated[Count, NOT_COMPILED]
     batch_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] = Field(
-        description="tokens a step over all ranks and micro-steps"
+        description="tokens per step over all ranks and micro-steps"
     )
     window_blocks: WindowBlocks
     lr_factor: Annotated[Positive, NOT_COMPILED]
     max_document_tokens: Count | None = Field(default=None, description="null: training.max_document_tokens")
     max_segment_tokens: Count | None = Field(
-        default=None, description="attention cuts documents into segments of this many tokens; null: it does not"
+        default=None, description="attention cuts documents into segments of this many tokens; null: not at all"
     )
     max_documents: Count | None = Field(
         default=None,
-        description="room for documents, or their segments, in a micro-batch (a tighter one is faster); null: by its"
-        " tokens",
+        description="room for documents, or their segments, in a micro-batch (less is faster); null: from its tokens",
     )
 
 
@@ -86,7 +85,8 @@ class CooldownSchedule(Strict):
     cooldown_start: Fraction = Field(description="fraction of the scheduled steps at which the cooldown starts")
     end_factor: NonNegative
     ramp_steps: Index = Field(
-        default=0, description="first steps of a stage, in which the factor goes from the one before's to its own"
+        default=0,
+        description="first steps of a stage, in which the factor moves from the previous one to its own",
     )
 
 
@@ -106,12 +106,12 @@ class TrainingSpec(Strict):
 
     seed: Annotated[int, Field(ge=0, le=2**63 - 1), NOT_COMPILED]
     slots: Annotated[int, Field(ge=1, le=512)] = Field(
-        description="micro-batches a step, whatever the world size; accumulation steps = slots / world size"
+        description="micro-batches per step, for any world size; accumulation steps = slots / world size"
     )
     max_document_tokens: Count
     window_block: Annotated[Count, NOT_COMPILED] = Field(description="tokens in a window block")
     stages: list[StageSpec] = Field(min_length=1, max_length=1000, description="the scheduled steps")
-    extension: StageSpec | None = Field(description="steps after the schedule has ended; null for none")
+    extension: StageSpec | None = Field(description="steps after the schedule; null: none")
     final_window_blocks: Annotated[WindowBlocks, NOT_COMPILED] = Field(
         description="windows of the last validation, without a YaRN step"
     )
@@ -142,7 +142,7 @@ class TrainingSpec(Strict):
 
     @property
     def masked(self) -> bool:
-        """Whether the last validation has the canonical mask."""
+        """Whether the last validation uses the canonical mask."""
         return has_mask(self.end)
 
     @property
@@ -165,11 +165,11 @@ class EvaluationSpec(Strict):
     tokens: Annotated[Tokens, NOT_COMPILED] = Field(description="validation tokens, from the stream's start")
     micro_batch_tokens: Count
     target_loss: Annotated[Positive | None, NOT_COMPILED] = Field(
-        description="the run is a success at this loss or below; null: no target"
+        description="the run succeeds at this loss or below; null: no target"
     )
 
     def steps(self, total_steps: int) -> range:
-        """The steps before which a run of `total_steps` is validated; its end comes on top."""
+        """The steps before which a run of `total_steps` is validated; its end is validated as well."""
         return range(0, total_steps if self.every is not None else 0, self.every or 1)
 
 
@@ -189,15 +189,15 @@ class DataSpec(Strict):
 
 
 class HardwareSpec(Strict):
-    """What the run is started on, which a recipe may leave open for --on; world size = nodes * gpus_per_node."""
+    """What the run uses, which a recipe may leave open for --on; world size = nodes * gpus_per_node."""
 
     gpu: GpuName = Field(description="GPU type; cpu runs the plain implementations")
-    gpus_per_node: Few = Field(description="processes a node, one a GPU")
+    gpus_per_node: Few = Field(description="processes per node, one for each GPU")
     nodes: Few = 1
 
 
 class RuntimeSpec(Strict):
-    """How the model is computed. None of these changes what is computed, up to rounding."""
+    """How the model is computed. None of this changes what is computed, up to rounding."""
 
     dtype: Literal["bf16", "fp32"] = Field(default="bf16", description="dtype of matrices and activations")
     compile: Literal["auto", "on", "off"] = Field(default="auto", description="torch.compile; auto: on CUDA only")
@@ -206,10 +206,10 @@ class RuntimeSpec(Strict):
     head_precision: Literal["auto", "fp8", "bf16"] = "auto"
     mlp_precision: Literal["auto", "fp8", "bf16"] = Field(
         default="auto",
-        description="of the MLP's products in training, where the model's can run in FP8; emulated on a CPU",
+        description="of the MLP's products in training, if the model supports FP8; emulated on a CPU",
     )
     projection_precision: Literal["auto", "fp8", "bf16"] = Field(
-        default="auto", description="likewise of the product that makes queries, keys and values"
+        default="auto", description="likewise for the product that makes queries, keys and values"
     )
     cuda_graphs: Annotated[Literal["auto", "off"], NOT_COMPILED] = Field(  # the same code, launched otherwise
         default="auto",
@@ -218,20 +218,20 @@ class RuntimeSpec(Strict):
     deterministic: bool = Field(default=False, description="deterministic algorithms, at a cost in speed")
     row_gradients: Literal["dense", "sparse", "auto"] = Field(
         default="dense",
-        description="how ranks add up the gradients of tables of rows: whole, or the rows that were touched;"
-        " auto: sparse where fewer bytes travel",
+        description="how ranks add up gradients of embedding tables: whole, or by touched rows;"
+        " auto: sparse if that sends fewer bytes",
     )
 
 
 class CheckpointSpec(Strict):
-    """When the run's whole state is written."""
+    """When the run's full state is written."""
 
-    every: Count | None = Field(default=None, description="steps between checkpoints; null: none on the way")
+    every: Count | None = Field(default=None, description="steps between checkpoints; null: none during the run")
     at_end: bool = Field(default=True, description="write one after the last step")
-    keep: Few = Field(default=2, description="checkpoints kept; older ones are deleted once a newer one is whole")
+    keep: Few = Field(default=2, description="checkpoints to keep; older ones are deleted once a newer one is complete")
     on_failure: Literal["continue", "stop"] = Field(
         default="continue",
-        description="what a run does that cannot write one (disk full): the earlier ones stay whole either way",
+        description="what to do if one cannot be written (disk full); earlier ones stay intact either way",
     )
 
 
@@ -239,11 +239,11 @@ class WatchdogSpec(Strict):
     """When the ranks of a run give up on one another, in seconds; a run on one process waits for nobody."""
 
     silence_seconds: Seconds = Field(
-        default=20.0, description="a process that has not been heard of for this long is dead or stopped"
+        default=20.0, description="a process not heard from for this long is dead or stopped"
     )
-    step_seconds: Seconds = Field(default=300.0, description="a rank that is at one step for this long hangs")
+    step_seconds: Seconds = Field(default=300.0, description="a rank in the same step for this long hangs")
     phase_seconds: Seconds = Field(
-        default=3600.0, description="likewise for starting, compiling, a validation, a checkpoint"
+        default=3600.0, description="likewise for starting, compiling, a validation or a checkpoint"
     )
 
 
@@ -256,11 +256,11 @@ class OutputSpec(Strict):
     log_every: Count = Field(default=1, description="steps between lines of the log; evaluations are always logged")
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = Field(
         default="none",
-        description="also write the metrics for TensorBoard, Weights & Biases or Trackio, into the run's directory",
+        description="also write metrics for TensorBoard, Weights & Biases or Trackio into the run's directory",
     )
     online: bool = Field(
         default=False,
-        description="wandb and trackio also send them to their server as the run trains",
+        description="wandb and trackio also upload them during the run",
     )
 
 
@@ -274,7 +274,7 @@ class ReferenceCurve(Strict):
 
 
 class ReferenceSpec(Strict):
-    """What the shipped recipe `recipe` is known to give on FineWeb; off for runs that differ from it in result."""
+    """Known results of the shipped recipe `recipe` on FineWeb; unused for runs whose result differs."""
 
     recipe: Name = Field(description="the shipped recipe that the curves belong to")
     curves: list[ReferenceCurve] = Field(min_length=1, max_length=20, description="a run is compared with the first")
@@ -296,7 +296,7 @@ class RunSpec(Strict):
     evaluation: EvaluationSpec
     reference: Annotated[ReferenceSpec | None, NOT_COMPILED] = None
     data: Annotated[DataSpec, NOT_COMPILED] = DataSpec()
-    # The GPU that is found decides; the world size only adds variants of the optimizer's functions.
+    # The GPU found decides; the world size only adds variants of the optimizer's functions.
     hardware: Annotated[HardwareSpec, NOT_COMPILED]
     runtime: RuntimeSpec = RuntimeSpec()
     checkpoint: Annotated[CheckpointSpec, NOT_COMPILED] = CheckpointSpec()
@@ -306,7 +306,7 @@ class RunSpec(Strict):
     @model_validator(mode="before")
     @classmethod
     def _from_the_table(cls, data: Any) -> Any:
-        """What the optimizer's part leaves out and the model's table of parameters has."""
+        """What the optimizer's part leaves to the model's table of parameters."""
         return with_table_defaults(data)
 
     @property
@@ -328,9 +328,9 @@ class RunSpec(Strict):
 
 
 def with_table_defaults(data: Any) -> Any:
-    """`data` of a RunSpec with what the model's table of parameters says below what its optimizer's part says.
+    """`data` of a RunSpec, with the model's table of parameters filling in what its optimizer's part leaves out.
 
-    Returned as it is where the model's part is not a model's, which validation will say.
+    Returned unchanged if the model's part is invalid, which validation will report.
     """
     if not isinstance(data, dict) or not isinstance(optimizer := data.get("optimizer"), dict):
         return data
@@ -361,7 +361,7 @@ def _cross_checks(spec: RunSpec) -> Iterator[Problem]:
     if spec.world_size not in WORLD_SIZES:
         yield (
             ("hardware", "gpus_per_node"),
-            f"{hardware.nodes} x {hardware.gpus_per_node} makes a world size of {spec.world_size}, allowed are"
+            f"{hardware.nodes} x {hardware.gpus_per_node} makes a world size of {spec.world_size}; allowed are"
             f" {', '.join(map(str, WORLD_SIZES))}",
         )
     elif training.slots % spec.world_size:
@@ -404,7 +404,7 @@ def _cross_checks(spec: RunSpec) -> Iterator[Problem]:
         )
 
     if spec.output.online and spec.output.tracker not in ("wandb", "trackio"):
-        yield ("output", "online"), f"is true, which wandb and trackio can, and output.tracker is {spec.output.tracker}"
+        yield ("output", "online"), f"is true, which needs output.tracker wandb or trackio, found {spec.output.tracker}"
 
     schedule = training.lr_schedule
     if isinstance(schedule, CosineSchedule) and schedule.warmup_steps > training.total_steps:
@@ -461,12 +461,12 @@ def _runtime_problems(runtime: RuntimeSpec, gpu: str) -> Iterator[tuple[tuple[st
 def _mask_problems(spec: RunSpec, path: tuple[str | int, ...]) -> Iterator[Problem]:
     model = spec.model
     if not model.canonical_mask:
-        yield path, f"canonical_mask: the evaluation of a {model.kind} model knows none"
+        yield path, f"canonical_mask: a {model.kind} model does not support it"
     elif (model.vocab_size, spec.data.bos) != GPT2_TOKENS:
         vocabulary, bos = GPT2_TOKENS
         yield (
             path,
-            f"canonical_mask is of GPT-2's tokens: model.vocab_size {vocabulary} with data.bos {bos}, found"
+            f"canonical_mask is for GPT-2's tokens: model.vocab_size {vocabulary} with data.bos {bos}, found"
             f" {model.vocab_size} with {spec.data.bos}",
         )
     elif model.padded_vocab_size % 8:

@@ -14,7 +14,7 @@ def spec_differences(one: RunSpec, other: RunSpec) -> Iterator[tuple[str, Any, A
 
 
 def differences(one: Any, other: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any, Any]]:
-    """The same of what two specs were dumped to; `path` goes before the keys."""
+    """The same for two dumped specs; `path` is put before the keys."""
     if isinstance(one, dict) and isinstance(other, dict):
         for key in dict.fromkeys([*one, *other]):
             yield from differences(one.get(key), other.get(key), (*path, str(key)))

@@ -1,4 +1,4 @@
-"""What may happen at a run's end: the entries of `training.end`. No torch."""
+"""What can happen at the end of a run: the entries of `training.end`. No torch."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from nanogpt.spec_fields import Count, Fraction, Index, Name, Names, Problem, St
 
 
 class EndEntry(Strict):
-    """Base of what `training.end` lists."""
+    """Base of the entries of `training.end`."""
 
     def problems(self, total_steps: int, rows: Sequence[Parameter]) -> Iterator[Problem]:
         """Cross-checks with the run's steps and the model's table; yields (path below the entry, message)."""
         yield from ()
 
     def averaged(self) -> Iterator[str]:
-        """The parameters of which it keeps an average in fp32: once for each."""
+        """The parameters it keeps fp32 averages of, once for each average."""
         yield from ()
 
     def shortened(self, scaled: Callable[..., int], before: int, after: int) -> dict[str, Any]:
-        """The entry of a run of `after` steps instead of `before`; `scaled(steps, at_least)` scales and rounds."""
+        """The entry for a run of `after` steps instead of `before`; `scaled(steps, at_least)` scales and rounds."""
         return self.model_dump()
 
     def describe(self, total_steps: int) -> list[str]:
@@ -32,27 +32,27 @@ class EndEntry(Strict):
 
 
 class TailAverage(Strict):
-    """A running average of parameters, in fp32, fed after some of the last steps, its ticks: the first one copies.
+    """A running fp32 average of parameters, updated after some of the last steps, its ticks; the first tick copies.
 
-    Ticks are counted back from the run's last step, which is 0, so that they say the same in runs of any length.
+    Ticks count back from the run's last step, 0, so that they mean the same in runs of any length.
     """
 
     blend: dict[Name, Fraction] = Field(
         min_length=1,
         max_length=1024,
-        description="by parameter, how far it goes from its last value to its average: lerp(last, average, blend)",
+        description="by parameter, how far it moves from its last value to its average: lerp(last, average, blend)",
     )
-    window_steps: Count = Field(description="the ticks are in this many last steps of the run")
-    every: Count = Field(description="steps from tick to tick; --steps leaves it, as optimizers have their cadences")
-    last: Index = Field(default=0, description="the last of these ticks, in steps before the run's last one")
+    window_steps: Count = Field(description="the ticks are within this many last steps of the run")
+    every: Count = Field(description="steps between ticks; --steps leaves it, since optimizers have their own cadence")
+    last: Index = Field(default=0, description="the last of these ticks, in steps before the run's last step")
     also: list[Index] = Field(
-        default=[], max_length=100, description="further ticks, in steps before the run's last one"
+        default=[], max_length=100, description="further ticks, in steps before the run's last step"
     )
-    rate: Fraction = Field(description="of a tick: average = lerp(average, weights, rate)")
-    last_rate: Fraction | None = Field(default=None, description="of the last tick; null: rate")
+    rate: Fraction = Field(description="at a tick: average = lerp(average, weights, rate)")
+    last_rate: Fraction | None = Field(default=None, description="at the last tick; null: rate")
 
     def ticks(self, total_steps: int) -> dict[int, float]:
-        """The rates by step, ascending; that of the first has no meaning, as it copies."""
+        """The rates by step, ascending; the first has no meaning, as that tick copies."""
         before_end = {*range(self.last, self.window_steps, self.every), *self.also}
         rates = {total_steps - 1 - each: self.rate for each in sorted(before_end, reverse=True)}
         if self.last_rate is not None:
@@ -60,7 +60,7 @@ class TailAverage(Strict):
         return rates
 
     def shortened(self, scaled: Callable[..., int], before: int, after: int) -> dict[str, Any]:
-        """The same share of the run; so many fewer ticks with higher rates forget as much."""
+        """The same share of the run; fewer ticks at higher rates forget as much."""
 
         def rate(given: float) -> float:
             return float(1 - (1 - given) ** (before / after))
@@ -77,19 +77,19 @@ class TailAverage(Strict):
 
 
 class TailAverages(EndEntry):
-    """Parameters go to, or towards, averages of their last values; some then get back the norms that they had.
+    """Parameters move to, or towards, averages of their last values; some then get their norms back.
 
-    Averages are written in their order: a parameter may be in several.
+    Averages are applied in order: a parameter may be in several.
     """
 
     kind: Literal["tail_averages"]
     averages: list[TailAverage] = Field(min_length=1, max_length=100)
     keep_norms: Names = Field(
-        default=[], description="parameters that are multiplied by their Frobenius norm before over that after"
+        default=[], description="parameters that are rescaled to their Frobenius norm before averaging"
     )
 
     def problems(self, total_steps: int, rows: Sequence[Parameter]) -> Iterator[Problem]:
-        """Unknown parameters, steps that the run does not have, norms of what is not averaged."""
+        """Unknown parameters, steps outside the run, norms of parameters that are not averaged."""
         known = {row.name for row in rows}
         averaged = set(self.averaged())
         for index, average in enumerate(self.averages):
@@ -119,7 +119,7 @@ class TailAverages(EndEntry):
         return {**self.model_dump(), "averages": averages}
 
     def describe(self, total_steps: int) -> list[str]:
-        """A line an average, in their order, and one for the norms."""
+        """A line for each average, in order, and one for the norms."""
         lines = []
         for average in self.averages:
             ticks = average.ticks(total_steps)
@@ -132,13 +132,13 @@ class TailAverages(EndEntry):
 
 
 class CanonicalMask(EndEntry):
-    """The last validation rules out tokens that GPT-2's tokenizer never makes after the one before."""
+    """The last validation rules out tokens that GPT-2's tokenizer never produces after the previous one."""
 
     kind: Literal["canonical_mask"]
 
     def describe(self, total_steps: int) -> list[str]:
         """A line."""
-        return ["the last validation leaves out what GPT-2's tokenizer never makes after a token: 70,889,701 pairs"]
+        return ["the last validation rules out 70,889,701 pairs of tokens that GPT-2's tokenizer never produces"]
 
 
 End = Annotated[TailAverages | CanonicalMask, Field(discriminator="kind")]

@@ -1,6 +1,6 @@
-"""What every part of a RunSpec is made of: bounded numbers, a base that refuses unknown keys, marks on fields.
+"""The building blocks of a RunSpec: bounded numbers, a base that refuses unknown keys, marks on fields.
 
-No torch here: a recipe is checked on a login node in a fraction of a second.
+No torch here: a login node checks a recipe in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from nanogpt.environment import MAX_NAME_BYTES, expanded
 
-# Beyond these a value is a slip of the finger, and not for the memory of the machine that checks a recipe to find out.
+# A value beyond these is a typo, which must not exhaust the memory of the machine that checks the recipe.
 MOST = 10**8  # steps, say
 LARGEST = 1e12
 
 
 def _file_pattern(text: str) -> str:
     if "/" in text or "**" in text or "\0" in text or text in (".", ".."):
-        raise ValueError("must be the name of files of one directory, with * and ?; where they are: data.directory")
+        raise ValueError("must be a pattern of file names, with * and ?; data.directory names the directory")
     if len(text.encode()) > MAX_NAME_BYTES:
-        raise ValueError(f"is longer than the {MAX_NAME_BYTES} bytes that a file's name has")
+        raise ValueError(f"is longer than {MAX_NAME_BYTES} bytes, the limit of a file name")
     return text
 
 
@@ -32,7 +32,7 @@ Few = Annotated[int, Field(ge=1, le=1024)]  # layers, processes
 Padding = Annotated[int, Field(ge=0, le=1024)]
 Size = Annotated[int, Field(ge=1, le=2**20)]  # of one side of a matrix
 Tokens = Annotated[int, Field(ge=1, le=10**13)]
-Vocabulary = Annotated[int, Field(ge=1, le=2**17)]  # shards have two bytes a token; some padding
+Vocabulary = Annotated[int, Field(ge=1, le=2**17)]  # shards have two bytes per token; some padding
 Positive = Annotated[float, Field(gt=0, le=LARGEST, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False)]
 Finite = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
@@ -52,16 +52,16 @@ Problem = tuple[tuple[str | int, ...], str]  # path below a part of the spec, me
 
 
 class Strict(BaseModel):
-    """Base of every part of a spec: unknown keys are refused, "12" and true are not numbers, nothing can be changed."""
+    """Base of every part of a spec: refuses unknown keys, takes neither "12" nor true for numbers, is immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=(), str_max_length=10_000)
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """Stands in a field's annotation: `part` of its value reaches compiled code; None: nothing of it does.
+    """A field's annotation: `part` of its value reaches compiled code; None: nothing of it does.
 
-    A field without it reaches compiled code as it is, so that one that nobody has thought about costs a compilation and
+    A field without it counts as reaching compiled code, so that a forgotten one costs a compilation but
     never runs another run's code.
     """
 
@@ -81,7 +81,7 @@ def compiled_values(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
                 found = True
                 yield from compiled_values(mark.part(getattr(value, name)), f"{path}.{name}" if path else name)
         if not found:
-            yield path, type(value).__name__  # that it is there at all
+            yield path, type(value).__name__  # that it exists at all
     elif isinstance(value, dict):
         for name, item in value.items():
             yield from compiled_values(item, f"{path}.{name}")

@@ -1,15 +1,15 @@
-"""Standard output and error of every command: all text goes through here, where failures are handled.
+"""Standard output and error of every command. All text goes through here, where failures are handled.
 
 Inside `terminal()`, `sys.stdout` and `sys.stderr` are `_Stream`s:
 
-- What a terminal would obey (escape sequences and other control characters) or be confused by (marks that change the
-  direction of writing) is shown as `\\x1b`: run names, values, file names and documents are other people's.
+- Escape sequences and other control characters, which a terminal would obey, and marks that change the direction of
+  writing are shown as `\\x1b`: run names, values, file names and documents may come from others.
 - A character that the terminal's encoding lacks is shown as `\\u2028`.
-- Standard error that takes no more is no reason to end a run: what it does not take is lost.
-- Standard output that takes no more is an error, told at the end, when the work is done and kept.
+- A failing standard error does not end a run: what cannot be written is lost.
+- A failing standard output is an error, reported at the end, when the work is done and kept.
 
-Colours and progress bars, which need escape sequences of their own, are Rich's: `rich_console` makes a console that
-shows those of others.
+Colours and progress bars need escape sequences; they come from Rich, and `rich_console` makes a console that lets only
+these through.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _SHOWN |= {code: f"\\u{code:04x}" for code in _BIDIRECTIONAL}
 
 
 def printable(text: str) -> str:
-    """`text` with every character that a terminal would obey shown as its escape; newlines and tabs stay."""
+    """`text` with every control character shown as its escape; newlines and tabs stay."""
     return text if text.isprintable() else text.translate(_SHOWN)
 
 
 class _Verbatim:
-    """A stream's text as it is: for what is not text of a terminal, and for Rich, which escapes by itself."""
+    """A stream that writes text unchanged: for output that is not text, and for Rich, which escapes by itself."""
 
     def __init__(self, raw: TextIO | None, *, results: bool):
         self.raw = raw
@@ -46,7 +46,7 @@ class _Verbatim:
                 raw.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
-        """Write; of errors only a reader that has gone away ends the program, and only where results go."""
+        """Write; the only error that ends the program is a reader of standard output that has gone away."""
         with self._noted():
             if self.raw is None:
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
@@ -82,9 +82,9 @@ class _Verbatim:
 
 
 class _Stream:
-    """A stream that shows control characters; `verbatim` is the same without."""
+    """A stream that shows control characters; `verbatim` does not."""
 
-    encoding = "utf-8"  # Click would go round a stream of another one; what the real one lacks is shown escaped
+    encoding = "utf-8"  # Click would bypass a stream with another encoding; what the real one lacks is shown escaped
 
     def __init__(self, raw: TextIO | None, *, results: bool):
         self.verbatim = _Verbatim(raw, results=results)
@@ -110,25 +110,25 @@ class Terminal:
         self._out = out
 
     def problem(self) -> str | None:
-        """Why not all of standard output has arrived; None: it has, or its reader left, who knows."""
+        """Why standard output is incomplete; None: it is complete, or its reader left and knows."""
         with suppress(BrokenPipeError):
             self._out.flush()
         error = self._out.verbatim.error
         if error is None:
             return None
         raw = self._out.verbatim.raw
-        with suppress(OSError, ValueError):  # or Python would try again, and say so, at its end
+        with suppress(OSError, ValueError):  # or Python would try again at exit, and complain
             if raw is not None:
                 _discard(raw.fileno())
         if error.errno == errno.EPIPE:
             return None
         why = "is closed" if error.errno == errno.EBADF else f"cannot be written: {error.strerror}"
-        return f"standard output {why}: what should stand there is lost; direct it to a file on a disk that has room"
+        return f"standard output {why}: the output is lost; redirect it to a file on a disk with free space"
 
 
 @contextmanager
 def terminal() -> Iterator[Terminal]:
-    """Standard output and error as the module says, to the end of the block."""
+    """Standard output and error as described in the module, to the end of the block."""
     _keep_descriptors_apart()
     before = sys.stdout, sys.stderr
     out = _Stream(sys.stdout, results=True)
@@ -140,7 +140,7 @@ def terminal() -> Iterator[Terminal]:
 
 
 def _keep_descriptors_apart() -> None:
-    """Put nothing where a standard stream is closed: the next file to be opened would take its number, and its text."""
+    """Open /dev/null for closed standard streams: the next file opened would get their number, and their text."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -168,9 +168,9 @@ def speaks_unicode() -> bool:
 
 
 def rich_console(stream: TextIO | None = None, **options: Any) -> Console:
-    """A Rich console on `stream`, standard output by default, that takes text as it is, and shows control characters.
+    """A Rich console on `stream`, by default standard output, without markup; it shows control characters.
 
-    Where they stand in a `Text`, its width is calculated without: give it `printable` text.
+    A `Text` needs `printable` text, as its width is computed beforehand.
     """
     from rich.console import Console
     from rich.segment import Segment

@@ -1,1 +1,1 @@
-"""What a cluster is: nodes, jobs, the container, and the processes of a run."""
+"""Clusters: nodes, jobs, the container, and the processes of a run."""

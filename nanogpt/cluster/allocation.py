@@ -23,7 +23,7 @@ class Allocation:
 
     job_id: str
     nodes: list[str]
-    # By GPU type as Slurm names it ("" where it does not) the number of GPUs; one entry a node, as far as known.
+    # The number of GPUs by Slurm's name for the type ("" if it has none); an entry for each node, as far as known.
     gpus: dict[str, Counter[str]] = field(default_factory=dict)
 
     def described(self) -> str:
@@ -35,7 +35,7 @@ class Allocation:
         return f"{count} with {'; '.join(kinds)}"
 
     def misfits(self, request: JobRequest) -> list[str]:
-        """What the recipe needs and the allocation is not, one line each; empty where it fits."""
+        """What the recipe needs and the allocation lacks, one line each; empty if it fits."""
         lines = []
         if len(self.nodes) != request.nodes:
             lines.append(f"{request.nodes} node{'s' if request.nodes != 1 else ''} needed, {len(self.nodes)} allocated")
@@ -44,7 +44,7 @@ class Allocation:
         for node in self.nodes:
             gpus = self.gpus.get(node, Counter())
             if gpus.total() != request.gpus_per_node:
-                lines.append(f"{request.gpus_per_node} GPUs a node needed, {gpus.total()} allocated on {node}")
+                lines.append(f"{request.gpus_per_node} GPUs per node needed, {gpus.total()} allocated on {node}")
             wrong = [kind for kind in gpus if kind and not same_type(kind, request.gpu)]
             if wrong:
                 lines.append(f"GPUs of type {request.gpu} needed, {', '.join(wrong)} allocated on {node}")
@@ -63,12 +63,12 @@ def read_allocation(environ: Mapping[str, str]) -> Allocation:
 
 
 def host_names(node_list: str) -> list[str]:
-    """`n[1-2]` -> n1, n2, in Slurm's order. Raises `RunError` where Slurm does not answer."""
+    """`n[1-2]` -> n1, n2, in Slurm's order. Raises `RunError` if Slurm does not answer."""
     return ask_or_fail("scontrol", "show", "hostnames", node_list).split()
 
 
 def parse_gpus(text: str) -> dict[str, Counter[str]]:
-    """GPUs by node and type of what `scontrol show job --details` prints.
+    """GPUs by node and type, from `scontrol show job --details`.
 
     Lines such as `Nodes=n[1-2] CPU_IDs=0 Mem=0 GRES=gpu:h200:4(IDX:0-3)`; a site may have no types: `gpu:4(IDX:0-3)`.
     """

@@ -1,7 +1,7 @@
 """The hardware of a recipe that leaves it open: the GPUs of this machine, or of the Slurm job.
 
-Under torchrun the processes that it started decide how many GPUs there are. Of GPUs that are none of the world sizes a
-run takes as many as it can, and says so.
+Under torchrun the number of processes decides the number of GPUs. If that is no valid world size, a run takes as many
+GPUs as it can, and says so.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ OPEN = "hardware: the recipe leaves it open"
 
 
 def at_hand(environ: Mapping[str, str]) -> Fill:
-    """What this machine has, by the driver, which is asked where a recipe leaves type or number of GPUs open.
+    """What this machine has; the driver is asked if a recipe leaves type or number of GPUs open.
 
     Raises (when it fills):
-        InputError: there is no GPU, or none of a type that is known; the message says how to continue.
+        InputError: there is no GPU, or none of a known type; the message says how to continue.
     """
 
     def fill(stated: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
@@ -34,10 +34,10 @@ def at_hand(environ: Mapping[str, str]) -> Fill:
         try:
             names = [gpu.name for gpu in visible_gpus(environ)]
         except RunError as error:
-            raise InputError(f"{OPEN}, and no GPU is found here: {error}. {_say_it(1)}") from error
+            raise InputError(f"{OPEN}, and there is no GPU here: {error}. {_say_it(1)}") from error
         if not names:
             visible = environ.get("CUDA_VISIBLE_DEVICES", "")
-            raise InputError(f"{OPEN}, and of the GPUs here CUDA_VISIBLE_DEVICES={visible} shows none. {_say_it(1)}")
+            raise InputError(f"{OPEN}, and CUDA_VISIBLE_DEVICES={visible} hides all GPUs here. {_say_it(1)}")
         found = {"gpu": stated.get("gpu") or _type_of(names), **(started or _count(len(names), stated))}
         _tell(environ, {**found, **stated}, "the processes started" if started else "the GPUs at hand", len(names))
         return found, f"hardware at hand ({len(names)} x {names[0]})"
@@ -46,9 +46,9 @@ def at_hand(environ: Mapping[str, str]) -> Fill:
 
 
 def of_the_job(environ: Mapping[str, str]) -> Fill:
-    """What Slurm gave the job that `environ` describes; where it has no types of GPUs, the driver tells the type.
+    """What Slurm gave the job that `environ` describes; if it names no GPU types, the driver does.
 
-    Raises (when it fills): as `at_hand`, and `RunError` where Slurm does not answer.
+    Raises (when it fills): as `at_hand`, and `RunError` if Slurm does not answer.
     """
 
     def fill(stated: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
@@ -71,7 +71,7 @@ def of_the_job(environ: Mapping[str, str]) -> Fill:
 
 
 def check_type(hardware: HardwareSpec, environ: Mapping[str, str]) -> None:
-    """Refuse GPUs of another type than `hardware` names; those of no known type may stand for any.
+    """Refuse GPUs of a type other than `hardware` names; unknown types may stand for any.
 
     Raises:
         InputError: says how to run on the GPUs that are here.
@@ -91,7 +91,7 @@ def check_type(hardware: HardwareSpec, environ: Mapping[str, str]) -> None:
 
 
 def to_be_said(stated: Mapping[str, Any]) -> NoReturn:
-    """For a job that is still to be submitted: nothing here tells what it is to run on. Raises `InputError`."""
+    """For a job still to be submitted, when nothing says what it should run on. Raises `InputError`."""
     raise InputError(f"{OPEN}. {_say_it(8)}")
 
 
@@ -106,7 +106,7 @@ def _started_by_torchrun(environ: Mapping[str, str]) -> dict[str, int] | None:
 def _count(gpus: int, stated: Mapping[str, Any]) -> dict[str, int]:
     nodes = stated.get("nodes", 1)
     fits = largest_count(gpus, nodes) if isinstance(nodes, int) and nodes > 0 else 0
-    return {"gpus_per_node": fits or gpus}  # what does not fit is refused where the recipe is checked
+    return {"gpus_per_node": fits or gpus}  # what does not fit is refused when the recipe is checked
 
 
 def _type_of(names: Iterable[str]) -> str:
@@ -118,15 +118,15 @@ def _type_of(names: Iterable[str]) -> str:
     if gpu is None:
         known = ", ".join(GPU_TYPES)
         raise InputError(
-            f"{OPEN}, and {kinds[0]} is none of the types that are known: {known}. Name the one that is most like it:"
-            " --set hardware.gpu=l40s (h100 for a newer one); the number of GPUs is still found"
+            f"{OPEN}, and {kinds[0]} is not one of the known types: {known}. Name the most similar one:"
+            " --set hardware.gpu=l40s (h100 for a newer GPU); the number of GPUs is still detected"
         )
     return gpu
 
 
 def _say_it(count: int) -> str:
     types = ", ".join(GPU_NAMES)
-    return f"Say what it runs on: --on {count}xh100, {EXAMPLES} (types: {types}; a CPU trains the recipe demo)"
+    return f"Say what to run on: --on {count}xh100, {EXAMPLES} (types: {types}; cpu is for the recipe demo)"
 
 
 def _tell(environ: Mapping[str, str], hardware: Mapping[str, Any], whence: str, there: int) -> None:
@@ -135,4 +135,4 @@ def _tell(environ: Mapping[str, str], hardware: Mapping[str, Any], whence: str, 
     count, nodes = hardware["gpus_per_node"], hardware.get("nodes", 1)
     some = f" ({count} of {there}: a run takes {', '.join(map(str, WORLD_SIZES))} in all)" if count < there else ""
     on = f"{nodes} nodes of {count} x {hardware['gpu']}" if nodes != 1 else f"{count} x {hardware['gpu']}"
-    say(f"hardware: {on}, {whence}{some}; --on says another")
+    say(f"hardware: {on}, {whence}{some}; --on chooses another")

@@ -1,7 +1,7 @@
-"""How fast the GPUs of a node copy to one another: `python -m nanogpt.cluster.bandwidth`, a process of its own.
+"""How fast the GPUs of a node copy to one another: `python -m nanogpt.cluster.bandwidth`.
 
-Each GPU sends to the next one, one pair at a time, by peer-to-peer copies. Prints a JSON list of GB/s, one way.
-A process of its own, so that no CUDA context is left when the run begins.
+Each GPU sends to the next, one pair at a time, by peer-to-peer copies. Prints a JSON list of GB/s, one way.
+It is a separate process, so that no CUDA context is left when the run begins.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def measure() -> list[float]:
 
 
 def measure_apart() -> list[float]:
-    """`measure` in a process of its own. Raises `RunError` with its last word where it fails."""
+    """`measure` in a separate process. Raises `RunError` with its last line if it fails."""
     try:
         done = subprocess.run(
             [sys.executable, "-m", "nanogpt.cluster.bandwidth"],

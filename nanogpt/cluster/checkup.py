@@ -1,7 +1,7 @@
-"""`nanogpt doctor` and the image's %test: what a run needs, looked at one by one, in seconds.
+"""`nanogpt doctor` and the image's %test: everything a run needs, checked one by one, in seconds.
 
-Each check says what was found and, where it has not passed, what to do. A machine without a GPU is fine unless one is
-asked for: what needs a GPU then says that it was not tried.
+Each check says what it found and, unless it passed, what to do. A machine without a GPU is fine unless one is
+required: checks that need a GPU then say that they were not tried.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nanogpt.gpus import GPU_TYPES, OTHER_DRIVER, driver_cuda_version, nearest_t
 from nanogpt.image.build_checks import Check, Status
 
 SHARED_MEMORY_NEEDED = 1 << 30  # NCCL and the batches' workers
-# Heads of 128, as the kernels like them, and next to nothing else.
+# Heads of 128, which the kernels expect, and almost nothing else.
 TINY = (
     "model.vocab_size=512",
     "model.padded_vocab_size=512",
@@ -63,12 +63,12 @@ def checkup(*, require_gpu: bool = False, environ: Mapping[str, str] | None = No
 
 
 def first_line(error: Exception) -> str:
-    """Of what the error says."""
+    """The first line of the error's message."""
     return str(error).strip().partition("\n")[0] or "no message"
 
 
 def check_code() -> Check:
-    """Which code this is."""
+    """Which code is running."""
     from nanogpt import __version__
     from nanogpt.runs.provenance import code_state, container_of, package_directory
 
@@ -94,7 +94,7 @@ def check_torch() -> Check:
             "PyTorch",
             "failed",
             f"{type(error).__name__}: {error}",
-            "The installation is broken, or another one comes first: look at PYTHONPATH and LD_LIBRARY_PATH.",
+            "The installation is broken, or another one comes first: check PYTHONPATH and LD_LIBRARY_PATH.",
         )
     seconds = time.perf_counter() - start
     built_for = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for CPUs"
@@ -110,7 +110,7 @@ def judge_driver(built_for: str, driver_cuda: tuple[int, int], driver: str | Non
 
 
 def check_gpu(*, require_gpu: bool, devices: Path = Path("/dev"), environ: Mapping[str, str] | None = None) -> Check:
-    """GPUs that PyTorch can use; else why not."""
+    """The GPUs that PyTorch can use, or why it cannot."""
     import torch
 
     from nanogpt.runs.provenance import driver_version
@@ -145,12 +145,12 @@ def check_gpu(*, require_gpu: bool, devices: Path = Path("/dev"), environ: Mappi
     if not runs_on("triton", capability):
         return Check("GPU", "failed", found, f"The kernels need sm_80 or newer: {known}.")
     if capability not in {gpu.capability for gpu in GPU_TYPES.values()}:
-        return Check("GPU", "warning", found, f"Runs are tried on {known}; on others speed is not known.")
+        return Check("GPU", "warning", found, f"Runs have been tried on {known}; speed on others is unknown.")
     return Check("GPU", "passed", found)
 
 
 def check_compiler() -> Check:
-    """A C compiler, which Triton starts for its launchers, and a C++ one for torch.compile on CPUs."""
+    """A C compiler, which Triton needs for its launchers, and a C++ compiler for torch.compile on CPUs."""
     found = [path for name in ("gcc", "g++") if (path := shutil.which(name))]
     if len(found) < 2:
         return Check("compiler", "warning", "no gcc or no g++", "Triton and torch.compile need them: apt install g++.")
@@ -170,14 +170,14 @@ def check_attention(environ: Mapping[str, str]) -> Check:
         capability = torch.cuda.get_device_capability()
         choice = select_attention_backend("auto", capability, head_dim=128, dtype=torch.bfloat16)
         status: Status = "warning" if choice.backend == "plain" else "passed"
-        return Check(name, status, choice.reason, "Without a fast backend a run takes many times as long.")
+        return Check(name, status, choice.reason, "Without a fast backend a run takes many times longer.")
     backend = "fa3" if environ.get("NANOGPT_FLASH_ATTN") else "fa4"
     failure = import_failure(backend)
     if failure is not None:
         return Check(
             name, "warning", f"{backend} cannot be imported: {failure}", "Another backend, or the plain one, runs."
         )
-    return Check(name, "passed", f"{backend} can be imported; not run, there is no GPU")
+    return Check(name, "passed", f"{backend} can be imported; not run, as there is no GPU")
 
 
 def check_triton() -> Check:
@@ -185,7 +185,7 @@ def check_triton() -> Check:
     import torch
 
     if not torch.cuda.is_available():
-        return Check("Triton", "passed", "not tried, there is no GPU")
+        return Check("Triton", "passed", "not tried, as there is no GPU")
     start = time.perf_counter()
     try:
         from nanogpt.kernels.transpose import transpose_copy
@@ -200,18 +200,18 @@ def check_triton() -> Check:
     except Exception as error:
         advice = "Needs gcc, libcuda (--nv) and a cache that can be written (NANOGPT_CACHE)."
         return Check("Triton", "failed", f"{type(error).__name__}: {first_line(error)}", advice)
-    return Check("Triton", "passed", f"a kernel was compiled and ran in {time.perf_counter() - start:.1f} s")
+    return Check("Triton", "passed", f"compiled and ran a kernel in {time.perf_counter() - start:.1f} s")
 
 
 def check_kernels() -> Check:
-    """Each kernel, as it is chosen on this GPU, can be launched at the sizes of a run."""
+    """Each kernel chosen on this GPU can be launched at the sizes of a run."""
     import torch
 
     from nanogpt.bench.kernels import all_bench_cases
 
     name, tried = "kernels", dict[str, None]()
     if not torch.cuda.is_available():
-        return Check(name, "passed", "not tried, there is no GPU")
+        return Check(name, "passed", "not tried, as there is no GPU")
     start = time.perf_counter()
     try:
         for case in all_bench_cases():
@@ -227,11 +227,11 @@ def check_kernels() -> Check:
         return Check(
             name, "failed", found, "Runs continue without: --set runtime.kernels=plain --set runtime.attention=plain."
         )
-    return Check(name, "passed", f"{len(tried)} were launched in {time.perf_counter() - start:.1f} s")
+    return Check(name, "passed", f"launched {len(tried)} in {time.perf_counter() - start:.1f} s")
 
 
 def check_shared_memory(place: Path = Path("/dev/shm"), needed: int = SHARED_MEMORY_NEEDED) -> Check:
-    """/dev/shm is there and large enough."""
+    """/dev/shm exists and is large enough."""
     from nanogpt.console import human_bytes
 
     try:
@@ -239,12 +239,12 @@ def check_shared_memory(place: Path = Path("/dev/shm"), needed: int = SHARED_MEM
     except OSError as error:
         return Check("shared memory", "warning", f"{place}: {error.strerror}", "NCCL then goes through the network.")
     found = f"{place}: {human_bytes(free)} free"
-    advice = f"NCCL wants {human_bytes(needed)}: bind the host's /dev/shm, or ask for a larger one."
+    advice = f"NCCL needs {human_bytes(needed)}: bind the host's /dev/shm, or ask for a larger one."
     return Check("shared memory", "passed" if free >= needed else "warning", found, advice)
 
 
 def check_cache(environ: Mapping[str, str]) -> Check:
-    """Compiled kernels can be kept where NANOGPT_CACHE says."""
+    """Compiled kernels can be written to NANOGPT_CACHE."""
     value = environ.get("NANOGPT_CACHE")
     if not value or value == "off":
         return Check(
@@ -255,13 +255,13 @@ def check_cache(environ: Mapping[str, str]) -> Check:
         with tempfile.TemporaryFile(dir=value):
             pass
     except OSError as error:
-        advice = "Point NANOGPT_CACHE at a directory that can be written, and --bind it into the container."
+        advice = "Point NANOGPT_CACHE at a writable directory, and --bind it into the container."
         return Check("cache", "failed", f"NANOGPT_CACHE={value}: {error.strerror}", advice)
     return Check("cache", "passed", f"NANOGPT_CACHE={value}")
 
 
 def check_training() -> Check:
-    """Two steps of a tiny run, on a GPU where there is one."""
+    """Two steps of a tiny run, on a GPU if there is one."""
     start = time.perf_counter()
     said = io.StringIO()
     try:
@@ -276,7 +276,7 @@ def check_training() -> Check:
             "training",
             "failed",
             f"{type(error).__name__}: {first_line(error)}",
-            "Run `nanogpt demo --steps 2` for the whole story.",
+            "Run `nanogpt demo --steps 2` for the details.",
         )
     return Check("training", "passed", f"two steps on {device} in {time.perf_counter() - start:.1f} s, loss {loss:.2f}")
 

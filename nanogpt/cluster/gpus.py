@@ -1,4 +1,4 @@
-"""The GPUs of this machine as the driver's NVML describes them: no CUDA context, no torch, a fraction of a second."""
+"""The GPUs of this machine from the driver's NVML: no CUDA context, no torch, a fraction of a second."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WORD_BITS = 64  # of NVML's sets of CPUs
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU. Memory in MiB; None where the driver does not tell, as of a GPU that is cut into MIG instances."""
+    """One GPU. Memory in MiB; None if the driver does not say, as for a GPU split into MIG instances."""
 
     index: int
     uuid: str
@@ -32,7 +32,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class GpuProcess:
-    """A process that computes on a GPU. `used_mib` None: not told."""
+    """A process that computes on a GPU. `used_mib` None: unknown."""
 
     gpu_uuid: str
     pid: int
@@ -41,7 +41,7 @@ class GpuProcess:
 
 
 def visible_gpus(environ: Mapping[str, str]) -> list[Gpu]:
-    """The GPUs that are this job's: all that the driver shows, or of them those in CUDA_VISIBLE_DEVICES.
+    """This job's GPUs: all that the driver shows, or those of them in CUDA_VISIBLE_DEVICES.
 
     Raises:
         RunError: there is no driver, or it does not answer.
@@ -49,12 +49,12 @@ def visible_gpus(environ: Mapping[str, str]) -> list[Gpu]:
     gpus = _ask(_gpus)
     visible = [name.strip() for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     if not visible or len(visible) >= len(gpus):
-        return gpus  # where Slurm confines devices, the driver counts the job's own from 0, as CUDA does
+        return gpus  # if Slurm confines devices, the driver counts the job's own from 0, as CUDA does
     return [gpu for gpu in gpus if str(gpu.index) in visible or any(gpu.uuid.startswith(name) for name in visible)]
 
 
 def nearest_cpus(gpu: Gpu) -> set[int]:
-    """The CPUs of the NUMA node that `gpu` hangs on; empty where the driver does not tell. Raises `RunError`."""
+    """The CPUs of the NUMA node that `gpu` belongs to; empty if the driver does not say. Raises `RunError`."""
 
     def cpus(nvml: Any) -> set[int]:
         size = (max(os.sched_getaffinity(0)) + WORD_BITS) // WORD_BITS
@@ -66,12 +66,12 @@ def nearest_cpus(gpu: Gpu) -> set[int]:
 
 
 def gpu_processes() -> list[GpuProcess]:
-    """The processes on all GPUs that can be seen. Raises `RunError` as `visible_gpus` does."""
+    """The processes on all visible GPUs. Raises `RunError` as `visible_gpus` does."""
     return _ask(_processes)
 
 
 def oldest_driver(cuda: str) -> tuple[int, ...]:
-    """The oldest driver that CUDA `13.0` runs on; of a later version the newest that is known."""
+    """The oldest driver that CUDA `13.0` runs on; for a later version, the newest known."""
     return OLDEST_DRIVER.get(int(cuda.partition(".")[0]), OLDEST_DRIVER[max(OLDEST_DRIVER)])
 
 
@@ -81,7 +81,7 @@ def version_numbers(version: str) -> tuple[int, ...]:
 
 
 def _ask(question: Callable[[Any], T]) -> T:
-    """What NVML answers, in a thread, since a driver that hangs never does."""
+    """NVML's answer, from a thread, since a hanging driver never answers."""
     answers: list[T | Exception] = []
 
     def ask() -> None:
@@ -137,7 +137,7 @@ def _processes(nvml: Any) -> list[GpuProcess]:
 
 
 def _asked(nvml: Any, function: Callable[..., Any], *arguments: Any) -> Any:
-    """What `function` returns; None where the driver does not tell, of this GPU or to this user."""
+    """What `function` returns; None if the driver does not say, for this GPU or to this user."""
     try:
         return function(*arguments)
     except (nvml.NVMLError_NotSupported, nvml.NVMLError_NoPermission, nvml.NVMLError_NotFound):

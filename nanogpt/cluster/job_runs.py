@@ -1,4 +1,4 @@
-"""The runs of a Slurm job: which one a requeued job continues with, and whether another requeue would help.
+"""The runs of a Slurm job: which one a requeued job continues, and whether another requeue would help.
 
 A requeued job keeps its id, so its runs are those whose record names that id and cluster.
 """
@@ -16,7 +16,7 @@ from nanogpt.errors import InputError
 from nanogpt.runs.directory import CHECKPOINTS_NAME, is_run
 from nanogpt.runs.record import Record, read_record
 
-RESTARTS = 3  # after lost nodes, of a run that gets no further
+RESTARTS = 3  # after lost nodes, for a run that makes no progress
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class JobRun:
 
     @property
     def has_checkpoint(self) -> bool:
-        """Whether there is one to continue from."""
+        """Whether there is a checkpoint to continue from."""
         return any((self.path / CHECKPOINTS_NAME).glob("step-*.pt"))
 
 
@@ -40,7 +40,7 @@ def runs_of_job(parent: Path, job_id: str, cluster: str | None) -> list[JobRun]:
             continue
         try:
             record = read_record(path)
-        except InputError:  # none, or damaged: whose it is cannot be known
+        except InputError:  # missing or damaged: its job is unknown
             continue
         slurm = record.slurm
         if slurm is not None and slurm.job_id == job_id and cluster in (None, slurm.cluster):
@@ -50,7 +50,7 @@ def runs_of_job(parent: Path, job_id: str, cluster: str | None) -> list[JobRun]:
 
 @dataclass(frozen=True)
 class Continuation:
-    """What a job is to do: start a run, continue with `run`, or nothing, for `run` is finished."""
+    """What a job should do: start a run, continue `run`, or nothing, if `run` is finished."""
 
     action: Literal["start", "resume", "nothing"]
     run: JobRun | None = None
@@ -58,7 +58,7 @@ class Continuation:
 
 
 def continuation(parent: Path, environ: Mapping[str, str]) -> Continuation:
-    """What the job that `environ` describes is to do. Only a job that was requeued has anything to continue with."""
+    """What the job that `environ` describes should do. Only a requeued job has a run to continue."""
     restarts = environ.get("SLURM_RESTART_COUNT", "0")
     if not re.fullmatch("0*[1-9][0-9]*", restarts):
         return Continuation("start")
@@ -74,7 +74,7 @@ def continuation(parent: Path, environ: Mapping[str, str]) -> Continuation:
 
 
 def newest_run(parent: Path, environ: Mapping[str, str]) -> JobRun | None:
-    """The last run that the job that `environ` describes has made in the directory `parent`."""
+    """The last run in `parent` made by the job that `environ` describes."""
     runs = runs_of_job(parent, value_of("SLURM_JOB_ID", environ), environ.get("SLURM_CLUSTER_NAME"))
     return runs[-1] if runs else None
 
@@ -82,8 +82,8 @@ def newest_run(parent: Path, environ: Mapping[str, str]) -> JobRun | None:
 def requeue_refusal(run: JobRun, environ: Mapping[str, str], *, lost: bool = False) -> str | None:
     """Why the job, whose run was interrupted, should not start again; None: it should.
 
-    A run that got no further since its last start would not the next time: the time limit is too short for a start.
-    Where a node was `lost` it may do so RESTARTS times, without a checkpoint from the beginning.
+    A run that made no progress since its last start would make none next time: the time limit is too short for a start.
+    After a `lost` node it may restart RESTARTS times, from the beginning if there is no checkpoint.
     """
     start = run.record.starts[-1]
     if lost:
@@ -103,12 +103,12 @@ def requeue_refusal(run: JobRun, environ: Mapping[str, str], *, lost: bool = Fal
 
 
 def excluded_nodes(shown: str) -> list[str]:
-    """The nodes that the job that `scontrol show job` has `shown` is to leave out, as Slurm writes them."""
+    """The nodes to exclude of the job that `scontrol show job` has `shown`, as Slurm writes them."""
     match = re.search(r"\bExcNodeList=(\S+)", shown)
     return [] if match is None or match[1] == "(null)" else [match[1]]
 
 
 def job_name_for_slurm(environ: Mapping[str, str]) -> str:
-    """`120_3` for a task of an array, whose own id would also mean the whole array, else `123`."""
+    """`120_3` for a task of an array, whose own id could also mean the whole array, else `123`."""
     array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else value_of("SLURM_JOB_ID", environ)

@@ -1,6 +1,6 @@
 """A job's step: from recipe, allocation and node names to the srun command that `slurm/run.sh` runs.
 
-Everything that can be refused without a GPU is refused here, on the first node, seconds into the job.
+Whatever can be refused without a GPU is refused here, on the first node, seconds into the job.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from nanogpt.spec import RunSpec
 from nanogpt.training.resume import resumed_data_directory, resumed_spec
 
 SCRIPTS = "NANOGPT_SCRIPTS"  # where slurm/run.sh is
-WAIT_S = 110  # for the other nodes, once one has ended: the first may still write the checkpoint of all
+WAIT_S = 110  # for the other nodes once one has ended: the first may still be writing the checkpoint
 
 
 @dataclass(frozen=True)
 class RunArguments:
-    """What a user says of a run, on `slurm/run.sh`'s command line."""
+    """What a user says about a run on `slurm/run.sh`'s command line."""
 
     recipe: str | None  # None: with `resume` only
     overrides: Sequence[str] = ()
@@ -42,13 +42,13 @@ class RunArguments:
     on: str | None = None  # hardware instead of the recipe's: 4xh200
 
     def with_environment(self, environ: Mapping[str, str]) -> RunArguments:
-        """The same with GPU_TYPE and NUM_GPUS taken in; a `--on` or `--set` of the user's wins."""
+        """The same with GPU_TYPE and NUM_GPUS applied; the user's `--on` or `--set` takes precedence."""
         if self.on is not None:
             return self
         return replace(self, overrides=[*environment_overrides(environ), *self.overrides])
 
     def settled(self, fill: Fill) -> RunArguments:
-        """The same with `on` said, by `fill`, where the recipe leaves its hardware open.
+        """The same with `on` set by `fill` if the recipe leaves its hardware open.
 
         Raises `InputError` with every problem of the recipe, and what `fill` raises.
         """
@@ -91,7 +91,7 @@ class RunArguments:
 
 
 def plan_step(arguments: RunArguments, environ: Mapping[str, str]) -> list[str]:
-    """The srun command of the job that `environ` describes; empty where there is nothing left to do.
+    """The srun command of the job that `environ` describes; empty if there is nothing left to do.
 
     Raises:
         InputError: the recipe is invalid, or the allocation, the shards or the output do not fit it.
@@ -112,7 +112,7 @@ def plan_step(arguments: RunArguments, environ: Mapping[str, str]) -> list[str]:
                     f"{arguments.recipe or arguments.resume}: job {allocation.job_id} does not fit the recipe:",
                     *(f"  {line}" for line in misfits),
                     f"  allocated: {allocation.described()}",
-                    "Submit it so (with your partition and account), or let the script work it out, without sbatch:",
+                    "Submit it like this (with your partition and account), or leave it to the script, without sbatch:",
                     f"  {shown(command)}",
                     f"  {shown([f'{value_of(SCRIPTS, environ)}/run.sh', *arguments.words()])}",
                 ]
@@ -142,9 +142,9 @@ def plan_step(arguments: RunArguments, environ: Mapping[str, str]) -> list[str]:
     if stage:
         image = Path(value_of("NANOGPT_SIF", environ))
         local = ["env", f"{STAGED_FROM}={data.resolve()}"]
-        if not image.is_dir():  # one that is unpacked stays where it is
+        if not image.is_dir():  # an unpacked one stays where it is
             local.append(f"NANOGPT_SIF={staged_image(Path(stage), image)}")
-            local.append(f"NANOGPT_STAGED_BELOW={Path(stage)}")  # in_image.sh looks whose it is
+            local.append(f"NANOGPT_STAGED_BELOW={Path(stage)}")  # in_image.sh checks the owner
         data = staged_data(Path(stage), data)
     meeting = []
     if request.nodes > 1:

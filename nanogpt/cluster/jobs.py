@@ -1,4 +1,4 @@
-"""My jobs, from squeue and, where it is configured, sacct; beside each what its run has to say."""
+"""My jobs, from squeue and, if configured, sacct, each with what its run reports."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nanogpt.terminal import printable
 if TYPE_CHECKING:
     from rich.table import Table
 
-# The name comes last, for it may hold anything.
+# The name comes last, as it may contain anything.
 SQUEUE_FIELDS = ("%i", "%A", "%T", "%M", "%L", "%P", "%D", "%r", "%N", "%Z", "%j")
 SACCT_FIELDS = ("JobID", "JobIDRaw", "State", "Elapsed", "Partition", "NNodes", "NodeList", "ExitCode", "JobName")
 ENDED_SINCE = "now-2days"
@@ -39,7 +39,7 @@ LIVE = (
 
 @dataclass
 class Job:
-    """One job. Times as Slurm writes them, `1-02:03:04`; empty: not told."""
+    """One job. Times as Slurm writes them, `1-02:03:04`; empty: unknown."""
 
     id: str  # 123, or 120_3 of an array
     raw_id: str
@@ -48,9 +48,9 @@ class Job:
     left: str
     partition: str
     nodes: int
-    reason: str  # why it waits, or its exit code
+    reason: str  # why it is waiting, or its exit code
     node_list: str
-    directory: Path | None  # it was submitted from
+    directory: Path | None  # where it was submitted
     name: str
     run: RunRow | None = None
     train_loss: float | None = None
@@ -62,7 +62,7 @@ class Job:
 
     @property
     def seconds_of_run_left(self) -> float | None:
-        """Of the run's steps, at its mean speed so far; None: not known."""
+        """For the run's remaining steps, at its mean speed so far; None: unknown."""
         run = self.run
         if run is None or not run.ms_per_step or run.total_steps is None or self.state != "RUNNING":
             return None
@@ -71,7 +71,7 @@ class Job:
 
 @dataclass
 class Jobs:
-    """What is known of my jobs, and where it comes from."""
+    """What is known about my jobs."""
 
     jobs: list[Job]
     history: bool  # whether sacct answered
@@ -105,22 +105,20 @@ def parse_sacct(text: str) -> list[Job]:
 
 
 def my_jobs(runs_directories: Sequence[Path], *, only: str | None = None) -> Jobs:
-    """My jobs with their runs, newest last; runs are looked for in `runs_directories` and where jobs were submitted.
+    """My jobs with their runs, newest last. Runs are sought in `runs_directories` and where jobs were submitted.
 
     Args:
-        runs_directories: where runs are; those that do not exist are left out.
+        runs_directories: where runs are; missing ones are skipped.
         only: a job's id.
 
     Raises:
-        RunError: squeue is not there or does not answer.
+        RunError: squeue is missing or does not answer.
     """
     user = os.environ.get("USER") or os.environ.get("LOGNAME") or str(os.getuid())
-    # With all states, those that ended some minutes ago as well.
+    # All states, which includes jobs that ended some minutes ago.
     answer = ask("squeue", "--noheader", "--states=all", f"--user={user}", f"--format={'|'.join(SQUEUE_FIELDS)}")
     if answer.code == NOT_FOUND:
-        raise RunError(
-            "squeue: not found. Where there is Slurm, start this by slurm/nanogpt.sh; elsewhere: nanogpt runs"
-        )
+        raise RunError("squeue: not found. On a cluster use slurm/nanogpt.sh; elsewhere: nanogpt runs")
     if answer.code:
         raise RunError(f"squeue: {answer.err.strip()}")
     jobs = parse_squeue(answer.out)
@@ -141,7 +139,7 @@ def my_jobs(runs_directories: Sequence[Path], *, only: str | None = None) -> Job
 
 
 def _by_number(job: Job) -> tuple[int, ...]:
-    """Of the job or its array, then the task's; tasks that wait together, `120_[4-9]`, by the first."""
+    """By the job or its array, then by task; tasks waiting together, `120_[4-9]`, by the first."""
     numbers = [int(number) for number in re.findall(r"\d+", job.id)]
     return tuple(numbers[:2])
 
@@ -157,14 +155,14 @@ def _rows(directories: Iterable[Path]) -> list[RunRow]:
 
 
 def _join(jobs: Sequence[Job], rows: Sequence[RunRow]) -> None:
-    for row in rows:  # oldest first: of several runs of a job the newest stays
+    for row in rows:  # oldest first, so the newest run of a job wins
         for job in jobs:
             if row.job == job.id:
                 job.run, job.train_loss = row, last_train_loss(row.path)
 
 
 def _ended(jobs: Sequence[Job], rows: Sequence[RunRow]) -> list[Job]:
-    """Jobs that squeue does not know any more, from their runs, where sacct is missing."""
+    """Jobs that squeue no longer knows, from their runs, if sacct is missing."""
     known = {job.id for job in jobs}
     since = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=2)
     ended: dict[str, Job] = {}
@@ -177,7 +175,7 @@ def _ended(jobs: Sequence[Job], rows: Sequence[RunRow]) -> list[Job]:
 
 
 def last_train_loss(path: Path) -> float | None:
-    """The newest training loss of the run at `path`; None where there is none."""
+    """The newest training loss of the run at `path`; None if there is none."""
     try:
         steps = read_run(path).steps
     except InputError:
@@ -192,7 +190,7 @@ def refresh(job: Job) -> None:
 
 
 def jobs_table(jobs: Sequence[Job]) -> Table:
-    """The jobs for a Rich console; a narrow terminal goes without nodes, training loss and speed."""
+    """The jobs as a table; a narrow terminal drops nodes, training loss and speed."""
     from rich.text import Text
 
     from nanogpt.console import new_table
@@ -229,18 +227,18 @@ def duration(seconds: float) -> str:
 
 
 def log_path(job: str) -> Path | None:
-    """The job's log, as Slurm knows it; None where it is not told any more."""
+    """The job's log according to Slurm; None if Slurm no longer says."""
     match = re.search(r"^ *StdOut=(.+)$", ask("scontrol", "show", "job", job).out, re.MULTILINE)
     return Path(match.group(1)) if match else None
 
 
 def find_job(job: str, runs_directories: Sequence[Path]) -> Job:
-    """The job `job` of mine. Raises `InputError` naming those there are."""
+    """My job `job`. Raises `InputError`, which lists my jobs."""
     if not re.fullmatch(r"\d+(_\d+)?", job):
-        raise InputError(f"{job}: not the id of a job, expected such as 123, or 120_3 of an array")
+        raise InputError(f"{job}: not a job id; expected one such as 123, or 120_3 for a task of an array")
     everything = my_jobs(runs_directories)
     for one in everything.jobs:
         if job in (one.id, one.raw_id):
             return one
     known = ", ".join(one.id for one in everything.jobs[-10:]) or "none"
-    raise InputError(f"{job}: no such job of mine in the queue, nor a run of it; my jobs: {known}")
+    raise InputError(f"{job}: you have no such job in the queue, nor a run of it; your jobs: {known}")

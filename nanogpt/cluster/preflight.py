@@ -1,7 +1,7 @@
-"""Preflight: is this node fit for the run? Seconds, before anything is compiled.
+"""Preflight: can this node do the run? Takes seconds, before anything is compiled.
 
-Each check says passed, warning or failed, what it found, and what to do. The files' part (shards, output, space) needs
-no GPU and also runs before the job's step; the rest runs on every node. A recipe for the CPU has no GPU checks.
+Each check says passed, warning or failed, what it found, and what to do. The checks of files (shards, output, space)
+need no GPU and also run before the job's step; the rest run on every node. A recipe for the CPU has no GPU checks.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from nanogpt.hardware import largest_count, shape
 from nanogpt.image.build_checks import Check, Status
 from nanogpt.spec import RunSpec
 
-USED_MIB_WARNING, USED_MIB_FAILED = 1024, 8192  # a GPU that nobody uses has some hundred MiB in use
+USED_MIB_WARNING, USED_MIB_FAILED = 1024, 8192  # an idle GPU has some hundred MiB in use
 MIB = 1 << 20
 HASH_PATIENCE_S = 10.0
-WEIGHT_BYTES = 12  # of a parameter in a checkpoint: weight and two moments in fp32
-AVERAGE_BYTES = 4  # of one that is averaged at the end
+WEIGHT_BYTES = 12  # per parameter in a checkpoint: weight and two moments in fp32
+AVERAGE_BYTES = 4  # per averaged parameter
 
 
 def _node(environ: Mapping[str, str]) -> str:
@@ -44,23 +44,23 @@ def _node(environ: Mapping[str, str]) -> str:
 
 
 def raise_for_failures(checks: Iterable[Check], *, printed: bool = False) -> None:
-    """Raise `InputError` with every check that failed, if any did; by name alone where they have been `printed`."""
+    """Raise `InputError` with every failed check, if any; by name alone if they have been `printed`."""
     failed = [check for check in checks if check.status == "failed"]
     node = _node(os.environ)
     if failed and printed:
-        raise InputError(f"preflight on {node}: the run does not start: {', '.join(check.name for check in failed)}")
+        raise InputError(f"preflight on {node}: the run cannot start: {', '.join(check.name for check in failed)}")
     if failed:
         raise InputError("\n".join(f"preflight on {node}: {check}" for check in failed))
 
 
 def preflight(spec: RunSpec, data: Path, out: Path, environ: Mapping[str, str]) -> list[Check]:
-    """All checks of this node, each said as it ends.
+    """All checks of this node, each reported as it ends.
 
     Args:
         spec: the run.
         data: directory of the shards.
         out: parent of run directories; made if missing.
-        environ: CUDA_VISIBLE_DEVICES, APPTAINER_CONTAINER and NANOGPT_SIF_SHA256 count.
+        environ: CUDA_VISIBLE_DEVICES, APPTAINER_CONTAINER and NANOGPT_SIF_SHA256 matter.
     """
     began, node = time.monotonic(), _node(environ)
     hashing = _Hash(environ)
@@ -79,7 +79,7 @@ def preflight(spec: RunSpec, data: Path, out: Path, environ: Mapping[str, str]) 
     note(hashing.check(HASH_PATIENCE_S))
     count = {status: sum(check.status == status for check in checks) for status in get_args(Status)}
     say(
-        f"preflight on {node}: {count['passed']} passed, {count['warning']} warnings,"
+        f"preflight on {node}: {count['passed']} passed, {count['warning']} warning{'s' * (count['warning'] != 1)},"
         f" {count['failed']} failed, {time.monotonic() - began:.1f} s"
     )
     return checks
@@ -93,12 +93,14 @@ def _failed(checks: Sequence[Check], name: str) -> bool:
 
 
 def check_gpus(spec: RunSpec, environ: Mapping[str, str]) -> list[Check]:
-    """Number and type, driver, memory in use and who uses it."""
+    """Number and type, driver, memory in use and by whom."""
     try:
         gpus = visible_gpus(environ)
         processes = gpu_processes()
     except RunError as error:
-        return [Check("GPUs", "failed", str(error), "Check `nvidia-smi` on this node; leave it out: --exclude")]
+        return [
+            Check("GPUs", "failed", str(error), "Check `nvidia-smi` on this node, or leave the node out: --exclude")
+        ]
     return [*_number_and_type(spec, gpus), *_driver(gpus), *_memory(gpus, processes)]
 
 
@@ -116,11 +118,11 @@ def _number_and_type(spec: RunSpec, gpus: Sequence[Gpu]) -> Iterable[Check]:
         yield Check("GPUs", "failed", f"the recipe needs {wanted}, found {found}", advice)
         return
     wrong = [name for name in dict.fromkeys(names) if not same_type(name, hardware.gpu)]
-    if wrong and not types:  # the recipe names the one that is most like it
-        advice = f"The kernels fit it or plain PyTorch runs: `nanogpt doctor` tries them. {hardware.gpu} stands for it"
-        yield Check("GPUs", "warning", f"the recipe needs {wanted}, found {found}, no type that is known", advice)
+    if wrong and not types:  # the recipe names the most similar one
+        advice = f"{hardware.gpu} stands for it. `nanogpt doctor` tries the kernels; plain PyTorch replaces the others"
+        yield Check("GPUs", "warning", f"the recipe needs {wanted}, found {found}, an unknown type", advice)
     elif wrong:
-        advice = f"{ask_for}, or say what there is: --on {here}"
+        advice = f"{ask_for}, or run on what there is: --on {here}"
         yield Check("GPUs", "failed", f"the recipe needs {wanted}, found {found}", advice)
     elif len(gpus) > hardware.gpus_per_node:
         advice = f"The rest idles; --on {here} uses more" if there > hardware.gpus_per_node else "The rest idles"
@@ -144,7 +146,7 @@ def _driver(gpus: Sequence[Gpu]) -> Iterable[Check]:
 
 
 def cuda_version() -> str | None:
-    """The CUDA that the installed torch is built with, read without importing it; None: a build for the CPU."""
+    """The CUDA version that the installed torch was built with, read without importing it; None: a CPU build."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None
@@ -169,7 +171,7 @@ def _memory(gpus: Sequence[Gpu], processes: Sequence[GpuProcess]) -> Iterable[Ch
             "foreign process",
             "warning",
             f"{process.name} (pid {process.pid}){used} computes on a GPU of this job",
-            f"Times will not count. End it if it is yours, else leave out this node: --exclude={socket.gethostname()}",
+            f"Times will not count. End it if it is yours, or leave out this node: --exclude={socket.gethostname()}",
         )
     in_use = [(gpu, gpu.used_mib) for gpu in gpus if gpu.used_mib is not None]
     if not in_use:
@@ -189,7 +191,7 @@ def _memory(gpus: Sequence[Gpu], processes: Sequence[GpuProcess]) -> Iterable[Ch
 def check_links(
     spec: RunSpec, environ: Mapping[str, str], measure: Callable[[], list[float]] = bandwidth.measure_apart
 ) -> Check:
-    """Copies from each GPU to the next against what GPUs of the kind should give."""
+    """Copies from each GPU to the next, against what such GPUs should reach."""
     try:
         gpus, rates = visible_gpus(environ), measure()
     except RunError as error:
@@ -205,7 +207,7 @@ def check_links(
         "GPU links",
         "warning",
         f"{found}; at least {expected} expected",
-        "The run works and is slow. See `nvidia-smi topo -m` and `nvidia-smi nvlink --status`; try another node",
+        "The run will work, but slowly. See `nvidia-smi topo -m` and `nvidia-smi nvlink --status`; try another node",
     )
 
 
@@ -218,7 +220,7 @@ def check_files(spec: RunSpec, data: Path, out: Path) -> list[Check]:
 
 
 def check_shards(spec: RunSpec, data: Path) -> list[Check]:
-    """Training and validation shards: there, whole, and enough for the run."""
+    """Training and validation shards: present, complete, and enough for the run."""
     return list(_shards(spec, data))
 
 
@@ -254,7 +256,7 @@ def _shards(spec: RunSpec, data: Path) -> Iterable[Check]:
             yield Check(f"{kind} shards", "failed", str(error), again)
             continue
         bad = [f"{data / one.name}: {one.state}: {one.detail}" for one in checks if one.state in ("corrupt", "missing")]
-        bad += [f"{data / name}: missing, later ones are there" for name in _gaps(names)]
+        bad += [f"{data / name}: missing, though later ones exist" for name in _gaps(names)]
         found = sum(one.tokens or 0 for one in checks)
         if bad:
             yield Check(f"{kind} shards", "failed", "; ".join(bad), again)
@@ -270,9 +272,9 @@ def _shards(spec: RunSpec, data: Path) -> Iterable[Check]:
 
 
 def _unreadable(spec: RunSpec, data: Path, checks: Sequence[ShardCheck], needed: int) -> str:
-    """What the model cannot read of the shards with the `needed` first tokens; more are checked when a run reads them.
+    """Problems in the shards with the first `needed` tokens; later ones are checked when a run reads them.
 
-    Those that the hub's sha256 vouches for have GPT-2's tokens.
+    Shards with the hub's sha256 have GPT-2's tokens.
     """
     known = spec.model.vocab_size >= VOCAB_SIZE and spec.data.bos == VOCAB_SIZE - 1
     problems = []
@@ -292,7 +294,7 @@ _NUMBERED = re.compile(r"^(.*_)(\d{6})(\.bin)$")
 
 
 def _gaps(names: set[str]) -> list[str]:
-    """Numbered names that are missing between those that are there."""
+    """Numbered names missing between existing ones."""
     parts = [match.groups() for name in names if (match := _NUMBERED.match(name))]
     numbers = [int(number) for _, number, _ in parts]
     if not numbers:
@@ -306,7 +308,7 @@ def _gap(name: str, names: set[str]) -> bool:
 
 
 def _output(spec: RunSpec, out: Path) -> Iterable[Check]:
-    advice = "Name a directory that you may write to: --out, NANOGPT_RUNS, output.directory in the recipe"
+    advice = "Name a writable directory: --out, NANOGPT_RUNS, output.directory in the recipe"
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out) as file:
@@ -323,7 +325,9 @@ def _output(spec: RunSpec, out: Path) -> Iterable[Check]:
     needed = copies * checkpoint_bytes(spec)
     if free < needed:
         text = f"{human_bytes(free)} free in {out.absolute()}, checkpoints may take {human_bytes(needed)}"
-        yield Check("space", "failed", text, "Free some, name another directory (--out), or --set checkpoint.keep=1")
+        yield Check(
+            "space", "failed", text, "Free some space, name another directory (--out), or --set checkpoint.keep=1"
+        )
     else:
         yield Check("space", "passed", f"{human_bytes(free)} free, checkpoints take up to {human_bytes(needed)}")
 
@@ -339,7 +343,7 @@ def checkpoint_bytes(spec: RunSpec) -> int:
 
 
 class _Hash:
-    """The image's sha256, worked out while the other checks run."""
+    """The image's sha256, computed while the other checks run."""
 
     def __init__(self, environ: Mapping[str, str]):
         self._image = environ.get("APPTAINER_CONTAINER") or environ.get("SINGULARITY_CONTAINER")
@@ -370,7 +374,7 @@ class _Hash:
                 "image",
                 "failed",
                 text,
-                "It is damaged, or another one: fetch that one (make pull), or correct the variable",
+                "It is damaged or a different image: pull the right one (make pull), or correct the variable",
             )
         else:
             yield Check("image", "passed", f"{self._image}, sha256 {self._digest}")

@@ -1,7 +1,7 @@
-"""Where the nodes of a run meet: the first node's address, and a port of the job's own.
+"""Where the nodes of a run meet: the first node's address, and the job's own port.
 
 Names are resolved outside the image, which may lack what the node's resolver needs. A name that cannot be resolved
-is an error: with localhost in its place every node would wait, or train, alone.
+is an error: with localhost instead, every node would wait, or train, alone.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ class Rendezvous:
 
 
 def rendezvous(nodes: Sequence[str], job_id: int) -> Rendezvous:
-    """Resolve the nodes of a job of several; to be called on the first one.
+    """Resolve the nodes of a job with several; to be called on the first one.
 
     Raises:
-        RunError: a node's name cannot be resolved, or leads back to the machine that asks.
+        RunError: a node's name cannot be resolved, or leads back to this machine.
     """
     return Rendezvous(choose_addresses({node: _resolve(node) for node in nodes}), free_port(job_id))
 
 
 def choose_addresses(found: dict[str, list[str]]) -> list[str]:
-    """One address a node, IPv4 first. Raises `RunError` for a node without one that the other nodes can reach."""
+    """One address per node, preferably IPv4. Raises `RunError` for a node without one that the others can reach."""
     chosen = []
     for node, addresses in found.items():
         if not addresses:
@@ -52,7 +52,7 @@ def choose_addresses(found: dict[str, list[str]]) -> list[str]:
         parsed = sorted((ipaddress.ip_address(address) for address in addresses), key=lambda one: one.version)
         outward = [one for one in parsed if not one.is_loopback]
         chosen.append((outward or parsed)[0])
-    # A host may know its own name by a loopback address, which is another machine on every other node.
+    # A host may resolve its own name to a loopback address, which on every other node means that node itself.
     loopback = [one.is_loopback for one in chosen]
     if any(loopback) and not all(loopback):
         node = list(found)[loopback.index(True)]
@@ -72,7 +72,7 @@ def _resolve(node: str) -> list[str]:
 
 
 def free_port(job_id: int) -> int:
-    """The job's port on this machine, or the next one that is free. Raises `RunError` where none of 100 is."""
+    """The job's port on this machine, or the next free one. Raises `RunError` if 100 are in use."""
     for offset in range(100):
         port = FIRST_PORT + (job_id + offset) % PORTS
         with socket.socket() as probe:

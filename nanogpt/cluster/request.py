@@ -1,7 +1,7 @@
-"""What a recipe needs of Slurm: nodes, GPUs, CPUs, memory, time, and the sbatch command that asks for it.
+"""What a recipe needs from Slurm: nodes, GPUs, CPUs, memory, time, and the sbatch command that asks for it.
 
-`slurm/run.sh` has the values of the 8-GPU recipes in its header, for `sbatch slurm/run.sh RECIPE`; a test holds the
-two together. Partition, account and the like are the site's: SBATCH_* variables, or options after `--`.
+`slurm/run.sh` has the values of the 8-GPU recipes in its header, for `sbatch slurm/run.sh RECIPE`; a test keeps the
+two in step. Partition, account and the like are up to the site: SBATCH_* variables, or options after `--`.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ GIVEN = "NANOGPT_GIVEN"  # names of the NANOGPT_* variables that slurm/use_site.
 CPUS = "NANOGPT_CPUS_PER_GPU"  # instead of `GpuType.cpus`
 MOST_RUNS = 1000  # of an array
 
-# A start from nothing: staging, compiling (10 minutes), warm-up; then the steps at a speed that no healthy machine
-# fails to reach (`GpuType.slow_flops`), forward and backward. 8 x H100 do 400e12 each.
+# A cold start: staging, compiling (10 minutes), warm-up; then the steps at a speed that every healthy machine
+# reaches (`GpuType.slow_flops`), forward and backward. 8 x H100 do 400e12 each.
 START_MINUTES_CPU, START_MINUTES_GPU = 10, 30
 SLOW_FLOPS_CPU = 5e9
 ROUND_MINUTES = 10
 WARM_MINUTES, WARM_MEMORY_GB = 15, 64
 
-# An option that the user has set by sbatch's variable is left to it: on the command line it would win.
+# Options that the user set with sbatch's variables are left out: on the command line they would take precedence.
 VARIABLES = {
     "--job-name": "SBATCH_JOB_NAME",
     "--gres": "SBATCH_GRES",
@@ -61,7 +61,7 @@ class JobRequest:
         return f"gpu:{self.gpu}:{self.gpus_per_node}" if self.gpus_per_node else "none"
 
     def options(self, *, runs: str | None = None) -> dict[str, str]:
-        """sbatch's options for a job of its own, or for an array of `runs` (see `array_range`)."""
+        """sbatch's options for a single job, or for an array of `runs` (see `array_range`)."""
         options = {
             "--job-name": self.name,
             "--nodes": str(self.nodes),
@@ -91,7 +91,7 @@ def job_request(spec: RunSpec, environ: Mapping[str, str] = MappingProxyType({})
     """The resources that `spec` needs.
 
     Raises:
-        InputError: the number of CPUs that `environ` asks for with each GPU is none.
+        InputError: the number of CPUs per GPU in `environ` is not a number.
     """
     hardware = spec.hardware
     ranks, kind = hardware.gpus_per_node, GPU_TYPES.get(hardware.gpu)
@@ -140,16 +140,16 @@ def sbatch_command(
     runs: str | None = None,
     extra: Sequence[str] = (),
 ) -> list[str]:
-    """`sbatch OPTIONS script arguments`; `extra` are the user's own options, which win.
+    """`sbatch OPTIONS script arguments`; `extra` are the user's own options, which take precedence.
 
     Raises:
-        InputError: `extra` leaves a setting of the user's behind (see `left_behind`).
+        InputError: `extra` drops one of the user's settings (see `left_behind`).
     """
     behind = left_behind(environ, extra)
     if behind:
         raise InputError(
-            f"--export: leaves {', '.join(behind)} behind, which this command was given, and the job would do something"
-            f" else. Name them, as in --export=NONE,{','.join(behind)}, or unset them here"
+            f"--export: drops {', '.join(behind)}, which you have set here, and the job would do something else."
+            f" Name them, as in --export=NONE,{','.join(behind)}, or unset them here"
         )
     options = request.options(runs=runs)
     if environ.get(VARIABLES["--array"]) or any(re.match("--array|-a", word) for word in extra):
@@ -159,7 +159,7 @@ def sbatch_command(
 
 
 def left_behind(environ: Mapping[str, str], extra: Sequence[str]) -> list[str]:
-    """Of the NANOGPT_* variables that the user has set (NANOGPT_GIVEN) those that the job would not see."""
+    """Those of the user's NANOGPT_* variables (NANOGPT_GIVEN) that the job would not see."""
     exported = environ.get("SBATCH_EXPORT", "ALL")
     for position, word in enumerate(extra):
         if word.startswith("--export="):
@@ -176,10 +176,10 @@ def shown(command: Sequence[str]) -> str:
 
 
 def environment_overrides(environ: Mapping[str, str]) -> list[str]:
-    """What GPU_TYPE and NUM_GPUS (GPUs of a node) change of a recipe, as `--set` would.
+    """What GPU_TYPE and NUM_GPUS (GPUs per node) change in a recipe, as `--set` would.
 
     Raises:
-        InputError: a value that cannot be meant.
+        InputError: an impossible value.
     """
     overrides = []
     gpu, count = environ.get("GPU_TYPE", "").strip(), environ.get("NUM_GPUS", "").strip()
@@ -189,6 +189,6 @@ def environment_overrides(environ: Mapping[str, str]) -> list[str]:
         overrides.append(f"hardware.gpu={gpu.lower()}")
     if count:
         if not re.fullmatch("[0-9]{1,6}", count):
-            raise InputError(f"NUM_GPUS: found {count!r}, expected the GPUs of a node, such as 8; or unset NUM_GPUS")
+            raise InputError(f"NUM_GPUS: found {count!r}, expected the GPUs per node, such as 8; or unset NUM_GPUS")
         overrides.append(f"hardware.gpus_per_node={int(count)}")
     return overrides

@@ -1,8 +1,8 @@
 """The image and the shards on a node's own disk, copied once.
 
-A copy that is there is taken if its content is the original's, by sha256. It lies in directories that are this user's
-alone (see nanogpt/private_directories.py). Copies appear under their names only when whole; jobs of one user that
-start on a node at once wait for one another.
+An existing copy is used if its sha256 is the original's. Copies are in directories that are this user's
+alone (see nanogpt/private_directories.py), and appear under their names only when complete; jobs of one user that
+start on a node at the same time wait for one another.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ def stage_directory(stage: Path) -> Path:
 
 
 def staged_image(stage: Path, image: Path) -> Path:
-    """Where the image's copy is to be."""
+    """Where the image's copy goes."""
     return stage_directory(stage) / _tag(image.parent) / image.name
 
 
 def staged_data(stage: Path, data: Path) -> Path:
-    """Where the copies of the shards are to be."""
+    """Where the copies of the shards go."""
     return stage_directory(stage) / _tag(data) / "shards"
 
 
 def _tag(path: Path) -> str:
-    """Directories of other contents get other copies."""
+    """Directories with other contents get other copies."""
     return hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
 
 
@@ -58,12 +58,12 @@ def stage_files(
     Args:
         files: of different names.
         stage: the shared place.
-        directory: each of its parts below `stage` is made, or has to be this user's alone.
-        known: sha256 of those files whose content is known; of the others it is read.
+        directory: each of its parts below `stage` is created, or must be this user's alone.
+        known: sha256 of files whose content is known; others are read.
 
     Raises:
-        InputError: the directory cannot be made, or is not this user's alone.
-        RunError: too little space, a copy failed, or a file is not what `known` says.
+        InputError: the directory cannot be created, or is not this user's alone.
+        RunError: too little space, a copy failed, or a file does not match `known`.
     """
     known = known or {}
     copied = compared = 0
@@ -78,7 +78,7 @@ def stage_files(
             needed, free = sum(file.stat().st_size for file in todo), shutil.disk_usage(folder).free
             if needed > free:
                 raise RunError(
-                    f"NANOGPT_STAGE: {directory} has {human_bytes(free)} free, the copies need {human_bytes(needed)}."
+                    f"NANOGPT_STAGE: {directory} has {human_bytes(free)} free, but copies need {human_bytes(needed)}."
                     " Name a larger disk, or unset NANOGPT_STAGE"
                 )
             for file in todo:
@@ -96,7 +96,7 @@ def _opened(stage: Path, directory: Path) -> Iterator[int]:
     except InputError as error:
         raise InputError(f"NANOGPT_STAGE: {error}. {ELSEWHERE}") from error
     except OSError as error:
-        raise InputError(f"NANOGPT_STAGE: {directory} cannot be made: {error.strerror}. {ELSEWHERE}") from error
+        raise InputError(f"NANOGPT_STAGE: {directory} cannot be created: {error.strerror}. {ELSEWHERE}") from error
     try:
         yield folder
     finally:
@@ -143,7 +143,7 @@ def _copy(source: Path, folder: int, known: str | None) -> int:
             _keep_time(source, target.fileno())
         if known and digest.hexdigest() != known:
             raise RunError(
-                f"{source}: has sha256 {digest.hexdigest()}, the file beside it says {known}: it is damaged, or was"
+                f"{source}: has sha256 {digest.hexdigest()}, but the file beside it says {known}: it is damaged or was"
                 " changed. Make it again: make sif for an image, prep-fineweb --verify for shards"
             )
         os.rename(partial, source.name, src_dir_fd=folder, dst_dir_fd=folder)
@@ -154,7 +154,7 @@ def _copy(source: Path, folder: int, known: str | None) -> int:
 
 
 def _keep_time(source: Path, copy: int) -> None:
-    """Manifests and the facts beside an image go by the time of change."""
+    """Manifests and the facts beside an image go by modification time."""
     status = source.stat()
     os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
 
@@ -163,12 +163,12 @@ def stage(stage: Path, *, image: Path | None, shards: Sequence[Path], manifests:
     """Copy image and shards to this node's disk below `stage`, and say how long that took.
 
     Raises:
-        InputError: `stage` cannot be written to or is not safe there, or a shard is a link to nothing.
+        InputError: `stage` is not writable or not safe, or a shard is a broken link.
         RunError: too little space there, or a copy failed.
     """
     parts: list[tuple[str, list[Path], Path, Callable[[], dict[Path, str]]]] = []
     if image is not None and image.is_dir():
-        say(f"staged image: {image} is unpacked and stays where it is; a .sif would be copied")
+        say(f"staged image: {image} is unpacked and stays where it is; only a .sif is copied")
     elif image is not None:
         files = [image, sidecar(image)] if read_built(image) else [image]
         digest = known_sha256(image)
@@ -192,7 +192,7 @@ def stage(stage: Path, *, image: Path | None, shards: Sequence[Path], manifests:
 
 
 def _verified(shards: Sequence[Path]) -> dict[Path, str]:
-    """sha256 of the shards that are as the manifest remembers them."""
+    """sha256 of the shards that are unchanged since the manifest was written."""
     known = {}
     manifest = read_manifest(shards[0].parent)
     for shard in shards:

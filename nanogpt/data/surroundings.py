@@ -88,7 +88,7 @@ def _check_certificates(environ: Mapping[str, str]) -> None:
 
 def _inside() -> str:
     if os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER"):
-        return ", as seen in the container (slurm/prep.sh and slurm/nanogpt.sh show it; else --bind it)"
+        return " in the container (slurm/prep.sh and slurm/nanogpt.sh bind it; otherwise --bind it)"
     return ""
 
 

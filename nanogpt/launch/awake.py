@@ -1,4 +1,4 @@
-"""Time in which this process ran: what counts against a limit where a job may be suspended and continued."""
+"""Time in which this process ran: what counts towards a limit when a job may be suspended and continued."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import time
 
 
 class AwakeClock:
-    """`time.monotonic()` less the time that this process stood still, which a loop that ticks often finds out."""
+    """`time.monotonic()` minus the time that this process was stopped, which a loop that ticks often can tell."""
 
     def __init__(self) -> None:
         self._missed = 0.0
         self._ticked = time.monotonic()
 
     def now(self) -> float:
-        """Seconds, since some moment. Right up to the last `tick`, which may still take some back."""
+        """Seconds since some moment, correct up to the last `tick`; the next may still take some back."""
         return time.monotonic() - self._missed
 
     def tick(self, at_most_s: float) -> float:
-        """`now`, where no more than `at_most_s` has passed since the last tick: the rest does not count."""
+        """`now`, counting at most `at_most_s` since the last tick."""
         at = time.monotonic()
         self._missed += max(0.0, at - self._ticked - at_most_s)
         self._ticked = at

@@ -1,26 +1,26 @@
 """`nanogpt launch`: starts `nanogpt train` as the ranks of this node, and ends when they do.
 
-It takes torchrun's options as far as they fit a run whose processes are all known before it starts, and tells its ranks
-what torchrun tells (plain `torchrun -m nanogpt train` works as well). Beyond that:
+It takes torchrun's options as far as they fit a run whose processes are all known beforehand, and sets the same
+variables for its ranks (plain `torchrun -m nanogpt train` works too). In addition:
 
-- Nothing that comes over the network is unpickled, and on one node nothing listens but at the loopback address; see
+- Nothing from the network is unpickled, and on one node everything listens on the loopback address; see
   `nanogpt.launch.meeting`.
 - SIGTERM, SIGUSR1 and the first Ctrl-C mean "finish the step, write a checkpoint, stop". They are noted in the launch
-  directory (`NANOGPT_LAUNCH_DIR`), where every rank looks once it runs, so a signal that comes before the ranks are
+  directory (`NANOGPT_LAUNCH_DIR`), where every rank looks once it runs, so a signal that arrives before the ranks are
   ready is not lost. SIGUSR1, which Slurm sends to every process of a job and whose default action is death, is blocked
-  here before the ranks exist; they inherit that, and one that is sent to a rank too early waits for it. A second
-  signal changes nothing, since Slurm and a user's shell may well send them to launcher and ranks alike; a second
+  here before the ranks exist; they inherit that, so one sent to a rank too early waits for it. A second
+  signal changes nothing, since Slurm and a user's shell may send them to launcher and ranks alike; a second
   Ctrl-C, SIGHUP or SIGQUIT kills the ranks.
 - After `--grace` seconds the ranks are killed.
 - Ctrl-Z (SIGTSTP) stops the ranks and then the launcher; SIGCONT lets them continue. Time in which the launcher itself
-  was stopped counts against no limit.
-- A rank that is stopped (SIGSTOP) takes no other signal: after `STOPPED_S` it is killed, whether or not any other
+  was stopped counts towards no limit.
+- A stopped rank (SIGSTOP) takes no other signal: after `STOPPED_S` it is killed, whether or not another
   rank of this node is left to notice.
-- Where a rank fails, the others have `ENDING_S` to say so and end; then come SIGTERM and, after `KILLING_S`, SIGKILL.
+- If a rank fails, the others have `ENDING_S` to say so and end; then come SIGTERM and, after `KILLING_S`, SIGKILL.
 - The kernel kills the ranks when the launcher dies. Each is a session of its own.
-- The exit code: 0; 75 where every rank that failed said so (an interrupted run, whole: start it again); 2 where the
+- The exit code is 0; 75 if every failed rank said so (an interrupted run with its checkpoint: start it again); 2 if the
   ranks refused the user's input; else 1.
-- What ranks have to say about that is printed once, not once a rank.
+- Messages of the ranks are printed once, not once per rank.
 """
 
 from __future__ import annotations
@@ -54,21 +54,21 @@ if TYPE_CHECKING:  # every command imports this module, and `nanogpt --help` nee
     ChooseHardware = Callable[[str, Sequence[str]], tuple[HardwareSpec, Sequence[str]]]
 
 LAUNCH_DIRECTORY = "NANOGPT_LAUNCH_DIR"  # a directory that this launcher and its ranks share
-PREFIX = "nanogpt-launch-"  # of its name
+PREFIX = "nanogpt-launch-"  # how its name begins
 NUMA = "NANOGPT_NUMA"  # bind: each rank to the CPUs nearest to its GPU
 STOP_NAME = "stop"  # in it: the signal's name, once a stop has been asked for
 GRACE_S = 600.0
-STOPPED_S = 25.0  # a rank in state T for so long is killed: later than other ranks find it silent, so that they say so
-ENDING_S = 15.0  # for the other ranks to find out for themselves that one has failed, and to say so
+STOPPED_S = 25.0  # a rank in state T for this long is killed, later than other ranks notice its silence and say so
+ENDING_S = 15.0  # for the other ranks to notice by themselves that one has failed, and to say so
 KILLING_S = 45.0
 _POLL_S = 0.1
-_STOOD_STILL_S = 2.0  # between two looks: the launcher was stopped
+_STOOD_STILL_S = 2.0  # between two checks: the launcher was stopped
 _taking = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a launcher is to do."""
+    """What a launcher should do."""
 
     meeting: Meeting
     train: Sequence[str]  # arguments of the command
@@ -81,12 +81,12 @@ def launch(arguments: Sequence[str], choose: ChooseHardware | None = None) -> in
 
     Args:
         arguments: of the launcher, then those of `nanogpt train`. These begin with the recipe, or after a `--`.
-        choose: from the command, train or bench, and its arguments to the hardware, and to arguments that say it to
-            the ranks; asked where the options name no number of processes. None: one process.
+        choose: maps the command, train or bench, and its arguments to the hardware, and to arguments that tell the
+            ranks; used if the options give no number of processes. None: one process.
 
     Raises:
-        InputError: the options do not fit together, or not the hardware; the address is wrong; what `choose` raises.
-        RunError: the nodes do not meet, or the machine has no room for the launch directory or the ranks.
+        InputError: the options do not fit together or the hardware; the address is wrong; what `choose` raises.
+        RunError: the nodes do not meet, or there is no space for the launch directory or the ranks.
     """
     options = parse(arguments, choose)
     with contextlib.ExitStack() as stack:
@@ -103,7 +103,7 @@ def launch(arguments: Sequence[str], choose: ChooseHardware | None = None) -> in
         except Cancelled:
             if signals.deadly is not None:
                 return 128 + signals.deadly
-            say(f"{signals.asked} to the launcher on {socket.gethostname()}: stopped before all nodes came")
+            say(f"{signals.asked} to the launcher on {socket.gethostname()}: stopped before all nodes arrived")
             return REQUEUE_EXIT_CODE
         ranks = stack.enter_context(_started(options, place, directory, signals))
         place.serve()
@@ -169,12 +169,12 @@ def parse(arguments: Sequence[str], choose: ChooseHardware | None = None) -> Opt
 
 
 def _start_on(args: argparse.Namespace, hardware: HardwareSpec, said: Sequence[str]) -> Sequence[str]:
-    """A process for each GPU of `hardware`, on this machine if the options name no others; what the ranks are told."""
+    """One process per GPU of `hardware`, on this machine unless the options name others; what the ranks are told."""
     from nanogpt.hardware import shape
 
     args.nproc_per_node = str(hardware.gpus_per_node)
     if args.nnodes is not None:
-        return ()  # how many nodes come, the ranks see
+        return ()  # the ranks see how many nodes arrive
     if hardware.nodes > 1:
         raise InputError(
             f"nanogpt launch: {shape(hardware)} is {hardware.nodes} nodes, which have to meet. Start it on each of them"
@@ -190,7 +190,7 @@ def _meeting(args: argparse.Namespace) -> Meeting:
     conf = _conf(args.rdzv_conf)
     if args.node_rank is not None and not 0 <= args.node_rank < nodes:
         raise InputError(
-            f"nanogpt launch: --node-rank {args.node_rank}: expected 0 to {nodes - 1}, as --nnodes is {nodes}"
+            f"nanogpt launch: --node-rank {args.node_rank}: expected 0 to {nodes - 1}, since --nnodes is {nodes}"
         )
     host, port = args.master_addr, args.master_port
     if args.rdzv_endpoint:
@@ -198,12 +198,12 @@ def _meeting(args: argparse.Namespace) -> Meeting:
     if args.standalone or (nodes == 1 and host is None):
         if nodes > 1 or host is not None:
             raise InputError(
-                "nanogpt launch: --standalone is one node; leave out --nnodes, --rdzv-endpoint, --master-addr"
+                "nanogpt launch: --standalone means one node; leave out --nnodes, --rdzv-endpoint, --master-addr"
             )
         return Meeting(1, processes, local_address=args.local_addr)
     if host is None:
         raise InputError(
-            f"nanogpt launch: --nnodes {nodes}: where do they meet? Give all of them --rdzv-endpoint HOST:PORT,"
+            f"nanogpt launch: --nnodes {nodes}: where do they meet? Give each of them --rdzv-endpoint HOST:PORT,"
             " the first node's address in the cluster's network"
         )
     return Meeting(
@@ -242,7 +242,7 @@ def _conf(text: str) -> _Conf:
 
 def _count(name: str, text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
-        raise InputError(f"nanogpt launch: {name} {text}: expected a number from 1 on")
+        raise InputError(f"nanogpt launch: {name} {text}: expected a number of at least 1")
     return int(text)
 
 
@@ -276,9 +276,9 @@ Ranks = dict[int, subprocess.Popen[bytes]]
 
 @contextmanager
 def _started(options: Options, place: Place, directory: Path, signals: _Signals) -> Iterator[Ranks]:
-    """This node's ranks; none is left in the end."""
+    """This node's ranks; none is left at the end."""
     environ = {"OMP_NUM_THREADS": "1", **os.environ, LAUNCH_DIRECTORY: str(directory)}
-    if options.meeting.nodes == 1:  # what ranks say to one another stays on the node
+    if options.meeting.nodes == 1:  # ranks talk to one another within the node
         environ = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "=lo", **environ}
     cpus = _nearest_cpus(options.meeting.processes)
     ranks: Ranks = {}
@@ -310,7 +310,7 @@ def _started(options: Options, place: Place, directory: Path, signals: _Signals)
 
 
 def _nearest_cpus(processes: int) -> list[set[int]]:
-    """By local rank the CPUs that it is bound to, those of its GPU's NUMA node, where NANOGPT_NUMA asks for it."""
+    """The CPUs that each local rank is bound to, those of its GPU's NUMA node, if NANOGPT_NUMA asks for it."""
     if os.environ.get(NUMA, "off") == "off":
         return []
     if os.environ[NUMA] != "bind":
@@ -329,7 +329,7 @@ def _nearest_cpus(processes: int) -> list[set[int]]:
 
 
 def _supervise(ranks: Ranks, signals: _Signals, grace_s: float) -> None:
-    """Until all ranks have ended, or a signal wants them dead."""
+    """Wait until all ranks have ended, or a signal says to kill them."""
     clock = AwakeClock()
     asked_at = failed_at = None
     stopped_since: dict[int, float] = {}
@@ -361,7 +361,7 @@ def _supervise(ranks: Ranks, signals: _Signals, grace_s: float) -> None:
 def _has_ended(process: subprocess.Popen[bytes]) -> bool:
     if process.returncode is None:
         found = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        if found is not None and found.si_code != os.CLD_EXITED:  # a signal: what it had started has no parent any more
+        if found is not None and found.si_code != os.CLD_EXITED:  # a signal: its children have lost their parent
             _signal(process, signal.SIGKILL)
     return process.poll() is not None
 
@@ -374,8 +374,8 @@ def _kill(rank: int, process: subprocess.Popen[bytes], why: str) -> None:
 
 
 def _signal(process: subprocess.Popen[bytes], number: int) -> None:
-    """To the rank; one that kills or stops also to what it has started."""
-    if process.returncode is None:  # not reaped: the process id is its own
+    """Send it to the rank; if it kills or stops, also to its children."""
+    if process.returncode is None:  # not reaped: the process id is still its own
         with contextlib.suppress(ProcessLookupError):
             (os.kill if number == signal.SIGTERM else os.killpg)(process.pid, number)
 
@@ -388,10 +388,10 @@ def _is_stopped(process: subprocess.Popen[bytes]) -> bool:
 
 
 def exit_code(failures: Mapping[int, int], *, stop_asked: bool = False) -> int:
-    """The launcher's exit code for those of the ranks that failed (negative: the signal that killed one).
+    """The launcher's exit code, from those of the failed ranks (negative: the signal that killed one).
 
-    A rank that SIGTERM or SIGUSR1 killed had no handler yet. That is an early end of one that was asked to stop, or
-    a launcher's way to end the siblings of one that failed.
+    A rank killed by SIGTERM or SIGUSR1 had no handler yet: either it was asked to stop early, or
+    the launcher ended it because another one failed.
     """
     early = {-signal.SIGTERM, -signal.SIGUSR1}
     codes = set(failures.values())
@@ -404,11 +404,11 @@ def exit_code(failures: Mapping[int, int], *, stop_asked: bool = False) -> int:
     return 1
 
 
-# --- what ranks tell the launcher, and it them --------------------------------------------------------------------
+# --- between the launcher and its ranks ---------------------------------------------------------------------------
 
 
 def leave_message(error: NanogptError) -> bool:
-    """Hand the last word of this rank to its launcher, to be printed once for all; False where there is none."""
+    """Leave this rank's last message with its launcher, to be printed once for all; False if there is no launcher."""
     directory, rank = os.environ.get(LAUNCH_DIRECTORY), os.environ.get("RANK")
     if directory is None or rank is None or not rank.isdecimal():
         return False
@@ -416,14 +416,14 @@ def leave_message(error: NanogptError) -> bool:
     partial = Path(directory) / f".{name}"
     try:
         partial.write_text(json.dumps({"text": str(error), "exit_code": error.exit_code}))
-        partial.rename(Path(directory) / name)  # whole, should this process be killed now
+        partial.rename(Path(directory) / name)  # complete, even if this process is killed now
     except OSError:
         return False
     return True
 
 
 def asked_to_stop() -> str | None:
-    """The signal by which this rank's launcher was asked to stop; None: not so far, or no launcher."""
+    """The signal that asked this rank's launcher to stop; None: none so far, or no launcher."""
     directory = os.environ.get(LAUNCH_DIRECTORY)
     if directory is None:
         return None
@@ -434,13 +434,13 @@ def asked_to_stop() -> str | None:
 
 
 def _print_messages(directory: Path, failures: Mapping[int, int]) -> None:
-    """What each rank left, equal words once; and the ranks that a signal killed, which could say nothing."""
+    """What each rank left, equal messages once; and the ranks killed by a signal, which could say nothing."""
     by_text: dict[str, list[int]] = {}
     interrupted = False
     for file in sorted(directory.glob("message-*.json")):
         message = json.loads(file.read_text())
         interrupted = interrupted or message["exit_code"] == REQUEUE_EXIT_CODE
-        if not interrupted or not by_text:  # of those that were interrupted the first says it for all
+        if not interrupted or not by_text:  # the first interrupted rank speaks for all
             by_text.setdefault(message["text"], []).append(int(file.stem.rpartition("-")[2]))
     for text, ranks in by_text.items():
         every = len(by_text) == 1
@@ -459,7 +459,7 @@ class _Signals:
 
     def __init__(self) -> None:
         self.asked: str | None = None
-        self.deadly: int | None = None  # the number of one after which the ranks are killed
+        self.deadly: int | None = None  # the number of a signal after which the ranks are killed
         self.ranks: Iterable[subprocess.Popen[bytes]] = ()
         self._directory: Path | None = None
         self._old: dict[int, Any] = {}
@@ -482,12 +482,12 @@ class _Signals:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
 
     def announce_in(self, directory: Path) -> None:
-        """Where the ranks will look."""
+        """Where the ranks look for it."""
         self._directory = directory
         self._tell()
 
     def look(self) -> None:
-        """Take what is blocked."""
+        """Take blocked signals."""
         if take_pending(signal.SIGUSR1):
             self._ask(signal.SIGUSR1)
 
@@ -509,7 +509,7 @@ class _Signals:
         self.asked = self.asked or signal.Signals(number).name
 
     def _suspend(self, number: int, frame: FrameType | None) -> None:
-        """The ranks are out of the terminal's reach."""
+        """The terminal does not reach the ranks."""
         for process in self.ranks:
             _signal(process, signal.SIGSTOP)
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -518,9 +518,9 @@ class _Signals:
 
 
 def take_pending(number: signal.Signals) -> bool:
-    """Whether this blocked signal has come since it was last taken.
+    """Whether this blocked signal has arrived since it was last taken.
 
-    Not by `sigtimedwait`: where a stop and SIGCONT interrupt it, Python returns a signal that never came.
+    Not with `sigtimedwait`: if a stop and SIGCONT interrupt it, Python returns a signal that never came.
     """
     with _taking:
         if number not in signal.sigpending():

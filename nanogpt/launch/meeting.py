@@ -1,8 +1,8 @@
-"""Where the ranks of a run meet: a TCPStore of torch's, which the first node's launcher serves.
+"""Where the ranks of a run meet: torch's TCPStore, served by the first node's launcher.
 
-Who belongs to a run is settled before it starts, so that a meeting is an address, a port and numbers. Nothing that
-comes over the network is unpickled. The store listens at one address: loopback on one node, the first node's on
-several. It outlives every rank. It knows no passwords: see docs/reliability.md.
+The members of a run are settled before it starts, so a meeting is just an address, a port and numbers. Nothing from
+the network is unpickled. The store listens on one address: loopback on one node, the first node's on
+several. It outlives every rank, and has no password: see docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 LOOPBACK = "127.0.0.1"
-JOIN_S = 600.0  # for all nodes to come
+JOIN_S = 600.0  # for all nodes to arrive
 LEAVE_S = 30.0  # for the other nodes' launchers to end before the store does
 STORE_TIMEOUT_S = 10.0
 _POLL_S = 0.2
@@ -31,23 +31,23 @@ _BACKLOG = 1024
 
 
 class Cancelled(Exception):
-    """A signal came before all nodes did."""
+    """A signal arrived before all nodes did."""
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """What a launcher is told of the run.
+    """What a launcher knows of the run.
 
     Attributes:
         nodes: how many.
         processes: ranks on each of them.
         host: name or address of the first node; None: this node, alone.
         port: there; 0: any, for one node.
-        node: this one's number; None: 0 where `host` is, else in the order of arrival.
-        is_first: whether the store is to be here; None: where `node` is 0 or `host` is an address of this node.
+        node: this one's number; None: 0 at `host`, else in order of arrival.
+        is_first: whether the store is here; None: if `node` is 0 or `host` is an address of this node.
         local_address: where the first node's store listens, if not at `host`.
-        run_id: nodes of another run do not take part.
-        join_s: for all nodes to come.
+        run_id: keeps out nodes of other runs.
+        join_s: how long to wait for all nodes.
     """
 
     nodes: int = 1
@@ -73,7 +73,7 @@ class Place:
         self._store: Store | None = None
 
     def environment(self, local_rank: int) -> dict[str, str]:
-        """What torch's programs are told: the same variables as torchrun's."""
+        """The variables for torch's programs, the same as torchrun's."""
         meeting = self.meeting
         return {
             "RANK": str(self.node * meeting.processes + local_rank),
@@ -84,17 +84,17 @@ class Place:
             "GROUP_WORLD_SIZE": str(meeting.nodes),
             "MASTER_ADDR": self.address,
             "MASTER_PORT": str(self.port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is here already: rank 0 needs to make none
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store exists already: rank 0 need not make one
         }
 
     def serve(self) -> None:
-        """Answer the ranks of a node alone. They may have been started before: until then they wait."""
+        """Serve the ranks of a single node. They may have started earlier, and wait until now."""
         if self._listener is not None and self.meeting.processes > 1:
             self._store = serve(self._listener)
             self._listener = None
 
     def _leave(self, hurried: Callable[[], bool]) -> None:
-        """Say that this node's ranks have ended; the first node waits for the others, whose ranks may still ask."""
+        """Say that this node's ranks have ended; the first node waits for the others, which may still need it."""
         if self._listener is not None:
             self._listener.close()
         if self.meeting.nodes == 1 or self._store is None:
@@ -113,13 +113,13 @@ def meet(meeting: Meeting, cancelled: Callable[[], bool], hurried: Callable[[], 
 
     Args:
         meeting: the run.
-        cancelled: asked while it waits for the others to come.
-        hurried: asked while it waits for them to end.
+        cancelled: polled while waiting for the others to arrive.
+        hurried: polled while waiting for them to end.
 
     Raises:
-        InputError: `host` is not an address, or none that the other nodes can reach, or the nodes do not fit together.
-        RunError: the port is in use, or nodes do not come.
-        Cancelled: it is.
+        InputError: `host` is not an address, or not one that the other nodes can reach, or the nodes do not match.
+        RunError: the port is in use, or nodes do not arrive.
+        Cancelled: `cancelled` said so.
     """
     if meeting.nodes == 1:
         host = meeting.local_address or meeting.host or LOOPBACK
@@ -135,7 +135,7 @@ def meet(meeting: Meeting, cancelled: Callable[[], bool], hurried: Callable[[], 
 
 
 def serve(listener: socket.socket) -> Store:
-    """A store that answers at `listener`, which it takes over. Raises `RunError`."""
+    """A store that serves `listener`, which it takes over. Raises `RunError`."""
     from torch.distributed import TCPStore
 
     address, port = listener.getsockname()[:2]
@@ -153,7 +153,7 @@ def serve(listener: socket.socket) -> Store:
 
 
 def listen(address: str, port: int) -> socket.socket:
-    """A socket that listens at this address alone; port 0: any. Raises OSError."""
+    """A socket that listens on this address alone; port 0: any. Raises OSError."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -185,7 +185,7 @@ def _join(meeting: Meeting, until: float, cancelled: Callable[[], bool]) -> Plac
             node = 0 if first is not None else store.add("came", 1)
         if node >= meeting.nodes or store.add(f"claimed/{node}", 1) > 1:
             raise InputError(
-                f"nanogpt launch: {_endpoint(meeting)} has {meeting.nodes} nodes (--nnodes) and another node {node}"
+                f"nanogpt launch: {_endpoint(meeting)} has {meeting.nodes} nodes (--nnodes), and another node {node}"
                 f" already; give each launcher its own --node-rank, or none, and each run its own --rdzv-id"
             )
         store.set(f"processes/{node}", str(meeting.processes))
@@ -196,7 +196,7 @@ def _join(meeting: Meeting, until: float, cancelled: Callable[[], bool]) -> Plac
             if time.monotonic() > until:
                 numbers = ", ".join(key.rpartition("/")[2] for key in missing)
                 raise RunError(
-                    f"nanogpt launch on {socket.gethostname()}: of {meeting.nodes} nodes {len(missing)} have not come"
+                    f"nanogpt launch on {socket.gethostname()}: of {meeting.nodes} nodes {len(missing)} did not come"
                     f" to {_endpoint(meeting)} within {meeting.join_s:g} s: {numbers}. Was it started there, with the"
                     " same --nnodes, --rdzv-endpoint and --rdzv-id?"
                 )
@@ -215,7 +215,7 @@ def _join(meeting: Meeting, until: float, cancelled: Callable[[], bool]) -> Plac
 
 
 def _open_on_first(meeting: Meeting) -> socket.socket | None:
-    """The socket at which the nodes meet; None: it is to be on another node, or another launcher here has it."""
+    """The socket where the nodes meet; None: it belongs on another node, or another launcher here has it."""
     assert meeting.host is not None
     told = meeting.is_first if meeting.is_first is not None else None if meeting.node is None else meeting.node == 0
     if told is False:
@@ -226,7 +226,7 @@ def _open_on_first(meeting: Meeting) -> socket.socket | None:
         if told:
             raise InputError(
                 f"nanogpt launch: {meeting.host} ({', '.join(addresses)}) is not an address of {socket.gethostname()},"
-                " which is to be the first node; name the first node's address in --rdzv-endpoint"
+                " which should be the first node; name the first node's address in --rdzv-endpoint"
             )
         return None
     outward = [address for address in mine if not ipaddress.ip_address(address).is_loopback]
@@ -234,7 +234,7 @@ def _open_on_first(meeting: Meeting) -> socket.socket | None:
     if meeting.local_address is None and not outward and not _means_loopback(meeting.host):
         raise InputError(
             f"nanogpt launch: {meeting.host} leads to {chosen} on {socket.gethostname()}, where the other nodes would"
-            " find themselves; give its address in the cluster's network, in --rdzv-endpoint or by --local-addr"
+            " find themselves; give its address in the cluster's network with --rdzv-endpoint or --local-addr"
         )
     if told:
         return _listen(chosen, meeting.port)

@@ -1,9 +1,9 @@
-"""Code of the image, kept in memory for the end of a run.
+"""Keeps code of the image in memory for the end of a run.
 
 Without a set-uid Apptainer, a process beside the run (squashfuse) serves the image. When Slurm cancels or requeues a
-job it signals every process of it, that one as well, and from then on a page of a library that is not in the page
-cache is a bus error: in the middle of the checkpoint that the signal asks for. So what is mapped is read once, in
-order, which the other processes of the node profit from as well.
+job it signals all its processes, including this one. From then on, a library page that is not in the page
+cache is a bus error, in the middle of the checkpoint that the signal asks for. So all mapped files are read once, in
+order, which also helps the other processes of the node.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 BLOCK_BYTES = 4 << 20
-DATA_BYTES = 64 << 20  # of one mapping that is not code: larger ones are GPU code, which the driver has by then
+DATA_BYTES = 64 << 20  # of a mapping that is not code: larger ones are GPU code, which the driver has by then
 
 
 def keep_code_in_memory(environ: Mapping[str, str], *, wait: bool = False) -> None:
-    """In a container, read this process's mapped files in a thread. How the image is mounted cannot be seen inside."""
+    """In a container, read this process's mapped files in a thread, however the image is mounted."""
     if environ.get("APPTAINER_CONTAINER") or environ.get("SINGULARITY_CONTAINER"):
         thread = threading.Thread(target=read_mapped_files, name="page cache", daemon=True)
         thread.start()
@@ -29,9 +29,9 @@ def keep_code_in_memory(environ: Mapping[str, str], *, wait: bool = False) -> No
 
 
 def read_mapped_files() -> tuple[int, float]:
-    """Read the files that this process has mapped, code whole and other parts up to DATA_BYTES.
+    """Read the files that this process has mapped, all code and other parts up to DATA_BYTES.
 
-    Returns the bytes read and the seconds that took. What cannot be read is left out.
+    Returns the bytes read and the seconds taken. Unreadable files are skipped.
     """
     began, total = time.monotonic(), 0
     for path, start, length in _mapped(Path("/proc/self/maps").read_text(errors="replace")):
@@ -40,7 +40,7 @@ def read_mapped_files() -> tuple[int, float]:
         except OSError:
             continue
         try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # a device, or what has taken a file's name since
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # a device, or a file that replaced the mapped one
                 continue
             first = start
             while count := len(os.pread(descriptor, min(BLOCK_BYTES, start + length - first), first)):

@@ -1,9 +1,9 @@
 """SIGTERM, SIGUSR1 and the first Ctrl-C: please finish the step, write a checkpoint and stop.
 
-SIGTERM has a handler. SIGUSR1 is blocked and asked for: Slurm sends it to every process of a job, the compiler's
-workers too, and these inherit the blocking, where a handler would be reset to the default, death. The launcher's word
+SIGTERM has a handler. SIGUSR1 is blocked and polled: Slurm sends it to every process of a job, including the compiler's
+workers, and these inherit the blocking, whereas a handler would be reset to the default, death. The launcher's word
 (`nanogpt.launch.launcher`) counts as a signal. A second signal changes nothing: launcher, batch script and user may
-all send one. A second Ctrl-C ends a run at once, as a KeyboardInterrupt, and a third without any last word.
+all send one. A second Ctrl-C ends a run at once, as a KeyboardInterrupt, and a third without any message.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ INTERRUPT_EXIT_CODE = 130
 
 
 class StopSignals:
-    """Notes that a signal came; a context manager. Outside the main thread it only hears the launcher."""
+    """Notes signals; a context manager. Outside the main thread it only hears the launcher."""
 
     def __init__(self) -> None:
         self._seen: str | None = None
@@ -31,7 +31,7 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            # A thread that is older than this may have SIGUSR1 unblocked: hence the handler of it too.
+            # An older thread may have SIGUSR1 unblocked: hence a handler for it too.
             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # in a shell's background
                     self._old[number] = signal.signal(number, self._handle)
@@ -55,11 +55,11 @@ class StopSignals:
             if self._interrupts > 2:
                 os._exit(INTERRUPT_EXIT_CODE)
             if "RANK" not in os.environ:  # a launcher speaks for all
-                _say_now("Ctrl-C: the step is finished, then comes a checkpoint; once more ends the run at once")
+                _say_now("Ctrl-C: finishing the step, then writing a checkpoint; press it again to end the run at once")
         self._seen = self._seen or ("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
 
     def seen(self) -> str | None:
-        """The first signal that has come so far, by name, and if it was to the launcher. Takes microseconds."""
+        """The first signal so far, by name, and whether it went to the launcher. Takes microseconds."""
         if self._seen is None:
             if self._old and take_pending(signal.SIGUSR1):
                 self._seen = "SIGUSR1"

@@ -1,8 +1,8 @@
 """`python -m nanogpt.launch.tied PARENT MODULE [ARGUMENT]...`: MODULE in a process that does not outlive PARENT.
 
-The kernel kills the process when its parent dies, whatever state either is in then. That is arranged before anything
-else is imported, and a parent that died before it is noticed. The kernel means the parent's thread: start it from one
-that lasts.
+The kernel kills the process when its parent dies, whatever state either is in. This is arranged before anything
+else is imported, and a parent that died even earlier is noticed. The kernel means the parent's thread: start it from
+one that lasts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def tied_command(module: str, *arguments: str) -> list[str]:
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent dies (Linux); end at once where `parent` is gone already."""
+    """Have the kernel kill this process when its parent dies (Linux); end at once if `parent` is already gone."""
     with contextlib.suppress(OSError, AttributeError):
         libc: Any = ctypes.CDLL(None, use_errno=True)
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -1,26 +1,25 @@
-"""The watch: ranks that notice when another one is gone, and that agree on the step at which to stop.
+"""The watchdog: ranks notice when another one is gone, and agree on the step at which to stop.
 
-Notable features:
-- A thread in each rank exchanges heartbeats with the others through the TCPStore that the launcher serves, so that it
+- A thread in each rank exchanges heartbeats with the others through the TCPStore that the launcher serves, which
   outlives every rank. It makes no CUDA call and no collective; a step costs a lock and a counter.
 - Death: a process that is gone from this host is noticed at the next beat; one that is silent (stopped, or its host
   or network is down) after `watchdog.silence_seconds`. A beat says "the process runs", whatever its main thread does,
-  so compiling and writing are not silence.
-- Suspension: time in which this process stood still counts against no limit, its own or another's, so a job that is
-  stopped as a whole and continued is unharmed. A rank that is stopped alone is silent: nobody can know that it
-  comes back.
-- Anybody on the node can write into the store. What is read from it is words for a message, never a command: they are
-  made printable, a process is killed only where it is a child of the same launcher, and a log is written to only where
-  it is this user's.
-- Hanging: threads continue where a collective never ends. A rank whose main thread has not got past a step for
+  so compiling and writing do not count as silence.
+- Suspension: time in which this process was stopped counts towards no limit, its own or another's, so a job
+  stopped as a whole and continued is unharmed. A rank stopped alone is silent: nobody can know that it
+  will come back.
+- Anybody on the node can write into the store. What is read from it is text for a message, never a command: it is
+  made printable, a process is killed only if it is a child of the same launcher, and a log is written to only if
+  this user owns it.
+- Hanging: threads continue while a collective never ends. A rank whose main thread has been in a step for
   `watchdog.step_seconds`, or in any other phase for `watchdog.phase_seconds`, gives up, and says who is behind.
 - The end: every other rank says who was lost and at which step, writes that into the run's log, and exits, by force
-  where its main thread is stuck. A stopped process takes no signal but SIGKILL: it gets it from a rank of its host, or
-  from the launcher. Ranks whose launcher dies are killed by the kernel.
+  if its main thread is stuck. A stopped process takes no signal but SIGKILL, from a rank of its host or
+  from the launcher. The kernel kills ranks whose launcher dies.
 - Stopping: once a signal has come to any rank or launcher, each rank's thread reports the segment (a step, or one of
   the warm-up) that its main thread is in, and holds the main thread at the end of it until all have reported. All
-  then continue to the end of the farthest reported segment and stop there. No rank waits for another as long as no
-  signal comes, and no device is synchronized.
+  then continue to the end of the farthest reported segment and stop there. Without a signal no rank waits for
+  another, and no device is ever synchronized.
 
 A run on one process has signals only: no store, no thread.
 """
@@ -55,16 +54,16 @@ from nanogpt.spec import WatchdogSpec
 
 POLL_S = 0.2
 BEAT_S = 1.0
-LEAVING_S = 3.0  # for the main thread to notice that another rank is lost; then the process ends by force
+LEAVING_S = 3.0  # for the main thread to notice a lost rank; then the process ends by force
 CLEANING_S = 10.0  # likewise once it has noticed
 START_FACTOR = 2  # silence while starting: CUDA's start may hold the interpreter's lock for long
-STOOD_STILL_S = 1.0  # between two turns of the thread: this process was stopped, or its interpreter's lock was held
-WORDS = 2000  # characters of another rank's that are shown
+STOOD_STILL_S = 1.0  # between two rounds of the thread: this process was stopped, or the interpreter's lock was held
+WORDS = 2000  # characters of another rank's text to show
 
 
 @dataclass
 class Beat:
-    """What a rank says of itself."""
+    """What a rank says about itself."""
 
     count: int
     process: Process
@@ -74,7 +73,7 @@ class Beat:
     run: str | None = None  # the run's directory, as rank 0 knows it
     asked: str | None = None  # why it wants to stop
     frozen: int | None = None  # the segment at whose end its main thread waits
-    left: int | None = None  # exit code of one that has come to its end
+    left: int | None = None  # exit code, if it has ended
     words: str | None = None  # why
 
     def encode(self) -> str:
@@ -164,14 +163,14 @@ class Watchdog:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """What happens inside may take `watchdog.phase_seconds`."""
+        """Whatever happens inside may take `watchdog.phase_seconds`."""
         before = self._own.phase
         self.enter(name)
         yield
         self.enter(before)
 
     def training(self, step: int, *, compiling: bool = False) -> None:
-        """Steps begin, `step` of them are done: from here on one may take `watchdog.step_seconds`.
+        """Steps begin, with `step` done: from here on each may take `watchdog.step_seconds`.
 
         `compiling`: `watchdog.phase_seconds`, as steps may have to be compiled first.
         """
@@ -188,9 +187,9 @@ class Watchdog:
         self._own.phase, self._progress_at = phase, self._clock.now()
 
     def boundary(self, step: int | None = None) -> str | None:
-        """A segment is over, and another one begins unless this returns why the run is to stop here, on all ranks.
+        """End a segment and begin another, unless this returns why the run should stop here, on all ranks.
 
-        Every rank calls it at the same places. `step`: steps done; None leaves it. Raises `Lost`.
+        Every rank calls it at the same places. `step`: steps done; None: unchanged. Raises `Lost`.
         """
         self.check()
         self._progress_at = self._clock.now()
@@ -209,19 +208,19 @@ class Watchdog:
 
     @property
     def asked(self) -> str | None:
-        """Why the run is to stop, as soon as this rank knows."""
+        """Why the run should stop, as soon as this rank knows."""
         return self._own.asked if self._thread is not None else self._signals.seen()
 
     def check(self) -> None:
-        """Raise `Lost`, or an `InputError` of another rank, where one is gone."""
+        """Raise `Lost`, or another rank's `InputError`, if one is gone."""
         if self._lost is not None:
             self._noticed = True
             raise self._lost
 
     def explain(self, error: BaseException) -> BaseException:
-        """The error to report for `error`: where a collective failed, what has become of the rank at its other end.
+        """The error to report for `error`: if a collective failed, what became of the rank at its other end.
 
-        May take as long as it takes to notice a silent rank.
+        May take as long as noticing a silent rank.
         """
         if self._thread is None or isinstance(error, NanogptError) or not _is_communication(error):
             return error
@@ -232,14 +231,14 @@ class Watchdog:
         return self._lost or error
 
     def expect(self, rank: int, process: Process) -> None:
-        """That rank has been there, as this process: from now on it is to be heard of."""
+        """That rank has been seen, as this process: from now on it should be heard from."""
         if rank != self.rank and rank not in self._peers:
             self._heard_at[rank] = self._clock.now()
             self._peers.setdefault(rank, Beat(0, process, "starting", 0, 0))
 
     @property
     def process(self) -> Process:
-        """This process, as others can find it."""
+        """How others can find this process."""
         return self._own.process
 
     # --- the thread ---
@@ -248,7 +247,7 @@ class Watchdog:
         began = answered = self._clock.tick(STOOD_STILL_S)
         beat_at = began - BEAT_S
         store: dist.Store | None = None
-        unanswered = 0  # beats in a row
+        unanswered = 0  # failed beats in a row
         while True:
             leaving = self._closing.wait(POLL_S)
             now = self._clock.tick(STOOD_STILL_S)
@@ -266,7 +265,7 @@ class Watchdog:
                     store, unanswered = None, unanswered + 1
                     if unanswered > 1 and self._clock.now() - answered > self._silence():
                         self._give_up(RunError(f"{self._name()}: the run's launcher does not answer ({_first(error)})"))
-                now = self._clock.tick(2 * STORE_TIMEOUT_S)  # waiting for the store is no standing still
+                now = self._clock.tick(2 * STORE_TIMEOUT_S)  # waiting for the store is not being stopped
             if leaving:
                 return
             self._agree()
@@ -295,7 +294,7 @@ class Watchdog:
         for rank, found in zip(known, store.multi_get([_key(rank) for rank in known]) if known else (), strict=True):
             try:
                 beat = Beat.decode(found)
-            except ValueError:  # not that rank's word: as if it had said nothing
+            except ValueError:  # not that rank's message: ignore it
                 continue
             if rank not in self._peers or beat.count != self._peers[rank].count:
                 self._heard_at[rank] = now
@@ -304,13 +303,13 @@ class Watchdog:
                 self._own.asked = beat.asked
 
     def _agree(self) -> None:
-        """Hold the main thread at the end of its segment, and let it continue once the last segment of all is known."""
+        """Hold the main thread at the end of its segment until the last segment of all ranks is known."""
         if self._own.asked is None or self._stop_at is not None:
             return
         with self._lock:
             if self._own.frozen is None:
                 if self.rank == 0:
-                    say(f"{self._own.asked}: the step is finished, then comes a checkpoint")
+                    say(f"{self._own.asked}: finishing the step, then writing a checkpoint")
                 self._own.frozen = self._own.segment
             reports = [self._peers[r].frozen if r in self._peers else None for r in range(self.size) if r != self.rank]
             found = [report for report in reports if report is not None]
@@ -319,23 +318,23 @@ class Watchdog:
                 self._lock.notify_all()
 
     def _look_for_losses(self, began: float, now: float, *, heard: bool) -> None:
-        """`heard`: the store has answered, so that others could be heard."""
+        """`heard`: the store answered, so others could be heard."""
         for rank in range(self.size):
             peer = self._peers.get(rank)
             if rank == self.rank:
                 continue
             if peer is None:
                 if now - began > self.limits.phase_seconds:
-                    self._give_up(Lost(f"rank {rank} has not come within {self.limits.phase_seconds:g} s"))
+                    self._give_up(Lost(f"rank {rank} has not arrived within {self.limits.phase_seconds:g} s"))
             elif peer.left is not None:
                 if peer.left not in (0, REQUEUE_EXIT_CODE):
                     kind = InputError if peer.left == InputError.exit_code else Lost
-                    # Of several that speak of the same loss one is enough.
+                    # If several report the same loss, one is enough.
                     known = peer.words or ""
                     prefix = "" if known.startswith("rank ") else f"rank {rank} on {peer.process.host} failed: "
                     self._give_up(kind(prefix + known))
             elif process_lives(peer.process) is False:
-                # It may have said goodbye since the last beat: it counts as lost at the second look.
+                # It may have said goodbye since the last beat: it counts as lost at the second check.
                 if now - self._heard_at[rank] > 2 * BEAT_S:
                     self._give_up(Lost(f"{_named(rank, peer)} has died {self._where(peer)}"))
             elif heard and now - self._heard_at[rank] > self._silence(peer):
@@ -347,7 +346,7 @@ class Watchdog:
                 )
 
     def _where(self, peer: Beat) -> str:
-        """What a lost rank was doing: it cannot be far from where this one waits for it, and its beats may be old."""
+        """What a lost rank was doing: not far from where this one waits for it, as its beats may be old."""
         return (peer if self._own.phase == "starting" else self._own).where
 
     def _silence(self, peer: Beat | None = None) -> float:
@@ -376,7 +375,7 @@ class Watchdog:
                 self._lock.notify_all()
 
     def _leave_by_force(self) -> None:
-        """The main thread is stuck: say why, on all ways there are, and end."""
+        """The main thread is stuck: say why, in every way possible, and end."""
         assert self._lost is not None
         self._kill_silent_peers()
         if not leave_message(self._lost):
@@ -388,7 +387,7 @@ class Watchdog:
         os._exit(self._lost.exit_code)
 
     def _last_words(self, text: str) -> None:
-        """Into the run's files: rank 0's, or where that is lost, the log, by the first rank that is left."""
+        """Into the run's files: rank 0 writes them, or if it is lost, the first remaining rank writes the log."""
         with contextlib.suppress(Exception):
             self._own.left, self._own.words = 1, text
             connect(STORE_TIMEOUT_S).set(_key(self.rank), self._own.encode())
@@ -396,7 +395,7 @@ class Watchdog:
             self.log_loss(text)
 
     def log_loss(self, text: str) -> None:
-        """Write `text` where the run's reader will look; only on the first rank that lives."""
+        """Write `text` where the run's reader will look; only on the first living rank."""
         if self.rank == 0:
             if self.on_lost is not None and not self._noticed:
                 self.on_lost(text)
@@ -420,7 +419,7 @@ class Watchdog:
         return self.rank
 
     def _kill_silent_peers(self) -> None:
-        """On this host: nobody else might be left to do it, and a stopped process holds its GPU forever."""
+        """On this host: nobody else may be left to do it, and a stopped process keeps its GPU forever."""
         if self._first_living(self._own.process.host) != self.rank:
             return
         now = self._clock.now()
@@ -440,13 +439,13 @@ _serving = threading.Lock()
 
 
 def connect(timeout_s: float) -> dist.Store:
-    """A connection of its own to the launcher's store, from the environment. Raises RuntimeError."""
+    """A separate connection to the launcher's store, from the environment. Raises RuntimeError."""
     env = os.environ
     if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
-        raise RuntimeError("MASTER_ADDR and MASTER_PORT are not set: start it by nanogpt launch or torchrun")
+        raise RuntimeError("MASTER_ADDR and MASTER_PORT are not set: start it with nanogpt launch or torchrun")
     address, port = env["MASTER_ADDR"], number_of("MASTER_PORT", least=1, most=65535)
     if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and env.get("RANK") == "0":
-        with _serving:  # no launcher that does, as where srun starts the ranks: rank 0, at that address alone
+        with _serving:  # no launcher does, as when srun starts the ranks: rank 0 serves it, at that address alone
             if not _served:
                 try:
                     _served.append(serve(listen(address, port)))
@@ -460,7 +459,7 @@ def connect(timeout_s: float) -> dist.Store:
 
 
 def one_line(text: str) -> str:
-    """One line without control characters, as `text` may be anybody's."""
+    """One line without control characters, as anybody may have written `text`."""
     return "".join(c if c.isprintable() else " " for c in "; ".join(text[:WORDS].splitlines()))
 
 
@@ -469,7 +468,7 @@ def _maybe(text: str | None) -> str | None:
 
 
 def _append_to_log(run: Path, text: str) -> None:
-    """Where the run's log is a file of this user's; another's word of where it is would lead elsewhere."""
+    """The run's log if this user owns it; another rank's word for where it is could lead elsewhere."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with contextlib.suppress(FileNotFoundError), os.fdopen(os.open(run / "log.txt", flags), "w") as file:
         status = os.fstat(file.fileno())
@@ -478,7 +477,7 @@ def _append_to_log(run: Path, text: str) -> None:
 
 
 def _is_sibling(pid: int) -> bool:
-    """Whether this rank's launcher has started that process too."""
+    """Whether this rank's launcher also started that process."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[1]) == os.getppid()
     except (OSError, IndexError):
@@ -494,7 +493,7 @@ def _named(rank: int, beat: Beat) -> str:
 
 
 def _is_communication(error: BaseException) -> bool:
-    """Whether a collective raised it: gloo's errors are RuntimeErrors that name its source files."""
+    """Whether a collective raised it: gloo's errors are RuntimeErrors naming its source files."""
     text = str(error).lower()
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "nccl", "connection closed"))

@@ -40,20 +40,20 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Rank 0 writes the run's directory."""
+        """Whether this is rank 0, which writes the run's directory."""
         return self.rank == 0
 
     def gather(self, value: T, kind: Any = None) -> list[T]:
-        """`value` of every rank, in their order. Every rank calls it; for small things.
+        """`value` of every rank, in order. Every rank calls it; for small things.
 
-        They travel as JSON: nothing that came from a socket is unpickled.
+        Values travel as JSON: nothing from a socket is unpickled.
 
         Args:
             value: plain, a dataclass or a pydantic model.
-            kind: its type, where that is more than its class, as for `tuple[Path, int]`.
+            kind: its type, if that is more than its class, as with `tuple[Path, int]`.
 
         Raises:
-            RunError: what came from another rank is of another kind.
+            RunError: another rank sent a different kind.
         """
         if self.size == 1:
             return [value]
@@ -67,26 +67,26 @@ class World:
             raise RunError(f"rank {self.rank}: what another rank sent cannot be read: {error}") from error
 
     def _all_gather(self, own: torch.Tensor) -> list[torch.Tensor]:
-        """On the CPU. All ranks' have one shape."""
+        """On the CPU; all ranks' tensors have one shape."""
         own = own.to(self.device)
         found = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(found, own)
         return [tensor.cpu() for tensor in found]
 
     def synchronize(self) -> None:
-        """Wait until the device has done all it was given."""
+        """Wait until the device has finished all its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
 def started_as() -> tuple[int, int, int]:
-    """Rank, world size and local rank of this process, as the launcher told it; 0, 1, 0 without."""
+    """Rank, world size and local rank of this process from the launcher; 0, 1, 0 without one."""
     size = number_of("WORLD_SIZE", 1, least=1)
     rank, local_rank = number_of("RANK", 0), number_of("LOCAL_RANK", 0)
     if rank >= size or local_rank > rank:
         raise InputError(
             f"RANK {rank}, LOCAL_RANK {local_rank}, WORLD_SIZE {size}: expected LOCAL_RANK <= RANK < WORLD_SIZE, as"
-            " torchrun sets them; start it by torchrun or nanogpt launch, or unset them"
+            " torchrun sets them; start it with torchrun or nanogpt launch, or unset them"
         )
     if size > 1:
         number_of("MASTER_PORT", 0, most=65535)
@@ -94,7 +94,7 @@ def started_as() -> tuple[int, int, int]:
 
 
 def check_world(spec: RunSpec) -> torch.device:
-    """This process's device. Raises `InputError` where processes or GPUs are not those that the spec wants."""
+    """This process's device. Raises `InputError` if processes or GPUs are not what the spec needs."""
     _, size, local_rank = started_as()
     if size != spec.world_size:
         raise InputError(_other_world_size(spec, size))
@@ -109,25 +109,25 @@ def _other_world_size(spec: RunSpec, size: int) -> str:
     else:
         wanted = f"{spec.world_size} processes"
         start = (
-            f"Start them by `nanogpt launch {nodes}RECIPE`{' on each node' if nodes else ''} (for a benchmark with"
-            " --bench before RECIPE), or as a Slurm job by `slurm/run.sh RECIPE`"
+            f"Start them with `nanogpt launch {nodes}RECIPE`{' on each node' if nodes else ''} (a benchmark with"
+            " --bench before RECIPE), or as a Slurm job with `slurm/run.sh RECIPE`"
         )
     here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     there = shape(hardware.model_copy(update={"gpus_per_node": here, "nodes": max(1, size // here)}))
     fits = size in WORLD_SIZES and spec.training.slots % size == 0
     return f"hardware: the recipe needs {wanted}, found {size}. {start}" + (
-        f". With --on {there} it runs on what there is" if fits else ""
+        f". To run on what there is: --on {there}" if fits else ""
     )
 
 
 @contextmanager
 def join_world(spec: RunSpec) -> Iterator[World]:
-    """Take this process's place among the spec's processes, and leave it at the end.
+    """Join the spec's processes, and leave them at the end.
 
-    Started by a launcher where the world size is above 1 (RANK, WORLD_SIZE, LOCAL_RANK in the environment).
+    A launcher starts the process if the world size is above 1 (RANK, WORLD_SIZE, LOCAL_RANK in the environment).
 
     Raises:
-        InputError: the number of processes is not the recipe's, or there is no GPU for a recipe that wants one.
+        InputError: the number of processes is not the recipe's, or a GPU that it needs is missing.
         RunError: the processes do not find each other.
     """
     rank, size, local_rank = started_as()
@@ -138,7 +138,7 @@ def join_world(spec: RunSpec) -> Iterator[World]:
     if size == 1:
         yield World(rank, size, local_rank, device, Communicator())
         return
-    # Of the limits on waiting the watchdog's come first: they leave out time in which the job is suspended.
+    # The watchdog's limits come first, as they do not count time in which the job is suspended.
     limit = datetime.timedelta(seconds=spec.watchdog.phase_seconds + TIMEOUT_MARGIN_S)
     try:
         dist.init_process_group(
@@ -158,7 +158,7 @@ def join_world(spec: RunSpec) -> Iterator[World]:
 
 
 def _choose_algorithms(*, deterministic: bool) -> None:
-    if deterministic:  # read at cuBLAS' first call in the process
+    if deterministic:  # read at cuBLAS's first call in the process
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if deterministic != torch.are_deterministic_algorithms_enabled():  # the call loads the compiler
         torch.use_deterministic_algorithms(deterministic)
@@ -175,7 +175,7 @@ def _device(spec: RunSpec, local_rank: int) -> torch.device:
             raise InputError(f"the driver is for CUDA {major}.{minor}, and {needed}. {OTHER_DRIVER}")
         raise InputError(
             f"hardware.gpu: the recipe needs {spec.hardware.gpu}, this machine shows no GPU to PyTorch"
-            f" {torch.__version__}. Run it on a GPU node (apptainer needs --nv), or try recipes/demo.yaml on a CPU"
+            f" {torch.__version__}. Run it on a GPU node (apptainer needs --nv), or try `nanogpt demo` on a CPU"
         )
     index = 0 if alone else local_rank
     if index >= torch.cuda.device_count():
@@ -190,11 +190,11 @@ OWN_GPU = "NANOGPT_OWN_GPU"
 
 
 def see_own_gpu(environ: MutableMapping[str, str], local_rank: int) -> bool:
-    """Leave this process its own GPU alone of those in CUDA_VISIBLE_DEVICES; returns whether it is device 0 now.
+    """Show this process only its own GPU in CUDA_VISIBLE_DEVICES; returns whether it is now device 0.
 
-    torch compiles a graph for a device by number. Where every rank's GPU is number 0, all ranks of a node have the same
-    code, and that of a warm-up on one GPU before. CUDA reads the variable once, when it is first asked for anything:
-    where that has been already, or there are fewer GPUs than ranks, all stays as it is.
+    torch compiles a graph for a device by number. If every rank's GPU is number 0, all ranks of a node share the same
+    code, also with an earlier warm-up on one GPU. CUDA reads the variable once, at first use:
+    if that is past, or there are fewer GPUs than ranks, nothing changes.
     """
     if environ.get(OWN_GPU) == str(local_rank):
         return True

@@ -62,13 +62,13 @@ def test_where_and_with_how_many(options: str, meeting: Meeting) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--nnodes=2", "where do they meet? Give all of them --rdzv-endpoint"),
+        ("--nnodes=2", "where do they meet? Give each of them --rdzv-endpoint"),
         ("--nnodes=1:4 --rdzv-endpoint=n0:1", "--nnodes 1:4: expected a number"),
-        ("--nnodes=0", "--nnodes 0: expected a number from 1 on"),
+        ("--nnodes=0", "--nnodes 0: expected a number of at least 1"),
         ("--nproc-per-node=many", "--nproc-per-node many: expected a number"),
         ("--nnodes=2 --rdzv-endpoint=n0:1 --node-rank=2", "--node-rank 2: expected 0 to 1"),
         ("--nnodes=2 --rdzv-endpoint=n0:x", "--rdzv-endpoint n0:x: expected HOST:PORT"),
-        ("--nnodes=2 --standalone", "--standalone is one node"),
+        ("--nnodes=2 --standalone", "--standalone means one node"),
         ("--rdzv-conf=join_timeout=soon", "--rdzv-conf join_timeout=soon: expected"),
         ("--rdzv-backend=etcd", "invalid choice: 'etcd'"),
         ("--max-restarts=3", "invalid choice: 3"),

@@ -97,7 +97,7 @@ def test_what_is_looked_at_keeps_its_hardware_open_unless_it_is_said(nanogpt):
     ("on", "message"),
     [
         ("h200", "--on h200: expected GPUs x type, such as 4xh200"),
-        ("4xv100", "--on 4xv100: v100 is not a type that is known"),
+        ("4xv100", "--on 4xv100: v100 is not a known type"),
         ("3xh100", "--on 3xh100: hardware.gpus_per_node: 1 x 3 makes a world size of 3"),
         ("0xh100", "--on 0xh100: hardware.gpus_per_node: must be greater than or equal to 1, found 0"),
     ],

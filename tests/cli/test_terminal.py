@@ -55,8 +55,8 @@ def test_a_full_standard_output_is_an_error_and_no_traceback(arguments):
         done = run(*NANOGPT, *arguments, stdout=full.fileno())
     assert done.returncode == 1
     assert done.stderr.decode().splitlines() == [
-        "nanogpt: standard output cannot be written: No space left on device: what should stand there is lost;"
-        " direct it to a file on a disk that has room"
+        "nanogpt: standard output cannot be written: No space left on device: the output is lost;"
+        " redirect it to a file on a disk with free space"
     ]
 
 

@@ -105,7 +105,7 @@ def test_where_a_run_goes_and_where_its_data_are(
         (("record89-4xh200",), "nanogpt train record89 --on 4xh200"),
         (("nothing.yaml",), "nothing.yaml: no such file"),
         (("1xh100", "--set", "hardware.gpu=a1000"), "--set hardware.gpu=a1000: hardware.gpu: "),
-        (("8xh100",), "the recipe needs 8 processes, found 1. Start them by `nanogpt launch RECIPE`"),
+        (("8xh100",), "the recipe needs 8 processes, found 1. Start them with `nanogpt launch RECIPE`"),
         (("demo",), "no fineweb_train_*.bin there"),
         (("--resume", "nowhere"), "nowhere: no such run directory"),
         (("demo", "--steps", "0"), "--steps"),

@@ -140,7 +140,7 @@ def refused(cluster: Cluster, *command: str | Path, cwd: Path | None = None, **e
 
 def test_a_wrong_number_of_gpus_is_refused_with_the_right_command(cluster: Cluster) -> None:
     log = refused(cluster, "--gres=gpu:h200:2", cluster.scripts / "run.sh", "recipes/8xh200.yaml")
-    assert "8 GPUs a node needed, 2 allocated on n" in log
+    assert "8 GPUs per node needed, 2 allocated on n" in log
     assert "--gres=gpu:h200:8" in log and "--cpus-per-task=64" in log
 
 

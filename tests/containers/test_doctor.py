@@ -64,7 +64,7 @@ def test_cache_and_shared_memory(tmp_path: Path) -> None:
 
 
 def test_a_kernel_that_cannot_be_launched_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert check_kernels().found == "not tried, there is no GPU"
+    assert check_kernels().found == "not tried, as there is no GPU"
     launched: list[str] = []
 
     def case(name: str, error: Exception | None = None) -> BenchCase:

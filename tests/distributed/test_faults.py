@@ -69,7 +69,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_run_goes_on(data: Pa
         run = launched.run
         stopped = read_run(run)
         asked = f"SIGUSR1 to rank 1 on {os.uname().nodename}: "
-        for what in ("the step is finished, then comes a checkpoint", "the run stopped after step "):
+        for what in ("finishing the step, then writing a checkpoint", "the run stopped after step "):
             assert launched.output.count(asked + what) == 1, launched.output
         assert (stopped.state, read_record(run).state) == ("interrupted", "interrupted")
         assert stopped.checkpoints[-1]["step"] == stopped.last["step"]

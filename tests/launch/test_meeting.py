@@ -53,7 +53,7 @@ def test_a_node_that_does_not_come(tmp_path: Path) -> None:
     (alone,) = nodes(tmp_path, SLEEPS, ("--rdzv-conf=join_timeout=1",), processes=(1,))
     with ended(alone):
         assert alone.end() == 1
-    assert "of 2 nodes 1 have not come to 127.0.0.1:" in alone.output and "within 1 s: 1. " in alone.output
+    assert "of 2 nodes 1 did not come to 127.0.0.1:" in alone.output and "within 1 s: 1. " in alone.output
 
 
 def test_a_first_node_that_does_not_come(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_a_signal_ends_the_waiting(tmp_path: Path) -> None:
         alone.until(lambda: alone.left)
         alone.process.terminate()
         assert alone.end() == REQUEUE_EXIT_CODE
-    assert f"SIGTERM to the launcher on {socket.gethostname()}: stopped before all nodes came" in alone.output
+    assert f"SIGTERM to the launcher on {socket.gethostname()}: stopped before all nodes arrived" in alone.output
     assert alone.left == set()
 
 
@@ -100,7 +100,7 @@ def test_a_name_that_leads_home_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     """As where /etc/hosts has 127.0.1.1 for the node's own name."""
     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", 0))]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
-    refused = pytest.raises(InputError, match=r"node0 leads to 127\.0\.1\.1 .* or by --local-addr")
+    refused = pytest.raises(InputError, match=r"node0 leads to 127\.0\.1\.1 .* or --local-addr")
     with refused, meet(Meeting(2, 1, "node0", 29500), never, never):
         pass
 

@@ -89,7 +89,7 @@ def test_online_is_said_and_nothing_else_sends(tmp_path, monkeypatch, capsys, na
 
 def test_online_is_for_trackers_that_can(nanogpt):
     refused = nanogpt("validate", "speedrun", "--set", "output.online=true")
-    assert refused.code == 2 and "output.online: is true, which wandb and trackio can" in refused.err + refused.out
+    assert refused.code == 2 and "output.online: is true, which needs output.tracker wandb" in refused.err + refused.out
 
 
 class Kept:

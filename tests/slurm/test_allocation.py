@@ -49,10 +49,10 @@ def test_what_fits_and_what_does_not() -> None:
     assert misfits("8xh200", ["n1"], n1={"": 8}) == []  # a site without types: preflight asks the driver
     assert misfits("8xh100", ["n1"], n1={"nvidia_h100_80gb_hbm3": 8}) == []
     assert misfits("demo", ["n1"], n1={"h200": 8}) == []
-    assert misfits("8xh200", ["n1"], n1={"h200": 4}) == ["8 GPUs a node needed, 4 allocated on n1"]
-    assert misfits("4xh200", ["n1"], n1={"h200": 8}) == ["4 GPUs a node needed, 8 allocated on n1"]
+    assert misfits("8xh200", ["n1"], n1={"h200": 4}) == ["8 GPUs per node needed, 4 allocated on n1"]
+    assert misfits("4xh200", ["n1"], n1={"h200": 8}) == ["4 GPUs per node needed, 8 allocated on n1"]
     assert misfits("8xh100", ["n1"], n1={"h200": 8}) == ["GPUs of type h100 needed, h200 allocated on n1"]
-    assert misfits("8xh100", ["n1"]) == ["8 GPUs a node needed, 0 allocated on n1"]
+    assert misfits("8xh100", ["n1"]) == ["8 GPUs per node needed, 0 allocated on n1"]
     assert misfits("2x4xh100", ["n1"], n1={"h100": 4}) == ["2 nodes needed, 1 allocated"]
     assert misfits("2x4xh100", ["n1", "n2"], n1={"h100": 4}, n2={"h100": 2, "a100": 2}) == [
         "GPUs of type h100 needed, a100 allocated on n2"

@@ -47,14 +47,14 @@ def test_all_gpus_of_the_machine_or_as_many_as_a_run_takes(
     assert filled(at_hand({})) == expected
     said = capsys.readouterr().err
     count, gpu = expected.split("x")
-    assert f"hardware: {count} x {gpu}, the GPUs at hand" in said and "--on says another" in said
+    assert f"hardware: {count} x {gpu}, the GPUs at hand" in said and "--on chooses another" in said
     assert (f"({count} of {len(names)}:" in said) == (int(count) < len(names))
 
 
 def test_only_gpus_that_are_visible(nvml: MadeNvml) -> None:
     nvml.show(*[H200] * 8)
     assert filled(at_hand({"CUDA_VISIBLE_DEVICES": "4,5"})) == "2xh200"
-    with pytest.raises(InputError, match=r"CUDA_VISIBLE_DEVICES=9 shows none.*--on 1xh100"):
+    with pytest.raises(InputError, match=r"CUDA_VISIBLE_DEVICES=9 hides all.*--on 1xh100"):
         filled(at_hand({"CUDA_VISIBLE_DEVICES": "9"}))
 
 
@@ -83,7 +83,7 @@ def test_what_is_said_is_not_asked_for(nvml: MadeNvml) -> None:
 
 def test_a_type_that_is_not_known_says_how_to_go_on(nvml: MadeNvml) -> None:
     nvml.show("NVIDIA L4", "NVIDIA L4")
-    with pytest.raises(InputError, match=r"NVIDIA L4 is none of .*known: .*, l40s.*--set hardware\.gpu=l40s"):
+    with pytest.raises(InputError, match=r"NVIDIA L4 is not one of .*known: .*, l40s.*--set hardware\.gpu=l40s"):
         filled(at_hand({}))
     nvml.show(H200, "NVIDIA A100-SXM4-80GB")
     with pytest.raises(InputError, match=r"several types: NVIDIA H200, NVIDIA A100-SXM4-80GB.*--on 1xh100"):

@@ -101,9 +101,9 @@ def test_no_squeue_says_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_unknown_jobs_are_refused_with_those_there_are(slurm: Path) -> None:
     assert find_job("124", []).id == "120_3"
-    with pytest.raises(InputError, match=r"my jobs: .*77"):
+    with pytest.raises(InputError, match=r"your jobs: .*77"):
         find_job("99", [])
-    with pytest.raises(InputError, match="not the id of a job"):
+    with pytest.raises(InputError, match="not a job id"):
         find_job("all", [])
 
 

@@ -49,13 +49,13 @@ def test_number_and_type_are_compared_with_the_recipe(nvml: MadeNvml) -> None:
     checks = check_gpus(load_recipe("2xh200"), {})
     assert states(checks)["GPUs"] == "warning" and "--on 4xh200 uses more" in checks[0].advice
     checks = check_gpus(load_recipe("4xh100"), {})
-    assert states(checks)["GPUs"] == "failed" and checks[0].advice.endswith("say what there is: --on 4xh200")
+    assert states(checks)["GPUs"] == "failed" and checks[0].advice.endswith("run on what there is: --on 4xh200")
     nvml.show("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe")
     (check,) = [check for check in check_gpus(load_recipe("2xh100"), {}) if check.name == "GPUs"]
     assert check.status == "warning" and "several kinds" in check.found
     nvml.show("NVIDIA RTX PRO 6000 Blackwell Server Edition")
     check, *_ = check_gpus(load_recipe("1xh100"), {})
-    assert check.status == "warning" and "no type that is known" in check.found and "doctor" in check.advice
+    assert check.status == "warning" and "an unknown type" in check.found and "doctor" in check.advice
 
 
 def test_the_job_s_gpus_are_those_that_slurm_shows(nvml: MadeNvml) -> None:
@@ -154,7 +154,7 @@ def test_what_is_wrong_with_shards_is_named(tmp_path: Path) -> None:
     second.write_bytes(second.read_bytes()[:-2])
     assert "fineweb_train_000002.bin: corrupt: the header promises 1300 tokens" in failures(data, tmp_path)
     second.unlink()
-    assert "fineweb_train_000002.bin: missing, later ones are there" in failures(data, tmp_path)
+    assert "fineweb_train_000002.bin: missing, though later ones exist" in failures(data, tmp_path)
     (data / "fineweb_val_000000.bin").unlink()
     assert "no fineweb_val_*.bin there" in failures(data, tmp_path)
 

@@ -108,14 +108,12 @@ def test_equal_size_and_time_are_not_equal_content(node: Path) -> None:
 def test_a_place_in_which_others_can_rename_is_refused(node: Path) -> None:
     node.chmod(0o777)
     said = stage_all(node)
-    assert (
-        said.startswith("InputError") and "others can exchange what is in it (mode 0777, without a sticky bit)" in said
-    )
+    assert said.startswith("InputError") and "others can replace its contents (mode 0777, without a sticky bit)" in said
     node.chmod(0o1777)
     as_other('mkdir -m 1777 "$1"', node / "theirs")
     shared = node / "shared"
     said = as_me(lambda: stage(node / "theirs", image=shared / "nanogpt.sif", shards=[]))
-    assert f"{node / 'theirs'}: belongs to user {OTHER}, who can exchange what is in it" in said
+    assert f"{node / 'theirs'}: belongs to user {OTHER}, who can replace its contents" in said
 
 
 def test_a_part_that_is_a_link_of_my_own_is_refused(tmp_path: Path) -> None:

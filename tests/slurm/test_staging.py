@@ -72,5 +72,5 @@ def test_a_disk_that_cannot_take_it(source: Path, tmp_path: Path, monkeypatch: p
         copy(tmp_path / "file", source)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=3))
-    with pytest.raises(RunError, match="3 B free, the copies need 5 B"):
+    with pytest.raises(RunError, match="3 B free, but copies need 5 B"):
         copy(tmp_path / "disk", source)

@@ -71,7 +71,7 @@ EVERY_FIFTH = "checkpoint={every: 5, at_end: true, keep: 3}"
 ENDS = (
     "vo 1, mlp 1 of the way to a running average; ticks: 2, after steps 7 to 11; rate 0.955943",
     "norms as before: embed, lm_head, mlp, qk, vo",
-    "the last validation leaves out what GPT-2's tokenizer never makes after a token: 70,889,701 pairs",
+    "the last validation rules out 70,889,701 pairs of tokens that GPT-2's tokenizer never produces",
 )
 
 
@@ -193,8 +193,8 @@ def test_no_process_is_left_where_a_run_ends_early(text: Path, tmp_path: Path, m
 @pytest.mark.parametrize(
     ("recipe", "overrides", "message"),
     [
-        ("record89", (), r"training\.end\.0: canonical_mask is of GPT-2's tokens: .* found 50000 with 49999"),
-        ("gpt2", (), r"training\.end\.0: canonical_mask: the evaluation of a gpt2 model knows none"),
+        ("record89", (), r"training\.end\.0: canonical_mask is for GPT-2's tokens: .* found 50000 with 49999"),
+        ("gpt2", (), r"training\.end\.0: canonical_mask: a gpt2 model does not support it"),
         ("record89", ("model.padded_vocab_size=50260",), r"model\.padded_vocab_size is 50260, must be a multiple of 8"),
     ],
 )

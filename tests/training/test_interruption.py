@@ -143,7 +143,9 @@ def test_ctrl_c_once_and_twice(data: Path, tmp_path: Path, after: int | None, co
     done = forked_code(script, "train", recipe, "--data", data, "--out", tmp_path / "runs")
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
-    assert "Ctrl-C: the step is finished, then comes a checkpoint; once more ends the run at once\n" in done.stderr
+    assert (
+        "Ctrl-C: finishing the step, then writing a checkpoint; press it again to end the run at once\n" in done.stderr
+    )
     (path,) = (tmp_path / "runs").iterdir()
     row, files = run_row(path), [file.name for file in list_checkpoints(path / "checkpoints")]
     assert row.state == "interrupted"

@@ -52,7 +52,7 @@ def test_the_place_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("recipe", "size", "message"),
     [
-        ("8xh100", 1, "needs 8 processes, found 1. Start them by `nanogpt launch RECIPE`"),
+        ("8xh100", 1, "needs 8 processes, found 1. Start them with `nanogpt launch RECIPE`"),
         ("1xh100", 2, "needs 1 process, found 2. Start it without a launcher: `nanogpt train RECIPE`"),
     ],
 )
@@ -61,7 +61,7 @@ def test_another_world_size(monkeypatch: pytest.MonkeyPatch, recipe: str, size: 
     with pytest.raises(InputError) as error, join_world(load_recipe(recipe)):
         pass
     assert message in str(error.value)
-    assert f"--on {size}xh100 " in str(error.value)
+    assert f"--on {size}xh100" in str(error.value)
     assert ("slurm/run.sh RECIPE" in str(error.value)) == (recipe == "8xh100")
 
 
@@ -76,7 +76,7 @@ def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="the recipe needs h200, this machine shows no GPU") as error:
         check_world(load_recipe("1xh200"))
     assert "apptainer needs --nv" in str(error.value)
-    assert "recipes/demo.yaml" in str(error.value)
+    assert "`nanogpt demo`" in str(error.value)
 
 
 def test_a_driver_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
