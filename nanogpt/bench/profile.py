@@ -33,6 +33,7 @@ PARTS = {
     "DC correction": r"_mix_heads",
     "tied head: transposes": r"_transposed_add_kernel",
     "embeddings' gradients": r"embedding_dense_backward|_add_(within|across)_blocks_kernel|[Rr]adix_?[Ss]ort",
+    "table of rows": r"_read_rows_kernel|_row_adam_kernel|_sum_(rows|blocks)_kernel",
     "compiled elementwise work and reductions": r"^triton_",
     "copies and fills": r"^Mem(cpy|set)|elementwise_kernel|copy_kernel|fill",
 }

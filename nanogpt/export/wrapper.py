@@ -67,11 +67,12 @@ class Table:
     def __init__(self, model: nn.Module, name: str):
         self.tensors = lambda: (getattr(model, f"table_{name}"), getattr(model, f"table_{name}_rows"))
 
-    def read(self, rows: Tensor) -> Tensor:
-        """(T, D) of `rows` (T,)."""
+    def read(self, rows: Tensor, signs: Any) -> Tensor:
+        """(T, D): the sum of each token's `rows` (R, T), times their signs."""
         values, known = self.tensors()
         place = torch.searchsorted(known, rows.long()).clamp(max=len(known) - 1)
-        return nn.functional.embedding(place, values) * (known[place] == rows)[:, None]
+        read = nn.functional.embedding(place, values) * (known[place] == rows)[..., None]
+        return (read * nn.functional.embedding(signs.rows, signs.vectors)).sum(0)
 
 
 class NanogptModel(MODEL):

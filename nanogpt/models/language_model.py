@@ -163,10 +163,12 @@ class LanguageModel(nn.Module):
             if isinstance(row.start, Zeros):
                 parameters[row.name].zero_()
 
-    def make_tables(self, communicator: Communicator, device: torch.device | str) -> None:
-        """Make this rank's part of the spec's pulled tables, all zeros."""
+    def make_tables(self, communicator: Communicator, device: torch.device | str, *, plain: bool = False) -> None:
+        """Make this rank's part of the spec's pulled tables, all zeros. plain: without Triton kernels."""
         place: dict[str, Any] = {"dtype": self.dtype, "communicator": communicator, "device": torch.device(device)}
-        self.tables = {name: PulledTable(t.rows, t.width, **place) for name, t in self.table_specs.items()}
+        self.tables = {
+            name: PulledTable(table.rows, table.width, **place, plain=plain) for name, table in self.table_specs.items()
+        }
 
     def loss_inputs(self, point: SchedulePoint, device: torch.device) -> Any:
         """What `training_loss` gets from the schedule: a value of the model's own, a tree of tensors on `device`.
@@ -286,5 +288,6 @@ def build_model(
     """
     model = make_model(spec, dtype=dtype, max_tokens=max_tokens, implementations=implementations)
     model.draw_parameters(torch.Generator().manual_seed(seed))
-    model.make_tables(communicator or Communicator(), device)
+    plain = implementations is not None and implementations.plain_kernels
+    model.make_tables(communicator or Communicator(), device, plain=plain)
     return model.to(device)

@@ -7,6 +7,8 @@ its end the gradients of those rows go back by the same routes; owners add them 
 - Row Adam: beta1 is 0, and a row has one second moment, of the mean over its channels. A row that no rank has read up
   to an update stays as it is; its second moment decays for that update when the row is next touched.
 - On one rank there are no copies: rows are read where they are.
+- What a micro-step leaves is kept as it is, a gradient for each token, until the update sums those of each row: within
+  a cycle nothing is added (`nanogpt.kernels.table_rows`).
 - Gradients are summed in fp32 over a rank's cycle, travel in the table's dtype and are summed in fp32 at the owner, in
   the order of the ranks. (The public code sums in fp16 and bf16, by atomics in no fixed order.)
 
@@ -17,9 +19,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,12 +30,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanogpt.optim.communication import Communicator, Pending, completed
+from nanogpt.errors import InputError
+from nanogpt.kernels.table_rows import (
+    Entries,
+    Gradients,
+    RowAdam,
+    Signs,
+    entries_of,
+    read_rows,
+    row_adam,
+    sum_rows,
+)
+from nanogpt.optim.communication import Communicator
 from nanogpt.optim.optimizer_spec import TableRates
 
 Rows = npt.NDArray[np.int64]
 _PIECE_ROWS = 1 << 20  # of a table at a time, on its way into a checkpoint
-_UPDATED_ROWS = 1 << 18  # at once
 ROW_STATE_BYTES = 8  # of a row, beside its numbers: second moment and last update
 
 
@@ -46,17 +58,44 @@ class Pull:
     send_counts: list[int]  # of `rows`, by owner
     asked: Tensor  # (m,) int64: what others ask of this rank's part, by asker, counted from its first row
     asked_counts: list[int]  # by asker
+    touched: Tensor  # (t,) int64: the distinct ones of `asked`, sorted
+
+
+@dataclass
+class Kept:
+    """What a cycle's micro-steps have left so far: for each token, the rows that it read, and one gradient."""
+
+    tokens: Tensor  # (room, D), of the table's dtype
+    used: int = 0  # of the room
+    rows: list[Tensor] = field(default_factory=list)  # (R, T) each
+    sign_rows: list[Tensor] = field(default_factory=list)  # (R, T) each; none: rows are read as they are
+    vectors: Tensor | None = None  # of the signs
+
+    def joined(self) -> Saved:
+        """All of it, as a checkpoint has it."""
+        nothing = torch.zeros(1, 0, dtype=torch.int32, device=self.tokens.device)
+        rows, signs = (torch.cat(parts, dim=1) if parts else nothing for parts in (self.rows, self.sign_rows))
+        return Saved(self.tokens[: self.used], rows, signs)
+
+
+class Saved(NamedTuple):
+    """What a checkpoint has of a cycle that it has cut."""
+
+    tokens: Tensor  # (T, D)
+    rows: Tensor  # (R, T)
+    sign_rows: Tensor  # (R, T); (1, 0): there are none
 
 
 class TableLookUp(NamedTuple):
     """The rows of a table that a micro-batch's tokens read; of the form of `nanogpt.optim.row_table.LookUp`."""
 
     table: PulledTable
-    rows: Tensor  # (T,) integers
+    rows: Tensor  # (R, T) integers: R rows for each token
+    signs: Signs | None = None  # that they are multiplied by
 
     def read(self) -> Tensor:
-        """The rows, (T, D), as a leaf: their gradient stays with it, to be added to the cycle's."""
-        return self.table.read(self.rows).requires_grad_()
+        """The sum of each token's rows, (T, D), as a leaf: its gradient stays with it, to be kept with the cycle's."""
+        return self.table.read(self.rows, self.signs).requires_grad_()
 
 
 class PulledTable:
@@ -68,12 +107,22 @@ class PulledTable:
         dtype: of the table.
         communicator: of the ranks.
         device: where this rank's part is.
+        plain: plain PyTorch also where a Triton kernel could run.
 
     Raises:
         ValueError: rows that the ranks cannot share.
     """
 
-    def __init__(self, rows: int, width: int, *, dtype: torch.dtype, communicator: Communicator, device: torch.device):
+    def __init__(
+        self,
+        rows: int,
+        width: int,
+        *,
+        dtype: torch.dtype,
+        communicator: Communicator,
+        device: torch.device,
+        plain: bool = False,
+    ):
         if rows % communicator.size:
             raise ValueError(f"{rows} rows of a table cannot be shared evenly by {communicator.size} ranks")
         self.rows = rows
@@ -81,14 +130,15 @@ class PulledTable:
         self.width = width
         self.dtype = dtype
         self.device = device
+        self.plain = plain
         self.own_rows = rows // communicator.size
         self.first = communicator.rank * self.own_rows
         self.decays: list[float] = []  # beta2 of each update so far
-        self.gradient: Tensor | None = None  # (n, D) fp32: of the cycle's rows
         self._cycle: Pull | None = None
         self._read_from: Pull | None = None
-        self._saved: tuple[Tensor, Tensor, Tensor] | None = None  # a cycle's rows, those with a gradient, and that
-        self._push: Pending | None = None
+        self._kept: Kept | None = None
+        self._saved: Saved | None = None  # which the next cycle continues with
+        self._push: Callable[[], tuple[Entries, Gradients]] | None = None  # what has come for this rank's part
         self._idle = False
 
     # Made when they are first asked for: a process that only compiles has no room for a table of its own.
@@ -115,21 +165,23 @@ class PulledTable:
 
     # --- a cycle ---
 
-    def begin_cycle(self, rows: Rows) -> None:
+    def begin_cycle(self, rows: Rows, tokens: int) -> None:
         """Pull `rows`, (n,) sorted and distinct: all that this rank's tokens will read up to the next update.
 
-        Collective. After a checkpoint from the middle of a cycle, `rows` are those still to be read: what was read
-        before comes from the checkpoint.
+        tokens: how many gradients `add_gradient` will be given till then, at most.
+
+        Collective. After a checkpoint from the middle of a cycle, rows and tokens are those still to come: what was
+        read before comes from the checkpoint.
         """
-        wanted = torch.from_numpy(rows).to(self.device)
-        if self._saved is not None:
-            wanted = torch.unique(torch.cat((wanted, self._saved[0])))
+        wanted = self._to_device(torch.from_numpy(rows))
+        saved, self._saved, self._kept = self._saved, None, None
+        if saved is not None:
+            wanted = torch.unique(torch.cat((wanted, saved.rows.flatten().long())))
+            tokens += len(saved.tokens)
         self._cycle = self._read_from = self._pull(wanted)
-        self.gradient = torch.zeros(len(wanted), self.width, device=self.device)
-        if self._saved is not None:
-            _, with_gradient, gradient = self._saved
-            self.gradient[torch.searchsorted(wanted, with_gradient)] = gradient
-            self._saved = None
+        self._kept = Kept(torch.empty(tokens, self.width, dtype=self.dtype, device=self.device))
+        if saved is not None:
+            self._keep(self._kept, saved.tokens, saved.rows, saved.sign_rows if saved.sign_rows.numel() else None)
 
     @contextmanager
     def reading(self, rows: Sequence[Tensor]) -> Iterator[None]:
@@ -152,76 +204,109 @@ class PulledTable:
             self._idle = False
 
     @torch.no_grad()
-    def read(self, rows: Tensor) -> Tensor:
-        """(T, D) of `rows` (T,), which were pulled; on one rank any rows."""
-        pull = self._read_from
+    def read(self, rows: Tensor, signs: Signs | None = None, *, out: Tensor | None = None) -> Tensor:
+        """(T, D): the sum of each token's `rows` (R, T) times their `signs`. They were pulled; on one rank any rows.
+
+        out: where it goes, if given.
+        """
         if self._idle:
-            return torch.zeros(len(rows), self.width, dtype=self.dtype, device=self.device)
+            return torch.zeros(rows.shape[1], self.width, dtype=self.dtype, device=self.device)
         if self.communicator.size == 1:
-            return F.embedding(rows, self.values)
+            return read_rows(self.values, rows, signs, out=out, plain=self.plain)
+        pull = self._read_from
         if pull is None or pull.copies is None:
             raise RuntimeError("a row is read before any was pulled")
-        return F.embedding(torch.searchsorted(pull.rows, rows.long()), pull.copies)
+        places = torch.searchsorted(pull.rows, rows.long(), out_int32=True)
+        return read_rows(pull.copies, places, signs, out=out, plain=self.plain)
 
     @torch.no_grad()
-    def add_gradient(self, rows: Tensor, gradient: Tensor) -> None:
-        """Add what the loss says of `rows` (T,), all of the cycle's: (T, D)."""
+    def add_gradient(self, rows: Tensor, gradient: Tensor, signs: Signs | None = None) -> None:
+        """Keep what the loss says of what tokens have read, (T, D), for the cycle's update; the others as for `read`.
+
+        Raises RuntimeError where the cycle has no room for it.
+        """
         if self._idle:
             return
-        if self._cycle is None or self.gradient is None:
+        kept = self._kept
+        if kept is None:
             raise RuntimeError("a table has a gradient outside a cycle")
-        self.gradient.index_add_(0, torch.searchsorted(self._cycle.rows, rows.long()), gradient.float())
+        self._keep(kept, gradient, rows, None if signs is None else signs.rows)
+        kept.vectors = None if signs is None else signs.vectors
+
+    def _keep(self, kept: Kept, gradient: Tensor, rows: Tensor, sign_rows: Tensor | None) -> None:
+        end = kept.used + len(gradient)
+        if end > len(kept.tokens):
+            raise RuntimeError(f"a table's cycle has room for {len(kept.tokens):,} tokens, and gets {end:,}")
+        kept.tokens[kept.used : end] = gradient
+        kept.used = end
+        kept.rows.append(rows.clone())  # a captured batch has others in the same place next time
+        if sign_rows is not None:
+            kept.sign_rows.append(sign_rows.clone())
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """(n, D) fp32: the sum so far, of the cycle's rows; None outside a cycle."""
+        if self._cycle is None or self._kept is None:
+            return None
+        return sum_rows(*self._gradients(self._cycle, self._kept), torch.float32, plain=self.plain)
+
+    def _gradients(self, cycle: Pull, kept: Kept) -> tuple[Entries, Gradients]:
+        """What the cycle's tokens say of its rows."""
+        tokens, rows, sign_rows = kept.joined()
+        signs = None
+        if kept.sign_rows:
+            assert kept.vectors is not None, "a cycle that goes on from a checkpoint gets gradients first"
+            signs = Signs(kept.vectors, sign_rows)
+        return entries_of(cycle.rows, rows.flatten()), Gradients(tokens, signs)
 
     @torch.no_grad()
     def start_push(self) -> None:
         """The cycle's last gradient is there: start to bring its rows to their owners. Collective."""
-        if self._cycle is None or self.gradient is None:
+        if self._cycle is None or self._kept is None:
             raise RuntimeError("a table is updated outside a cycle")
-        cycle, sent = self._cycle, self.gradient
+        cycle, gradients = self._cycle, self._gradients(self._cycle, self._kept)
         if self.communicator.size == 1:
-            self._push = completed(sent)
-        else:
-            self._push = self.communicator.exchange_rows(sent.to(self.dtype), cycle.send_counts, cycle.asked_counts)
+            self._push = lambda: gradients
+            return
+        sent = sum_rows(*gradients, self.dtype, plain=self.plain)
+        pending = self.communicator.exchange_rows(sent, cycle.send_counts, cycle.asked_counts)
+        # A row's numbers, sorted, are in the order of the ranks.
+        self._push = lambda: (entries_of(cycle.touched, cycle.asked), Gradients(pending.wait()))
 
     @torch.no_grad()
     def update(self, rates: TableRates) -> None:
         """Row Adam on what any rank has read in the cycle, which ends. After `start_push`."""
         if self._push is None or self._cycle is None:
             raise RuntimeError("a table is updated without its gradients")
-        received, cycle, size = self._push.wait(), self._cycle, self.communicator.size
-        if size == 1:
-            touched, total = cycle.rows, received
-        else:
-            touched, place = torch.unique(cycle.asked, return_inverse=True)
-            total = torch.zeros(len(touched), received.shape[1], device=received.device)
-            parts = zip(place.split(cycle.asked_counts), received.split(cycle.asked_counts), strict=True)
-            for places, values in parts:  # distinct within a rank's: no sum depends on the order of atomic additions
-                total.index_add_(0, places, values.float())
-        self._row_adam(touched, total.div_(size), rates)
-        self._cycle = self._read_from = self._push = self.gradient = None
+        self._row_adam(self._cycle.touched, *self._push(), rates)
+        self._cycle = self._read_from = self._push = self._kept = None
 
-    def _row_adam(self, touched: Tensor, gradient: Tensor, rates: TableRates) -> None:
-        """Update rows `touched` (n,) of this rank's part by `gradient` (n, D) fp32, which is used up."""
+    def _row_adam(self, touched: Tensor, entries: Entries, gradients: Gradients, rates: TableRates) -> None:
+        """Update rows `touched` (t,) of this rank's part by the mean over ranks of what `entries` say of them."""
         products = np.concatenate(([1.0], np.cumprod(self.decays)))  # fp64: of the first k betas
-        owed = torch.from_numpy(products[-1] / products).to(gradient.device)  # by the number of the last update
+        owed = torch.from_numpy((products[-1] / products).astype(np.float32))  # by the number of the last update
         self.decays.append(rates.beta2)
-        step = rates.lr * math.sqrt(1 - rates.beta2 ** len(self.decays))
-        for places, g in zip(touched.split(_UPDATED_ROWS), gradient.split(_UPDATED_ROWS), strict=True):
-            moment = self.second_moment[places] * owed[self.last_update[places].long()].float()
-            moment = rates.beta2 * moment + (1 - rates.beta2) * g.square().mean(dim=1)
-            self.second_moment[places] = moment
-            self.last_update[places] = len(self.decays)
-            update = g.mul_((step / (moment.sqrt() + rates.eps))[:, None])
-            rows = self.values[places].float()
-            update = torch.where(update * rows > 0, update + rows * rates.decay, update)
-            self.values[places] = (rows - update).to(self.dtype)
+        update = RowAdam(
+            number=len(self.decays),
+            step_size=rates.lr * math.sqrt(1 - rates.beta2 ** len(self.decays)),
+            beta2=rates.beta2,
+            decay=rates.decay,
+            eps=rates.eps,
+            divisor=self.communicator.size,
+        )
+        state = self.values, self.second_moment, self.last_update, self._to_device(owed)
+        row_adam(*state, touched, entries, gradients, update, plain=self.plain)
+
+    def _to_device(self, host: Tensor) -> Tensor:
+        """Without a wait."""
+        return host.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else host
 
     def _pull(self, wanted: Tensor) -> Pull:
         """Ask the owners of the rows `wanted` (n,). Collective."""
         communicator = self.communicator
         size = communicator.size
         if size == 1:
-            return Pull(wanted, None, [len(wanted)], wanted, [len(wanted)])
+            return Pull(wanted, None, [len(wanted)], wanted, [len(wanted)], wanted)
         bounds = torch.arange(size + 1, device=wanted.device) * self.own_rows
         counts = torch.searchsorted(wanted, bounds).diff()
         ones = [1] * size
@@ -230,7 +315,7 @@ class PulledTable:
         asked = communicator.exchange_rows(wanted[:, None], send_counts, asked_counts).wait().flatten() - self.first
         served = F.embedding(asked, self.values)
         copies = communicator.exchange_rows(served, asked_counts, send_counts).wait()
-        return Pull(wanted, copies, send_counts, asked, asked_counts)
+        return Pull(wanted, copies, send_counts, asked, asked_counts, torch.unique(asked))
 
     # --- checkpoints ---
 
@@ -247,17 +332,13 @@ class PulledTable:
         return state
 
     def _cycles(self) -> list[dict[str, Tensor]]:
-        """By rank: the cycle's rows, those with a gradient, and that."""
-        none = self.last_update.new_empty(0, dtype=torch.int64)
-        rows, gradient = none, torch.empty(0, self.width, device=none.device)
-        if self._cycle is not None and self.gradient is not None:
-            rows, gradient = self._cycle.rows, self.gradient
-        if not any(self._counts(rows)):
+        """What each rank has kept of the cycle."""
+        kept = Kept(self.values[:0]) if self._kept is None else self._kept
+        if not any(self._counts(kept.tokens[: kept.used])):
             return []
-        touched = gradient.ne(0).any(dim=1).nonzero().flatten()
-        parts = {"rows": (rows, None), "with_gradient": (rows[touched], None), "gradient": (gradient, touched)}
-        by_rank = {name: self._by_rank(*part) for name, part in parts.items()}
-        return [dict(zip(by_rank, of_rank, strict=True)) for of_rank in zip(*by_rank.values(), strict=True)]
+        tokens, rows, sign_rows = kept.joined()
+        by_rank = [self._by_rank(part) for part in (tokens, rows.flatten(), sign_rows.flatten())]
+        return [dict(zip(Saved._fields, of_rank, strict=True)) for of_rank in zip(*by_rank, strict=True)]
 
     def _on_main(self, tensor: Tensor, chosen: Tensor | None = None) -> Tensor:
         return torch.cat(self._by_rank(tensor, chosen))
@@ -297,22 +378,33 @@ class PulledTable:
             for name in ("values", "second_moment", "last_update"):
                 getattr(self, name)[places] = state[name][piece].to(self.device)
         self.decays = [float(beta) for beta in state["decays"]]
-        self._cycle = self._read_from = self._push = self.gradient = None
+        self._cycle = self._read_from = self._push = self._kept = None
         self._saved = self._part_of(state["cycles"])
 
-    def _part_of(self, cycles: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor, Tensor] | None:
+    def _part_of(self, cycles: Sequence[Mapping[str, Tensor]]) -> Saved | None:
         """This rank's part of an unfinished cycle: its own on as many ranks, else rank 0 has all of it."""
         if not cycles:
             return None
-        size, device = self.communicator.size, self.device
+        if Saved._fields[0] not in cycles[0]:
+            raise InputError(
+                "the checkpoint is of a step within a cycle of tables, by an earlier version that kept other numbers of"
+                " such: resume it with the version that its record names"
+            )
+        size, rank = self.communicator.size, self.communicator.rank
+        scale = 1.0
         if len(cycles) == size:
-            own = cycles[self.communicator.rank]
-            return own["rows"].to(device), own["with_gradient"].to(device), own["gradient"].to(device)
-        if self.communicator.rank:
+            cycles = cycles[rank : rank + 1]
+        elif rank:
             return None
-        rows = torch.unique(torch.cat([of_rank["rows"] for of_rank in cycles]))
-        total = torch.zeros(len(rows), self.width)
-        for of_rank in cycles:
-            total.index_add_(0, torch.searchsorted(rows, of_rank["with_gradient"]), of_rank["gradient"])
-        total *= size / len(cycles)  # its mean over ranks is then what it was
-        return rows.to(device), rows.to(device), total.to(device)
+        else:
+            scale = size / len(cycles)  # the mean over ranks is then what it was
+        parts = [[of_rank[name].to(self.device) for name in Saved._fields] for of_rank in cycles]
+        parts = [part for part in parts if len(part[0])]
+        if not parts:
+            return None
+        tokens, *numbers = zip(*parts, strict=True)
+        joined = [
+            torch.cat([flat.view(-1, len(own)) for own, flat in zip(tokens, each, strict=True)], dim=1)
+            for each in numbers
+        ]
+        return Saved(scale * torch.cat(tokens), *joined)

@@ -65,7 +65,7 @@ def add_gradients(look_ups: Sequence[AnyLookUp], read: Sequence[Tensor], *, plai
     for look_up, rows in zip(look_ups, read, strict=True):
         if isinstance(look_up, TableLookUp):
             assert rows.grad is not None
-            look_up.table.add_gradient(look_up.rows, rows.grad)
+            look_up.table.add_gradient(look_up.rows, rows.grad, look_up.signs)
             continue
         order = orders.get(id(look_up.rows)) or row_order(look_up.rows)
         orders[id(look_up.rows)] = order

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from nanogpt.data.batches import MicroBatch
 from nanogpt.models.language_model import LanguageModel
 from nanogpt.optim.pulled_table import TableLookUp
-from nanogpt.optim.row_table import AnyLookUp, LookUp, add_gradients
+from nanogpt.optim.row_table import LookUp, add_gradients
 
 
 class MicroStep:
@@ -100,7 +100,8 @@ class MicroStep:
         )
         inputs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
         look_ups = self.model.look_ups(batch)
-        pulled = {i: look_up.read() for i, look_up in enumerate(look_ups) if isinstance(look_up, TableLookUp)}
+        tables = {i: look_up for i, look_up in enumerate(look_ups) if isinstance(look_up, TableLookUp)}
+        pulled = {i: look_up.read() for i, look_up in tables.items()}
         graph = torch.cuda.CUDAGraph()
         # Other threads, such as the one that brings the next batch, continue as usual meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
@@ -108,7 +109,7 @@ class MicroStep:
             loss = self._backward(batch, inputs, embedded)
             own = [i for i in range(len(look_ups)) if i not in pulled]
             add_gradients([look_ups[i] for i in own], [embedded[i] for i in own], plain=self.plain_kernels)
-        return _Capture(graph, batch, inputs, loss, [(look_ups[i], rows) for i, rows in pulled.items()])
+        return _Capture(graph, batch, inputs, loss, [(tables[i], rows) for i, rows in pulled.items()])
 
     def lines(self) -> list[str]:
         """For the log."""
@@ -129,7 +130,7 @@ class _Capture:
         batch: MicroBatch,
         inputs: Any,
         loss: Tensor,
-        pulled: Sequence[tuple[AnyLookUp, Tensor]],
+        pulled: Sequence[tuple[TableLookUp, Tensor]],
     ):
         self.graph = graph
         self.read = _tensors(batch, inputs)
@@ -142,7 +143,7 @@ class _Capture:
         for own, given in zip(self.read, _tensors(batch, inputs), strict=True):
             own.copy_(given)
         for look_up, rows in self.pulled:
-            rows.copy_(look_up.read())
+            look_up.table.read(look_up.rows, look_up.signs, out=rows)
         self.graph.replay()
         add_gradients([look_up for look_up, _ in self.pulled], [rows for _, rows in self.pulled])
         return self.loss

@@ -32,6 +32,7 @@ class TableCycles:
         self.ahead = 2 + (spec.optimizer.steps_between_updates if model.tables else 0)
         self._expected: int | None = None  # the step that continues with the cycle
         self.schedule = schedule
+        self.ranks = spec.world_size
         self.tables = model.tables
         self.batches = batches
 
@@ -50,8 +51,9 @@ class TableCycles:
             last += 1
         requests = [self.schedule.at(step).request for step in range(settings.step, last + 1)]
         rows = self.batches.look_ahead(requests)
+        tokens = sum(request.batch_tokens for request in requests) // self.ranks
         for name, table in self.tables.items():
-            table.begin_cycle(rows[name])
+            table.begin_cycle(rows[name], tokens)
 
 
 @contextmanager
@@ -98,7 +100,7 @@ def bytes_beside_tables(spec: RunSpec) -> float:
     """About what a rank of the run needs besides its tables: 38 GB for record 92 on one H200.
 
     Parameters with gradients, optimizer state and averages; activations, twenty of the stream's size a layer; logits;
-    the gradients of a cycle's rows, half of them distinct, and as much again while they are applied.
+    the gradients of a cycle's tokens, and as much again for what is made of them at its end.
     """
     model, size = spec.model, spec.world_size
     number = DTYPES[spec.runtime.dtype].itemsize

@@ -34,6 +34,7 @@ NAMES = {
     "_symmetric_product_kernel": "Polar Express: symmetric products",
     "_mix_heads_key_gradients_kernel": "DC correction",
     "_transposed_add_kernel": "tied head: transposes",
+    "_sum_blocks_kernel": "table of rows",
     "triton_poi_fused_embedding_dense_backward_38": "embeddings' gradients",
     "triton_per_fused_flash_attention_backward_mul_sigmoid_13": "compiled elementwise work and reductions",
     "triton_red_fused__fused_rms_norm__to_copy_add_cat_flip_mul_slice_unbind_view_19": (

@@ -32,15 +32,15 @@ def check_pulled_table(communicator: Communicator, device: torch.device) -> None
     parts = PulledTable(all_rows, width, dtype=torch.float32, communicator=communicator, device=device)
     for number in (1, 2, 3):
         rng = np.random.default_rng(number)
-        slots = [torch.from_numpy(rng.integers(0, all_rows, 7)).to(device) for _ in range(2 * size)]
+        slots = [torch.from_numpy(rng.integers(0, all_rows, (1, 7))).to(device) for _ in range(2 * size)]
         own = slots[rank::size]
         gradients = [
             torch.randn(7, width, generator=torch.Generator("cpu").manual_seed(s), device="cpu")
             for s in range(2 * size)
         ]
         gradients = [gradient.to(device) for gradient in gradients]
-        whole.begin_cycle(np.unique(torch.cat(slots).cpu().numpy()))
-        parts.begin_cycle(np.unique(torch.cat(own).cpu().numpy()))
+        whole.begin_cycle(np.unique(torch.cat(slots).cpu().numpy()), 14 * size)
+        parts.begin_cycle(np.unique(torch.cat(own).cpu().numpy()), 14)
         for rows in own:
             assert torch.allclose(parts.read(rows), whole.read(rows), rtol=1e-5, atol=1e-7), "pulled rows"
         for rows, gradient in zip(slots, gradients, strict=True):
@@ -53,10 +53,10 @@ def check_pulled_table(communicator: Communicator, device: torch.device) -> None
             dist.broadcast_object_list(everywhere, src=0)
             parts = PulledTable(all_rows, width, dtype=torch.float32, communicator=communicator, device=device)
             parts.load_state_dict(everywhere[0])
-            parts.begin_cycle(np.unique(own[1].cpu().numpy()))
+            parts.begin_cycle(np.unique(own[1].cpu().numpy()), 7)
             alone = PulledTable(all_rows, width, dtype=torch.float32, communicator=Communicator(), device=device)
             alone.load_state_dict(everywhere[0])  # on one rank: what all have gathered so far
-            alone.begin_cycle(np.unique(torch.cat(slots).cpu().numpy()))
+            alone.begin_cycle(np.unique(torch.cat(slots).cpu().numpy()), 7 * size)
             for rows, gradient in zip(slots[size:], gradients[size:], strict=True):
                 alone.add_gradient(rows, gradient / size)
             assert whole.gradient is not None and alone.gradient is not None
@@ -65,7 +65,7 @@ def check_pulled_table(communicator: Communicator, device: torch.device) -> None
             )
         parts.add_gradient(own[1], gradients[rank + size])
         with parts.reading([torch.arange(all_rows), torch.arange(3)]):
-            assert torch.allclose(parts.read(torch.arange(all_rows)), whole.values, rtol=1e-5, atol=1e-7), (
+            assert torch.allclose(parts.read(torch.arange(all_rows)[None]), whole.values, rtol=1e-5, atol=1e-7), (
                 "another pull"
             )
         with parts.reading([torch.arange(3)]):

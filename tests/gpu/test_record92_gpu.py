@@ -74,7 +74,7 @@ def loss_inputs() -> LossInputs:
 def begin_cycle(model: LanguageModel, *batches: MicroBatch) -> None:
     for name, table in model.tables.items():
         rows = [batch.extras[extra].flatten() for batch in batches for extra in model.table_specs[name].extras]
-        table.begin_cycle(np.unique(torch.cat(rows).cpu().numpy().astype(np.int64)))
+        table.begin_cycle(np.unique(torch.cat(rows).cpu().numpy().astype(np.int64)), TOKENS * len(batches))
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from mutation import (
     RECORD92,
     TABLE92,
     TABLE_CYCLES,
+    TABLE_ROWS,
     Mutations,
 )
 
@@ -54,10 +55,9 @@ _add("candidates", CANDIDATES, "too many targets pass", ("if need < 0:", "if nee
 
 # --- the model ---
 
-_add("n-grams", RECORD92, "bigrams without signs", ("embedded.bigrams * bigram_signs", "embedded.bigrams"))
-_add("n-grams", RECORD92, "trigrams have the bigrams' signs", ("trigrams * trigram_signs", "trigrams * bigram_signs"))
-_add("n-grams", RECORD92, "no trigrams", ("+ embedded.trigrams * trigram", "+ 0 * embedded.trigrams * trigram"))
-_add("n-grams", RECORD92, "none in the start", ('x0 + gates["ngram", 0] * ngram', 'x0 + 0 * gates["ngram", 0] * ngram'))
+_add("n-grams", RECORD92, "without signs", ("batch.extras[NGRAM_ROWS], signs)", "batch.extras[NGRAM_ROWS])"))
+_add("n-grams", RECORD92, "signs by row", ("batch.extras[NGRAM_SIGNS])", "batch.extras[NGRAM_SIGNS].flip(0))"))
+_add("n-grams", RECORD92, "none in the start", ('x0 + gates["ngram", 0] * emb', 'x0 + 0 * gates["ngram", 0] * emb'))
 _add("n-grams", RECORD92, "again in layer 0", ("in spec.ngram_layers and layer > 0:", "in spec.ngram_layers:"))
 _add("head's input", RECORD92, "no weights by group", ("numbers[:, k, 1:]).uns", "0 * numbers[:, k, 1:]).uns"))
 _add("head's input", RECORD92, "no common weights", ("numbers[:, k, :1] +", "0 * numbers[:, k, :1] +"))
@@ -154,25 +154,30 @@ _add(
 
 # --- the table of rows ---
 
-_add(
-    "row Adam", PULLED_TABLE, "missed updates are not paid for", ("* owed[self.last_update[places].long()].float()", "")
-)
+_add("row Adam", TABLE_ROWS, "missed updates are not paid for", ("* owed[last_update[places].long()]", ""))
 _add(
     "row Adam",
     PULLED_TABLE,
     "its own update is paid for",
     ("concatenate(([1.0], np.cumprod(self.decays)))", "cumprod([1.0, *self.decays, 0.95])"),
 )
-_add("row Adam", PULLED_TABLE, "a moment a number", ("g.square().mean(dim=1)", "g.square().sum(dim=1)"))
+_add("row Adam", TABLE_ROWS, "a moment a number", ("g.square().mean(dim=1)", "g.square().sum(dim=1)"))
 _add("row Adam", PULLED_TABLE, "no bias correction", ("* math.sqrt(1 - rates.beta2 ** len(self.decays))", ""))
 _add(
     "row Adam",
-    PULLED_TABLE,
+    TABLE_ROWS,
     "decay everywhere",
-    ("torch.where(update * rows > 0, update", "torch.where(rows == rows, update"),
+    ("torch.where(change * weights > 0, change", "torch.where(weights == weights, change"),
 )
-_add("row Adam", PULLED_TABLE, "no decay", ("update + rows * rates.decay, update)", "update, update)"))
-_add("row Adam", PULLED_TABLE, "the sum over ranks", ("total.div_(size)", "total"))
+_add("row Adam", TABLE_ROWS, "no decay", ("change + weights * update.decay, change)", "change, change)"))
+_add("row Adam", PULLED_TABLE, "the sum over ranks", ("divisor=self.communicator.size", "divisor=1"))
+_add("row Adam", TABLE_ROWS, "signs of other tokens", ("signs.rows.flatten()[order]", "signs.rows.flatten()[rows]"))
+_add(
+    "row Adam",
+    TABLE_ROWS,
+    "the bigrams alone",
+    ("tokens[order % len(tokens)]", "tokens[order.clamp(max=len(tokens) - 1)]"),
+)
 _add(
     "pulls",
     PULLED_TABLE,
@@ -183,9 +188,16 @@ _add(
 _add(
     "pulls", PULLED_TABLE, "a validation's rows stay", ("            self._read_from = before\n", "            pass\n")
 )
-_add("pulls", PULLED_TABLE, "one rank's gradients", ("places, values.float())", "places, 0 * values.float())"))
+_add(
+    "pulls",
+    PULLED_TABLE,
+    "one rank's gradients",
+    ("entries_of(cycle.touched, cycle.asked)", "entries_of(cycle.touched, cycle.touched)"),
+)
+_add("cycles", PULLED_TABLE, "a step's gradients over the last's", ("kept.used = end", "kept.used = len(gradient)"))
 _add("checkpoints", PULLED_TABLE, "without the cycle", ('state["cycles"] = self._cycles()', 'state["cycles"] = []'))
-_add("checkpoints", PULLED_TABLE, "a cycle's mean for another world", ("total *= size / len(cycles)", "total *= 1"))
+_add("checkpoints", PULLED_TABLE, "a cycle's mean for another world", ("scale = size / len(cycles)", "pass"))
+_add("checkpoints", PULLED_TABLE, "no room for what came before", ("tokens += len(saved.tokens)", "pass"))
 _add("cycles", TABLE_CYCLES, "one step each", ("last + 1 < self.schedule.total_steps and not", "last < 0 and not"))
 _add("cycles", TABLE_CYCLES, "one step further", ("range(settings.step, last + 1)", "range(settings.step, last + 2)"))
 _add("memory", TABLE_CYCLES, "the whole table on each", ("table.rows * row / world.size", "table.rows * row"))

@@ -26,7 +26,8 @@ class Table:
         self.in_cycle = False
         self.begun: list[Any] = []
 
-    def begin_cycle(self, rows: Any) -> None:
+    def begin_cycle(self, rows: Any, tokens: int) -> None:
+        assert tokens == sum(rows) / 8  # all that this rank's slots have
         self.in_cycle = True
         self.begun.append(rows)
 

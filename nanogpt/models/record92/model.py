@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt.kernels.fp8_head import Fp8Scales
+from nanogpt.kernels.table_rows import Signs
 from nanogpt.layers.attention import head_attention, remove_own_value, rotated_queries_keys
 from nanogpt.layers.dense_connections import for_every_token, token_numbers, weighted_sum
 from nanogpt.layers.embedding import smear, value_gate
@@ -51,8 +52,7 @@ class Embedded(NamedTuple):
 
     tokens: Tensor
     values: tuple[Tensor, ...]  # by value table
-    bigrams: Tensor
-    trigrams: Tensor
+    ngrams: Tensor  # bigram and trigram, with their signs, added up
 
 
 class AttentionWeights(NamedTuple):
@@ -124,8 +124,8 @@ class Record92(RecordModel[Record92ModelSpec]):
 
     def look_ups(self, batch: TokenBatch) -> tuple[AnyLookUp, ...]:
         """Also the two n-grams of each token."""
-        table, rows = self.tables[NGRAM_TABLE], batch.extras[NGRAM_ROWS]
-        return *super().look_ups(batch), *(TableLookUp(table, each) for each in rows.unbind())
+        signs = Signs(self.ngram_signs, batch.extras[NGRAM_SIGNS])
+        return *super().look_ups(batch), TableLookUp(self.tables[NGRAM_TABLE], batch.extras[NGRAM_ROWS], signs)
 
     def embedded(self, batch: TokenBatch) -> Embedded:
         """The tables' rows of the batch's tokens."""
@@ -133,8 +133,8 @@ class Record92(RecordModel[Record92ModelSpec]):
 
     def named(self, embedded: tuple[Tensor, ...]) -> Embedded:
         """See the base."""
-        tokens, *values, bigrams, trigrams = embedded
-        return Embedded(tokens, tuple(values), bigrams, trigrams)
+        tokens, *values, ngrams = embedded
+        return Embedded(tokens, tuple(values), ngrams)
 
     # --- the small nets ---
 
@@ -195,11 +195,9 @@ class Record92(RecordModel[Record92ModelSpec]):
         mlps = [part.unbind() for part in self.mlp.unbind(1)]
 
         x0 = norm(smear(embedded.tokens, self.smear_gate, smear_scale, past))
-        bigram_signs, trigram_signs = (self.ngram_signs[rows] for rows in batch.extras[NGRAM_SIGNS].unbind())
-        ngram = embedded.bigrams * bigram_signs + embedded.trigrams * trigram_signs
         values = dict(zip(spec.value_embed_layers, embedded.values, strict=True))
         gates = self._gates(x0, late=False)
-        x = start = x0 + gates["ngram", 0] * ngram
+        x = start = x0 + gates["ngram", 0] * embedded.ngrams
         attended = x  # by the layers after `saved_layer`, which sets it
 
         for layer in range(last):
@@ -221,7 +219,7 @@ class Record92(RecordModel[Record92ModelSpec]):
                     parts.append(x0)
                     scales.append(gates["x0", layer])
                 if layer in spec.ngram_layers and layer > 0:  # at layer 0 they are in `start` already
-                    parts.append(ngram)
+                    parts.append(embedded.ngrams)
                     scales.append(gates["ngram", layer])
                 x = weighted_sum(tuple(scales), tuple(parts))
             if layer in spec.mlp_free_layers:
@@ -262,7 +260,7 @@ class Record92(RecordModel[Record92ModelSpec]):
                 w["attention from start"],
                 w["attention from ngram"],
             ),
-            (x, y, start, ngram),
+            (x, y, start, embedded.ngrams),
         )
         u = norm(x)
         x = weighted_sum((w["mlp residual"], w["mlp post"]), (x, self._mlp(last, u, mlps, fp8=fp8_mlp)))
