@@ -170,7 +170,7 @@ def _comparison(spec: RunSpec, first: float | None, final: float, unigram: float
     from nanogpt.console import new_table
 
     vocabulary = spec.model.vocab_size
-    table = new_table("validation loss", "nats a token", "", wrap=[""])
+    table = new_table("validation loss", "nats per token", "", wrap=[""])
     chance = f"ln({vocabulary}) = {math.log(vocabulary):.4f}: all tokens alike"
     table.add_row("before training", "" if first is None else f"{first:.4f}", chance)
     table.add_row("unigram model", f"{unigram:.4f}", "knows how frequent each token is")

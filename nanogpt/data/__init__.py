@@ -1,1 +1,1 @@
-"""Token shards: their format, where they come from (FineWeb, own text), and the batches made of them."""
+"""Token shards: their format, their sources (FineWeb, your own text), and batches made from them."""

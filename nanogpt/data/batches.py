@@ -1,13 +1,11 @@
 """The batches of a run: document-aligned micro-batches for training, a contiguous stream for validation.
 
-Notable features:
-- A step is `slots` equal slots of the token stream whatever the world size; rank r's micro-step i is slot
-  `i * world_size + r`. Where a step lies in the shards is decided for the whole step, by every rank alike, so runs on
+- A step is `slots` equal slots of the token stream for any world size; rank r's micro-step i is slot
+  `i * world_size + r`. Every rank decides alike where the whole step lies in the shards, so runs on
   1, 2, 4 and 8 GPUs see the same tokens.
-- The next step, or several, are built in a background thread, and the next shard read in another, while the GPU
-  computes.
-- Shapes depend on the micro-batch size alone, `cu_seqlens` included, so nothing is compiled twice.
-- What was read is hashed in the background as well, from memory: a run can say what it was trained on.
+- While the GPU computes, one background thread builds the next steps, and another reads the next shard.
+- Shapes depend on the micro-batch size alone, including `cu_seqlens`, so nothing is compiled twice.
+- What was read is also hashed in the background, from memory: a run can say what it was trained on.
 - The position in the data can be saved and resumed at any step.
 """
 
@@ -39,7 +37,7 @@ Extras = Callable[[Slot], SlotExtras]
 
 
 def no_extras(slot: Slot) -> SlotExtras:
-    """Nothing but the tokens."""
+    """Only the tokens."""
     return SlotExtras({})
 
 
@@ -47,24 +45,26 @@ def no_extras(slot: Slot) -> SlotExtras:
 class MicroBatch:
     """One slot of a step on one rank: T tokens of consecutive documents as a flat stream.
 
-    Its segments, for attention alone, are the documents, or pieces of them where the stage says so.
+    Its segments, used by attention alone, are the documents, or pieces of them if the stage says so.
     """
 
     inputs: Tensor  # (T,) int32
-    targets: Tensor  # (T,) int64: inputs moved on by one; a document's last target is the next one's BOS
+    targets: Tensor  # (T,) int64: inputs shifted by one; a document's last target is the next one's BOS
     cu_seqlens: Tensor  # (n,) int32: 0, the segments' running ends, then T repeated; see cu_seqlens_length
-    max_seqlen: int  # no segment in it is longer: the stage's maximum in training, T in validation
-    extras: Mapping[str, Tensor] = field(default_factory=dict)  # the arrays that `Extras` gave, as tensors
+    max_seqlen: int  # the longest possible segment: the stage's maximum in training, T in validation
+    extras: Mapping[str, Tensor] = field(default_factory=dict)  # the arrays from `Extras`, as tensors
 
 
 class StepRequest(NamedTuple):
-    """What a step is made of: the schedule's part."""
+    """What a step consists of, according to the schedule."""
 
     batch_tokens: int  # of all slots
-    max_document_tokens: int  # documents are cut there
-    max_documents: int | None = None  # room for segments, see `cu_seqlens_length`; None: by a micro-batch's tokens
-    loss: StageLoss | None = None  # handed on to the extras
-    max_segment_tokens: int | None = None  # a document's segments have this many but for its last; None: it is one
+    max_document_tokens: int  # where documents are cut
+    max_documents: int | None = None  # room for segments, see `cu_seqlens_length`; None: from a micro-batch's tokens
+    loss: StageLoss | None = None  # passed to the extras
+    max_segment_tokens: int | None = (
+        None  # tokens of a document's segments except the last; None: the document is one segment
+    )
 
     @property
     def max_seqlen(self) -> int:
@@ -73,9 +73,9 @@ class StepRequest(NamedTuple):
 
 
 def cu_seqlens_length(tokens: int, max_documents: int | None = None) -> int:
-    """Entries of `cu_seqlens` for a micro-batch of `tokens`: one more than the segments that it has room for.
+    """Entries of `cu_seqlens` for a micro-batch of `tokens`: one more than the segments it has room for.
 
-    Without `max_documents`: floor(tokens / 300), up to a multiple of 128, at least 128.
+    Without `max_documents`: floor(tokens / 300), rounded up to a multiple of 128.
     """
     return max(128, -(-(tokens // 300) // 128) * 128) if max_documents is None else max_documents + 1
 
@@ -83,8 +83,8 @@ def cu_seqlens_length(tokens: int, max_documents: int | None = None) -> int:
 def segment_ends(ends: npt.NDArray[np.int64], tokens: int, longest: int | None) -> npt.NDArray[np.int64]:
     """Ends of a micro-batch's segments: those of its documents and, in each, one every `longest` tokens.
 
-    ends: (documents,) int64, running. The last segment returned is the first that reaches `tokens`: a document behind
-    them, of which one token is a target, has none.
+    ends: (documents,) int64, running. The last segment returned is the first that reaches `tokens`: a document beyond
+    them, whose first token is a target, has none.
     """
     if longest is not None:
         starts = np.append(0, ends[:-1])
@@ -98,32 +98,32 @@ class TrainBatches:
     """Training micro-batches of one rank, from shards in sorted order; a context manager.
 
     Args:
-        files: The training shards; every rank names the same.
+        files: The training shards, the same on every rank.
         slots: Micro-batches in a step over all ranks.
         rank: This process's rank.
         world_size: Number of ranks; divides `slots`.
         bos: The token that starts every document.
-        vocab_size: Tokens from this one on are refused, when they are read.
-        device: Where micro-batches go. On CUDA they are copied from pinned memory on a stream of their own, which
+        vocab_size: Tokens from this one on are refused when read.
+        device: Where micro-batches go. On CUDA they are copied from pinned memory on a separate stream, which
             the current stream waits for; the host never waits.
-        prefetch: Build the next step and read the next shard in background threads. The batches are the same
+        prefetch: Build the next step and read the next shard in background threads. Batches are the same
             without.
-        epochs: Passes over the files; None repeats forever. The speedrun makes one pass at most.
-        run_tokens: Tokens that the whole run will take, if known: a data set that is smaller is refused at once.
+        epochs: Passes over the files; None repeats forever. The speedrun makes at most one pass.
+        run_tokens: Tokens that the whole run needs, if known: a smaller data set is refused at once.
         hashed: Hash each shard in the background once it is read, for `sha256`.
-        extras: Called for this rank's slots while a step is built; for all of them, by every rank alike, where it gives
+        extras: Called for this rank's slots while a step is built, or for all slots, on every rank alike, if it returns
             states, which are part of the position in the data.
-        kept_extras: Names of those that are also kept on the host, of all ranks' slots in order, in `step_extras` for
-            the step that was handed out last.
-        ahead_extras: For `look_ahead`, the names of the extras of which each value is a row of a table, by table.
-        asked: Says why the run is to stop, if it is: then nobody waits forever for a file system that does not answer.
+        kept_extras: Names of extras that are also kept on the host, for all ranks' slots in order, in `step_extras`,
+            for the most recent step.
+        ahead_extras: For `look_ahead`, by table, the names of the extras whose values are its rows.
+        asked: Says why the run should stop, if so: then nobody waits forever for an unresponsive file system.
 
-    Only the files' headers are read here, and nothing by `restart`: the first `next_step` opens the first shard, so
+    Only the files' headers are read here, and nothing in `restart`: the first `next_step` opens the first shard, so
     that a clock started before it covers the opening. All methods belong to one thread.
 
     Raises:
         ShardError: a file is missing or not a shard.
-        InputError: no files, slots that the ranks cannot share, or too few tokens for `run_tokens`.
+        InputError: no files, slots not divisible among the ranks, or too few tokens for `run_tokens`.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class TrainBatches:
         self._coming: list[tuple[StepRequest, Future[_Step]]] = []  # built or being built, in order
         self._example: tuple[StepRequest, SlotExtras] | None = None
         self._hashed = hashed
-        self._to_hash: list[ShardDocuments] = []  # steps were made of them; the last one is the present one
+        self._to_hash: list[ShardDocuments] = []  # used for steps; the last one is current
         self._hashes: dict[str, list[str]] = {}
         self._closed = False
         self._position = _START
@@ -175,19 +175,19 @@ class TrainBatches:
         self._kept_extras = kept_extras
         self._ahead_extras = ahead_extras
         self.step_extras: dict[str, list[npt.NDArray[Any]]] = {}
-        self.wait_seconds = 0.0  # spent inside the methods for steps since the start or the last `restart`
+        self.wait_seconds = 0.0  # spent in the step methods since the start or the last `restart`
 
     def next_step(self, request: StepRequest) -> list[MicroBatch]:
         """This rank's `slots / world_size` micro-batches of the next step, each of `batch_tokens / slots` tokens.
 
-        What `build_ahead` was asked for is there, or on its way; without it, a call with the request of the last one
-        finds its step built. Where the request is another one, its step is built now, from the same document on.
+        Steps requested with `build_ahead` are built, or being built; without it, a call that repeats the last request
+        finds its step built. For a different request the step is built now, from the same document.
 
         Raises:
-            InputError: the data are used up, or a slot has more segments than `cu_seqlens` has room for, or the
+            InputError: the data are used up, a slot has more segments than `cu_seqlens` has room for, or the
                 request does not fit the slots.
             ShardError: a shard cannot be read, has a token outside the vocabulary, or no BOS.
-            RunError: the run is to stop, and the step has not come for `nanogpt.background.GRACE_S` since.
+            RunError: the run should stop, and the step has not arrived for `nanogpt.background.GRACE_S` since.
         """
         began = time.perf_counter()
         self._ask_for([request])
@@ -208,21 +208,21 @@ class TrainBatches:
         return batches
 
     def build_ahead(self, requests: Sequence[StepRequest]) -> None:
-        """Have the coming steps built, those of `requests`: in the background, or at once where there is none.
+        """Build the coming steps, those of `requests`: in the background, or at once without one.
 
-        What is built already and fits stays, further steps too. What goes wrong is raised by the `next_step` that
-        comes to it.
+        Steps already built that fit are kept, as are further ones. Errors are raised by the `next_step` that
+        reaches them.
 
-        Raises InputError where a request does not fit the slots.
+        Raises InputError if a request does not fit the slots.
         """
         began = time.perf_counter()
         self._ask_for(requests)
         self.wait_seconds += time.perf_counter() - began
 
     def look_ahead(self, requests: Sequence[StepRequest]) -> dict[str, npt.NDArray[np.int64]]:
-        """`build_ahead`, and the rows of each table of `ahead_extras` that this rank's slots of those steps have.
+        """`build_ahead`, and the rows of each table in `ahead_extras` that this rank's slots of those steps use.
 
-        (n,) int64 by table, sorted, each once. Waits for the steps, and raises what `next_step` would for them.
+        (n,) int64 by table, sorted, each once. Waits for the steps, and raises what `next_step` would.
         """
         began = time.perf_counter()
         self._ask_for(requests)
@@ -232,12 +232,12 @@ class TrainBatches:
         return {table: values.astype(np.int64) for table, values in rows.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the last step handed out, slots' states included; JSON-able, the same on every rank."""
+        """The position after the most recent step, including the slots' states; JSON-able, the same on every rank."""
         position = self._position
         return {**position._asdict(), "file": self._files[position.shard].name}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state`, of `state_dict`, was taken; the world size may be another.
+        """Continue from `state`, a `state_dict`; the world size may differ.
 
         Raises:
             InputError: the state names another file, or lacks an entry. A document beyond the shard's end is found
@@ -247,16 +247,16 @@ class TrainBatches:
             numbers = {key: int(state[key]) for key in _Position._fields if key != "states"}
             name, states = state["file"], state.get("states")
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-            raise InputError(f"saved data position: {state!r} is not one of TrainBatches.state_dict") from error
+            raise InputError(f"saved data position: {state!r} is not from TrainBatches.state_dict") from error
         if states is not None and (not isinstance(states, list) or len(states) != self._slots):
             raise InputError(
-                f"saved data position: states {states!r}, expected null or a list of {self._slots}, one a slot"
+                f"saved data position: states {states!r}, expected null or a list of {self._slots}, one per slot"
             )
         position = _Position(**numbers, states=states)
         if min(numbers.values()) < 0 or position.shard >= len(self._files) or self._files[position.shard].name != name:
             raise InputError(
                 f"saved data position: shard {position.shard} (from 0) called {name}, document {position.document}; "
-                f"here are {self._inventory()}. Resume with the data that the run was started with"
+                f"here are {self._inventory()}. Resume with the data the run was started with"
             )
         self._forget()
         self._position = position
@@ -268,10 +268,10 @@ class TrainBatches:
         self.wait_seconds = 0.0
 
     def sha256(self) -> dict[str, list[str]]:
-        """sha256 of each shard that steps were made of since the start or the last `restart`, by name.
+        """sha256 of each shard used for steps since the start or the last `restart`, by name.
 
-        From the bytes that were read; more than one where a later pass read others. Finishes reading and hashing: to be
-        called when time does not matter. Empty without `hashed`. Raises `ShardError` where a shard cannot be read.
+        From the bytes that were read; more than one if a later pass read different bytes. Finishes reading and hashing:
+        call it when time does not matter. Empty without `hashed`. Raises `ShardError` if a shard cannot be read.
         """
         self._drop_from(0)
         for shard in self._to_hash:
@@ -280,7 +280,7 @@ class TrainBatches:
         return self._hashes
 
     def close(self) -> None:
-        """End the background threads; one that hangs is left behind. May be called again; `next_step` may not."""
+        """End the background threads; one that hangs is abandoned. May be called again; `next_step` may not."""
         if not self._closed:
             self._closed = True
             self._forget()
@@ -303,7 +303,7 @@ class TrainBatches:
         return self._copier.host_step(len(self._own_slots), tokens, bounds, self._example[1])
 
     def _ask_for(self, requests: Sequence[StepRequest]) -> None:
-        """Have the coming steps be those of `requests`, and maybe more."""
+        """Make the coming steps those of `requests`, possibly with more after them."""
         if self._closed:
             raise RuntimeError("TrainBatches was asked for a step after close")
         for request in requests:
@@ -320,9 +320,9 @@ class TrainBatches:
             self._submit(request)
 
     def _submit(self, request: StepRequest) -> None:
-        """Have one more step built, after those that are coming."""
+        """Build one more step, after the coming ones."""
         before = self._coming[-1][1] if self._coming else self._position
-        # Pinned memory is asked for here: the background threads make no CUDA calls, so they can disturb neither a
+        # Pinned memory is allocated here: the background threads make no CUDA calls, so they can disturb neither a
         # graph capture nor the choice of device.
         work = before, request, self._host_step(request)
         if self._builder is not None:
@@ -342,18 +342,18 @@ class TrainBatches:
             position = self._position
             raise RunError(
                 f"{error}: step {position.steps + 1} waits for tokens of {self._files[position.shard].parent}, which"
-                " does not answer. The run ended without a checkpoint of where it was: resume it once the files can be"
-                " read"
+                " does not answer. The run ended without a checkpoint of its present state: resume it once the files"
+                " are readable"
             ) from None
 
     # -- building a step: in the builder's thread, or in the caller's where there is none -------------------------
 
     def _drop_from(self, first: int) -> None:
-        """Drop the coming steps from number `first` on; nothing is being built of them afterwards."""
+        """Drop the coming steps from number `first`; none of them is being built afterwards."""
         dropped = [future for _, future in self._coming[first:]]
         del self._coming[first:]
         running = [future for future in reversed(dropped) if not future.cancel()]
-        wait(running, _CLOSING_S if self._closed else None)  # what goes wrong there is not wanted
+        wait(running, _CLOSING_S if self._closed else None)  # errors there do not matter
 
     def _forget(self) -> None:
         self._drop_from(0)
@@ -391,7 +391,7 @@ class TrainBatches:
                     rows[table] += [extras[name].ravel() for name in names]
                 host.fill(self._own_slots.index(slot), piece, ends[slot], extras)
         if self._reader is not None:
-            # Not before the step is built: it needs a piece of the shard, not all of it.
+            # Only once the step is built: it needs a piece of the shard, not all of it.
             self._read_ahead(position)
         after = position._replace(
             document=position.document + plan.documents,
@@ -402,7 +402,7 @@ class TrainBatches:
         return _Step(host, after, kept, {table: _distinct(parts) for table, parts in rows.items()})
 
     def _plan(self, position: _Position, request: StepRequest) -> tuple[_Position, StepPlan]:
-        """The first place at or after `position` that fills a whole step: from one shard, its rest being skipped."""
+        """The first position at or after `position` that fills a whole step from one shard, skipping its rest."""
         barren = 0
         tokens, longest = request.batch_tokens // self._slots, request.max_document_tokens
         while not self._is_over(position):
@@ -459,11 +459,11 @@ class TrainBatches:
             shard = self._shard(place.shard)
             if not shard.read_ahead and self._reader is not None:
                 shard.read_ahead = True
-                # What goes wrong there goes wrong again, and is raised, where the tokens are wanted.
+                # Errors there occur again, and are raised, when the tokens are needed.
                 self._reader.submit(shard.hash if self._hashed else shard.read_all)
 
     def _note_hashes(self) -> None:
-        """Keep the hashes that are known, and let those shards go."""
+        """Keep the known hashes, and release those shards."""
         for shard in self._to_hash:
             known = self._hashes.setdefault(shard.path.name, [])
             if shard.sha256 is not None and shard.sha256 not in known:
@@ -489,14 +489,14 @@ class TrainBatches:
 class ValBatches:
     """Validation micro-batches of one rank: the first `tokens` of the stream, cut into pieces of equal size.
 
-    Piece p, the tokens from `p * micro_batch_tokens` on plus one for the last target, is slot `p % slots` of its
-    group, and belongs to rank `p % world_size`. Documents are not cut at a maximum; they begin at BOS tokens, and a
-    piece that begins inside a document counts that rest as one. Iterating starts again each time. A shard that ends
-    early is followed by the next. Everything is read and checked here, by every rank alike; `sha256` is of the stream
+    Piece p, the tokens from `p * micro_batch_tokens` plus one for the last target, is slot `p % slots` of its
+    group, and belongs to rank `p % world_size`. Documents have no maximum length; they begin at BOS tokens, and if a
+    piece begins inside a document, the rest counts as one. Iterating starts over each time. Shards follow one
+    another. Everything is read and checked here, on every rank; `sha256` is of the stream
     as it was read: `tokens` + 1 little-endian uint16.
 
     Args:
-        files: The validation shards; every rank names the same.
+        files: The validation shards, the same on every rank.
         tokens: Tokens to evaluate, over all ranks; a multiple of `slots * micro_batch_tokens`.
         micro_batch_tokens: T of a micro-batch.
         slots: Micro-batches in a group over all ranks.
@@ -574,17 +574,17 @@ _MORE_DATA = "Get more shards (prep-fineweb --chunks N) or prepare more text (pr
 class _Position(NamedTuple):
     epoch: int
     shard: int
-    document: int  # the next to be taken, 0-based, in the shard
-    steps: int  # handed out since the start of the stream
-    tokens: int  # handed out since the start of the stream
-    states: list[Any] | None = None  # of the slots' extras, in order; None where none has one
+    document: int  # the next one, 0-based, in the shard
+    steps: int  # used since the start of the stream
+    tokens: int  # used since the start of the stream
+    states: list[Any] | None = None  # of the slots' extras, in order; None if there are none
 
 
 _START = _Position(0, 0, 0, 0, 0)
 
 
 class _HostStep:
-    """Room for a rank's micro-batches in host memory: inputs (n, T), targets (n, T), cu_seqlens (n, bounds), extras.
+    """Host memory for a rank's micro-batches: inputs (n, T), targets (n, T), cu_seqlens (n, bounds), extras.
 
     example: extras with the shapes and dtypes of all of them.
     """
@@ -601,7 +601,7 @@ class _HostStep:
         }
         self.has_state = example.state is not None
         self.tokens, self.room = tokens, bounds - 1
-        # NumPy does the filling: torch's operators would start a thread pool in the builder's thread.
+        # NumPy fills it: torch's operators would start a thread pool in the builder's thread.
         self._arrays = self.inputs.numpy(), self.targets.numpy(), self.cu_seqlens.numpy()
         self._extras = {name: room.numpy() for name, room in self.extras.items()}
 
@@ -622,18 +622,18 @@ class _HostStep:
 class _Step(NamedTuple):
     host: _HostStep
     after: _Position
-    extras: dict[str, list[npt.NDArray[Any]]]  # those that are kept
+    extras: dict[str, list[npt.NDArray[Any]]]  # the kept ones
     rows: dict[str, npt.NDArray[Any]]  # by table, of this rank's slots: sorted, each once
 
 
 def _distinct(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
-    """The values of integer arrays, each (n,): sorted, each once. Many times as fast as NumPy's `unique`."""
+    """The values of integer arrays, each (n,): sorted, each once. Many times faster than NumPy's `unique`."""
     values = np.sort(np.concatenate(parts)) if parts else np.empty(0, dtype=np.int64)
     return np.concatenate((values[:1], values[1:][values[1:] != values[:-1]]))
 
 
 class _Copier:
-    """Host memory for micro-batches, and their way from there to the device."""
+    """Host memory for micro-batches, and their transfer to the device."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -641,11 +641,11 @@ class _Copier:
         self._stream: torch.cuda.Stream | None = None
 
     def host_step(self, micro_batches: int, tokens: int, bounds: int, example: SlotExtras) -> _HostStep:
-        """Fresh memory. Pinned memory returns to torch's pool when dropped, and is used again once copied."""
+        """Fresh memory. Pinned memory returns to torch's pool when dropped, and is reused once copied."""
         return _HostStep(micro_batches, tokens, bounds, example, pinned=self._cuda)
 
     def hand_out(self, host: _HostStep, max_seqlen: int) -> list[MicroBatch]:
-        """The micro-batches on the device; on CUDA the copies may still be on their way, in stream order."""
+        """The micro-batches on the device; on CUDA the copies may still be in flight, in stream order."""
         parts = [host.inputs, host.targets, host.cu_seqlens, *host.extras.values()]
         if self._cuda:
             parts = self._copy(parts)
@@ -658,7 +658,7 @@ class _Copier:
         ]
 
     def _copy(self, parts: list[Tensor]) -> list[Tensor]:
-        # On a stream of its own, a copy runs beside the kernels of the step before.
+        # On a separate stream, a copy runs alongside the kernels of the previous step.
         if self._stream is None:
             self._stream = torch.cuda.Stream(self._device)
         with torch.cuda.stream(self._stream):
@@ -688,7 +688,7 @@ def _sorted_shards(files: Sequence[Path], kind: str) -> list[Path]:
 
 
 def read_stream(paths: Sequence[Path], wanted: int, vocab_size: int = 1 << 16) -> Tokens:
-    """The first `wanted` tokens of the validation shards one after another, (wanted,) uint16.
+    """The first `wanted` tokens of the concatenated validation shards, (wanted,) uint16.
 
     Raises:
         ShardError: a file is missing or not a shard, or has a token from `vocab_size` on.

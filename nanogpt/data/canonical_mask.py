@@ -1,15 +1,15 @@
-"""Which token GPT-2's tokenizer never makes after which: a bit for each pair, from the merge ranks alone.
+"""Which tokens GPT-2's tokenizer never produces after which: a bit for each pair, from the merge ranks alone.
 
-Byte-pair encoding of p's bytes and x's together may merge across the seam between them. Then no text is tokenized as p,
-x, since what stands around them cannot keep that merge from happening: both are whole tokens, and their merges are
-their own. Such a pair is marked, unless the pattern that cuts texts into pieces may cut at the seam (`cut_classes`).
+Byte-pair encoding of p's and x's bytes together may merge across the seam between them. Then no text is tokenized as p,
+x, since nothing around them can prevent that merge: both are whole tokens, and their merges are
+their own. Such a pair is marked, unless the pattern that splits text into pieces may cut at the seam (`cut_classes`).
 
-A merge of rank r is made across the seam where a and b are the halves of token r, a is p's last piece once p's merges
-of ranks up to r are made, and b is x's first piece once x's merges of ranks below r are: of equal ranks the leftmost
-merges first. The ranks of a token's merges only rise. So of the tokens that have ever ended in a, those that keep it
-longer meet the same merges across the seam and some more, which makes the work short: 3 s of one core.
+A merge of rank r happens across the seam if a and b are the halves of token r, a is p's last piece after p's merges
+of ranks up to r, and b is x's first piece after x's merges of ranks below r: of equal ranks the leftmost
+merges first. The ranks of a token's merges only increase. So among tokens that ever ended in a, those that keep it
+longer meet the same merges across the seam and some more, which makes the work short: 3 s on one core.
 
-The idea, and the evaluation that it serves, are public record 91's (PR #350 of KellerJordan/modded-nanogpt).
+The idea, and the evaluation it serves, are public record 91's (PR #350 of KellerJordan/modded-nanogpt).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Mask = npt.NDArray[np.uint8]
 NONZERO_BYTES = 58_810_565  # of GPT-2's mask, in 47,432 rows; 70,889,701 bits
 
 CONTRACTIONS = (b"'s", b"'t", b"'re", b"'ve", b"'m", b"'ll", b"'d")  # the pattern cuts after them
-SPACE, NUMBER, LETTER, OTHER, INSIDE = range(5)  # classes of characters; INSIDE: no whole character is there
+SPACE, NUMBER, LETTER, OTHER, INSIDE = range(5)  # classes of characters; INSIDE: no whole character there
 
 
 def character_class(token: bytes, *, last: bool) -> int:
@@ -50,7 +50,7 @@ def character_class(token: bytes, *, last: bool) -> int:
 
 
 def cut_classes(before: int) -> tuple[int, ...]:
-    """The classes of a first character in front of which the pattern may cut, after a last one of class `before`."""
+    """The classes of first characters before which the pattern may cut, after a last one of class `before`."""
     return (INSIDE, *{SPACE: (SPACE,), OTHER: (LETTER,)}.get(before, ()))
 
 
@@ -65,7 +65,7 @@ class Merge(NamedTuple):
 
 
 def merges_of(token: bytes, ranks: dict[bytes, int]) -> list[Merge]:
-    """The merges that make the token, in their order: the lowest rank first, of equal ones the leftmost."""
+    """The merges that make the token, in order: lowest rank first, among equals the leftmost."""
     pieces = [token[i : i + 1] for i in range(len(token))]
     none = len(ranks)
     found = [ranks.get(a + b, none) for a, b in itertools.pairwise(pieces)]
@@ -107,7 +107,7 @@ def mark_never_next(tokens: Sequence[bytes], mask: Mask) -> None:
         beginning[first].append((len(tokens), number))
         if merges and merges[-1].rank == number:
             seams[ranks[merges[-1].left]].append((number, ranks[merges[-1].right]))
-    # By first piece: the tokens that keep it longest first, and the ranks that end it, negative and so ascending.
+    # By first piece: tokens that keep it longest first, and the ranks that end it, negated and so ascending.
     keeping = {
         piece: np.array([number for _, number in sorted(kept, reverse=True)]) for piece, kept in beginning.items()
     }
@@ -134,7 +134,7 @@ def mark_never_next(tokens: Sequence[bytes], mask: Mask) -> None:
 
 
 def build(mask: Mask) -> None:
-    """GPT-2's mask into `mask`, (rows, rows / 8) zeros. Raises `RunError` where it is not the one that is known."""
+    """GPT-2's mask into `mask`, (rows, rows / 8) zeros. Raises `RunError` if it is not the known one."""
     mark_never_next(gpt2_tokens(), mask)
     found = int(np.count_nonzero(mask))
     if found != NONZERO_BYTES:
@@ -145,7 +145,7 @@ def build(mask: Mask) -> None:
 
 
 def main(descriptor: str, rows: str) -> None:
-    """Into the open file of that number, shared with the process that has started this one."""
+    """Write it into the open file of that number, shared with the process that started this one."""
     count = int(rows)
     with mmap.mmap(int(descriptor), count * count // 8) as memory:
         build(np.frombuffer(memory, dtype=np.uint8).reshape(count, -1))

@@ -101,7 +101,9 @@ def _facts(spec: RunSpec, record: Record | None, step: int) -> list[tuple[str, s
     data, code = record.data, record.code
     if record.val_loss is not None:
         tokens = f" over {data.val_tokens:,} tokens" if data else ""
-        facts.append(("validation loss", f"{record.val_loss:.4f} nats a token, step {record.val_loss_step:,}{tokens}"))
+        facts.append(
+            ("validation loss", f"{record.val_loss:.4f} nats per token, step {record.val_loss_step:,}{tokens}")
+        )
     devices = record.hardware.devices
     shards = [f"{file.name} (sha256 {(file.sha256 or 'not known')[:12]})" for file in data.train] if data else []
     commit = f"commit {code.commit or 'not known'}{', with changes' if code.clean is False else ''}"

@@ -1,1 +1,1 @@
-"""What a run leaves behind: its directory, log and metrics, and what is made of them: tables, plots, references."""
+"""What a run leaves behind, its directory, log and metrics, and what is made from it: tables, plots, comparisons."""

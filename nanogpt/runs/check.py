@@ -1,8 +1,8 @@
 """The public rules as checks of a run: each passed, failed or unknown, with the evidence.
 
 The rules: the token streams are not changed; the validation loss is at most the target; no extra torch.compile or
-inductor flags; the clock covers all training, from the opening of the first shard on. What a run must have for its
-figures to be trusted comes on top: hardware as claimed, no interruption, a known state of the code.
+inductor flags; the clock covers all training, from opening the first shard. Further checks make the figures
+trustworthy: hardware as claimed, no interruption, a known state of the code.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 State = Literal["passed", "failed", "unknown"]
 
-# Set by the run itself, with no effect on what is computed: graphs to keep, not how they are made.
+# Set by the run itself, without effect on what is computed: how many graphs to keep, not how they are made.
 OWN_SETTINGS = ("dynamo.recompile_limit",)
-# Where compiled code is kept and how much is printed; nothing that changes it.
+# Where compiled code goes and how much is printed; nothing that changes the code.
 HARMLESS_VARIABLES = re.compile(
     r"TORCHINDUCTOR_(CACHE_DIR|FX_GRAPH_CACHE|AUTOGRAD_CACHE|COMPILE_THREADS|WORKER_START)"
     r"|TRITON_(CACHE_DIR|HOME|CACHE_AUTOTUNING|PRINT_AUTOTUNING|LIBCUDA_PATH)"
@@ -41,12 +41,12 @@ HARMLESS_VARIABLES = re.compile(
 NOT_RECIPE_KEYS = (*IDENTITY_KEYS, "hardware", "checkpoint")
 TARGET_RULE = "target"
 TARGET_LOSS, VALIDATION_TOKENS = 3.28, 10_485_760  # the leaderboard's
-CLOCK_TOLERANCE_MS = 1.0  # what rounding in the files may differ by
+CLOCK_TOLERANCE_MS = 1.0  # by which rounding in the files may differ
 
 
 @dataclass(frozen=True)
 class Check:
-    """What became of one rule."""
+    """The result of one rule."""
 
     rule: str
     state: State
@@ -98,10 +98,10 @@ def _target(run: LoadedRun) -> tuple[State, str]:
 
 
 def _recipe(run: LoadedRun) -> tuple[State, str]:
-    """A changed recipe is allowed: that is how records are made. It is shown."""
+    """A changed recipe is allowed: that is how records are made. It is only shown."""
     changes, record = recipe_changes(run.spec), run.spec.model.kind
     if not changes:
-        return "passed", f"the shipped {record}, but for hardware, seed, output and checkpoints"
+        return "passed", f"the shipped {record}, except for hardware, seed, output and checkpoints"
     listed = "; ".join(f"{key}: {show(there)} -> {show(here)}" for key, there, here in changes[:5])
     more = f"; {len(changes) - 5} more" if len(changes) > 5 else ""
     return "passed", f"departs from the shipped {record} (allowed): {listed}{more}"
@@ -126,7 +126,7 @@ def _validation_tokens(run: LoadedRun, record: Record) -> tuple[State, str]:
     counts = {"the record": record.data.val_tokens, "the spec": run.spec.evaluation.tokens}
     for source, count in counts.items():
         if count != wanted:
-            return "failed", f"{count:,} validation tokens by {source}, official are {wanted:,}"
+            return "failed", f"{count:,} validation tokens according to {source}, the official number is {wanted:,}"
     stream = record.data.val_stream_sha256
     if stream is None:
         return "unknown", "the record does not say which tokens were read"
@@ -148,7 +148,7 @@ def _training_shards(run: LoadedRun, record: Record) -> tuple[State, str]:
         if tokens < run.spec.training.total_tokens:
             return (
                 "failed",
-                f"{tokens:,} tokens in {len(names)} shards, the run took {run.spec.training.total_tokens:,}",
+                f"{tokens:,} tokens in {len(names)} shards, but the run took {run.spec.training.total_tokens:,}",
             )
         in_validation = {file.sha256 for file in record.data.val}
         if shared := [file.name for file in record.data.train if file.sha256 in in_validation]:
@@ -157,7 +157,7 @@ def _training_shards(run: LoadedRun, record: Record) -> tuple[State, str]:
 
 
 def _shards(run: LoadedRun, record: Record, kind: str) -> tuple[State, str]:
-    """Shards are official by the sha256 of what was read: the package's own, else what the hub announced first."""
+    """Shards are official by the sha256 of what was read: the package's own, or else the hub's first."""
     files: list[DataFile] = [] if record.data is None else getattr(record.data, kind)
     if record.data is None or not files:
         return "unknown", "the record does not say which shards were read"
@@ -181,11 +181,11 @@ def _shards(run: LoadedRun, record: Record, kind: str) -> tuple[State, str]:
 
 
 def _one_shard(file: DataFile, directory: Path, manifest: dict[str, Entry]) -> tuple[str, str]:
-    """(failed or unknown, why) or (whose word its sha256 is, "")."""
+    """(failed or unknown, why), or (the source of its sha256, "")."""
     if file.sha256 is None:
         return "unknown", f"{file.name}: its sha256 is not in the record"
     if "text.json" in (file.sha256_from, file.expected_from):
-        return "failed", f"own text, not {REPOSITORY}: {file.name}, by text.json in {directory}"
+        return "failed", f"own text, not {REPOSITORY}: {file.name}, according to text.json in {directory}"
     if file.also_read:
         return "failed", str(file.contradiction)
     if (pinned := official.SHA256.get(file.name)) is not None:
@@ -194,36 +194,36 @@ def _one_shard(file: DataFile, directory: Path, manifest: dict[str, Entry]) -> t
         if file.bytes != official.SHARD_BYTES:
             return (
                 "failed",
-                f"{file.name}: {file.bytes:,} bytes by the record, the data set's has {official.SHARD_BYTES:,}",
+                f"{file.name}: {file.bytes:,} bytes in the record, the data set's has {official.SHARD_BYTES:,}",
             )
     elif file.contradiction:
         return "failed", str(file.contradiction)
     if file.sha256_from == "manifest.json":
         return (
             "unknown",
-            f"{file.name}: an older record with the manifest's word for its sha256: nobody hashed what was read",
+            f"{file.name}: an older record that took the manifest's sha256: what was read was not hashed",
         )
     if pinned is not None:
         return "as this package pins them", ""
     now = manifest.get(file.name)
     if now is not None and now.sha256 != file.sha256:
-        return "failed", f"{file.name}: read with sha256 {file.sha256[:12]}, the manifest has {now.sha256[:12]} by now"
+        return "failed", f"{file.name}: read with sha256 {file.sha256[:12]}, the manifest now has {now.sha256[:12]}"
     if now is None and file.expected_from != "manifest.json":
         return "failed", (
-            f"{file.name}: sha256 {file.sha256[:12]}, for which no manifest of {REPOSITORY} vouches; verify with"
+            f"{file.name}: sha256 {file.sha256[:12]}, which no manifest of {REPOSITORY} confirms; verify with"
             f" prep-fineweb --dir {directory} and run again"
         )
     announced_by = file.announced_by or (now and now.endpoint)
     if announced_by != official.HUB:
         return "unknown", (
-            f"{file.name}: sha256 {file.sha256[:12]}, by the word of {announced_by or 'an address that nobody noted'}"
-            f" alone: this package pins none, and {official.HUB} was not asked"
+            f"{file.name}: sha256 {file.sha256[:12]}, announced by {announced_by or 'an unknown address'} alone: this"
+            f" package does not pin it, and {official.HUB} was not asked"
         )
     return "as the hub announced them at the first download (not pinned)", ""
 
 
 def _manifest_now(directory: Path) -> dict[str, Entry]:
-    """prep-fineweb's manifest where the run's shards were; empty where they are gone, or another data set's."""
+    """prep-fineweb's manifest from where the run's shards were; empty if they are gone, or another data set's."""
     try:
         repository = read_json(directory / MANIFEST).get("repository")
     except (OSError, ValueError, AttributeError):
@@ -254,14 +254,14 @@ def _compiler_flags(run: LoadedRun, record: Record) -> tuple[State, str]:
 
 
 def _timing(run: LoadedRun, record: Record) -> tuple[State, str]:
-    """What the files show of the clock; that it starts before the first shard is opened is the trainer's code."""
+    """What the files show about the clock; that it starts before the first shard is opened follows from the code."""
     problems = [*_disagreements(run, record)]
     compilation, training = record.compilation, run.spec.training
     if not training.warmup:
         problems.append("training.warmup is off: kernels were compiled and tuned inside the clock")
     late = None if compilation is None else compilation.late_graphs
     if late:
-        problems.append(f"{late} graphs were compiled after the clock had started")
+        problems.append(f"{late} graphs were compiled after the clock started")
     if problems:
         return "failed", "; ".join(problems)
     if record.record_seconds is None or late is None:
@@ -288,7 +288,7 @@ def _own_source() -> str:
 
 
 def _disagreements(run: LoadedRun, record: Record) -> list[str]:
-    """Where metrics, log and record tell different times, or one that cannot be."""
+    """If metrics, log and record disagree on the time, or it is impossible, how."""
     found = []
     times = run.metrics.steps.column("train_time_ms")
     if (times[1:] < times[:-1]).any():
@@ -302,12 +302,12 @@ def _disagreements(run: LoadedRun, record: Record) -> list[str]:
         ("its last evaluation", ([{}, *run.metrics.evaluations[-1:]])[-1].get("train_time_ms")),
     ):
         if ms is not None and abs(float(ms) - of_record) > CLOCK_TOLERANCE_MS:
-            found.append(f"{float(ms) / 1000:.3f} s by {name}, {record.record_seconds:.3f} s by record.json")
+            found.append(f"{float(ms) / 1000:.3f} s in {name}, {record.record_seconds:.3f} s in record.json")
     logged = _last_in_log(run.path)
     if logged is not None and abs(logged[0] - of_record) > CLOCK_TOLERANCE_MS:
-        found.append(f"{logged[0] / 1000:.3f} s by log.txt, {record.record_seconds:.3f} s by record.json")
+        found.append(f"{logged[0] / 1000:.3f} s in log.txt, {record.record_seconds:.3f} s in record.json")
     if logged is not None and run.final_loss is not None and abs(logged[1] - run.final_loss) > 6e-5:
-        found.append(f"validation loss {logged[1]:.4f} by log.txt, {run.final_loss:.4f} by metrics.jsonl")
+        found.append(f"validation loss {logged[1]:.4f} in log.txt, {run.final_loss:.4f} in metrics.jsonl")
     started = record.starts[-1].clock_started
     if started is not None and record.ended is not None and record.interruptions == 0:
         wall = (record.ended - started).total_seconds()
@@ -329,7 +329,7 @@ def _last_in_log(path: Path) -> tuple[float, float] | None:
 def _hardware(run: LoadedRun, record: Record) -> tuple[State, str]:
     hardware, claimed = record.hardware, run.spec.hardware
     if not hardware.ranks:
-        return "unknown", "the record does not say on which devices the run was"
+        return "unknown", "the record does not say which devices the run used"
     found = (
         f"{len(hardware.ranks)} processes on {', '.join(hardware.hosts)}: {', '.join(sorted(set(hardware.devices)))}"
     )
@@ -342,7 +342,7 @@ def _hardware(run: LoadedRun, record: Record) -> tuple[State, str]:
     uuids = [rank.device_uuid for rank in hardware.ranks if rank.device_uuid]
     sizes = {len(hardware.ranks), hardware.world_size, run.spec.world_size, run.metrics.start.get("world_size")}
     if wrong or len(sizes) != 1 or len(hardware.hosts) > claimed.nodes or len(set(uuids)) < len(uuids):
-        twice = ", a device twice" if len(set(uuids)) < len(uuids) else ""
+        twice = ", one device twice" if len(set(uuids)) < len(uuids) else ""
         return "failed", f"claimed {claim}, found {found}{twice}"
     return "passed", f"claimed {claim}, found {found}"
 
@@ -365,31 +365,31 @@ def _code(run: LoadedRun, record: Record) -> tuple[State, str]:
     if code.source_sha256 == _own_source():
         source += ", that of this package"
     if code.commit:
-        return "unknown", f"commit {code.commit[:12]}, whether clean is not known; {source}"
-    return "unknown", f"no commit known; {source}"
+        return "unknown", f"commit {code.commit[:12]}, unknown whether clean; {source}"
+    return "unknown", f"unknown commit; {source}"
 
 
 def _files_agree(run: LoadedRun, record: Record) -> tuple[State, str]:
-    """What one run's files say of each other; nobody can tell from them that they were not invented together."""
+    """Whether one run's files agree; nobody can tell from them that they were not invented together."""
     if run.why_unfinished:
         return "unknown", "the run has not finished"
     found = contradictions(run, record)
     if found:
         return "failed", "; ".join(found[:4]) + (f"; {len(found) - 4} more" if len(found) > 4 else "")
     steps, evaluations = len(run.metrics.steps), len(run.metrics.evaluations)
-    return "passed", f"record, metrics, log and spec tell the same of {steps:,} steps and {evaluations} evaluations"
+    return "passed", f"record, metrics, log and spec agree on {steps:,} steps and {evaluations} evaluations"
 
 
 # --- for people ---
 
 
 def check_data(run: LoadedRun, checks: Sequence[Check]) -> dict[str, Any]:
-    """The checks as data that JSON can hold."""
+    """The checks as JSON data."""
     return {"run": run.label, "failed": len(failed(checks)), "checks": [asdict(check) for check in checks]}
 
 
 def check_table(checks: Sequence[Check]) -> RenderableType:
-    """The checks for a Rich console."""
+    """The checks as a table."""
     from rich.text import Text
 
     from nanogpt.console import new_table

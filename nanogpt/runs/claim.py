@@ -1,13 +1,12 @@
-"""A run is written by one process at a time, on whatever host: who writes holds its claim.
+"""A run is written by one process at a time, on any host: the writer holds its claim.
 
-Notable features:
-- A claim is a numbered file in `RUN/.claims`, the highest number counts, and none is ever deleted. It appears whole
-  by a hard link, which one of several wins on local disks, NFS and Lustre alike; no file system lock is needed. To
-  take a claim over is to link the next number: of two that find the same owner gone, one gets it.
-- A holder that is gone from this host is taken over from at once, and so is the earlier start of a Slurm job that was
-  requeued. Of one that cannot be asked (on another host, in another namespace of processes) the file's time is watched:
+- A claim is a numbered file in `RUN/.claims`; the highest number counts, and none is ever deleted. It appears complete
+  by a hard link, which exactly one process wins on local disks, NFS and Lustre alike; no file system lock is needed. To
+  take a claim over is to link the next number: if two find the same owner gone, one gets it.
+- The claim of a holder that is gone from this host is taken over at once, and so is that of the earlier start of a
+  requeued Slurm job. If a holder cannot be asked (another host or process namespace), the file's time is watched:
   holders renew it every `BEAT_S`, and one that has not for `WATCH_S` is gone.
-- Should it come back after all (it was stopped, or cut off), it finds a higher number at its next beat, and ends there.
+- Should it come back after all (it was stopped, or cut off), it finds a higher number at its next beat, and ends.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 class ClaimFile(Part):
-    """What a claim says."""
+    """The contents of a claim."""
 
     process: Process
     slurm: Slurm | None = None
@@ -51,10 +50,10 @@ class RunClaim:
 
     Args:
         run_path: the run's directory.
-        asked: called while another holder is watched; says why to give up.
+        asked: polled while another holder is watched; says why to give up.
 
     Raises, on entering:
-        InputError: another process has the run.
+        InputError: another process holds the run.
         RunError: the claim cannot be written.
         Interrupted: by `asked`.
     """
@@ -84,12 +83,12 @@ class RunClaim:
         self._over.set()
         if self._number is not None:
             self._own.released = True
-            with contextlib.suppress(OSError):  # found out by those who come
+            with contextlib.suppress(OSError):  # others will find out
                 write_whole(self._path(self._number), self._own.model_dump_json())
             self._number = None
 
     def _take(self) -> int | None:
-        """The number of the claim that is now this process's; None: it has one already."""
+        """The number of the claim that is now this process's; None: it already has one."""
         while True:
             number = self._newest()
             holder = self._read(number) if number else None
@@ -97,10 +96,10 @@ class RunClaim:
                 return None
             if (not number or self._free(number, holder)) and self._link(number + 1):
                 return number + 1
-            time.sleep(_POLL_S / 5)  # another one was quicker: see who
+            time.sleep(_POLL_S / 5)  # another one was faster: see who
 
     def _free(self, number: int, holder: ClaimFile | None) -> bool:
-        """Whether nobody has the run any more; False: look again. Raises `InputError` where somebody has."""
+        """Whether nobody holds the run any more; False: check again. Raises `InputError` if somebody does."""
         if holder is not None:
             if holder.released:
                 return True
@@ -111,7 +110,7 @@ class RunClaim:
             same_job = here and there and (here.job_id, here.cluster) == (there.job_id, there.cluster)
             if here and there and same_job and here.restart_count > there.restart_count:
                 return True
-        say(f"{self._run}: {_who(holder)} has it, or had it, and cannot be asked from here: watching for {WATCH_S:g} s")
+        say(f"{self._run}: {_who(holder)} holds or held it, and cannot be asked from here: watching for {WATCH_S:g} s")
         seen, until = self._state(number), time.monotonic() + WATCH_S
         while time.monotonic() < until:
             time.sleep(_POLL_S)
@@ -122,19 +121,19 @@ class RunClaim:
                 return False
             if now != seen:
                 return self._refuse(number, holder)
-        say(f"{self._run}: no sign of life: taken over")
+        say(f"{self._run}: no sign of life: taking it over")
         return True
 
     def _refuse(self, number: int, holder: ClaimFile | None) -> bool:
         process = None if holder is None else holder.process
         end = "" if process is None else f" (kill {process.pid})"
         raise InputError(
-            f"{self._run}: {_who(holder)} is still at it; two at once would spoil its files ({self._path(number)})."
-            f" End that one first{end}, or start a run of its own"
+            f"{self._run}: {_who(holder)} is still writing it, and two would corrupt its files ({self._path(number)})."
+            f" End that one first{end}, or start a new run"
         )
 
     def _link(self, number: int) -> bool:
-        """Make claim `number`; whether this process did. Raises OSError."""
+        """Create claim `number`; returns whether this process did. Raises OSError."""
         text = self._own.model_dump_json().encode()
         path, new = self._path(number), self._folder / f".new-{secrets.token_hex(8)}"
         try:
@@ -145,7 +144,7 @@ class RunClaim:
             try:
                 path.hardlink_to(new)
             except FileExistsError:
-                return new.stat().st_nlink == 2  # an NFS server may answer the repetition of what it has done
+                return new.stat().st_nlink == 2  # an NFS server may answer a repetition of what it already did
             except OSError as error:
                 if error.errno not in _NO_LINKS:
                     raise
@@ -164,8 +163,8 @@ class RunClaim:
                 number = self._newest()
                 if number > self._number and not self._over.is_set():
                     say(
-                        f"{self._run}: {_who(self._read(number))} has taken the run over, as this process gave no sign"
-                        " of life; it ends here, and writes nothing more"
+                        f"{self._run}: {_who(self._read(number))} took the run over, as this process gave no sign"
+                        " of life; this process ends now, and writes nothing more"
                     )
                     os._exit(RunError.exit_code)
 
@@ -174,14 +173,14 @@ class RunClaim:
         return max(numbers, default=0)
 
     def _read(self, number: int) -> ClaimFile | None:
-        """None: it cannot be understood, or is not written yet."""
+        """None: it is unreadable, or not yet written."""
         try:
             return ClaimFile.model_validate_json(read_regular(self._path(number)))
         except (OSError, ValidationError):
             return None
 
     def _state(self, number: int) -> tuple[int, int] | None:
-        """Opened again each time, for which NFS asks its server."""
+        """Opened anew each time, which makes NFS ask its server."""
         try:
             with open_regular(self._path(number)) as file:
                 status = os.fstat(file.fileno())
@@ -194,7 +193,7 @@ class RunClaim:
 
 
 def _create(path: Path, text: bytes) -> bool:
-    """Where there are no hard links; a reader may find it empty, and watches it then."""
+    """For file systems without hard links; a reader may find it empty, and then watches it."""
     try:
         with path.open("xb") as file:
             file.write(text)
@@ -207,6 +206,6 @@ def _create(path: Path, text: bytes) -> bool:
 
 def _who(holder: ClaimFile | None) -> str:
     if holder is None:
-        return "a process that has not said who it is"
+        return "an unknown process"
     job = f" (Slurm job {holder.slurm.job_id})" if holder.slurm else ""
     return f"process {holder.process.pid} on {holder.process.host}{job}"

@@ -1,4 +1,4 @@
-"""Runs side by side: time, loss, speed by stage, and what they differ in. As data, and for the terminal."""
+"""Runs side by side: time, loss, speed by stage, and their differences. As data, and for the terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OWN_KEYS = ("name", "description", "output", "reference")
 
 
 def comparison_data(runs: Sequence[LoadedRun]) -> dict[str, Any]:
-    """What two or more runs came to and differ in, as data that JSON can hold. What is not known is None.
+    """Results and differences of two or more runs, as JSON data. Unknown values are None.
 
     - runs: for each `label` (A, B, ...), `run_summary`'s fields (with the directory's name as `run`), val_loss (after
       the last step), train_seconds, ms_per_step, seed, interruptions, and code: commit, clean, source_sha256
@@ -57,9 +57,9 @@ def _facts(run: LoadedRun) -> dict[str, Any]:
 
 
 def comparison_table(data: dict[str, Any]) -> RenderableType:
-    """`comparison_data` for a Rich console.
+    """`comparison_data` as tables.
 
-    Runs have letters, which a legend explains; numbers stand with their distance from those of run A.
+    Runs have letters, which a legend explains; numbers come with their difference from run A's.
     """
     from rich.console import Group
     from rich.text import Text

@@ -1,8 +1,8 @@
-"""What one run's files say of each other: spec.yaml, record.json, metrics.jsonl and log.txt describe the same run.
+"""Whether a run's files agree: spec.yaml, record.json, metrics.jsonl and log.txt describe the same run.
 
-A run writes them side by side, each from what happened. Files that were edited, or put together by hand, contradict
-each other or lack something that a run always writes. That they agree shows no more than that they do: whoever invents
-all of them together invents them alike. Only another run tells.
+A run writes them side by side, each from what happened. Files that were edited, or assembled by hand, contradict
+each other or lack something that a run always writes. Agreement proves little: whoever invents
+all of them together makes them agree. Only another run can tell.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from nanogpt.spec import RunSpec
 
 LOSS_DIGITS = 1e-8  # of a loss, written with nine
 ROUNDED_MS = 1.0
-START_S = 300.0  # between the metrics' start and the record's, on a file system that takes its time
+START_S = 300.0  # between the metrics' start and the record's, on a slow file system
 TRAINER = "training/trainer.py"
 SPEC_HEAD = "spec.yaml: the resolved recipe of this run"  # in the log
 _SOURCE_HEAD = re.compile(r"(\S+\.py): (\d+) lines, sha256 ([0-9a-f]{64})")
@@ -35,7 +35,7 @@ _START = re.compile(r"(\d{4}-\d\d-\d\dT\S+) on (\S+), world size (\d+)")
 
 
 def contradictions(run: LoadedRun, record: Record) -> list[str]:
-    """What in a finished run's files does not go together, or is missing; empty where all is in order."""
+    """What in a finished run's files is inconsistent or missing; empty if all is in order."""
     return [
         *_record_and_spec(run, record),
         *_record_alone(record),
@@ -121,7 +121,7 @@ def _metrics(run: LoadedRun, record: Record) -> Iterator[str]:
 
 
 def _series(spec: RunSpec, records: Records, what: str, wanted: list[int]) -> Iterator[str]:
-    """Every record is there, with the tokens of its step, and times that go with each other."""
+    """Every record is present, with the tokens of its step, and consistent times."""
     import numpy as np
 
     steps, times = records.column("step"), records.column("train_time_ms")
@@ -137,7 +137,7 @@ def _series(spec: RunSpec, records: Records, what: str, wanted: list[int]) -> It
         found = f"{tokens[place]:,.0f} tokens at step {wanted[place]:,}"
         yield f"{METRICS_NAME}: {found}, {expected[place]:,.0f} by {SPEC_NAME}"
     averages = records.column("step_avg_ms") * np.maximum(steps, 1)
-    if not np.allclose(times, averages, rtol=1e-6, atol=1e-3):  # NaN, where one is missing, is unlike all
+    if not np.allclose(times, averages, rtol=1e-6, atol=1e-3):  # NaN, where one is missing, equals nothing
         yield f"{METRICS_NAME}: {what}: step_avg_ms is not the time by the steps"
 
 
@@ -162,7 +162,7 @@ def _stages(spec: RunSpec, records: Records) -> Iterator[str]:
 
 
 def _evaluation_times(steps: Records, evaluations: Records) -> Iterator[str]:
-    """The clock stands while a run evaluates: its time is that of the step before."""
+    """The clock stands still while a run evaluates: its time is that of the previous step."""
     import numpy as np
 
     if not len(steps):
@@ -190,7 +190,7 @@ def _time(text: Any) -> datetime.datetime | None:
 
 @dataclass
 class _Log:
-    sources: dict[str, tuple[str, str]] = field(default_factory=dict)  # sha256 as its head has it, and of the text
+    sources: dict[str, tuple[str, str]] = field(default_factory=dict)  # sha256 in its header, and of the text
     specs: list[str] = field(default_factory=list)
     source_sha256: list[str] = field(default_factory=list)
     starts: list[tuple[datetime.datetime | None, str, int]] = field(default_factory=list)  # time, host, world size
@@ -200,7 +200,7 @@ class _Log:
 
 
 def _read_log(path: Path) -> _Log | None:
-    """What the log has of a run's own lines; None where there is no log."""
+    """The log's lines written by the run; None if there is no log."""
     found = _Log()
     try:
         with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
@@ -294,7 +294,7 @@ def _log_lines(run: LoadedRun, log: _Log) -> Iterator[str]:
 
 
 def contradictions_between(runs: Sequence[LoadedRun]) -> list[str]:
-    """Why runs with records cannot be that many different runs; empty where nothing speaks against it."""
+    """Why runs with records cannot all be different runs; empty if they can."""
     return [text for one, other in itertools.combinations(runs, 2) for text in _pair(one, other)]
 
 
@@ -317,7 +317,7 @@ def _pair(one: LoadedRun, other: LoadedRun) -> Iterator[str]:
 
 
 def _shared(one: Records, other: Records, key: str) -> tuple[int, int]:
-    """(equal values, values that both have) behind step 0, where all runs of a seed are alike."""
+    """(equal values, common values) after step 0, where all runs of a seed are alike."""
     import numpy as np
 
     _, ours, theirs = np.intersect1d(one.column("step"), other.column("step"), return_indices=True)

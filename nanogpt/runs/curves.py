@@ -1,6 +1,6 @@
-"""What is drawn of a run: points thinned out, training loss smoothed, where its stages begin. In numbers, for any plot.
+"""What to draw of a run: thinned points, smoothed training loss, where stages begin. Numbers, for any plot.
 
-A curve of a million steps becomes the lowest and the highest of every few: no more points than can be told apart.
+A curve of a million steps is reduced to the lowest and highest of each group: no more points than one can see.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 MOST_POINTS = 4_000  # of a curve; a picture is 1,650 pixels wide
 SMOOTHED_SHARE = 0.02  # of the run's steps, in a mean
-LAST_SHARE = 0.1  # of a run's steps, shown once more by themselves
+LAST_SHARE = 0.1  # of a run's steps, shown again separately
 
 Points = list[tuple[float, float]]
 
@@ -32,9 +32,9 @@ def points(records: Records, x: str, y: str, most: int = MOST_POINTS) -> Points:
 
 
 def smoothed_training(run: RunMetrics, x: str, most: int = MOST_POINTS) -> list[Points]:
-    """Training loss by `x`, a key of the step records: one curve a stage, each step the mean of those around it.
+    """Training loss by `x`, a key of the step records: one curve per stage, each step the mean of its neighbours.
 
-    Stages are apart because their losses are: each has weights of its own for the tokens ahead.
+    Stages are separate because their losses are: each weights the tokens ahead differently.
     """
     import numpy as np
 
@@ -53,7 +53,7 @@ def smoothed_training(run: RunMetrics, x: str, most: int = MOST_POINTS) -> list[
 
 
 def _means(values: Array, width: int) -> Array:
-    """Each value's mean with those at most width / 2 before and after it, fewer at the ends."""
+    """Each value's mean with those up to width / 2 before and after it, fewer at the ends."""
     import numpy as np
 
     before = np.concatenate([[0.0], np.cumsum(values)])
@@ -83,7 +83,7 @@ def stage_starts(run: RunMetrics) -> list[tuple[int, int, float | None]]:
 
 @dataclass(frozen=True)
 class LastTenth:
-    """Validation where runs end: a curve for each, empty where it was validated once at most."""
+    """Validation near the end: a curve for each run, empty if it was validated at most once."""
 
     curves: list[Points]
     unit: str  # of x
@@ -93,9 +93,9 @@ class LastTenth:
 
 
 def last_tenth(runs: Sequence[RunMetrics]) -> LastTenth | None:
-    """The last tenth of each run; None where nothing was validated twice.
+    """The last tenth of each run; None if nothing was validated twice.
 
-    By steps where all runs end at the same one, and as differences where they were validated at the same steps; else by
+    By steps if all runs end at the same one, and as differences if they were validated at the same steps; else by
     per cent of each run's steps.
     """
     curves = [points(run.evaluations, "step", "val_loss") for run in runs]

@@ -1,8 +1,8 @@
-"""The token shards of a run for its record: what they should be, and what was read.
+"""A run's token shards, for its record: what they should be, and what was read.
 
-What they are to be, prep-fineweb's and prep-text's manifests say, and for the first shards of FineWeb the package. None
-of them is believed: training shards are hashed as they are read (`TrainBatches.sha256`), validation shards before
-training, the rest in a thread of its own that stands still while the run's clock runs.
+The manifests of prep-fineweb and prep-text say what they should be, and the package does for FineWeb's first shards.
+None of these is trusted: training shards are hashed as they are read (`TrainBatches.sha256`), validation shards before
+training, the rest in a separate thread that pauses while the run's clock runs.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from nanogpt.runs.record import Data, DataFile
 from nanogpt.spec import RunSpec
 
 BLOCK_BYTES = 1 << 20
-STAGED_FROM = "NANOGPT_STAGED_FROM"  # where the shards are of which the run reads a node's own copies
+STAGED_FROM = "NANOGPT_STAGED_FROM"  # where the shards are if the run reads a node's own copies of them
 
 
 def shards_directory(spec: RunSpec, read: Data | None = None) -> Path:
-    """Where the shards of `spec` are: where a run `read` them if that is there, else data.directory or NANOGPT_DATA."""
+    """Where the shards of `spec` are: where a run `read` them if it exists, else data.directory or NANOGPT_DATA."""
     if read is not None and Path(read.directory).is_dir():
         return Path(read.directory)
     return Path(spec.data.directory) if spec.data.directory else fineweb.default_directory()
 
 
 def describe_shards(paths: Sequence[Path]) -> list[DataFile]:
-    """Names, sizes, and the sha256 that the shards are to have, where somebody says so.
+    """Names, sizes, and the expected sha256 of the shards, if any source has it.
 
-    The shards are in one directory. prep-fineweb's manifest speaks of names. prep-text's has the count of tokens, and
-    takes its name after the shards have taken theirs: a file that changed later is another one. Raises OSError.
+    The shards are in one directory. prep-fineweb's manifest goes by names. prep-text's has the number of tokens, and
+    is renamed after the shards: a file that changed later is a different one. Raises OSError.
     """
     if not paths:
         return []
@@ -62,10 +62,10 @@ def describe_shards(paths: Sequence[Path]) -> list[DataFile]:
 
 
 def refusal(directory: Path, shards: Sequence[DataFile], stream_sha256: str | None, read: Sequence[str]) -> str | None:
-    """Why no run may be validated on these shards, once they are hashed; None: nothing speaks against it.
+    """Why no run may be validated on these shards, once they are hashed; None: it may.
 
     Args:
-        directory: theirs.
+        directory: of the shards.
         shards: the validation shards.
         stream_sha256: of the validation stream in those files.
         read: of the stream as each rank has read it.
@@ -75,22 +75,22 @@ def refusal(directory: Path, shards: Sequence[DataFile], stream_sha256: str | No
             way_out = (
                 f"make it again with prep-text, or remove {TEXT_MANIFEST}"
                 if shard.expected_from == "text.json"
-                else f"run prep-fineweb --dir {directory}, or remove manifest.json if it is not to be FineWeb's"
+                else f"run prep-fineweb --dir {directory}, or remove manifest.json if it is not meant to be FineWeb"
             )
-            return f"{directory / problem}. Losses on it could not be compared: {way_out}"
+            return f"{directory / problem}. Losses on it cannot be compared: {way_out}"
     others = {digest for digest in read if digest != (stream_sha256 or read[0])}
     if others:
         ranks = ", ".join(str(rank) for rank, digest in enumerate(read) if digest in others)
         return (
-            f"{directory}: the validation tokens that rank {ranks} read are not those of the files that rank 0 sees:"
+            f"{directory}: the validation tokens that rank {ranks} read are not those in rank 0's files:"
             f" sha256 {min(others)[:12]}, not {str(stream_sha256 or read[0])[:12]}. The nodes' shards differ, or"
-            " changed just now: copy them again"
+            " have just changed: copy them again"
         )
     return None
 
 
 def _text_manifest(path: Path) -> tuple[dict[tuple[str, int], str], int]:
-    """sha256 by name and size of the shards that prep-text wrote, and when, in ns; empty where there is no file."""
+    """sha256 by name and size of the shards that prep-text wrote, and when, in ns; empty without a manifest."""
     try:
         shards = read_json(path)["shards"]
         known = {
@@ -102,12 +102,12 @@ def _text_manifest(path: Path) -> tuple[dict[tuple[str, int], str], int]:
 
 
 class OffClockHashes:
-    """Hashes files in a thread that `pause` holds up, to the end of the block it has in hand.
+    """Hashes files in a thread; `pause` holds it once it finishes its current block.
 
     Args:
-        wanted: whole files, in the order in which they are to be hashed; `add` takes more.
-        val_files: the validation shards, sorted. First those that make up the first `val_tokens` + 1 tokens are hashed,
-            whole, and in the same pass these tokens.
+        wanted: whole files, in the order to hash them; `add` takes more.
+        val_files: the validation shards, sorted. Those that hold the first `val_tokens` + 1 tokens are hashed first,
+            and in the same pass these tokens.
         val_tokens: targets of an evaluation.
     """
 
@@ -129,7 +129,7 @@ class OffClockHashes:
         self._thread.start()
 
     def add(self, files: Iterable[Path]) -> None:
-        """Hash these as well, before `finish` is called."""
+        """Also hash these; call it before `finish`."""
         for file in files:
             self._wanted.put(file)
 
@@ -138,13 +138,13 @@ class OffClockHashes:
         self._validation.wait()
 
     def pause(self) -> None:
-        """Return once the thread stands still."""
+        """Return once the thread has paused."""
         self._go.clear()
         with self._turn:
             pass
 
     def finish(self, timeout_s: float) -> None:
-        """Continue, and wait for the rest or until the time is up."""
+        """Continue, and wait for the rest or until time is up."""
         self._wanted.put(None)
         self._go.set()
         self._thread.join(timeout_s)
@@ -155,7 +155,7 @@ class OffClockHashes:
         return self._thread.is_alive()
 
     def stop(self) -> None:
-        """End where it stands."""
+        """Stop at once."""
         self._stopped = True
         self._wanted.put(None)
         self._go.set()
@@ -168,7 +168,7 @@ class OffClockHashes:
                 if path not in self.sha256 and (digest := self._hash(path)) is not None:
                     self.sha256[path] = digest
         except OSError:
-            pass  # what is not known is not in the record; training reads the same files and says what is wrong
+            pass  # unknown values stay out of the record; training reads the same files and says what is wrong
         finally:
             self._validation.set()
 
@@ -187,7 +187,7 @@ class OffClockHashes:
             self.val_stream_sha256 = stream.hexdigest()
 
     def _hash(self, path: Path, part: Any = None, first: int = 0, last: int = 0) -> str | None:
-        """sha256 of a file; its bytes from `first` up to `last` go into `part` too. None where it was stopped."""
+        """sha256 of a file; its bytes from `first` up to `last` go into `part` too. None if it was stopped."""
         digest, position = hashlib.sha256(), 0
         buffer = memoryview(bytearray(BLOCK_BYTES))
         with open_regular(path) as file:

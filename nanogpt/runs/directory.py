@@ -1,10 +1,9 @@
 """A run's directory: log.txt, metrics.jsonl, spec.yaml, record.json and checkpoints/.
 
-Notable features:
-- Appears whole, spec and record in it, under `NAME-YYYYmmdd-HHMMSS`; two runs of one second get two directories.
-- spec.yaml, the resolved spec, is what makes a directory a run.
-- Every line is on its way to the disk when the call returns, so a killed run has told all it knew. A half-written
-  last line, of a kill or a full disk, is repaired when the run continues.
+- It appears complete, with spec and record, as `NAME-YYYYmmdd-HHMMSS`; two runs in one second get two directories.
+- spec.yaml, the resolved spec, makes a directory a run.
+- Every line is on its way to the disk when the call returns, so a killed run has written all it knew. A half-written
+  last line, from a kill or a full disk, is repaired when the run continues.
 
 One process of a run writes (rank 0); any number may read. No torch is needed here.
 """
@@ -41,7 +40,7 @@ FLOAT_DIGITS = 9
 
 
 class RunDirectory:
-    """One run's directory. Files are opened at the first line written; a directory that is only read stays untouched.
+    """One run's directory. Files are opened at the first line written; reading leaves a directory untouched.
 
     Make one with `create` or `open`. Usable as a context manager, which closes it.
     """
@@ -53,12 +52,12 @@ class RunDirectory:
 
     @property
     def log_path(self) -> Path:
-        """The log that a person reads."""
+        """The log for people."""
         return self.path / LOG_NAME
 
     @property
     def metrics_path(self) -> Path:
-        """One JSON object a line: see `nanogpt.runs.metrics`."""
+        """One JSON object per line: see `nanogpt.runs.metrics`."""
         return self.path / METRICS_NAME
 
     @property
@@ -68,18 +67,18 @@ class RunDirectory:
 
     @property
     def checkpoint_directory(self) -> Path:
-        """Where checkpoints go; made by the one who writes the first."""
+        """Where checkpoints go; created with the first."""
         return self.path / CHECKPOINTS_NAME
 
     @classmethod
     def create(cls, parent: Path, spec: RunSpec, *, record: str | None = None) -> RunDirectory:
         """Make `parent/NAME-YYYYmmdd-HHMMSS` (local time; `-2`, `-3`, ... if taken) with spec.yaml in it.
 
-        `record` is the text of record.json. The directory takes its name when both are whole: a process that is killed
-        on the way leaves nothing that looks like a run, only a `.new-*` that nobody lists.
+        `record` is the text of record.json. The directory gets its name when both are complete: a process killed
+        before that leaves nothing that looks like a run, only a `.new-*` that is never listed.
 
         Raises:
-            InputError: `parent` cannot be made or written to.
+            InputError: `parent` cannot be created or written to.
             RunError: the disk is full, or failed.
         """
         stem = f"{spec.name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -109,7 +108,7 @@ class RunDirectory:
         """The run directory at `path`, which exists.
 
         Raises:
-            InputError: there is nothing, or no run; the message names the runs found below.
+            InputError: there is nothing, or no run; the message names runs found below.
         """
         path = Path(path)
         try:
@@ -131,23 +130,23 @@ class RunDirectory:
         raise InputError(f"{path}: not a run directory: no {SPEC_NAME} in it")
 
     def spec(self) -> RunSpec:
-        """The run's resolved spec. Raises `RecipeError`, an `InputError`, where spec.yaml is not a valid one."""
+        """The run's resolved spec. Raises `RecipeError`, an `InputError`, if spec.yaml is not valid."""
         return load_recipe(self.spec_path.absolute())
 
     def log(self, line: str) -> None:
-        """Append `line` to log.txt. Raises `RunError` where the disk takes no more."""
+        """Append `line` to log.txt. Raises `RunError` if it cannot be written."""
         self._log.append(line.removesuffix("\n") + "\n")
 
     def metric(self, record: Mapping[str, Any]) -> None:
         """Append `record` to metrics.jsonl as one line of valid JSON.
 
-        Floats keep nine significant digits; NaN and infinities become null, which JSON has no other word for. NumPy
-        and torch scalars and paths are taken as what they stand for. Raises `RunError` where the disk takes no more.
+        Floats keep nine significant digits; NaN and infinities, which JSON lacks, become null. NumPy
+        and torch scalars and paths are converted. Raises `RunError` if it cannot be written.
         """
         self._metrics.append(json.dumps(_plain(record), allow_nan=False, ensure_ascii=False) + "\n")
 
     def close(self) -> None:
-        """Close the files. May be called again; a later line opens them once more."""
+        """Close the files. May be called again; a later line reopens them."""
         self._log.close()
         self._metrics.close()
 
@@ -159,7 +158,7 @@ class RunDirectory:
 
 
 def output_directory(spec: RunSpec) -> Path:
-    """Where run directories are made: output.directory, else NANOGPT_RUNS, else `runs` here."""
+    """Where run directories are created: output.directory, else NANOGPT_RUNS, else `runs` here."""
     return Path(spec.output.directory) if spec.output.directory else path_of("NANOGPT_RUNS") or Path("runs")
 
 
@@ -169,7 +168,7 @@ def is_run(path: Path) -> bool:
 
 
 class _Lines:
-    """A text file that only grows, a line at a time, each in one write that no buffer holds back."""
+    """A text file that only grows, line by line, each in one unbuffered write."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -196,7 +195,7 @@ class _Lines:
 
 
 def _drop_half_line(path: Path) -> None:
-    """Cut off what a kill or a full disk left behind the last newline."""
+    """Cut off what a kill or a full disk left after the last newline."""
     try:
         file = path.open("r+b")
     except FileNotFoundError:
@@ -216,7 +215,7 @@ def _drop_half_line(path: Path) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """`value` as JSON knows it."""
+    """`value` in JSON's types."""
     if isinstance(value, bool | int | str) or value is None:
         return value
     if isinstance(value, float):
@@ -229,11 +228,11 @@ def _plain(value: Any) -> Any:
         return os.fspath(value)
     if hasattr(value, "item"):
         return _plain(value.item())
-    raise TypeError(f"metric: {value!r} is a {type(value).__name__}, which JSON does not know")
+    raise TypeError(f"metric: {value!r} is a {type(value).__name__}, which JSON lacks")
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Put `text` in the place of the file at `path`, in one move and safe from a crash. Raises OSError."""
+    """Replace the file at `path` with `text`, atomically and crash-safe. Raises OSError."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
@@ -246,16 +245,16 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def refuse_existing(out: Path) -> None:
-    """Raise `InputError` where something is at `out` already, but for an empty directory."""
+    """Raise `InputError` if something other than an empty directory is at `out`."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: is there already; name another directory with --out")
+        raise InputError(f"{out}: already exists; name another directory with --out")
 
 
 @contextmanager
 def whole_directory(out: Path, what: str) -> Iterator[Path]:
-    """Make the directory `out` whole or not at all: yields one beside it to write to. what: it is, for the message.
+    """Create the directory `out` completely or not at all: yields one beside it to write to. what: for messages.
 
-    Raises RunError where it cannot be written.
+    Raises RunError if it cannot be written.
     """
     partial = out.with_name(f".{out.name}.partial")
     try:
@@ -275,6 +274,6 @@ def whole_directory(out: Path, what: str) -> Iterator[Path]:
 def _cannot_create(parent: Path, error: OSError) -> NanogptError:
     way_out = "name another directory: nanogpt train --out DIR, nanogpt demo --dir DIR, or NANOGPT_RUNS=DIR"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-        return RunError(f"{parent}: no run directory can be made: {error.strerror}. Free space there, or {way_out}")
+        return RunError(f"{parent}: no run directory can be created: {error.strerror}. Free space there, or {way_out}")
     reason = "a file is in the way" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
-    return InputError(f"{parent}: no run directory can be made here: {reason}; {way_out}")
+    return InputError(f"{parent}: no run directory can be created here: {reason}; {way_out}")

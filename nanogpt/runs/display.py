@@ -1,7 +1,7 @@
 """What the user sees while a run trains: a progress bar on a terminal, plain lines in a job's log.
 
-The bar is drawn inside `step`, at most `REDRAWS_PER_SECOND` times a second, and by no thread of its own: a thread would
-take the interpreter away from the one that launches kernels, within the time that is measured.
+The bar is drawn inside `step`, at most `REDRAWS_PER_SECOND` times a second, and not by a separate thread, which would
+take the interpreter from the one that launches kernels, within the measured time.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class StepDisplay:
     """Progress of a run's steps on `stream` (standard error by default).
 
     Args:
-        stream: Where to; a terminal gets a bar, anything else plain lines.
-        every_s: Where there is no bar, seconds between step lines at the least. Evaluations are always shown.
-        clock: Seconds, monotonic.
+        stream: a terminal gets a bar, anything else plain lines.
+        every_s: without a bar, the least number of seconds between step lines. Evaluations are always shown.
+        clock: monotonic seconds.
 
     Only rank 0 has one. `log.txt` has every line anyway.
     """
@@ -47,7 +47,7 @@ class StepDisplay:
         self._ms_per_step: float | None = None
 
     def start(self, total_steps: int, first_step: int = 0) -> None:
-        """Begin: the run has `total_steps`, of which `first_step` are done (0, or where it resumes)."""
+        """Begin a run of `total_steps`, of which `first_step` are done (0, or where it resumes)."""
         self._total = total_steps
         self._last = (first_step, self._clock())
         stream = self._stream or sys.stderr
@@ -69,7 +69,7 @@ class StepDisplay:
         self._progress.refresh()
 
     def step(self, step: int, text_line: str, train_loss: float | None = None) -> None:
-        """`step` steps are done; `text_line` is the log's line of it, `train_loss` the newest known, if any."""
+        """Show that `step` steps are done; `text_line` is the log's line, `train_loss` the newest loss, if any."""
         now = self._clock()
         self._measure(step, now)
         if train_loss is not None:
@@ -85,16 +85,16 @@ class StepDisplay:
             self._print(text_line)
 
     def evaluation(self, step: int, text_line: str, val_loss: float) -> None:
-        """A validation after `step` steps: its line stays on the screen."""
+        """Show a validation after `step` steps; its line stays on the screen."""
         self._val_loss = val_loss
         self._print(text_line)
         if self._progress:
             self._draw(step)
-        # The validation's own time is not a step's.
+        # The validation's time does not belong to a step.
         self._last = (step, self._clock())
 
     def close(self) -> None:
-        """Take the bar to its end and leave the last state standing. May be called again."""
+        """Finish the bar and leave its last state on the screen. May be called again."""
         if self._progress:
             self._progress.refresh()
             self._progress.stop()
@@ -137,7 +137,7 @@ class StepDisplay:
 
 
 def ms_text(ms: float) -> str:
-    """Milliseconds to three digits or whole: `33.4`, `431`, `12,345`."""
+    """Milliseconds with three digits, or whole: `33.4`, `431`, `12,345`."""
     return f"{ms:,.0f}" if ms >= 99.95 else f"{ms:.1f}" if ms >= 9.995 else f"{ms:.2f}"
 
 

@@ -1,8 +1,8 @@
-"""The environment's variables that a record names: those known to matter to speed or result, and no others.
+"""The environment variables that a record names: those known to affect speed or result, and no others.
 
-A record is published. Of a variable that is not listed here nobody knows what its value is, and whatever pattern its
-name has, it may be a password. Of the compilers' variables, which the rules ask for, an unknown one is told by its
-name; its value only where that is a number or a switch.
+A record is published. The value of a variable that is not listed here could be anything, even a password, whatever its
+name looks like. Of the compilers' variables, which the rules ask for, unknown ones appear by
+name; their value only if it is a number or a switch.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ KNOWN = frozenset(prefix + name for prefix, names in _NAMES.items() for name in 
 
 
 def known_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """Those of `environ` that are known to matter, sorted; the compilers' are not among them."""
+    """The variables of `environ` known to matter, sorted, without the compilers'."""
     return {name: value for name, value in sorted(environ.items()) if name in KNOWN}
 
 
 def compiler_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """The compilers' variables, sorted; instead of a value that may be anything, `HIDDEN`."""
+    """The compilers' variables, sorted; a value that could be anything is `HIDDEN`."""
     return {
         name: value if COMPILERS_WORDS.fullmatch(name) or SWITCH.fullmatch(value) else HIDDEN
         for name, value in sorted(environ.items())

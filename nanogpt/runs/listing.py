@@ -1,7 +1,7 @@
-"""The runs in a directory, each as a row: what it is, how far it got, whether it lives.
+"""The runs in a directory, a row for each: what it is, how far it got, whether it is alive.
 
-A run without a record, or with one that cannot be read, is listed by its spec.yaml and metrics.jsonl; what is wrong
-with it stands in `problem`. A run that has not ended by its own word is read from its metrics, which are newer than
+A run whose record is missing or unreadable is listed from its spec.yaml and metrics.jsonl; `problem`
+says what is wrong. A run that has not reported its end is read from its metrics, which are newer than
 its record.
 """
 
@@ -26,15 +26,15 @@ from nanogpt.terminal import printable
 if TYPE_CHECKING:
     from rich.table import Table
 
-DEPTH = 3  # directories below the one that is asked for
+DEPTH = 3  # directories below the given one
 
 
 @dataclass
 class RunRow:
-    """A run in a list. None: not known.
+    """A run in a list. None: unknown.
 
     `state`: running, finished, failed, interrupted, killed, stale (see `nanogpt.runs.record.live_state`), or
-    unfinished where there is no record to tell running from killed.
+    unfinished if there is no record to tell running from killed.
     """
 
     name: str  # of the directory
@@ -49,14 +49,14 @@ class RunRow:
     train_seconds: float | None = None
     ms_per_step: float | None = None
     world_size: int | None = None
-    gpus: str | None = None  # "8 x NVIDIA H100 80GB HBM3"; what the recipe claims where nothing was found yet
+    gpus: str | None = None  # "8 x NVIDIA H100 80GB HBM3"; what the recipe claims if nothing was detected yet
     hosts: str | None = None
     job: str | None = None  # Slurm's, 123 or 120_3
     starts: int = 0
-    commit: str | None = None  # with + where the tree was not clean
+    commit: str | None = None  # with + if the tree was not clean
     seed: int | None = None
     created: datetime.datetime | None = None
-    problem: str | None = None  # why the row is not whole
+    problem: str | None = None  # why the row is incomplete
 
     @property
     def progress(self) -> str:
@@ -64,7 +64,7 @@ class RunRow:
         return f"{self.steps:,}" + ("" if self.total_steps is None else f"/{self.total_steps:,}")
 
     def as_json(self) -> dict[str, Any]:
-        """The fields as JSON knows them."""
+        """The fields in JSON's types."""
         data = asdict(self)
         data["path"] = str(self.path)
         data["created"] = None if self.created is None else self.created.isoformat()
@@ -97,12 +97,12 @@ def _find(directory: Path, depth: int) -> Iterator[Path]:
             try:
                 if not child.name.startswith(".") and child.is_dir():
                     yield from _find(child, depth - 1)
-            except OSError as error:  # of this one; the others are there
+            except OSError as error:  # this one's; the others are fine
                 say(f"{child}: cannot be read: {error.strerror}")
 
 
 def _row_whatever_happens(path: Path) -> RunRow:
-    """`run_row`; a run with files that nobody has thought of is a row too, and hides no other."""
+    """`run_row`; even a run with unforeseen files gets a row, and hides no other."""
     try:
         return run_row(path)
     except Exception as error:
@@ -110,12 +110,12 @@ def _row_whatever_happens(path: Path) -> RunRow:
 
 
 def run_row(path: Path) -> RunRow:
-    """The row of the run in the directory `path`, whatever of it can be read."""
+    """The row of the run in the directory `path`, from whatever can be read."""
     name = path.resolve().name
     problems: list[str] = []
     try:
         record = read_record(path)
-        if live_state(record, path) == "killed":  # unless it ended while we looked
+        if live_state(record, path) == "killed":  # unless it ended in the meantime
             record = read_record(path)
     except InputError as error:
         problems.append(str(error))
@@ -157,7 +157,7 @@ def _row_of(record: Record, path: Path, name: str, problems: list[str]) -> RunRo
         metrics = _metrics(path, name, problems)
         if metrics is not None and metrics.starts:
             _take_metrics(row, metrics)
-            # Its last words may be in the metrics and not in the record; if they are those of this start.
+            # Its end may be in the metrics but not in the record; if it belongs to this start.
             if metrics.end and start.clock_started:
                 row.state, row.reason = metrics.state, metrics.end.get("reason")
     return row
@@ -220,13 +220,13 @@ _FILTER = re.compile(r"\s*([a-z_]+)\s*(<=|>=|!=|=|<|>)\s*(.*?)\s*")
 
 
 def filter_runs(rows: Sequence[RunRow], filters: Sequence[str]) -> list[RunRow]:
-    """The rows that fit all filters: `state=finished`, `val_loss<3.28`, `created>=2026-01-31`, `job=` (none).
+    """The rows that match all filters: `state=finished`, `val_loss<3.28`, `created>=2026-01-31`, `job=` (none).
 
-    Text after = and != is compared without regard to case, and fits where the column begins with it: `commit=3f2a`,
-    `state=fin`. < and > leave out the rows that have no value.
+    Text after = and != ignores case and matches the beginning of the column: `commit=3f2a`,
+    `state=fin`. < and > leave out rows without a value.
 
     Raises:
-        InputError: not of that form, no such column, or a value that does not go with the column.
+        InputError: malformed, no such column, or a value that does not suit the column.
     """
     for text in filters:
         match = _FILTER.fullmatch(text)
@@ -238,7 +238,7 @@ def filter_runs(rows: Sequence[RunRow], filters: Sequence[str]) -> list[RunRow]:
 
 
 def sort_runs(rows: Sequence[RunRow], key: str) -> list[RunRow]:
-    """By column `key`, `-key` for the largest first; rows without a value come last. Raises InputError."""
+    """Sorted by column `key`, or `-key` for the largest first; rows without a value come last. Raises InputError."""
     column = _column(key.removeprefix("-"), "--sort")
     known = [row for row in rows if getattr(row, column) is not None]
     unknown = [row for row in rows if getattr(row, column) is None]
@@ -247,7 +247,7 @@ def sort_runs(rows: Sequence[RunRow], key: str) -> list[RunRow]:
 
 def _column(key: str, flag: str) -> str:
     if key not in COLUMNS:
-        raise InputError(f"{flag} {key}: no such column; there are {', '.join(COLUMNS)}")
+        raise InputError(f"{flag} {key}: no such column; the columns are {', '.join(COLUMNS)}")
     return key
 
 
@@ -275,7 +275,7 @@ def _fits(value: Any, sign: str, wanted: str, text: str) -> bool:
 
 
 def runs_table(rows: Sequence[RunRow]) -> Table:
-    """The rows for a Rich console; a terminal of 80 columns goes without those at the end."""
+    """The rows as a table; a terminal of 80 columns drops some columns."""
     from rich.text import Text
 
     from nanogpt.console import new_table

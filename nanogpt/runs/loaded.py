@@ -1,4 +1,4 @@
-"""A run with all that its directory holds, and how runs differ: what comparing, testing and checking build on."""
+"""A run with everything in its directory, and how runs differ: the basis of comparing, testing and checking."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nanogpt.runs.reference import under
 from nanogpt.spec import RunSpec
 from nanogpt.spec_differences import spec_differences
 
-# What may differ between runs of one kind: who a run is, and where it reads and writes.
+# What may differ between runs of one kind: identity, and where it reads and writes.
 IDENTITY_KEYS = ("name", "description", "training.seed", "data.directory", "output", "reference")
 VERSIONS = ("torch", "cuda", "triton", "flash-attn", "flash-attn-3", "flash-attn-4")
 
@@ -34,12 +34,12 @@ class LoadedRun:
 
     @property
     def state(self) -> str:
-        """As `nanogpt runs` has it, killed and stale among them; of a run without a record `unfinished`."""
+        """As in `nanogpt runs`, including killed and stale; `unfinished` for a run without a record."""
         return self.metrics.state if self.record is None else live_state(self.record, self.path)
 
     @property
     def final_loss(self) -> float | None:
-        """Validation loss after the last step, in nats; None where it has none, or it is not finite."""
+        """Validation loss after the last step, in nats; None if there is none, or it is not finite."""
         last = self.metrics.evaluations[-1:]
         if not last or last[0]["step"] != self.metrics.total_steps:
             return None
@@ -69,18 +69,18 @@ class LoadedRun:
 
     @property
     def on_fineweb(self) -> bool:
-        """Whether it was validated on FineWeb's shards, by the sha256 of what was read: a target means this text."""
+        """Whether it was validated on FineWeb's shards, by the sha256 of what was read: targets are for this text."""
         files = [] if self.record is None or self.record.data is None else self.record.data.val
         return bool(files) and all(official.SHA256.get(file.name, "") == file.sha256 for file in files)
 
     @property
     def has_reference(self) -> bool:
-        """Whether the run was compared with its recipe's reference curve as it trained."""
+        """Whether the run was compared with its recipe's reference curve during training."""
         return self.spec.reference is not None and any("reference_loss" in e for e in self.metrics.evaluations)
 
 
 def load_runs(paths: Iterable[Path], *, need_records: bool = False) -> list[LoadedRun]:
-    """The runs in these directories, a directory that is named twice once; labels tell them apart.
+    """The runs in these directories, each directory once; labels tell them apart.
 
     Raises `InputError` for what is not a run, or with `need_records` for a run without a record.
     """
@@ -93,7 +93,7 @@ def load_runs(paths: Iterable[Path], *, need_records: bool = False) -> list[Load
 def load_readable_runs(
     paths: Iterable[Path], *, need_records: bool = False
 ) -> tuple[list[LoadedRun], list[InputError]]:
-    """The runs of these that can be read, and why the others cannot. Raises `InputError` where none can."""
+    """The readable runs, and why the others are not. Raises `InputError` if none is."""
     unique = list({path.resolve(): path for path in paths}.values())
     names = [path.resolve().name for path in unique]
     runs, unreadable = [], []
@@ -109,7 +109,7 @@ def load_readable_runs(
 
 
 def say_unreadable(unreadable: Sequence[InputError]) -> None:
-    """Tell which runs were left out."""
+    """Report which runs were left out."""
     for error in unreadable:
         say(f"left out: {error}")
 
@@ -130,7 +130,7 @@ def _load(label: str, path: Path, *, need_record: bool) -> LoadedRun:
 
 
 def plot_runs(runs: Sequence[LoadedRun], path: Path) -> None:
-    """Draw the runs' losses into `path`, with the targets of those on FineWeb and the references of those held to one.
+    """Draw the runs' losses into `path`, with targets of those on FineWeb and references of those compared with one.
 
     Raises as `nanogpt.runs.plot.plot_loss`.
     """
@@ -149,7 +149,7 @@ def plot_runs(runs: Sequence[LoadedRun], path: Path) -> None:
 
 @dataclass(frozen=True)
 class Difference:
-    """A key that runs do not agree in; `values` are in the order of the runs, None where it is missing."""
+    """A key in which runs differ; `values` are in the order of the runs, None if missing."""
 
     part: str  # spec, code, hardware or data
     key: str
@@ -163,7 +163,7 @@ class Difference:
 
 
 def differences(runs: Sequence[LoadedRun], *, ignore: tuple[str, ...] = ()) -> list[Difference]:
-    """All that the runs do not agree in: spec key by key without `ignore`, then code, hardware and data."""
+    """Everything in which the runs differ: spec key by key without `ignore`, then code, hardware and data."""
     found = _spec_differences(runs, ignore)
     for part, key, value_of in _FACTS:
         values = tuple(None if run.record is None else value_of(run.record) for run in runs)
@@ -176,7 +176,7 @@ def _spec_differences(runs: Sequence[LoadedRun], ignore: tuple[str, ...]) -> lis
     keys: dict[str, None] = {}
     for run in runs[1:]:
         keys |= dict.fromkeys(key for key, _, _ in spec_differences(runs[0].spec, run.spec))
-    # Where lists of different lengths differ as a whole in one pair of runs, their entries are not listed as well.
+    # If lists of different lengths differ as a whole in one pair of runs, their entries are not listed too.
     whole = [key for key in keys if not any(under(key, (other,)) for other in keys if other != key)]
     specs = [run.spec.model_dump(mode="json") for run in runs]
     return [Difference("spec", key, tuple(_at(spec, key) for spec in specs)) for key in whole if not under(key, ignore)]
@@ -214,7 +214,7 @@ _FACTS: tuple[tuple[str, str, Callable[[Record], Any]], ...] = (
 
 
 def show(value: Any) -> str:
-    """A value in a table or message: hashes and long things cut."""
+    """A value for a table or message, with hashes and long values cut."""
     text = "-" if value is None else str(value)
     if len(text) in (40, 64) and all(c in "0123456789abcdef" for c in text):
         return text[:12]
@@ -222,6 +222,6 @@ def show(value: Any) -> str:
 
 
 def require(runs: Sequence[LoadedRun], count: int, command: str) -> None:
-    """Raise `InputError` where fewer than `count` runs are named."""
+    """Raise `InputError` if fewer than `count` runs are named."""
     if len(runs) < count:
-        raise InputError(f"{command}: needs {count} different runs at least, found {len(runs)}")
+        raise InputError(f"{command}: needs at least {count} different runs, found {len(runs)}")

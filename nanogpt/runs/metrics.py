@@ -1,19 +1,19 @@
-"""Reading metrics.jsonl: the records of a run, and the run that they tell of.
+"""Reading metrics.jsonl: a run's records, and the run they describe.
 
 Each line is a JSON object whose `kind` is one of
 
 - `start`: time, name, total_steps, world_size, device, resumed_at (null, or the step of the checkpoint)
-- `step`: step, total_steps, stage, train_loss (weighted, a token; may be absent), train_time_ms, step_avg_ms, tokens,
-  data_wait_ms (what the step waited for its batch, on the rank that waited longest)
+- `step`: step, total_steps, stage, train_loss (weighted, per token; may be absent), train_time_ms, step_avg_ms, tokens,
+  data_wait_ms (how long the step waited for its batch, on the rank that waited longest)
 - `evaluation`: step, total_steps, val_loss, train_time_ms, step_avg_ms, tokens
 - `checkpoint`: step, path
 - `checkpoint_failure`: step, reason: the run went on without this one
 - `end`: state (finished, failed or interrupted), reason, train_time_ms
 
-`step` counts the steps done, `tokens` those trained on, both since the run's start. A loss that was not finite is null.
-A run that was resumed appends to the same file; what it had done after the checkpoint is there twice.
+`step` counts steps done, `tokens` tokens trained on, both since the run's start. A non-finite loss is null.
+A resumed run appends to the same file; what it had done after the checkpoint appears twice.
 
-A long run has a million lines: they are read one by one, and kept as columns of numbers (`Records`), a hundred bytes a
+A long run has a million lines: they are read one by one, and kept as columns of numbers (`Records`), 100 bytes per
 step.
 """
 
@@ -42,7 +42,7 @@ UNFINISHED = "unfinished"
 
 
 LONGEST_LINE = 1 << 20
-LARGEST = 1 << 53  # what a double counts to
+LARGEST = 1 << 53  # up to which doubles count exactly
 _WHOLE = ("step", "total_steps", "stage", "tokens", "world_size", "resumed_at")
 _NUMBERS = (*_WHOLE, "train_loss", "val_loss", "train_time_ms", "step_avg_ms", "data_wait_ms", "lr_factor")
 
@@ -53,12 +53,12 @@ def read_metrics(path: Path) -> list[Record]:
 
 
 def iter_metrics(path: Path) -> Iterator[Record]:
-    """The records of a metrics.jsonl, in the order in which they were written.
+    """The records of a metrics.jsonl, in the order they were written.
 
-    A last line without its newline, which a killed run may leave, is read if it is whole and left out if not.
+    A last line without a newline, which a killed run may leave, is read if it is complete and skipped if not.
 
     Raises:
-        InputError: no such file, a line before the last that is not a JSON object, or a value that is not of its key.
+        InputError: no such file, a line before the last that is not a JSON object, or a value of the wrong type.
     """
     try:
         with open_regular(path) as file:
@@ -73,7 +73,7 @@ def iter_metrics(path: Path) -> Iterator[Record]:
 
 
 def _record(path: Path, number: int, line: bytes) -> Record | None:
-    """The line's record; None for the last one where it is not whole."""
+    """The line's record; None for an incomplete last line."""
     try:
         record = json.loads(line, parse_constant=_no_constant)
     except (ValueError, RecursionError):
@@ -101,7 +101,7 @@ def _no_constant(name: str) -> NoReturn:
 
 
 class Records(Sequence[Record]):
-    """Records of one kind by step, each step once: a sequence of dicts that are made when they are looked at."""
+    """Records of one kind by step, each step once: a sequence of dicts, made on access."""
 
     def __init__(self) -> None:
         self._steps = array("q")
@@ -109,12 +109,12 @@ class Records(Sequence[Record]):
         self._keys: dict[tuple[str, ...], int] = {}
         self._numbers: dict[str, array[float]] = {}  # NaN: null, or not in the record
         self._with_fractions: set[str] = set()
-        self._others: dict[str, dict[int, Any]] = {}  # what is neither number nor null, by place
+        self._others: dict[str, dict[int, Any]] = {}  # what is neither number nor null, by position
         self._shape_keys: list[tuple[str, ...]] = []
         self._sorted = True
 
     def append(self, record: Record) -> None:
-        """Add a record with an int as `step`; a later one of the same step takes its place."""
+        """Add a record with an int as `step`; a later one of the same step replaces it."""
         place, keys = len(self._steps), tuple(record)
         self._sorted = self._sorted and (not place or record["step"] > self._steps[-1])
         self._steps.append(record["step"])
@@ -130,7 +130,7 @@ class Records(Sequence[Record]):
                 self._others.setdefault(key, {})[place] = value
 
     def settle(self) -> None:
-        """Put the records in the order of their steps, the later one of two where both have one step."""
+        """Sort the records by step, keeping the later of two with the same step."""
         if self._sorted:
             return
         order = sorted(range(len(self._steps)), key=self._steps.__getitem__)  # keeps the order of equal steps
@@ -144,7 +144,7 @@ class Records(Sequence[Record]):
         return self._steps[one] != self._steps[other]
 
     def drop_after(self, step: int) -> None:
-        """Take back what came after `step`."""
+        """Drop what came after `step`."""
         self.settle()
         kept = bisect_right(self._steps, step)
         columns: list[array[Any]] = [self._steps, self._shapes, *self._numbers.values()]
@@ -155,7 +155,7 @@ class Records(Sequence[Record]):
                 del others[place]
 
     def column(self, key: str) -> npt.NDArray[np.float64]:
-        """A key's numbers, (n,); NaN where a record has none."""
+        """A key's numbers, (n,); NaN where missing."""
         import numpy as np
 
         found = np.full(len(self), np.nan)
@@ -190,7 +190,7 @@ class Records(Sequence[Record]):
 
 @dataclass
 class RunMetrics:
-    """A run as its records tell it, with what a resumed run did again counted once."""
+    """A run according to its records; steps that a resumed run repeated count once."""
 
     name: str
     start: Record = field(default_factory=dict)  # the last start record
@@ -202,7 +202,7 @@ class RunMetrics:
 
     @property
     def total_steps(self) -> int | None:
-        """Steps that the run is to make, if it has said so."""
+        """The number of steps planned, if recorded."""
         for record in (self.start, *self.steps[-1:], *self.evaluations[-1:]):
             if record.get("total_steps") is not None:
                 return int(record["total_steps"])
@@ -215,16 +215,16 @@ class RunMetrics:
 
     @property
     def last(self) -> Record:
-        """The step or evaluation record that got farthest, the evaluation on a tie; empty if there is none."""
+        """The farthest step or evaluation record, the evaluation on a tie; empty if there is none."""
         candidates = [*self.steps[-1:], *self.evaluations[-1:]]
         return max(reversed(candidates), key=lambda record: int(record["step"])) if candidates else {}
 
 
 def run_metrics(records: Iterable[Record], name: str = "run") -> RunMetrics:
-    """Put a run together from its records; `name` is used where no start record has one.
+    """Assemble a run from its records; `name` is used if no start record has one.
 
-    A start record that resumes at step s takes back what was recorded after s; of two records of one kind and step the
-    later one counts. Kinds that are not known are left out.
+    A start record that resumes at step s drops what was recorded after s; of two records of one kind and step the
+    later one counts. Unknown kinds are skipped.
     """
     run = RunMetrics(name)
     by_kind = {"step": run.steps, "evaluation": run.evaluations, "checkpoint": run.checkpoints}
@@ -246,7 +246,7 @@ def run_metrics(records: Iterable[Record], name: str = "run") -> RunMetrics:
 
 
 def read_run(path: Path) -> RunMetrics:
-    """The run of which `path` is the directory. Raises `InputError` as `RunDirectory.open` and `iter_metrics` do."""
+    """The run in the directory `path`. Raises `InputError` as `RunDirectory.open` and `iter_metrics` do."""
     from nanogpt.runs.directory import RunDirectory
 
     run = RunDirectory.open(path)

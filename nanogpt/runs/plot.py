@@ -1,6 +1,6 @@
 """The loss plot: validation, smoothed training loss and the last tenth of runs, as PNG or SVG.
 
-Drawn without a display and without pyplot's global state. matplotlib is imported when something is drawn.
+Needs neither a display nor pyplot's global state. matplotlib is imported when something is drawn.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".svg")
 
-# Okabe and Ito's palette: told apart with every kind of colour vision. Its yellow is too pale for lines.
+# Okabe and Ito's palette, distinct for every kind of colour vision. Its yellow is too pale for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 REFERENCE_COLOUR = "#555555"
-FEW_RUNS = 4  # whose single steps and stages are drawn too
+FEW_RUNS = 4  # with at most this many runs, single steps and stages are drawn too
 LABEL_CHARACTERS = 30  # of a run's name at the end of its line
 LABEL_INCHES = 0.16  # from one label to the next
 MOST_LABELS = 60  # the lowest
@@ -54,17 +54,17 @@ def plot_loss(
     references: Sequence[Reference] = (),
     curves: Mapping[str, Sequence[tuple[int, float]]] | None = None,
 ) -> None:
-    """Draw the losses of `runs`, label -> run, into `path`; its suffix, .png or .svg, says the format.
+    """Draw the losses of `runs`, label -> run, into `path`; its suffix, .png or .svg, sets the format.
 
-    Above validation loss against steps and against training time; below the training loss, which is another quantity
-    where tokens further ahead count as well, and the last tenth of validation.
+    Above: validation loss against steps and against training time. Below: training loss, a different quantity
+    if further tokens count too, and the last tenth of validation.
 
     Args:
         runs: drawn in this order.
         path: the picture.
         references: losses to compare with.
-        curves: published validation losses, name -> (step, loss); drawn against steps, as their times are of other
-            machines.
+        curves: published validation losses, name -> (step, loss); drawn against steps, as their times come from
+            other machines.
 
     Raises:
         InputError: another suffix, or nothing recorded to draw.
@@ -74,11 +74,11 @@ def plot_loss(
     lines = [_line(index, label, run) for index, (label, run) in enumerate(runs.items())]
     training = any(line.training for line in lines)
     if not any(line.validation["step"] for line in lines) and not training:
-        raise InputError(f"{path}: nothing to plot: no loss is recorded yet in {', '.join(runs)}")
+        raise InputError(f"{path}: nothing to plot: no loss has been recorded yet in {', '.join(runs)}")
 
     last = last_tenth(list(runs.values()))
     below = [name for name, there in (("training", training), ("last", last is not None)) if there]
-    # Two columns in each row; who is alone below has both.
+    # Two columns in each row; a single panel below takes both.
     mosaic = [["step", "time"], *([[below[0], below[-1]]] if below else [])]
     height = max(3.4, 1.2 + LABEL_INCHES * (min(len(lines), MOST_LABELS) + len(references)))
     with new_figure(11, height * len(mosaic) + 0.6) as figure:
@@ -88,7 +88,7 @@ def plot_loss(
             _draw_validation(panels[name], lines, [line.validation[x] for line in lines], factor)
             _draw_references(panels[name], references)
         _draw_published(panels["step"], curves or {})
-        panels["step"].set_ylabel("validation loss (nats a token)")
+        panels["step"].set_ylabel("validation loss (nats per token)")
         panels["step"].set_xlabel("step")
         panels["time"].set_xlabel(f"training time ({unit})")
         published = [loss for points_of in (curves or {}).values() for _, loss in points_of]
@@ -117,14 +117,14 @@ def plot_loss(
 
 
 def check_suffix(path: Path) -> None:
-    """Raises InputError where `path` is not the name of a picture that can be written."""
+    """Raises InputError if `path` cannot be written as a picture."""
     if path.suffix.lower() not in SUFFIXES:
-        raise InputError(f"{path}: a plot is written as {' or '.join(SUFFIXES)}, found suffix {path.suffix!r}")
+        raise InputError(f"{path}: plots are written as {' or '.join(SUFFIXES)}, found suffix {path.suffix!r}")
 
 
 @contextlib.contextmanager
 def new_figure(width: float, height: float) -> Iterator[Figure]:
-    """An empty figure of `width` by `height` inches in the style of all plots; to be drawn and saved inside."""
+    """An empty figure of `width` by `height` inches in the style of all plots, to draw and save inside the block."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -152,7 +152,7 @@ _STYLE: Any = {
 
 @dataclass(frozen=True)
 class _Line:
-    """What is drawn of a run: validation by `step` and by `train_time_ms`, training by step."""
+    """A run's curves: validation by `step` and by `train_time_ms`, training by step."""
 
     run: RunMetrics
     short: str
@@ -231,7 +231,7 @@ def _draw_training(axes: Axes, lines: Sequence[_Line]) -> None:
 
 
 def _draw_last(axes: Axes, lines: Sequence[_Line], references: Sequence[Reference], last: LastTenth) -> None:
-    """Validation again, where the runs end: on a scale of its own."""
+    """Validation again, near the end, on its own scale."""
     _draw_validation(axes, lines, last.curves)
     found = [y for curve in last.curves for y in between(curve, last.first, last.last)]
     span = max(found) - min(found)
@@ -247,7 +247,7 @@ def _draw_last(axes: Axes, lines: Sequence[_Line], references: Sequence[Referenc
 
 
 def _draw_stages(axes: Axes, lines: Sequence[_Line], column: int, scale: float) -> None:
-    """Where stages begin: with their numbers where all runs have the same, else for a few runs in their colours."""
+    """Where stages begin: with numbers if all runs share them, else for a few runs in their colours."""
     of_runs = [[(start[0], start[column]) for start in stage_starts(line.run)] for line in lines]
     if all(found == of_runs[0] for found in of_runs):
         low, high = axes.get_xlim()
@@ -281,7 +281,7 @@ def _last_label(line: _Line, runs: int) -> str:
 def _label_ends(
     axes: Axes, ends: Sequence[tuple[Points, str, _Line]], references: Sequence[Reference], scale: float
 ) -> None:
-    """A text right of the panel for each curve that ends in it, and each reference, one below the other."""
+    """A label to the right of the panel for each curve that ends in it and each reference, one below the other."""
     low, high = axes.get_ylim()
     inverse = axes.transAxes.inverted()
 
@@ -320,9 +320,9 @@ def _label_ends(
 
 
 def spread(wanted: Sequence[float], gap: float) -> list[float]:
-    """Places as near as can be to those wanted, which are in order, each `gap` or more above the one before.
+    """Positions as near as possible to those wanted, which are sorted, at least `gap` apart.
 
-    They stay within 0 and 1 as long as there is room.
+    They stay between 0 and 1 as long as there is room.
     """
     groups: list[tuple[float, int]] = []  # centre, size
     for place in wanted:
@@ -339,7 +339,7 @@ def spread(wanted: Sequence[float], gap: float) -> list[float]:
 
 
 def _set_range(axes: Axes, losses: Sequence[float]) -> None:
-    """Show all of these. Logarithmic where the loss falls to less than half: most of a run happens near its end."""
+    """Show all of these. Logarithmic if the loss falls to less than half: most of a run happens near its end."""
     from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
     _few_ticks(axes)
@@ -366,7 +366,7 @@ def _few_ticks(axes: Axes) -> None:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers from low to high, the roundest first, none nearer to another than a ninth of the axis."""
+    """Round numbers from low to high, the roundest first, at least a ninth of the axis apart."""
     gap = math.log(high / low) / 9
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     chosen: list[float] = []
@@ -385,7 +385,7 @@ def _title(label: str, run: RunMetrics) -> str:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write the picture, whole or not at all. Raises RunError where it cannot be written."""
+    """Write the picture, completely or not at all. Raises RunError if it cannot be written."""
     partial = path.with_name(f".{path.name}.partial")
     suffix = path.suffix.lower().removeprefix(".")
     try:

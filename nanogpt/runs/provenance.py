@@ -1,6 +1,6 @@
-"""Where a run's code, packages, container and job come from: what a stranger needs to know of its origin.
+"""The origin of a run's code, packages, container and job, for strangers to see.
 
-Everything is asked for when a function is called, nothing at import. No torch is needed here.
+Everything is looked up when a function is called, nothing at import. No torch is needed here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nanogpt.runs.record import Code, Container, Slurm
 
 CHANGED_FILES = 100  # named at most
 PACKAGES = ("torch", "triton", "flash-attn", "flash-attn-3", "flash-attn-4", "numpy")
-RULE = "=" * 100  # the leaderboard's, between the parts of a log
+RULE = "=" * 100  # the leaderboard's rule between the parts of a log
 INSIDE = Path("/.singularity.d")
 
 
@@ -41,14 +41,14 @@ def package_versions() -> dict[str, str | None]:
 
 
 def package_directory() -> Path:
-    """Where the package's modules are."""
+    """The directory of the package's modules."""
     return Path(__file__).parents[1]
 
 
 def code_state(container: Container | None = None) -> Code:
-    """The code that is installed, from git in a checkout, else from the `container`'s labels, and always by its hash.
+    """The installed code, from git in a checkout, else from the `container`'s labels, and always by its hash.
 
-    The labels are of the code that the image was made with: they say nothing of another that NANOGPT_SRC names.
+    The labels describe the code that the image was built with, not code that NANOGPT_SRC names.
     """
     code = Code(package_version=__version__, source_sha256=source_sha256())
     root = package_directory().parent
@@ -57,7 +57,7 @@ def code_state(container: Container | None = None) -> Code:
             code.commit = _git(root, "rev-parse", "HEAD").strip()
             status = _git(root, "status", "--porcelain").splitlines()
             code.clean, code.changed_files = not status, [line[3:] for line in status[:CHANGED_FILES]]
-        except (OSError, subprocess.SubprocessError):  # no git in an image, say
+        except (OSError, subprocess.SubprocessError):  # such as no git in an image
             code.commit = _commit_without_git(root / ".git")
     elif container is not None and root.is_relative_to(sys.prefix):
         commit = container.labels.get(REVISION_LABEL)
@@ -67,7 +67,7 @@ def code_state(container: Container | None = None) -> Code:
 
 
 def _commit_without_git(directory: Path) -> str | None:
-    """The commit that a checkout's .git says is checked out; None: cannot be told."""
+    """The commit checked out according to .git; None: unknown."""
     try:
         head = (directory / "HEAD").read_text(encoding="utf-8").strip()
         if not head.startswith("ref: "):
@@ -98,9 +98,9 @@ def source_sha256(directory: Path | None = None) -> str:
 
 @functools.cache
 def training_sources() -> tuple[Path, ...]:
-    """The package's modules that `nanogpt train` can come to import, in the order of their paths.
+    """The package's modules that `nanogpt train` may import, in the order of their paths.
 
-    Followed through the import statements of each, those inside functions too, from the command on.
+    Found by following import statements, including those inside functions, from the command.
     """
     package = package_directory()
     found: set[Path] = set()
@@ -124,7 +124,7 @@ def _module_path(package: Path, name: str) -> Path | None:
 
 
 def _imported(path: Path, package: str) -> Iterator[str]:
-    """Names of what may be modules of the package in the file's import statements."""
+    """Possible modules of the package named in the file's import statements."""
     for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == package:
             yield node.module
@@ -136,7 +136,7 @@ def _imported(path: Path, package: str) -> Iterator[str]:
 
 
 def source_text(paths: Iterable[Path]) -> str:
-    """The files, each below a line that names it with its length and sha256."""
+    """The files, each below a line with its name, length and sha256."""
     root = package_directory().parent
     parts = []
     for path in paths:
@@ -171,7 +171,7 @@ def slurm_job(environ: Mapping[str, str]) -> Slurm | None:
 def container_of(environ: Mapping[str, str], inside: Path = INSIDE) -> Container | None:
     """The Apptainer image that `environ` names, with its labels; None outside one.
 
-    Its hash is NANOGPT_SIF_SHA256, else what `make sif` left beside the file, where that can be seen from inside.
+    Its hash is NANOGPT_SIF_SHA256, else what `make sif` left beside the file, if that is visible from inside.
     """
     image = environ.get("APPTAINER_CONTAINER") or environ.get("SINGULARITY_CONTAINER")
     if not image:
@@ -185,7 +185,7 @@ def container_of(environ: Mapping[str, str], inside: Path = INSIDE) -> Container
 
 
 def driver_version() -> str | None:
-    """The NVIDIA driver's version; None where there is none."""
+    """The NVIDIA driver's version; None if there is none."""
     try:
         line = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").partition("\n")[0]
     except OSError:

@@ -1,7 +1,7 @@
 """A submission in the layout of the public repository, KellerJordan/modded-nanogpt: records/track_1_short/DATE_Name.
 
-README.md (what is new, the statistics as Python that prints them), spec.yaml of the first run, and each run's log,
-which begins with the code, under a name that is a UUID as the public code's logs have it.
+README.md (what is new, and Python that prints the statistics), spec.yaml of the first run, and each run's log,
+which begins with the code, named by a UUID like the public code's logs.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from nanogpt.runs.submission import Submission, described, hardware, markdown_ce
 
 FORMAT = "modded-nanogpt"
 TRACK = Path("records/track_1_short")
-NAME_WORDS = 6  # of the description, in the directory's name
+NAME_WORDS = 6  # words of the description in the directory's name
 
 
 def directory_name(submission: Submission) -> str:
-    """DATE_Name: the date of the last run, and the description's first words joined."""
+    """DATE_Name: the date of the last run, and the description's first words, joined."""
     words = re.findall(r"[A-Za-z0-9]+", submission.fields.description)[:NAME_WORDS]
     return f"{submission_date(submission)}_{''.join(word[0].upper() + word[1:] for word in words) or 'Record'}"
 
 
 def write_public(submission: Submission, out: Path) -> None:
-    """Make the record's directory below `out`. Raises OSError."""
+    """Create the record's directory below `out`. Raises OSError."""
     directory = out / TRACK / directory_name(submission)
     directory.mkdir(parents=True)
     logs = []
@@ -49,7 +49,7 @@ def write_public(submission: Submission, out: Path) -> None:
 def readme(submission: Submission, logs: list[str]) -> str:
     """README.md; logs: the files' names, in the order of the runs.
 
-    Losses have four digits, as the logs have them, and the statistics are of these.
+    Losses have four digits, as in the logs, and so have the statistics.
     """
     first = one_record(submission.runs[0])
     losses = [round(run.final_loss or 0.0, 4) for run in submission.runs]
@@ -66,7 +66,7 @@ def readme(submission: Submission, logs: list[str]) -> str:
         f"- Hardware: {hardware(submission.runs[0])}",
         f"- Software: {_software(first)}",
         f"- Steps: {first.total_steps:,}; training tokens: {first.total_tokens:,}",
-        f"- Code: nanogpt-speedrun {first.code.package_version}, commit {first.code.commit or 'not known'}; each log"
+        f"- Code: nanogpt-speedrun {first.code.package_version}, commit {first.code.commit or 'unknown'}; each log"
         " begins with it",
         "",
         "| log | seed | val loss | train time (s) |",

@@ -1,11 +1,11 @@
-"""Reference curves: what a published run of the same recipe had at the same step, and whether this run is near it.
+"""Reference curves: what a published run of the same recipe reached at each step, and whether this run is near it.
 
-A recipe's `reference` holds published validation losses. They mean something for a run on FineWeb's own shards whose
+A recipe's `reference` holds published validation losses. They apply to a run on FineWeb's own shards whose
 spec gives the published result; for any other run the comparison is off, and `why_off` says why.
 
-The band around the first curve is five standard deviations of the loss from run to run. The curve is of a single run,
-so the difference of two runs of one recipe spreads sqrt(2) times as far: five are three and a half of those, which
-chance passes once in two thousand evaluations. An error in model, data or optimizer costs more, and most cost it early.
+The band around the first curve is five standard deviations of the loss from run to run. The curve is a single run,
+and the difference of two runs spreads sqrt(2) times as far: five are three and a half of those, which
+chance exceeds once in two thousand evaluations. An error in model, data or optimizer costs more, usually early on.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Comparison:
 
     @property
     def difference(self) -> float:
-        """Above the reference where positive."""
+        """Positive: above the reference."""
         return self.loss - self.reference_loss
 
     @property
@@ -49,7 +49,7 @@ class Comparison:
         return abs(self.difference) <= self.band
 
     def lines(self) -> list[str]:
-        """For the log, below the evaluation's line: the comparison, and a warning where the run has left the band."""
+        """For the log, below the evaluation's line: the comparison, and a warning if the run has left the band."""
         text = (
             f"reference:{self.reference_loss:.4f} ({self.reference}) difference:{self.difference:+.4f}"
             f" band:+-{self.band:.4f}"
@@ -60,7 +60,7 @@ class Comparison:
         return [
             text,
             f"warning: {abs(self.difference):.2g} {where} {self.reference} at step {self.step}, outside the band of"
-            f" {self.band:.2g}: stop and look",
+            f" {self.band:.2g}: stop and check",
         ]
 
     def fields(self) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class Comparison:
 
 
 def compare_loss(reference: ReferenceSpec, step: int, loss: float) -> Comparison | None:
-    """`loss` after `step` steps beside the first curve; None at a step that the curve does not have."""
+    """`loss` after `step` steps compared with the first curve; None at a step that the curve lacks."""
     curve = reference.curves[0]
     found = dict(curve.points).get(step)
     if found is None:
@@ -87,7 +87,7 @@ def spread_at(reference: ReferenceSpec, step: int) -> float:
 
 
 def why_off(spec: RunSpec, data_directory: Path) -> str | None:
-    """Why a run of `spec` on the shards in `data_directory` has no reference to be compared with; None: it has."""
+    """Why a run of `spec` on the shards in `data_directory` has no reference; None: it has one."""
     if spec.reference is None:
         return "the recipe has none"
     differences = [key for key, _, _ in result_differences(load_shipped(spec.reference.recipe), spec)]
@@ -100,8 +100,8 @@ def why_off(spec: RunSpec, data_directory: Path) -> str | None:
 def why_not_fineweb(directory: Path, spec: RunSpec) -> str | None:
     """Why the shards that `spec` reads in `directory` are not known to be FineWeb's; None: they are.
 
-    Evidence is the manifest that prep-fineweb leaves beside shards whose sha256 is the hub's. Lengths are compared with
-    it, nothing is read.
+    The evidence is prep-fineweb's manifest, beside shards whose sha256 is the hub's. Lengths are compared with
+    it; nothing is read.
     """
     path = directory / MANIFEST
     try:
@@ -132,7 +132,7 @@ def load_shipped(recipe: str) -> RunSpec:
 
 
 def result_differences(one: RunSpec, other: RunSpec) -> Iterator[tuple[str, Any, Any]]:
-    """(key, value in `one`, value in `other`) of all that decides the loss, other than by chance."""
+    """(key, value in `one`, value in `other`) for everything that decides the loss, except by chance."""
     for key, *values in spec_differences(one, other):
         if under(key, RESULT_KEYS) and not under(key, NOT_RESULT_KEYS):
             yield key, values[0], values[1]
@@ -144,7 +144,7 @@ def under(key: str, parents: tuple[str, ...]) -> bool:
 
 
 class ReferenceWatch:
-    """Holds a run's validation losses against its reference, if it has one.
+    """Compares a run's validation losses with its reference, if it has one.
 
     Args:
         spec: the run.
@@ -161,7 +161,7 @@ class ReferenceWatch:
             self.note = f"reference off: {self.off}"
 
     def compare(self, step: int, loss: float) -> Comparison | None:
-        """The comparison after `step` steps; None where it is off, or there is nothing to compare."""
+        """The comparison after `step` steps; None if it is off, or there is nothing to compare."""
         if self.reference is None or not math.isfinite(loss):
             return None
         return compare_loss(self.reference, step, loss)

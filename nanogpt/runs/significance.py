@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 TARGET = 3.28
 ALPHA = 0.01
-MOST_RUNS = 10_000  # more are not worth a number
+MOST_RUNS = 10_000  # beyond this a number is not worth giving
 
 
 @dataclass(frozen=True)
 class Significance:
-    """What a set of final validation losses (nats) says of the mean against a target."""
+    """What a set of final validation losses (nats) says about the mean and a target."""
 
     losses: tuple[float, ...]
     target: float
@@ -33,8 +33,8 @@ class Significance:
     mean: float
     sd: float | None  # of the sample (n - 1); None for one run
     t: float | None
-    p: float | None  # that a mean this far below comes by chance from runs whose mean is the target
-    runs_needed: int | None  # in all, at this mean and spread; None: no number is enough, or one run is too few to tell
+    p: float | None  # probability of a mean this low if the true mean is the target
+    runs_needed: int | None  # in all, at this mean and spread; None: no number suffices, or one run is too few to tell
 
     @property
     def n(self) -> int:
@@ -48,7 +48,7 @@ class Significance:
 
     @property
     def more_runs(self) -> int | None:
-        """How many more are needed at this mean and spread; 0 where it is significant."""
+        """How many more are needed at this mean and spread; 0 if significant."""
         if self.significant:
             return 0
         return None if self.runs_needed is None else max(self.runs_needed - self.n, 1)
@@ -56,25 +56,25 @@ class Significance:
     def verdict(self) -> str:
         """One sentence."""
         if self.p is None:
-            return "not shown: one run says nothing of the spread; at least two are needed"
+            return "not shown: one run says nothing about the spread; at least two are needed"
         if self.significant:
             return f"significant: the mean is below {self.target:g}, p = {self.p:.2g} < {self.alpha:g}"
         if self.mean >= self.target:
-            return f"not shown: the mean {self.mean:.5f} is not below {self.target:g}; more runs of this do not help"
+            return f"not shown: the mean {self.mean:.5f} is not below {self.target:g}; more such runs do not help"
         if self.more_runs is None:
             more = f"more than {MOST_RUNS:,} runs would be needed"
         else:
             more = f"about {self.more_runs} more {'run' if self.more_runs == 1 else 'runs'} at this mean and spread"
-        return f"not shown yet: p = {self.p:.2g}, p has to be < {self.alpha:g}: {more}"
+        return f"not shown yet: p = {self.p:.2g}, p must be < {self.alpha:g}: {more}"
 
 
 def significance(losses: Sequence[float], *, target: float = TARGET, alpha: float = ALPHA) -> Significance:
-    """The one-sided one-sample t-test that the mean of `losses` (one a run) is below `target`.
+    """The one-sided one-sample t-test that the mean of `losses` (one per run) is below `target`.
 
     Raises `InputError` for no losses, one that is not finite, or an alpha outside 0 to 1.
     """
     if not losses or not all(math.isfinite(loss) for loss in losses):
-        raise InputError(f"significance: needs a finite loss of each run, found {list(losses)}")
+        raise InputError(f"significance: needs a finite loss from each run, found {list(losses)}")
     if not 0 < alpha < 1:
         raise InputError(f"--alpha: found {alpha}, expected a probability between 0 and 1, such as {ALPHA}")
     values = tuple(float(loss) for loss in losses)
@@ -119,11 +119,11 @@ def runs_significance(runs: Sequence[LoadedRun], *, target: float | None = None,
 
     Args:
         runs: several runs with records, which may differ in seed, name, output and data directory.
-        target: None is the runs' own target loss, else 3.28.
+        target: None: the runs' own target loss, else 3.28.
         alpha: p must be below it.
 
     Raises:
-        InputError: a run that is not finished, is the copy of another or differs from the first; says how.
+        InputError: a run is unfinished, a copy of another, or differs from the first; says how.
     """
     unfinished = [f"  {run.label}: {run.why_unfinished}" for run in runs if run.why_unfinished]
     if unfinished:
@@ -136,16 +136,14 @@ def runs_significance(runs: Sequence[LoadedRun], *, target: float | None = None,
     differing = differences(runs, ignore=IDENTITY_KEYS)
     if differing:
         lines = [f"  {difference.line([run.label for run in runs])}" for difference in differing]
-        raise InputError(
-            "\n".join(["significance: runs of one spec, code and hardware belong together; these differ:", *lines])
-        )
+        raise InputError("\n".join(["significance: runs must agree in spec, code and hardware; these differ:", *lines]))
     if target is None:
         target = runs[0].spec.evaluation.target_loss or TARGET
     return significance([run.final_loss for run in runs if run.final_loss is not None], target=target, alpha=alpha)
 
 
 def significance_data(result: Significance, runs: Sequence[LoadedRun]) -> dict[str, Any]:
-    """The test as data that JSON can hold."""
+    """The test as JSON data."""
     return {
         "runs": [
             {
@@ -171,7 +169,7 @@ def significance_data(result: Significance, runs: Sequence[LoadedRun]) -> dict[s
 
 
 def repeated_seeds(runs: Sequence[LoadedRun]) -> list[int]:
-    """Seeds that several runs share: those runs differ by rounding alone, by less than runs of the recipe do."""
+    """Seeds that several runs share: these differ by rounding alone, less than runs with different seeds."""
     seeds = [run.spec.training.seed for run in runs]
     return sorted({seed for seed in seeds if seeds.count(seed) > 1})
 
@@ -181,7 +179,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def significance_table(result: Significance, runs: Sequence[LoadedRun]) -> RenderableType:
-    """The runs and the test for a Rich console."""
+    """The runs and the test as tables."""
     from rich.console import Group
     from rich.text import Text
 

@@ -1,7 +1,7 @@
 """A record made ready to publish: the leaderboard's fields, the evidence and local notes in one directory.
 
 submission.md (the row and the notes), submission.json (the same as data), leaderboard.json (the four fields of a lab's
-leaderboard), loss.png and loss.svg, and below runs/ each run's log, record, metrics and spec as they are.
+leaderboard), loss.png and loss.svg, and in runs/ each run's log, record, metrics and spec, unchanged.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from nanogpt.runs.record import Record
 from nanogpt.runs.significance import Significance, repeated_seeds, runs_significance, significance_data
 
 UNOFFICIAL = "UNOFFICIAL"
-# Rules that a run of this package has the evidence for: without it there is no record.
+# Rules for which a run of this package has evidence: without it there is no record.
 NEEDED = (
     "validation tokens",
     "validation shards",
@@ -39,7 +39,7 @@ COPIED = (LOG_NAME, RECORD_NAME, METRICS_NAME, SPEC_NAME)
 
 @dataclass(frozen=True)
 class Fields:
-    """What the leaderboard asks for, other than the time."""
+    """What the leaderboard needs besides the time."""
 
     description: str
     contributors: tuple[str, ...] = ()
@@ -51,12 +51,12 @@ class Fields:
                 "--description: is empty; say in a few words what is new, as the leaderboard's column does"
             )
         if self.log_url is not None and not self.log_url.startswith(("https://", "http://")):
-            raise InputError(f"--log-url: found {self.log_url!r}, expected the address at which the log is published")
+            raise InputError(f"--log-url: found {self.log_url!r}, expected the address of the published log")
 
 
 @dataclass(frozen=True)
 class Submission:
-    """One record: runs of one kind, what was tested, and what stands against it."""
+    """One record: runs of one kind, what was tested, and objections."""
 
     fields: Fields
     runs: tuple[LoadedRun, ...]
@@ -75,8 +75,8 @@ def prepare(runs: Sequence[LoadedRun], fields: Fields, *, unofficial: bool = Fal
     """Check and test the runs.
 
     Raises:
-        InputError: runs that are unfinished or differ in spec, code or hardware, at any rate; runs that fail a rule or
-            the test, unless `unofficial`.
+        InputError: runs are unfinished or differ in spec, code or hardware; or, unless `unofficial`, fail a rule or
+            the test.
     """
     result = runs_significance(runs, target=TARGET_LOSS)
     checks = {run.label: check_run(run) for run in runs}
@@ -84,11 +84,11 @@ def prepare(runs: Sequence[LoadedRun], fields: Fields, *, unofficial: bool = Fal
         f"{label}: {check.rule}: {check.evidence}"
         for label, found in checks.items()
         for check in found
-        # The rule speaks of the mean: of several runs one may be above.
+        # The rule is about the mean: one of several runs may be above.
         if check.state == "failed" and (check.rule != TARGET_RULE or len(runs) == 1)
     ]
     objections += [
-        f"{label}: {check.rule} is not known: {check.evidence}"
+        f"{label}: {check.rule} is unknown: {check.evidence}"
         for label, found in checks.items()
         for check in found
         if check.state == "unknown" and check.rule in NEEDED
@@ -107,10 +107,10 @@ def prepare(runs: Sequence[LoadedRun], fields: Fields, *, unofficial: bool = Fal
 def write_submission(
     submission: Submission, out: Path, layout: Callable[[Submission, Path], None] | None = None
 ) -> None:
-    """Make the directory `out`, whole or not at all. layout: writes more into it, in another form.
+    """Create the directory `out`, completely or not at all. layout: also writes another layout into it.
 
     Raises:
-        InputError: there is something at `out`.
+        InputError: `out` already exists.
         RunError: it cannot be written.
     """
     refuse_existing(out)
@@ -137,7 +137,7 @@ def write_submission(
 
 
 def leaderboard_fields(submission: Submission) -> dict[str, Any]:
-    """The four fields that a lab's leaderboard asks for."""
+    """The four fields that a lab's leaderboard needs."""
     return {
         "seconds": submission.record_seconds,
         "description": described(submission),
@@ -147,7 +147,7 @@ def leaderboard_fields(submission: Submission) -> dict[str, Any]:
 
 
 def submission_data(submission: Submission) -> dict[str, Any]:
-    """The submission as data that JSON can hold: the leaderboard's fields first, then evidence and local notes."""
+    """The submission as JSON data: the leaderboard's fields first, then evidence and local notes."""
     first = submission.runs[0]
     return {
         "official": not submission.unofficial,
@@ -194,7 +194,7 @@ def _run_notes(run: LoadedRun) -> dict[str, Any]:
 def caveats(submission: Submission) -> list[str]:
     """What a reader should know: rules whose evidence is missing, repeated seeds."""
     found = [
-        f"{label}: {check.rule} is not known: {check.evidence}"
+        f"{label}: {check.rule} is unknown: {check.evidence}"
         for label, checks in submission.checks.items()
         for check in checks
         if check.state == "unknown" and check.rule not in NEEDED
@@ -262,7 +262,7 @@ def submission_text(submission: Submission) -> str:
         "",
         "## Rules",
         "",
-        "Passed by all runs, with the evidence of the first, or run by run; submission.json has it all.",
+        "Passed by all runs, with the first one's evidence, or listed by run; submission.json has everything.",
     ]
     lines += ["", "| rule | | evidence |", "| --- | --- | --- |"]
     for of_runs in zip(*submission.checks.values(), strict=True):
@@ -271,7 +271,7 @@ def submission_text(submission: Submission) -> str:
 
 
 def _rule_rows(labels: Sequence[str], checks: Sequence[Check]) -> list[str]:
-    """A rule in one row where all runs passed it, with the first one's evidence, else in a row for each."""
+    """A rule in one row if all runs passed it, with the first one's evidence, else in a row for each."""
     first = checks[0]
     if all(check.state == "passed" for check in checks):
         return [f"| {first.rule} | passed | {markdown_cell(first.evidence)} |"]
@@ -282,7 +282,7 @@ def _rule_rows(labels: Sequence[str], checks: Sequence[Check]) -> list[str]:
 
 
 def described(submission: Submission) -> str:
-    """The description on one line, marked if it is unofficial."""
+    """The description on one line, marked if unofficial."""
     description = " ".join(submission.fields.description.split())
     return f"{UNOFFICIAL}: {description}" if submission.unofficial else description
 

@@ -1,4 +1,4 @@
-"""A run as tables: its evaluations, and its speed by stage. First as plain data, then for the terminal."""
+"""A run as tables: its evaluations, and its speed by stage; as plain data, and for the terminal."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-LARGEST_GAP = 10_000  # steps between two records that count one by one
+LARGEST_GAP = 10_000  # at most this many steps between two records are counted singly
 
 
 def run_summary(run: RunMetrics) -> dict[str, Any]:
-    """What a run came to, as data that JSON can hold. What is not known is None.
+    """A run's results as JSON data. Unknown values are None.
 
     - name, state, reason, device, world_size, steps (done), total_steps, tokens, train_time_ms
     - first_val_loss (of step 0), final_val_loss (of the last evaluation)
@@ -51,9 +51,9 @@ def run_summary(run: RunMetrics) -> dict[str, Any]:
 def stage_summaries(run: RunMetrics) -> list[dict[str, Any]]:
     """By stage: stage, steps, tokens, ms_per_step (median of pairs), tokens_per_second (at that median).
 
-    Times are those between neighbouring step records; evaluations lie outside the run's clock. Two steps in a row are
-    the unit: every other step has Adam's update and its communication as well, and a median of single steps would tell
-    of one kind alone.
+    Times are between neighbouring step records; evaluations are outside the run's clock. The unit is two
+    steps in a row: every other step also has Adam's update and its communication, and a median of single steps would
+    reflect one kind alone.
     """
     begin: Record = {"step": 0, "tokens": 0, "train_time_ms": 0.0}
     stages: dict[int, _Stage] = {}
@@ -68,7 +68,7 @@ class _Stage:
     def __init__(self) -> None:
         self.steps = 0
         self.tokens = 0
-        self.ms: list[float] = []  # one entry a step
+        self.ms: list[float] = []  # one entry per step
         self.tokens_known = True
 
     def add(self, before: Record, after: Record) -> None:
@@ -96,7 +96,7 @@ class _Stage:
 
 
 def run_table(summary: dict[str, Any]) -> RenderableType:
-    """`run_summary`'s data for a Rich console: a title, the evaluations, the stages."""
+    """`run_summary`'s data for the terminal: a title, the evaluations, the stages."""
     from rich.console import Group
     from rich.text import Text
 

@@ -1,7 +1,7 @@
 """Optional trackers behind `output.tracker`: the run's metrics for TensorBoard, Weights & Biases or Trackio.
 
-Step records are held back until the next evaluation, while the clock stands still: a tracker's own threads and files
-cost no training time. Nothing leaves the machine unless `output.online` says so: Weights & Biases writes a directory
+Step records are held back until the next evaluation, when the clock is stopped, so a tracker's threads and files
+cost no training time. Nothing leaves the machine unless `output.online` is set: Weights & Biases writes a directory
 that `wandb sync` can upload, Trackio a database that `trackio show` reads.
 """
 
@@ -22,23 +22,23 @@ from nanogpt.spec import RunSpec
 
 SCALARS = ("train_loss", "val_loss", "reference_loss", "step_avg_ms", "lr_factor", "tokens", "train_time_ms")
 PROJECT = "nanogpt-speedrun"
-MODULES = {"tensorboard": "tensorboardX"}  # others are called as their tracker
+MODULES = {"tensorboard": "tensorboardX"}  # others have their tracker's name
 TRACKIO_SERVERS = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")
 
 
 def check_tracker(spec: RunSpec) -> None:
-    """Raise `InputError` with the way out where the package of the spec's tracker is not installed."""
+    """Raise `InputError`, with the way out, if the package of the spec's tracker is not installed."""
     name = spec.output.tracker
     module = MODULES.get(name, name)
     if name == "none" or importlib.util.find_spec(module) is not None:
         return
     where, way_out = "installed", f"`pip install {module}`"
-    if inside_labels():  # pip could not write there
+    if inside_labels():  # pip cannot write there
         python = f"{sys.version_info.major}.{sys.version_info.minor}"
         options = f"--target DIR --python-version {python} --only-binary :all:"
         where, way_out = (
             "in the image",
-            f"Where there is a network, `pip install {options} {module}`; NANOGPT_EXTRA=DIR",
+            f"On a machine with a network, `pip install {options} {module}`; NANOGPT_EXTRA=DIR",
         )
     raise InputError(
         f"output.tracker: is {name}, whose package is not {where}. {way_out}, or leave output.tracker at none"
@@ -46,7 +46,7 @@ def check_tracker(spec: RunSpec) -> None:
 
 
 class _Sink(Protocol):
-    """Where the figures go: `values` by name, after `step` steps."""
+    """Where figures go: `values` by name, after `step` steps."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -125,14 +125,14 @@ _SINKS: dict[str, Callable[[Path, RunSpec], _Sink]] = {
 
 
 class Tracker:
-    """Takes the records of metrics.jsonl and passes their figures on.
+    """Passes on the figures of metrics.jsonl's records.
 
     Args:
         spec: the run; its `output.tracker` is not none.
         directory: the run's.
 
-    Raises `InputError` as `check_tracker`, `RunError` where the tracker cannot start. Once it runs, its errors are said
-    and end it, not the run.
+    Raises `InputError` as `check_tracker`, `RunError` if the tracker cannot start. Later errors are reported
+    and end the tracker, not the run.
     """
 
     def __init__(self, spec: RunSpec, directory: Path):
@@ -148,7 +148,7 @@ class Tracker:
             ) from error
 
     def metric(self, record: Mapping[str, Any]) -> None:
-        """Keep a record of a step; write all that are kept at an evaluation, a checkpoint or the end."""
+        """Keep a step's record; write all kept records at an evaluation, a checkpoint or the end."""
         if record.get("kind") in ("step", "evaluation"):
             self._waiting.append(record)
         if record.get("kind") != "step":
@@ -178,9 +178,9 @@ class Tracker:
             yield
         except Exception as error:
             self._sink = None
-            say(f"output.tracker: {self._name} failed: {error}. The run continues without it; metrics.jsonl has it all")
+            say(f"output.tracker: {self._name} failed: {error}. The run continues without it; metrics.jsonl has all")
 
 
 def tracker_for(spec: RunSpec, directory: Path) -> Tracker | None:
-    """The spec's tracker for the run in `directory`; None where it has none."""
+    """The spec's tracker for the run in `directory`; None if it has none."""
     return None if spec.output.tracker == "none" else Tracker(spec, directory)

@@ -1,4 +1,4 @@
-"""The unigram cross-entropy: what a model reaches that knows how frequent each token is, and nothing else.
+"""The unigram cross-entropy: the loss of a model that knows only how frequent each token is.
 
 A run that does not end well below it has learned nothing from context.
 """
@@ -20,10 +20,10 @@ CHUNK_TOKENS = 1 << 20  # counted at a time: NumPy widens them to int64
 def unigram_cross_entropy(
     train_files: Sequence[Path], val_files: Sequence[Path], val_tokens: int, vocab_size: int
 ) -> float:
-    """Mean of -ln p(target) in nats over the targets that an evaluation of `val_tokens` tokens has.
+    """Mean of -ln p(target) in nats over the targets of an evaluation of `val_tokens` tokens.
 
-    p(token) = (n + 1) / (N + vocab_size), n of the N tokens of the training shards being that token (add-one
-    smoothing). Targets are tokens 1..val_tokens of the validation stream, both included: the input moved on by one.
+    p(token) = (n + 1) / (N + vocab_size), where n of the N tokens in the training shards are that token (add-one
+    smoothing). Targets are tokens 1..val_tokens of the validation stream, inclusive: the input shifted by one.
 
     Raises:
         ShardError: a file is missing or not a shard.
@@ -55,7 +55,7 @@ def unigram_cross_entropy(
 
 
 def _counts(path: Path, tokens: Tokens, vocab_size: int) -> npt.NDArray[np.int64]:
-    """How often each token occurs: (vocab_size,)."""
+    """The count of each token: (vocab_size,)."""
     counts = np.zeros(vocab_size, dtype=np.int64)
     for chunk in _chunks(tokens):
         some = np.bincount(chunk, minlength=vocab_size)

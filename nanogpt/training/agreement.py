@@ -1,8 +1,8 @@
 """Before anything is built: do all ranks start the same run?
 
-Each rank puts what it is about to run into the rendezvous' store, before there is a process group (ranks of different
-recipes might not even agree on one), and compares everybody's with rank 0's. A rank that cannot start, for lack of a
-shard say, tells the others, and all refuse with the same words.
+Each rank puts what it is about to run into the rendezvous store, before there is a process group (ranks with different
+recipes might not even agree on one), and all are compared with rank 0's. A rank that cannot start, say because a
+shard is missing, tells the others, and all refuse with the same message.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from nanogpt.spec_differences import differences
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-SAMPLE_BYTES = 1 << 16  # compared at the start, the middle and the end of a shard that no manifest vouches for
-LEAVING_S = 30.0  # at most, for all to read of a refusal
+SAMPLE_BYTES = 1 << 16  # compared at the start, middle and end of a shard that no manifest covers
+LEAVING_S = 30.0  # at most, for all to learn of a refusal
 LAST_S = 4.0  # for other nodes' ranks to end
 SHOWN = 8  # differences listed for a rank
 
 
 @dataclass
 class Start:
-    """What one rank is about to run; plain values, as they travel as JSON."""
+    """What one rank is about to run, as plain values for JSON."""
 
     host: str
     process: dict[str, Any] = field(default_factory=dict)
@@ -49,11 +49,11 @@ class Start:
     shards: dict[str, str] = field(default_factory=dict)  # size and digest by name
     resumes: str | None = None  # the newest checkpoint
     refusal: str | None = None  # why this rank cannot start
-    interrupted: bool = False  # by a signal, rather
+    interrupted: bool = False  # because of a signal
 
     @classmethod
     def decode(cls, text: bytes) -> Start:
-        """From the store. Raises ValueError where no rank of a run can have written it."""
+        """From the store. Raises ValueError if no rank can have written it."""
         start = _STARTS.validate_json(text)
         start.host = one_line(start.host)
         return start
@@ -63,7 +63,7 @@ _STARTS = TypeAdapter(Start)
 
 
 def describe_start(spec: RunSpec, files: Sequence[Path], host: str, resumes: str | None = None) -> Start:
-    """This rank's. `files`: all shards. Raises `InputError` (a `ShardError`) where one is not whole."""
+    """This rank's start. `files`: all shards. Raises `InputError` (a `ShardError`) if one is incomplete."""
     return Start(
         host=host,
         spec=spec.model_dump(mode="json"),
@@ -97,7 +97,7 @@ def _sample(path: Path, size: int) -> str:
 
 
 def start_differences(first: Start, other: Start) -> Iterator[str]:
-    """Where two ranks' starts differ, a line each. Digests are compared where both are of one kind."""
+    """How two ranks' starts differ, a line each. Digests are compared if both are of one kind."""
     for key, theirs, ours in differences(first.spec, other.spec):
         yield f"recipe: {key}: {theirs} and {ours}"
     if first.source_sha256 != other.source_sha256:
@@ -114,15 +114,15 @@ def start_differences(first: Start, other: Start) -> Iterator[str]:
 
 
 def _other_kind(one: str, two: str) -> bool:
-    """Equal counts, and a digest of the whole file beside one of samples: nothing to compare."""
+    """Equal sizes, but one digest of the whole file and one of samples: nothing to compare."""
     (count, _, digest), (other_count, _, other) = one.partition(", "), two.partition(", ")
     return count == other_count and digest.partition(" ")[0] != other.partition(" ")[0]
 
 
 def compare_starts(starts: Sequence[Start]) -> None:
-    """Raise `InputError`, the same words on every rank, where not all are to run the same or one cannot start.
+    """Raise `InputError`, with the same message on every rank, if they differ or one cannot start.
 
-    Or `Interrupted`, where a signal has come to one that waited for a file.
+    Or `Interrupted`, if a signal reached one that was waiting for a file.
     """
     refusals: dict[str, list[int]] = {}
     for rank, start in enumerate(starts):
@@ -143,7 +143,7 @@ def compare_starts(starts: Sequence[Start]) -> None:
         if unlike:
             found.setdefault(unlike, []).append(rank)
     if found:
-        message = ["the ranks were not started alike; every node needs the same recipe, installation and data:"]
+        message = ["the ranks differ; every node needs the same recipe, installation and data:"]
         for unlike, ranks in found.items():
             message.append(f"  rank 0 on {starts[0].host} and {_ranks(ranks)} on {starts[ranks[0]].host}:")
             message += [f"    {line}" for line in unlike[:SHOWN]]
@@ -156,11 +156,11 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 def agree(prepare: Callable[[], Start], watch: Watchdog) -> None:
-    """Run `prepare` on every rank and compare what it gives; see the module. One process only runs it.
+    """Run `prepare` on every rank and compare the results; see the module. A single process just runs it.
 
     Raises:
-        InputError, Interrupted: `prepare` did on some rank, or the ranks differ: on all ranks, in the same words.
-        RunError: the others do not come, or are lost on the way.
+        InputError, Interrupted: from `prepare` on some rank, or because ranks differ; the same on all ranks.
+        RunError: the others do not arrive, or are lost.
     """
     if watch.size == 1:
         prepare()
@@ -179,7 +179,7 @@ def agree(prepare: Callable[[], Start], watch: Watchdog) -> None:
         while missing := [key for key in keys if not store.check([key])]:
             watch.check()
             if time.monotonic() > until:
-                raise RunError(f"rank {watch.rank} on {host}: {', '.join(missing)}: no word; not all ranks came")
+                raise RunError(f"rank {watch.rank} on {host}: {', '.join(missing)}: no answer; not all ranks arrived")
             time.sleep(POLL_S / 2)
         starts = [Start.decode(store.get(key)) for key in keys]
         for rank, found in enumerate(starts):
@@ -188,8 +188,8 @@ def agree(prepare: Callable[[], Start], watch: Watchdog) -> None:
         raise RunError(f"rank {watch.rank} on {host}: cannot join the other processes: {error}") from error
     except ValueError as error:
         raise RunError(
-            f"rank {watch.rank} on {host}: the launcher's store holds what no rank wrote, so somebody else on the node"
-            f" or in its network writes to it: {error}"
+            f"rank {watch.rank} on {host}: the launcher's store has data that no rank wrote, so somebody else on the"
+            f" node or its network writes to it: {error}"
         ) from error
     try:
         compare_starts(starts)
@@ -199,10 +199,10 @@ def agree(prepare: Callable[[], Start], watch: Watchdog) -> None:
 
 
 def _leave_together(store: Store, watch: Watchdog, *, several_nodes: bool) -> None:
-    """Wait until all ranks know that they refuse; of several nodes, rank 0's leaves last.
+    """Wait until all ranks know of the refusal; with several nodes, rank 0's leaves last.
 
-    The store ends with the launcher of rank 0's node. Ranks that have not read it by then could not say why the run
-    ended, and a launcher that still has ranks takes the loss for a failure of its own.
+    The store ends with the launcher of rank 0's node. Ranks that have not read it by then cannot say why the run
+    ended, and a launcher that still has ranks takes the loss for its own failure.
     """
     with contextlib.suppress(RuntimeError):  # somebody left early after all
         store.set(f"start/read/{watch.rank}", "")

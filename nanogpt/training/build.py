@@ -19,9 +19,9 @@ def build_model(
     implementations: Implementations | None = None,
     communicator: Communicator | None = None,
 ) -> LanguageModel:
-    """The spec's model with its parameters drawn from the spec's seed, alike on every device and world size.
+    """The spec's model, its parameters drawn from the spec's seed, equal on every device and world size.
 
-    `implementations`: of attention, MLP and head; the plain ones if not given. `communicator`: of the ranks that share
+    `implementations`: of attention, MLP and head; by default the plain ones. `communicator`: of the ranks that share
     the model's pulled tables.
     """
     slots = spec.training.slots

@@ -1,4 +1,4 @@
-"""The run's clock: device time between synchronised starts and stops, summed."""
+"""The run's clock: the sum of device time between synchronised starts and stops."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nanogpt.launch.world import World
 
 
 class Clock:
-    """Milliseconds of training. Stopped for validation and checkpoints; carries on from a resumed run's time."""
+    """Milliseconds of training. Stopped for validation and checkpoints; continues a resumed run's time."""
 
     def __init__(self, world: World, elapsed_ms: float = 0.0):
         self.world = world
@@ -19,7 +19,7 @@ class Clock:
 
     @property
     def elapsed_ms(self) -> float:
-        """Time so far. While it runs this is host time, which is ahead of the device by what is queued."""
+        """Time so far. While it runs this is host time, ahead of the device by whatever is queued."""
         running = 0.0 if self._started is None else time.perf_counter() - self._started
         return self._before + 1000 * running
 
@@ -35,7 +35,7 @@ class Clock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Stand still for what happens inside; after an error in there, for good."""
+        """Stop for whatever happens inside; after an error there, for good."""
         self.stop()
         yield
         self.start()

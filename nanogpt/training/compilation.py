@@ -1,4 +1,4 @@
-"""Counting what torch.compile has compiled and what it took from the cache, so that nothing of it goes unseen."""
+"""Counts what torch.compile compiled and what it took from the cache, so that none of it goes unnoticed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from nanogpt.console import markdown_table
 class CompileCounts:
     """What this process has done so far. A graph has one part in evaluation, two in training (forward, backward)."""
 
-    graphs: int = 0  # traced and guarded: once a process, whatever the cache has
+    graphs: int = 0  # traced and guarded: once per process, whatever the cache has
     from_cache: int = 0  # whole graphs taken from the cache
-    bypassed: int = 0  # graphs that torch's cache does not take: something in them cannot be kept
+    bypassed: int = 0  # graphs that torch's cache cannot keep
     parts_compiled: int = 0  # parts that were compiled again
-    parts_from_cache: int = 0  # parts taken from the cache although their graph as a whole was not
+    parts_from_cache: int = 0  # parts taken from the cache although their whole graph was not
     kernels_tuned: int = 0  # kernels whose variants were timed; counted where a cache file is in use
 
     def __sub__(self, other: CompileCounts) -> CompileCounts:
@@ -29,7 +29,7 @@ class CompileCounts:
 
 
 def compile_counts() -> CompileCounts:
-    """The counts of this process. Loads no compiler that is not loaded."""
+    """The counts of this process. Loads no compiler."""
     if "torch._dynamo.utils" not in sys.modules:
         return CompileCounts()
     from torch._dynamo.utils import counters
@@ -50,7 +50,7 @@ def compiled_graphs() -> int:
 
 
 def recompilation_reasons() -> list[str]:
-    """Why torch compiled functions again that it had compiled before, a line each: what guard did not hold."""
+    """Why torch recompiled functions, a line each: the guard that failed."""
     if "torch._dynamo.utils" not in sys.modules:
         return []
     from torch._dynamo.utils import get_compilation_metrics
@@ -72,7 +72,7 @@ class CompiledFunction:
     tracing_s: float = 0.0  # Dynamo, guards
     forward_s: float = 0.0  # AOTAutograd and inductor, or the cache
     backward_s: float = 0.0  # inductor at the first backward pass
-    kernels_s: float = 0.0  # of these, waiting for Triton and tuning
+    kernels_s: float = 0.0  # of these, spent waiting for Triton and tuning
 
     @property
     def seconds(self) -> float:
@@ -120,7 +120,7 @@ def functions_table(functions: Sequence[CompiledFunction]) -> list[str]:
 
 
 def _function_name(name: str, filename: str | None) -> str:
-    """`evaluation_loss` runs under a decorator of torch's, which is what Dynamo sees."""
+    """`evaluation_loss` runs under one of torch's decorators, which is what Dynamo sees."""
     return "evaluation_loss" if filename is not None and "torch" in filename and name == "inner" else name
 
 

@@ -1,4 +1,4 @@
-"""Which of a run's GPUs is the slowest, where they are of different kinds: all of them wait for it."""
+"""The slowest of a run's GPUs, if they are of different kinds: all others wait for it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nanogpt.runs.record import Rank
 
 
 def unlike_devices(ranks: Sequence[Rank]) -> str | None:
-    """A warning where the ranks' devices are of different kinds, that names the slowest; None where they are alike."""
+    """A warning that names the slowest if the ranks' devices differ; None if they are alike."""
     kinds = Counter(rank.device for rank in ranks)
     if len(kinds) < 2:
         return None
@@ -19,7 +19,7 @@ def unlike_devices(ranks: Sequence[Rank]) -> str | None:
     known = {kind: speed for kind, speed in speeds.items() if speed is not None}
     if len(known) < len(kinds):
         unknown = ", ".join(sorted(set(kinds) - set(known)))
-        rest = f"How fast {unknown} is, is not known; all ranks wait for the slowest"
+        rest = f"The speed of {unknown} is unknown; all ranks wait for the slowest"
         return f"warning: GPUs of different kinds in one run: {shown}. {rest}"
     slowest = min(known, key=lambda kind: known[kind])
     where = ", ".join(f"{rank.rank} on {rank.host}" for rank in ranks if rank.device == slowest)

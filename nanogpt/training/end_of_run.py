@@ -1,9 +1,9 @@
-"""What happens at a run's end, before the last validation: the entries of `training.end`, in order.
+"""The end of a run, before the last validation: the entries of `training.end`, in order.
 
-Inside the clock. The last checkpoint has what they have left. Without entries nothing is kept and nothing is done.
+All of it is inside the clock, and the last checkpoint has the result. Without entries nothing is kept or done.
 
-Tail averages are public record 92's (PR #360 of KellerJordan/modded-nanogpt). A rank feeds and writes its own part of
-a parameter, of equal parts of its numbers as they lie in memory: together all ranks hold 4 bytes a number and average.
+Tail averages are public record 92's (PR #360 of KellerJordan/modded-nanogpt). Each rank updates and writes an equal
+part of a parameter, in memory order: together the ranks hold 4 bytes per number and average.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nanogpt.training.mask_builder import MaskBuilder
 
 
 class EndOfRun:
-    """Follows the last steps of a run, and ends it. A canonical mask takes its memory on the device from here on."""
+    """Follows the last steps of a run, and ends it. A canonical mask occupies device memory from here on."""
 
     def __init__(self, spec: RunSpec, model: nn.Module, communicator: Communicator, device: torch.device):
         self.communicator = communicator
@@ -38,13 +38,13 @@ class EndOfRun:
         self._builder: MaskBuilder | None = None
 
     def clock_starts(self) -> None:
-        """Begin with what is built beside training."""
+        """Start building what is built alongside training."""
         if self.mask is not None and self.communicator.rank == 0:
             self._builder = MaskBuilder(self.mask.shape[0])
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """The optimizer has made `step` (from 0)."""
+        """Note that the optimizer has made `step` (from 0)."""
         for entry in self._averages:
             entry.after_step(step)
 
@@ -55,7 +55,7 @@ class EndOfRun:
             entry.finish()
 
     def take_mask(self) -> Tensor | None:
-        """The mask of the last validation, once it is built, on every rank; None: it has none."""
+        """The last validation's mask, once it is built, on every rank; None: it has none."""
         if self.mask is not None:
             if self._builder is not None:
                 self.mask.copy_(torch.from_numpy(self._builder.wait()))
@@ -68,17 +68,17 @@ class EndOfRun:
             self._builder.close()
 
     def state_dict(self) -> list[dict[str, Tensor]]:
-        """What has been gathered so far, by entry; the same on every rank. Collective."""
+        """What was gathered so far, by entry; the same on every rank. Collective."""
         return [entry.state_dict() for entry in self._averages]
 
     def load_state_dict(self, state: list[dict[str, Any]]) -> None:
-        """Take over a `state_dict`; an empty one is that of a run without entries."""
+        """Load a `state_dict`; a run without entries has an empty one."""
         for entry, gathered in zip(self._averages, state or [{} for _ in self._averages], strict=True):
             entry.load_state_dict(gathered)
 
 
 class RunningAverages:
-    """Running averages of the last weights, which are blended in at the end, with norms as before."""
+    """Running averages of the last weights, blended in at the end, with the previous norms."""
 
     def __init__(
         self, entry: TailAverages, parameters: dict[str, nn.Parameter], total_steps: int, communicator: Communicator
@@ -90,7 +90,7 @@ class RunningAverages:
         self._averages: dict[str, Tensor] = {}  # by "number of the average/parameter": this rank's part
 
     def after_step(self, step: int) -> None:
-        """Feed the averages that tick now."""
+        """Update the averages that tick now."""
         for key, name, rates, _ in self._each():
             if step in rates:
                 own = self._own(name).float()
@@ -100,7 +100,7 @@ class RunningAverages:
                     self._averages[key] = lerp(self._averages[key], own, rates[step])
 
     def finish(self) -> None:
-        """Blend in the recipe's order, gather, then give norms back."""
+        """Blend in the recipe's order, gather, then restore norms."""
         before = self._norms()
         for key, name, _, blend in self._each():
             own = self._own(name)
@@ -127,7 +127,7 @@ class RunningAverages:
         return self.parameters[name].numel() % self.communicator.size == 0
 
     def _own(self, name: str) -> Tensor:
-        """This rank's part, flat, a view; all of what cannot be shared out evenly."""
+        """This rank's part, a flat view; all of a parameter that cannot be divided evenly."""
         flat = self.parameters[name].data.view(-1)
         return self.communicator.shard(flat) if self._sharded(name) else flat
 
@@ -154,7 +154,8 @@ class RunningAverages:
 def lerp(start: Tensor, end: Tensor, weight: float) -> Tensor:
     """`torch.lerp` of fp32 tensors by its formula, each operation rounded; new memory.
 
-    Its own loop over vectors fuses what the rest of a tensor gets apart, so that results depend on how one is cut.
+    torch's vectorized loop fuses operations that the rest of a tensor gets separately, so its results depend on how a
+    tensor is cut.
     """
     difference = end - start
     return difference.mul_(weight).add_(start) if weight < 0.5 else difference.mul_(weight - 1).add_(end)

@@ -1,11 +1,11 @@
-"""The validation loss of a run's newest checkpoint, computed again and by document; of two runs on the same tokens.
+"""The validation loss of a run's newest checkpoint, recomputed by document; for two runs, on the same tokens.
 
-- A run reads the validation stream as it does while it trains: in micro-batches of its own recipe, with the windows of
+- A run reads the validation stream as in training: in its recipe's micro-batches, with the windows of
   its last validation. One process, nothing compiled.
-- A document is what `cu_seqlens` bounds: from its BOS up to the next one, whose BOS is its last target. One that a
-  micro-batch's edge cuts counts as two, of which the second does not see the first.
-- A run whose last validation has the canonical mask has it here too, if its checkpoint is that of its end.
-- Losses are in nats: of a token in fp32, added up in fp64.
+- A document is what `cu_seqlens` bounds: from its BOS up to the next BOS, its last target. One cut by the
+  edge of a micro-batch counts as two, and the second does not see the first.
+- A run whose last validation uses the canonical mask uses it here too, if its checkpoint is from its end.
+- Losses are in nats: fp32 per token, summed in fp64.
 
 Means are per token, so a long document weighs more. Their standard error is over documents, as the tokens of one are
 not independent: see `mean_over_documents`. It is about other documents, not about other seeds.
@@ -42,9 +42,9 @@ from nanogpt.training.trainer import find_files
 Numbers = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 
-TEXT_LENGTH = 50  # characters of a document that are shown
+TEXT_LENGTH = 50  # characters of a document to show
 TEXT_TOKENS = 200  # enough for TEXT_LENGTH: a character takes up to four
-SHOWN_TOKENS = 10  # of a document that is in no text known here
+SHOWN_TOKENS = 10  # tokens to show of a document in another vocabulary
 
 
 @dataclass(frozen=True)
@@ -57,16 +57,16 @@ class MeanLoss:
 
 @dataclass(frozen=True, eq=False)
 class EvaluatedRun:
-    """What one run makes of the documents."""
+    """One run's losses on the documents."""
 
     label: str
     path: Path
-    step: int  # of the checkpoint: steps made
+    step: int  # of the checkpoint: steps done
     total_steps: int
     losses: Numbers  # (D,) the sum of each document's losses, in nats
     mean: MeanLoss
-    recorded: float | None  # the loss that the run itself has recorded for these tokens at this step, in nats
-    no_record: str  # why there is none; empty where there is
+    recorded: float | None  # the loss that the run itself recorded for these tokens at this step, in nats
+    no_record: str  # why there is none; empty if there is
     masked: bool = False  # with the canonical mask
 
 
@@ -77,7 +77,7 @@ class Evaluation:
     runs: tuple[EvaluatedRun, ...]
     stream: Tokens  # (N + 1,) uint16: N inputs, and the last one's target
     positions: Counts  # (D,) the first token of each document, in the stream
-    tokens: Counts  # (D,) of each document; together N
+    tokens: Counts  # (D,) of each document; N in all
     bos: int
     vocab_size: int
 
@@ -88,19 +88,19 @@ class Evaluation:
 
     @property
     def excess(self) -> Numbers:
-        """(D,) nats: (loss per token - mean) * tokens / N of each document in the first run; together 0."""
+        """(D,) nats: (loss per token - mean) * tokens / N of each document in the first run; they sum to 0."""
         first = self.runs[0]
         return (first.losses - first.mean.value * self.tokens) / self.total
 
     @property
     def contributions(self) -> Numbers:
-        """(D,) nats: each document's part of the difference of the means, second run - first; together that."""
+        """(D,) nats: each document's part of the difference of the means, second run - first, to which they sum."""
         first, second = self.runs
         return (second.losses - first.losses) / self.total
 
     @property
     def difference(self) -> MeanLoss:
-        """Second run's mean - the first's; the standard error is that of pairs, document by document."""
+        """The second run's mean - the first's; the standard error is paired by document."""
         first, second = self.runs
         return mean_over_documents(second.losses - first.losses, self.tokens)
 
@@ -132,15 +132,15 @@ def evaluate_runs(
 
     Args:
         run_directories: the runs.
-        data_directory: of the validation shards; None: where the first run read them, by its record, if that is there
-            still, else where `nanogpt train` would find them.
+        data_directory: of the validation shards; None: where the first run read them, according to its record, if that
+            still exists, else where `nanogpt train` would find them.
         tokens: to evaluate; None: evaluation.tokens of the first run's recipe.
-        device: cpu or cuda; None: a GPU where there is one.
+        device: cpu or cuda; None: a GPU if there is one.
 
     Raises:
-        InputError: no run, no checkpoint, no shards or too few tokens; tokens that do not fill micro-batches; runs or
-            shards of different vocabularies; no GPU.
-        RunError: a loss that is not finite.
+        InputError: no run, no checkpoint, no shards or too few tokens; tokens do not fill micro-batches; runs or
+            shards have different vocabularies; no GPU.
+        RunError: a loss is not finite.
     """
     specs = [RunDirectory.open(path).spec() for path in run_directories]
     first = specs[0]
@@ -160,7 +160,7 @@ def evaluate_runs(
     labels = names if len(set(names)) == len(names) else [str(one.run.path) for one in trained]
 
     read = [_token_losses(one, label, files, count, place) for one, label in zip(trained, labels, strict=True)]
-    # Two runs may cut documents at different places.
+    # Two runs may cut documents in different places.
     positions = np.unique(np.concatenate([starts for _, starts in read]))
     sizes = np.diff(positions, append=count)
     runs = []
@@ -181,7 +181,7 @@ def _check_same_tokens(path: Path, spec: RunSpec, other_path: Path, other: RunSp
         if ours != theirs:
             raise InputError(
                 f"{other_path}: {what} is {theirs}, that of {path} is {ours}: the two cannot read the same tokens."
-                " Compare runs of one tokenizer"
+                " Compare runs with one tokenizer"
             )
 
 
@@ -226,7 +226,7 @@ def _mask(rows: int, device: torch.device) -> torch.Tensor:
 
 
 def _recorded_loss(trained: TrainedModel, data: Data | None, count: int, stream: Tokens) -> tuple[float | None, str]:
-    """What the run recorded of these tokens at the checkpoint's step, in nats; or None, and why it has nothing."""
+    """The loss that the run recorded for these tokens at the checkpoint's step, in nats; or None, and why."""
     spec, run, step = trained.spec, trained.run, trained.step
     if count != spec.evaluation.tokens:
         return None, f"its own validations are of {spec.evaluation.tokens:,} tokens"
@@ -237,15 +237,15 @@ def _recorded_loss(trained: TrainedModel, data: Data | None, count: int, stream:
         return None, f"it has no validation loss of step {step:,}"
     schedule = Schedule(spec)
     if step < schedule.total_steps and schedule.at(step).windows != trained.windows:
-        return None, f"its validation of step {step:,} has the next stage's windows, which the checkpoint has not"
+        return None, f"its validation of step {step:,} used the next stage's windows, not the checkpoint's"
     recorded_stream = None if data is None else data.val_stream_sha256
     if recorded_stream not in (None, hashlib.sha256(stream.astype("<u2").tobytes()).hexdigest()):
-        return None, "its record is of other validation tokens"
+        return None, "its record is for other validation tokens"
     return float(found[0]), ""
 
 
 def _recorded_data(run: RunDirectory) -> Data | None:
-    """What the run's record says of its shards, if it does."""
+    """What the run's record says about its shards, if anything."""
     if not (run.path / RECORD_NAME).exists():
         return None
     try:
@@ -255,14 +255,14 @@ def _recorded_data(run: RunDirectory) -> Data | None:
         return None
 
 
-# --- what to tell ---
+# --- output ---
 
 
 def as_lines(evaluation: Evaluation, documents: int) -> list[str]:
     """Means and standard errors, then the `documents` documents that weigh most on the mean, or on the difference."""
     runs = evaluation.runs
     lines = [
-        f"{evaluation.total:,} validation tokens, {len(evaluation.tokens):,} documents. Losses in nats a token",
+        f"{evaluation.total:,} validation tokens, {len(evaluation.tokens):,} documents. Losses in nats per token",
         "",
     ]
     lines += markdown_table(
@@ -321,9 +321,8 @@ def _documents(evaluation: Evaluation, count: int) -> list[str]:
 
 
 def beginning(evaluation: Evaluation, document: int) -> str:
-    """How the document begins, on one line and fit for a table: its text without BOS if the vocabulary is GPT-2's.
-
-    Else its first token numbers. `...` stands before what is the rest of a document.
+    """How the document begins, on one line for a table: its text without BOS if the vocabulary is GPT-2's,
+    else its first token numbers. `...` marks the continuation of a cut document.
     """
     start = int(evaluation.positions[document])
     end = start + int(evaluation.tokens[document])
@@ -346,7 +345,7 @@ def visible(text: str) -> str:
 
 
 def as_json(evaluation: Evaluation) -> dict[str, Any]:
-    """All of it as data that JSON can hold; losses in nats a token, those of a document in the order of the runs.
+    """Everything as JSON data; losses in nats per token, those of a document in the order of the runs.
 
     - tokens: evaluated
     - runs: run, path, step, total_steps, loss, standard_error, recorded_loss (null: none of these tokens),

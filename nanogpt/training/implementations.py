@@ -1,4 +1,4 @@
-"""Which of several equal implementations a run takes on this device, and why: chosen once, said in the log."""
+"""Which of several equivalent implementations a run uses on this device, and why; chosen once, and logged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GRAPHS_MEMORY = 60_000_000_000
 def choose_implementations(spec: RunSpec, device: torch.device) -> tuple[Implementations, list[str]]:
     """The implementations for `spec.runtime` on `device`, and a line of the log for each choice.
 
-    Raises `InputError` where the spec asks for one that this device or installation does not have.
+    Raises `InputError` if the spec asks for one that this device or installation lacks.
     """
     capability = device_capability(device) if device.type == "cuda" else None
     runtime, model = spec.runtime, spec.model
@@ -67,7 +67,7 @@ def captures_graphs(spec: RunSpec, device: torch.device) -> bool:
 
 
 def compile_whole(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compiled: one graph for each size of micro-batch, which is a constant of the code; windows and scales are not."""
+    """The compiled function: one graph per micro-batch size, which is constant in it; windows and scales are not."""
     # Adam's update has a graph for each shape of a shard; torch gives up at eight.
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(function, fullgraph=True, dynamic=False)

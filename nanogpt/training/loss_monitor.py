@@ -1,4 +1,4 @@
-"""What steps report (loss, waits) without making the host wait for the device, and the stop on a loss not finite."""
+"""What steps report (loss, waits) without making the host wait for the device, and the stop on a non-finite loss."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nanogpt.errors import RunError
 
-MOST_AHEAD = 2  # steps that the host may have launched and the device not finished
+MOST_AHEAD = 2  # steps the host may be ahead of the device
 
 
 class SeenLoss(NamedTuple):
@@ -23,10 +23,10 @@ class SeenLoss(NamedTuple):
 
 
 class LossMonitor:
-    """Takes each step's loss on the device and hands it out once it has arrived on the host.
+    """Takes each step's loss on the device and returns it once it has arrived on the host.
 
-    It also keeps the host from running away: with steps that are launched as graphs it would soon be minutes ahead,
-    deaf to signals and blind to a loss that is not finite.
+    It also keeps the host from running ahead: with steps launched as graphs it would soon be minutes ahead,
+    deaf to signals and blind to non-finite losses.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class LossMonitor:
     def take(self, *, wait: bool = False) -> list[SeenLoss]:
         """Losses that have arrived since the last call; with `wait`, all of them.
 
-        Raises `RunError` naming the step where one is not finite.
+        Raises `RunError`, naming the step, if one is not finite.
         """
         seen = []
         while self._waiting:

@@ -1,4 +1,4 @@
-"""The canonical mask (`nanogpt.data.canonical_mask`), built by a process beside training."""
+"""The canonical mask (`nanogpt.data.canonical_mask`), built by a separate process during training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nanogpt.launch.tied import tied_command
 
 
 class MaskBuilder:
-    """A process that builds GPT-2's mask, (rows, rows / 8) bytes, from now on; it ends with this one at the latest."""
+    """A process that starts building GPT-2's mask, (rows, rows / 8) bytes; it ends with this one at the latest."""
 
     def __init__(self, rows: int):
         descriptor = os.memfd_create("canonical-mask")
@@ -29,14 +29,14 @@ class MaskBuilder:
             os.close(descriptor)
 
     def wait(self) -> Mask:
-        """The mask, once it is done; where the process has failed it is built here. Raises `RunError` as `build`."""
+        """The mask, once it is done; if the process failed, it is built here. Raises `RunError` as `build`."""
         if code := self._process.wait():
-            say(f"The process that builds the canonical mask ended with exit code {code}: it is built again")
+            say(f"The process building the canonical mask ended with exit code {code}: building it again")
             self._mask[:] = 0
             build(self._mask)
         return self._mask
 
     def close(self) -> None:
-        """End the process, whatever it is at."""
+        """End the process, whatever it is doing."""
         self._process.kill()
         self._process.wait()

@@ -1,11 +1,10 @@
-"""A micro-step: the loss of one micro-batch, and its gradients added to the parameters'.
+"""A micro-step: the loss of one micro-batch, with its gradients added to the parameters'.
 
-Notable features:
 - Tables of rows are read outside the compiled loss, and their gradients added by row (`nanogpt.optim.row_table`).
-- On a GPU it is captured as a CUDA graph, once a stage, and replayed: the host needs 27 ms to launch the 650 kernels
-  of a small micro-batch one by one, the GPU less to run them. What stays the same within a stage, such as windows and
-  scales of attention, is part of the capture; what is on the GPU, the batch and what the loss gets from the schedule,
-  is copied into it before each replay. Tables that are pulled stay outside: their rows lie elsewhere in each cycle.
+- On a GPU it is captured as a CUDA graph, once per stage, and replayed: the host needs 27 ms to launch the 650 kernels
+  of a small micro-batch one by one, longer than the GPU takes to run them. What stays constant within a stage, such as
+  attention's windows and scales, is part of the capture; what is on the GPU, the batch and the loss's inputs from the
+  schedule, is copied in before each replay. Pulled tables stay outside: their rows move in each cycle.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class MicroStep:
         training_loss: the model's, compiled or not.
         grad_scale: multiplies the loss: 1 / micro-steps of a step.
         plain_kernels: plain PyTorch also where a Triton kernel could run.
-        capture: whether to capture. Gradients then stay where they are, and are cleared in place.
+        capture: whether to capture. Gradients then stay in place, and are cleared there.
     """
 
     def __init__(
@@ -49,17 +48,17 @@ class MicroStep:
         self.grad_scale = grad_scale
         self.plain_kernels = plain_kernels
         self.capture = capture
-        self.failure: str | None = None  # why nothing is captured although it was asked for
+        self.failure: str | None = None  # why nothing was captured although requested
         self._captures: dict[int, _Capture] = {}
         self._called: set[int] = set()
         self._pool: Any = None
 
     def __call__(self, batch: MicroBatch, inputs: Any, *, stage: int) -> Tensor:
-        """The loss, a scalar in fp32 without gradient, good until the next call.
+        """The loss, a scalar in fp32 without gradient, valid until the next call.
 
-        inputs: of the model's `loss_inputs`. stage: whatever is not a tensor on the GPU is the same for all its calls.
+        inputs: from the model's `loss_inputs`. stage: within it, whatever is not a tensor on the GPU stays the same.
         """
-        first = stage not in self._called  # what is compiled, tuned or loaded at a first call cannot be captured
+        first = stage not in self._called  # a first call may compile, tune or load, which cannot be captured
         self._called.add(stage)
         if first or not self.capture:
             return self.compute(batch, inputs)
@@ -103,7 +102,7 @@ class MicroStep:
         tables = {i: look_up for i, look_up in enumerate(look_ups) if isinstance(look_up, TableLookUp)}
         pulled = {i: look_up.read() for i, look_up in tables.items()}
         graph = torch.cuda.CUDAGraph()
-        # Other threads, such as the one that brings the next batch, continue as usual meanwhile.
+        # Other threads, such as the one that loads the next batch, continue meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             embedded = tuple(pulled[i] if i in pulled else look_up.read() for i, look_up in enumerate(look_ups))
             loss = self._backward(batch, inputs, embedded)
@@ -119,9 +118,9 @@ class MicroStep:
 
 
 class _Capture:
-    """A CUDA graph, the tensors that it reads, and the loss that it leaves.
+    """A CUDA graph, the tensors it reads, and the loss it writes.
 
-    pulled: look-ups in the captured batch of tables that are pulled, with the leaves that the graph reads for them.
+    pulled: look-ups in pulled tables for the captured batch, with the leaves that the graph reads for them.
     """
 
     def __init__(
@@ -139,7 +138,7 @@ class _Capture:
 
     @torch.no_grad()
     def replay(self, batch: MicroBatch, inputs: Any) -> Tensor:
-        """The loss of other inputs."""
+        """The loss for other inputs."""
         for own, given in zip(self.read, _tensors(batch, inputs), strict=True):
             own.copy_(given)
         for look_up, rows in self.pulled:
@@ -150,6 +149,6 @@ class _Capture:
 
 
 def _tensors(batch: MicroBatch, inputs: Any) -> list[Tensor]:
-    """Those that change from call to call: what is on the batch's device, but for numbers that a stage keeps."""
+    """Those that change between calls: tensors on the batch's device, except numbers that a stage keeps."""
     given = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.device == batch.inputs.device]
     return [batch.inputs, batch.targets, batch.cu_seqlens, *batch.extras.values(), *given]

@@ -1,11 +1,11 @@
-"""Tasks in which the likeliest of several endings is the model's answer: HellaSwag (Zellers et al., 2019).
+"""Tasks where the model's answer is the likeliest of several endings: HellaSwag (Zellers et al., 2019).
 
-The rules are those of EleutherAI's lm-evaluation-harness, which published figures follow: context and ending are joined
+The rules are those of EleutherAI's lm-evaluation-harness, as in published figures: context and ending are joined
 by a space and tokenized together, an ending's score is the log-probability of its tokens, and
 
 - accuracy takes the ending with the highest score,
-- normalised accuracy that with the highest score per character (the harness' `acc_norm`),
-- accuracy per token that with the highest mean log-probability (what llm.c and build-nanogpt print).
+- normalised accuracy the one with the highest score per character (the harness's `acc_norm`),
+- accuracy per token the one with the highest mean log-probability (as llm.c and build-nanogpt print).
 
 Standard errors are over items: the standard deviation divided by sqrt(n).
 """
@@ -31,7 +31,7 @@ from nanogpt.runs.directory import RunDirectory
 from nanogpt.training.separate_documents import EMPTY, separate_documents
 from nanogpt.training.trained_model import TrainedModel, evaluating_implementations, find_device, load_trained_model
 
-BATCH_TOKENS = 16384  # at most, in one pass of the model
+BATCH_TOKENS = 16384  # at most, in one forward pass
 TASKS = ("hellaswag",)
 MEASURES = {"accuracy": "accuracy", "characters": "normalised accuracy", "tokens": "accuracy per token"}
 
@@ -47,16 +47,16 @@ class Item:
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """What one run makes of n items."""
+    """One run's answers to n items."""
 
     label: str
-    step: int  # of the checkpoint: steps made
-    scores: tuple[npt.NDArray[np.float64], ...]  # of each item: log-probabilities of its endings, in nats
-    right: dict[str, npt.NDArray[np.float64]]  # by MEASURES: (n,) 1 where the answer is right, else 0
+    step: int  # of the checkpoint: steps done
+    scores: tuple[npt.NDArray[np.float64], ...]  # for each item: log-probabilities of its endings, in nats
+    right: dict[str, npt.NDArray[np.float64]]  # by MEASURES: (n,) 1 if the answer is right, else 0
 
 
 def read_hellaswag(path: Path) -> list[Item]:
-    """The items of a JSON-lines file as HellaSwag has them: ctx_a, ctx_b and activity_label, or ctx; endings; label.
+    """The items of a JSON-lines file in HellaSwag's format: ctx_a, ctx_b and activity_label, or ctx; endings; label.
 
     Raises InputError with file and line for what is not an item.
     """
@@ -66,7 +66,7 @@ def read_hellaswag(path: Path) -> list[Item]:
         raise InputError(f"--items: {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     items = [_item(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
     if not items:
-        raise InputError(f"--items: {path}: holds no items; expected a line of JSON for each")
+        raise InputError(f"--items: {path}: no items; expected a line of JSON for each")
     return items
 
 
@@ -91,7 +91,7 @@ def _item(line: str, place: str) -> Item:
 
 
 def _cleaned(text: str) -> str:
-    """Without what WikiHow's pages left in HellaSwag, as the harness does it."""
+    """Without the markup that WikiHow's pages left in HellaSwag, as in the harness."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
@@ -101,7 +101,7 @@ def answer_items(
     """The answers of the newest checkpoints of runs. bos: begin each document with BOS, as in training.
 
     Raises:
-        InputError: no run or checkpoint there, a run of another tokenizer than GPT-2's, or no GPU.
+        InputError: no run or checkpoint, a run with a tokenizer other than GPT-2's, or no GPU.
         RunError: a score that is not finite.
     """
     place, answers = find_device(device), []
@@ -109,8 +109,8 @@ def answer_items(
         spec = RunDirectory.open(path).spec()
         if spec.model.vocab_size != VOCAB_SIZE:
             raise InputError(
-                f"{path}: model.vocab_size is {spec.model.vocab_size}; texts can be scored by a model of GPT-2's"
-                f" {VOCAB_SIZE:,} tokens alone"
+                f"{path}: model.vocab_size is {spec.model.vocab_size}; only models with GPT-2's"
+                f" {VOCAB_SIZE:,} tokens can score texts"
             )
         trained = load_trained_model(path, device=place, implementations=evaluating_implementations(spec, place))
         scores = _scores(trained, items, bos=bos, device=place)
@@ -121,7 +121,7 @@ def answer_items(
 def answers_of(
     label: str, step: int, scores: Sequence[tuple[npt.NDArray[np.float64], list[int]]], items: Sequence[Item]
 ) -> Answers:
-    """scores: of each item the log-probabilities of its endings, and how many tokens each has."""
+    """scores: for each item, the log-probabilities of its endings, and how many tokens each has."""
     right: dict[str, list[float]] = {name: [] for name in MEASURES}
     for (values, tokens), item in zip(scores, items, strict=True):
         lengths = {"accuracy": [1], "characters": [len(ending) for ending in item.endings], "tokens": tokens}
@@ -133,11 +133,11 @@ def answers_of(
 def _scores(
     trained: TrainedModel, items: Sequence[Item], *, bos: bool, device: Any
 ) -> list[tuple[npt.NDArray[np.float64], list[int]]]:
-    """Of each item: the log-probabilities of its endings, and how many tokens each has."""
+    """For each item, the log-probabilities of its endings, and how many tokens each has."""
     spec, encoding = trained.spec, gpt2_encoding()
     documents, scored = [], []
     for item in items:
-        before = len(encoding.encode_ordinary(item.context.rstrip()))  # a space at its end is the ending's
+        before = len(encoding.encode_ordinary(item.context.rstrip()))  # a space at its end belongs to the ending
         for ending in item.endings:
             tokens = encoding.encode_ordinary(f"{item.context} {ending}")
             scored.append(len(tokens) - before)
@@ -165,7 +165,7 @@ def _scores(
 
 
 def batches(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
-    """Indices of documents in order, together at most `limit` tokens with what stands between them, or one alone."""
+    """Indices of documents in order, together at most `limit` tokens including separators, or a single one."""
     chosen: list[int] = []
     total = 0
     for index, length in enumerate(lengths):
@@ -187,7 +187,7 @@ def mean_and_error(values: npt.NDArray[np.float64]) -> tuple[float, float | None
 
 
 def as_lines(answers: Sequence[Answers], items: Sequence[Item], task: str) -> list[str]:
-    """Accuracies and standard errors of each run; of two, also of their difference, item by item."""
+    """Accuracies and standard errors of each run; for two, also of their difference, item by item."""
     rows = [[one.label, f"{one.step:,}", *(_percent(one.right[name]) for name in MEASURES)] for one in answers]
     if len(answers) == 2:
         first, second = answers
@@ -202,11 +202,11 @@ def _percent(values: npt.NDArray[np.float64], sign: str = "") -> str:
 
 
 def as_json(answers: Sequence[Answers], items: Sequence[Item], task: str) -> dict[str, Any]:
-    """All of it as data that JSON can hold.
+    """Everything as JSON data.
 
     - task, items (how many)
     - runs: run, step, and by measure the mean and its standard_error (null for one item)
-    - answers: of each item its label, and by run the log-probabilities of the endings in nats
+    - answers: for each item its label, and by run the log-probabilities of the endings in nats
     """
     runs = []
     for one in answers:

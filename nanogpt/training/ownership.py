@@ -21,19 +21,19 @@ Check = Callable[[Path, dict[str, Any]], None]
 
 
 def deciding_differences(one: RunSpec, other: RunSpec) -> Iterator[tuple[str, Any, Any]]:
-    """As `spec_differences`, of what decides a run's result."""
+    """As `spec_differences`, for what decides a run's result."""
     for key, *values in spec_differences(one, other):
         if not any(f"{key}.".startswith(f"{changeable}.") for changeable in CHANGEABLE):
             yield key, *values
 
 
 def owner(run: RunDirectory, spec: RunSpec) -> dict[str, Any]:
-    """What a checkpoint says of its run, under `run`."""
+    """What a checkpoint says about its run, under `run`."""
     return {"id": run_id(run), "name": run.path.resolve().name, "spec": spec.model_dump_json()}
 
 
 def run_id(run: RunDirectory) -> str | None:
-    """The run's id; None where its record has none (an older run), or cannot be read."""
+    """The run's id; None if its record has none (an older run), or cannot be read."""
     try:
         return read_record(run.path).run_id
     except InputError:
@@ -41,7 +41,7 @@ def run_id(run: RunDirectory) -> str | None:
 
 
 def named_run(checkpoints: Path) -> str | None:
-    """The run's id by its newest checkpoint, for a record that has none; None: there is none, or it names none."""
+    """The run's id from its newest checkpoint, if its record has none; None: no checkpoint, or it names none."""
     from nanogpt.training.checkpoint import load_newest_checkpoint
 
     try:
@@ -55,7 +55,7 @@ def named_run(checkpoints: Path) -> str | None:
 def owner_check(run: RunDirectory, spec: RunSpec, *, tell: bool = True) -> Check:
     """A check for `load_newest_checkpoint`: raises `InputError` for a checkpoint of another run or recipe.
 
-    One that names neither, of an older version, passes with a line (where `tell`).
+    One that names neither, from an older version, passes with a message (if `tell`).
     """
     own_id = run_id(run)
 
@@ -63,9 +63,9 @@ def owner_check(run: RunDirectory, spec: RunSpec, *, tell: bool = True) -> Check
         named = state.get("run")
         if not isinstance(named, dict):
             if tell:
-                say(f"{file}: names no run, as an older version wrote it; taken for one of {run.path}")
+                say(f"{file}: names no run, as an older version wrote it; treated as one of {run.path}")
             return
-        way_out = f"Move it away to continue from an earlier one of {run.path}, or resume the run that it is of"
+        way_out = f"Move it away to continue from an earlier one of {run.path}, or resume the run it belongs to"
         if own_id is not None and named.get("id") not in (None, own_id):
             raise InputError(
                 f"{file}: is a checkpoint of the run {named.get('name')} (id {named['id']}), this run's id is {own_id}."
@@ -74,7 +74,7 @@ def owner_check(run: RunDirectory, spec: RunSpec, *, tell: bool = True) -> Check
         try:
             of_file = RunSpec.model_validate_json(str(named.get("spec")))
         except ValidationError:
-            say(f"{file}: its recipe is of another version of this package, and is not compared")
+            say(f"{file}: its recipe is from another version of this package, and is not compared")
             return
         found = [f"  {key}: {its} in the checkpoint, {ours} in the run" for key, its, ours in _few(of_file, spec)]
         if found:

@@ -1,7 +1,7 @@
 """Keeps a run's record.json, and opens its log with the code that runs.
 
-Rank 0 writes, and only while the run's clock stands: at the start, when the model is built, before the first step, at
-evaluations and checkpoints, and at the end.
+Rank 0 writes, and only while the run's clock is stopped: at the start, when the model is built, before the first
+step, at evaluations and checkpoints, and at the end.
 """
 
 from __future__ import annotations
@@ -66,15 +66,15 @@ from nanogpt.training.ownership import named_run
 if TYPE_CHECKING:
     from nanogpt.models.language_model import Implementations
 
-HASHING_S = 120.0  # for what of the data is not hashed when the run is over
+HASHING_S = 120.0  # for data that is not yet hashed at the end of the run
 
 
 def first_record(spec: RunSpec) -> Record:
-    """What is known of a run before anything of it has been built: this process, its code, its job."""
+    """What is known about a run before anything is built: this process, its code, its job."""
     container = container_of(os.environ)
     code, slurm, now = code_state(container), slurm_job(os.environ), utc_now()
     hardware = spec.hardware
-    # The shipped recipes without a base are named for their models, and leave hardware open.
+    # Shipped recipes without a base are named after their models, and leave hardware open.
     base = load_recipe(spec.model.kind, on=shape(hardware))
     world_size = started_as()[1]
     return Record(
@@ -113,19 +113,19 @@ def first_record(spec: RunSpec) -> Record:
 
 
 def create_run(parent: Path, spec: RunSpec) -> RunDirectory:
-    """Make the run's directory in `parent`, its record in it from the first moment. Raises as `RunDirectory.create`."""
+    """Create the run's directory in `parent`, with its record from the start. Raises as `RunDirectory.create`."""
     return RunDirectory.create(parent, spec, record=record_text(first_record(spec)))
 
 
 class RunRecorder:
-    """The record of one run, from its start to its end; a context manager, whose end says how the run ended.
+    """The record of one run, from start to end; a context manager, whose exit says how the run ended.
 
     Without a run directory, and on ranks other than 0, it does nothing.
 
     Args:
         spec: the run.
-        run: its directory; one that `create` has just made has its first record already.
-        resume: the run continues: the old record's past is kept.
+        run: its directory; `create` has already written its first record.
+        resume: the run continues: the old record's history is kept.
     """
 
     def __init__(self, spec: RunSpec, run: RunDirectory | None, *, resume: bool = False):
@@ -150,7 +150,7 @@ class RunRecorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        """After the trainer, which has said how the run ended unless it could not be built."""
+        """Runs after the trainer, which has said how the run ended unless it could not be built."""
         with self._claim:
             self._leave(kind, error)
 
@@ -172,7 +172,7 @@ class RunRecorder:
             if kind is None:
                 self._hashes.finish(1.0)
                 if self._hashes.busy:
-                    say(f"Hashing the data for {RECORD_NAME}, for {HASHING_S:.0f} s at most")
+                    say(f"Hashing the data for {RECORD_NAME}, for at most {HASHING_S:.0f} s")
                     self._hashes.finish(HASHING_S)
             self._hashes.stop()
             self._take_hashes()
@@ -183,10 +183,10 @@ class RunRecorder:
             self.run.close()
 
     def _begin(self, run: RunDirectory) -> tuple[Record, Record | None]:
-        """The record to write from now on, and that of the run's earlier starts, if there were any."""
+        """The record to write from now on, and that of the run's earlier starts, if any."""
         try:
             old = read_record(run.path)
-        except InputError:  # none, or damaged
+        except InputError:  # missing or damaged
             new = first_record(self.spec)
             new.run_id = (self.resume and named_run(run.checkpoint_directory)) or new.run_id
             return new, None
@@ -205,10 +205,10 @@ class RunRecorder:
             setattr(new, key, getattr(old, key))
         return new, old
 
-    # --- what the trainer tells ---
+    # --- called by the trainer ---
 
     def reads(self, train_files: Sequence[Path], val_files: Sequence[Path]) -> None:
-        """The shards that are there. Those of the validation are hashed now, what else is not yet known at the end."""
+        """Record the existing shards. Validation shards are hashed now, others that are still unknown at the end."""
         record = self._record
         if record is None:
             return
@@ -222,13 +222,13 @@ class RunRecorder:
                 val_tokens=tokens,
             )
         except OSError:
-            return  # the trainer is about to meet it too
+            return  # the trainer is about to hit it too
         self._hashes = OffClockHashes([*val_files, *self._image()], val_files, tokens)
         self._hashes.start()
         self._write()
 
     def validates(self, stream_sha256: Sequence[str]) -> str | None:
-        """What each rank has read of the validation stream, as its sha256; returns why the run is to be refused."""
+        """Record the sha256 of the validation stream that each rank read; returns why to refuse the run, if so."""
         record, hashes = self._record, self._hashes
         if record is None or record.data is None or hashes is None:
             return None
@@ -240,7 +240,7 @@ class RunRecorder:
     def built(
         self, ranks: Sequence[Rank], implementations: Implementations, reasons: Sequence[str], *, compiled: bool
     ) -> None:
-        """The processes have found each other and the model is there."""
+        """Record that the processes have met and the model is built."""
         record, runtime = self._record, self.spec.runtime
         if record is None or self.run is None:
             return
@@ -267,7 +267,7 @@ class RunRecorder:
             self._nvidia_smi = None
 
     def clock_starts(self, step: int, tokens: int, elapsed_ms: float, *, resumed: bool, graphs: int) -> None:
-        """Training continues from here: `step` steps are done, `graphs` have been compiled."""
+        """Record where training continues: `step` steps are done, `graphs` compiled."""
         record = self._record
         if record is None:
             return
@@ -278,7 +278,7 @@ class RunRecorder:
         start.clock_started = utc_now()
         start.resumed_at = step if resumed else None
         record.clock_started = record.clock_started if resumed else start.clock_started
-        if not resumed or (record.val_loss_step or 0) > step:  # what came after the checkpoint is taken back
+        if not resumed or (record.val_loss_step or 0) > step:  # what came after the checkpoint is dropped
             record.val_loss = record.val_loss_step = None
         if record.compilation:
             record.compilation.graphs_before_clock = graphs
@@ -286,21 +286,21 @@ class RunRecorder:
         self.progress(step, tokens, elapsed_ms)
 
     def start_up(self, phases: Sequence[StartUpPhase], cache_lines: Sequence[str]) -> None:
-        """What the time before the clock went into, and what became of the compile cache; `clock_starts` writes it."""
+        """Record how the time before the clock was spent, and the compile cache; `clock_starts` writes it."""
         if self._record:
             self._record.starts[-1].start_up = list(phases)
             if self._record.compilation:
                 self._record.compilation.cache = list(cache_lines)
 
     def evaluation(self, val_loss: float, step: int, tokens: int, elapsed_ms: float) -> None:
-        """The validation loss after `step` steps; the clock stands."""
+        """Record the validation loss after `step` steps; the clock is stopped."""
         if self._record:
             self._record.val_loss = float(f"{val_loss:.{FLOAT_DIGITS}g}")  # as in metrics.jsonl
             self._record.val_loss_step = step
             self.progress(step, tokens, elapsed_ms)
 
     def progress(self, step: int, tokens: int, elapsed_ms: float) -> None:
-        """`step` steps on `tokens` tokens are done; the clock stands."""
+        """Record that `step` steps on `tokens` tokens are done; the clock is stopped."""
         if self._record:
             self._record.steps, self._record.tokens = step, tokens
             self._record.train_seconds = round(elapsed_ms / 1000, 6)
@@ -315,12 +315,12 @@ class RunRecorder:
         memory: Sequence[tuple[int, int]],
         read_sha256: Sequence[Mapping[str, Sequence[str]]] = (),
     ) -> None:
-        """All steps and the last validation are done.
+        """Record that all steps and the last validation are done.
 
         Args:
             late_graphs: compiled since the clock started.
-            shards_read: training shards that have been read from, from the first.
-            passes: over the training shards, the last one begun.
+            shards_read: training shards that were read from, counted from the first.
+            passes: over the training shards, including the last one begun.
             memory: most bytes allocated and reserved on each rank's GPU; zeros on CPUs.
             read_sha256: by rank, the sha256 of training shards as they were read.
         """
@@ -348,12 +348,12 @@ class RunRecorder:
             self.run.log(f"peak memory resident: {record.peak_resident_bytes >> 20} MiB")
 
     def end_of_run(self, lines: Sequence[str]) -> None:
-        """What was done after the last step. The clock runs: it is written later."""
+        """Record what was done after the last step. The clock is running: it is written later."""
         if self._record is not None:
             self._record.end_of_run = list(lines)
 
     def end(self, state: State, reason: str | None, elapsed_ms: float) -> None:
-        """The run is over."""
+        """Record the end of the run."""
         record = self._record
         if record is None:
             return
@@ -405,14 +405,14 @@ class RunRecorder:
             )
 
     def _image(self) -> list[Path]:
-        """The container's image, where its hash is not known and its file can be seen from inside."""
+        """The container's image, if its hash is unknown and its file is visible from inside."""
         container = self._record.container if self._record else None
         if container is None or container.sha256 is not None or not Path(container.image).is_file():
             return []
         return [Path(container.image)]
 
     def _hash_the_rest(self, data: Data) -> None:
-        """Of the training shards those that this start has not read whole: read before it was resumed, say."""
+        """The training shards that this start did not read completely, such as those read before it was resumed."""
         rest = [self._data_directory / shard.name for shard in data.train if shard.sha256 is None]
         if rest and self._hashes:
             self._hashes.add(rest)
@@ -421,7 +421,7 @@ class RunRecorder:
         data = self._record.data if self._record else None
         for shard in (*data.train, *data.val) if data else ():
             if (problem := shard.contradiction) is not None:
-                say(f"warning: {self._data_directory / problem}: no result can come of this run")
+                say(f"warning: {self._data_directory / problem}: this run cannot give a result")
 
     def _take_hashes(self) -> None:
         record, hashes = self._record, self._hashes
@@ -449,7 +449,7 @@ def _short(value: object) -> str:
 
 
 def compiler_settings() -> dict[str, SettingChange]:
-    """The settings of inductor and dynamo that are not at their default now, by `inductor.name` and `dynamo.name`."""
+    """The present non-default settings of inductor and dynamo, by `inductor.name` and `dynamo.name`."""
     import torch._dynamo.config
     import torch._inductor.config
 
@@ -466,7 +466,7 @@ def compiler_settings() -> dict[str, SettingChange]:
 
 
 def end_state(error: type[BaseException] | None) -> State:
-    """How a run ended that `error` ended: finished (None), failed, or interrupted (by a signal)."""
+    """How `error` ended a run: finished (None), failed, or interrupted (by a signal)."""
     if error is None:
         return "finished"
     return "failed" if issubclass(error, Exception) and not issubclass(error, Interrupted) else "interrupted"

@@ -1,6 +1,6 @@
-"""What a run reports of itself while it runs: log lines, metrics records, the terminal's display.
+"""What a run reports while it runs: log lines, metrics records, the terminal's display.
 
-Every rank watches the training loss of all, so that they stop together where it is not finite; only rank 0 writes.
+Every rank watches the training loss, so that all stop together if it is not finite; only rank 0 writes.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class Reporter:
         self.tracker = tracker_for(spec, self.run.path) if self.run else None
         self.monitor = LossMonitor()
         self.train_loss: float | None = None
-        self._times: dict[int, dict[str, Any]] = {}  # by step, until its loss has arrived
+        self._times: dict[int, dict[str, Any]] = {}  # by step, until the loss has arrived
         self._waits: list[tuple[float, int]] = []  # for data, in ms; the step
 
     def note(self, line: str) -> None:
-        """A line in the log."""
+        """Write a line to the log."""
         if self.run:
             self.run.log(line)
 
@@ -58,7 +58,7 @@ class Reporter:
             self.tracker.metric(record)
 
     def start(self, first_step: int, *, resumed: bool) -> None:
-        """The clock is about to start, at `first_step`."""
+        """Report that the clock is about to start, at `first_step`."""
         if self.display:
             self.display.start(self.schedule.total_steps, first_step)
         self._metric(
@@ -76,12 +76,12 @@ class Reporter:
             self.note(self.watch.note)
 
     def step(self, settings: StepSettings, loss: Tensor, elapsed_ms: float) -> None:
-        """`settings.step` is done.
+        """Report that `settings.step` is done.
 
-        `loss`, which may still be being computed, has its training loss per token and how many milliseconds each rank
-        has waited for its batch, (1 + world size,), or the loss alone.
+        `loss`, which may not be computed yet, has the training loss per token and the milliseconds that each rank
+        waited for its batch, (1 + world size,), or the loss alone.
 
-        Raises `RunError` where a loss that has arrived by now is not finite.
+        Raises `RunError` if a loss that has arrived is not finite.
         """
         done = settings.step + 1
         average = elapsed_ms / done
@@ -100,7 +100,7 @@ class Reporter:
             self.display.step(done, line, self.train_loss)
 
     def take_losses(self, *, wait: bool = False) -> None:
-        """Write the metrics of the steps whose losses have arrived. Raises `RunError` where one is not finite."""
+        """Write the metrics of the steps whose losses have arrived. Raises `RunError` if one is not finite."""
         for step, loss, data_wait_ms in self.monitor.take(wait=wait):
             self.train_loss = loss
             self._waits.append((data_wait_ms, step))
@@ -115,7 +115,7 @@ class Reporter:
             )
 
     def evaluation(self, step: int, val_loss: float, elapsed_ms: float) -> None:
-        """The validation loss after `step` steps."""
+        """Report the validation loss after `step` steps."""
         average = elapsed_ms / max(step, 1)
         line = (
             f"step:{step}/{self.schedule.total_steps} val_loss:{val_loss:.4f}"
@@ -139,12 +139,12 @@ class Reporter:
             self.display.evaluation(step, "\n".join((line, *beside)), val_loss)
 
     def checkpoint(self, step: int, path: Path) -> None:
-        """A checkpoint after `step` steps is whole."""
+        """Report a complete checkpoint after `step` steps."""
         self.note(f"step:{step}/{self.schedule.total_steps} checkpoint:{path.name}")
         self._metric(kind="checkpoint", step=step, path=str(path))
 
     def checkpoint_failed(self, step: int, reason: str) -> None:
-        """The checkpoint after `step` steps could not be written, and the run continues."""
+        """Report that the checkpoint after `step` steps could not be written, and the run continues."""
         line = f"step:{step}/{self.schedule.total_steps} no checkpoint: {reason}"
         if self.display:
             say(line)
@@ -152,14 +152,16 @@ class Reporter:
         self._metric(kind="checkpoint_failure", step=step, reason=reason)
 
     def waits(self) -> None:
-        """A line on how long steps have waited for data, on the rank that waited longest."""
+        """A line on how long steps waited for data, on the rank that waited longest."""
         if self._waits:
             longest, step = max(self._waits)
             mean = sum(wait for wait, _ in self._waits) / len(self._waits)
-            self.note(f"data wait: {mean:.3f} ms a step on the slowest rank, at most {longest:.3f} ms, in step {step}")
+            self.note(
+                f"data wait: {mean:.3f} ms per step on the slowest rank, at most {longest:.3f} ms, in step {step}"
+            )
 
     def end(self, state: str, reason: str | None, elapsed_ms: float) -> None:
-        """The run is over: `state` is finished, failed or interrupted."""
+        """Report the end of the run: `state` is finished, failed or interrupted."""
         if self.display:  # first, as the disk may be full
             self.display.close()
         self._metric(kind="end", state=state, reason=reason, train_time_ms=elapsed_ms)

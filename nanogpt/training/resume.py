@@ -1,4 +1,4 @@
-"""What a resumed run may change: how and where it is computed and written, nothing that decides its result."""
+"""What a resumed run may change: how and where it computes and writes, but nothing that decides its result."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ def resumed_spec(
 ) -> RunSpec:
     """The spec to continue with: the run's own on hardware `on`, with `overrides`, which may touch CHANGEABLE only.
 
-    `recipe`, if given, must come to the same with the same hardware, overrides and steps.
+    `recipe`, if given, must resolve to the same spec with the same hardware, overrides and steps.
 
     Raises:
-        InputError: it does not, or an override would make it another run; the message has a line for each difference.
+        InputError: it does not, or an override would make it another run; the message has a line per difference.
     """
     spec = load_recipe(run.spec_path.absolute(), overrides, steps, on=on)
     if recipe is not None:
         again = load_recipe(recipe, overrides, steps, on=on, fill=lambda _: (spec.hardware.model_dump(), str(run.path)))
         differences = list(spec_differences(spec, again))
-        _refuse(run, differences, recipe, "resume without a recipe, or with the one and the --set of its start")
+        _refuse(run, differences, recipe, "resume without a recipe, or with the recipe and the --set it started with")
     differences = list(deciding_differences(run.spec(), spec))
     _refuse(run, differences, "the command line", f"a resumed run may change {', '.join(CHANGEABLE)}; start a new one")
     return spec
 
 
 def resumed_data_directory(run: RunDirectory, spec: RunSpec) -> Path:
-    """Where the run read its shards, by its record, if that is there; else where a new run would look for them."""
+    """Where the run read its shards according to its record, if that exists; else where a new run would look."""
     try:
         return shards_directory(spec, read_record(run.path).data)
     except InputError:  # no record, or a damaged one
@@ -50,21 +50,21 @@ def resumed_data_directory(run: RunDirectory, spec: RunSpec) -> Path:
 
 
 def check_not_running(run: RunDirectory) -> None:
-    """Refuse a run whose process still lives, as far as that can be seen from here. Raises `InputError`."""
+    """Refuse a run whose process is still alive, as far as visible from here. Raises `InputError`."""
     try:
         record = read_record(run.path)
-    except InputError:  # none, or damaged: the checkpoints decide
+    except InputError:  # missing or damaged: the checkpoints decide
         return
     process = record.starts[-1].process
     if record.state == "running" and process_lives(process):
         raise InputError(
-            f"{run.path}: process {process.pid} on {process.host} is still at it; two at once would spoil its files."
-            f" End that one first (kill {process.pid}), or start a run of its own"
+            f"{run.path}: process {process.pid} on {process.host} is still writing it, and two would corrupt its files."
+            f" End that one first (kill {process.pid}), or start a new run"
         )
 
 
 def check_checkpoints(run: RunDirectory, spec: RunSpec) -> None:
-    """Refuse a newest checkpoint that is not the run's before anything is built. Raises `InputError`."""
+    """Before anything is built, refuse a newest checkpoint that is not the run's. Raises `InputError`."""
     from nanogpt.training.checkpoint import load_newest_checkpoint
 
     load_newest_checkpoint(run.checkpoint_directory, owner_check(run, spec, tell=False), every_byte=False)
@@ -72,5 +72,5 @@ def check_checkpoints(run: RunDirectory, spec: RunSpec) -> None:
 
 def _refuse(run: RunDirectory, differences: Sequence[tuple[Any, ...]], source: str, way_out: str) -> None:
     if differences:
-        lines = [f"  {key}: {there} in the run, {here} by {source}" for key, there, here in differences]
+        lines = [f"  {key}: {there} in the run, {here} in {source}" for key, there, here in differences]
         raise InputError("\n".join([f"{run.spec_path}: cannot continue as another run; {way_out}:", *lines]))

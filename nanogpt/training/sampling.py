@@ -1,7 +1,7 @@
-"""Text from a finished run: the next token drawn again and again.
+"""Text from a run's model: sample the next token again and again.
 
-Each token is read once: the model keeps keys, values and what else later tokens look back at, `nanogpt.layers.past`. A
-text that outgrows the longest document of training is read again from its latter half on.
+Each token is read once: the model caches keys, values and whatever else later tokens look back at
+(`nanogpt.layers.past`). When a text outgrows training's longest document, the model continues from its second half.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Samples:
 
     texts: tuple[str, ...]  # prompt and continuation
     tokens: int  # drawn, over all texts
-    seconds: float  # it took to draw them; the model was there already
+    seconds: float  # to draw them, without loading the model
     device: str
 
 
@@ -49,23 +49,23 @@ def sample_texts(
 ) -> Samples:
     """Continue each prompt by `tokens` tokens with the newest checkpoint of a run.
 
-    Each token is drawn from the `top_k` likeliest at `temperature` (0 takes the likeliest). A text ends early at the
+    Each token is sampled from the `top_k` likeliest at `temperature` (0 takes the likeliest). A text ends early at the
     end of its document. The model reads at most the run's maximum document length.
 
     Args:
         run_directory: the run's.
         prompts: the n-th one's seed is `seed` + n, from 0.
-        tokens: to draw for each, at most.
-        temperature: of the draw.
-        top_k: tokens to draw from.
-        seed: the same one gives the same texts.
-        device: cpu or cuda; None: a GPU where there is one.
+        tokens: at most, for each prompt.
+        temperature: of sampling.
+        top_k: tokens to sample from.
+        seed: the same seed gives the same texts.
+        device: cpu or cuda; None: a GPU if there is one.
         cache: False reads the whole context again for each token.
-        stream: called with each piece of text as it is there: an empty line between texts, the prompt, then a token or
-            more, and a line's end.
+        stream: called with each piece of text as it is written: an empty line between texts, the prompt, then one or
+            more tokens, and a newline.
 
     Raises:
-        InputError: no run there, no checkpoint in it, a prompt of other tokens, or settings out of range.
+        InputError: no run, no checkpoint, a prompt with unknown tokens, or settings out of range.
     """
     from nanogpt.data.tokenizer import gpt2_encoding
 
@@ -114,12 +114,12 @@ class Reader:
     def __init__(self, trained: TrainedModel, *, cache: bool = True):
         self.trained = trained
         self.cache = cache
-        self.first: int | None = None  # token of the text from which on it is read
+        self.first: int | None = None  # token of the text from which it is read
         self.past: Past | None = None
-        self.read = 0  # tokens of the text that `past` has
+        self.read = 0  # tokens of the text in `past`
 
     def logits_after(self, history: list[int]) -> Tensor:
-        """(vocab_size,) fp32: the logits after the text so far, which begins as it did in the call before."""
+        """(vocab_size,) fp32: the logits after the text so far, which extends that of the previous call."""
         trained, count = self.trained, len(history)
         if self.first is None:
             self.first = max(0, count - trained.longest)
@@ -138,7 +138,7 @@ class Reader:
 
 
 def following(document: list[int], new: int, trained: TrainedModel, device: torch.device) -> MicroBatch:
-    """The last `new` tokens of a document as a micro-batch, with what the model wants to know of them."""
+    """The last `new` tokens of a document as a micro-batch, with the model's extra inputs."""
     tokens = np.array(document, dtype=np.uint16)
     arrays = trained.spec.model.batch_extras(Slot(tokens, np.zeros_like(tokens))).arrays
     inputs = torch.from_numpy(tokens[-new:].astype(np.int64)).to(device)

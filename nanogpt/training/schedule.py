@@ -1,7 +1,7 @@
-"""What holds at each step: stage, batch, windows, learning rate, and what model and optimizer make of the step.
+"""The settings of each step: stage, batch, windows, learning rate, and the model's and optimizer's own.
 
-Pure functions of the spec and the step number; steps are 0-based. Whatever a stage sets holds from its first step on,
-before that step's validation.
+Pure functions of the spec and the step number; steps are 0-based. A stage's settings hold from its first step,
+and already for the validation before it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from nanogpt.spec import CooldownSchedule, CosineSchedule, RunSpec, WindowBlocks
 class StepSettings:
     """One step's part of the schedule."""
 
-    point: SchedulePoint  # what the model makes the loss' inputs of
-    request: StepRequest  # what the loader makes the step of
+    point: SchedulePoint  # from which the model makes the loss's inputs
+    request: StepRequest  # from which the loader makes the step
     rates: Any  # the optimizer's own
 
     @property
@@ -97,14 +97,14 @@ class Schedule:
         return self._tokens(self.training.final_window_blocks)
 
     def windows_after(self, step: int) -> Windows:
-        """Windows to use a model with that has made `step` steps: its last step's, at the end the last validation's.
+        """Windows for using a model after `step` steps: those of its last step, or at the end of the last validation.
 
-        Not those of the next step, which may begin a stage that the rotary tables know nothing of.
+        Not those of the next step, which may begin a stage that the rotary tables do not yet reflect.
         """
         return self.final_windows if step >= self.total_steps else self.at(max(step - 1, 0)).windows
 
     def window_changes(self, step: int) -> list[tuple[Windows, Windows]]:
-        """(old, new) windows of every change of either up to and including the first moment of `step`."""
+        """(old, new) windows at every change of either, up to and including the start of `step`."""
         windows = [self._tokens(stage.window_blocks) for stage in self.stages[: self.stage_of(step) + 1]]
         return [(old, new) for old, new in itertools.pairwise(windows) if old != new]
 
@@ -135,7 +135,7 @@ class Schedule:
         return factor * (1 - t) + schedule.end_factor * t
 
     def warmup_steps(self) -> list[int]:
-        """The steps that the warm-up runs: 0, 1, 2, those around stage changes, the optimizer's, where they exist."""
+        """The steps that the warm-up runs: 0, 1, 2, those around stage changes, and the optimizer's, if they exist."""
         around = {0, 1, 2}.union(*({first - 1, first, first + 1} for first in self.first_steps[1:]))
         around |= set(self.spec.optimizer.warmup_steps(self.first_steps))
         return sorted(step for step in around if step < self.total_steps)

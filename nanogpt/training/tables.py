@@ -18,17 +18,17 @@ from nanogpt.spec import RunSpec
 from nanogpt.training.build import DTYPES
 from nanogpt.training.schedule import Schedule, StepSettings
 
-USABLE = 0.96  # of a device's memory: the rest is the driver's and the allocator's
-EVALUATED_ROWS = 32_768  # whose logits a validation has at a time
+USABLE = 0.96  # of a device's memory: the rest is for the driver and the allocator
+EVALUATED_ROWS = 32_768  # tokens whose logits a validation holds at a time
 ROW_SHARE = 16  # suggested tables have a multiple of this many rows, so that eight ranks share each half
 
 
 class TableCycles:
-    """Begins the cycles of the model's tables ahead of the steps that read them."""
+    """Begins the cycles of the model's tables before the steps that read them."""
 
     def __init__(self, spec: RunSpec, schedule: Schedule, model: LanguageModel, batches: TrainBatches):
         self.is_event = spec.optimizer.is_event
-        # Steps whose batches are built, this one and, where there are tables, what the next cycle reads among them.
+        # Steps whose batches are built: this one and, with tables, those that the next cycle reads.
         self.ahead = 2 + (spec.optimizer.steps_between_updates if model.tables else 0)
         self._expected: int | None = None  # the step that continues with the cycle
         self.schedule = schedule
@@ -37,10 +37,10 @@ class TableCycles:
         self.batches = batches
 
     def before(self, settings: StepSettings, *, alone: bool) -> None:
-        """Where a cycle begins with this step, pull what it will read; collective.
+        """If a cycle begins with this step, pull what it will read; collective.
 
-        A step other than the one after the last begins a cycle too: benchmarks jump. alone: so does the next one, as in
-        the warm-up, and nothing is looked ahead to.
+        A jump to another step also begins a cycle, as in benchmarks. alone: so does the next step, as in
+        the warm-up, without looking ahead.
         """
         goes_on = settings.step == self._expected and all(table.in_cycle for table in self.tables.values())
         self._expected = None if alone else settings.step + 1
@@ -58,7 +58,7 @@ class TableCycles:
 
 @contextmanager
 def rows_of(model: LanguageModel, batch: MicroBatch) -> Iterator[tuple[torch.Tensor, ...] | None]:
-    """Pull what a validation batch reads of the model's tables; collective. Yields all that it looks up, or None."""
+    """Pull what a validation batch reads from the model's tables; collective. Yields all that it looks up, or None."""
     with ExitStack() as stack:
         for name, table in model.tables.items():
             extras = model.table_specs[name].extras
@@ -67,9 +67,9 @@ def rows_of(model: LanguageModel, batch: MicroBatch) -> Iterator[tuple[torch.Ten
 
 
 def check_tables_fit(spec: RunSpec, world: World) -> None:
-    """Refuse tables that the memory of the run's devices cannot hold, before anything is allocated.
+    """Refuse tables that do not fit the memory of the run's devices, before anything is allocated.
 
-    Raises `InputError` with the largest that they can.
+    Raises `InputError` with the largest that fit.
     """
     tables = spec.model.pulled_tables()
     if not tables:
@@ -91,16 +91,16 @@ def check_tables_fit(spec: RunSpec, world: World) -> None:
 
 
 def table_bytes(spec: RunSpec) -> float:
-    """What a rank of the run holds of its pulled tables."""
+    """What one rank holds of the run's pulled tables."""
     row_bytes = (table.rows * _row_bytes(spec, table) for table in spec.model.pulled_tables().values())
     return sum(row_bytes) / spec.world_size
 
 
 def bytes_beside_tables(spec: RunSpec) -> float:
-    """About what a rank of the run needs besides its tables: 38 GB for record 92 on one H200.
+    """Roughly what a rank needs besides its tables: 38 GB for record 92 on one H200.
 
-    Parameters with gradients, optimizer state and averages; activations, twenty of the stream's size a layer; logits;
-    the gradients of a cycle's tokens, and as much again for what is made of them at its end.
+    Parameters with gradients, optimizer state and averages; activations, twenty times the stream's size per layer;
+    logits; the gradients of a cycle's tokens, and as much again for what is made from them at its end.
     """
     model, size = spec.model, spec.world_size
     number = DTYPES[spec.runtime.dtype].itemsize
@@ -123,7 +123,7 @@ def _row_bytes(spec: RunSpec, table: PulledTableSpec) -> int:
 
 
 def _memory(world: World) -> tuple[float, str]:
-    """Bytes of the device's memory, a CPU's shared by the ranks on it; and its name."""
+    """Bytes of the device's memory (a CPU's is shared by its ranks), and its name."""
     if world.device.type == "cuda":
         found = torch.cuda.get_device_properties(world.device)
         return float(found.total_memory), found.name

@@ -1,4 +1,4 @@
-"""A run's model as its newest checkpoint has it, to be used and not to be trained on."""
+"""A run's model from its newest checkpoint, for use, not for training."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ class TrainedModel:
 
     run: RunDirectory
     spec: RunSpec
-    step: int  # steps that it has made
+    step: int  # steps done
     model: LanguageModel
     windows: Windows  # see `Schedule.windows_after`
 
     @property
     def masked(self) -> bool:
-        """Whether it is a run's end whose validation has the canonical mask."""
+        """Whether it is from the end of a run whose last validation uses the canonical mask."""
         return self.spec.training.masked and self.step >= self.spec.training.total_steps
 
     @property
     def longest_stream(self) -> int:
-        """Tokens that it reads at a time at most: its rotary tables have no more."""
+        """The most tokens it can read at a time: the size of its rotary tables."""
         return max(self.spec.evaluation.micro_batch_tokens // MULTIPLE, 1) * MULTIPLE
 
     @property
     def longest(self) -> int:
-        """Tokens of a document that it reads at most: as many as it was trained on, and room for what stands before."""
+        """The most tokens of a document it reads: as many as in training, with room for what precedes them."""
         spec = self.spec
         limit = spec.model.longest_document or spec.training.max_document_tokens
         return min(limit, spec.training.max_document_tokens, self.longest_stream - EMPTY)
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device `name`, cpu or cuda; None: a GPU where there is one. Raises InputError for another, or no GPU."""
+    """The device `name`, cpu or cuda; None: a GPU if there is one. Raises InputError for others, or without a GPU."""
     if name not in (None, "cpu", "cuda"):
         raise InputError(f"--device: found {name}, expected cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
@@ -59,7 +59,7 @@ def find_device(name: str | None) -> torch.device:
 
 
 def evaluating_implementations(spec: RunSpec, device: torch.device) -> Implementations:
-    """The run's own where they can run here, else their equals; 8-bit products are for training alone."""
+    """The run's own if they can run here, else equivalent ones; 8-bit products are for training alone."""
     runtime = spec.runtime.model_copy(
         update=dict.fromkeys(("head_precision", "mlp_precision", "projection_precision"), "bf16")
     )
@@ -73,10 +73,10 @@ def evaluating_implementations(spec: RunSpec, device: torch.device) -> Implement
 def load_trained_model(
     run_directory: Path, *, device: torch.device | str = "cpu", implementations: Implementations | None = None
 ) -> TrainedModel:
-    """The model of the run's newest checkpoint on `device`, in the run's dtype; `implementations` as in `build_model`.
+    """The run's newest checkpoint as a model on `device`, in the run's dtype; `implementations` as in `build_model`.
 
     Raises:
-        InputError: no run there, no checkpoint in it, or none that can be read.
+        InputError: no run, no checkpoint, or none that is readable.
     """
     run = RunDirectory.open(run_directory)
     spec = run.spec()

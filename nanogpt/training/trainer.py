@@ -5,8 +5,8 @@ while training steps run; it stops, synchronised, for validation and checkpoints
 YaRN's table rebuilds and log lines are inside it, as in the public record.
 
 SIGTERM or SIGUSR1 to any rank ends a run after a step on which all agree (`nanogpt.launch.watchdog`), with a checkpoint
-whatever the spec says of those, by `Interrupted`. Before the first step of a start there is nothing new to save: the
-run ends without, and continues from the checkpoint that it had, or from the beginning.
+whatever the spec says about those, by `Interrupted`. Before the first step of a start there is nothing new to save: the
+run ends without one, and continues from its previous checkpoint, or from the beginning.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ from nanogpt.training.tables import TableCycles, check_tables_fit, rows_of
 
 SMALLER_MICRO_BATCHES = (
     "Micro-batches of half the tokens need half as much: --set training.slots=16"
-    " --set evaluation.micro_batch_tokens=131072; documents are then cut at other places"
+    " --set evaluation.micro_batch_tokens=131072; documents are then cut in other places"
 )
 
 
@@ -77,7 +77,7 @@ class Result:
     final_val_loss: float
     steps: int
     train_seconds: float
-    late_graphs: int = 0  # graphs compiled after the clock had started: 0 in a run that warmed up
+    late_graphs: int = 0  # graphs compiled after the clock started: 0 in a run that warmed up
 
 
 def find_shards(spec: RunSpec, directory: Path) -> tuple[list[Path], list[Path]]:
@@ -100,9 +100,9 @@ def find_files(directory: Path, pattern: str) -> list[Path]:
 
 
 def check_numbering(files: Sequence[Path]) -> None:
-    """Refuse shards that are numbered with gaps: the run would step over what is not there. Raises `InputError`."""
+    """Refuse shards whose numbers have gaps: the run would skip the missing ones. Raises `InputError`."""
     numbered = {int(match.group(1)): file for file in files if (match := re.search(r"(\d+)\D*$", file.name))}
-    if len(numbered) != len(files):  # names that count nothing, or not each its own
+    if len(numbered) != len(files):  # names without numbers, or with repeated ones
         return
     missing = [number for number in range(min(numbered), max(numbered)) if number not in numbered]
     if missing:
@@ -116,7 +116,7 @@ def check_numbering(files: Sequence[Path]) -> None:
 
 
 def check_start(spec: RunSpec, data_directory: Path) -> list[Path]:
-    """Refuse a run that cannot start here before anything is written; returns the shards. Raises `InputError`."""
+    """Before anything is written, refuse a run that cannot start here; returns the shards. Raises `InputError`."""
     check_world(spec)
     check_tracker(spec)
     train_files, val_files = find_shards(spec, data_directory)
@@ -125,9 +125,9 @@ def check_start(spec: RunSpec, data_directory: Path) -> list[Path]:
 
 
 def check_first_tokens(spec: RunSpec, train_files: Sequence[Path], val_files: Sequence[Path]) -> None:
-    """Refuse shards that the model cannot read: the first to be trained on, and the validation stream.
+    """Refuse shards that the model cannot read: the first training shard, and the validation stream.
 
-    The other shards are checked as they are read. Reads what the run reads first, so that it comes from memory then.
+    Other shards are checked as they are read. Reads what the run reads first, which is then in memory.
     Raises `ShardError`.
     """
     read_stream(val_files, spec.evaluation.tokens + 1, spec.model.vocab_size)
@@ -149,9 +149,9 @@ def train_run(
         spec: the run.
         run: the run's directory; rank 0 writes there. None writes nothing, and no checkpoint.
         data_directory: the shards.
-        resume: continue from the run directory's newest checkpoint, or from the start where there is none.
+        resume: continue from the run directory's newest checkpoint, or from the start if there is none.
         watch: over the other ranks and for signals, already entered; None makes one.
-        make_trainer: called instead of `Trainer`, for an experiment with one of its own.
+        make_trainer: called instead of `Trainer`, for experiments with their own.
 
     Raises:
         InputError: no shards, too few tokens, a world size or a device other than the spec's.
@@ -190,7 +190,7 @@ def train_run(
 
 
 class Trainer:
-    """One process of a run; see the module. A context manager: leaving it writes how the run ended."""
+    """One process of a run; see the module. A context manager: leaving it records how the run ended."""
 
     def __init__(
         self,
@@ -214,7 +214,7 @@ class Trainer:
         self.schedule = Schedule(spec)
         self.clock = Clock(world)
         self.next_step = 0
-        self._windows_of = 0  # the step whose windows the model has
+        self._windows_of = 0  # the step whose windows the model uses
 
         train_files, val_files = find_shards(spec, data_directory)
         self.train_shards = len(train_files)
@@ -312,7 +312,7 @@ class Trainer:
         self.recorder.end(state, reason, self.clock.elapsed_ms)
 
     def _last_words(self, reason: str) -> None:
-        """The main thread is stuck and the process is about to end: as much as can be written."""
+        """The main thread is stuck and the process is about to end: write as much as possible."""
         self._write_end("failed", f"after step {self.next_step}: {reason}")
 
     def run(self, *, resume: bool = False) -> Result:
@@ -366,13 +366,13 @@ class Trainer:
         if self.compiled:
             self.reporter.note(f"compiled graphs: {graphs} before the clock started, {late_graphs} after")
             for line in recompilation_reasons()[recompiled:]:
-                self.reporter.note(f"recompiled after the clock had started: {line}")
+                self.reporter.note(f"recompiled after the clock started: {line}")
         self.reporter.waits()
         self._record_trained(late_graphs)
         return Result(final_loss, self.schedule.total_steps, self.clock.elapsed_ms / 1000, late_graphs)
 
     def _end(self) -> Tensor | None:
-        """Say what the recipe wants of the run's end; returns the last validation's mask."""
+        """Do what the recipe asks for the run's end; returns the last validation's mask."""
         lines = self.spec.training.end_lines
         self.recorder.end_of_run(lines)
         for line in lines:
@@ -397,7 +397,7 @@ class Trainer:
         )
 
     def _say(self, lines: Sequence[str]) -> None:
-        """To the terminal, or the job's output, where somebody waits."""
+        """Print to the terminal, or the job's output, where somebody is waiting."""
         if self.run_directory is not None and self.world.is_main:
             for line in lines:
                 say(line)
@@ -412,10 +412,10 @@ class Trainer:
         self._windows_of = settings.step
 
     def train_step(self, settings: StepSettings, micro_steps: int | None = None) -> Tensor:
-        """All micro-steps of a step, or the first `micro_steps`, and the optimizer's.
+        """Run all micro-steps of a step, or the first `micro_steps`, and the optimizer.
 
         Returns (1 + world size,) fp32 on the device: all ranks' mean loss per token, and how many milliseconds the
-        step has waited for its batch on each rank.
+        step waited for its batch on each rank.
         """
         waited = self.train_batches.wait_seconds
         self.table_cycles.before(settings, alone=micro_steps is not None)
@@ -425,21 +425,21 @@ class Trainer:
         waited = self.train_batches.wait_seconds - waited
         self.optimizer.expect_rows(self.train_batches.step_extras, settings.rates)
         inputs = self.model.loss_inputs(settings.point, self.world.device)
-        # The loss, then a place for each rank's wait: one average of small numbers brings all of it everywhere.
+        # The loss, then a slot for each rank's wait: one small average brings all of it to every rank.
         report = [0.0] * (1 + self.world.size)
         report[1 + self.world.rank] = 1000 * waited * self.world.size
         reported = to_device(tuple(report), self.world.device)
         for batch in batches[:micro_steps]:
             loss = self.micro_step(batch, inputs, stage=settings.stage)
             reported[0] += loss * (self.micro_step.grad_scale / self.model.training_loss_scale(batch))
-        # Ahead of the gradients: when the optimizer is done, it has long arrived.
+        # Sent before the gradients: it has long arrived when the optimizer is done.
         average = self.world.communicator.average(reported)
         self.optimizer.step(settings.rates)
         self.model.weights_changed(settings.step)
         return average.wait()
 
     def _touched_rows(self) -> dict[str, TouchedRows]:
-        """By parameter, the tables whose gradients are exchanged by rows, where that is asked for."""
+        """By parameter, the tables whose gradients are exchanged by rows, if requested."""
         world, choice = self.world, self.spec.runtime.row_gradients
         if world.size == 1 or choice == "dense":
             return {}
@@ -449,7 +449,7 @@ class Trainer:
         }
 
     def _set_prefixes(self) -> None:
-        """Inside the clock, by the rules of the public record: the prefixes come out of the vocabulary's bytes."""
+        """Inside the clock, by the public record's rules: the prefixes are computed from the vocabulary's bytes."""
         if self._vocabulary is not None:
             prefixes = prefix_table(self._vocabulary, self.spec.model.padded_vocab_size)
             self.model.set_prefixes(torch.from_numpy(prefixes))
@@ -457,7 +457,7 @@ class Trainer:
     # --- validation ---
 
     def validation_batches(self, files: Sequence[Path], tokens: int) -> ValBatches:
-        """The first so many tokens of shards, as validation reads them. Raises as `ValBatches` does."""
+        """The first tokens of the shards, as validation reads them. Raises as `ValBatches` does."""
         size = self.spec.evaluation.micro_batch_tokens
         return ValBatches(files, tokens=tokens, micro_batch_tokens=size, **self._place())
 
@@ -484,7 +484,7 @@ class Trainer:
         return float(self.world.communicator.average(torch.stack(losses).mean()).wait())
 
     def _read_for_validation(self) -> None:
-        """Inside the clock, by the rules of the public record: what the last validation reads of tables is pulled."""
+        """Inside the clock, by the public record's rules: pull what the last validation reads from tables."""
         for batch in self.val_batches if self.model.tables else ():
             with rows_of(self.model, batch):
                 pass
@@ -502,7 +502,7 @@ class Trainer:
     # --- warm-up ---
 
     def compile_in_parallel(self) -> None:
-        """The graphs of the run, by several processes where nothing is kept yet."""
+        """Compile the run's graphs with several processes, if none are cached yet."""
         compile_in_parallel(
             self.spec,
             self.world,
@@ -514,9 +514,9 @@ class Trainer:
         )
 
     def warm_up(self) -> None:
-        """Compile, run the steps around each stage change on real batches, then put everything back as it was.
+        """Compile, run the steps around each stage change on real batches, then restore everything.
 
-        Of a step's micro-steps the first two: one compiles, one is captured. Each stage evaluates once.
+        Only the first two micro-steps of each step: one compiles, one is captured. Each stage evaluates once.
         """
         with self.startup.phase("compiling, by several processes"):
             self.compile_in_parallel()
@@ -536,7 +536,7 @@ class Trainer:
             except Exception as error:
                 if isinstance(error, NanogptError) or not self.watch.asked:
                     raise
-                # The signal went to every process, and the compiler's workers took it.
+                # The signal went to every process, including the compiler's workers.
                 raise self._nothing_done(self.watch.asked) from error
             if reason := self.watch.boundary():
                 raise self._nothing_done(reason)
@@ -559,16 +559,16 @@ class Trainer:
         return every is not None and self.next_step % every == 0
 
     def _save_checkpoint(self, *, needed: bool = False) -> bool:
-        """Write the run's whole state, unless it is one that no run can continue from. Collective.
+        """Write the run's full state, unless no run could continue from it. Collective.
 
-        Returns whether there is a checkpoint of this step now. Raises `RunError` on all ranks where it cannot be
-        written although `needed`, or the spec says to stop then.
+        Returns whether there is now a checkpoint of this step. Raises `RunError` on all ranks if it cannot be
+        written and is `needed`, or the spec says to stop then.
         """
         self.reporter.take_losses(wait=True)
         broken = [name for name, value in self.model.named_parameters() if not bool(value.isfinite().all())]
         if broken:
             raise RunError(
-                f"step {self.next_step}: {', '.join(broken)} not finite any more, although the training loss was. The"
+                f"step {self.next_step}: {', '.join(broken)} no longer finite, although the training loss was. The"
                 " run stops without a checkpoint of it; earlier ones stay"
             )
         failure: RunError | None = None
@@ -591,7 +591,7 @@ class Trainer:
                     path = save_checkpoint(directory, self.next_step, state, keep=self.spec.checkpoint.keep)
                 except RunError as error:
                     failure = error
-            failed = self.world.gather(failure is not None)[0]  # nobody ends, or continues, before it is written
+            failed = self.world.gather(failure is not None)[0]  # no rank ends or continues before it is written
         if failed and (needed or self.spec.checkpoint.on_failure == "stop"):
             raise failure or RunError(f"the checkpoint after step {self.next_step} could not be written on rank 0")
         if failure is not None:
@@ -615,7 +615,7 @@ class Trainer:
         return Interrupted(f"{reason}: the run stopped before its first step; there is nothing to save; start it again")
 
     def _load_checkpoint(self) -> bool:
-        """Take over the newest checkpoint of the run's directory, if there is one."""
+        """Load the newest checkpoint in the run's directory, if there is one."""
         run = self.run_directory
         state = load_newest_checkpoint(run.checkpoint_directory, owner_check(run, self.spec)) if run else None
         self._check_same_everywhere("resumes at step", state["step"] if state else 0)
@@ -624,7 +624,7 @@ class Trainer:
         assert run is not None
         if not 0 <= state["step"] <= self.schedule.total_steps:
             raise InputError(
-                f"{run.checkpoint_directory}: its newest checkpoint is that of step {state['step']}, the run has"
+                f"{run.checkpoint_directory}: its newest checkpoint is of step {state['step']}, but the run has"
                 f" {self.schedule.total_steps}; remove it if it is another run's"
             )
         self.next_step = state["step"]
@@ -638,10 +638,10 @@ class Trainer:
         return True
 
     def _check_same_everywhere(self, what: str, value: int) -> None:
-        """Raise `RunError` where another rank has a value other than this one's."""
+        """Raise `RunError` if another rank has a different value."""
         mean = self.world.communicator.average(torch.tensor(float(value), device=self.world.device)).wait()
         if float(mean) != value:
             raise RunError(
-                f"rank {self.world.rank} {what} {value}, other ranks do not. All ranks must see the same files: check"
+                f"rank {self.world.rank} {what} {value}, but others do not. All ranks must see the same files: check"
                 " the file system of the run's directory on every node"
             )

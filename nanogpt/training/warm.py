@@ -1,4 +1,4 @@
-"""Filling the compile cache ahead of runs: a warm-up on one process, for runs of any world size."""
+"""Fills the compile cache ahead of runs: a warm-up on one process, for runs of any world size."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from nanogpt.training.trainer import Trainer
 
 
 def warm_cache(spec: RunSpec, *, world_sizes: Sequence[int], directory: Path | None, fresh: bool) -> list[str]:
-    """Compile all that runs of `spec` compile, and leave it in the cache file.
+    """Compile everything that runs of `spec` compile, and leave it in the cache file.
 
     Args:
         spec: the recipe on one process, with endless data.
-        world_sizes: of the runs to come. Model and loss are the same for all; the optimizer updates a rank's share.
+        world_sizes: of the runs to come. The optimizer's part depends on them, model and loss do not.
         directory: of the file; None: NANOGPT_CACHE, else beside the runs.
-        fresh: replace a file that is there instead of completing it.
+        fresh: replace an existing file instead of completing it.
 
-    Returns what to tell: the cache's lines, start-up by phase, compilation by function. Raises `InputError` for a
-    recipe that is not compiled, world sizes that do not exist, and NANOGPT_CACHE=off.
+    Returns lines to print: the cache's, start-up by phase, compilation by function. Raises `InputError` for a
+    recipe that is not compiled, invalid world sizes, and NANOGPT_CACHE=off.
     """
     startup = StartUp()
     for size in world_sizes:
@@ -45,7 +45,7 @@ def warm_cache(spec: RunSpec, *, world_sizes: Sequence[int], directory: Path | N
         with startup.phase("device and process group"):
             world = stack.enter_context(join_world(spec))
         if not compiles(spec, world.device):
-            raise InputError(f"{spec.name}: runtime.compile is {spec.runtime.compile}: nothing of it is compiled here")
+            raise InputError(f"{spec.name}: runtime.compile is {spec.runtime.compile}: nothing is compiled here")
         with startup.phase("made-up tokens"):
             largest = max(stage.batch_tokens for stage in spec.training.all_stages)
             sizes = {"train_tokens": 20 * largest, "val_tokens": spec.evaluation.tokens + 1}

@@ -66,7 +66,7 @@ def test_a_recipe_for_four_is_warmed_up_for_four(
     ("arguments", "variable", "message"),
     [
         (("--world-size", 3), "", "--world-size: 3 does not fit; it can be 1, 2, 4, 8, and must divide"),
-        (("--set", "runtime.compile=off"), "", "runtime.compile is off: nothing of it is compiled here"),
+        (("--set", "runtime.compile=off"), "", "runtime.compile is off: nothing is compiled here"),
         ((), "off", "NANOGPT_CACHE: is off; name the directory of the cache file with --out"),
     ],
 )

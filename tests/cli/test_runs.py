@@ -177,7 +177,7 @@ def test_filters(nanogpt: Any, runs: Path, filters: list[str], expected: set[str
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--filter", "loss<3"), "--filter loss: no such column; there are name, "),
+        (("--filter", "loss<3"), "--filter loss: no such column; the columns are name, "),
         (("--filter", "val_loss"), "--filter val_loss: expected KEY=VALUE"),
         (("--filter", "val_loss<low"), "--filter val_loss<low: 'low' is not a number"),
         (("--filter", "created>soon"), "'soon' is not a date such as 2026-01-31"),

@@ -95,7 +95,7 @@ def test_of_two_that_resume_a_run_at_once_one_goes_on(data: Path, tmp_path: Path
             time.sleep(0.05)
         loser, winner = sorted(pair, key=lambda launched: launched.process.poll() is None)
         assert loser.end() == 2, loser.output
-        assert f"{run}: process {winner.ranks()[0]} on {os.uname().nodename} is still at it" in loser.output
+        assert f"{run}: process {winner.ranks()[0]} on {os.uname().nodename} is still writing it" in loser.output
         winner.wait_for("its start", lambda: read_run(run).starts == 2)
         os.kill(winner.process.pid, signal.SIGTERM)
         assert winner.end() == REQUEUE_EXIT_CODE, winner.output

@@ -106,7 +106,7 @@ def test_the_card_tells_what_the_record_knows(tmp_path: Path, monkeypatch: pytes
         'from_pretrained("lab/tiny")',
         "| recipe | tiny-gpt2, seed 0 |",
         "| steps | 9 of 9 |",
-        f"| validation loss | {result.final_val_loss:.4f} nats a token, step 9 over 256 tokens |",
+        f"| validation loss | {result.final_val_loss:.4f} nats per token, step 9 over 256 tokens |",
         "| hardware | 1 x cpu |",
         "| `model.width` | 768 | 32 |",
         "fineweb_train_000001.bin (sha256 ",
@@ -136,7 +136,7 @@ def test_what_cannot_be_exported(nanogpt: Callable[..., Any], run: Path, exporte
     other = untrained_run(tmp_path / "other", tiny_spec())
     windowed = gpt2_tokens_spec("gpt2", "model.context=64")
     for arguments, message in (
-        ((run, "--out", exported), "is there already; name another directory"),
+        ((run, "--out", exported), "already exists; name another directory"),
         ((other, "--out", tmp_path / "new"), "model.vocab_size is 64, GPT-2's tokenizer has 50,257"),
         (
             (untrained_run(tmp_path / "w", windowed), "--out", tmp_path / "new"),

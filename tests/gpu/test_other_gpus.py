@@ -26,7 +26,7 @@ L40S, MEMORY = (8, 9), 44_000_000_000
 
 @pytest.fixture
 def l40s(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """This GPU taken for one of sm_89 with 44 GB to spare."""
+    """This GPU treated as one of sm_89 with 44 GB to spare."""
     total = torch.cuda.get_device_properties(0).total_memory
     if total < MEMORY or torch.cuda.get_device_capability() < L40S:
         pytest.skip("needs a GPU of sm_89 or newer with 44 GB")

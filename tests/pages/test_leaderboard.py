@@ -68,7 +68,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda s: next(s.glob("records/*/*/*.txt")).write_text("x"),
         "is the log of none of its runs",
     ),
-    "not-fineweb": (lambda s: unhashed(first_run(s)), "run-0: validation shards is not known"),
+    "not-fineweb": (lambda s: unhashed(first_run(s)), "run-0: validation shards is unknown"),
     "steps-without-end": (lambda s: edit(s, "spec.yaml", "steps: 505", "steps: 4000000000000"), "runs/run-0/spec.yaml"),
     "a-list": (lambda s: (first_run(s) / "record.json").write_text("[" * 100_000), "record.json"),
     "one-run": (lambda s: [shutil.rmtree(s / "runs" / f"run-{i}") for i in range(1, 3)], "one run says nothing"),

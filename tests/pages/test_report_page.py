@@ -58,9 +58,9 @@ def test_one_run(runs, nanogpt, tmp_path):
         "93.00 s training time",
         "8 x NVIDIA H100 80GB HBM3",
         "12 / 12 rules passed; 0 failed, 0 unknown",
-        "one run says nothing of the spread",
+        "one run says nothing about the spread",
         "3 505 198,574,080 59.8",  # a stage
-        "files agree passed record, metrics, log and spec tell the same of 1,555 steps",
+        "files agree passed record, metrics, log and spec agree on 1,555 steps",
         "commit c0ffee0000",
         "torch 2.11.0",
         "lr_schedule:",  # of the recipe
@@ -86,7 +86,7 @@ def test_several_runs(runs, nanogpt, tmp_path):
     assert "run-2 3.2796 0.0004 below 3.28 95.00 61.1 1,555 2 finished" in page.text
     assert "other 3.2811 0.0011 above 3.28" in page.text
     assert "spec optimizer.normuon.lr 0.023 run-0, run-1, run-2 0.025 other" in page.text
-    assert "not shown yet: p = 0.068, p has to be < 0.01" in page.text  # of the three that belong together
+    assert "not shown yet: p = 0.068, p must be < 0.01" in page.text  # of the three that belong together
     figures = {figure["id"]: figure for figure in json.loads(page.figures)["figures"]}
     assert [line["y"][-1] for line in figures["difference"]["lines"]] == pytest.approx(
         [0, 0.001, 0.002, 0.0035], abs=1e-6

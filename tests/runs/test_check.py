@@ -58,7 +58,7 @@ OWN_SETTING = {"dynamo.recompile_limit": SettingChange(default="8", found="64")}
 @pytest.mark.parametrize(
     ("rule", "changes", "state", "evidence"),
     [
-        ("validation tokens", {"data__val_tokens": 1_048_576}, "failed", "1,048,576 validation tokens by the record"),
+        ("validation tokens", {"data__val_tokens": 1_048_576}, "failed", "1,048,576 validation tokens according to"),
         ("validation tokens", {"data": None}, "unknown", "does not say"),
         ("validation shards", {"data__val": []}, "unknown", "which shards"),
         ("compiler flags", {"compilation__settings": SETTING}, "failed", "inductor.coordinate_descent_tuning = True"),
@@ -71,12 +71,12 @@ OWN_SETTING = {"dynamo.recompile_limit": SettingChange(default="8", found="64")}
         ),
         ("compiler flags", {"compilation__environment": {"TORCHINDUCTOR_CACHE_DIR": "/tmp"}}, "passed", "defaults"),
         ("compiler flags", {"compilation": None}, "unknown", "how the run was compiled"),
-        ("timing", {"compilation__late_graphs": 2}, "failed", "2 graphs were compiled after the clock had started"),
+        ("timing", {"compilation__late_graphs": 2}, "failed", "2 graphs were compiled after the clock started"),
         (
             "timing",
             {"record_seconds": 92.0, "train_seconds": 92.0},
             "failed",
-            "93.000 s by log.txt, 92.000 s by record.json",
+            "93.000 s in log.txt, 92.000 s in record.json",
         ),
         (
             "timing",
@@ -86,9 +86,9 @@ OWN_SETTING = {"dynamo.recompile_limit": SettingChange(default="8", found="64")}
         ),
         ("timing", {"code__clean": None}, "unknown", "read its clock"),
         ("code", {"code__clean": False, "code__changed_files": ["a.py"]}, "failed", "with changes: a.py"),
-        ("code", {"code__clean": None}, "unknown", "whether clean is not known"),
-        ("code", {"code__clean": None, "code__commit": None}, "unknown", "no commit known"),
-        ("hardware", {"hardware__ranks": []}, "unknown", "on which devices"),
+        ("code", {"code__clean": None}, "unknown", "unknown whether clean"),
+        ("code", {"code__clean": None, "code__commit": None}, "unknown", "unknown commit"),
+        ("hardware", {"hardware__ranks": []}, "unknown", "which devices"),
     ],
 )
 def test_broken_rules(tmp_path, rule, changes, state, evidence):
@@ -128,7 +128,7 @@ def test_another_world_size(tmp_path):
 def test_one_device_for_two_ranks(tmp_path):
     run = made_run(tmp_path / "run")
     ranks = [rank.model_copy(update={"device_uuid": "GPU-0"}) for rank in loaded(run)[0].record.hardware.ranks]
-    assert "a device twice" in of(change_record(run, hardware__ranks=ranks), "hardware").evidence
+    assert "one device twice" in of(change_record(run, hardware__ranks=ranks), "hardware").evidence
 
 
 def test_a_resumed_time_is_no_record(tmp_path, nanogpt):
@@ -162,11 +162,11 @@ def changed(files, **changes):
         ({"sha256": "f" * 64}, "failed", "read with sha256 ffffffffffff, the data set's is "),
         ({"sha256": "f" * 64, "expected_sha256": None, "expected_from": None}, "failed", "the data set's is "),
         ({"also_read": ["e" * 64]}, "failed", ", and with eeeeeeeeeeee"),
-        ({"bytes": 1_001_024}, "failed", "1,001,024 bytes by the record, the data set's has 200,001,024"),
+        ({"bytes": 1_001_024}, "failed", "1,001,024 bytes in the record, the data set's has 200,001,024"),
         ({"sha256_from": "text.json"}, "failed", f"own text, not {REPOSITORY}: "),
         ({"expected_from": "text.json"}, "failed", f"own text, not {REPOSITORY}: "),
         ({"sha256": None}, "unknown", "its sha256 is not in the record"),
-        ({"sha256_from": "manifest.json"}, "unknown", "nobody hashed what was read"),
+        ({"sha256_from": "manifest.json"}, "unknown", "what was read was not hashed"),
         (
             {"expected_sha256": None, "expected_from": None, "sha256_from": "file"},
             "passed",
@@ -189,7 +189,7 @@ def test_shards_that_are_not_each_its_own(tmp_path):
     change_record(run, data__train=train[1:])
     assert "in another order than the data set's: fineweb_train_000002.bin" in of(run, "training shards").evidence
     change_record(run, data__train=train[:4])
-    assert "400,000,000 tokens in 4 shards, the run took 412,876,800" in of(run, "training shards").evidence
+    assert "400,000,000 tokens in 4 shards, but the run took 412,876,800" in of(run, "training shards").evidence
     change_record(run, data__train=[*train[:4], train[3]])
     assert "the same name more than once: fineweb_train_000004.bin" in of(run, "training shards").evidence
     # Shards that are not pinned, as their first download had them.
@@ -212,15 +212,15 @@ def test_shards_that_are_not_pinned(tmp_path):
         file.expected_from = file.expected_sha256 = None
     directory.mkdir()
     change_record(run, data__directory=str(directory), data__train=files)
-    assert "aaaaaaaaaaaa, for which no manifest" in of(run, "training shards").evidence
+    assert "aaaaaaaaaaaa, which no manifest" in of(run, "training shards").evidence
     entry = {"sha256": "a" * 64, "bytes": 200_001_024, "tokens": 1, "mtime_ns": 1, "revision": "abc123"}
     manifest = {"repository": REPOSITORY, "shards": {names[-1]: entry}}
-    for endpoint, whose in ((None, "an address that nobody noted"), ("http://mirror:1", "http://mirror:1")):
+    for endpoint, whose in ((None, "an unknown address"), ("http://mirror:1", "http://mirror:1")):
         entry["endpoint"] = endpoint
         (directory / "manifest.json").write_text(json.dumps(manifest))
         found = of(run, "training shards")
         assert found.state == "unknown"
-        assert f"{names[-1]}: sha256 aaaaaaaaaaaa, by the word of {whose} alone" in found.evidence
+        assert f"{names[-1]}: sha256 aaaaaaaaaaaa, announced by {whose} alone" in found.evidence
     entry["endpoint"] = official.HUB
     (directory / "manifest.json").write_text(json.dumps(manifest))
     assert of(run, "training shards").evidence.startswith(
@@ -229,7 +229,7 @@ def test_shards_that_are_not_pinned(tmp_path):
     )
     entry["sha256"] = "b" * 64
     (directory / "manifest.json").write_text(json.dumps(manifest))
-    assert "read with sha256 aaaaaaaaaaaa, the manifest has bbbbbbbbbbbb by now" in of(run, "training shards").evidence
+    assert "read with sha256 aaaaaaaaaaaa, the manifest now has bbbbbbbbbbbb" in of(run, "training shards").evidence
     (directory / "manifest.json").write_text(json.dumps({**manifest, "repository": "someone/else"}))
     assert of(run, "training shards").state == "failed"
 
@@ -246,7 +246,7 @@ def test_an_edited_log_or_clock_is_seen(tmp_path):
     run = made_run(tmp_path / "run")
     log = run / "log.txt"
     log.write_text(log.read_text().replace("val_loss:3.2776", "val_loss:3.2576"))
-    assert "validation loss 3.2576 by log.txt, 3.2776 by metrics.jsonl" in of(run, "timing").evidence
+    assert "validation loss 3.2576 in log.txt, 3.2776 in metrics.jsonl" in of(run, "timing").evidence
     back = made_run(tmp_path / "back")
     lines = (back / "metrics.jsonl").read_text().splitlines(keepends=True)
     lines[100] = lines[100].replace('"train_time_ms": ', '"train_time_ms": 9')

@@ -94,7 +94,7 @@ def test_of_several_at_once_one_gets_it_and_of_those_after_its_death_one(claimer
         answers = [claimer.answer() for claimer in claimers]
         assert sorted(answer == "won" for answer in answers) == [False] * (len(claimers) - 1) + [True], answers
         winner = claimers[answers.index("won")]
-        told = f"process {winner.process.pid} on {os.uname().nodename} is still at it; two at once would spoil"
+        told = f"process {winner.process.pid} on {os.uname().nodename} is still writing it, and two would corrupt"
         assert all(told in answer for answer in answers if answer != "won"), answers
         run = Path(winner.process.args[3])  # type: ignore[index, arg-type]
         winner.process.send_signal(signal.SIGKILL)
@@ -111,7 +111,7 @@ def test_what_is_released_can_be_had_and_a_second_claim_of_a_process_is_part_of_
         with RunClaim(tmp_path):
             pass
         other.go_on()
-        assert "is still at it" in other.answer()  # the inner one has released nothing
+        assert "is still writing it" in other.answer()  # the inner one has released nothing
     with RunClaim(tmp_path):
         pass
     other.process.communicate()
@@ -133,14 +133,14 @@ def test_one_elsewhere_that_gives_signs_of_life_is_left_alone(
 
     thread = threading.Thread(target=beat)
     thread.start()
-    who = "process 77 on node7" if written else "a process that has not said who it is"
+    who = "process 77 on node7" if written else "an unknown process"
     try:
-        with pytest.raises(InputError, match=f"{who} is still at it"), RunClaim(tmp_path):
+        with pytest.raises(InputError, match=f"{who} is still writing it"), RunClaim(tmp_path):
             pass
     finally:
         over.set()
         thread.join()
-    assert f"{who} has it, or had it, and cannot be asked from here" in capsys.readouterr().err
+    assert f"{who} holds or held it, and cannot be asked from here" in capsys.readouterr().err
 
 
 def test_one_elsewhere_that_gives_none_is_taken_over_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +194,7 @@ def test_a_holder_that_comes_back_too_late_ends(tmp_path: Path) -> None:
     assert late.answer() == "won"
     elsewhere(tmp_path, number=2)
     assert late.process.wait(60) == 1
-    assert "process 77 on node7 has taken the run over" in late.process.communicate()[1]
+    assert "process 77 on node7 took the run over" in late.process.communicate()[1]
 
 
 def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,6 +205,6 @@ def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     other = Claimer(tmp_path).ready()
     with RunClaim(tmp_path):
         other.go_on()
-        assert "is still at it" in other.answer()
+        assert "is still writing it" in other.answer()
     other.process.communicate()
     assert [path.name for path in (tmp_path / CLAIMS_NAME).iterdir()] == ["000001.json"]

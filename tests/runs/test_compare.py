@@ -54,7 +54,7 @@ def test_equal_runs_and_too_few(tmp_path, nanogpt):
     run = made_run(tmp_path / "run")
     assert "No difference in spec, code, hardware or data." in nanogpt("compare", run, made_run(tmp_path / "b")).out
     refused = nanogpt("compare", run, run)
-    assert (refused.code, refused.err) == (2, "compare: needs 2 different runs at least, found 1\n")
+    assert (refused.code, refused.err) == (2, "compare: needs at least 2 different runs, found 1\n")
     (run / "record.json").write_text("{")
     shown = nanogpt("compare", run, tmp_path / "b")
     assert shown.code == 0 and "continuing without the record" in shown.err

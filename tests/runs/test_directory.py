@@ -62,7 +62,7 @@ def test_create_below_a_file_names_the_way_out(tmp_path, below):
 
 
 def test_create_where_nobody_may_write():
-    with pytest.raises(InputError, match=r"/proc/runs: no run directory can be made here.*--out DIR"):
+    with pytest.raises(InputError, match=r"/proc/runs: no run directory can be created here.*--out DIR"):
         RunDirectory.create(Path("/proc/runs"), SPEC)
 
 

@@ -52,7 +52,7 @@ def test_svg_says_what_it_shows_and_is_the_same_each_time(tmp_path):
     plot_loss({"demo_$x$": run()}, tmp_path / "one.svg", [Reference(6.5, "unigram")])
     plot_loss({"demo_$x$": run()}, tmp_path / "two.SVG", [Reference(6.5, "unigram")])
     texts = svg_text(tmp_path / "one.svg")
-    for text in ("step", "training time (seconds)", "validation loss (nats a token)", "unigram 6.5", "4.0458"):
+    for text in ("step", "training time (seconds)", "validation loss (nats per token)", "unigram 6.5", "4.0458"):
         assert text in texts
     assert {"training loss, smoothed", "(multi-token weights)"} & set(texts)
     assert {"stage 1", "2"} <= set(texts)
@@ -131,9 +131,9 @@ def test_a_run_that_has_just_begun(tmp_path, kind):
 
 
 def test_errors_name_the_file_and_the_way_out(tmp_path):
-    with pytest.raises(InputError, match=r"loss\.jpg: a plot is written as \.png or \.svg, found suffix '\.jpg'"):
+    with pytest.raises(InputError, match=r"loss\.jpg: plots are written as \.png or \.svg, found suffix '\.jpg'"):
         plot_loss({"demo": run()}, tmp_path / "loss.jpg")
-    with pytest.raises(InputError, match="no loss is recorded yet in empty"):
+    with pytest.raises(InputError, match="no loss has been recorded yet in empty"):
         plot_loss({"empty": run_metrics([])}, tmp_path / "loss.png")
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"loss\.png: the plot cannot be written: .*--out"):

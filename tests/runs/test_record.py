@@ -540,10 +540,10 @@ def test_why_validation_is_refused(tmp_path: Path) -> None:
     shard = DataFile(name="val.bin", bytes=1, sha256="a" * 64, expected_sha256="a" * 64, expected_from="text.json")
     assert refusal(tmp_path, [shard], "c" * 64, ["c" * 64] * 2) is None
     other = refusal(tmp_path, [shard], "c" * 64, ["c" * 64, "c" * 64, "d" * 64])
-    assert other and "the validation tokens that rank 2 read are not those of the files that rank 0 sees" in other
+    assert other and "the validation tokens that rank 2 read are not those in rank 0's files" in other
     shard.sha256 = "b" * 64
     changed = refusal(tmp_path, [shard], "c" * 64, ["c" * 64])
-    assert changed and "text.json has aaaaaaaaaaaa. Losses on it could not be compared: make it again" in changed
+    assert changed and "text.json has aaaaaaaaaaaa. Losses on it cannot be compared: make it again" in changed
     shard.sha256, shard.also_read = "a" * 64, ["e" * 64]
     assert shard.contradiction == "val.bin: read with sha256 aaaaaaaaaaaa, and with eeeeeeeeeeee"
 

@@ -70,8 +70,8 @@ def test_what_ships():
     ("step", "loss", "inside", "warning"),
     [
         (500, 4.2279, True, None),
-        (500, 4.284, False, "warning: 0.06 above record 67 at step 500, outside the band of 0.025: stop and look"),
-        (500, 4.164, False, "warning: 0.06 below record 67 at step 500, outside the band of 0.025: stop and look"),
+        (500, 4.284, False, "warning: 0.06 above record 67 at step 500, outside the band of 0.025: stop and check"),
+        (500, 4.164, False, "warning: 0.06 below record 67 at step 500, outside the band of 0.025: stop and check"),
         (0, 10.8258, True, None),
         (250, 4.602, True, None),
         (250, 4.604, False, "warning: 0.036 above record 67 at step 250, outside the band of 0.035"),
@@ -182,7 +182,7 @@ def test_a_run_that_leaves_the_band_warns_in_log_metrics_and_terminal(tmp_path, 
     capsys.readouterr()
     train(spec.model_copy(update={"name": "second"}), data, tmp_path / "second")
     log = (tmp_path / "second" / "log.txt").read_text()
-    warning = "warning: 0.5 above the first at step 5, outside the band of 0.14: stop and look"
+    warning = "warning: 0.5 above the first at step 5, outside the band of 0.14: stop and check"
     shown = capsys.readouterr().err
     for text in (log, shown):
         lines = text.splitlines()

@@ -53,14 +53,14 @@ def test_more_runs_are_the_fewest_that_are_enough():
     assert p_value(repeated(found.mean, found.sd, total), 3.28) < 0.01
     assert p_value(repeated(found.mean, found.sd, total - 1), 3.28) > 0.01
     assert found.verdict() == (
-        f"not shown yet: p = 0.042, p has to be < 0.01: about {found.more_runs} more runs at this mean and spread"
+        f"not shown yet: p = 0.042, p must be < 0.01: about {found.more_runs} more runs at this mean and spread"
     )
 
 
 def test_no_number_of_runs_helps_a_mean_that_is_not_below():
     found = significance([3.281, 3.282, 3.2805])
     assert found.p > 0.5 and found.more_runs is None
-    assert "more runs of this do not help" in found.verdict()
+    assert "more such runs do not help" in found.verdict()
     barely = significance([3.27999, 3.28000999, 3.27, 3.29])
     assert barely.more_runs is None and "more than 10,000 runs" in barely.verdict()
 
@@ -68,7 +68,7 @@ def test_no_number_of_runs_helps_a_mean_that_is_not_below():
 def test_one_run_and_equal_runs():
     one = significance([3.27])
     assert (one.p, one.sd, one.significant) == (None, None, False)
-    assert "one run says nothing of the spread" in one.verdict()
+    assert "one run says nothing about the spread" in one.verdict()
     assert significance([3.27, 3.27]).significant
     assert not significance([3.28, 3.28]).significant
     assert significance([3.29, 3.29]).p == 1.0

@@ -68,12 +68,14 @@ def test_check(runs, nanogpt):
     for rule in ("finished", "compiler flags", "hardware", "no interruption"):
         assert checks[rule]["state"] == "passed", checks[rule]
     assert checks["timing"]["state"] == "passed", checks["timing"]
-    assert checks["validation tokens"]["evidence"] == "256 validation tokens by the record, official are 10,485,760"
+    assert checks["validation tokens"]["evidence"] == (
+        "256 validation tokens according to the record, the official number is 10,485,760"
+    )
     assert checks["target"]["state"] == "failed"
     assert checks["files agree"] == {
         "rule": "files agree",
         "state": "passed",
-        "evidence": "record, metrics, log and spec tell the same of 12 steps and 4 evaluations",
+        "evidence": "record, metrics, log and spec agree on 12 steps and 4 evaluations",
     }
     # Shards of nobody's: hashed, and no manifest vouches for them.
     assert checks["validation shards"]["state"] in ("failed", "unknown")

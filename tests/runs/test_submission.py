@@ -145,7 +145,7 @@ def test_a_target_of_ones_own_does_not_count(tmp_path, nanogpt):
 
 def test_one_run_is_no_record(tmp_path, nanogpt, runs):
     refused = submit(nanogpt, runs[:1], tmp_path / "out")
-    assert refused.code == 2 and "one run says nothing of the spread" in refused.err
+    assert refused.code == 2 and "one run says nothing about the spread" in refused.err
     above = made_run(tmp_path / "above", 3.2804)
     assert "above: target: validation loss 3.28040 is above 3.28" in submit(nanogpt, [above], tmp_path / "out").err
     assert submit(nanogpt, runs[:1], tmp_path / "out", "--unofficial").code == 0
@@ -160,7 +160,7 @@ def test_notes_tell_what_was_changed_and_what_is_not_known(tmp_path, nanogpt):
         runs.append(change_record(run, code__clean=None))
     done = submit(nanogpt, runs, tmp_path / "out")
     assert done.code == 0
-    assert "Caveat: run-0: code is not known: commit c0ffee000000, whether clean is not known" in done.err
+    assert "Caveat: run-0: code is unknown: commit c0ffee000000, unknown whether clean" in done.err
     text = (tmp_path / "out" / "submission.md").read_text()
     assert "  - `model.softcap.cap`: 23.0 -> 24.0" in text
     assert "- Caveat: several runs have seed 0; they differ by rounding alone" in text
@@ -177,7 +177,7 @@ def test_inputs(tmp_path, nanogpt, runs):
     out.mkdir()
     (out / "mine").write_text("")
     refused = submit(nanogpt, runs, out)
-    assert refused.code == 2 and "out: is there already; name another directory with --out" in refused.err
+    assert refused.code == 2 and "out: already exists; name another directory with --out" in refused.err
     assert [path.name for path in out.iterdir()] == ["mine"]
     bad = submit(nanogpt, runs, tmp_path / "new", "--log-url", "log.txt")
     assert bad.code == 2 and "--log-url: found 'log.txt'" in bad.err
@@ -215,7 +215,7 @@ def test_what_is_not_known_of_the_data_is_no_record(tmp_path, nanogpt, runs):
     data = loaded(runs[2])[0].record.data
     change_record(runs[2], data__val=[data.val[0].model_copy(update={"sha256": None})])
     refused = submit(nanogpt, runs, tmp_path / "out")
-    assert "run-2: validation shards is not known: fineweb_val_000000.bin: its sha256 is not in the" in refused.err
+    assert "run-2: validation shards is unknown: fineweb_val_000000.bin: its sha256 is not in the" in refused.err
 
 
 def test_copied_runs_are_no_record(tmp_path, nanogpt, runs):

@@ -133,7 +133,7 @@ def test_a_tracker_that_fails_does_not_end_the_run(kept, capsys):
         kept.metric({"kind": "evaluation", "step": step, "val_loss": 3.25})
     kept.close()
     assert capsys.readouterr().err == (
-        "output.tracker: wandb failed: disk full. The run continues without it; metrics.jsonl has it all\n"
+        "output.tracker: wandb failed: disk full. The run continues without it; metrics.jsonl has all\n"
     )
 
 

@@ -83,7 +83,7 @@ def test_what_is_said_is_not_asked_for(nvml: MadeNvml) -> None:
 
 def test_a_type_that_is_not_known_says_how_to_go_on(nvml: MadeNvml) -> None:
     nvml.show("NVIDIA L4", "NVIDIA L4")
-    with pytest.raises(InputError, match=r"NVIDIA L4 is not one of .*known: .*, l40s.*--set hardware\.gpu=l40s"):
+    with pytest.raises(InputError, match=r"NVIDIA L4 is not one of .*types: .*, l40s.*--set hardware\.gpu=l40s"):
         filled(at_hand({}))
     nvml.show(H200, "NVIDIA A100-SXM4-80GB")
     with pytest.raises(InputError, match=r"several types: NVIDIA H200, NVIDIA A100-SXM4-80GB.*--on 1xh100"):

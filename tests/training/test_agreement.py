@@ -111,4 +111,4 @@ def test_gpus_of_different_kinds() -> None:
     close = unlike_devices(ranks("NVIDIA H200", "NVIDIA H100 80GB HBM3"))  # the same arithmetic, slower memory
     assert close and "the slowest, NVIDIA H100 80GB HBM3" in close
     unknown = unlike_devices(ranks("NVIDIA H200", "Someone's X1"))
-    assert unknown and "How fast Someone's X1 is, is not known" in unknown
+    assert unknown and "The speed of Someone's X1 is unknown" in unknown

@@ -447,7 +447,7 @@ def test_a_run_that_is_told_so_goes_on_without_a_checkpoint(data: Path, tmp_path
     words = "step:6/12 no checkpoint: "
     for text in (done.stderr, (path / "log.txt").read_text()):
         assert text.count(words) == 1
-        assert "could not be written: File too large. Earlier checkpoints are whole" in text.partition(words)[2]
+        assert "could not be written: File too large. Earlier checkpoints are intact" in text.partition(words)[2]
     (failure,) = (r for r in read_metrics(path / "metrics.jsonl") if r["kind"] == "checkpoint_failure")
     assert failure["step"] == 6
     assert read_run(path).state == "finished"

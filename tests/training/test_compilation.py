@@ -71,9 +71,7 @@ def test_a_graph_compiled_inside_the_clock_is_counted_and_explained(
     monkeypatch.setattr(Schedule, "warmup_steps", lambda self: [0, 1, 2])  # no stage but the first
     assert train(SPEC, data, tmp_path / "run").late_graphs == 3  # two sizes, and Adam on the embedding once it is split
     log = (tmp_path / "run/log.txt").read_text()
-    lines = [
-        line for line in log.splitlines() if line.startswith("recompiled after the clock had started: training_loss")
-    ]
+    lines = [line for line in log.splitlines() if line.startswith("recompiled after the clock started: training_loss")]
     assert len(lines) == 2 and all("size mismatch" in line for line in lines)
     record = read_record(tmp_path / "run")
     assert record.compilation is not None and record.compilation.late_graphs == 3

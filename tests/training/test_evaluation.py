@@ -185,7 +185,7 @@ def test_fewer_tokens_are_the_first_ones(runs: dict[str, Path], data: Path) -> N
     ("step", "windows", "no_record"),
     [
         (5, (12, 24), ""),
-        (10, (16, 36), "its validation of step 10 has the next stage's windows, which the checkpoint has not"),
+        (10, (16, 36), "its validation of step 10 used the next stage's windows, not the checkpoint's"),
         (12, (16, 64), ""),
     ],
 )
@@ -224,7 +224,7 @@ def test_what_the_run_did_not_record(runs: dict[str, Path], data: Path, tmp_path
 
     other = shutil.copytree(data, tmp_path / "other")
     write_tokens(other / val_name(), language(600, 77))
-    assert no_record(runs["speedrun"], other) == "its record is of other validation tokens"
+    assert no_record(runs["speedrun"], other) == "its record is for other validation tokens"
 
     path = shutil.copytree(runs["speedrun"], tmp_path / "run")
     lines = (path / "metrics.jsonl").read_text().splitlines()
@@ -318,7 +318,7 @@ def made_evaluation(*losses: list[float]) -> Evaluation:
 
 def test_the_standard_error_by_hand() -> None:
     sizes = np.array([2, 1, 1])
-    # 12 nats of 4 tokens; the documents are 0, -1 and +1 off what their lengths at 3 nats a token come to.
+    # 12 nats of 4 tokens; the documents are 0, -1 and +1 off what their lengths at 3 nats per token come to.
     found = mean_over_documents(np.array([6.0, 2.0, 4.0]), sizes)
     assert found.value == 3.0 and found.standard_error == pytest.approx(math.sqrt(3 / 2 * (0 + 1 + 1)) / 4)
     # Lengths do not matter where all tokens have one loss.
@@ -336,7 +336,7 @@ def test_the_standard_error_of_a_difference_by_hand() -> None:
 
 def test_the_table_of_one_run() -> None:
     assert as_lines(made_evaluation([6.0, 2.0, 4.0]), 2) == [
-        "4 validation tokens, 3 documents. Losses in nats a token",
+        "4 validation tokens, 3 documents. Losses in nats per token",
         "",
         "| run | step | loss | standard error | recorded by the run | loss - recorded |",
         "| --- | --- | --- | --- | --- | --- |",

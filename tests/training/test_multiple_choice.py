@@ -59,7 +59,7 @@ def test_a_file_with_plain_contexts(tmp_path: Path) -> None:
         ('{"ctx": "a", "endings": ["b", "c"], "label": "x"}', r"items.jsonl:1: invalid literal"),
         ('{"ctx": 3, "endings": ["b", "c"], "label": 1}', r"items.jsonl:1: .*expected"),
         ("[]", r"items.jsonl:1: .*expected"),
-        ("\n", r"items.jsonl: holds no items"),
+        ("\n", r"items.jsonl: no items"),
     ],
 )
 def test_what_is_no_item(tmp_path: Path, text: str, message: str) -> None:

@@ -395,7 +395,7 @@ def test_parameters_that_are_not_finite_are_not_saved(
             self.parameters["mlp"].data[0, 0, 0, 0] = math.inf
 
     monkeypatch.setattr(NorMuonAdam, "step", poisoned)
-    with pytest.raises(RunError, match="step 6: mlp not finite any more"):
+    with pytest.raises(RunError, match="step 6: mlp no longer finite"):
         train(tiny_spec("checkpoint={every: 2, keep: 1}"), data, tmp_path / "run")
     assert [file.name for file in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000004.pt"]
 
