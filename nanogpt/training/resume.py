@@ -72,5 +72,5 @@ def check_checkpoints(run: RunDirectory, spec: RunSpec) -> None:
 
 def _refuse(run: RunDirectory, differences: Sequence[tuple[Any, ...]], source: str, way_out: str) -> None:
     if differences:
-        lines = [f"  {key}: {there} in the run, {here} in {source}" for key, there, here in differences]
+        lines = [f"  {key}: {there} in the run, {here} by {source}" for key, there, here in differences]
         raise InputError("\n".join([f"{run.spec_path}: cannot continue as another run; {way_out}:", *lines]))

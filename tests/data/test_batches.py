@@ -535,7 +535,7 @@ def test_a_position_in_other_data_is_refused() -> None:
         assert state["shard"] == 1
         with ranks(files[:1], 1) as (other,), pytest.raises(InputError, match=r"shard 1 .*000002.*1 shard in"):
             other.load_state_dict(state)
-        with pytest.raises(InputError, match="not one of TrainBatches"):
+        with pytest.raises(InputError, match="not from TrainBatches"):
             loader.load_state_dict({"shard": 0})
         loader.load_state_dict({**state, "document": 31})
         with pytest.raises(InputError, match=r"000002.bin: the saved data position is document 31, the shard has 30"):

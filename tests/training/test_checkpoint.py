@@ -312,7 +312,7 @@ def test_a_checkpoint_of_another_seed_is_refused(nanogpt: Any, data: Path, tmp_p
 def test_a_checkpoint_of_another_step_than_its_name_says_is_refused(tmp_path: Path) -> None:
     file = save_checkpoint(tmp_path, 3, SMALL, keep=5)
     file.rename(tmp_path / "step-000006.pt")
-    with pytest.raises(InputError, match=r"step-000006.pt: is the checkpoint after step 3, .* \(step-000003.pt\)"):
+    with pytest.raises(InputError, match=r"step-000006.pt: is the checkpoint after step 3, .* step-000003.pt"):
         load_newest_checkpoint(tmp_path)
 
 

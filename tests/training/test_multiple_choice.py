@@ -155,7 +155,7 @@ def test_what_is_refused(nanogpt: Callable[..., Any], runs: dict[str, Path], tmp
         ((run, "--items", items), "are for --task, which is not given"),
         ((run, "--no-bos"), "are for --task, which is not given"),
         ((run, "--task", "hellaswag", "--items", items, "--tokens", 64), "are for validation losses"),
-        ((other, "--task", "hellaswag", "--items", items), "by a model of GPT-2's 50,257 tokens alone"),
+        ((other, "--task", "hellaswag", "--items", items), "only models with GPT-2's 50,257 tokens can score texts"),
     ):
         outcome = nanogpt("evaluate", *arguments)
         assert (outcome.code, outcome.out) == (2, "")
