@@ -1,22 +1,22 @@
-# Everything below happens in a virtual environment of the checkout's own; nothing outside is touched.
-#   make PYTHON=python3.12 demo      another Python (3.11 or newer; after `make clean`)
-#   make VENV=/scratch/me/venv test  another place for the environment
+# Everything below happens in the checkout's own virtual environment; nothing outside is touched.
+#   make PYTHON=python3.12 demo      with another Python (3.11 or newer; after `make clean`)
+#   make VENV=/scratch/me/venv test  with the environment elsewhere
 #   make test PYTEST_ARGS="-x -k adam"
-#   make sif BASE=tree OUT=/scratch/me/nanogpt.sif    what else there is: docs/container.md
+#   make sif BASE=tree OUT=/scratch/me/nanogpt.sif    see docs/container.md
 
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 .DEFAULT_GOAL := help
 
-# The image. FLAVOUR cuda or cpu; BASE tree, a directory, an image or a registry's name (default: Debian from a registry).
+# The image. FLAVOUR: cuda or cpu; BASE: tree, a directory, an image or a name in a registry (default: Debian from a registry).
 FLAVOUR ?= cuda
 BASE ?=
 WHEELS ?=
 CACHE ?=
 KERNELS ?= all
 COMPRESSION ?=
-# Where a site has a file (see slurm/sites/example.sh), recipes run in a shell that has sourced it.
+# If the site has a file (see slurm/sites/example.sh), recipes run in a shell that sources it.
 ifneq ($(NANOGPT_SITE)$(wildcard slurm/site.sh),)
 SHELL := slurm/use_site.sh
 SITE_SIF := $(shell printf %s "$$NANOGPT_SIF")
@@ -27,7 +27,7 @@ SIF ?= $(OUT)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
-# Stamps: newer than pyproject.toml when what it asks for is installed.
+# Stamps, newer than pyproject.toml once its packages are installed.
 DEMO_READY := $(READY)/demo
 TEST_READY := $(READY)/test
 TRITON := $(READY)/triton
@@ -41,8 +41,8 @@ help: ## This list
 demo: $(DEMO_READY) ## Train a small model on the embedded prose, in minutes, without a GPU
 	@$(BIN)/nanogpt demo
 
-# One process more than there are cores: some tests wait for processes of their own. PYTEST_ARGS="-n 0" has none.
-test: $(TEST_READY) $(TRITON)/.ready ## Run the tests (PYTEST_ARGS="-k adam" to pass arguments on)
+# One process more than cores, since some tests wait for their own processes. PYTEST_ARGS="-n 0": in this one.
+test: $(TEST_READY) $(TRITON)/.ready ## Run the tests (PYTEST_ARGS="-k adam" passes arguments on)
 	@$(BIN)/python -m pytest -n "$$($(BIN)/python -c 'import os; print(len(os.sched_getaffinity(0)) + 1)')" $(PYTEST_ARGS)
 
 lint: $(TEST_READY) ## Check style, types, shell scripts, workflows and spelling
@@ -54,51 +54,51 @@ lint: $(TEST_READY) ## Check style, types, shell scripts, workflows and spelling
 	@files=$$(git -c safe.directory='*' ls-files) && echo "$(BIN)/codespell, on all tracked files" && $(BIN)/codespell $$files
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
-mutations: $(TEST_READY) ## Break each mechanism on purpose and see that a test notices; some 10 CPU minutes
+mutations: $(TEST_READY) ## Break each mechanism on purpose and check that a test notices; some 10 CPU minutes
 	$(BIN)/python tests/mutations/run.py
 
-bench-cli: $(TEST_READY) ## Time the start of everyday commands, as ratios to that of Python
+bench-cli: $(TEST_READY) ## Time the start of everyday commands, relative to Python's
 	@$(BIN)/python tests/cli/bench_cli.py
 
 format: $(TEST_READY) ## Format the code and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-schema: $(DEMO_READY) ## Write recipes/schema.json again, after a change of nanogpt/spec.py
+schema: $(DEMO_READY) ## Regenerate recipes/schema.json after a change of nanogpt/spec.py
 	$(BIN)/nanogpt schema > recipes/schema.json.new && mv recipes/schema.json.new recipes/schema.json
 
-# Needs Python and Apptainer alone, no virtual environment: it is typed on login nodes.
+# Needs only Python and Apptainer, no virtual environment: it runs on login nodes.
 sif: need-python ## Build the image, nanogpt.sif (FLAVOUR=cpu, BASE=tree, OUT=FILE, WHEELS=DIR, COMPRESSION=gzip, CACHE=FILE)
 	@$(PYTHON) -m nanogpt.image.build --flavour '$(FLAVOUR)' --base '$(BASE)' --wheels '$(WHEELS)' \
 	  --kernels '$(KERNELS)' --compression='$(COMPRESSION)' --cache '$(CACHE)' --out '$(OUT)'
 
-sif-diff: need-python ## What differs in two images or directories: make sif-diff A=old.sif B=new.sif
+sif-diff: need-python ## Compare two images or directories: make sif-diff A=old.sif B=new.sif
 	@$(PYTHON) -m nanogpt.image.tree '$(A)' '$(B)'
 
-lock: $(DEMO_READY) ## Write containers/*.lock again, after a change of pyproject.toml or containers/*.in
+lock: $(DEMO_READY) ## Regenerate containers/*.lock after a change of pyproject.toml or containers/*.in
 	@$(PIP) install --quiet uv
 	@$(BIN)/python containers/lock.py --uv $(BIN)/uv
 
 sign: ## Sign the image with your key (apptainer key newpair makes one), or with KEY=PRIVATE.pem
 	apptainer sign $(if $(KEY),--key '$(KEY)') '$(SIF)'
 
-verify: ## Check the image's signature, by your keyring or KEY=PUBLIC.pem
+verify: ## Check the image's signature with your keyring or KEY=PUBLIC.pem
 	apptainer verify $(if $(KEY),--key '$(KEY)') '$(SIF)'
 
-push: ## Put the image into a registry: TO=oras://REGISTRY/NAME:TAG
+push: ## Upload the image to a registry: TO=oras://REGISTRY/NAME:TAG
 	@$(if $(KEY),NANOGPT_SIF_KEY='$(KEY)') containers/push.sh '$(SIF)' '$(TO)'
 
-pull: ## Fetch an image that is built: FROM=oras://REGISTRY/NAME:TAG, KEY=PUBLIC.pem, SHA256=HEX
+pull: ## Download an image: FROM=oras://REGISTRY/NAME:TAG, KEY=PUBLIC.pem, SHA256=HEX
 	@$(if $(KEY),NANOGPT_SIF_KEY='$(KEY)') $(if $(SHA256),NANOGPT_SIF_SHA256='$(SHA256)') \
 	  containers/pull.sh '$(FROM)' '$(OUT)'
 
-shell: ## A shell in the image that runs this checkout's code
+shell: ## Open a shell in the image that runs this checkout's code
 	@test -e '$(SIF)' || { echo "make: there is no $(SIF); make sif builds it, make pull fetches one, SIF=FILE names another" >&2; exit 2; }
 	@echo "In the image, running the code of $(CURDIR); leave with exit" >&2
 	@NANOGPT_SRC='$(CURDIR)' apptainer shell $$(test -e /dev/nvidiactl && echo --nv) --bind '$(CURDIR)' '$(SIF)'
 
-# Three at a time, even on two cores: much of it is waiting. Each file's tests stay in their order.
-test-cluster: $(TEST_READY) ## Run the tests with real Apptainer and Slurm (tests/cluster/setup-*.sh install those)
+# Three at a time, even on two cores: much of it is waiting. The tests of a file stay in order.
+test-cluster: $(TEST_READY) ## Run the tests with real Apptainer and Slurm (tests/cluster/setup-*.sh install them)
 	@$(BIN)/python -m pytest tests/cluster -n 3 --dist loadfile --durations=12 $(PYTEST_ARGS)
 
 test-export: $(TRANSFORMERS)/.ready ## Load exports with Hugging Face transformers, and measure them with lm-eval

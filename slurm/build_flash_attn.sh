@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# FlashAttention from source, inside the image, on a CPU node or here and now without sbatch:
+# Builds FlashAttention from source inside the image, on a CPU node, or here without sbatch:
 #
-#   sbatch slurm/build_flash_attn.sh SOURCE --out DIR     as build-flash-attn; then export NANOGPT_FLASH_ATTN=DIR
+#   sbatch slurm/build_flash_attn.sh SOURCE --out DIR     like build-flash-attn; then export NANOGPT_FLASH_ATTN=DIR
 #SBATCH --job-name=nanogpt-flash-attn
 #SBATCH --nodes=1
 #SBATCH --ntasks=1

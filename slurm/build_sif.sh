@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The image, built in a job, where login nodes are no place for that, or here and now without sbatch:
+# Builds the image in a job, if login nodes are not for that, or here without sbatch:
 #
-#   sbatch slurm/build_sif.sh [FLAVOUR=cpu] [BASE=tree] [OUT=FILE] ...      as make sif; docs/container.md
+#   sbatch slurm/build_sif.sh [FLAVOUR=cpu] [BASE=tree] [OUT=FILE] ...      like make sif; docs/container.md
 #
-# It is built on the node's own disk, in $TMPDIR or /tmp, unless APPTAINER_TMPDIR says elsewhere: 14 GB for a while.
+# It is built on the node's own disk, in $TMPDIR or /tmp unless APPTAINER_TMPDIR names another place; this takes 14 GB.
 #SBATCH --job-name=nanogpt-sif
 #SBATCH --nodes=1
 #SBATCH --ntasks=1

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Whether an image is the one that is meant: slurm/check_image.sh FILE. It is looked at from outside, before anything
-# of it runs. Nothing is checked unless a variable asks for it; what is refused ends with exit code 2.
+# Checks that an image is the intended one: slurm/check_image.sh FILE. It is checked from outside, before anything
+# in it runs. Nothing is checked unless a variable asks for it; a refusal ends with exit code 2.
 #
 #   NANOGPT_SIF_SHA256=HEX   the file's sha256
-#   NANOGPT_SIF_KEY=FILE     it is signed with the key of this public key file (PEM), or, where the value is keyring,
-#                            with one of your Apptainer keyring (apptainer key import FILE)
+#   NANOGPT_SIF_KEY=FILE     it is signed with the key in this public key file (PEM), or, if the value is keyring,
+#                            with a key in your Apptainer keyring (apptainer key import FILE)
 set -euo pipefail
 sif=$1
 

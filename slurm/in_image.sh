@@ -2,13 +2,13 @@
 # Runs a command inside the image: slurm/in_image.sh COMMAND [ARGUMENT]...
 #
 #   NANOGPT_SIF=FILE   the image (default: nanogpt.sif here, or beside the project's folder slurm/)
-#   NANOGPT_SITE=FILE  is sourced first, for what a site needs: module load apptainer, export HTTPS_PROXY=..., ...
+#   NANOGPT_SITE=FILE  sourced first, for what a site needs: module load apptainer, export HTTPS_PROXY=..., ...
 #                      (default: site.sh beside this script, if there is one; see sites/)
 #   NANOGPT_SIF_SHA256, NANOGPT_SIF_KEY   refuse any other image, or one without that signature: see check_image.sh
-#   APPTAINER=COMMAND  default: apptainer, or singularity where there is no apptainer
-#   APPTAINER_BIND=... more directories to show inside, as Apptainer knows it
+#   APPTAINER=COMMAND  default: apptainer, or singularity if there is no apptainer
+#   APPTAINER_BIND=... further directories to bind, in Apptainer's syntax
 #
-# Of the environment only what PASS names goes in, so that a conda environment or modules of yours change nothing.
+# Only the variables in PASS go inside, so that your conda environment or modules change nothing.
 set -euo pipefail
 
 say() { echo "in_image.sh on $(hostname): $*" >&2; }
@@ -19,7 +19,7 @@ here=$(cd -P "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 use_site "$here"
 
 PASS='^(SLURM|SLURMD|SBATCH|NCCL|NANOGPT|NVIDIA|CUDA|OMP|TORCH|PYTORCH|TRITON|UCX|GLOO|WANDB|TRACKIO|HF)_|^(FINEWEB_CHUNKS|GPU_TYPE|NUM_GPUS|GPU_DEVICE_ORDINAL|USER|LOGNAME|TERM|COLUMNS|LINES|TZ|NO_COLOR|TMPDIR|(https?|no|all)_proxy|(HTTPS?|NO|ALL)_PROXY|SSL_CERT_FILE|SSL_CERT_DIR|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE)$'
-# Directories of the site that recipes and NANOGPT_* may name, as $SCRATCH/shards: shown inside under the same names.
+# The site's directories that recipes and NANOGPT_* may name, as in $SCRATCH/shards: bound under the same names.
 PLACES='^[A-Z]*(SCRATCH|WORK|WORKDIR|PROJECT)$'
 root=${here%/*}
 
@@ -72,13 +72,13 @@ if [[ -n ${NANOGPT_SRC:-} ]]; then export "${prefix}PYTHONPATH=$NANOGPT_SRC"; fi
 
 options=(--cleanenv --pwd "$PWD")
 if [[ -e /dev/nvidiactl ]]; then options+=(--nv); fi
-# Apptainer takes home from the user database, where it may be another directory, or the same by another name.
+# Apptainer takes home from the user database, where it may be another directory, or the same under another name.
 if [[ -d ${HOME:-} && $HOME != *:* && $HOME != "$(getent passwd "$EUID" | cut -d : -f 6)" ]]; then
     options+=(--home "$HOME")
 fi
 
-# Apptainer shows home, /tmp and the current directory; the rest is to be named. A directory that is still to be made
-# is shown by the nearest one that exists, a link by what it leads to as well.
+# Apptainer binds home, /tmp and the current directory; the rest must be named. For a directory that does not exist yet,
+# its nearest existing parent is bound, and for a link also its target.
 declare -A shown=()
 bind() {
     local quoted=${1//\"/\"\"}
@@ -96,7 +96,7 @@ show() {
         bind "$path"
     done
 }
-# The directories that links in a directory lead to, such as shards of a common store; one link may lead to another.
+# The directories that links in a directory lead to, such as shards in a common store; one link may lead to another.
 declare -A led=()
 show_targets() {
     local target base hops
@@ -114,7 +114,7 @@ show_targets() {
     done < <(find -H "$1/" -maxdepth 1 -type l -printf '%l\0' 2> /dev/null)
 }
 
-# What arguments name counts as what variables name: values of options, and what is there. A run also leads to its shards.
+# What arguments name is treated like what variables name: values of options, and existing paths. A run also leads to its shards.
 data=("${NANOGPT_DATA:-data}" "${NANOGPT_DATA:-data/fineweb10B}") named=()
 SYSTEM='^/(proc|sys|dev|etc|run|bin|sbin|lib|lib64|usr|opt|var)?$|^/(proc|sys|dev|etc|run|usr/(bin|lib|share))/'
 name() { # a value; whether it may be still to be made

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# nanogpt inside the image, with Slurm's commands at hand, which the image does not have:
+# Runs nanogpt inside the image, with access to Slurm's commands, which the image lacks:
 #
 #   slurm/nanogpt.sh status          my jobs and their runs
-#   slurm/nanogpt.sh watch JOB       a job live
+#   slurm/nanogpt.sh watch JOB       a job, live
 #   slurm/nanogpt.sh cancel JOB
 #   slurm/nanogpt.sh COMMAND ...     any other command of nanogpt
 #
-# The environment counts as described in slurm/in_image.sh.
+# Environment variables: see slurm/in_image.sh.
 set -euo pipefail
 here=$(cd -P "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=slurm/use_site.sh
@@ -20,7 +20,7 @@ if [[ -n ${TMPDIR:-} && ! (-d $TMPDIR && -w $TMPDIR) ]]; then # often the login 
 fi
 place=${TMPDIR:-/tmp}
 
-# Directories of mine that a killed script has left: nobody holds their lock. What answers there ends by an empty word.
+# My directories that a killed script left behind: nobody holds their lock. An empty word ends what answers there.
 while IFS= read -r -d '' old; do
     if flock --nonblock "$old" true; then
         # shellcheck disable=SC2016
@@ -47,7 +47,7 @@ flock --nonblock "$lock" 2> /dev/null || true
 mkfifo "$relay/ask" "$relay/answer"
 export NANOGPT_SCRIPTS=$here
 
-# Runs what is asked for inside (see nanogpt/cluster/outside.py), one command after the other.
+# Runs the commands requested inside (see nanogpt/cluster/outside.py), one after the other.
 answer() {
     local -a command
     local code

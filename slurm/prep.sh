@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Token shards, on a CPU node that has internet, or here and now without sbatch:
+# Makes token shards on a CPU node with internet, or here without sbatch:
 #
-#   sbatch slurm/prep.sh [OPTION]...                  FineWeb's, as prep-fineweb: --chunks N (FINEWEB_CHUNKS), --dir DIR
-#   sbatch slurm/prep.sh text PATH... --dir DIR       of your own text, as prep-text; --embedded: the prose in the package
+#   sbatch slurm/prep.sh [OPTION]...                  FineWeb's, like prep-fineweb: --chunks N (FINEWEB_CHUNKS), --dir DIR
+#   sbatch slurm/prep.sh text PATH... --dir DIR       of your own text, like prep-text; --embedded: the prose in the package
 #
-# Where compute nodes have no internet, run slurm/prep.sh on the login node.
+# If compute nodes have no internet, run slurm/prep.sh on the login node.
 #SBATCH --job-name=nanogpt-prep
 #SBATCH --nodes=1
 #SBATCH --ntasks=1

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# A recipe on a Slurm cluster, by nanogpt launch inside the image, one container a node. Two ways:
+# Runs a recipe on a Slurm cluster: nanogpt launch inside the image, one container per node. Two ways:
 #
 #   sbatch slurm/run.sh RECIPE [--on 8xh200] [--set KEY=VALUE]...    with the resources below: 8 GPUs on one node
 #   slurm/run.sh [--runs N[%M]] [--dry-run] RECIPE [--on 4xh200] [--set KEY=VALUE]... [-- SBATCH OPTIONS]
 #       checks the recipe, works out the resources, prints the sbatch command and submits it; --dry-run only prints,
-#       --runs N makes an array of N runs with a seed of its own each, --runs 10%2 two at a time
-#   either with --resume RUN in RECIPE's place: the run continues from its newest checkpoint
-#   --on 4xh200, or 2x4xh100 for two nodes: the hardware in the recipe's place; a job that is there already knows its own
-#   --parsable: prints the job's id alone, as sbatch does
+#       --runs N submits an array of N runs, each with its own seed; --runs 10%2: two at a time
+#   both take --resume RUN instead of RECIPE: the run continues from its newest checkpoint
+#   --on 4xh200, or 2x4xh100 for two nodes: replaces the recipe's hardware; an existing job knows its own
+#   --parsable: prints only the job's id, as sbatch does
 #
-# Partition and account: SBATCH_PARTITION, SBATCH_ACCOUNT (in slurm/site.sh: see sites/), or sbatch's options. GPU_TYPE and NUM_GPUS (of a node) change
-# the recipe's hardware without --on. NCCL_*, OMP_NUM_THREADS and FINEWEB_CHUNKS go through; NCCL_IB_DISABLE is 1 by default on one node.
+# Partition and account: SBATCH_PARTITION, SBATCH_ACCOUNT (in slurm/site.sh: see sites/), or sbatch's options. GPU_TYPE and NUM_GPUS (per node) change
+# the recipe's hardware without --on. NCCL_*, OMP_NUM_THREADS and FINEWEB_CHUNKS are passed on; NCCL_IB_DISABLE is 1 by default on one node.
 # NANOGPT_STAGE=DIR copies image and shards to DIR on each node first. Image and site: see slurm/in_image.sh. More:
 # docs/cluster.md.
 #SBATCH --job-name=nanogpt
@@ -44,19 +44,19 @@ wait "$!" || exit
 one_per_node=(--nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
 if [[ -n ${NANOGPT_STAGE:-} ]]; then srun "${one_per_node[@]}" "$here/in_image.sh" nanogpt job stage "$@" || exit; fi
 
-# The launcher's process number, in /tmp of its node: under a name that nobody can have made before.
+# The launcher's process number, in its node's /tmp, under a name that nobody can have created before.
 NANOGPT_PID_FILE=/tmp/nanogpt-$SLURM_JOB_ID-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
 export NANOGPT_PID_FILE
 
-# Before the time limit Slurm tells this script alone. It tells the launchers: if Slurm signalled the step itself, it
-# would end the process that mounts the image as well, and the run could not write its checkpoint.
+# Before the time limit Slurm signals this script alone, which tells the launchers: if Slurm signalled the step itself,
+# it would also end the process that mounts the image, and the run could not write its checkpoint.
 # shellcheck disable=SC2016,SC2329
 tell_launchers() {
     told=yes
     echo "run.sh: time is nearly up, the run is asked for a checkpoint" >&2
     srun --overlap "${one_per_node[@]}" bash -c "$tell_launcher" _ "$NANOGPT_PID_FILE"
 }
-# A file of this user's with the number of a process of this user's, or nothing is signalled: -1 would mean all of them.
+# The file and the process it names must be this user's, or nothing is signalled: -1 would mean all processes.
 # shellcheck disable=SC2016
 tell_launcher='file=$1.$SLURM_NODEID pid=
     if [[ -f $file && -O $file && ! -h $file ]]; then read -r pid < "$file"; fi
@@ -72,8 +72,8 @@ while
 do :; done # a signal ends `wait` early
 trap '' USR1
 
-# Slurm requeues a job whose first node is lost. Of another node's loss the run knows minutes before Slurm does, and a
-# script that had ended by then would have failed: so the job puts itself back.
+# Slurm requeues a job whose first node is lost. The run notices the loss of another node minutes before Slurm does, and a
+# script that ended by then would have failed: so the job requeues itself.
 lost_nodes() {
     local node
     for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# What a site needs, for the scripts beside this one (sourced) and for make (slurm/use_site.sh -c COMMAND, as a shell):
-# the settings of NANOGPT_SITE, else of slurm/site.sh, where there is one. slurm/sites/ has some to copy.
+# Loads a site's settings, for the scripts beside this one (sourced) and for make (slurm/use_site.sh -c COMMAND, as a shell):
+# from NANOGPT_SITE, else from slurm/site.sh, if it exists. slurm/sites/ has some to copy.
 #
-# A site's file is written for a login shell: nothing in it may end the script without a word, change the directory or
-# write into the command's output. It is sourced once a command and node. Expects and leaves `set -euo pipefail`, but
-# for -e where the script has it not.
+# A site's file is written for a login shell: nothing in it may end the script silently, change the directory or
+# write into the command's output. It is sourced once per command and node. Expects and keeps `set -euo pipefail`, except
+# for -e if the script does not set it.
 
 site_say() { echo "${0##*/} on $(hostname): $*" >&2; }
 

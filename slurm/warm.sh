@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# A recipe's code compiled ahead of its runs, on one GPU of their type. Three ways:
+# Compiles a recipe's code ahead of its runs, on one GPU of their type. Three ways:
 #
 #   slurm/warm.sh RECIPE [--on 8xh100] [--set KEY=VALUE]... [-- SBATCH OPTIONS]     submits a job for it
 #   sbatch --gres=gpu:h100:1 slurm/warm.sh RECIPE [--on 8xh100] ...                 the same by hand
-#   slurm/warm.sh RECIPE ...      in a job, or where there is no sbatch: here and now
+#   slurm/warm.sh RECIPE ...      in a job, or without sbatch: here
 #
-# Options as of nanogpt warm; --on: of the runs to come. The file goes where runs look for it: NANOGPT_CACHE, else cache
-# beside the runs. --dry-run and --parsable: as slurm/run.sh has them.
+# Options as for nanogpt warm; --on names the hardware of the runs to come. The file goes where runs look for it:
+# NANOGPT_CACHE, else cache beside the runs. --dry-run and --parsable: as in slurm/run.sh.
 #SBATCH --job-name=nanogpt-warm
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
