@@ -1,4 +1,4 @@
-"""What the trainer asks of a model, and what it tells it about a step."""
+"""The interface between trainer and models."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Windows:
     long: int
 
     def at_run_time(self) -> RunTimeWindows:
-        """The same as tensors."""
+        """The same, as tensors."""
         return RunTimeWindows(run_time_number(self.short, torch.int64), run_time_number(self.long, torch.int64))
 
 
 @dataclass(frozen=True)
 class RunTimeWindows:
-    """`Windows` as CPU tensors (), int64: numbers that compiled code reads when it runs, and no constants of it."""
+    """`Windows` as CPU tensors (), int64: read by compiled code at run time, not constants in it."""
 
     short: Tensor
     long: Tensor
@@ -45,7 +45,7 @@ class RunTimeWindows:
 
 @dataclass(frozen=True)
 class Implementations:
-    """Which of several equal implementations computes a model; see `nanogpt.kernels`."""
+    """Which of several equivalent implementations computes a model; see `nanogpt.kernels`."""
 
     attention: str = "plain"
     head_precision: Precision = "bf16"
@@ -55,14 +55,14 @@ class Implementations:
 
 
 class Transformers(NamedTuple):
-    """A model in the form of one that Hugging Face transformers has."""
+    """A model converted to one of Hugging Face transformers'."""
 
-    config: dict[str, Any]  # config.json, but for dtype and special tokens
+    config: dict[str, Any]  # config.json, except dtype and special tokens
     tensors: dict[str, Tensor]
 
 
 class TokenBatch(Protocol):
-    """One micro-batch; `nanogpt.data.batches.MicroBatch` is one."""
+    """A micro-batch, such as `nanogpt.data.batches.MicroBatch`."""
 
     @property
     def inputs(self) -> Tensor:
@@ -74,20 +74,20 @@ class TokenBatch(Protocol):
 
     @property
     def cu_seqlens(self) -> Tensor:
-        """(n,) int32: 0, the running ends of the documents, then T."""
+        """(n,) int32: 0, the cumulative ends of the documents, then T."""
 
     @property
     def max_seqlen(self) -> int:
-        """An upper bound of a document's length."""
+        """An upper bound on a document's length."""
 
     @property
     def extras(self) -> Mapping[str, Tensor]:
-        """What the model's spec gives in `batch_extras`, by name; of any shape."""
+        """The arrays from the spec's `batch_extras`, by name; of any shape."""
 
 
 @dataclass(frozen=True)
 class SchedulePoint:
-    """A step's place in the schedule: all that a model makes its loss' inputs of."""
+    """A step's place in the schedule, from which a model makes its loss's inputs."""
 
     step: int
     stage: int
@@ -102,7 +102,7 @@ class SchedulePoint:
 
     @property
     def prefix_weight(self) -> float | None:
-        """Loss weight of the next token's prefix; None where it is not predicted."""
+        """Loss weight of the next token's prefix; None if it is not predicted."""
         prefix = self.loss.prefix_weight
         return None if prefix is None else prefix.at(self.progress)
 
@@ -114,7 +114,7 @@ def to_device(values: float | tuple[float, ...], device: torch.device) -> Tensor
 
 
 class LanguageModel(nn.Module):
-    """Base of the models: makes the parameters of the spec's table, named as its rows are."""
+    """Base of the models: creates the parameters of the spec's table, named after its rows."""
 
     rows: tuple[Parameter, ...]
     tables: dict[str, PulledTable]  # by name; empty until `make_tables`
@@ -137,9 +137,9 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def draw_parameters(self, generator: torch.Generator) -> None:
-        """Fill every parameter from `generator` (on the CPU), as the table says; the uniform ones draw first.
+        """Fill every parameter from `generator` (on the CPU), as the table says; uniform ones draw first.
 
-        Raises ValueError where table and parameters are not each other's, naming what is missing on which side.
+        Raises ValueError if table and parameters do not match, naming what is missing on which side.
         """
         check_table(self)
         parameters = dict(self.named_parameters())
@@ -164,33 +164,33 @@ class LanguageModel(nn.Module):
                 parameters[row.name].zero_()
 
     def make_tables(self, communicator: Communicator, device: torch.device | str, *, plain: bool = False) -> None:
-        """Make this rank's part of the spec's pulled tables, all zeros. plain: without Triton kernels."""
+        """Create this rank's part of the spec's pulled tables, all zeros. plain: without Triton kernels."""
         place: dict[str, Any] = {"dtype": self.dtype, "communicator": communicator, "device": torch.device(device)}
         self.tables = {
             name: PulledTable(table.rows, table.width, **place, plain=plain) for name, table in self.table_specs.items()
         }
 
     def loss_inputs(self, point: SchedulePoint, device: torch.device) -> Any:
-        """What `training_loss` gets from the schedule: a value of the model's own, a tree of tensors on `device`.
+        """The inputs of `training_loss` from the schedule: the model's own type, a tree of tensors on `device`.
 
-        Tensors on the CPU are the same for all steps of a stage.
+        Tensors on the CPU stay the same for all steps of a stage.
         """
         raise NotImplementedError
 
     def training_loss(self, batch: TokenBatch, inputs: Any, embedded: tuple[Tensor, ...] | None = None) -> Tensor:
         """The micro-batch's training loss, a scalar in fp32; the trainer multiplies it by 1 / accumulation steps.
 
-        inputs: of `loss_inputs`. embedded: what `look_ups` reads, in its order, where the caller sees to the tables'
-        gradients; None: the model reads, and autograd sees to them.
+        inputs: from `loss_inputs`. embedded: what `look_ups` reads, in order, if the caller handles the tables'
+        gradients; None: the model reads, and autograd handles them.
         """
         raise NotImplementedError
 
     def look_ups(self, batch: TokenBatch) -> tuple[AnyLookUp, ...]:
-        """What `training_loss` reads of large tables for this batch, and may be handed as `embedded`."""
+        """What `training_loss` reads from large tables for this batch; may be passed as `embedded`."""
         return ()
 
     def training_loss_scale(self, batch: TokenBatch) -> float:
-        """What `training_loss` is divided by to be a loss per token, for the log."""
+        """The divisor that turns `training_loss` into a loss per token, for the log."""
         raise NotImplementedError
 
     def evaluation_loss(
@@ -202,47 +202,47 @@ class LanguageModel(nn.Module):
     ) -> Tensor:
         """Mean cross-entropy of the next token in nats, a scalar in fp32; no gradient.
 
-        embedded: as in training. mask: (V, V / 8) uint8, a bit for each class that is ruled out after a token; for
+        embedded: as in training. mask: (V, V / 8) uint8, a bit for each class ruled out after a token; for
         models whose spec has `canonical_mask`.
         """
         raise NotImplementedError
 
     def token_losses(self, batch: TokenBatch, windows: Windows | RunTimeWindows) -> Tensor:
-        """(T,) fp32: the cross-entropy of each next token in nats, what `evaluation_loss` is the mean of; no gradient.
+        """(T,) fp32: the cross-entropy of each next token in nats, whose mean is `evaluation_loss`; no gradient.
 
-        Entry t is of `targets[t]`, so a document's last entry is of the BOS that follows it.
+        Entry t is for `targets[t]`, so a document's last entry is for the BOS that follows it.
         """
         raise NotImplementedError
 
     def next_token_logits(self, batch: TokenBatch, windows: Windows, past: Past | None = None) -> Tensor:
         """(vocab_size,) fp32: the (softcapped) logits after the micro-batch's last token; for sampling.
 
-        past: the first call leaves there what later ones look back at, which read the tokens that follow alone.
+        past: the first call stores there what later calls look back at; these read only the tokens that follow.
         """
         raise NotImplementedError
 
     def change_windows(self, old: Windows, new: Windows) -> None:
-        """The windows go from `old` to `new` at a stage change: one of them at least is another."""
+        """The windows change from `old` to `new` at a stage change; at least one of them differs."""
 
     def as_transformers(self, windows: Windows) -> Transformers | None:
-        """The model, read with `windows`, as transformers has it; None: it has no such model.
+        """The model with `windows` as transformers' own; None: transformers has no such model.
 
-        Raises InputError where its model is another for these windows.
+        Raises InputError if transformers' model differs for these windows.
         """
         return None
 
     def set_prefixes(self, prefixes: Tensor) -> None:
-        """The prefix of each token, (rows of the embedding,) int64, -1 for none. Until then no token has one."""
+        """Set the prefix of each token, (rows of the embedding,) int64, -1 for none. Until then no token has one."""
 
     def weights_changed(self, step: int) -> None:
-        """The optimizer has made `step`: time to derive from the parameters whatever the next forward pass needs."""
+        """Called after the optimizer's `step`: derive from the parameters whatever the next forward pass needs."""
 
     def restart(self) -> None:
-        """All but the parameters back to the start of a run; the parameters are there already."""
+        """Reset everything but the parameters to the start of a run; the parameters already are."""
 
 
 def check_table(model: LanguageModel) -> None:
-    """Raise ValueError where the model's parameters are not those of its table, or have other shapes."""
+    """Raise ValueError if the model's parameters differ from its table's, or have other shapes."""
     shapes = {row.name: row.shape for row in model.rows}
     found = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     problems = [f"the parameter {name} has no row in the table" for name in found if name not in shapes]
@@ -261,9 +261,9 @@ def check_table(model: LanguageModel) -> None:
 def make_model(
     spec: BaseModelSpec, *, dtype: torch.dtype, max_tokens: int, implementations: Implementations | None = None
 ) -> LanguageModel:
-    """The spec's model, its parameters not drawn yet.
+    """The spec's model, its parameters not yet drawn.
 
-    max_tokens: of a micro-batch, at most. implementations: of attention, MLP and head; the plain ones if not given.
+    max_tokens: at most, in a micro-batch. implementations: of attention, MLP and head; by default the plain ones.
     """
     kind = built_class(MODELS, spec)
     chosen = implementations or Implementations()
@@ -281,9 +281,9 @@ def build_model(
     implementations: Implementations | None = None,
     communicator: Communicator | None = None,
 ) -> LanguageModel:
-    """The spec's model, its parameters drawn from `seed`, alike on every device and world size.
+    """The spec's model, its parameters drawn from `seed`, equal on every device and world size.
 
-    communicator: of the ranks that share the pulled tables; None: one has them whole. See `make_model`. Raises
+    communicator: of the ranks that share the pulled tables; None: one rank has all of them. See `make_model`. Raises
     ValueError as `check_table` does.
     """
     model = make_model(spec, dtype=dtype, max_tokens=max_tokens, implementations=implementations)

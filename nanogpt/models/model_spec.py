@@ -1,4 +1,4 @@
-"""What every model's spec answers, so that nobody has to ask which model it is. No torch."""
+"""What every model's spec answers, so that no other code needs to know which model it is. No torch."""
 
 from __future__ import annotations
 
@@ -19,49 +19,49 @@ if TYPE_CHECKING:  # a spec is read without NumPy
 
 
 class RowTableSpec(NamedTuple):
-    """A parameter of which a step reads few rows, so that ranks may exchange those alone."""
+    """A parameter of which a step reads only a few rows, so that ranks can exchange just those."""
 
     parameter: str
     rows: int
-    extra: str  # the batch's extra that has the rows
+    extra: str  # the batch's extra with the rows
 
 
 class PulledTableSpec(NamedTuple):
-    """A table of rows that is not a parameter: ranks keep parts of it and pull the rows that they read."""
+    """A table that is not a parameter: ranks keep parts of it and pull the rows they read."""
 
     rows: int
     width: int
-    extras: tuple[str, ...]  # the batch's extras that have the rows
+    extras: tuple[str, ...]  # the batch's extras with the rows
     reads: int  # rows that a token reads
-    field: str  # the model's that says how many rows
+    field: str  # the model's field with the number of rows
 
 
 class Slot(NamedTuple):
-    """A micro-batch as its extras are computed, on the host."""
+    """A micro-batch on the host, as input for its extras."""
 
     inputs: Tokens  # (T,) uint16
     targets: Tokens  # (T,) uint16
     loss: StageLoss | None = None  # of the stage; None in validation, evaluation and sampling
     number: int = 0  # which of the step's slots, from 0
     slots: int = 1  # of a step, over all ranks
-    state: Any = None  # what this slot's extras of the step before returned; None at the run's start
+    state: Any = None  # the state this slot's extras returned in the previous step; None at the run's start
 
 
 class SlotExtras(NamedTuple):
     """What a micro-batch brings besides its tokens."""
 
     arrays: Mapping[str, npt.NDArray[Any]]  # by name; shape and dtype depend on T and the stage's loss alone
-    state: Any = None  # for the slot's next step: JSON-able, or None for none
+    state: Any = None  # for the slot's next step: JSON-able, or None
 
 
 class BaseModelSpec(Strict):
     """Base of the models' specs."""
 
     fp8_head: ClassVar[bool] = False  # the head's products can run in 8 bits
-    fp8_mlp: ClassVar[bool] = False  # and the MLP's
-    fp8_projection: ClassVar[bool] = False  # and that of the attention's input
+    fp8_mlp: ClassVar[bool] = False  # as can the MLP's
+    fp8_projection: ClassVar[bool] = False  # as can the attention's input projection
     sampled_softmax: ClassVar[bool] = False  # a stage may name candidates for its loss
-    canonical_mask: ClassVar[bool] = False  # evaluation can rule out classes by the token before
+    canonical_mask: ClassVar[bool] = False  # evaluation can rule out classes by the previous token
     capturable: ClassVar[bool] = False  # its compiled micro-steps can be captured as CUDA graphs
 
     kind: str
@@ -79,7 +79,7 @@ class BaseModelSpec(Strict):
 
     @property
     def longest_document(self) -> int | None:
-        """Tokens of a document that the model reads as a whole; None: any number."""
+        """The longest document that the model reads as a whole, in tokens; None: any."""
         return None
 
     def problems(self) -> Iterator[Problem]:
@@ -88,7 +88,7 @@ class BaseModelSpec(Strict):
             yield ("padded_vocab_size",), f"is {self.padded_vocab_size}, below vocab_size {self.vocab_size}"
 
     def stage_problems(self, stage: StageLoss) -> Iterator[Problem]:
-        """What the model's loss cannot do of a stage; yields (path below the stage, message)."""
+        """What in a stage the model's loss does not support; yields (path below the stage, message)."""
         if stage.candidates is None:
             return
         if not self.sampled_softmax:
@@ -99,30 +99,30 @@ class BaseModelSpec(Strict):
         elif stage.candidates > self.padded_vocab_size:
             yield (
                 ("candidates",),
-                f"is {stage.candidates}, there are {self.padded_vocab_size} classes (model.padded_vocab_size)",
+                f"is {stage.candidates}, but there are {self.padded_vocab_size} classes (model.padded_vocab_size)",
             )
 
     def training_flops(self, tokens: int, *, short: int, long: int) -> float:
-        """Floating-point operations of forward and backward over `tokens` tokens, optimizer left out.
+        """Floating-point operations of forward and backward over `tokens` tokens, without the optimizer.
 
-        Six a weight and token for the matrices, and attention's two products over the windows, `short` and `long`
-        tokens, at their full reach (documents that are shorter need less).
+        Six per weight and token for the matrices, and attention's two products over the windows, `short` and `long`
+        tokens, at full reach (shorter documents need less).
         """
         raise NotImplementedError
 
     def batch_extras(self, slot: Slot) -> SlotExtras:
         """What a micro-batch brings besides its tokens.
 
-        Computed on the loader's thread and handed on with the batch, in training and in validation. It depends on the
-        slot alone, and so neither on the rank nor on the world size. Every rank computes the extras of all slots where
-        there is a state. Called once more for each shape of a step, with tokens of 0, to learn what the arrays are.
+        Computed on the loader's thread and passed on with the batch, in training and validation. It depends on the
+        slot alone, not on rank or world size. If there is a state, every rank computes the extras of all slots.
+        Also called once for each shape of a step, with tokens of 0, to learn the arrays' shapes.
         """
         return SlotExtras({})
 
     def pulled_tables(self) -> Mapping[str, PulledTableSpec]:
-        """Tables of rows beside the parameters, by name; all start at 0 (`nanogpt.optim.pulled_table`)."""
+        """Tables besides the parameters, by name; all start at 0 (`nanogpt.optim.pulled_table`)."""
         return {}
 
     def row_tables(self) -> tuple[RowTableSpec, ...]:
-        """The parameters whose gradients may be exchanged by the rows that a step has read."""
+        """The parameters whose gradients may be exchanged by the rows that a step read."""
         return ()

@@ -1,4 +1,4 @@
-"""What the models of the public record history share: their head with its losses, rotary tables, layer sets."""
+"""What the public records' models share: the head with its losses, rotary tables, layer sets."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BigramSpec = TypeVar("BigramSpec", bound=BigramModelSpec)
 
 
 class LossInputs(NamedTuple):
-    """What the loss gets from the schedule."""
+    """The loss's inputs from the schedule."""
 
     windows: RunTimeWindows
     token_weights: Tensor  # (K,) fp32: the loss weight of the k-th next token
@@ -38,7 +38,7 @@ class LossInputs(NamedTuple):
 
 
 class HeadInputs(NamedTuple):
-    """What the training loss is taken over: C classes, and which of them each token's terms are about."""
+    """The C classes of the training loss, and which of them each token's terms are for."""
 
     weight: Tensor  # (D, C)
     targets: Tensor  # (T,) int64: the next token's class
@@ -64,7 +64,7 @@ class RecordModel(LanguageModel, Generic[Spec]):
         self.value_table = {layer: table for table, layer in enumerate(spec.value_embed_layers)}
 
     def forward(self, batch: TokenBatch, windows: Windows | RunTimeWindows, past: Past | None = None) -> Tensor:
-        """The last layer's normalised activations, (T, D); with `past`, of tokens that follow those it has seen."""
+        """The last layer's normalised activations, (T, D); with `past`, of tokens that follow those already seen."""
         x = self.hidden(batch, self.embedded(batch), windows, past=past)
         if past is not None:
             past.advance(x.shape[0])
@@ -79,11 +79,11 @@ class RecordModel(LanguageModel, Generic[Spec]):
         training: bool = False,
         past: Past | None = None,
     ) -> Tensor:
-        """The last layer's normalised activations, (T, D). `training`: as the training loss is computed."""
+        """The last layer's normalised activations, (T, D). `training`: as for the training loss."""
         raise NotImplementedError
 
     def embedded(self, batch: TokenBatch) -> Any:
-        """The tables' rows of the batch's tokens."""
+        """The tables' rows for the batch's tokens."""
         return self.named(
             tuple(F.embedding(rows, full[first : first + n]) for full, rows, first, n in self.reads(batch))
         )
@@ -93,11 +93,11 @@ class RecordModel(LanguageModel, Generic[Spec]):
         return tuple(LookUp(*read) for read in self.reads(batch))
 
     def reads(self, batch: TokenBatch) -> tuple[tuple[nn.Parameter, Tensor, int, int], ...]:
-        """A `LookUp` for each table, as a plain tuple, which compiled code can make."""
+        """A `LookUp` for each table, as a plain tuple, which compiled code can create."""
         raise NotImplementedError
 
     def named(self, embedded: tuple[Tensor, ...]) -> Any:
-        """What is read, in the order of `look_ups`, as `hidden` takes it."""
+        """What is read, in the order of `look_ups`, in the form `hidden` takes."""
         raise NotImplementedError
 
     def value_reads(self, tokens: Tensor) -> tuple[tuple[nn.Parameter, Tensor, int, int], ...]:
@@ -110,7 +110,7 @@ class RecordModel(LanguageModel, Generic[Spec]):
         return windows.long if layer in self.spec.long_window_layers else windows.short
 
     def loss_inputs(self, point: SchedulePoint, device: torch.device) -> LossInputs:
-        """Windows and the weights of the loss' terms."""
+        """Windows and the weights of the loss's terms."""
         prefix = point.prefix_weight
         return LossInputs(
             point.windows.at_run_time(),
@@ -160,7 +160,7 @@ class RecordModel(LanguageModel, Generic[Spec]):
     ) -> Tensor:
         """Mean cross-entropy of the next token, with the head in the model's dtype.
 
-        mask: (V, V / 8) uint8, a bit for each class that is ruled out after a token (`head_token_losses`).
+        mask: (V, V / 8) uint8, a bit for each class ruled out after a token (`head_token_losses`).
         """
         x = self.hidden(batch, self.embedded(batch) if embedded is None else self.named(embedded), windows)
         cap = self.spec.softcap
@@ -200,7 +200,7 @@ class RecordModel(LanguageModel, Generic[Spec]):
         return softcap(x @ self.lm_head, cap.cap, cap.shift, cap.scale)[: self.spec.vocab_size]
 
     def set_prefixes(self, prefixes: Tensor) -> None:
-        """Take over the table of prefixes."""
+        """Set the table of prefixes."""
         self.prefixes.copy_(prefixes)
 
     def restart(self) -> None:
@@ -209,7 +209,7 @@ class RecordModel(LanguageModel, Generic[Spec]):
 
 
 class Embedded(NamedTuple):
-    """What a micro-batch's tokens read of the tables, each (T, D)."""
+    """What a micro-batch's tokens read from the tables, each (T, D)."""
 
     tokens: Tensor
     bigrams: Tensor
@@ -217,7 +217,7 @@ class Embedded(NamedTuple):
 
 
 class BigramModel(RecordModel[BigramSpec]):
-    """The records that have a hashed table of bigrams, and one rotary embedding for all layers."""
+    """The records with a hashed table of bigrams, and one rotary embedding for all layers."""
 
     bigram_embed: nn.Parameter  # (bigram rows, D)
 
@@ -238,11 +238,11 @@ class BigramModel(RecordModel[BigramSpec]):
         return Embedded(embedded[0], embedded[1], embedded[2:])
 
     def change_windows(self, old: Windows, new: Windows) -> None:
-        """YaRN, where the long window is another."""
+        """Apply YaRN if the long window changes."""
         if new.long != old.long:
             self.rotary.extend_window(old.long, new.long)
 
     def restart(self) -> None:
-        """Also rotary tables and attention scale of the start."""
+        """Also resets rotary tables and attention scale."""
         super().restart()
         self.rotary.reset()

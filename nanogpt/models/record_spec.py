@@ -24,7 +24,7 @@ class SkipSpec(Strict):
 
 
 class Column(NamedTuple):
-    """A number, or several, that a small net makes for each token."""
+    """One or more numbers that a small net computes for each token."""
 
     name: str
     layer: int
@@ -33,14 +33,14 @@ class Column(NamedTuple):
 
 
 def most_numbers(nets: Sequence[Sequence[Column]]) -> int:
-    """Numbers a token that the largest of the nets makes."""
+    """The most numbers per token that any of the nets computes."""
     return max(sum(column.width for column in net) for net in nets)
 
 
 def column_biases(nets: Sequence[Sequence[Column]], scale: float) -> Values:
-    """The biases with which every column starts at its value, (nets, most_numbers), filled up with zeros.
+    """The biases with which every column starts at its value, (nets, most_numbers), padded with zeros.
 
-    scale: what a net's numbers are multiplied by.
+    scale: the factor of a net's numbers.
     """
     starts = [[column.start for column in net for _ in range(column.width)] for net in nets]
     return Values([row + [0.0] * (most_numbers(nets) - len(row)) for row in starts], divisor=scale)
@@ -57,10 +57,10 @@ class RecordModelSpec(BaseModelSpec):
     mlp_bank_padding: Padding = Field(description="unused entries of the MLP bank, so that its matrices shard evenly")
     attention_free_layers: Layers
     long_window_layers: Layers
-    paired_layers: Layers = Field(description="layers whose heads are joined in pairs to twice the length")
+    paired_layers: Layers = Field(description="layers whose heads are joined in pairs of twice the length")
     value_embed_layers: Layers = Field(description="layers with a value embedding, in the order of its tables")
     skip: SkipSpec
-    gate_inputs: Size = Field(description="leading channels that the gates read")
+    gate_inputs: Size = Field(description="leading channels read by the gates")
     rotary: RotarySpec
     softcap: SoftcapSpec
     init_bound: Annotated[Positive, NOT_COMPILED] = Field(
@@ -122,33 +122,33 @@ class RecordModelSpec(BaseModelSpec):
             )
 
     def _layer_problems(self, key: str, *, needs_attention: bool = True) -> Iterator[Problem]:
-        """The list of layers `key`: each once, in the model and, where `needs_attention`, one that has attention."""
+        """Check the list of layers `key`: each once, in the model and, if `needs_attention`, one with attention."""
         layers: list[int] = getattr(self, key)
         if len(set(layers)) != len(layers):
             yield (key,), f"names a layer twice: {layers}"
         for position, layer in enumerate(layers):
             if layer >= self.layers:
-                yield (key, position), f"is layer {layer}, the model has layers 0..{self.layers - 1}"
+                yield (key, position), f"is layer {layer}, but the model has layers 0..{self.layers - 1}"
             elif needs_attention and layer in self.attention_free_layers:
                 yield (key, position), f"is layer {layer}, which has no attention (attention_free_layers)"
 
 
 class BigramModelSpec(RecordModelSpec):
-    """The records of one kind of layer, MLPs a multiple of the width, and a hashed table of bigrams."""
+    """The records with one kind of layer, MLPs a multiple of the width, and a hashed table of bigrams."""
 
     mlp_expansion: Few
     bigram_rows: Annotated[int, Field(ge=2, le=2**31 - 1)]
     bigram_multipliers: Annotated[tuple[Count, Count], Field(strict=False)] = Field(
-        description="hash multipliers of the token and of the one before"
+        description="hash multipliers of the token and of the previous one"
     )
     attention_scale: Annotated[Positive, NOT_COMPILED] = Field(
         description="softmax scale at the start; YaRN steps change it"
     )
 
     def batch_extras(self, slot: Slot) -> SlotExtras:
-        """The row of the bigram table for each token and the one before it.
+        """The row of the bigram table for each token and its predecessor.
 
-        `((m0 * tok[t]) xor (m1 * tok[t-1])) mod (rows - 1)`; the last row is kept for token 0, which has none before.
+        `((m0 * tok[t]) xor (m1 * tok[t-1])) mod (rows - 1)`; the last row is for token 0, which has none.
         """
         import numpy as np
 
@@ -171,10 +171,10 @@ class BigramModelSpec(RecordModelSpec):
 
     @property
     def further_matrices(self) -> int:
-        """Weights beside attention, MLPs and head that every token is multiplied by."""
+        """Further weights that every token is multiplied by, besides attention, MLPs and head."""
         return 0
 
     @property
     def further_reach(self) -> int:
-        """Tokens that a query sees beside its windows."""
+        """Tokens that a query sees besides its windows."""
         return 0

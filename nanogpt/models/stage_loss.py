@@ -1,4 +1,4 @@
-"""What a stage of the schedule says of the loss. No torch."""
+"""What a stage of the schedule says about the loss. No torch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class PrefixWeight(Strict):
 
     first: Annotated[NonNegative, NOT_COMPILED]
     last: Annotated[NonNegative, NOT_COMPILED] = Field(
-        description="where it would arrive at the next stage's first step"
+        description="the value it would reach at the next stage's first step"
     )
 
     def at(self, progress: float) -> float:
-        """The weight when `progress` of the stage's steps are done."""
+        """The weight after a share `progress` of the stage's steps."""
         return self.first + (self.last - self.first) * progress
 
 
@@ -28,7 +28,7 @@ class PrefixLevels(Strict):
     levels: Annotated[list[NonNegative], NOT_COMPILED] = Field(min_length=1, max_length=1000)
 
     def at(self, progress: float) -> float:
-        """The weight when `progress` of the stage's steps, less than 1, are done."""
+        """The weight after a share `progress`, below 1, of the stage's steps."""
         return self.levels[int(len(self.levels) * progress)]
 
 
@@ -53,16 +53,16 @@ class StageLoss(Strict):
     ) = Field(default=None, description="null: prefixes are not predicted")
     candidates: Count | None = Field(
         default=None,
-        description="classes over which a micro-batch's softmax is taken, its targets among them; null: all",
+        description="classes in a micro-batch's softmax, including its targets; null: all",
     )
 
     def token_weights_at(self, progress: float) -> tuple[float, ...]:
-        """The weights when `progress` of the stage's steps are done; the last of several falls linearly to 0."""
+        """The weights after a share `progress` of the stage's steps; the last of several falls linearly to 0."""
         if len(self.token_weights) == 1:
             return tuple(self.token_weights)
         return (*self.token_weights[:-1], self.token_weights[-1] * (1 - progress))
 
     @property
     def terms(self) -> tuple[int, bool, int | None]:
-        """What of it decides the graph: how many next tokens, whether prefixes too, and over how many candidates."""
+        """What decides the graph: the number of next tokens, whether there are prefixes, the number of candidates."""
         return len(self.token_weights), self.prefix_weight is not None, self.candidates

@@ -2,7 +2,7 @@
 
 Pre-LayerNorm blocks with biases, learned positions, GELU, one matrix for embedding and head. It reads the same flat
 stream of documents as the speedrun: positions start at 0 in every document, and a document longer than the learned
-positions is read in pieces of that length, each blind to the one before.
+positions is read in pieces of that length, which do not see each other.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from nanogpt.models.language_model import (
     Windows,
 )
 
-LOSS_CHUNK = 8192  # tokens whose logits exist at a time
+LOSS_CHUNK = 8192  # tokens whose logits exist at one time
 TRANSFORMERS_NAMES = {
     "embed": "wte",
     "positions": "wpe",
@@ -43,7 +43,7 @@ TRANSFORMERS_NAMES = {
 class Gpt2(LanguageModel):
     """See the module."""
 
-    embed: Any  # folders of the table's parameters
+    embed: Any  # modules that hold the table's parameters
     positions: Any
     blocks: Any
     ln_f: Any
@@ -54,7 +54,7 @@ class Gpt2(LanguageModel):
         self.implementations = implementations
 
     def forward(self, batch: TokenBatch, windows: Windows | RunTimeWindows, past: Past | None = None) -> Tensor:
-        """The final LayerNorm's output (T, D); with `past`, of tokens that follow those it has seen."""
+        """The final LayerNorm's output (T, D); with `past`, of tokens that follow those already seen."""
         position, pieces = split_documents(batch.cu_seqlens, batch.inputs.shape[0], self.spec.context)
         if past is not None and past.length:
             position = position + past.length - past.start
@@ -111,7 +111,7 @@ class Gpt2(LanguageModel):
         return self._mean_loss(self(batch, inputs), batch.targets)
 
     def training_loss_scale(self, batch: TokenBatch) -> float:
-        """The training loss is a mean already."""
+        """The training loss is already a mean."""
         return 1.0
 
     @torch.no_grad()

@@ -19,7 +19,7 @@ class Gpt2ModelSpec(BaseModelSpec):
 
     kind: Literal["gpt2"]
     mlp_expansion: Few
-    context: Size = Field(description="positions that are learned; longer documents are read in pieces of this length")
+    context: Size = Field(description="learned positions; longer documents are read in pieces of this length")
     init_std: Annotated[Positive, NOT_COMPILED]
 
     def parameters(self) -> tuple[Parameter, ...]:
@@ -50,7 +50,7 @@ class Gpt2ModelSpec(BaseModelSpec):
 
     @property
     def longest_document(self) -> int:
-        """It has learned no more positions."""
+        """The number of learned positions."""
         return self.context
 
     def problems(self) -> Iterator[Problem]:

@@ -4,15 +4,15 @@ The speedrun's model (see `nanogpt.models.speedrun.model`) with
 
 - q and k banked in pairs of heads, which the optimizer orthogonalizes; v and o whole;
 - token-dependent connections (MUDD): small nets weigh earlier activations into the last layer, into its values and
-  into the head's input, where they also take the backout's place;
+  into the head's input, where they also replace the backout;
 - token-dependent gates by nets of the same kind, from x0 for the first layers and from the residual for the rest;
-- attention that loses the token's own value (XSA) in some layers, and mixes its heads in a short window in the last;
+- attention without the token's own value (XSA) in some layers; the last mixes heads in a short window;
 - x0 and bigrams added after attention, bigrams told apart by sign vectors;
 - one saved activation that feeds the attention of all later layers;
 - MLPs whose products can run in 8-bit floats.
 
-Two quirks of the public code are left out, a token or two of a micro-batch each: at token 1 its bigram hash reads a
-constant instead of token 0, and the gradient keeps the softmax of multi-token targets beyond the end.
+Two quirks of the public code, which affect a token or two per micro-batch, are left out: at token 1 its bigram hash
+reads a constant instead of token 0, and the gradient keeps the softmax of multi-token targets beyond the end.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Record89(BigramModel[Record89ModelSpec]):
         return self.qk[: self.spec.heads * count].view(count, 2 * d, d), self.vo[: 2 * count].view(count, 2 * d, d)
 
     def _gates(self, x: Tensor, *, late: bool) -> Gates:
-        """The gates that one net makes from x (T, D)."""
+        """The gates that a net computes from x (T, D)."""
         columns = self.spec.gate_columns(late=late)
         count = sum(column.width for column in columns)
         w1, w2, bias = self.mudd_gate_w1[int(late)], self.mudd_gate_w2[int(late)], self.mudd_gate_b2[int(late)]
@@ -92,7 +92,7 @@ class Record89(BigramModel[Record89ModelSpec]):
         return {(column.name, column.layer): part for column, part in zip(columns, parts, strict=True)}
 
     def _connections(self, x: Tensor, *, after_last: bool) -> dict[str, Tensor]:
-        """What a MUDD net makes from x (T, D): weights (T, 1) by name."""
+        """The weights that a MUDD net computes from x (T, D): (T, 1) by name."""
         columns, net = self.spec.connection_columns(after_last=after_last), int(after_last)
         count = sum(column.width for column in columns)
         w1, w2, bias = self.mudd_w1[net], self.mudd_w2[net], self.mudd_b2[net]
@@ -117,7 +117,7 @@ class Record89(BigramModel[Record89ModelSpec]):
             for_every_token(lambdas, len(tokens), self.embed.dtype)
             for lambdas in (self.resid_lambdas, self.post_lambdas)
         )
-        # Banks are taken apart once: one concatenation puts their gradients together again.
+        # Banks are split once: one concatenation joins their gradients again.
         weights = self._attention_weights(attention_scales)
         mlp_weights = [part.unbind() for part in self.mlp.unbind(1)]
 
@@ -138,7 +138,7 @@ class Record89(BigramModel[Record89ModelSpec]):
                 u = norm(x) if layer <= spec.saved_layer else attended
                 y = self._attention(layer, u, weights, values.get(layer), gates, batch, windows, past=past)
                 x = weighted_sum((resid[layer][0], post[layer][0], gates["x0", layer]), (x, y, x0))
-                if layer > 0:  # it is in `start` already
+                if layer > 0:  # already in `start`
                     x = x + gates["bigram", layer] * bigram
             x = weighted_sum((resid[layer][1], post[layer][1]), (x, self._mlp(layer, norm(x), mlp_weights, fp8=fp8)))
             if layer == spec.saved_layer:
@@ -188,7 +188,7 @@ class Record89(BigramModel[Record89ModelSpec]):
     def _attention_weights(self, scales: list[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """(3 D, D) for q, k, v, and (D, D) for o, of each layer with attention, times its scalars in `scales`.
 
-        All layers at once: one by one they are twenty small kernels, and eighty for the gradients.
+        All layers at once: separately this takes twenty small kernels, and eighty for the gradients.
         """
         qk, vo = self._attention_banks()
         v, o = vo.chunk(2, dim=1)
@@ -257,10 +257,10 @@ class Record89(BigramModel[Record89ModelSpec]):
         return y.reshape(count, spec.width) @ out_weight.mT
 
     def weights_changed(self, step: int) -> None:
-        """The MLPs' 8-bit copies follow."""
+        """Also updates the MLPs' 8-bit copies."""
         self.fp8_mlp.follow(self.mlp, step)
 
     def restart(self) -> None:
-        """Also the MLPs' scales."""
+        """Also resets the MLPs' scales."""
         super().restart()
         self.fp8_mlp.restart(self.mlp)

@@ -17,14 +17,14 @@ Start = Annotated[Finite, NOT_COMPILED]
 
 
 class Record89Starts(Strict):
-    """Start values of what is learned as numbers, gates and connections. Those not named start at 0."""
+    """Start values of learned numbers, gates and connections. Others start at 0."""
 
     attention_in: Start
     attention_out: Start
     smear: Start
     skip: Start
     residual: Start = Field(description="scale of the residual before each attention and MLP is added")
-    post: Start = Field(description="scale of what each attention and MLP adds")
+    post: Start = Field(description="scale of the output of each attention and MLP")
     output_gate: Start
     bigram_gate: Start
     skip_gate: Start
@@ -44,8 +44,8 @@ class Record89ModelSpec(BigramModelSpec):
     saved_layer: Index = Field(description="layer whose output feeds the attention of every later layer")
     value_embed_init_std: Annotated[NonNegative, NOT_COMPILED]
     bigram_signs: Size = Field(description="sign vectors that tell bigrams of one row apart")
-    xsa_layers: Layers = Field(description="layers whose attention output loses the token's own value")
-    output_gate_layers: Layers = Field(description="layers whose attention output has a gate for each head")
+    xsa_layers: Layers = Field(description="layers whose attention output excludes the token's own value")
+    output_gate_layers: Layers = Field(description="layers with a gate on the attention output of each head")
     dc_window: Size = Field(description="tokens, itself included, over which the last layer mixes attention heads")
     mudd: MuddSpec
     starts: Record89Starts
@@ -57,9 +57,9 @@ class Record89ModelSpec(BigramModelSpec):
         return self.layers - 1
 
     def gate_columns(self, *, late: bool) -> list[Column]:
-        """What a gate net makes: the early one, from x0, for the layers up to `skip.from_layer`; the late one the rest.
+        """Outputs of a gate net: the early one, from x0, serves layers up to `skip.from_layer`, the late one the rest.
 
-        XSA and output gates have a number a head; so have the two weights of the last layer's head mixing.
+        XSA and output gates have a number per head; so do the two weights of the last layer's head mixing.
         """
         start, heads = self.starts, self.heads
         layers = [layer for layer in self.attention_layers if (layer > self.skip.from_layer) == late]
@@ -79,7 +79,7 @@ class Record89ModelSpec(BigramModelSpec):
         return columns
 
     def connection_columns(self, *, after_last: bool) -> list[Column]:
-        """What a MUDD net makes: before the last layer the weights into it, after it those into the head's input."""
+        """Outputs of a MUDD net: before the last layer the weights into it, after it those into the head's input."""
         start, last = self.starts, self.last
         if after_last:
             return [

@@ -2,7 +2,7 @@
 
 A GPT-2-small-scale decoder over one flat stream of documents (no batch dimension), with
 
-- banks: all attention and MLP matrices in two tensors, so that the optimizer orthogonalizes them in one go;
+- banks: all attention and MLP matrices in two tensors, so that the optimizer orthogonalizes them at once;
 - attention inside documents over short and long sliding windows, in some layers over heads joined in pairs;
 - QK-norm, half-truncated rotary, key shift in the long-window layers, YaRN when windows grow;
 - value embeddings and hashed bigram embeddings, smeared token embeddings, per-head output gates;
@@ -51,7 +51,7 @@ class Speedrun(BigramModel[SpeedrunModelSpec]):
         residual_scale, rest = self.scalars[:layers], self.scalars[layers:]
         attention_scales, rest = rest[: 2 * layers].view(layers, 2), rest[2 * layers :]
         bigram_scale, (smear_scale, backout_scale, skip_scale) = rest[:layers], rest[layers:].unbind()
-        # Banks are taken apart once: one concatenation puts their gradients together again.
+        # Banks are split once: one concatenation joins their gradients again.
         qkv_weights, out_weights = (part.unbind() for part in self.attn.split((3 * d, d), dim=1))
         up_weights, down_weights = (part.unbind() for part in self.mlp.unbind(1))
 
