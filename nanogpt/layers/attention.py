@@ -1,4 +1,4 @@
-"""Attention of the record models: QK-norm, rotary, key shift, and heads that are joined in pairs."""
+"""Attention of the record models: QK-norm, rotary, key shift, and heads joined in pairs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def rotated_queries_keys(
     layer: int = 0,
     past: Past | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Queries and keys as attention takes them: normalised by head, rotated, the keys shifted where asked for."""
+    """Queries and keys for attention: normalised per head, rotated, and the keys shifted if requested."""
     first = 0 if past is None else past.length
     q, k = rotary(norm(q), paired=paired, first=first), rotary(norm(k), paired=paired, first=first)
     if shifted and past is not None:
@@ -51,7 +51,7 @@ def head_attention(
     """Causal attention inside documents over a window in tokens, (T, H, dv).
 
     Paired: row 2t holds the first half of token t's heads, row 2t + 1 the second half, a sequence twice as long. The
-    window keeps its number and so reaches half as many tokens.
+    window keeps its number, and so reaches half as many tokens.
     """
     if past is not None:
         y = past.attention(layer, q, k, v, window=window, scale=scale, paired=paired)
@@ -77,7 +77,7 @@ def mix_new_heads(
     scale: float | Tensor,
     plain: bool,
 ) -> Tensor:
-    """`mix_heads` of tokens whose keys and values the past has, and with them those of the tokens before."""
+    """`mix_heads` for tokens whose keys and values are in the past, along with those of earlier tokens."""
     count = len(y)
     k, v, bounds = past.recent(layer, window - 1 + count)
     before = len(k) - count
@@ -90,7 +90,7 @@ def remove_own_value(
     v: Tensor,  # the same shape: each token's own values
     strength: Tensor,  # (T, H)
 ) -> Tensor:
-    """Take away from each head's output tanh(strength) of its part along the token's own value (XSA)."""
+    """Subtract from each head's output tanh(strength) of its component along the token's own value (XSA)."""
     wide_y, wide_v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (y, v))
     along = (wide_y * wide_v).sum(-1, keepdim=True) / wide_v.square().sum(-1, keepdim=True).clamp(min=XSA_FLOOR)
     share = torch.tanh(strength).unsqueeze(-1)

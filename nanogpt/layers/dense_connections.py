@@ -1,7 +1,7 @@
-"""MUDD: small nets that make, for each token, the weights of connections between layers and the gates of heads.
+"""MUDD: small nets that compute, for each token, the weights of connections between layers and the gates of heads.
 
-After "MUDDFormer" (Xiao et al., 2025): what a layer reads is a weighted sum of earlier activations, with weights that
-depend on the token. Numbers come out in columns; whoever asks knows what each is for.
+After "MUDDFormer" (Xiao et al., 2025): a layer reads a weighted sum of earlier activations, with weights that
+depend on the token. Numbers come out in columns; the caller knows what each is for.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ def token_numbers(
 
 
 def for_every_token(numbers: Tensor, tokens: int, dtype: torch.dtype) -> list[list[Tensor]]:
-    """Each of `numbers` (m, n) in `dtype` as a weight that is the same for all tokens, (tokens, 1), by row and column.
+    """Each of `numbers` (m, n) in `dtype` as a weight shared by all tokens, (tokens, 1), by row and column.
 
-    They are expanded before they part, so that their gradients are summed over the tokens together: apart, each sum is
-    a kernel of one block, 2 to 4 us on an H100.
+    They are expanded before they are split, so that their gradients are summed over tokens together: separately, each
+    sum is a kernel of one block, 2 to 4 us on an H100.
     """
     weights = numbers.flatten()[:, None, None].expand(-1, tokens, 1).unbind()
     columns = numbers.shape[1]

@@ -1,6 +1,6 @@
 """Token-level mixing before the first layer: smear, the signs of hashed bigrams, gates of heads and values.
 
-All of it runs over the flat stream of a micro-batch, across document boundaries.
+All of it works on the flat stream of a micro-batch, across document boundaries.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def smear(
     strength: Tensor,  # () smear_lambda
     past: Past | None = None,
 ) -> Tensor:
-    """Add to each token a gated share of the embedding before it (the unsmeared one); token 0 stays. Returns (T, D)."""
+    """Add to each token a gated share of the previous (unsmeared) embedding; token 0 stays. Returns (T, D)."""
     if past is not None:
         return smear(past.joined("smear", e, 1), gate_weight, strength)[-len(e) :]
     gate = strength * torch.sigmoid(e[1:, : gate_weight.shape[1]] @ gate_weight.mT)
@@ -30,9 +30,9 @@ def bigram_sign(
     signs: Tensor,  # (n, D), +1 and -1
     past: Past | None = None,
 ) -> Tensor:
-    """The sign vector of each token and the one before it, row `(tok[t-1] xor tok[t]) mod n`: (T, D).
+    """The sign vector of each token and its predecessor, row `(tok[t-1] xor tok[t]) mod n`: (T, D).
 
-    Two bigrams that share a row of the hashed table can still be told apart. Token 0 takes row 0.
+    It distinguishes bigrams that share a row of the hashed table. Token 0 takes row 0.
     """
     if past is not None:
         return bigram_sign(past.joined("bigram signs", tokens, 1), signs)[-len(tokens) :]
@@ -53,6 +53,6 @@ def value_gate(
     value_embedding: Tensor,  # (T, D)
     weight: Tensor,  # (heads, gate inputs), an even number of them
 ) -> Tensor:
-    """`head_gate` that reads the leading channels of both, half of its inputs each: (T, heads, 1)."""
+    """`head_gate` on the leading channels of both, each half of its inputs: (T, heads, 1)."""
     half = weight.shape[1] // 2
     return head_gate(torch.cat((u[:, :half], value_embedding[:, :half]), dim=1), weight)

@@ -1,9 +1,9 @@
-"""The 8-bit copies of the MLP bank, and the scales that are measured at one time and used at the next.
+"""The 8-bit copies of the MLP bank, and the scales measured at one time and used at the next.
 
-- Input: divided by its largest in this very micro-batch, or by a power of two that no output of a norm needs more than.
-- Up weights: divided by a scale of their own, measured when they are rounded.
-- Down weights: rounded after each optimizer step with the scale that was measured at the one before, times a headroom.
-  Over the first steps, in which they leave zero, the scale is measured first.
+- Input: divided by the largest in this micro-batch, or by a power of two that no output of a norm exceeds.
+- Up weights: divided by their own scale, measured when they are rounded.
+- Down weights: rounded after each optimizer step with the scale measured at the previous one, times a headroom.
+  Over the first steps, when they leave zero, the scale is measured first.
 - Activations: each training forward pass measures the largest of a layer; the next one, of whatever micro-batch on the
   same rank, divides by it, times a headroom. Never communicated: ranks may differ.
 
@@ -25,8 +25,8 @@ from nanogpt.layers.specs import MlpFp8Spec
 class Fp8Mlp(nn.Module):
     """The MLPs of a model, by layer, over a bank (entries, 2, F, D) that the model keeps: [:, 0] up, [:, 1] down.
 
-    Each scale is a tensor of its own: slices of one vector are not aligned as 8-bit products want them. Made with
-    `active` False it holds nothing and computes nothing, so that a checkpoint does not depend on the precision.
+    Each scale is a separate tensor: slices of one vector lack the alignment that 8-bit products need. With
+    `active` False it holds and computes nothing, so that a checkpoint does not depend on the precision.
     """
 
     up8: Tensor  # (layers, F, D) e4m3
@@ -41,7 +41,7 @@ class Fp8Mlp(nn.Module):
         self.active = active
         self.gradients8 = active and spec.gradients == "all"
         self.plain = plain
-        self._loaded = False  # scales that fit the weights to come
+        self._loaded = False  # scales for the coming weights
         self.u_scale: Tensor | None
         bound = 2.0 ** math.ceil(math.log2(math.sqrt(width) / E4M3_MAX))
         scale = torch.tensor(bound) if active and spec.input_scale == "bound" else None
@@ -91,7 +91,7 @@ class Fp8Mlp(nn.Module):
 
     @torch.no_grad()
     def follow(self, bank: Tensor, step: int) -> None:
-        """Round the weights that optimizer step `step` has left."""
+        """Round the weights after optimizer step `step`."""
         if not self.active:
             return
         if step < self.spec.bootstrap_steps:
@@ -102,7 +102,7 @@ class Fp8Mlp(nn.Module):
 
     @torch.no_grad()
     def restart(self, bank: Tensor) -> None:
-        """Every scale as at the start of a run."""
+        """Reset every scale to the start of a run."""
         if not self.active:
             return
         for scale in self.scales("post_scale"):
@@ -112,7 +112,7 @@ class Fp8Mlp(nn.Module):
 
     @torch.no_grad()
     def reload(self, bank: Tensor) -> None:
-        """Round again with the scales that `set_extra_state` has brought; measure them where it brought none."""
+        """Round again with the scales from `set_extra_state`; measure them if it had none."""
         if self.active and self._loaded:
             self._round(bank)
         else:
@@ -132,11 +132,11 @@ class Fp8Mlp(nn.Module):
         torch._foreach_copy_(self.scales("next_down_scale"), list(following.unbind()))
 
     def get_extra_state(self) -> dict[str, list[float]]:
-        """The scales in use; what else there is follows from them and the weights."""
+        """The scales in use; everything else follows from them and the weights."""
         return {kind: [float(scale) for scale in self.scales(kind)] for kind in ("post_scale", "down_scale")}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take over `get_extra_state`, of a run of either precision; `reload` follows once the weights are there."""
+        """Load `get_extra_state` from a run of either precision; call `reload` once the weights are loaded."""
         self._loaded = len(state["down_scale"]) == self.layers
         for kind in ("post_scale", "down_scale"):
             for scale, value in zip(self.scales(kind), state[kind], strict=False):

@@ -1,4 +1,4 @@
-"""The product that makes queries, keys and values in 8-bit floats (e4m3), with fixed scales but for the weights.
+"""The product that makes queries, keys and values in 8-bit floats (e4m3), with fixed scales except for the weights.
 
 From public records 90 (PR #344) and 92 (PR #360). With u (T, D) a norm's output, W (R, D) and s_in the layer's scalar:
 
@@ -59,5 +59,5 @@ def _of(scale: float, like: Tensor) -> Tensor:
 
 
 def _transposed(matrix8: Tensor) -> Tensor:
-    """The transpose, contiguous; as bytes, since not every device can copy 8-bit floats with strides."""
+    """The contiguous transpose, as bytes, since not every device can copy strided 8-bit floats."""
     return matrix8.view(torch.uint8).mT.contiguous().view(matrix8.dtype)

@@ -12,7 +12,7 @@ EPS = 2.0**-23
 def norm(x: Tensor) -> Tensor:
     """RMSNorm over the last dimension, computed in at least fp32 with eps 2^-23; shape and dtype of `x`.
 
-    The eps is fp32's also for bf16 input: at the start of the speedrun the mean square is 2.5e-5, and bf16's
+    The eps is that of fp32 also for bf16 input: at the start of the speedrun the mean square is 2.5e-5, and bf16's
     eps of 2^-7 would swamp it.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))

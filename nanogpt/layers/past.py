@@ -1,7 +1,7 @@
-"""What a model keeps of the tokens it has read, so that it can read the next ones alone: sampling's cache.
+"""What a model keeps of the tokens it has read, so that it can read just the next ones: the cache for sampling.
 
-The first call reads a whole stream and leaves in a `Past` what later tokens look back at: keys and values, and the
-last row of whatever is mixed from token to token. Each later call reads the tokens that follow in the last document.
+The first call reads a whole stream and stores in a `Past` what later tokens look back at: keys and values, and the
+last rows of whatever is mixed between tokens. Each later call reads the tokens that follow in the last document.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from nanogpt.kernels.attention_plain import attention_to_past
 
 
 class Past:
-    """One for each text. `start`: where in the first call's stream the text's document begins."""
+    """One per text. `start`: where the text's document begins in the first call's stream."""
 
     def __init__(self, start: int):
         self.start = start
-        self.length = 0  # tokens read by the calls before this one
+        self.length = 0  # tokens read by earlier calls
         self._rows: dict[Hashable, Tensor] = {}
 
     def joined(self, name: Hashable, x: Tensor, reach: int | None = None) -> Tensor:
-        """x (T, ...) behind the last `reach` rows (None: all) that earlier calls have given under `name`."""
+        """x (T, ...) after the last `reach` rows (None: all) that earlier calls stored under `name`."""
         both = torch.cat((self._rows[name], x)) if name in self._rows else x
         self._rows[name] = both if reach is None else both[-reach:]
         return both
@@ -58,5 +58,5 @@ class Past:
         return keys[first:], values[first:], bounds
 
     def advance(self, tokens: int) -> None:
-        """A call has read this many tokens."""
+        """Note that a call has read this many tokens."""
         self.length += tokens

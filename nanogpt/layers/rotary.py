@@ -16,7 +16,7 @@ from nanogpt.layers.specs import RotarySpec
 
 
 class Rotary(nn.Module):
-    """Tables of cos and sin for positions 0 .. 2 * max_tokens - 1, and the attention scale that YaRN changes with them.
+    """Tables of cos and sin for positions 0 .. 2 * max_tokens - 1, and the attention scale, which YaRN also changes.
 
     An unpaired head at token t uses row t. Joined heads use rows 2t and 2t + 1, which is why there are twice as many
     rows as tokens.
@@ -24,7 +24,7 @@ class Rotary(nn.Module):
 
     cos: Tensor  # (2 * max_tokens, rotated), model dtype
     signed_sin: Tensor  # the same shape: +sin in even channels, -sin in odd ones
-    frequency: Tensor  # (rotated // 2,), fp32, radians a position
+    frequency: Tensor  # (rotated // 2,), fp32, radians per position
 
     def __init__(self, spec: RotarySpec, *, max_tokens: int, attention_scale: float, dtype: torch.dtype):
         super().__init__()
@@ -32,7 +32,7 @@ class Rotary(nn.Module):
         self.rows = 2 * max_tokens
         self.start_scale = attention_scale
         self.attention_scale = attention_scale
-        # The same number as compiled code reads it: () fp64 on the CPU, changed in place. No buffer: it stays there.
+        # The same number for compiled code: () fp64 on the CPU, changed in place. Not a buffer, so that it stays there.
         self.run_time_scale = torch.tensor(attention_scale, dtype=torch.float64, device="cpu")
         self.dtype = dtype
         self.rotated = rotated = 2 * spec.frequencies
@@ -42,7 +42,7 @@ class Rotary(nn.Module):
         self.reset()
 
     def reset(self) -> None:
-        """Back to the frequencies and the attention scale of the run's start."""
+        """Reset frequencies and attention scale to the run's start."""
         self.attention_scale = self.start_scale
         n = self.spec.frequencies
         exponent = torch.arange(n, dtype=torch.float32, device=self.frequency.device) / max(n - 1, 1)
@@ -50,10 +50,10 @@ class Rotary(nn.Module):
         self._fill_tables()
 
     def extend_window(self, old: int, new: int) -> None:
-        """YaRN's step when the long window goes from `old` to `new` tokens; cumulative.
+        """YaRN's step when the long window changes from `old` to `new` tokens; cumulative.
 
-        Frequencies that turn less than `yarn_low` times in the old window are interpolated by old/new, those that
-        turn more than `yarn_high` times are left alone, the others in between.
+        Frequencies that turn fewer than `yarn_low` times in the old window are interpolated by old/new, those that
+        turn more than `yarn_high` times are left alone, and the others lie in between.
         """
         spec = self.spec
         rotations = old * self.frequency / (2 * math.pi)
@@ -72,7 +72,7 @@ class Rotary(nn.Module):
         self.signed_sin.copy_(torch.stack((sin, -sin), dim=-1).flatten(1))
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The part of the state that is trained into the weights: YaRN's frequencies and the attention scale."""
+        """The state that the weights have adapted to: YaRN's frequencies and the attention scale."""
         return {"frequency": self.frequency.tolist(), "attention_scale": self.attention_scale}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -82,7 +82,7 @@ class Rotary(nn.Module):
         self._fill_tables()
 
     def forward(self, x: Tensor, *, paired: bool = False, first: int = 0) -> Tensor:
-        """Turn queries or keys, x (T, H, D), of tokens from `first` on.
+        """Rotate queries or keys, x (T, H, D), of tokens from `first`.
 
         Paired: heads 0, 2, 4.. at position 2t, heads 1, 3, 5.. at 2t + 1.
         """
@@ -101,7 +101,7 @@ class Rotary(nn.Module):
 
 
 def shift_still_keys(k: Tensor, rotated: int) -> Tensor:
-    """Give each key the unrotated channels of the key before it; token 0 keeps its own. k (T, H, D).
+    """Give each key the unrotated channels of the previous key; token 0 keeps its own. k (T, H, D).
 
     Lets one head look up what followed an earlier occurrence of a token (record of 2025-11, "partial key offset").
     """

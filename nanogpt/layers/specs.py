@@ -1,4 +1,4 @@
-"""The numbers that layers take from a model's spec. No torch."""
+"""The parts of a model's spec that belong to layers. No torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class RotarySpec(Strict):
     """Half-truncated rotary embedding and YaRN's rule for longer windows."""
 
     base: Annotated[Positive, NOT_COMPILED] = Field(description="frequencies are (1/base)^(j/(n-1)), j = 0..n-1")
-    frequencies: Size = Field(description="n; 2 n channels of a head are rotated, the rest are left alone")
+    frequencies: Size = Field(description="n; 2 n channels of a head are rotated, the rest are unchanged")
     yarn_low: Annotated[Positive, NOT_COMPILED] = Field(
         description="rotations in the old window below which a frequency is interpolated fully"
     )
@@ -32,28 +32,28 @@ class SoftcapSpec(Strict):
 
 
 class MuddSpec(Strict):
-    """The small nets that make a token's connections and gates: `scale * (W2 gelu(W1 x) + b)`."""
+    """The small nets that compute a token's connections and gates: `scale * (W2 gelu(W1 x) + b)`."""
 
     hidden: Size
     scale: Positive = Field(description="of the connections; the gates' scale starts here and is learned")
 
 
 class MlpFp8Spec(Strict):
-    """Scales of the MLP's products where they run in 8 bits (`runtime.mlp_precision`)."""
+    """Scales of the MLP's products when they run in 8 bits (`runtime.mlp_precision`)."""
 
     activation_headroom: Positive = Field(description="factor by which the next micro-batch may exceed this one")
     weight_headroom: Annotated[Positive, NOT_COMPILED] = Field(
         description="factor by which the next step's weights may exceed these"
     )
     bootstrap_steps: Annotated[Index, NOT_COMPILED] = Field(
-        description="steps after which the down weights' scale is still measured afresh"
+        description="first steps, in which the down weights' scale is measured anew"
     )
     gradients: Literal["bf16", "all"] = Field(
-        default="bf16", description="all: the backward pass's products are in 8 bits too"
+        default="bf16", description="all: also the backward pass's products in 8 bits"
     )
     input_scale: Literal["measured", "bound"] = Field(
-        default="measured", description="of the MLP's input: by its largest, or by what a norm's output cannot exceed"
+        default="measured", description="of the MLP's input: its largest, or a bound on a norm's output"
     )
     square: Literal["bf16", "e4m3"] = Field(
-        default="bf16", description="how the backward pass is left the activation; e4m3 needs gradients: all"
+        default="bf16", description="how the activation is kept for the backward pass; e4m3 needs gradients: all"
     )

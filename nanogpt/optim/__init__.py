@@ -1,4 +1,4 @@
-"""Optimizers: a folder a kind, one line each in the registry, and the update formulas that they share. No torch."""
+"""Optimizers: a folder and a registry line for each kind, and the update formulas they share. No torch."""
 
 from __future__ import annotations
 

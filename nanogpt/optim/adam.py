@@ -48,7 +48,7 @@ def adam_updates(
     betas: Sequence[tuple[float, float]],
     eps: float,
 ) -> None:
-    """`adam_update` of each parameter: under torch.compile one graph, and one call from Python, for all of them."""
+    """`adam_update` for each parameter: under torch.compile one graph, and one call from Python, for all."""
     each = zip(parameters, gradients, exp_avgs, exp_avg_sqs, step_sizes, decays, betas, strict=True)
     for p, g, exp_avg, exp_avg_sq, step_size, decay, own_betas in each:
         adam_update(p, g, exp_avg, exp_avg_sq, step_size, decay, own_betas, eps)

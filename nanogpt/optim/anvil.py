@@ -1,9 +1,9 @@
 """ANVIL: NorMuon with two momenta, on banks of matrices (public record 92, PR #360, "ANVIL2").
 
-What differs from `nanogpt.optim.normuon`, with whose parts it is built:
-- A fast and a slow momentum; from a step on the update comes from a blend of both.
-- Polar Express takes the norm from the first Gram matrix, which is the first polynomial's as well.
-- Decay acts where the slow momentum would not push the weight away from zero; there, where the update would not.
+Differences from `nanogpt.optim.normuon`, on whose parts it is built:
+- A fast and a slow momentum; from some step on, the update comes from a blend of both.
+- Polar Express takes the norm from the first Gram matrix, which the first polynomial also uses.
+- Decay acts where the slow momentum would not push the weight away from zero; in NorMuon, where the update would not.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ def polar_express_by_gram(
     norm_margin: float,
     plain_kernels: bool = False,
 ) -> Tensor:
-    """As `polar_express`, with the Frobenius norm as the root of the Gram matrix' trace.
+    """As `polar_express`, with the Frobenius norm as the root of the Gram matrix's trace.
 
-    Matrix and Gram are divided by it, or its square, and rounded to the dtype: a Gram matrix fewer is computed.
-    The record's six maps diverge from a singular value of 0.9526 on, and its margin of 1.05 stops at 0.9524: in bf16 a
-    matrix within about 1 % of rank one may come out huge. A margin of 1.055 is enough against that.
+    Matrix and Gram are divided by it, or its square, and rounded to the dtype, which saves a Gram matrix.
+    The record's six maps diverge above a singular value of 0.9526, and its margin of 1.05 stops at 0.9524: in bf16 a
+    matrix within about 1 % of rank one may come out huge. A margin of 1.055 prevents that.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     gram = (x_xt_plain if plain_kernels else x_xt)(matrices.mT if tall else matrices)

@@ -1,11 +1,11 @@
-"""Base of the records' optimizers: banks of matrices every step, Adam on the rest every other step.
+"""Base of the records' optimizers: banks of matrices every step, Adam for the rest every other step.
 
 A step starts all reductions in one order, then updates in another, and starts each gather as soon as its update is
 done, so that communication hides behind the orthogonalization of the banks, which come last. While the head is tied,
-the embedding is the head transposed: its gradient joins the head's before communication and it is refreshed afterwards.
+the embedding is the head transposed: its gradient joins the head's before communication; it is refreshed afterwards.
 
-Parameters in `adam.delayed` are updated one step late: what an Adam step has gathered for them is reduced while the
-next step computes, and applied at the end of that one, with the learning rate of its own step.
+Parameters in `adam.delayed` are updated one step late: their gradients of an Adam step are reduced while the
+next step computes, and applied at its end, with the learning rate of their own step.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ OwnRates = TypeVar("OwnRates", bound=BanksAndAdamRates)
 
 
 class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
-    """See the module. A subclass has the update of a bank, and names what that keeps.
+    """See the module. A subclass provides the update of a bank, and names its state.
 
     Args:
         model: its named parameters are those of the table.
         rows: the table.
-        touched: by label, the rows that a table's gradient has, where it is exchanged by rows.
-        keep_gradients: their memory stays and is cleared in place, for those who have captured where it is.
-        tables: by name, tables of rows that are not parameters, for a subclass that updates such.
+        touched: by label, the rows in a table's gradient, if it is exchanged by rows.
+        keep_gradients: clear their memory in place, for callers that captured its address.
+        tables: by name, tables that are not parameters, for a subclass that updates them.
     """
 
-    bank_update: ClassVar[Callable[..., None]]  # the formula, which is compiled
-    momenta: ClassVar[tuple[str, ...]]  # what it keeps of a bank, each of the bank's shape
+    bank_update: ClassVar[Callable[..., None]]  # the formula, to be compiled
+    momenta: ClassVar[tuple[str, ...]]  # its state for a bank, each of the bank's shape
 
     def __init__(
         self,
@@ -69,8 +69,8 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
         self.touched = touched or {}
         self.keep_gradients = keep_gradients
         self.tables = dict(tables or {})
-        self.gathering: set[str] = set()  # whose gradients are on their way from one of their updates to the next
-        # Delayed parameters' reductions under way, with the rates of the step that they are of.
+        self.gathering: set[str] = set()  # whose gradients accumulate between their updates
+        # Delayed parameters' reductions in flight, with the rates of their step.
         self.waiting: dict[str, tuple[Pending, BanksAndAdamRates]] = {}
         self.spec = spec
         self.communicator = communicator
@@ -108,7 +108,7 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
         return self.communicator.shard(view) if plan.sharded else view
 
     def _full(self, plan: ParameterPlan, own: Tensor) -> Tensor:
-        """All ranks' parts of what this one has `own` of, in new memory."""
+        """All ranks' parts of what this rank's `own` is a part of, in new memory."""
         return self.communicator.unshard(own) if plan.sharded else own.clone()
 
     def _adam_state(self, label: str) -> State:
@@ -128,7 +128,7 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
     # --- a step ---
 
     def expect_rows(self, rows: Mapping[str, Sequence[Rows]], rates: OwnRates) -> None:
-        """The tables' gradients will have these rows; before a table's update they are all known."""
+        """Note the rows that the tables' gradients will have; all are known before a table's update."""
         for label, touched in self.touched.items():
             touched.add(rows[touched.extra])
             if self.plans[label].due(adam_step=rates.adam_step, event=rates.event):
@@ -136,7 +136,7 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
 
     @torch.no_grad()
     def step(self, rates: OwnRates) -> None:
-        """Reduce, update, gather, clear; see the module. Raises RuntimeError where a parameter has no gradient."""
+        """Reduce, update, gather, clear; see the module. Raises RuntimeError if a parameter has no gradient."""
         tied, head = (self.tied_label, self.head_label) if self.tied else (None, None)
         plan = self.spec.step_plan(adam_step=rates.adam_step, tied=tied, event=rates.event)
         if rates.adam_step and tied is not None and head is not None:
@@ -152,7 +152,7 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
             self._clear(tied)
             if rates.split:
                 self._split(tied, head)
-        for p in plan.delayed:  # a copy: the next step adds to the gradient while this one travels
+        for p in plan.delayed:  # a copy: the next step adds to the gradient while this one is sent
             self.waiting[p.label] = self._start_reduction(p, self._gradient(p.label).clone()), rates
             self._clear(p.label)
         for gather in gathers.values():
@@ -167,7 +167,7 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
     def _update_all(
         self, batches: Sequence[Sequence[ParameterPlan]], reductions: dict[str, Pending], rates: OwnRates
     ) -> dict[str, Pending]:
-        """Batch by batch; uses up their reductions and returns the gathers, by label."""
+        """Update batch by batch; uses up the reductions and returns the gathers, by label."""
         gathers = {}
         for together in batches:
             labels = [p.label for p in together]
@@ -184,7 +184,7 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
         return gathers
 
     def _update_waiting(self) -> dict[str, Pending]:
-        """Make the updates that were left to this step; returns their gathers, by label."""
+        """Make the updates delayed to this step; returns their gathers, by label."""
         gathers: dict[str, Pending] = {}
         for label, (reduction, rates) in self.waiting.items():
             plan, full = self.plans[label], self.parameters[label].data
@@ -208,7 +208,7 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
         return gradient
 
     def _start_reduction(self, plan: ParameterPlan, gradient: Tensor) -> Pending:
-        """Of this rank's `gradient`, the parameter's shape, which is used up."""
+        """Reduce this rank's `gradient`, of the parameter's shape, which is used up."""
         gradient = self._view(plan, gradient)
         touched = self.touched.get(plan.label)
         if plan.sharded and touched is not None:
@@ -247,10 +247,10 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
 
     @abstractmethod
     def _kinds_of_rates(self) -> Sequence[OwnRates]:
-        """One of each kind that has compiled code of its own."""
+        """One of each kind with its own compiled code."""
 
     def _bank_sizes(self, label: str, rates: OwnRates) -> tuple[Tensor, Tensor]:
-        """Step size of each of this rank's matrices, (n, 1, 1), and decay, (): `cautious_update`'s."""
+        """The step size of each of this rank's matrices, (n, 1, 1), and the decay, (), for `cautious_update`."""
         banks = self.spec.banks
         lr = banks.lr * rates.lr_factor
         return self.multipliers[label] * lr, torch.tensor(banks.weight_decay * lr)
@@ -264,7 +264,7 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
             twin.state[self.tied_label] = twin._adam_state(self.tied_label)
         twin._adam, twin._bank = self._adam, self._bank
         for rates, (label, plan) in itertools.product(self._kinds_of_rates(), self.plans.items()):
-            if plan.sharded:  # the others are the same on any number of ranks
+            if plan.sharded:  # the others are equal for any number of ranks
                 own = twin._own(plan, twin.parameters[label].data)
                 if plan.bank:
                     twin._update_bank(label, own, torch.zeros_like(own), rates)
@@ -281,7 +281,7 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
         return torch.tensor(values, device=own.device).view(count, 1, 1)
 
     def _split(self, tied: str, head: str) -> None:
-        """From now on the tied parameter has an Adam state of its own, the head's transposed, and its step count."""
+        """Give the tied parameter its own Adam state, the head's transposed, and its step count."""
         self.state[tied] = {}
         for name, own in self.state[head].items():
             full = self.communicator.unshard(own) if self.plans[head].sharded else own
@@ -294,10 +294,10 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
     # --- checkpoints ---
 
     def state_dict(self) -> dict[str, Any]:
-        """Full tensors, whatever the world size.
+        """Full tensors, for any world size.
 
-        Also the gradients that Adam's parameters have gathered so far, by rank (`nanogpt.optim.pending`, with the rows
-        that `touched` knows of them), and those whose update is still to come.
+        Also the gradients that Adam's parameters have accumulated so far, by rank (`nanogpt.optim.pending`, with the
+        rows that `touched` knows), and those whose update is still to come.
         """
         tensors = {
             label: {name: self._full(self.plans[label], own) for name, own in state.items()}
@@ -321,7 +321,7 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a `state_dict` of any world size; tensors are copied. Other gradients are cleared."""
+        """Load a `state_dict` of any world size; tensors are copied, other gradients cleared."""
         self.tied = bool(state["tied"])
         self.adam_counts = {label: int(state["adam_counts"][label]) for label in self.adam_counts}
         tied = self.tied_label

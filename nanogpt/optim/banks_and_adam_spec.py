@@ -1,6 +1,6 @@
-"""Banks of matrices and Adam side by side: what such an optimizer's spec says, its checks and its schedule. No torch.
+"""The spec of optimizers with banks of matrices and Adam side by side, its checks and its schedule. No torch.
 
-How the banks are updated is each optimizer's own: a part of its spec, named by `bank_part`.
+Each optimizer updates the banks in its own way: a part of its spec, named by `bank_part`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Communication = Literal["replicated", "sharded"]
 
 
 class AdamGroup(Strict):
-    """Adam's settings of one parameter."""
+    """Adam's settings for one parameter."""
 
     betas: Betas
     lr_mul: Annotated[Positive, NOT_COMPILED]
@@ -53,9 +53,9 @@ class AdamSpec(Strict):
         description="Adam steps on the last of every N steps; gradients are summed over them"
     )
     groups: dict[Name, AdamGroup] = Field(default={}, max_length=1024)
-    delayed: Annotated[Names, NOT_COMPILED] = Field(  # when an update is made, not how
+    delayed: Annotated[Names, NOT_COMPILED] = Field(  # when an update happens, not how
         default=[],
-        description="groups that are updated one step later, so that ranks add up their gradients while that one runs",
+        description="groups updated one step late, so that their gradients are summed over ranks during that step",
     )
 
 
@@ -69,7 +69,7 @@ class MomentumSpec(Strict):
 
 
 class BankGroup(Strict):
-    """Settings of one bank of matrices."""
+    """Settings for one bank of matrices."""
 
     lr_muls: Annotated[list[NonNegative], NOT_COMPILED] = Field(
         min_length=1,
@@ -86,7 +86,7 @@ class BanksSpec(Strict):
     beta2: Beta
     weight_decay: Annotated[NonNegative, NOT_COMPILED]
     momentum: MomentumSpec
-    norm_margin: Positive = Field(description="the matrix is divided by this much times its Frobenius norm first")
+    norm_margin: Positive = Field(description="the matrix is first divided by this times its Frobenius norm")
     polar_express: list[Polynomial] = Field(
         min_length=1, max_length=100, description="(a, b, c) of each iteration X <- aX + (bA + cAA)X, A = XX^T"
     )
@@ -101,19 +101,19 @@ class TiedHeadSpec(Strict):
 
 @dataclass(frozen=True)
 class BanksAndAdamRates(Rates):
-    """The schedule's say in a step."""
+    """A step's part of the schedule."""
 
     momentum: float = 0.0  # the banks' mu
     adam_step: bool = True  # Adam's parameters step too; otherwise their gradients keep accumulating
     split: bool = False  # after this step the embedding and the head train apart
-    event: bool = True  # tables of rows and cyclic parameters step
-    repeat: int = 1  # of a cyclic parameter's updates this one stands for this many: betas and decay
+    event: bool = True  # tables and cyclic parameters step
+    repeat: int = 1  # this update of a cyclic parameter stands for this many: betas and decay
 
 
 class BanksAndAdamSpec(BaseOptimizerSpec):
     """Base of the specs of Adam and banks of matrices side by side, with explicit orders of communication and work.
 
-    The groups and orders of a recipe that does not name them are those of the model's table of parameters.
+    By default, groups and orders are those of the model's table of parameters.
     """
 
     trains: ClassVar[tuple[type, ...]] = (Adam, NorMuon)
@@ -122,7 +122,7 @@ class BanksAndAdamSpec(BaseOptimizerSpec):
     adam: AdamSpec
     tied_head: TiedHeadSpec
     reduce_order: Annotated[Names, NOT_COMPILED] = Field(default=[])
-    # But for neighbours in it that are updated by one function: `updated_together`.
+    # Except for neighbours updated by one function: `updated_together`.
     update_order: Annotated[Names, NOT_COMPILED] = Field(default=[])
 
     @classmethod
@@ -146,7 +146,7 @@ class BanksAndAdamSpec(BaseOptimizerSpec):
     def problems(
         self, rows: Sequence[Parameter], *, world_size: int, stages: int, total_steps: int
     ) -> Iterator[Problem]:
-        """Groups and orders that are not the table's, shards that ranks cannot share, a schedule that does not fit."""
+        """Groups and orders that differ from the table's, indivisible shards, a schedule that does not fit."""
         yield from self._sharding_problems(rows, world_size)
         labels = [row.name for row in rows]
         adam_labels = [row.name for row in rows if isinstance(row.train, Adam)]
@@ -205,7 +205,7 @@ class BanksAndAdamSpec(BaseOptimizerSpec):
 
     @property
     def cyclic_groups(self) -> Sequence[str]:
-        """Groups of Adam that step at events."""
+        """Adam's groups that step at events."""
         return ()
 
     @property
@@ -214,7 +214,7 @@ class BanksAndAdamSpec(BaseOptimizerSpec):
         return self.adam.every
 
     def is_event(self, step: int) -> bool:
-        """Tables are updated as Adam's parameters are."""
+        """Tables are updated when Adam's parameters are."""
         return self.is_adam_step(step)
 
     def is_adam_step(self, step: int) -> bool:
@@ -239,7 +239,7 @@ class BanksAndAdamSpec(BaseOptimizerSpec):
         return step
 
     def warmup_steps(self, first_steps: Sequence[int]) -> list[int]:
-        """The split and the first update after it, the embedding's own, where no later stage's steps make one."""
+        """The split and the first update after it, the embedding's own, if no later stage's steps include one."""
         split = self.split_step(first_steps)
         return [split, split + self.adam.every] if split >= first_steps[-1] else []
 
@@ -277,7 +277,7 @@ class BanksAndAdamSpec(BaseOptimizerSpec):
         }
 
     def step_plan(self, *, adam_step: bool, tied: str | None, event: bool = True) -> StepPlan:
-        """What a step works on: banks always, Adam's parameters on Adam steps, cyclic ones at events, `tied` never."""
+        """What a step updates: banks always, Adam's parameters on Adam steps, cyclic ones at events, `tied` never."""
         plans = self.plans
 
         def chosen(order: list[str], *, delayed: bool = False) -> tuple[ParameterPlan, ...]:

@@ -1,6 +1,6 @@
 """Averages and gathers over ranks, started early and waited for late.
 
-A `Communicator` of one rank makes no process group call: its "reductions" hand back the gradient itself.
+A `Communicator` of one rank calls no process group: its "reductions" return the gradient itself.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass
 class Pending:
-    """A collective under way; `wait` gives its result (on CUDA it only orders the current stream after it)."""
+    """A collective in flight; `wait` returns its result (on CUDA it only orders the current stream after it)."""
 
     finish: Callable[[], Tensor]
 
@@ -26,7 +26,7 @@ class Pending:
 
 
 def completed(tensor: Tensor) -> Pending:
-    """A result that need not be waited for."""
+    """A result that is already there."""
     return Pending(lambda: tensor)
 
 
@@ -57,7 +57,7 @@ class Communicator:
         if self.size == 1:
             return completed(full)
         full = full.contiguous()
-        shard = torch.empty_like(self.shard(full))  # contiguous too: NCCL writes rows, whatever the strides say
+        shard = torch.empty_like(self.shard(full))  # also contiguous: NCCL writes rows, whatever the strides
         op = dist.ReduceOp.AVG if self.nccl else dist.ReduceOp.SUM
         work = _collective("reduce_scatter")(shard, full, op=op, group=self.group, async_op=True)
         return self._pending(work, shard)
@@ -74,7 +74,7 @@ class Communicator:
         if self.size == 1:
             return completed(full)
         shard = _bytes(self.shard(full))
-        if not self.nccl:  # NCCL gathers in place, gloo wants memory of its own
+        if not self.nccl:  # NCCL gathers in place, gloo needs separate memory
             shard = shard.clone()
         work = _collective("all_gather")(_bytes(full), shard, group=self.group, async_op=True)
 
@@ -85,12 +85,12 @@ class Communicator:
         return Pending(finish)
 
     def exchange_rows(self, sent: Tensor, send_counts: list[int], receive_counts: list[int]) -> Pending:
-        """Rows of other ranks: `sent` has those for rank 0 first, then for rank 1, ...; so has the result, by sender.
+        """Exchange rows: `sent` has those for rank 0 first, then for rank 1, ...; the result likewise, by sender.
 
         sent: (sum of send_counts, D). The result is (sum of receive_counts, D), of the same dtype.
         """
         received = sent.new_empty((sum(receive_counts), *sent.shape[1:]))
-        width = math.prod(sent.shape[1:]) * sent.element_size()  # also where there are no rows
+        width = math.prod(sent.shape[1:]) * sent.element_size()  # even without rows
         work = dist.all_to_all_single(
             received.view(torch.uint8).view(-1),
             sent.contiguous().view(torch.uint8).view(-1),
@@ -113,7 +113,7 @@ class Communicator:
         return self.gather(full).wait()
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:
-        """Rank `source`'s values to every rank, in place."""
+        """Send rank `source`'s values to every rank, in place."""
         if self.size > 1:
             dist.broadcast(_bytes(tensor), src=source, group=self.group)
 
@@ -124,7 +124,7 @@ class Communicator:
 
 
 class RankOf(Communicator):
-    """Rank 0 of `size` that are not there: it knows its shards, and sends nothing."""
+    """Rank 0 of `size` imaginary ranks: it knows its shards, and sends nothing."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -132,7 +132,7 @@ class RankOf(Communicator):
 
 
 def _collective(name: str) -> Callable[..., dist.Work]:
-    """`reduce_scatter` or `all_gather` of one tensor, under the name that this torch wants: 2.13 has renamed them."""
+    """`reduce_scatter` or `all_gather` of one tensor, under this torch's name for it: 2.13 renamed them."""
     old = {"reduce_scatter": "reduce_scatter_tensor", "all_gather": "all_gather_into_tensor"}[name]
     chosen: Callable[..., dist.Work] = getattr(dist, f"{name}_single", None) or getattr(dist, old)
     return chosen

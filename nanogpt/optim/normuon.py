@@ -30,7 +30,7 @@ def reduce_variance(
 ) -> Tensor:
     """Divide each row (column, if there are more of them) by its running root mean square, keeping the Frobenius norm.
 
-    The running mean starts at 0 without bias correction: the rescaling to the old norm makes up for it. Statistics
+    The running mean starts at 0 without bias correction: the rescaling to the old norm compensates. Statistics
     in fp32, the result in x's dtype.
     """
     wide = x.to(second_moment.dtype)

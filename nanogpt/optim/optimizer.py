@@ -1,4 +1,4 @@
-"""What the trainer tells an optimizer about a step, and what it asks of it."""
+"""The interface between trainer and optimizers."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ class Optimizer(Protocol):
     """An optimizer owns its model's gradients: `step` reduces, applies and clears them."""
 
     def expect_rows(self, rows: Mapping[str, Sequence[Rows]], rates: Any) -> None:
-        """The step's batch reads these rows, by the extra that has them; of each slot, all ranks' in order."""
+        """Note the rows that the step's batch reads, by extra; for each slot, all ranks' in order."""
 
     def step(self, rates: Any) -> None:
-        """One step with the gradients that have accumulated on this rank. rates: of the spec's `rates`."""
+        """Take a step with the gradients accumulated on this rank. rates: from the spec's `rates`."""
 
     def warm_up(self, world_size: int) -> None:
         """Compile what a rank of `world_size` would run in `step`, on one process; parameters and state stay."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The whole state, independent of the world size: full tensors on every rank. Collective."""
+        """The full state, independent of the world size: full tensors on every rank. Collective."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a `state_dict` of any world size."""
+        """Load a `state_dict` of any world size."""
 
 
 def build_optimizer(
@@ -46,12 +46,12 @@ def build_optimizer(
     keep_gradients: bool = False,
     tables: Mapping[str, Any] | None = None,
 ) -> Optimizer:
-    """The spec's optimizer of `model`, whose parameters are those of the table `rows`.
+    """The spec's optimizer for `model`, whose parameters are those of the table `rows`.
 
     compiled: the update formulas go through torch.compile. plain_kernels: plain PyTorch also where a Triton kernel
-    could run. touched: by parameter, the rows of the tables that are exchanged by rows. keep_gradients: clear them in
-    place. tables: by name, tables of rows that are not parameters of the model. An optimizer that has no use for one of
-    these passes it over.
+    could run. touched: by parameter, the rows of tables that are exchanged by rows. keep_gradients: clear them in
+    place. tables: by name, tables that are not parameters of the model. Optimizers ignore what they have no
+    use for.
     """
     kind = built_class(OPTIMIZERS, spec)
     optimizer: Optimizer = kind(

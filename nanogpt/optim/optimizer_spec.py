@@ -1,4 +1,4 @@
-"""What every optimizer's spec answers, so that nobody has to ask which optimizer it is. No torch."""
+"""What every optimizer's spec answers, so that no other code needs to know which optimizer it is. No torch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from nanogpt.spec_fields import Problem, Strict
 
 @dataclass(frozen=True)
 class Rates:
-    """The schedule's say in a step, of any optimizer; its own may say more."""
+    """A step's part of the schedule for any optimizer; its own may add more."""
 
     lr_factor: float  # multiplies every base learning rate
 
 
 class TableRates(NamedTuple):
-    """The schedule's say in an update of a table of rows that is not a parameter of the model."""
+    """The schedule's part for updating a table that is not a parameter of the model."""
 
     lr: float
     beta2: float
@@ -29,24 +29,24 @@ class TableRates(NamedTuple):
 class BaseOptimizerSpec(Strict):
     """Base of the optimizers' specs."""
 
-    trains: ClassVar[tuple[type, ...]]  # what `Parameter.train` may be for it to train a parameter
+    trains: ClassVar[tuple[type, ...]]  # the types of `Parameter.train` that it can train
 
     kind: str
 
     @classmethod
     def defaults(cls, rows: Sequence[Parameter]) -> dict[str, Any]:
-        """What a recipe leaves out, from a model's table of parameters; as a recipe would say it."""
+        """Defaults from a model's table of parameters, in a recipe's form."""
         return {}
 
     def problems(
         self, rows: Sequence[Parameter], *, world_size: int, stages: int, total_steps: int
     ) -> Iterator[Problem]:
-        """Cross-checks against a table that it can train; yields (path below `optimizer`, message)."""
+        """Cross-checks against a trainable table; yields (path below `optimizer`, message)."""
         yield from ()
 
     @property
     def steps_between_updates(self) -> int:
-        """Steps over which the gradients of a table of rows are summed before it is updated."""
+        """Steps over which a table's gradients are summed before it is updated."""
         return 1
 
     def is_event(self, step: int) -> bool:
@@ -54,21 +54,21 @@ class BaseOptimizerSpec(Strict):
         return True
 
     def table_rates(self, step: int, lr_factor: float) -> TableRates | None:
-        """What holds for tables at the event `step`; None: it updates none but the model's parameters."""
+        """The rates for tables at the event `step`; None: it updates only the model's parameters."""
         return None
 
     def warmup_steps(self, first_steps: Sequence[int]) -> list[int]:
-        """Steps that compile something of their own, besides the first ones of the run and of its stages."""
+        """Steps that compile something new, besides the first ones of the run and of its stages."""
         return []
 
     def rates(self, step: int, lr_factor: float, *, first_steps: Sequence[int], total_steps: int) -> Rates:
-        """The schedule's say in the optimizer's `step`. first_steps: of each stage."""
+        """The schedule's part for the optimizer's `step`. first_steps: of each stage."""
         raise NotImplementedError
 
     def shortened(self, scaled: Callable[[int], int], total_steps: int) -> dict[str, Any]:
-        """Its fields when the run is shortened to `total_steps`; `scaled` shortens a number of steps in proportion."""
+        """Its fields for a run shortened to `total_steps`; `scaled` shortens a number of steps in proportion."""
         return self.model_dump()
 
     def updated_together(self, rows: Sequence[Parameter]) -> list[list[str]]:
-        """The parameters of each compiled update, in any kind of step, whatever the order of the updates."""
+        """The parameters of each compiled update, in any kind of step, regardless of the order of updates."""
         return []

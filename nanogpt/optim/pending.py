@@ -1,13 +1,13 @@
-"""Gradients that wait for the next step, in a checkpoint: each rank's own.
+"""Gradients waiting for the next step, in a checkpoint: each rank's own.
 
 Their average would do for a run on another number of ranks; on the same number it would change the order of the sum,
-and so the last bit of it. Of a gradient only the rows that are not zero are kept, which loses nothing: a rank's tokens
-touch few rows of the large tables.
+and so its last bit. Only a gradient's nonzero rows are kept, which loses nothing: a rank's tokens touch few
+rows of the large tables.
 
-What that costs: a row of the speedrun's tables has 1,540 bytes. At 8 ranks `lm_head`, whose gradient is full, takes
+The cost: a row of the speedrun's tables has 1,540 bytes. At 8 ranks `lm_head`, whose gradient is full, takes
 8 x 77 MB; a rank's rows of `embed`, `value_embed` and `bigram_embed` are no more than its distinct tokens and bigrams,
-in the largest step (49,152 tokens a rank) some 150 MB together, 1.2 GB of 8 ranks. The mean of all would be 0.9 GB, and
-the whole checkpoint is about 6 GB. One after an Adam step has none of it.
+in the largest step (49,152 tokens per rank) some 150 MB together, 1.2 GB for 8 ranks. The mean of all would be 0.9 GB;
+the whole checkpoint is about 6 GB. A checkpoint after an Adam step has none of it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def gather_pending(communicator: Communicator, gradients: Mapping[str, Tensor]) -> list[dict[str, Kept] | None]:
-    """All ranks' gradients in the order of the ranks, on rank 0; elsewhere None in the place of other ranks'.
+    """All ranks' gradients in rank order, on rank 0; elsewhere None instead of other ranks'.
 
-    Collective, with the same labels and shapes on all ranks; empty where there are no gradients. A rank's device holds
+    Collective, with the same labels and shapes on all ranks; empty without gradients. A rank's device holds
     one more copy of a gradient's rows at a time.
     """
     if not gradients:
@@ -53,9 +53,9 @@ def gather_pending(communicator: Communicator, gradients: Mapping[str, Tensor]) 
 
 
 def pending_gradient(pending: Sequence[Mapping[str, Kept]], label: str, communicator: Communicator) -> Tensor | None:
-    """What this rank continues with of what `gather_pending` gave on rank 0, on the CPU; None: no such gradient.
+    """What this rank continues with from `gather_pending`'s result on rank 0, on the CPU; None: no such gradient.
 
-    Its own, on as many ranks; on another number of them the mean over ranks.
+    Its own, for the same number of ranks; otherwise the mean over ranks.
     """
     if not pending or label not in (pending[communicator.rank % len(pending)] or ()):
         return None
@@ -70,7 +70,7 @@ def _matrix(gradient: Tensor) -> Tensor:
 
 
 def _rows(gradient: Tensor) -> Tensor:
-    """Numbers of the rows along the last dimension that have any bit set: -0.0 is kept as well."""
+    """Indices of the rows along the last dimension with any bit set, so that -0.0 is kept too."""
     matrix = _matrix(gradient)
     return matrix.view(_BITS[matrix.element_size()]).ne(0).any(dim=1).nonzero().flatten()
 

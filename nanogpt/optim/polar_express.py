@@ -1,4 +1,4 @@
-"""Polar Express (Amsel et al., 2025): the orthogonal factor of a matrix by a few odd polynomials of it."""
+"""Polar Express (Amsel et al., 2025): a matrix's orthogonal factor, from a few odd polynomials of it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def polar_express(
     norm_margin: float,
     plain_kernels: bool = False,
 ) -> Tensor:
-    """Replace each matrix's singular values by ones, about; shape and dtype as given.
+    """Replace each matrix's singular values by approximately 1; shape and dtype as given.
 
-    X = G / (norm_margin ||G||_F + 1e-6); then for each (a, b, c): A = X X^T, X <- a X + (b A + c A A) X, on the side
-    that is smaller. A zero matrix stays zero.
+    X = G / (norm_margin ||G||_F + 1e-6); then for each (a, b, c): A = X X^T, X <- a X + (b A + c A A) X, on the
+    smaller side. A zero matrix stays zero.
     """
     wide_dtype = torch.promote_types(matrices.dtype, torch.float32)
     length = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=wide_dtype)
@@ -31,11 +31,11 @@ def polar_express(
 
 def odd_polynomials(
     x: Tensor,  # (n, rows, columns)
-    gram: Tensor | None,  # (n, m, m), of the smaller side m: X X^T or X^T X, where that is known already
+    gram: Tensor | None,  # (n, m, m), with m the smaller side: X X^T or X^T X, if already known
     coefficients: Sequence[tuple[float, float, float]],
     plain_kernels: bool = False,
 ) -> Tensor:
-    """For each (a, b, c), X <- a X + (b A + c A A) X with X's Gram matrix A, on the side that is smaller."""
+    """For each (a, b, c), X <- a X + (b A + c A A) X with X's Gram matrix A, on the smaller side."""
     tall = x.shape[-2] > x.shape[-1]
     product, polynomial_of = (x_xt_plain, ba_plus_caa_plain) if plain_kernels else (x_xt, ba_plus_caa)
     for a, b, c in coefficients:

@@ -66,7 +66,7 @@ _add(
     "x0 for it",
     ('w["value from before"]), (start, saved, x)', 'w["value from before"]), (x0, saved, x)'),
 )
-_add("bigrams", RECORD89, "in layer 0 twice", ("if layer > 0:  # it is", "if layer >= 0:  # it is"))
+_add("bigrams", RECORD89, "in layer 0 twice", ("if layer > 0:  # already", "if layer >= 0:  # it is"))
 _add("bigrams", RECORD89, "no signs", ("embedded.bigrams * bigram_sign(", "embedded.bigrams + 0 * bigram_sign("))
 _add("bigram signs", EMBEDDING, "from the sum", ("tokens[1:].bitwise_xor(tokens[:-1])", "(tokens[1:] + tokens[:-1])"))
 _add(
