@@ -19,7 +19,7 @@ from torch import Tensor
 from nanogpt.kernels.table_rows import Entries, Gradients, RowAdam, Signs
 
 READ_WARPS = 1
-SUM_WARPS = 2
+SUM_WARPS = 4
 BLOCK = 64  # sorted entries
 AT_ONCE = 1  # entries of a row that are in flight at a time: most rows have one or two
 BLOCKS_AT_ONCE = 4  # the same, of a block's
