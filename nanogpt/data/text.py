@@ -1,22 +1,22 @@
-"""Own text to token shards: `prep-text`, and `prepare_text` for use from Python.
+"""Your own text to token shards: `prep-text`, and `prepare_text` for use from Python.
 
 How documents become shards, so that the same input gives the same bytes everywhere:
 
 1. Documents are taken in the order of the paths given; folders are walked depth first, names in the order of
    their characters. A document is BOS followed by the tokens of its text; what looks like a special token is text.
 2. Validation takes whole documents, chosen by a hash of their text, smallest first, until it holds at least
-   `val_tokens` tokens. Copies of a text go together, so that no validation document is also trained on, and
-   those that are longer than `val_tokens` are only taken when the others do not suffice. With `split_by` it takes whole
+   `val_tokens` tokens. Copies of a text stay together, so that no validation document is also trained on, and
+   documents longer than `val_tokens` are taken only if the others do not suffice. With `split_by` it takes whole
    sources in the same way, by a hash of their names.
-3. Both sides keep the order of 1, or with `shuffle` go by a hash of each text, so that every stretch of a shard is
+3. Both sides keep the order of 1, or with `shuffle` that of a hash of each text, so that every stretch of a shard is
    a sample of all inputs. Training fills one shard after another with whole documents: a shard ends before the
    document that would take it above `shard_tokens`.
 4. On request, copies of a text, short documents and near-duplicates are left out first, in this order.
 
-Number of workers, listing order and time play no part. Tokens go to a spool first, because the choice needs the
-lengths of all documents; shards are written from it, hashed as they fill, and take their names together at the
-end, with the manifest `text.json` last. Memory holds 32 bytes a document, 504 more to find near-duplicates, a path a
-file and a few units of work.
+Number of workers, listing order and time do not matter. Tokens go to a spool first, because the choice needs the
+lengths of all documents; shards are written from it, hashed as they fill, and renamed together at the
+end, with the manifest `text.json` last. Memory holds 32 bytes per document, 504 more to find near-duplicates, a path
+per file and a few units of work.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ FULL_VALIDATION = 10_485_760 + 1  # what an evaluation of the full run reads: it
 TRAINED_LENGTH = 2048  # tokens of a document, BOS included, that training uses; the rest is cut off
 WORKER_BYTES = 8 << 20  # of text that are worth starting a worker for
 NAMED_SOURCES = 1000  # in the manifest, of validation
-COMPRESSION = 3  # text bytes a byte of a compressed file, roughly: for the number of workers only
+COMPRESSION = 3  # text bytes per byte of a compressed file, roughly: only for the number of workers
 
 
 @dataclass(frozen=True)
 class Part:
-    """One side of the split. Tokens include a BOS a document."""
+    """One side of the split. Tokens include a BOS per document."""
 
     documents: int
     tokens: int
@@ -81,7 +81,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Input:
-    """What one of the given paths came to."""
+    """What one of the given paths contained."""
 
     path: str
     files: int
@@ -92,7 +92,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Sources:
-    """How a split by sources came out."""
+    """The result of a split by sources."""
 
     val: int
     train: int
@@ -101,7 +101,7 @@ class Sources:
 
 @dataclass(frozen=True)
 class NearDuplicates:
-    """How many documents nearly equal one before them, and how many validation documents one that is trained on."""
+    """How many documents nearly equal an earlier one, and how many validation documents one in training."""
 
     documents: int
     val_in_train: int
@@ -152,20 +152,20 @@ def prepare_text(
 
     Args:
         paths: text files, JSON lines, Parquet files, and folders of them; see `nanogpt.data.documents`.
-        directory: made if it is missing. It must hold no shards, unless `force`.
+        directory: created if missing. It must hold no shards, unless `force`.
         val_tokens: the least number of validation tokens; a tenth of all, at most 10,485,761, if None.
         shard_tokens: the most tokens of a training shard; only a longer document makes a longer shard.
-        document_tokens: cut longer documents into several of at most this many tokens, BOS included. They keep to one
+        document_tokens: cut longer documents into several of at most this many tokens, BOS included, all on one
             side of the split. None leaves documents whole.
         min_tokens: leave out documents of fewer tokens, BOS included, after that cut.
-        unique: leave out copies of a text that came before.
+        unique: leave out copies of an earlier text.
         shuffle: order documents by a hash of their text, not as they come.
         field: the field or column of a record that holds its text.
         suffixes: further suffixes of plain text, such as ".log".
         workers: processes; as many as there are cores, and fewer for little text, if None.
-        force: replace the shards in `directory`, all of them, once the new ones are whole.
-        keep_damaged: make shards of what can be read, although something of the files in `paths` cannot. What is only
-            found in a folder is always left out and counted.
+        force: replace all shards in `directory` once the new ones are complete.
+        keep_damaged: make shards of what can be read, even if part of the files in `paths` cannot. Damaged files found
+            in a folder are always left out and counted.
         split_by: what goes to one side as a whole, see `nanogpt.data.sources.SplitBy`.
         near_duplicates: count documents that are nearly equal, or leave out all but the first; see
             `nanogpt.data.near_duplicates`.
@@ -311,7 +311,7 @@ def _check_whole(skips: Skips) -> None:
     raise RunError(
         "what you named could not all be read, so nothing is written:\n  "
         + "\n  ".join(lines)
-        + "\nmend these or leave them out, or make shards of what can be read: --keep-damaged"
+        + "\nrepair them or leave them out, or make shards of what can be read with --keep-damaged"
     )
 
 
@@ -396,7 +396,7 @@ def _sources(val: Keys, train: Keys, names: dict[int, str]) -> Sources:
 
 
 def _manifest(summary: Summary, settings: dict[str, Any]) -> dict[str, Any]:
-    """What `text.json` says: only what follows from input and settings, so that it can be compared too."""
+    """The contents of `text.json`: only what follows from input and settings, so that it can be compared too."""
     return {
         "format": 1,
         "settings": settings,

@@ -2,7 +2,7 @@
 
 Tokens are spooled as they come, because the choice needs the lengths of all documents. The shards are then
 written from the spool into a hidden folder of the target directory, hashed as they fill, and renamed together.
-A run that is killed leaves that folder, which the next one clears away, and no shard under a final name.
+A killed run leaves that folder, which the next one removes, and no shard under a final name.
 """
 
 from __future__ import annotations
@@ -341,9 +341,9 @@ def _present(directory: Path) -> list[Path]:
 
 
 def publish(staging: Path, directory: Path, shards: tuple[Shard, ...], manifest: dict[str, Any]) -> None:
-    """Put the staged set in the place of whatever set `directory` holds, or leave that one as it was.
+    """Replace whatever set `directory` holds with the staged one, or leave it as it was.
 
-    The manifest takes its name last.
+    The manifest is renamed last.
     """
     with (staging / "manifest").open("w", encoding="ascii") as file:
         json.dump(manifest, file, indent=2)
