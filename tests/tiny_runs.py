@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import itertools
 import json
 import os
 import subprocess
@@ -13,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-import nanogpt
+from nanogpt.data.embedded import embedded_corpus
 from nanogpt.data.shards import train_name, val_name, write_tokens
 from nanogpt.data.tokenizer import BOS as GPT2_BOS
 from nanogpt.data.tokenizer import encode_text
@@ -267,12 +269,12 @@ def averaged_spec(*overrides: str) -> RunSpec:
 
 
 def make_text_data(directory: Path) -> Path:
-    """Shards of the package's own prose in GPT-2's tokens, a paragraph a document."""
+    """Shards of the prose that ships with the package in GPT-2's tokens."""
     directory.mkdir(parents=True)
-    texts = [path.read_text() for path in sorted(Path(nanogpt.__file__).parent.glob("models/*/README.md"))]
     stream: list[int] = []
-    for paragraph in "\n\n".join(texts).split("\n\n"):
-        stream += [GPT2_BOS, *encode_text(paragraph).tolist()]
+    with gzip.open(embedded_corpus(), "rt") as lines:
+        for line in itertools.islice(lines, 60):
+            stream += [GPT2_BOS, *encode_text(json.loads(line)["text"][:300]).tolist()]
     tokens = np.array(stream, dtype=np.uint16)
     for name, part in ((train_name(1), tokens[:-600]), (val_name(), tokens[-600:])):
         write_tokens(directory / name, part)
