@@ -428,7 +428,7 @@ def test_candidates_are_classes(monkeypatch):
     for count in (1, 10_240, 50_304):
         data = changed(RECORD89, "training.stages.0.candidates", count)
         assert RunSpec.model_validate(data).training.stages[0].terms == (3, True, count)
-    problem = "is 50305, there are 50304 classes (model.padded_vocab_size)"
+    problem = "is 50305, but there are 50304 classes (model.padded_vocab_size)"
     data = changed(RECORD89, "training.stages.1.candidates", 50_305)
     assert problems_of(data) == [("training.stages.1.candidates", problem)]
 
