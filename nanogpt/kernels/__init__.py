@@ -1,1 +1,1 @@
-"""The operations that decide the speed of a step, one file each, every one beside its plain PyTorch equal."""
+"""The operations that decide how fast a step is, one file each, each beside its plain PyTorch equivalent."""

@@ -34,10 +34,10 @@ def attention(
 ) -> Tensor:
     """Attention of every query to the keys of its own document, itself and at most `window` tokens before it.
 
-    q, k: (T, H, D), v: (T, H, E), one flat stream of documents; strides are free as long as the last dimension is
+    q, k: (T, H, D), v: (T, H, E), one flat stream of documents; any strides, as long as the last dimension is
     contiguous.
     `cu_seqlens`: (n,) int32, 0, the running ends of the documents, then T up to the fixed length n. `max_seqlen`: an
-    upper bound of a document's length in tokens. `window`: in tokens, larger than any document for none. `scale`
+    upper bound on a document's length in tokens. `window`: in tokens; larger than any document for no window. `scale`
     multiplies the scores before the softmax (it is not 1 / sqrt(D)). Returns (T, H, E) in the dtype of q.
     Differentiable in q, k and v. All but `plain` need a GPU and bf16 or fp16.
 
@@ -61,7 +61,7 @@ class AttentionChoice(NamedTuple):
 
 
 def import_failure(backend: str) -> str | None:
-    """None where the backend's library can be imported, else why not. Imports it (FlashAttention 4: seconds)."""
+    """None where the backend's library can be imported, else why not. Imports it (seconds for FlashAttention 4)."""
     try:
         if backend in LOADERS:
             flash_library(backend)
@@ -84,7 +84,7 @@ def select_attention_backend(
     first of fa4, fa3, varlen, fa2 that the device, `dtype`, `head_dim` and the installed libraries allow, else
     plain.
 
-    Raises InputError for a name that does not exist, and for one that was asked for and cannot run here.
+    Raises InputError for a name that does not exist, and for a requested backend that cannot run here.
     """
     if requested not in (*BACKENDS, "auto"):
         raise InputError(f"attention backend {requested!r} does not exist; use auto or one of {', '.join(BACKENDS)}")

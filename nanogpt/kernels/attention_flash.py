@@ -1,9 +1,9 @@
-"""FlashAttention libraries behind one pair of custom operations, which `torch.compile` takes as opaque.
+"""FlashAttention libraries behind one pair of custom operations, which are opaque to `torch.compile`.
 
-Each library is an adapter of two functions. All of them count a window as `attention` does: a query sees itself and
+Each library has an adapter of two functions. All of them count a window as `attention` does: a query sees itself and
 `window` tokens before it. FlashAttention 4 compiles its kernels at their first use in a process (tens of seconds;
 `FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1` keeps them on disk); neither window, scale, head count nor token count is
-part of its cache key. Where PyTorch's deterministic algorithms are on, the gradients of the queries have one order.
+part of its cache key. With PyTorch's deterministic algorithms on, the queries' gradients are summed in a fixed order.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 class Call(NamedTuple):
-    """What attention is of, with numbers instead of tensors for window and scale."""
+    """The arguments of attention, with numbers instead of tensors for window and scale."""
 
     q: Tensor  # (T, H, D), like k
     k: Tensor
@@ -55,16 +55,16 @@ class FlashLibrary(NamedTuple):
 
 
 def _own_places() -> None:
-    """CuTe's caches: not where they are by themselves, /tmp/USER/..., which somebody else may have made."""
+    """Move CuTe's caches away from their default, /tmp/USER/..., which somebody else may have made."""
     names = [n for n in ("CUTE_DSL_CACHE_DIR", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR") if not os.environ.get(n)]
-    if names:  # no run of ours: nanogpt.cache names both
+    if names:  # outside a run: in one, nanogpt.cache has set both
         place = tempfile.mkdtemp(prefix="nanogpt-cute-")
         atexit.register(shutil.rmtree, place, ignore_errors=True)
         os.environ.update({name: os.path.join(place, name) for name in names})  # noqa: PTH118
 
 
 def _with_padded_keys(library: FlashLibrary) -> FlashLibrary:
-    """For one that has no kernels for D below E: zeros in queries and keys change no score."""
+    """For a library without kernels for D below E: pads queries and keys with zeros, which change no score."""
 
     def padded(call: Call) -> Call:
         missing = call.v.shape[-1] - call.q.shape[-1]
@@ -82,10 +82,10 @@ def _with_padded_keys(library: FlashLibrary) -> FlashLibrary:
 
 
 def _choose_fa4_tiles(interface: Any) -> bool:
-    """Let FlashAttention 4 take tiles that fit D <= 64 < E on sm_90; whether that can be done.
+    """Let FlashAttention 4 take tiles that fit D <= 64 < E on sm_90; returns whether that worked.
 
-    It chooses by D alone. Backward its tile for 64 needs 248,832 bytes of shared memory with an E of 128, 232,448 are
-    there; that for 96 fits. It has no argument for that tile (4.0.0b36), which is part of its kernels' keys.
+    It chooses by D alone. Its backward tile for 64 needs 248,832 bytes of shared memory where E is 128, and 232,448 are
+    there; the tile for 96 fits. No argument sets this tile (4.0.0b36), which is part of its kernels' keys.
     """
     own = getattr(interface, "_tile_size_bwd_sm90", None)
     if own is None or device_capability(torch.device("cuda"))[0] != 9:
@@ -105,11 +105,11 @@ def _load_fa4() -> FlashLibrary:
 
     _flash_attn_bwd, _flash_attn_fwd = interface._flash_attn_bwd, interface._flash_attn_fwd
     narrow = _choose_fa4_tiles(interface)
-    # Said at every compilation, of an argument that its own code passes.
+    # It warns at every compilation about an argument that its own code passes.
     warnings.filterwarnings("ignore", message=r"Argument aux_data \(position")
 
     def forward(call: Call) -> tuple[Tensor, Tensor]:
-        # By itself 192 x 128, which is slow with an E of 128.
+        # The default is 192 x 128, which is slow where E is 128.
         tile = (128, 128) if narrow and call.q.shape[-1] <= 64 < call.v.shape[-1] else None
         result = _flash_attn_fwd(
             call.q,
@@ -247,7 +247,7 @@ def _load_fa2() -> FlashLibrary:
 
 
 def _load_varlen() -> FlashLibrary:
-    """PyTorch's own, as `torch.nn.attention.varlen` calls it: in a graph, that would take windows as constants."""
+    """PyTorch's own, called directly: in a graph, `torch.nn.attention.varlen` would make windows constants."""
     flash_forward, flash_backward = torch.ops.aten._flash_attention_forward, torch.ops.aten._flash_attention_backward
 
     def numbers(call: Call) -> dict[str, int | float]:
@@ -256,7 +256,7 @@ def _load_varlen() -> FlashLibrary:
     def forward(call: Call) -> tuple[Tensor, Tensor]:
         q, k, v, cu_seqlens, max_seqlen, *_ = call
         ends = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-        # No dropout, and not causal: the window's right side is.
+        # No dropout, and not causal: the window's right side of 0 makes it so.
         result = flash_forward(q, k, v, *ends, 0.0, False, False, **numbers(call))
         return result[0], result[1]
 
@@ -280,7 +280,7 @@ LOADERS: dict[str, Callable[[], FlashLibrary]] = {
 
 @functools.cache
 def flash_library(name: str) -> FlashLibrary:
-    """The adapter of a name in LOADERS, importing the library. Raises what its import raises."""
+    """The adapter for a name in LOADERS; imports the library, and raises whatever that import raises."""
     return LOADERS[name]()
 
 
@@ -297,7 +297,7 @@ def attention_flash(
 ) -> Tensor:
     """Attention by a FlashAttention library, a name in LOADERS, bf16 or fp16, on a GPU.
 
-    Arguments as `nanogpt.kernels.attention.attention`. `max_seqlen` bounds the launch, so it must be true and should
+    Arguments as for `nanogpt.kernels.attention.attention`. `max_seqlen` bounds the launch, so it must hold and should
     be tight.
     """
     numbers = run_time_number(window, torch.int64), run_time_number(scale, torch.float64)

@@ -2,7 +2,7 @@
 
 `attention_dense` is the definition: one (T, T) mask, for tests. `attention_plain` computes the same function in
 blocks of queries against the keys that their windows can reach, so that memory is O(T * (block + window)); it
-runs anywhere, keeps nothing but its inputs, its output and one number a row for the backward pass, and is one
+runs anywhere, keeps nothing but its inputs, its output and one number per row for the backward pass, and is one
 opaque operation to `torch.compile`.
 """
 
@@ -44,7 +44,7 @@ def attention_dense(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, wind
 
 
 def attention_to_past(q: Tensor, k: Tensor, v: Tensor, *, start: int, window: int, scale: float) -> Tensor:
-    """`attention_dense` of a stream's last rows alone, q (n, H, dq), to all of it, k (m, H, dq) and v (m, H, dv).
+    """`attention_dense` for a stream's last rows alone: q (n, H, dq) against all of it, k (m, H, dq) and v (m, H, dv).
 
     Their document begins at row `start`. Returns (n, H, dv).
     """
@@ -67,9 +67,9 @@ def attention_plain(
     window: int | Tensor,
     scale: float | Tensor,
 ) -> Tensor:
-    """The blocked equal of `attention_dense`; arguments as `nanogpt.kernels.attention.attention`.
+    """The blocked equivalent of `attention_dense`; arguments as for `nanogpt.kernels.attention.attention`.
 
-    Softmax and accumulation in fp32 (fp64 for fp64 inputs), also where the inputs are bf16. A document longer
+    Softmax and accumulation are in fp32 (fp64 for fp64 inputs), even for bf16 inputs. A document longer
     than `max_seqlen` is not an error here: its queries then see at most `max_seqlen` tokens.
     """
     numbers = run_time_number(window, torch.int64), run_time_number(scale, torch.float64)

@@ -7,10 +7,10 @@ For T tokens, width D and V vocabulary columns (padding included, all of them co
     loss   = sum_t sum_k weights[k] * (logsumexp(z[t]) - z[t, targets[t + k]])
 
 `targets` are the next-token targets, so `targets[t + k]` is the token k + 1 ahead; terms with t + k >= T are
-dropped, their softmax included. One more term may be asked for, whose targets are given outright: the next token's
+dropped, their softmax included. One more term is optional, with targets of its own: the next token's
 prefix, `prefix_weight * (logsumexp(z[t]) - z[t, prefixes[t]])` wherever `prefixes[t]` is not -1.
 
-Logits never exist whole in the plain implementation: it works through chunks of tokens and takes the gradient in the
+The plain implementation never holds all logits: it works through chunks of tokens and takes the gradient in the
 forward pass, while a chunk's logits are at hand (the idea of Liger's fused linear cross-entropy). `head_loss_reference`
 is the same thing in a few lines of autograd, and what tests trust.
 
@@ -102,7 +102,7 @@ def head_loss(
     the specified e5m2 scale grad_scale * 0.75 / 448 without `grad_scale` having to be known here. On a CPU, fp8
     is emulated: the same roundings around fp32 products.
 
-    bf16 tensors on a GPU take the Triton kernel; fp8 its products in 8 bits where the GPU has them and T, D
+    bf16 tensors on a GPU take the Triton kernel; fp8 takes 8-bit products where the GPU has them and T, D
     and V are multiples of 16. Everything else is computed in plain PyTorch, and with `plain` everything is.
 
     The values of `weights` and `prefix_weight` may change from call to call without recompilation; the number K and
@@ -147,7 +147,7 @@ def head_mean_loss(
     """Evaluation: the mean cross-entropy of the next token alone, without gradient, in the inputs' precision.
 
     Works in chunks of tokens, so memory stays small at T = 262,144. `plain` as in `head_loss`. `inputs` and `mask` as
-    in `head_token_losses`, which is what computes it then. Returns a scalar, fp32 (fp64 for fp64 inputs).
+    in `head_token_losses`, which then computes it. Returns a scalar, fp32 (fp64 for fp64 inputs).
 
     Raises:
         ValueError: as `head_loss`.
@@ -177,10 +177,10 @@ def head_token_losses(
     inputs: Tensor | None = None,  # (T,) integers
     mask: Tensor | None = None,  # (V, V / 8) uint8
 ) -> Tensor:
-    """Evaluation token by token: what `head_mean_loss` is the mean of, (T,) in nats, fp32 (fp64 for fp64 inputs).
+    """Evaluation token by token: the losses that `head_mean_loss` averages, (T,) in nats, fp32 (fp64 for fp64 inputs).
 
     Plain PyTorch on every device, in chunks of tokens. With `inputs` and `mask`, z is `MASKED` for the classes that are
-    marked in the mask's row of the position's input token, a bit each, the lowest of a byte first.
+    marked in the mask's row for the position's input token, one bit per class, each byte's lowest bit first.
 
     Raises:
         ValueError: as `head_loss`.
@@ -200,7 +200,7 @@ def head_token_losses(
 def _masked_token_losses(
     x: Tensor, lm_head: Tensor, targets: Tensor, inputs: Tensor, mask: Tensor, *, cap: float, shift: float, scale: float
 ) -> Tensor:
-    """`head_token_losses` as one operation, whose chunks no compiler sees."""
+    """`head_token_losses` as one operation, so that no compiler sees its chunks."""
     return head_token_losses(x, lm_head, targets, cap=cap, shift=shift, scale=scale, inputs=inputs, mask=mask)
 
 
@@ -212,7 +212,7 @@ def _(
 
 
 def _bits(rows: Tensor) -> Tensor:
-    """(n, b) uint8 -> (n, 8 b) bool, the lowest bit of a byte first."""
+    """(n, b) uint8 -> (n, 8 b) bool, each byte's lowest bit first."""
     places = torch.arange(8, dtype=torch.uint8, device=rows.device)
     return ((rows[:, :, None] >> places) & 1).bool().view(len(rows), -1)
 
@@ -238,7 +238,7 @@ def _runs_kernel(x: Tensor, lm_head: Tensor, fp8: bool) -> bool:
 # ---------------------------------------------------------------- bf16 on a GPU
 
 _EVALUATION_TOKENS = 32_768  # 3.3 GB of logits at a time
-_TOKEN_LOSS_CHUNK = 2048  # with the steps of the softcap 1.2 GB at a time
+_TOKEN_LOSS_CHUNK = 2048  # 1.2 GB at a time, with the softcap's intermediates
 
 
 @torch.library.custom_op("nanogpt::bf16_head_loss", mutates_args=())
@@ -255,7 +255,7 @@ def _bf16_head_loss(
     scale: float,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, its gradient in the logits, which takes their place); the gradient is empty unless `need_grad`."""
+    """(loss, the gradient of the logits, written over them); the gradient is empty unless `need_grad`."""
     from nanogpt.kernels.cross_entropy_triton import loss_and_gradient
 
     logits = torch.mm(x, lm_head)
@@ -303,7 +303,7 @@ def _bf16_backward(ctx: Any, incoming: Tensor | None, *_: Tensor | None) -> tupl
     if incoming is None:
         return None, None, None, None, None, None
     x, lm_head, grad = ctx.saved_tensors
-    # The (T, V) gradient stays as it is: the incoming one, an fp32 scalar, multiplies what is small.
+    # The (T, V) gradient stays as it is: the incoming one, an fp32 scalar, multiplies the small results.
     dx, dw = ((g.float() * incoming).to(g.dtype) for g in (grad @ lm_head.t(), x.t() @ grad))
     return dx, dw, None, None, None, None
 
@@ -314,7 +314,7 @@ _bf16_head_loss.register_autograd(_bf16_backward, setup_context=_bf16_setup)
 # ---------------------------------------------------------------- plain implementation, chunk by chunk
 
 # On a CPU: the gradient's products take 256 tokens at a time, to amortise adding to the (D, V) gradient; logits are
-# made for 64 (13 MB, which malloc recycles where larger blocks would be mapped and zeroed again), and worked on
+# computed for 64 (13 MB, which malloc recycles where larger blocks would be mapped and zeroed again), and worked on
 # elementwise 16 rows at a time (3 MB), so that about ten passes stay in cache.
 _CPU_ROWS = (256, 64, 16)
 _CUDA_ROWS = (4096, 4096, 4096)
@@ -340,7 +340,7 @@ def _plain_head_loss(
     logits8: bool = False,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, its gradient in x, its gradient in lm_head); the gradients are empty unless `need_grad`."""
+    """(loss, the gradient of x, the gradient of lm_head); the gradients are empty unless `need_grad`."""
     tokens, vocab = x.shape[0], lm_head.shape[1]
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     logit_dtype = torch.bfloat16 if fp8 else x.dtype
@@ -371,7 +371,7 @@ def _plain_head_loss(
             block = slice(i, min(i + rows, stop))
             first = (i - start) % part
             s = logits[first : first + rows].add_(shift).mul_(1 / scale).sigmoid_()
-            # exp2 is several times faster than exp on a CPU, where only the former avoids MKL's vector library.
+            # On a CPU exp2 is several times faster than exp, since only exp2 avoids MKL's vector library.
             e = torch.mul(s, cap * _LOG2_E, out=buffer[i - start : block.stop - start]).exp2_()
             total = e.sum(1)
             w, cols = column_weights[block], columns[block]
@@ -402,7 +402,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b`. For fp32 on a CPU through oneDNN, which is twice as fast as MKL on AMD processors."""
+    """`a @ b`. fp32 on a CPU goes through oneDNN, which is twice as fast as MKL on AMD processors."""
     if a.device.type == "cpu" and a.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
     return torch.mm(a, b)

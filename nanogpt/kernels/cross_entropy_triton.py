@@ -1,12 +1,12 @@
-"""Triton kernel of the softcapped multi-token cross-entropy: a row of logits to its loss and its gradient, in one read.
+"""Triton kernel of the softcapped multi-token cross-entropy: from a row of logits to its loss and gradient in one read.
 
 One program takes a row. With s the sigmoid inside the softcap and S the sum of exp(cap s), the gradient of a column is
 `c exp(cap s) s (1 - s)` with a factor c that is known only after S. So the first pass keeps the product without c in
 registers, as pairs of bf16 (two rows fit a multiprocessor, one loading while the other computes), and the second
 multiplies, rounds and stores: no exponential is taken twice. Keeping bf16 does not show in an e5m2 gradient.
 
-What bounds the first pass is the special-function unit, 16 results a clock and multiprocessor. The two exponentials of
-a column are needed; the reciprocals of four columns are taken as one (1/a = bcd / abcd). Logits are read as 32-bit
+The first pass is bound by the special-function unit: 16 results per clock and multiprocessor. Two exponentials of
+each column are needed; the reciprocals of four columns are taken as one (1/a = bcd / abcd). Logits are read as 32-bit
 words of two columns.
 """
 
@@ -26,7 +26,7 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 class Config(NamedTuple):
-    """How a row is worked on: words (pairs of columns) at a time, warps, registers a thread."""
+    """How a row is processed: words (pairs of columns) at a time, warps, registers per thread."""
 
     words: int
     warps: int
@@ -69,7 +69,7 @@ def _high(words):
 
 @triton.jit
 def _one_plus_exp(logit, SHIFT: tl.constexpr, SCALE: tl.constexpr):
-    """1 + exp(-u) for u = (logit + SHIFT) / SCALE, held to at most 2^30 + 1 so that a product of four stays finite."""
+    """1 + exp(-u) for u = (logit + SHIFT) / SCALE, capped at 2^30 + 1 so that a product of four stays finite."""
     power = logit * (-LOG2_E / SCALE) - SHIFT * LOG2_E / SCALE
     return 1.0 + _exp2(tl.minimum(power, 30.0, propagate_nan=tl.PropagateNan.ALL))
 
@@ -174,7 +174,7 @@ def _cross_entropy_kernel(
     tl.store(loss_ptr + row, total_weight * tl.log(total) - CAP * tl.sum(weight * s))
 
     if WRITE_GRAD:
-        # The target columns again, now that everybody has written: less the weights of all terms that share the column.
+        # The target columns again, once all threads have written: minus the weights of all terms that share the column.
         tl.debug_barrier()
         pull = tl.sum(tl.where(target[:, None] == target[None, :], weight[None, :], 0.0), axis=1)
         g = (total_weight * _exp2(s * (CAP * LOG2_E)) / total - pull) * (s - s * s) * (CAP / SCALE * GRAD_FACTOR)
@@ -200,7 +200,7 @@ def loss_and_gradient(
     grad_factor: float = 1.0,
     config: Config | None = None,
 ) -> Tensor:
-    """Weighted losses (T,) in fp32; `grad`, where given, receives `grad_factor` times their sum's gradient."""
+    """Weighted losses (T,) in fp32; `grad`, where given, receives `grad_factor` times the gradient of their sum."""
     tokens, vocab = logits.shape
     words = vocab // 2
     e5m2 = grad is not None and grad.dtype == torch.float8_e5m2
@@ -238,6 +238,6 @@ def loss_and_gradient(
 
 
 # Measured on an H200. BACKWARD keeps V / 512 registers a thread for the gradient: right for the GPT-2 vocabulary, and
-# spilling above 60,000 columns.
+# registers spill above 60,000 columns.
 FORWARD = Config(words=1024, warps=8, registers=64)
 BACKWARD = Config(words=2048, warps=8, registers=128)

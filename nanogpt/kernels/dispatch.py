@@ -1,4 +1,4 @@
-"""Where a hand-written kernel runs, and where its plain equivalent does; and how a kernel is given a number."""
+"""Where a hand-written kernel runs and where its plain equivalent does, and how to pass a number to a kernel."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nanogpt.gpus import Capability, Needs, meets
 
-# Of kernels that ask for no more than any GPU from the A100 on has.
+# For kernels that need no more than every GPU since the A100 has.
 ANY = Needs((8, 0))
 
 
@@ -25,12 +25,12 @@ def runs_kernel(*tensors: Tensor, needs: Needs = ANY) -> bool:
 
 
 def device_capability(device: torch.device) -> Capability:
-    """The GPU's, (9, 0) of an H100: whatever is chosen by it asks here."""
+    """The GPU's compute capability, (9, 0) for an H100. Every choice that depends on it asks here."""
     return torch.cuda.get_device_capability(device)
 
 
 def run_time_number(value: float | Tensor, dtype: torch.dtype) -> Tensor:
     """`value` as a CPU tensor (), which an operation reads when it runs: under `torch.compile`, a number given as a
-    tensor is not a constant of the code, so that one graph serves all its values.
+    tensor is not a constant of the code, so one graph serves all its values.
     """
     return value if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype, device="cpu")

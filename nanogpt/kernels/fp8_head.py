@@ -48,14 +48,14 @@ def select_head_precision(
         capability: of the GPU, as `torch.cuda.get_device_capability()` gives it; None on a CPU, or where
             activations are not bf16.
         products_work: tries the FP8 products; `fp8_products_work` by default, which needs the GPU.
-        key: the setting that asks, for messages; the MLP's precision is chosen in the same way.
-        kernels: what those need that make FP8 worth while. Without them "fp8" rounds in plain PyTorch.
+        key: the setting's name, for messages; the MLP's precision is chosen in the same way.
+        kernels: what the kernels that make FP8 worthwhile need. Without them "fp8" rounds in plain PyTorch.
 
     "auto" takes fp8 where its products work and the GPU meets `kernels`, else bf16. "fp8" on a CPU is emulated, with
     the same roundings.
 
     Raises:
-        InputError: an unknown request, or fp8 asked for on a GPU that cannot do it.
+        InputError: an unknown request, or fp8 requested on a GPU that cannot do it.
     """
     if requested not in ("auto", "fp8", "bf16"):
         raise InputError(f"{key}: {requested!r} is unknown; expected auto, fp8 or bf16")
@@ -80,7 +80,7 @@ def select_head_precision(
 
 
 def fp8_products_work(device: torch.device | str = "cuda") -> bool:
-    """Whether small products of the head's kinds run on this GPU with this PyTorch and come out right."""
+    """Whether small products like the head's run on this GPU with this PyTorch and come out right."""
     e4m3, e5m2, bf16 = torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16
     kinds = ((e4m3, e4m3, bf16, True), (e5m2, e4m3, bf16, False), (e4m3, e5m2, torch.float32, False))
     try:
@@ -146,7 +146,7 @@ def fp8_head_loss(
     logits8: bool,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss, and for the backward pass bytes of: the logit gradient (T, V), x^T (D, T), lm_head (D, V).
+    """The loss, and for the backward pass the bytes of the logit gradient (T, V), x^T (D, T) and lm_head (D, V).
 
     x (T, D), lm_head (D, V) bf16; T, D and V multiples of 16. The bytes are empty unless `need_grad`.
     """

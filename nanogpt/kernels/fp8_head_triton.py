@@ -1,7 +1,7 @@
-"""Triton kernels around the FP8 products: 8-bit copies of a matrix both ways round, and an 8-bit transpose.
+"""Triton kernels around the FP8 products: 8-bit copies of a matrix in both layouts, and an 8-bit transpose.
 
 Hopper's FP8 matrix instructions want both operands contiguous along the summed dimension, so the backward products need
-transposed copies. Tiles are 64 bytes or more along either side, so that both reading and writing fill whole sectors.
+transposed copies. Tiles are 64 bytes or more along either side, so that reads and writes fill whole sectors.
 """
 
 # mypy: allow-untyped-defs
@@ -27,8 +27,8 @@ class Config(NamedTuple):
 @triton.jit
 def _quantize_both_ways_kernel(
     src_ptr,  # (B, M, N) bf16, or 8-bit
-    scale_ptr,  # (B,), to divide by; or None, and then FACTOR is what to multiply by
-    same_ptr,  # (B, M, N), 8-bit, or None, as the next may be
+    scale_ptr,  # (B,), to divide by; None: multiply by FACTOR instead
+    same_ptr,  # (B, M, N), 8-bit, or None, like the next
     transposed_ptr,  # (B, N, M), 8-bit
     src_stride,  # from matrix to matrix
     M,
@@ -90,7 +90,7 @@ def _transpose_gradient_kernel(
     w1 = tl.load(src + N_WORDS, mask=inside, other=0)
     w2 = tl.load(src + 2 * N_WORDS, mask=inside, other=0)
     w3 = tl.load(src + 3 * N_WORDS, mask=inside, other=0)
-    # A 4 x 4 transpose of bytes within four words, then the words of a tile change places.
+    # A 4 x 4 transpose of bytes within four words, then the words of a tile trade places.
     a, b = _permute(w0, w1, "0x5140"), _permute(w0, w1, "0x7362")
     c, d = _permute(w2, w3, "0x5140"), _permute(w2, w3, "0x7362")
     transposed_inside = (column < N_WORDS)[:, None] & (row < M_WORDS)[None, :]
@@ -134,7 +134,7 @@ def quantize_matrices(
     same: Tensor | None,  # (B, M, N), 8-bit, written
     transposed: Tensor | None,  # (B, N, M), 8-bit, written
 ) -> None:
-    """`src / scale`, saturating, into whichever layouts are given: a matrix of each as by `quantize_both_ways`."""
+    """`src / scale`, saturating, into whichever layouts are given, each matrix as by `quantize_both_ways`."""
     _launch_quantize(src, scale, same, transposed, factor=None, paired=False, config=QUANTIZE)
 
 

@@ -1,25 +1,25 @@
 """The squared-ReLU MLP with both products in 8-bit floats (e4m3), and the backward pass in bf16 or in 8 bits too.
 
-    up:    x8 = e4m3(u / s_x), s_x = max|u| / 448 of this very input;  pre = s_x s_u (x8 U8^T)
+    up:    x8 = e4m3(u / s_x), s_x = max|u| / 448 of this input;  pre = s_x s_u (x8 U8^T)
     post = relu(pre)^2, rounded to u's dtype
     down:  h8 = e4m3(min(post / s_h, 448));  out = s_h s_w (h8 W8)
 
-s_u is of the current weights. s_h and s_w are delayed: they come from what was measured one micro-batch, or one step,
+s_u is the current weights'. s_h and s_w are delayed: they come from what was measured one micro-batch, or one step,
 earlier (`nanogpt.layers.fp8_mlp` keeps them), so that nothing has to be read twice. s_x may be given where u is
-bounded: e4m3 has an exponent, so that a larger scale costs only what is close to zero, and a compiler can round u where
+bounded: e4m3 has an exponent, so a larger scale costs only values close to zero, and a compiler can round u where
 it makes it. On Hopper the square and its rounding are the epilogue of the first product, both products accumulate fast,
-and h8 comes from the square before that is rounded. On a CPU the same roundings are made around ordinary products,
+and h8 comes from the square before it is rounded. On a CPU the same roundings are made around ordinary products,
 which round pre as well.
 
 With 8-bit gradients, g the gradient of out:
 
-    g8 = e5m2(g / s_g), s_g = max|g| / 16 of this very gradient;  d = 2 sqrt(post) * s_g s_w (g8 W8^T)
+    g8 = e5m2(g / s_g), s_g = max|g| / 16 of this gradient;  d = 2 sqrt(post) * s_g s_w (g8 W8^T)
     d8 = e5m2(d / s_g);  u's gradient = s_g s_u (d8 U8)
     U's gradient = s_g s_x (d8^T u8);  W's gradient = s_h s_g (h8^T g8)
 
 One scale serves g and d, so that d need not be measured: e5m2 has 30 binades, and a largest g of 2^4 leaves d room to
 be 2^11 times as large, or 2^18 times smaller. The weights' gradients sum over tokens, and 8-bit products want operands
-that are contiguous along what is summed. So whatever makes d8, u8, h8 and g8 on Hopper writes them transposed as well.
+that are contiguous along the sum. So whatever makes d8, u8, h8 and g8 on Hopper writes them transposed as well.
 Then nothing but d reads post, which need not be kept either:
 
     d = 2 sqrt(s_h h8) * s_g s_w (g8 W8^T)
@@ -40,7 +40,7 @@ from nanogpt.kernels.dispatch import runs_kernel
 from nanogpt.kernels.fp8_head import scaled_product
 from nanogpt.kernels.relu_squared_mlp import relu_squared_backward
 
-NEEDS = Needs((9, 0), end=(10, 0))  # as compiled for sm_100 a tile takes 245,808 bytes of shared memory: none has them
+NEEDS = Needs((9, 0), end=(10, 0))  # as compiled for sm_100 a tile takes 245,808 bytes of shared memory: none has that
 E4M3_MAX = 448.0
 E5M2_MAX = 57344.0
 PEAK_FLOOR = 1e-12
@@ -65,12 +65,12 @@ def gradient_scale(grad: Tensor) -> Tensor:
 
 
 def to_e4m3(values: Tensor) -> Tensor:
-    """Rounded to e4m3; what is too large becomes the largest number that it has."""
+    """Rounded to e4m3; larger values become its largest number."""
     return values.float().clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
 def to_e5m2(values: Tensor) -> Tensor:
-    """Rounded to e5m2; what is too large becomes the largest number that it has."""
+    """Rounded to e5m2; larger values become its largest number."""
     return values.float().clamp(-E5M2_MAX, E5M2_MAX).to(torch.float8_e5m2)
 
 
@@ -83,10 +83,10 @@ def round_weights(
     *,
     plain: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Write the 8-bit weights: up by a scale of its own, down by the one given.
+    """Write the 8-bit weights: up with a scale of its own, down with the one given.
 
-    In fp32, where the record makes the up weights' scale and quotient in bf16. Returns the up weights' scale and the
-    largest of the down weights, (layers,) fp32 each. Every rank does this after every step: on a GPU three kernels.
+    In fp32; the record computes the up weights' scale and quotient in bf16. Returns the up weights' scale and the
+    largest of the down weights, (layers,) fp32 each. Every rank does this after every step: three kernels on a GPU.
     """
     peaks = torch.linalg.vector_norm(bank, math.inf, (2, 3)).float()
     up_scale = scale_of(peaks[:, 0])
@@ -125,7 +125,7 @@ def fp8_relu_squared_mlp(
     """`relu(u @ up.T)**2 @ down` from the 8-bit weights, (T, D), and the largest of relu(u @ up.T)**2, () fp32.
 
     Differentiable in u, up and down: by products in u's dtype; with `transposed8`, by 8-bit products, and with
-    `square8` on top the square is kept in 8 bits alone. T, D and F are multiples of 16 on a GPU. `plain`: without
+    `square8` on top the square is kept in 8 bits only. T, D and F are multiples of 16 on a GPU. `plain`: without
     Triton kernels.
 
     Raises:
@@ -165,7 +165,7 @@ class _Fp8MLP(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.plain, ctx.gradients8 = plain, up8_t is not None
         weights8 = (up8, up_scale, down8, down_scale)
-        x = u if u8 is None else u8  # whose dtype does not tell whether there are kernels for u's
+        x = u if u8 is None else u8  # its dtype does not show whether there are kernels for u's
         plain = plain or not runs_kernel(u, needs=NEEDS)
         out, post, peak, *kept = _forward(x, u_scale, *weights8, post_scale, u.dtype, ctx.gradients8, square8, plain)
         ctx.mark_non_differentiable(peak)
@@ -193,8 +193,8 @@ def _gradients(
     return grad_pre @ up, grad_pre.mT @ u, post.mT @ grad
 
 
-# One opaque operation: whatever a compiler sees of it, it may compute again in the backward pass, when `post_scale` has
-# long been overwritten by the next call's.
+# One opaque operation: whatever a compiler sees of it, it may recompute in the backward pass, when `post_scale` has
+# long been overwritten by the next call.
 @torch.library.custom_op("nanogpt::fp8_mlp_forward", mutates_args=())
 def _forward(
     x: Tensor,  # (T, D): u, or e4m3 of u / u_scale
@@ -276,12 +276,12 @@ def _gradients8(
     down8: Tensor,  # (F, D)
     down_scale: Tensor,
     u_scale: Tensor,
-    u8_t: Tensor,  # (D, T), like the next two as `_forward` has kept it
+    u8_t: Tensor,  # (D, T); this and the next two as `_forward` kept them
     post8_t: Tensor,  # (F, T)
     post_scale: Tensor,
     plain: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of u (T, D), up and down (F, D), all of 8-bit products; `post` as it is or as e4m3."""
+    """The gradients of u (T, D), up and down (F, D), all by 8-bit products; `post` as it is or as e4m3."""
     square_scale = post_scale if post.dtype == torch.float8_e4m3fn else None
     if not plain and runs_kernel(grad, needs=NEEDS):
         from nanogpt.kernels.fp8_head_triton import quantize_both_ways

@@ -1,4 +1,4 @@
-"""Triton kernels of the MLP's 8-bit products: the rounding of their inputs, and those with more in their epilogues.
+"""Triton kernels of the MLP's 8-bit products: the rounding of their inputs, and the products whose epilogues do more.
 
 The square leaves the up-projection as bf16 for the backward pass, unless that reads 8 bits, and as e4m3 for the product
 that follows, with its largest value. The gradient before the activation leaves its product as e5m2. Persistent as in
@@ -25,7 +25,7 @@ from nanogpt.kernels.relu_squared_mlp_triton import Config, halves, tile_corner,
 
 E4M3_MAX = tl.constexpr(448.0)
 E5M2_MAX = tl.constexpr(57344.0)
-BLOCK = 8192  # numbers of a program that rounds
+BLOCK = 8192  # numbers that one program rounds
 TILES = Config(block_k=128, stages=3)
 
 
@@ -157,7 +157,7 @@ def _fp8_relu_squared_gradient_kernel(
 
 
 def quantize(x: Tensor, scale: Tensor) -> Tensor:
-    """e4m3 of `x / scale`, cut off at the largest that it has. x contiguous, scale () fp32."""
+    """e4m3 of `x / scale`, clamped to its largest number. x contiguous, scale () fp32."""
     out, count = torch.empty_like(x, dtype=torch.float8_e4m3fn), x.numel()
     _quantize_mlp_kernel[(triton.cdiv(count, BLOCK),)](x, scale, out, count, BLOCK=BLOCK, num_warps=8)
     return out
@@ -235,5 +235,5 @@ def gradient_both_ways(
 
 
 def _half_tiles_of_words(transposed: Tensor, config: Config) -> TensorDescriptor:
-    """What the epilogue stores at a time of an 8-bit matrix (N, M) as words of two."""
+    """What the epilogue stores at a time: a part of an 8-bit matrix (N, M), as words of two."""
     return TensorDescriptor.from_tensor(transposed.view(torch.int16), [config.block_n // 2, config.block_m // 2])

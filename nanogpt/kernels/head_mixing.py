@@ -10,7 +10,7 @@ public record 85. For head h, query t and the `window` tokens s = t - window + 1
 Scores, softmax and A are fp32 (fp64 for fp64 inputs); `w2 A`, and in the backward pass the gradient of the scores, are
 rounded to the inputs' dtype before their matrix products; y is added in fp32 and the sum rounded once.
 
-The backward pass sums each key's gradient over the queries that see it, in one order: it is the same every time.
+The backward pass sums each key's gradient over the queries that see it, in a fixed order: it is the same every time.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from nanogpt.kernels.attention_plain import first_visible_key
 from nanogpt.kernels.dispatch import run_time_number, runs_kernel
 
 WEIGHT_EPS = 1e-6
-_CHUNK_BLOCKS = 64  # of `window` queries, worked on at a time: bounds the memory of the plain implementation
+_CHUNK_BLOCKS = 64  # blocks of `window` queries processed at a time: bounds the memory of the plain implementation
 
 
 def normalized_weights(w1: Tensor) -> Tensor:
-    """w1 (T, H) by its root mean square over the heads, in at least fp32, the result in w1's dtype."""
+    """w1 (T, H) divided by its root mean square over the heads, in at least fp32; the result has w1's dtype."""
     wide = w1.to(torch.promote_types(w1.dtype, torch.float32))
     return (wide * (wide.square().mean(-1, keepdim=True) + WEIGHT_EPS).rsqrt()).to(w1.dtype)
 
@@ -153,7 +153,7 @@ class _Blocks:
         position = torch.arange(self.count * window, device=first.device)
         query = position.view(self.count, window, 1)
         key = self.keys(position.view(-1, 1) + 1)[..., 0][:, None] - 1  # -1 before the stream's start
-        # A query beyond the stream's end sees itself, so that its softmax is finite; nothing of it is used.
+        # A query beyond the stream's end sees itself, so that its softmax is finite; the result is not used.
         start = torch.cat((first, position[self.tokens :].to(first.dtype))).view(self.count, window, 1)
         self.hidden = (key > query) | (key < start)
 
@@ -166,7 +166,7 @@ class _Blocks:
         return torch.cat((torch.cat((torch.zeros_like(own[:1]), own[:-1])), own), dim=1)
 
     def sum_keys(self, x: Tensor) -> Tensor:
-        """(blocks, 2 window, ...) to (T, ...): what a key's own block and the next one have for it."""
+        """(blocks, 2 window, ...) to (T, ...): what a key gets from its own block plus what it gets from the next."""
         before, own = x.split(self.window, dim=1)
         return (own + torch.cat((before[1:], torch.zeros_like(before[:1])))).flatten(0, 1)[: self.tokens]
 

@@ -1,12 +1,12 @@
 """Triton kernels of the DC correction; see `nanogpt.kernels.head_mixing` for the formulas.
 
-Forward, and the gradients of q, w1 and w2: a program takes `block` queries and the `reach` keys that end with the last
+Forward, and the gradients of q, w1 and w2: a program takes `block` queries and the `reach` keys up to the last
 of them, which is all that the window can reach, so there is no loop over keys. The gradients of k and v: a program
 takes `block` keys and the `reach` queries that begin with the first of them, and computes the weights again. So every
 gradient has one writer, nothing is added atomically, and the result is the same every time.
 
 Each kernel goes over the heads twice, since the mixture needs all of them before any can use it. Programs read
-`reach / block` times the tensors from L2, which is what they wait for: blocks are as large as registers allow.
+the tensors `reach / block` times from L2, which is what they wait for: blocks are as large as registers allow.
 """
 
 # mypy: allow-untyped-defs
@@ -145,7 +145,7 @@ def _mix_heads_key_gradients_kernel(
     w2_ptr,
     first_ptr,
     lse_ptr,
-    dw1_ptr,  # (T, H) fp32, of the kernel above
+    dw1_ptr,  # (T, H) fp32, from the kernel above
     dk_ptr,
     dv_ptr,
     T,
@@ -156,7 +156,7 @@ def _mix_heads_key_gradients_kernel(
     BLOCK: tl.constexpr,
     REACH: tl.constexpr,
 ):
-    # Keys by queries throughout, the other way round than above: so nothing is transposed between two products.
+    # Keys by queries throughout, unlike above, so that nothing is transposed between two products.
     start = tl.program_id(0).to(tl.int64) * BLOCK
     key = start + tl.arange(0, BLOCK)
     query = start + tl.arange(0, REACH)
@@ -255,7 +255,7 @@ def backward(
         w2,
         first,
         lse,
-    )  # rounded once here, and not by every program that reads it
+    )  # rounded once here instead of by every program that reads it
     _launch(_mix_heads_query_gradients_kernel, QUERY_GRADIENTS, window, q, *inputs, dq, dw1, dw2, scale=scale)
     _launch(_mix_heads_key_gradients_kernel, KEY_GRADIENTS, window, q, *inputs, dw1, dk, dv, scale=scale)
     return dq, dk, dv, dw1.to(w1.dtype), dw2.to(w2.dtype)

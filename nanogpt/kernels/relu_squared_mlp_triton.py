@@ -1,7 +1,7 @@
 """Triton kernel of the squared-ReLU MLP: a matrix product with the activation, or its derivative, in the epilogue.
 
-Persistent: each program walks over output tiles, so that the loads of the next tile run under the epilogue of the
-last one. Operands and results move by the tensor memory accelerator (Hopper's bulk copies; ordinary loads before).
+Persistent: each program walks over output tiles, so that the loads of the next tile overlap with the epilogue of the
+last one. Operands and results move by the tensor memory accelerator (Hopper's bulk copies; ordinary loads before it).
 """
 
 # mypy: allow-untyped-defs
@@ -28,7 +28,7 @@ class Config(NamedTuple):
     group: int = 8
 
     def programs(self, out: Tensor) -> int:
-        """One for each multiprocessor of out's GPU, or each tile of out (M, N), whichever are fewer."""
+        """One for each multiprocessor of out's GPU, or for each tile of out (M, N), whichever is fewer."""
         tiles = triton.cdiv(out.shape[0], self.block_m) * triton.cdiv(out.shape[1], self.block_n)
         return min(tiles, torch.cuda.get_device_properties(out.device).multi_processor_count)
 
@@ -41,7 +41,7 @@ class Config(NamedTuple):
         return TensorDescriptor.from_tensor(b, [self.block_n, self.block_k])
 
     def half_tiles(self, out: Tensor) -> TensorDescriptor:
-        """What the epilogue stores, or loads, at a time of out (M, N); see `halves`."""
+        """The part of out (M, N) that the epilogue stores, or loads, at a time; see `halves`."""
         return TensorDescriptor.from_tensor(out, [self.block_m, self.block_n // 2])
 
     def options(self) -> dict[str, int]:
@@ -58,7 +58,7 @@ class Config(NamedTuple):
 
 @triton.jit
 def tile_corner(tile, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """First row and column of a tile, in an order in which what runs together shares operands in the L2 cache."""
+    """First row and column of a tile, ordered so that tiles that run together share operands in the L2 cache."""
     group = tile // (GROUP * columns)  # of GROUP tile rows by all columns
     height = tl.minimum(rows - group * GROUP, GROUP)
     within = tile % (GROUP * columns)
@@ -76,8 +76,8 @@ def tile_product(a_desc, b_desc, row, column, K, BLOCK_M: tl.constexpr, BLOCK_N:
 
 @triton.jit
 def halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The left and the right half of a tile's columns: one after another they need half the shared memory, which buys
-    a stage.
+    """The left and the right half of a tile's columns: one after the other they need half the shared memory, which buys
+    another stage.
     """
     return tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
 

@@ -1,9 +1,9 @@
-"""Gradients of an embedding, added to the table's row by row: what a micro-batch has not read is not touched.
+"""Gradients of an embedding, added to the table's row by row: rows that a micro-batch has not read are not touched.
 
 Autograd makes the gradient of a lookup as large as the table, fills it with zeros, adds the tokens' rows to it and then
 adds all of it to `.grad`. The speedrun's tables have 425 M numbers, of which a micro-batch reads a few per cent.
 
-The kernel takes rows in the order of a sort, so that a row's tokens are neighbours: each sum is made in one order, in
+The kernel takes rows in the order of a sort, so that a row's tokens are neighbours: each sum is made in fixed order, in
 fp32, added to the table's row and rounded once. Nothing is added atomically, and the result is the same every time.
 """
 
@@ -18,7 +18,7 @@ from nanogpt.kernels.dispatch import runs_kernel
 
 
 class RowOrder(NamedTuple):
-    """The rows that tokens have read: in the tokens' order, sorted, and the token of each in the sorted order."""
+    """The rows that tokens have read: in the tokens' order, and sorted, with the token of each sorted row."""
 
     rows: Tensor  # (T,) integers
     sorted: Tensor  # (T,) integers
@@ -38,7 +38,7 @@ def add_rows(
     *,
     plain: bool = False,
 ) -> None:
-    """`table[row] += sum of the grads of its tokens`, for each row that `order` has; other rows stay as they are.
+    """`table[row] += sum of the grads of its tokens`, for each row in `order`; other rows stay as they are.
 
     bf16 on a GPU takes the Triton kernels, where D is a multiple of 16.
     """

@@ -1,6 +1,6 @@
 """Triton kernels that add sorted rows to a table; see `nanogpt.kernels.row_gradients`.
 
-A program takes a block of the sorted rows. One product with a matrix of zeros and ones, which says what belongs to the
+A program takes a block of the sorted rows. One product with a matrix of zeros and ones, which marks what belongs to the
 same row, gives every row's sum at once. Rows that lie within a block are added to the table by its program. The parts
 of a row that spans several blocks are put aside, and added by the second kernel: by the program of the block in
 which the row begins, in the order of the blocks. So each row of the table has one writer.
@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 32  # sorted rows of a program
+BLOCK = 32  # sorted rows per program
 COLUMNS = 128
 WARPS = 4
-AT_ONCE = 16  # blocks whose parts of one row are added at a time
+AT_ONCE = 16  # how many blocks' parts of one row are added at a time
 NO_ROW = tl.constexpr(-1)
 
 
@@ -28,7 +28,7 @@ def _add_within_blocks_kernel(
     rows_ptr,  # (T,) sorted
     tokens_ptr,  # (T,) int64
     grads_ptr,  # (T, D)
-    parts_ptr,  # (blocks, 2, D) fp32: of the row that comes from the block before, of the one that leads into the next
+    parts_ptr,  # (blocks, 2, D) fp32: of the row that began before the block, of the one that continues after it
     T,
     D,
     BLOCK: tl.constexpr,
@@ -43,7 +43,7 @@ def _add_within_blocks_kernel(
     token = tl.load(tokens_ptr + place, mask=inside, other=0)
     grads = tl.load(grads_ptr + token[:, None] * D + column[None, :], mask=inside[:, None] & in_row, other=0.0)
     same = (row[:, None] == row[None, :]).to(grads.dtype)
-    sums = tl.dot(same, grads, input_precision="ieee")  # every place has its row's sum
+    sums = tl.dot(same, grads, input_precision="ieee")  # every place holds its row's sum
 
     previous = tl.load(rows_ptr + place - 1, mask=inside & (place > 0), other=NO_ROW)
     first = inside & ((row != previous) | (place == start))  # of its row in this block

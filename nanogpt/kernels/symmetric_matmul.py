@@ -43,7 +43,7 @@ def x_xt(x: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def ba_plus_caa(a: Tensor, b: float, c: float, out: Tensor | None = None, *, diagonal: float = 0.0) -> Tensor:
-    """`diagonal I + b A + c A A`. a (batch, m, m), symmetric; returns its shape, in `out` (not `a`) where given.
+    """`diagonal I + b A + c A A`. a (batch, m, m), symmetric; returns the same shape, in `out` (not `a`) where given.
 
     With `diagonal` d, `(d I + B) X` is one plain product instead of `d X + B X`, which cuBLAS computes with a copy; and
     where d and the diagonal of B cancel (as they do near orthogonality), their sum rounds finer than B alone.

@@ -1,7 +1,7 @@
-"""Rows of a table that is too large for a gradient of its size: read with signs, their gradients summed, row Adam.
+"""Rows of a table too large for a gradient of its size: reading them with signs, summing their gradients, row Adam.
 
 A token reads R rows (its bigram's and its trigram's), each times a vector of signs, and adds them up. What comes back
-is one gradient a token. It is kept as it is until the rows are updated; then each row sums those of its tokens, in
+is one gradient per token. It is kept as it is until the rows are updated; then each row sums those of its tokens, in
 their order: nothing is added atomically, the result is the same every time, and no table-like buffer of fp32 numbers is
 cleared, added to and read again.
 
@@ -18,26 +18,26 @@ from torch import Tensor
 
 from nanogpt.kernels.dispatch import runs_kernel
 
-PLAIN_ROWS = 1 << 18  # that the plain path takes at once: each makes several rows of fp32 numbers
+PLAIN_ROWS = 1 << 18  # rows that the plain path takes at once: each becomes several rows of fp32 numbers
 
 
 class Signs(NamedTuple):
-    """What rows are multiplied by."""
+    """The signs that rows are multiplied by."""
 
     vectors: Tensor  # (S, D), +1 and -1, of the table's dtype
     rows: Tensor  # (R, T) integers: the vector of each row that is read
 
 
 class Entries(NamedTuple):
-    """What m entries, each of which is about a row, say about which of n rows."""
+    """m entries, each about one of n rows, grouped by row."""
 
     sorted: Tensor  # (m,) integers: the entries' rows, sorted
-    order: Tensor  # (m,) int64: the entries in that order; those of a row stay in theirs
-    starts: Tensor  # (n + 1,) int32: row i's are from `starts[i]` to `starts[i + 1]` in `order`
+    order: Tensor  # (m,) int64: the entries in that order; a row's entries stay in their own
+    starts: Tensor  # (n + 1,) int32: row i's entries are `order[starts[i]:starts[i + 1]]`
 
 
 class Gradients(NamedTuple):
-    """The gradients of m entries: entry e has token `e % T`'s, times its vector of signs where there are any."""
+    """The gradients of m entries: entry e has token `e % T`'s, times its vector of signs if there are any."""
 
     tokens: Tensor  # (T, D)
     signs: Signs | None = None  # its `rows` have m numbers
@@ -49,7 +49,7 @@ class RowAdam(NamedTuple):
     number: int  # of the update, from 1
     step_size: float
     beta2: float
-    decay: float  # what `nanogpt.optim.adam.adam_update` calls so
+    decay: float  # as in `nanogpt.optim.adam.adam_update`
     eps: float
     divisor: float  # of the summed gradients: the number of ranks
 
@@ -80,7 +80,7 @@ def read_rows_plain(table: Tensor, rows: Tensor, signs: Signs | None = None) -> 
 
 
 def entries_of(rows: Tensor, read: Tensor) -> Entries:
-    """Which of `read` (m,) is about which of `rows` (n,), which are sorted, distinct and have all that is in `read`."""
+    """Which of `read` (m,) are about which of `rows` (n,): sorted, distinct, with everything that is in `read`."""
     ordered, order = torch.sort(read, stable=True)
     starts = torch.searchsorted(ordered, rows.to(ordered.dtype), out_int32=True)
     return Entries(ordered, order, F.pad(starts, (0, 1), value=len(read)))
@@ -126,9 +126,9 @@ def row_adam(
     *,
     plain: bool = False,
 ) -> None:
-    """Update `rows` by the sum of their gradients: Adam without a first moment, and with one second moment a row.
+    """Update `rows` by the sum of their gradients: Adam without a first moment, and with one second moment per row.
 
-    A bf16 table on a GPU takes Triton kernels, which have no gradient of the rows but in registers.
+    A bf16 table on a GPU takes Triton kernels, which hold the rows' gradients only in registers.
     """
     if not plain and runs_kernel(values):
         from nanogpt.kernels.table_rows_triton import update_rows

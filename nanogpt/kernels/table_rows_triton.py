@@ -1,10 +1,10 @@
 """Triton kernels for the rows of a large table; see `nanogpt.kernels.table_rows`.
 
-- A program has one row (or one token), all of its numbers at once: what it reads lies anywhere, so that many programs
-  of few threads keep the memory busy.
-- A row's entries are summed by its program. Where they are many, as a frequent n-gram's are, those of a whole block of
-  the sorted entries have been summed before, by a program for each block that is one row's alone.
-- Numbers that differ from call to call are no constants of the code: nothing is compiled after the first call.
+- A program has one row (or one token), all of its numbers at once: its reads are scattered, so it takes many programs
+  of few threads to keep the memory busy.
+- A row's entries are summed by its program. Where there are many, as for a frequent n-gram, those of a whole block of
+  the sorted entries have been summed before, by a program for each block that belongs to one row.
+- Numbers that differ from call to call are not constants of the code: nothing is compiled after the first call.
 """
 
 # mypy: allow-untyped-defs
@@ -22,7 +22,7 @@ READ_WARPS = 1
 SUM_WARPS = 4
 BLOCK = 64  # sorted entries
 AT_ONCE = 1  # entries of a row that are in flight at a time: most rows have one or two
-BLOCKS_AT_ONCE = 4  # the same, of a block's
+BLOCKS_AT_ONCE = 4  # the same for a block
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -92,7 +92,7 @@ def _sum_blocks_kernel(
     sign_rows_ptr,
     order_ptr,
     sorted_ptr,  # (m,)
-    parts_ptr,  # (m // BLOCK, D) fp32; written for the blocks that are one row's alone
+    parts_ptr,  # (m // BLOCK, D) fp32; written for the blocks that belong to one row
     T,
     D,
     SIGNED: tl.constexpr,
@@ -126,7 +126,7 @@ def _sum_of_row(
     AT_ONCE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The sum of row i's entries, (WIDTH,) fp32: one by one, but for those of whole blocks."""
+    """The sum of row i's entries, (WIDTH,) fp32: one by one, except those of whole blocks."""
     column = tl.arange(0, WIDTH)
     first = tl.load(starts_ptr + i)
     end = tl.load(starts_ptr + i + 1)
@@ -199,7 +199,7 @@ def _row_adam_kernel(
     i = tl.program_id(0)
     column = tl.arange(0, WIDTH)
     inside = column < D
-    # What does not wait for the sum is asked for first.
+    # First load what does not depend on the sum.
     row = tl.load(rows_ptr + i)
     target = values_ptr + row * D + column
     weight = tl.load(target, mask=inside, other=0.0).to(tl.float32)
@@ -274,7 +274,7 @@ def update_rows(
 
 
 def _summed_blocks(entries: Entries, gradients: Gradients) -> Tensor:
-    """(blocks, D) fp32: the sums of the blocks of sorted entries that are one row's; what others have is any number."""
+    """(blocks, D) fp32: sums of the blocks of sorted entries that belong to one row; other blocks' are undefined."""
     tokens, width = gradients.tokens.shape
     parts = gradients.tokens.new_empty(len(entries.order) // BLOCK, width, dtype=torch.float32)
     if len(parts):

@@ -1,4 +1,4 @@
-"""Triton kernel of the transposed copy and add: one tile a program, read and written along rows."""
+"""Triton kernel of the transposed copy and add: one tile per program, read and written along rows."""
 
 # mypy: allow-untyped-defs
 

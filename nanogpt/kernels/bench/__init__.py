@@ -1,6 +1,6 @@
 """What `nanogpt bench kernels` times: a module for each kernel, with `bench_cases(device) -> Iterator[BenchCase]`.
 
-A module here is found by being here. Inputs of a case live only while the case is in hand.
+Every module of this package is picked up. A case's inputs live only while that case is being timed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class BenchCase:
     bytes: float
     """Each input read once, each output written once."""
     error: Callable[[], float] | None = None
-    """Of `fast` against fp64 on the same inputs: ||out - exact|| / ||exact||, the largest of all outputs."""
+    """Of `fast` against fp64 on the same inputs: ||out - exact|| / ||exact||, the largest over all outputs."""
 
 
 def document_ends(tokens: int, longest: int, entries: int) -> list[int]:

@@ -62,7 +62,7 @@ def bench_cases(device: torch.device | str = "cuda", backends: tuple[str, ...] |
             return torch.autograd.grad(out, inputs, grad) if train else out
 
         shape = f"{tokens:,} x {heads} x {key if key == value else f'({key}, {value})'}, window {window:,}"
-        # Numbers a pair and head, forward: scores, output. Backward: scores, their gradient and those of v, q and k.
+        # Numbers per pair and head. Forward: scores, output. Backward: scores, their gradient and those of v, q and k.
         forward, backward = key + value, 3 * key + 2 * value
         for train, name, products, tensors in (
             (False, "forward", forward, 2 * forward),
@@ -79,7 +79,7 @@ def bench_cases(device: torch.device | str = "cuda", backends: tuple[str, ...] |
 
 
 def visible_pairs(ends: list[int], window: int) -> int:
-    """Query-key pairs that documents ending at `ends` and the window leave."""
+    """How many query-key pairs the window leaves in documents that end at `ends`."""
     pairs, start = 0, 0
     for end in ends:
         length, start = end - start, end

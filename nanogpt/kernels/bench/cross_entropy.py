@@ -20,7 +20,7 @@ def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
     """The head's loss, forward and backward, at the record's micro-batches; the kernel inside it; and evaluation.
 
     The plain equivalent of the first is `head_loss_reference` compiled. FP8 products count half their operations, since
-    the machine's rate is that of bf16.
+    the machine's rate is for bf16.
     """
     from nanogpt.kernels.cross_entropy_triton import loss_and_gradient
 

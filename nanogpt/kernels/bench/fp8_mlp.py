@@ -22,9 +22,9 @@ from nanogpt.kernels.fp8_mlp import (
 
 def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
     """The forward pass, its first product and the backward pass for D = 768 and F = 3,072 at the record's
-    micro-batches, on Hopper; the first two also as gradients in 8 bits have them, the last against that of bf16.
+    micro-batches, on Hopper; the first two also as 8-bit gradients need them, the last against bf16's.
 
-    FP8 products count half their operations, since the machine's rate is that of bf16. The gradient's scale is given:
+    FP8 products count half their operations, since the machine's rate is for bf16. The gradient's scale is given:
     compiled code measures it where it makes the gradient.
     """
     width, hidden = 768, 3_072

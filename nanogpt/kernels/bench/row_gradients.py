@@ -13,7 +13,7 @@ from nanogpt.kernels.row_gradients import RowOrder, add_rows, add_rows_plain, ro
 
 
 def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
-    """A value table and the bigram table at the record's micro-batches, rows as frequent as text has them."""
+    """A value table and the bigram table at the record's micro-batches, rows as frequent as in text."""
     width = 768
     for tokens in (16_384, 32_768, 49_152):
         for name, size, skew in (("tokens", 50_304, 1.0), ("bigrams", 251_520, 0.5)):

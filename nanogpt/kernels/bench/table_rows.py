@@ -16,12 +16,12 @@ MICRO_BATCHES = 32  # of a cycle: 8 slots of 4 steps
 
 
 def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
-    """The record's micro-batch of its longest stage, and a cycle of one GPU; rows as frequent as text has them.
+    """A micro-batch of the record's longest stage, and a cycle on one GPU; rows as frequent as in text.
 
     The update includes the sort of what was read.
     """
     tokens, rows = 49_152, ROWS
-    while 2 * WIDTH * rows > torch.cuda.mem_get_info(device)[0] // 4:  # as many as there is room for: they lie apart
+    while 2 * WIDTH * rows > torch.cuda.mem_get_info(device)[0] // 4:  # as many as there is room for: reads scatter
         rows //= 2
     table = torch.empty(rows, WIDTH, dtype=torch.bfloat16, device=device).normal_(std=0.1)
     vectors = (2 * torch.randint(2, (SIGNS, WIDTH), device=device) - 1).bfloat16()
@@ -79,7 +79,7 @@ def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
 
 
 def _read(tokens: int, rows: int, device: torch.device | str) -> Tensor:
-    """(2, T) int32: frequent ones among the first half's, fewer among the second's, anywhere in their half."""
+    """(2, T) int32: rows of each half, scattered over it; in the first half frequent ones are more common."""
     half = rows // 2
     halves = []
     for number, skew in enumerate((1.0, 0.4)):
