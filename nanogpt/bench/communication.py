@@ -1,6 +1,6 @@
 """The gradient of a table of rows, exchanged whole or by the rows that were touched: `nanogpt bench communication`.
 
-Collectives of real sizes on real ranks, nothing else beside them; what a training step gains is told by
+Collectives of real sizes on real ranks, with nothing else running; what a training step gains is measured by
 `nanogpt bench step` with runtime.row_gradients=dense and =sparse. Tokens are made up, with a Zipf-like spread.
 """
 
@@ -27,20 +27,20 @@ from nanogpt.training.build import DTYPES
 
 @dataclass(frozen=True)
 class TableTiming:
-    """One stage; milliseconds of the slowest rank, an Adam step."""
+    """One stage; milliseconds per Adam step on the slowest rank."""
 
     stage: int
-    touched: float  # share of the table's rows that a rank's tokens touch between two Adam steps, mean of ranks
+    touched: float  # share of the table's rows that a rank's tokens touch between two Adam steps, mean over ranks
     dense_ms: float
     sparse_ms: float
-    host_ms: float  # of making the lists of rows, on the host
+    host_ms: float  # for making the lists of rows, on the host
     dense_bytes: int  # sent by a rank
-    sparse_bytes: int  # sent by the rank that sends most
-    error: float  # of the sparse result from the dense one, relative
+    sparse_bytes: int  # sent by the rank that sends the most
+    error: float  # relative, of the sparse result against the dense one
 
 
 def time_row_table(spec: RunSpec, table: RowTableSpec, world: World, *, repeats: int) -> Iterator[TableTiming]:
-    """In every stage, dense and sparse. Every rank calls it; the world size is above 1."""
+    """Time every stage, dense and sparse. Every rank calls it; the world size is above 1."""
     model, dtype = spec.model, DTYPES[spec.runtime.dtype]
     for index, stage in enumerate(spec.training.stages):
         slots = spec.training.slots * spec.optimizer.steps_between_updates

@@ -1,7 +1,7 @@
 """How much of the communication between GPUs is exposed: time in which nothing but NCCL's kernels runs on a GPU.
 
-Read from a Chrome trace, as torch.profiler exports it. An NCCL kernel runs from the moment that this rank is there to
-the moment that the data are: waiting for a rank that is late counts as communication.
+Read from a Chrome trace, as torch.profiler exports it. An NCCL kernel runs from the moment that this rank arrives to
+the moment that the data do: waiting for a late rank counts as communication.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Interval = tuple[float, float]
 
 
 class Activity(NamedTuple):
-    """What ran on a GPU, from and until when, in microseconds."""
+    """Something that ran on a GPU, with its start and end in microseconds."""
 
     start: float
     end: float
@@ -50,7 +50,7 @@ def read_trace(path: Path) -> list[dict[str, Any]]:
 
 
 def activities(events: Iterable[Mapping[str, Any]]) -> list[Activity]:
-    """What ran on the GPU, in the order in which it began.
+    """What ran on the GPU, in order of its start.
 
     Events are Chrome's: `ts` and `dur` in microseconds, `cat` one of ON_DEVICE.
     """
@@ -63,7 +63,7 @@ def activities(events: Iterable[Mapping[str, Any]]) -> list[Activity]:
 
 
 def exposure(events: Iterable[Mapping[str, Any]], steps: int = 1) -> Exposure:
-    """What the events, of one GPU and `steps` steps, say a step; all zeros where nothing ran on a GPU."""
+    """The exposure per step in one GPU's events of `steps` steps; all zeros if nothing ran on a GPU."""
     found = activities(events)
     if not found:
         return Exposure(0, 0, 0, 0, 0)
@@ -80,7 +80,7 @@ def exposure(events: Iterable[Mapping[str, Any]], steps: int = 1) -> Exposure:
 
 
 def computing(ran: Iterable[Activity]) -> list[Interval]:
-    """When something other than NCCL ran: disjoint and sorted, like what follows."""
+    """When something other than NCCL ran: disjoint and sorted, like the next two."""
     return _union((run.start, run.end) for run in ran if not run.is_communication)
 
 
@@ -106,12 +106,12 @@ def alone(ran: Sequence[Activity]) -> list[Interval]:
 
 
 def length(intervals: Iterable[Interval]) -> float:
-    """Of disjoint intervals together."""
+    """The total length of disjoint intervals."""
     return sum(end - start for start, end in intervals)
 
 
 def _union(intervals: Iterable[Interval]) -> list[Interval]:
-    """Disjoint, sorted intervals that cover the same."""
+    """Disjoint, sorted intervals that cover the same time."""
     merged: list[Interval] = []
     for start, end in sorted(intervals):
         if merged and start <= merged[-1][1]:

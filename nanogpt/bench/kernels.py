@@ -78,7 +78,7 @@ def _captured(function: Callable[[], object]) -> Callable[[], object]:
 def machine_rates(device: torch.device | str = "cuda") -> MachineRates:
     """Measure the two ceilings; takes about a second and 8 GiB of device memory.
 
-    Not captured: a graph copies by another route, which was seen to reach two thirds of the rate.
+    Not captured: a graph copies by another route, which reached only two thirds of the rate.
     """
     a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(a)
@@ -90,12 +90,12 @@ def machine_rates(device: torch.device | str = "cuda") -> MachineRates:
 
 
 def floor_ms(case: BenchCase, rates: MachineRates) -> float:
-    """The larger of the time for the case's operations and for its bytes."""
+    """The larger of the times for the case's operations and for its bytes."""
     return 1e3 * max(case.flops / rates.matmul_flops, case.bytes / rates.copy_bytes)
 
 
 def all_bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
-    """The cases of every kernel, one at a time: inputs live only as long as their case."""
+    """The cases of every kernel, one at a time: a case's inputs live only as long as the case."""
     for module in pkgutil.iter_modules(bench.__path__, f"{bench.__name__}."):
         yield from importlib.import_module(module.name).bench_cases(device)
 
@@ -110,7 +110,7 @@ def run_cases(cases: Iterable[BenchCase], rates: MachineRates) -> Iterator[Bench
 
 
 def as_table(results: Iterable[BenchResult], rates: MachineRates) -> list[str]:
-    """The results as a Markdown table, under what the device reaches."""
+    """The results as a Markdown table, below what the device reaches."""
     head = ("kernel", "shape", "fast, us", "20-80 %", "plain, us", "gain", "floor, us", "of floor", "error")
     rows = [
         (

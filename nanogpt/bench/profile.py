@@ -1,4 +1,4 @@
-"""Where a step's time goes on the GPU, kernel by kernel, and what of it is exposed communication.
+"""Where a step's time goes on the GPU, kernel by kernel, and how much of it is exposed communication.
 
 `nanogpt bench profile`; on several GPUs every rank profiles itself.
 """
@@ -20,7 +20,7 @@ from nanogpt.bench.exposed import Exposure, exposure, read_trace
 from nanogpt.console import markdown_table
 from nanogpt.training.trainer import Trainer
 
-# Parts of a step by the names of their kernels, the first that matches. cuBLAS names operand types: q and r are 8 bits.
+# Parts of a step by the names of their kernels; the first match counts. cuBLAS names operand types: q and r are 8 bits.
 PARTS = {
     "communication": r"^nccl",
     "attention": r"^(?!triton_).*(flash|fmha)",
@@ -42,7 +42,7 @@ OTHER_PART = "other"
 
 @dataclass(frozen=True)
 class KernelTime:
-    """One kernel's share of a step; `calls` and `milliseconds` are a step's."""
+    """One kernel's share of a step; `calls` and `milliseconds` are per step."""
 
     name: str
     calls: float
@@ -51,7 +51,7 @@ class KernelTime:
 
 @dataclass(frozen=True)
 class StageProfile:
-    """A stage's kernels, longest first, and the device time between the first and the last of them, a step's."""
+    """A stage's kernels, longest first, and the device time from the first to the last of them, per step."""
 
     stage: int
     kernels: list[KernelTime]
@@ -60,7 +60,7 @@ class StageProfile:
 
     @property
     def busy_ms(self) -> float:
-        """Milliseconds of a step in which a kernel ran, if none ran beside another."""
+        """Milliseconds of a step in which a kernel ran, if none of them overlapped."""
         return sum(kernel.milliseconds for kernel in self.kernels)
 
 
@@ -132,7 +132,7 @@ def parts_table(stages: list[StageProfile]) -> str:
 
 
 def as_table(stage: StageProfile, rows: int) -> str:
-    """The longest `rows` kernels of a stage as Markdown, under its milliseconds a step."""
+    """The longest `rows` kernels of a stage as Markdown, below its milliseconds per step."""
     head = f"Stage {stage.stage + 1}: {stage.span_ms:.1f} ms a step, kernels {stage.busy_ms:.1f} ms"
     if stage.exposure.communicating:
         head += f", communication {stage.exposure.communicating:.2f} ms, of which {stage.exposure.exposed:.2f} exposed"

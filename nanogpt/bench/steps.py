@@ -1,4 +1,4 @@
-"""Milliseconds a training step, stage by stage, at a recipe's real shapes: `nanogpt bench step`.
+"""Milliseconds per training step, stage by stage, at a recipe's real shapes: `nanogpt bench step`.
 
 Each stage is entered as a run enters it, warmed up until everything is compiled, then timed step by step with device
 events (host clock on a CPU). Losses mean nothing here; the data may be made up.
@@ -38,7 +38,7 @@ class StageTiming:
     high_ms: float  # 80th percentile
     tokens_per_second: float
     utilization: float | None
-    data_wait_ms: float  # a step's mean wait for its batch, on the rank that waited longest
+    data_wait_ms: float  # mean wait for a step's batch, on the rank that waited longest
     peak_memory_bytes: int
 
 
@@ -104,7 +104,7 @@ def _time_each(calls: list[Callable[[], object]], world: World) -> list[float]:
 
 
 def as_table(timings: list[StageTiming], trainer: Trainer) -> str:
-    """The timings as a Markdown table, under a line for each implementation that was chosen."""
+    """The timings as a Markdown table, below a line for each implementation that was chosen."""
     columns = [
         "stage",
         "tokens a step",

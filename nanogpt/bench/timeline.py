@@ -1,4 +1,4 @@
-"""A picture of a step's communication: what computes and what NCCL does at the same time, from Chrome traces."""
+"""A picture of a step's communication, from Chrome traces: what NCCL does and what is computed at the same time."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ MARGIN_US = 1_000.0  # shown before and after it
 
 
 def read_stages(directory: Path, rank: int) -> dict[int, list[Activity]]:
-    """Stage -> what ran on that rank's GPU, from the traces that `bench profile --traces` has kept in `directory`.
+    """Stage -> what ran on that rank's GPU, from the traces that `bench profile --traces` left in `directory`.
 
     Raises:
-        InputError: there is none of that rank.
+        InputError: there is no trace of that rank.
     """
     named = {path: re.fullmatch(rf"stage-(\d+)\.rank-{rank}\.json", path.name) for path in directory.iterdir()}
     found = {int(match[1]): activities(read_trace(path)) for path, match in named.items() if match}
@@ -35,13 +35,13 @@ def read_stages(directory: Path, rank: int) -> dict[int, list[Activity]]:
 
 
 def busiest_step(ran: Sequence[Activity]) -> list[Activity]:
-    """The part of `ran` around the communication of one step: of the one that has most of it; nothing without NCCL."""
+    """The part of `ran` around the communication of the step that has the most of it; empty without NCCL."""
     nccl = [run for run in ran if run.is_communication]
     if not nccl:
         return []
     cuts = [i for i, (a, b) in enumerate(pairwise(nccl), 1) if b.start - a.end > APART_US]
     parts = [nccl[a:b] for a, b in pairwise([0, *cuts, len(nccl)])]
-    # By number: one that waits for a late rank is long and says little.
+    # By the number of collectives: one that waits for a late rank is long and says little.
     most = max(parts, key=len)
     first, last = most[0].start - MARGIN_US, max(run.end for run in most) + MARGIN_US
     return [run for run in ran if run.end > first and run.start < last]
@@ -51,13 +51,13 @@ def plot_timeline(stages: Mapping[int, Sequence[Activity]], path: Path) -> None:
     """Draw the communication of one step of each of `stages` into `path`, .png or .svg.
 
     Raises:
-        InputError: another suffix, or nothing that NCCL did.
+        InputError: another suffix, or NCCL did nothing.
         RunError: the file cannot be written.
     """
     check_suffix(path)
     steps = {stage: step for stage, ran in stages.items() if (step := busiest_step(ran))}
     if not steps:
-        raise InputError(f"{path}: nothing to draw: these traces have no communication, they are of one GPU")
+        raise InputError(f"{path}: nothing to draw: these traces are of one GPU and have no communication")
     colours = dict(zip((*KINDS.values(), OTHER_KIND), COLOURS[1:], strict=False))
     with new_figure(11, 1.2 + 1.7 * len(steps)) as figure:
         shown: set[str] = set()
@@ -82,7 +82,7 @@ def plot_timeline(stages: Mapping[int, Sequence[Activity]], path: Path) -> None:
 
 
 def _kind(run: Activity) -> str | None:
-    """Of a collective; None of what is none."""
+    """The kind of a collective; None for anything else."""
     if not run.is_communication:
         return None
     return next((kind for name, kind in KINDS.items() if name in run.name), OTHER_KIND)
