@@ -1,12 +1,12 @@
-"""A run's use of the compile cache: from the file to a directory of the node, and back where something was compiled.
+"""A run's use of the compile cache: from the file to a directory on the node, and back where something was compiled.
 
 Notable features:
 - The first rank of a node reads the file and unpacks it into a directory that it has made for this job alone; torch,
   Triton and FlashAttention of all ranks there look for compiled code in it, and leave theirs in it. On a GPU a thread
   does so while the compiler is imported.
 - After the warm-up, rank 0 writes the file again if anything has been compiled, with what another job may have added.
-  A few small kernels that the file lacked are no reason to keep the run waiting: they are added at its end.
-- Nothing here fails a run: a file that cannot be used or written is a line of the log.
+  A few small kernels that the file lacked do not hold up the run: they are added at its end.
+- Nothing here fails a run: a file that cannot be used or written is a line in the log.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 
 VARIABLE = "NANOGPT_CACHE"
 OFF = "off"
-IMAGE_DIRECTORY = Path("/opt/nanogpt/cache")  # files that a container's image brings along; looked at second
+IMAGE_DIRECTORY = Path("/opt/nanogpt/cache")  # files that ship in a container's image; looked at second
 PRIVATE_PREFIX = "nanogpt-compiled-"
 CUTE_DSL_FOLDER = "tmp.cute-dsl"  # not kept: FlashAttention keeps the same code itself, and its key names the place
-FEW_KERNELS = 8  # of Triton: compiling this many takes about as long as writing the file
+FEW_KERNELS = 8  # Triton's: compiling this many takes about as long as writing the file
 
 
 def cache_directory(runs: Path | str | None = None) -> Path | None:
@@ -55,7 +55,7 @@ class CompileCache:
     def __init__(self, world: World | None = None, directory: Path | None = None):
         self.lines: list[str] = []  # for the log: what became of the file
         self.loaded: Header | None = None
-        self.found = False  # a file was read on every node; alike on all ranks
+        self.found = False  # a file was read on every node; the same on all ranks
         self.root: Path | None = None  # where compiled code is while the run lasts; None: where torch keeps it
         self._world = world
         self._directory = directory
@@ -72,7 +72,7 @@ class CompileCache:
         return self._directory / file_name(self._key)
 
     def save(self, *, small_additions: bool = True) -> str | None:
-        """Leave what has been compiled so far to later runs. Every rank calls it; returns rank 0's line for the log.
+        """Keep what has been compiled so far for later runs. Every rank calls it; returns rank 0's line for the log.
 
         Without `small_additions`, a file that was used is not written again for a few small kernels that it lacked.
         """
@@ -132,10 +132,10 @@ class CompileCache:
                 os.utime(path)
             return
         if not self.lines:
-            self._say(f"{self.path}: not there yet{self._nearest()}; compiling, and leaving it to later runs")
+            self._say(f"{self.path}: not there yet{self._nearest()}; compiling, and keeping it for later runs")
 
     def _nearest(self) -> str:
-        """What the newest file that is there differs in."""
+        """How the newest file that is there differs."""
         assert self._directory is not None
         with contextlib.suppress(OSError, PackError):
             files = sorted(self._directory.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime)
@@ -148,7 +148,7 @@ class CompileCache:
 def compile_cache(
     spec: RunSpec, world: World, directory: Path | None, *, fresh: bool = False
 ) -> Iterator[CompileCache]:
-    """Compiled code is taken from the file of the spec's key, and kept for it, while the context lasts.
+    """While the context lasts, compiled code is taken from the file for the spec's key, and kept in it.
 
     Every rank enters it, before anything is compiled and before FlashAttention is imported.
 
@@ -173,7 +173,7 @@ def compile_cache(
             mine, cache._lock = make_private(PRIVATE_PREFIX)
         except OSError as error:
             cache._say(f"{error.filename or tempfile.gettempdir()}: {error.strerror}; no file is used")
-    # What follows has collectives in it, so all nodes do alike: where one has no room, none uses a file.
+    # What follows has collectives in it, so all nodes do the same: if one has no room, none uses a file.
     everywhere = world.gather((world.local_rank == 0, mine), tuple[bool, Path | None])
     if all(root is not None for leads, root in everywhere if leads):
         cache.root = everywhere[world.rank - world.local_rank][1]
@@ -201,19 +201,19 @@ def compile_cache(
 
 @contextmanager
 def compiled_code_of(root: Path, world: World) -> Iterator[None]:
-    """For a process that helps another: compiled code is taken from, and left in, the `root` of the other's cache."""
+    """For a process that helps another: compiled code is read from and left in the `root` of the other's cache."""
     with _compiled_code_in(root), _tuning_in(root, world):
         yield
 
 
 def file_name(key: Mapping[str, Any]) -> str:
-    """The name of the file of a key; for people it has the device and torch's version in it."""
+    """The file name for a key; it includes the device and torch's version for people to read."""
     device = "".join(c if c.isalnum() else "-" for c in str(key["device"][0]).removeprefix("NVIDIA ").lower())
     return f"{device}-torch{key['torch'][0]}-{key_sha256(key)[:16]}{SUFFIX}"
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """The parts in which two keys differ, down to the names of packages and spec keys."""
+    """Where two keys differ, down to the names of packages and spec keys."""
     parts = []
     for name in wanted:
         one, other = found.get(name), wanted[name]
@@ -240,7 +240,7 @@ def _compiled_code_in(root: Path | None) -> Iterator[None]:
     import torch._functorch.config
 
     variables = _places(root) | {"FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1"}
-    # Or no graph with the MLP in it, a torch.autograd.Function, would be kept. It changes no code; and what such a
+    # Else no graph with the MLP in it, a torch.autograd.Function, would be kept. It changes no code; and what such a
     # function does is part of the graph's key, its source of the file's.
     custom_functions = torch._functorch.config.patch(autograd_cache_allow_custom_autograd_functions=True)
     with _environment(variables), custom_functions:
@@ -248,7 +248,7 @@ def _compiled_code_in(root: Path | None) -> Iterator[None]:
 
 
 def _places(root: Path) -> dict[str, str]:
-    """Where each compiler is to keep what it makes. Their own choices lie in a shared /tmp, under the user's name."""
+    """Where each compiler is to keep its output. Their defaults lie in a shared /tmp, under the user's name."""
     return {
         "TORCHINDUCTOR_CACHE_DIR": str(root / "inductor"),
         "TRITON_CACHE_DIR": str(root / "triton"),
@@ -259,11 +259,11 @@ def _places(root: Path) -> dict[str, str]:
 
 @contextmanager
 def places_of_this_job(chosen: str | None = None) -> Iterator[None]:
-    """Without a file: a directory of this process alone for compiled code, but for what the user has `chosen`.
+    """Without a file: a directory for this process's compiled code alone, except what the user has `chosen`.
 
-    What others have made under the names that the compilers would take by themselves is not run: torch's and CuTe's
-    lie in /tmp (Triton's is in home). Where there is no room for a directory they are given one that does not exist:
-    who compiles nothing needs none.
+    What others have put under the compilers' default names is not run: torch's and CuTe's
+    lie in /tmp (Triton's is in home). Where there is no room for a directory they get one that does not exist:
+    a process that compiles nothing needs none.
     """
     try:
         root, lock = make_private(PRIVATE_PREFIX)
@@ -301,7 +301,7 @@ def _tuning_in(root: Path | None, world: World) -> AbstractContextManager[None]:
 
 
 def _is_small_addition(names: Collection[str]) -> bool:
-    """Whether a run that finds all but these files kept loses no time to speak of."""
+    """Whether a run that finds everything but these files loses hardly any time."""
     counts = count_contents(names)
     return counts.pop("Triton kernels") <= FEW_KERNELS and not any(counts.values())
 
@@ -321,7 +321,7 @@ def _in_container() -> bool:
 
 
 def _empty(root: Path) -> None:
-    """Take back what a broken file has left."""
+    """Remove what a broken file has left."""
     for child in root.iterdir():
         if child.is_dir():
             shutil.rmtree(child, ignore_errors=True)

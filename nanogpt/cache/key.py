@@ -1,7 +1,7 @@
 """What decides compiled code: versions, machine, the package's source, and the part of the spec that reaches a graph.
 
 A cache file belongs to one key and is used for no other. Inside it torch, Triton and FlashAttention have keys of
-their own (each graph's and each kernel's), so a run whose graphs differ all the same, as another world size's do,
+their own (each graph's and each kernel's), so a run whose graphs differ anyway, as with another world size,
 compiles what is missing and adds it to the file.
 """
 
@@ -55,7 +55,7 @@ PACKAGES = (
     "quack-kernels",
 )
 
-# Variables of the compilers, but for those that only say where things are kept or how much is printed.
+# The compilers' variables, except those that only say where things are kept or how much is printed.
 VARIABLES = ("TORCHINDUCTOR_", "TORCHDYNAMO_", "TORCH_COMPILE", "TRITON_", "CUTE_DSL_", "FLASH_ATTENTION_")
 PLACES = re.compile(
     r"TORCHINDUCTOR_(CACHE_DIR|COMPILE_THREADS|WORKER_START)|TORCH_COMPILE_(CACHE_DIR|DEBUG_DIR)"
@@ -64,7 +64,7 @@ PLACES = re.compile(
 
 
 def graph_settings(spec: RunSpec) -> dict[str, Any]:
-    """What of the spec reaches compiled code, by path, as its fields are marked; and what is updated together."""
+    """What in the spec reaches compiled code, by path, as its fields are marked; and what is updated together."""
     rows = spec.model.parameters()
     return {**dict(compiled_values(spec)), "updated together": spec.optimizer.updated_together(rows)}
 
@@ -77,7 +77,7 @@ def cache_key(spec: RunSpec, device: torch.device) -> dict[str, Any]:
         **installation_key(),
         "cpu": [platform.machine(), _cpu_flags_sha256(), torch.get_num_threads() if device.type == "cpu" else None],
         "device": _device(device),
-        # Kernels are compiled by what comes with the packages; the driver loads them. A new major version may differ.
+        # The packages' own compilers make the kernels; the driver loads them. A new major version may differ.
         "driver": (driver_version() or "").partition(".")[0] if device.type == "cuda" else "",
         "environment": _compiler_variables(os.environ),
         "spec": graph_settings(spec),
@@ -103,7 +103,7 @@ def installation_key() -> dict[str, Any]:
 
 
 def _plain(key: Mapping[str, Any]) -> dict[str, Any]:
-    """As it comes back from a file: lists, no tuples."""
+    """As it comes back from a file: lists, not tuples."""
     plain: dict[str, Any] = json.loads(json.dumps(key))
     return plain
 
@@ -114,7 +114,7 @@ def key_sha256(key: Mapping[str, Any]) -> str:
 
 
 def graph_source_sha256(package: Path | None = None) -> str:
-    """Over the modules that graphs and kernels come from, of the installed package or the one in `package`."""
+    """One hash of the modules that graphs and kernels come from, of the installed package or the one in `package`."""
     package = package or package_directory()
     digest = hashlib.sha256()
     for name in SOURCES:
@@ -136,7 +136,7 @@ def _package_versions() -> dict[str, str | None]:
 
 
 def _compiler_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """By name a hash of the value: it describes a difference, and keeps out of the file what a variable may hold."""
+    """A hash of each value, by name: it shows a difference, and keeps what a variable may hold out of the file."""
     return {
         name: hashlib.sha256(os.fsencode(f"{name}={value}")).hexdigest()[:16]
         for name, value in sorted(environ.items())
@@ -154,7 +154,7 @@ def _device(device: torch.device) -> list[Any]:
 
 
 def _cpu_flags_sha256() -> str | None:
-    """Of the processor's instruction sets: host code is compiled for this very processor."""
+    """A hash of the processor's instruction sets: host code is compiled for exactly this processor."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:

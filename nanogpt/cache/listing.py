@@ -1,4 +1,4 @@
-"""The cache files of a directory: what they are for, and which may go."""
+"""The cache files of a directory: what they are for, and which may be deleted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nanogpt.errors import RunError
 if TYPE_CHECKING:
     from rich.table import Table
 
-HALF_WRITTEN_S = 3600.0  # a temporary file of that age belongs to nobody any more
+HALF_WRITTEN_S = 3600.0  # a temporary file this old belongs to nobody any more
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class CacheFile:
 
 
 def list_files(directory: Path) -> list[CacheFile]:
-    """The cache files of the directory, the one used last first. Reads and checks each."""
+    """The cache files of the directory, most recently used first. Reads and checks each."""
     found = []
     for path in directory.glob(f"*{SUFFIX}"):
         try:
@@ -78,7 +78,7 @@ def files_data(files: list[CacheFile]) -> list[dict[str, Any]]:
 
 
 def prune_files(directory: Path, *, keep: int) -> list[tuple[Path, int]]:
-    """Delete all usable files but the `keep` that were used last, all others, and half-written ones an hour old.
+    """Delete all but the `keep` most recently used of the usable files, all others, and half-written ones an hour old.
 
     Returns the deleted files and their sizes. Raises `RunError` where one cannot be deleted.
     """

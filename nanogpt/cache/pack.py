@@ -2,11 +2,11 @@
 
 Notable features:
 - Written under another name, synced and renamed: a file under its final name is whole, whoever else writes.
-- What is in it will be executed. So a file is only read that belongs to this user, to root or to the container's image,
-  and that nobody else may write; and nothing of it is looked at before the checksum over header and content agrees.
+- Its content will be executed. So a file is read only if it belongs to this user, to root or to the container's image,
+  and nobody else may write it; and none of it is looked at before the checksum over header and content matches.
 - Members are plain files below the directory they are unpacked into; anything else is refused.
 
-Three parts: a line that says what it is, with the sha256 of all that follows; a line of JSON (`Header`); a tar archive,
+Three parts: a line that says what it is, with the sha256 of what follows; a line of JSON (`Header`); a tar archive,
 compressed with zstd.
 """
 
@@ -36,11 +36,11 @@ TEMPORARY = (".lock", ".tmp", ".pending")
 
 
 class PackError(Exception):
-    """A file that is not used, and why; a reason to compile, and no error of a run."""
+    """A file that is not used, and why: a reason to compile, not an error of the run."""
 
 
 class Header(BaseModel):
-    """What a file says of itself, before its content."""
+    """What a file says about itself, before its content."""
 
     key: dict[str, Any]
     key_sha256: str
@@ -52,7 +52,7 @@ class Header(BaseModel):
 
 
 def kept_files(root: Path) -> dict[str, Path]:
-    """The files below `root` that belong into a cache file, by their path in it."""
+    """The files below `root` that belong in a cache file, by their path in it."""
     found = {}
     for directory, names, files in os.walk(root):
         names[:] = sorted(name for name in names if name not in NOT_KEPT and not name.startswith("tmp."))
@@ -134,7 +134,7 @@ def _write_whole(path: Path, content: bytes) -> None:
 
 
 def peek(path: Path) -> Header:
-    """What a file says of itself, unchecked: to be shown, not to be trusted. Raises OSError and `PackError`."""
+    """What a file says about itself, unchecked: to be shown, not to be trusted. Raises OSError and `PackError`."""
     with path.open("rb") as file:
         if not file.readline(200).startswith(MAGIC):
             raise PackError("not a file of compiled code, or damaged")
@@ -153,7 +153,7 @@ class Pack:
 
     Args:
         path: the file.
-        in_image: it lies in the container's image, whose owner may be shown as anybody; it must not be writable.
+        in_image: it lies in the container's image, whose owner may appear as anybody; it must not be writable.
     """
 
     def __init__(self, path: Path, *, in_image: bool = False):
@@ -163,7 +163,7 @@ class Pack:
         if not first.startswith(MAGIC):
             raise PackError("not a file of compiled code, or damaged")
         if hashlib.sha256(rest).hexdigest().encode() != first[len(MAGIC) :]:
-            raise PackError("damaged: its checksum does not agree with its content")
+            raise PackError("damaged: its checksum does not match its content")
         line, _, self._body = rest.partition(b"\n")
         self.header = _header(line)
 

@@ -1,9 +1,9 @@
-"""Compiled code that an image brings along, so that the first start of a new user is a warm one.
+"""Compiled code that ships in an image, so that even a new user's first start is warm.
 
     python -m nanogpt.cache.shipped FROM TO      what `make sif CACHE=FILE` runs in the image while it is built
 
-A file is taken only if it was made by this very installation: by the image of the same commit without it. For which
-GPU, processor and recipe it is stands in its name, and whoever looks for it checks that.
+A file is taken only if this very installation made it: the image of the same commit, without the file. Its name says
+for which GPU, processor and recipe it is, and whoever looks for it checks that.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from nanogpt.errors import InputError
 
 
 def ship(source: Path, target: Path, installation: Mapping[str, Any]) -> list[Path]:
-    """Copy the cache files in `source` to `target`, under the names by which they are looked for; returns those.
+    """Copy the cache files in `source` to `target`, under the names that runs look for; returns the new paths.
 
-    Raises `InputError` for a file that is not whole, that others may write, or that is of another installation.
+    Raises `InputError` for a file that is not whole, that others may write, or that another installation made.
     """
     shipped = []
     for path in sorted(source.glob(f"*{SUFFIX}")):

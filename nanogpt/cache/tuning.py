@@ -1,9 +1,9 @@
-"""What inductor has tuned, kept so that later processes do not tune again, and choose the same.
+"""What inductor has tuned, kept so that later processes choose the same without tuning again.
 
-inductor times the variants of a reduction kernel at its first launch, some 30 ms each, and notes the fastest in a file
+inductor times the variants of a reduction kernel at its first launch, about 30 ms each, and notes the fastest in a file
 beside the kernel's source. A graph that comes out of torch's cache brings its kernels ready for launch, with the path
 that their source had in the process that compiled them. That directory is gone when another job has unpacked the cache
-into one of its own, so the note is not found, and all is timed again: seconds a graph at every start, and sums in
+into one of its own, so the note is not found, and all is timed again: seconds per graph at every start, and sums in
 another order where the clock decides otherwise. Variants that inductor derives from others at load (smaller blocks of a
 reduction) are not found again even with the same path (torch 2.11).
 
@@ -32,7 +32,7 @@ COUNTER = ("nanogpt", "kernels_tuned")  # in torch._dynamo.utils.counters
 def kept_tuning(directory: Path) -> Iterator[None]:
     """Choices among variants of inductor's kernels are taken from `directory` and left there, while the context lasts.
 
-    Loads inductor. Where torch's classes are not as they are known here, nothing is changed: inductor tunes as it does.
+    Loads inductor. Where torch's classes are not what this module knows, nothing is changed: inductor tunes as usual.
     """
     from torch._dynamo.utils import counters
     from torch._inductor.runtime import triton_heuristics
@@ -108,7 +108,7 @@ def _description(config: Any) -> dict[str, Any]:
 
 
 def _matching(variants: Sequence[Any], wanted: dict[str, Any] | None) -> list[Any]:
-    """The one of the variants, which have a `config`, that is wanted; empty: it is not among them."""
+    """The wanted one among the variants, which have a `config`; empty if it is not there."""
     if wanted is None:
         return []
     return [variant for variant in variants if _description(variant.config) == wanted][:1]
@@ -123,18 +123,18 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _keep(path: Path, choice: dict[str, Any]) -> dict[str, Any]:
-    """Write the choice, unless another process has been first; returns what is kept."""
+    """Write the choice, unless another process was first; returns the one that is kept."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
         with os.fdopen(descriptor, "w") as file:
             json.dump(choice, file)
         try:
-            os.link(name, path)  # fails where there is one, whoever is faster
+            os.link(name, path)  # fails if one is there, whichever process is faster
         except FileExistsError:
             return _read(path) or choice
         finally:
             Path(name).unlink()
-    except OSError:  # full or without links: this process keeps to its own
+    except OSError:  # full or without links: this process uses its own
         pass
     return choice
