@@ -1,10 +1,10 @@
 """What an experiment's runs say: base and idea seed by seed, the scatter of seeds, whether two runs have the same bits.
 
-Two measures of a difference that seeds and validation documents blur less than a validation loss does:
+Two measures of a difference that seeds and validation documents blur less than they blur a validation loss:
 
-- the training loss, where it is that of the next token alone, on tokens that are seen for the first time: a validation
+- the training loss, where it is that of the next token alone, on tokens seen for the first time: that is a validation
   on many more tokens than the validation set has, as long as both runs see the same ones in the same order
-- differences of one seed's pairs, whose mean has the error of their scatter
+- differences within pairs of one seed: their scatter gives the error of their mean
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from nanogpt.runs.metrics import RunMetrics, read_run
 from nanogpt.runs.record import read_record
 from nanogpt.spec import RunSpec
 
-SEEN = 0.001  # the difference that an experiment is to tell from none: two standard errors
-BLOCK_STEPS = 10  # losses of neighbouring steps are not independent: the error is of means of so many
+SEEN = 0.001  # the difference that an experiment should tell from none: two standard errors
+BLOCK_STEPS = 10  # losses of neighbouring steps are not independent: the error is that of means over this many
 TRAINING = "training loss of the next token"
 
 
 def report(place: Place, prefixes: Sequence[str], ideas: Iterable[str], outcomes: Sequence[Outcome]) -> list[str]:
-    """All tables as Markdown, of this call's measurements and of whatever runs an earlier one left.
+    """All tables as Markdown, of this call's measurements and any runs that an earlier one left.
 
     prefixes: of the recipes' measurements; "" is the first.
     """
@@ -55,7 +55,7 @@ def report(place: Place, prefixes: Sequence[str], ideas: Iterable[str], outcomes
 def differences(place: Place, name: str, other: str) -> list[str]:
     """`name` minus `other` at each evaluation, by pairs of one seed, with the pairs' mean and its standard error.
 
-    Runs of different lengths are not a pair: the same step is at another place of the schedule.
+    Runs of different lengths are not a pair: the same step is at another place in the schedule.
     """
     pairs: list[dict[int, float]] = []
     for run, base in _pairs(place, name, other):
@@ -75,8 +75,8 @@ def differences(place: Place, name: str, other: str) -> list[str]:
 def judged(place: Place, name: str, other: str) -> list[str]:
     """`name` minus `other` by each measure that both have: the pairs' mean, its error, and how many seeds it takes.
 
-    "of the steps alone" is the error of the training loss from other batches, in the mean of the pairs; the standard
-    error has other seeds in it too. The seeds are those after which `SEEN` would be two standard errors.
+    "of the steps alone" is the error that batches cause in the training loss, in the mean of the pairs; the standard
+    error includes seeds too. The number of seeds is the one at which `SEEN` would be two standard errors.
     """
     found: dict[str, list[float]] = {}
     errors: dict[str, list[float]] = {}
@@ -98,9 +98,9 @@ def judged(place: Place, name: str, other: str) -> list[str]:
 
 
 def scatter(place: Place, names: Iterable[str]) -> list[str]:
-    """How seeds of one measurement scatter in their losses: the standard deviation, of two seeds on.
+    """How the losses of one measurement's seeds scatter: the standard deviation, from two seeds on.
 
-    In validation at the end, and in the mean of the training losses that are of the next token alone.
+    For the validation at the end, and for the mean of the training losses that are of the next token alone.
     """
     rows = []
     for name in names:
@@ -125,7 +125,7 @@ def scatter(place: Place, names: Iterable[str]) -> list[str]:
 
 
 def _spread(differences: Sequence[float]) -> tuple[str, str]:
-    """The standard error of their mean, and how many it would take for `SEEN`; of one nothing is known."""
+    """The standard error of their mean, and how many it would take for `SEEN`; unknown for a single one."""
     if len(differences) == 1:
         return "", ""
     deviation = statistics.stdev(differences)
@@ -141,7 +141,7 @@ class SeedRun:
     spec: RunSpec
 
     def ends(self) -> Mapping[str, float]:
-        """Losses of its last weights by validation set, if it has come to its end."""
+        """Losses of its last weights by validation set, if it has finished."""
         last = self.metrics.evaluations[-1:]
         if not last or last[0]["step"] != self.metrics.total_steps or last[0]["val_loss"] is None:
             return {}
@@ -180,7 +180,7 @@ def training_difference(run: SeedRun, base: SeedRun) -> tuple[str, float, float]
 
 
 def _pairs(place: Place, name: str, other: str) -> Iterator[tuple[SeedRun, SeedRun]]:
-    """The runs of both with one seed. Those of different lengths are not pair."""
+    """The runs of both with the same seed. Runs of different lengths are not a pair."""
     ours, theirs = _seeds(place, name), _seeds(place, other)
     for seed, base in theirs.items():
         run = ours.get(seed)

@@ -1,6 +1,6 @@
 """What the end of a run is worth: one run, its last weights, and other ends of it on the same validation tokens.
 
-Ends of one run differ by nothing else, so that a difference of 0.0005 is seen where two runs would have to be many.
+Ends of one run differ in nothing else, so a difference of 0.0005 shows that would otherwise take many runs to see.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ Weights = list[Tensor]  # of all parameters, in the model's order
 class Ends:
     """Which ends are evaluated besides the last weights, and on which further validation sets all of them are.
 
-    Blends are of the grid of `blends` and `horizons`: `(1 - blend) w + blend average`, with the Frobenius norms of `w`
-    for matrices, where `w` are the weights that the last step has left and `average` is a running one in fp32 over the
-    last so many steps: the first of them copied, then each with the rate 2 / (horizon + 1).
+    Blends cover the grid of `blends` and `horizons`: `(1 - blend) w + blend average`, with the Frobenius norms of `w`
+    for matrices, where `w` are the weights that the last step left and `average` is a running one in fp32 over the
+    last `horizon` steps: the first of them copied, then each with the rate 2 / (horizon + 1).
     """
 
     before: Sequence[int] = ()  # the weights of N steps before the end
     windows: Sequence[tuple[int, int]] = ()  # the last weights with other windows, short and long, in blocks
     horizons: Sequence[int] = ()  # of running averages, in steps
     blends: Sequence[float] = ()
-    blended: Sequence[str] = ()  # the parameters that are blended; none named: all
+    blended: Sequence[str] = ()  # the parameters that are blended; all if none is named
     validations: Mapping[str, Path] = field(default_factory=dict)  # directories of shards by name
 
     def check(self, spec: RunSpec) -> None:
-        """Raises `InputError` for steps that the run does not have, parameters that the model does not, no shards."""
+        """Raises `InputError` for steps that the run lacks, parameters that the model lacks, or missing shards."""
         total_steps = spec.training.total_steps
         for horizon in self.horizons:
             if not 1 <= horizon <= total_steps:
@@ -62,7 +62,7 @@ class Ends:
             if not 0 < blend <= 1:
                 raise InputError(f"--blend {blend:g}: expected a number above 0, at most 1")
         if bool(self.horizons) != bool(self.blends):
-            raise InputError("--horizon, --blend: are given together: each blend is of each horizon's average")
+            raise InputError("--horizon, --blend: give both or neither, since each blend is of each horizon's average")
         names = [row.name for row in spec.model.parameters()]
         for name in self.blended:
             if name not in names:
@@ -76,7 +76,7 @@ class Ends:
 def train_with_ends(spec: RunSpec, ends: Ends, *, run: RunDirectory | None, data_directory: Path) -> list[End]:
     """An ordinary run, then the other ends, with the windows of the last validation. Every rank calls it.
 
-    Running averages are fed inside the clock: some milliseconds a step, of the last steps. Returns the last weights'
+    Running averages are fed within the timed part: some milliseconds per step at the end. Returns the last weights'
     losses and the others' on the rank that has the run's directory, where they are in `ENDS_NAME` too; else nothing.
     Raises as `train_run` does.
     """
@@ -85,7 +85,7 @@ def train_with_ends(spec: RunSpec, ends: Ends, *, run: RunDirectory | None, data
 
 
 def read_ends(run: Path) -> list[End]:
-    """What a run's directory has of its ends; nothing where there is none."""
+    """The ends in a run's directory; empty if there are none."""
     try:
         return [(name, losses) for name, losses in json.loads((run / ENDS_NAME).read_text())]
     except FileNotFoundError:
@@ -93,7 +93,7 @@ def read_ends(run: Path) -> list[End]:
 
 
 def ends_table(ends: Sequence[End]) -> list[str]:
-    """As Markdown, against the first."""
+    """As Markdown, each against the first."""
     last = ends[0][1]
     head = ["end of the run"]
     for name in last:
@@ -108,7 +108,7 @@ def ends_table(ends: Sequence[End]) -> list[str]:
 
 
 def tokens_of(files: Sequence[Path], spec: RunSpec) -> int:
-    """How many tokens of a further validation set are evaluated: as many as of the run's own, or what there is.
+    """How many tokens of a further validation set are evaluated: as many as of the run's own, or all there are.
 
     Raises `InputError` for too few to fill a group of micro-batches.
     """
@@ -124,7 +124,7 @@ def tokens_of(files: Sequence[Path], spec: RunSpec) -> int:
 
 
 class TrainerWithEnds(Trainer):
-    """A trainer that evaluates other ends when its run has ended, and writes them into `ENDS_NAME`."""
+    """A trainer that evaluates other ends after its run, and writes them into `ENDS_NAME`."""
 
     def __init__(self, spec: RunSpec, *arguments: Any, ends: Ends, **options: Any):
         super().__init__(spec, *arguments, **options)
@@ -139,7 +139,7 @@ class TrainerWithEnds(Trainer):
         self.blended = [place for place, name in enumerate(names) if not ends.blended or name in ends.blended]
 
     def train_step(self, settings: StepSettings, micro_steps: int | None = None) -> Tensor:
-        """A step; where it is one of the last, its weights are averaged, or kept."""
+        """A step; if it is one of the last, its weights are averaged or kept."""
         reported = super().train_step(settings, micro_steps)
         if micro_steps is None:  # not the warm-up
             self._keep(self.schedule.total_steps - settings.step)
@@ -147,7 +147,7 @@ class TrainerWithEnds(Trainer):
 
     @torch.no_grad()
     def _keep(self, left: int) -> None:
-        """left: the steps of the run that were to be made, this one among them."""
+        """left: the steps that the run still had to make, including this one."""
         parameters = list(self.model.parameters())
         for horizon in self.ends.horizons:
             if left == horizon:
@@ -194,7 +194,7 @@ class TrainerWithEnds(Trainer):
                 yield f"{blend:g} of the average over {horizon}", weights
 
     def _loss(self, name: str, windows: Windows, *, masked: bool = True) -> float:
-        """As the last validation computes it, on one of the sets."""
+        """The loss on one of the sets, as the last validation computes it."""
         self.val_batches = self.sets[name]
         try:
             return self.evaluate(windows, self.end_of_run.mask if masked else None)

@@ -1,6 +1,6 @@
 """What can be measured of a recipe, by name, and how `nanogpt` is called for it.
 
-`fast` is the recipe's run, shortened; `plain` that without fused kernels and 8-bit numbers. An idea is the fast run,
+`fast` is the recipe's run, shortened; `plain` is that without fused kernels and 8-bit numbers. An idea is the fast run,
 and the benchmarks, with settings of its own.
 """
 
@@ -17,7 +17,7 @@ from nanogpt.errors import InputError
 from nanogpt.hardware import Fill
 from nanogpt.recipe import dump_spec, load_recipe
 
-SHORT_STEPS = 40  # of runs that tell of the start, or of bits
+SHORT_STEPS = 40  # of runs that measure the start, or compare bits
 DETERMINISTIC = ("runtime.deterministic=true",)
 PLAIN = (
     "runtime.kernels=plain",
@@ -30,7 +30,7 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
 
 class Name(NamedTuple):
-    """What `fast:1@100` says: of which measurement, with which seed, ended by which evaluation."""
+    """What `fast:1@100` says: which measurement, with which seed, ended by which evaluation."""
 
     base: str
     seed: int | None = None
@@ -91,7 +91,7 @@ class Measurement:
         return [*found, *self.options]
 
     def fingerprint(self, data: Path | None) -> str:
-        """Equal for what measures the same: sha256 of the call, its data, and the recipe as it stands now.
+        """Equal for calls that measure the same: sha256 of the call, its data, and the recipe as it stands now.
 
         Raises:
             InputError: the recipe or a setting is wrong.
@@ -122,10 +122,10 @@ def measurements(
         recipes: by the prefix of their measurements' names, "" among them.
         steps: of the runs that are compared.
         settings: of every recipe.
-        ideas: settings by name; each belongs to the recipe of the longest prefix that its name has.
+        ideas: settings by name; each belongs to the recipe with the longest prefix of its name.
         end_options: of `nanogpt experiment ends`.
         validations: directories by name, on which the runs that are compared are evaluated at their ends too.
-        fill: says what GPU a recipe is for that leaves it open.
+        fill: names the GPU for a recipe that leaves it open.
 
     Raises:
         InputError: an idea has the name of a measurement.
@@ -156,7 +156,7 @@ def measurements(
         prefix = prefix_of(idea, recipes)
         for end, like in (("", "fast"), ("-step", "step"), ("-profile", "profile")):
             if f"{idea}{end}" in found:
-                raise InputError(f"--idea {idea}: {idea}{end} is a measurement already; name the idea otherwise")
+                raise InputError(f"--idea {idea}: {idea}{end} is a measurement already; give the idea another name")
             measurement = found[f"{prefix}{like}"]
             found[f"{idea}{end}"] = replace(measurement, settings=(*measurement.settings, *more))
     return found

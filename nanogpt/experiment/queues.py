@@ -1,7 +1,7 @@
 """Measurements in queues, one for a GPU or for several together; all queues at the same time.
 
-For each there are, in the experiment's directory, NAME.txt, what it printed, and NAME.json, its `Outcome`. What has one
-that says "done" is not measured again by a later call.
+Each leaves NAME.txt, what it printed, and NAME.json, its `Outcome`, in the experiment's directory. One whose outcome
+says "done" is not measured again by a later call.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ POLL_S = 0.5
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a measurement ended. `code` None: it was ended at the limit."""
+    """How a measurement ended. `code` None: it was stopped at the limit."""
 
     name: str
     gpus: str
@@ -40,7 +40,7 @@ class Outcome:
     fingerprint: str
     until: int | None = None  # the evaluation that ended it
     last_line: str = ""
-    earlier: bool = False  # than this call
+    earlier: bool = False  # measured before this call
 
     @property
     def text(self) -> str:
@@ -52,7 +52,7 @@ class Outcome:
         return "done before" if self.earlier else ""
 
     def covers(self, name: Name) -> bool:
-        """Whether it is as long as `name` asks for."""
+        """Whether it ran as far as `name` requires."""
         return self.code == 0 and (self.until is None or (name.until is not None and name.until <= self.until))
 
 
@@ -68,7 +68,7 @@ class Place:
         return self.out / "runs" / name
 
     def traces(self, name: str) -> Path:
-        """Of its profile."""
+        """The directory of its profile's traces."""
         return self.out / "traces" / name
 
     def log(self, name: str) -> Path:
@@ -99,11 +99,11 @@ class Queue:
         return len(self.gpus.split(","))
 
     def measurement(self, name: Name) -> Measurement:
-        """With the GPUs and the seed."""
+        """The measurement of that name, with the GPUs and the seed."""
         return self.measurements[name.base].on(self.ranks, name.seed)
 
     def run(self) -> None:
-        """All of them, until `end`."""
+        """Run all of them, until `end`."""
         for name in self.names:
             measurement = self.measurement(name)
             fingerprint = measurement.fingerprint(self.place.data)
@@ -121,7 +121,7 @@ class Queue:
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     env=os.environ | self._environment(),
-                    start_new_session=True,  # so that Ctrl-C is ours alone
+                    start_new_session=True,  # so that Ctrl-C reaches only us
                 )
             code = self._wait(self.process, name)
             outcome = Outcome(
@@ -138,14 +138,14 @@ class Queue:
             write_whole(self.place.outcome(name.file), json.dumps(stored, indent=1) + "\n")
 
     def end(self) -> None:
-        """Nothing more, and not what runs."""
+        """Start nothing more, and kill what is running."""
         with self._lock:
             self._ended = True
             if self.process is not None and self.process.poll() is None:
                 kill_tree(self.process.pid)
 
     def command(self, name: Name) -> list[str]:
-        """What is run for `name`."""
+        """The command for `name`."""
         measurement = self.measurement(name)
         place = self.place
         arguments = measurement.arguments(place.runs(name.file), place.traces(name.file), place.data)
@@ -156,7 +156,7 @@ class Queue:
         return [sys.executable, "-m", "nanogpt", "launch", "--nproc-per-node", str(self.ranks), *of_ranks]
 
     def _wait(self, process: subprocess.Popen[bytes], name: Name) -> int:
-        """The exit code; 0 where it has come to the step at which it is to end, and was ended."""
+        """The exit code; 0 where it reached the step at which it should end, and was killed."""
         if name.until is not None:
             while process.poll() is None:
                 if evaluated(self.place.runs(name.file), name.until):
@@ -197,14 +197,14 @@ def make_queues(
             )
         for gpu in gpus.split(","):
             if gpu in taken:
-                raise InputError(f"--gpus {gpus}: GPU {gpu} is asked for twice; name its measurements in one list")
+                raise InputError(f"--gpus {gpus}: GPU {gpu} is named twice; put its measurements in one list")
             taken.add(gpu)
         queue = Queue(gpus, [Name.parse(text) for text in texts], measurements, place)
         for name, text in zip(queue.names, texts, strict=True):
             if name.base not in measurements:
                 raise InputError(f"no measurement {text}; there are {', '.join(measurements)}")
             if name.file in names:
-                raise InputError(f"{text}: {name.file} is asked for twice; its results would be in one place")
+                raise InputError(f"{text}: {name.file} is named twice; its results would be in one place")
             names.add(name.file)
             finished(place, name, queue.measurement(name).fingerprint(place.data))
         queues.append(queue)
@@ -212,9 +212,9 @@ def make_queues(
 
 
 def run_queues(queues: Sequence[Queue], limit: float | None = None) -> list[Outcome]:
-    """All queues at the same time, until all are empty or `limit` seconds are over; the outcomes, queue by queue.
+    """Run all queues at once, until all are empty or `limit` seconds have passed; returns the outcomes, queue by queue.
 
-    Whatever ends this call, Ctrl-C too, ends what it has started.
+    Whatever ends this call, including Ctrl-C, also ends what it has started.
     """
     with ThreadPoolExecutor(len(queues)) as pool:
         try:
@@ -229,7 +229,7 @@ def run_queues(queues: Sequence[Queue], limit: float | None = None) -> list[Outc
 
 
 def finished(place: Place, name: Name, fingerprint: str) -> Outcome | None:
-    """The outcome of an earlier call that has measured this; None: there is none.
+    """The outcome of an earlier call that measured this; None if there is none.
 
     Raises:
         InputError: it has measured something else under this name, or its file cannot be read.

@@ -191,7 +191,7 @@ def test_ends_of_a_run_on_two_ranks_are_those_of_one(tmp_path: Path, nanogpt: Ca
         (("--windows", "6:4"), "--windows 6:4: expected SHORT:LONG"),
         (("--horizon", "13"), "--horizon 13: expected 1 to the 12 steps"),
         (("--horizon", "3", "--blend", "1.5"), "--blend 1.5: expected a number above 0, at most 1"),
-        (("--blend", "0.5"), "--horizon, --blend: are given together"),
+        (("--blend", "0.5"), "--horizon, --blend: give both or neither"),
         (("--horizon", "3", "--blended", "mpl"), "--blended mpl: the model has no such parameter; it has"),
         (("--validate", "prose"), "--validate prose: expected NAME=DIR"),
         (("--validate", "validation=x"), "the run's own set has this name"),

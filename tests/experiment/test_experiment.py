@@ -344,8 +344,8 @@ def test_an_idea_with_a_name_that_is_taken_is_refused():
         ([("0", ["fast:one"])], "fast:one: expected NAME, NAME:SEED"),
         ([("0", [])], "--gpus 0: expected GPUs and measurements"),
         ([("0,", ["fast"])], "--gpus 0, fast: expected GPUs"),
-        ([("0", ["fast:1"]), ("1", ["fast:1@20"])], "fast-1 is asked for twice"),
-        ([("0,1", ["fast"]), ("1", ["again"])], "GPU 1 is asked for twice"),
+        ([("0", ["fast:1"]), ("1", ["fast:1@20"])], "fast-1 is named twice"),
+        ([("0,1", ["fast"]), ("1", ["again"])], "GPU 1 is named twice"),
         ([("0,1,2", ["fast"])], "world size of 3"),
     ],
 )
