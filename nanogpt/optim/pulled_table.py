@@ -45,25 +45,25 @@ from nanogpt.optim.communication import Communicator
 from nanogpt.optim.optimizer_spec import TableRates
 
 Rows = npt.NDArray[np.int64]
-_PIECE_ROWS = 1 << 20  # of a table at a time, on its way into a checkpoint
-ROW_STATE_BYTES = 8  # of a row, beside its numbers: second moment and last update
+_PIECE_ROWS = 1 << 20  # rows of a table at a time, on their way into a checkpoint
+ROW_STATE_BYTES = 8  # per row, besides its numbers: second moment and last update
 
 
 @dataclass(frozen=True)
 class Pull:
-    """The rows that a rank has asked for, and the way that they came."""
+    """The rows that a rank has asked for, and how they came."""
 
     rows: Tensor  # (n,) int64, sorted, distinct, and so by owner
     copies: Tensor | None  # (n, D); None: read where they are
     send_counts: list[int]  # of `rows`, by owner
-    asked: Tensor  # (m,) int64: what others ask of this rank's part, by asker, counted from its first row
+    asked: Tensor  # (m,) int64: what others want from this rank's part, by asker, counted from its first row
     asked_counts: list[int]  # by asker
     touched: Tensor  # (t,) int64: the distinct ones of `asked`, sorted
 
 
 @dataclass
 class Kept:
-    """What a cycle's micro-steps have left so far: for each token, the rows that it read, and one gradient."""
+    """What a cycle's micro-steps have left so far: for each token, the rows that it read and one gradient."""
 
     tokens: Tensor  # (room, D), of the table's dtype
     used: int = 0  # of the room
@@ -79,7 +79,7 @@ class Kept:
 
 
 class Saved(NamedTuple):
-    """What a checkpoint has of a cycle that it has cut."""
+    """What a checkpoint holds of a cycle that it interrupts."""
 
     tokens: Tensor  # (T, D)
     rows: Tensor  # (R, T)
@@ -87,7 +87,7 @@ class Saved(NamedTuple):
 
 
 class TableLookUp(NamedTuple):
-    """The rows of a table that a micro-batch's tokens read; of the form of `nanogpt.optim.row_table.LookUp`."""
+    """The rows of a table that a micro-batch's tokens read; in the form of `nanogpt.optim.row_table.LookUp`."""
 
     table: PulledTable
     rows: Tensor  # (R, T) integers: R rows for each token
@@ -107,7 +107,7 @@ class PulledTable:
         dtype: of the table.
         communicator: of the ranks.
         device: where this rank's part is.
-        plain: plain PyTorch also where a Triton kernel could run.
+        plain: use plain PyTorch even where a Triton kernel could run.
 
     Raises:
         ValueError: rows that the ranks cannot share.
@@ -141,7 +141,7 @@ class PulledTable:
         self._push: Callable[[], tuple[Entries, Gradients]] | None = None  # what has come for this rank's part
         self._idle = False
 
-    # Made when they are first asked for: a process that only compiles has no room for a table of its own.
+    # Made at their first use: a process that only compiles has no room for a table of its own.
 
     @functools.cached_property
     def values(self) -> Tensor:
@@ -168,7 +168,7 @@ class PulledTable:
     def begin_cycle(self, rows: Rows, tokens: int) -> None:
         """Pull `rows`, (n,) sorted and distinct: all that this rank's tokens will read up to the next update.
 
-        tokens: how many gradients `add_gradient` will be given till then, at most.
+        tokens: how many gradients `add_gradient` will be given until then, at most.
 
         Collective. After a checkpoint from the middle of a cycle, rows and tokens are those still to come: what was
         read before comes from the checkpoint.
@@ -185,7 +185,7 @@ class PulledTable:
 
     @contextmanager
     def reading(self, rows: Sequence[Tensor]) -> Iterator[None]:
-        """Pull and read `rows`, any numbers of them, meanwhile; collective. A cycle continues afterwards."""
+        """Pull `rows`, and read from them while the context lasts; collective. A cycle continues afterwards."""
         before = self._read_from
         if self.communicator.size > 1 and not self._idle:
             self._read_from = self._pull(torch.unique(torch.cat([each.flatten() for each in rows]).long()))
@@ -196,7 +196,7 @@ class PulledTable:
 
     @contextmanager
     def idle(self) -> Iterator[None]:
-        """Meanwhile every row is read as zeros, and gradients are dropped: nothing is needed of it but its shapes."""
+        """While the context lasts, rows read as zeros and gradients are dropped: only the shapes matter."""
         self._idle = True
         try:
             yield
@@ -205,7 +205,7 @@ class PulledTable:
 
     @torch.no_grad()
     def read(self, rows: Tensor, signs: Signs | None = None, *, out: Tensor | None = None) -> Tensor:
-        """(T, D): the sum of each token's `rows` (R, T) times their `signs`. They were pulled; on one rank any rows.
+        """(T, D): the sum of each token's `rows` (R, T) times their `signs`. Only pulled rows; on one rank any.
 
         out: where it goes, if given.
         """
@@ -221,7 +221,7 @@ class PulledTable:
 
     @torch.no_grad()
     def add_gradient(self, rows: Tensor, gradient: Tensor, signs: Signs | None = None) -> None:
-        """Keep what the loss says of what tokens have read, (T, D), for the cycle's update; the others as for `read`.
+        """Keep the loss's gradient of what tokens read, (T, D), for the cycle's update; other arguments as for `read`.
 
         Raises RuntimeError where the cycle has no room for it.
         """
@@ -239,7 +239,7 @@ class PulledTable:
             raise RuntimeError(f"a table's cycle has room for {len(kept.tokens):,} tokens, and gets {end:,}")
         kept.tokens[kept.used : end] = gradient
         kept.used = end
-        kept.rows.append(rows.clone())  # a captured batch has others in the same place next time
+        kept.rows.append(rows.clone())  # a captured batch holds others in the same place next time
         if sign_rows is not None:
             kept.sign_rows.append(sign_rows.clone())
 
@@ -251,7 +251,7 @@ class PulledTable:
         return sum_rows(*self._gradients(self._cycle, self._kept), torch.float32, plain=self.plain)
 
     def _gradients(self, cycle: Pull, kept: Kept) -> tuple[Entries, Gradients]:
-        """What the cycle's tokens say of its rows."""
+        """What the cycle's tokens say about its rows."""
         tokens, rows, sign_rows = kept.joined()
         signs = None
         if kept.sign_rows:
@@ -261,7 +261,7 @@ class PulledTable:
 
     @torch.no_grad()
     def start_push(self) -> None:
-        """The cycle's last gradient is there: start to bring its rows to their owners. Collective."""
+        """After the cycle's last gradient: start sending its rows to their owners. Collective."""
         if self._cycle is None or self._kept is None:
             raise RuntimeError("a table is updated outside a cycle")
         cycle, gradients = self._cycle, self._gradients(self._cycle, self._kept)
@@ -275,14 +275,14 @@ class PulledTable:
 
     @torch.no_grad()
     def update(self, rates: TableRates) -> None:
-        """Row Adam on what any rank has read in the cycle, which ends. After `start_push`."""
+        """Row Adam on what any rank has read in the cycle, which this ends. After `start_push`."""
         if self._push is None or self._cycle is None:
             raise RuntimeError("a table is updated without its gradients")
         self._row_adam(self._cycle.touched, *self._push(), rates)
         self._cycle = self._read_from = self._push = self._kept = None
 
     def _row_adam(self, touched: Tensor, entries: Entries, gradients: Gradients, rates: TableRates) -> None:
-        """Update rows `touched` (t,) of this rank's part by the mean over ranks of what `entries` say of them."""
+        """Update rows `touched` (t,) of this rank's part by the mean over ranks of what `entries` say about them."""
         products = np.concatenate(([1.0], np.cumprod(self.decays)))  # fp64: of the first k betas
         owed = torch.from_numpy((products[-1] / products).astype(np.float32))  # by the number of the last update
         self.decays.append(rates.beta2)
@@ -368,7 +368,7 @@ class PulledTable:
         return found
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave on rank 0 of any number of ranks; `begin_cycle` continues with its cycle."""
+        """Load what `state_dict` gave on rank 0 of any number of ranks; `begin_cycle` continues its cycle."""
         for tensor in (self.values, self.second_moment, self.last_update):
             tensor.zero_()
         rows: Tensor = state["rows"]
@@ -382,13 +382,13 @@ class PulledTable:
         self._saved = self._part_of(state["cycles"])
 
     def _part_of(self, cycles: Sequence[Mapping[str, Tensor]]) -> Saved | None:
-        """This rank's part of an unfinished cycle: its own on as many ranks, else rank 0 has all of it."""
+        """This rank's part of an unfinished cycle: its own if there are as many ranks, else rank 0 has all of it."""
         if not cycles:
             return None
         if Saved._fields[0] not in cycles[0]:
             raise InputError(
-                "the checkpoint is of a step within a cycle of tables, by an earlier version that kept other numbers of"
-                " such: resume it with the version that its record names"
+                "the checkpoint is of a step within a cycle of tables, by an earlier version that stores such a step"
+                " otherwise: resume it with the version that its record names"
             )
         size, rank = self.communicator.size, self.communicator.rank
         scale = 1.0
@@ -397,7 +397,7 @@ class PulledTable:
         elif rank:
             return None
         else:
-            scale = size / len(cycles)  # the mean over ranks is then what it was
+            scale = size / len(cycles)  # so that the mean over ranks is what it was
         parts = [[of_rank[name].to(self.device) for name in Saved._fields] for of_rank in cycles]
         parts = [part for part in parts if len(part[0])]
         if not parts:
