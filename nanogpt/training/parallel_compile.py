@@ -1,4 +1,4 @@
-"""Compiling the model's graphs by several processes at once, each graph by one of them, where nothing is kept yet.
+"""Compiling the model's graphs by several processes at once, each graph by one of them, where none is in the cache yet.
 
 All processes of a node look for compiled code in one directory (`nanogpt.cache`). So before the warm-up each takes one
 graph after another that nobody has taken, calls it once on made-up tokens without any communication, and finds the
@@ -36,11 +36,11 @@ from nanogpt.training.schedule import Schedule, StepSettings
 from nanogpt.training.tables import rows_of
 
 CORES_PER_HELPER = 4
-# Of GPU memory, from above: a run has 28 GB for 49,152 tokens, 6 of them the optimizer's, which helpers do not make;
+# Upper bounds of GPU memory: a run has 28 GB for 49,152 tokens, 6 of them the optimizer's, which helpers do not make;
 # evaluation keeps nothing for a gradient.
 HELPER_BYTES = 4_000_000_000  # context, libraries, parameters and their gradients
 TRAINED_TOKEN_BYTES, EVALUATED_TOKEN_BYTES = 450_000, 50_000
-PATIENCE_S = 600.0  # with a helper
+PATIENCE_S = 600.0  # to wait for a helper
 
 
 class GraphJob(NamedTuple):
@@ -109,14 +109,14 @@ def take(root: Path, number: int) -> bool:
 
 
 def not_taken(jobs: Iterable[tuple[int, GraphJob]], root: Path) -> Iterator[GraphJob]:
-    """Of numbered jobs those that no process of this node has taken yet, each taken when it is come to."""
+    """The numbered jobs that no process of this node has taken yet; each is taken as it comes up."""
     return (job for number, job in jobs if take(root, number))
 
 
 def helpers_that_fit(jobs: Sequence[GraphJob], cores: int, memory: int | None) -> int:
-    """How many helpers, each with one of `jobs` from the first on; the last job at least is left to the run itself.
+    """How many helpers to start, one for each of `jobs` from the first on; the last at least is left to the run itself.
 
-    memory: bytes of the GPU that are free beside the run's model and optimizer; None: without a GPU. Jobs that a
+    memory: bytes of the GPU that the run's model and optimizer leave free; None without a GPU. Jobs that a
     process takes later are smaller than its first.
     """
     count, needed = 0, jobs[-1].memory
@@ -141,7 +141,7 @@ def compile_in_parallel(
     """Compile each graph once on this node, where no file of compiled code was found and several processes can.
 
     Every rank calls it; they wait for one another. Parameters, gradients and data stay as they were. The optimizer's
-    graphs are compiled while helpers compile the model's. given_up: nobody waits for the helpers any more.
+    graphs are compiled while helpers compile the model's. given_up: whether nobody waits for the helpers any more.
     """
     if cache.root is None or cache.found:
         return
@@ -173,7 +173,7 @@ class Helper:
 
     def __init__(self, spec: RunSpec, root: Path, index: int, count: int):
         take(root, index)
-        self.name = f"helper {index + 1} of {count} that compiles ahead"
+        self.name = f"helper {index + 1} of {count}, compiling ahead"
         self._output = root / f".helper-{index}.txt"
         threads = max(1, len(os.sched_getaffinity(0)) // (count + 1))
         with self._output.open("w") as output:
@@ -190,7 +190,7 @@ class Helper:
             pipe.write(spec.model_dump_json())
 
     def wait(self, given_up: Callable[[], bool]) -> None:
-        """Until it is done, or it is `given_up`. Where it fails, the run compiles by itself: that is said, no more."""
+        """Wait until it is done or `given_up`. If it fails, the run compiles by itself, and a line says so."""
         deadline = time.monotonic() + PATIENCE_S
         while self._process.poll() is None and time.monotonic() < deadline and not given_up():
             time.sleep(0.1)

@@ -38,7 +38,7 @@ class StartUp:
             self._counts[name] = self._counts.get(name, CompileCounts()) + (compile_counts() - counts)
 
     def phases(self) -> list[StartUpPhase]:
-        """The phases so far, and what of the time since this process's start lies between them."""
+        """The phases so far, and how much of the time since this process's start lies between them."""
         outside = sum(seconds for name, seconds in self._seconds.items() if not name.startswith("job"))
         rest = time.perf_counter() - self._started - outside
         found = []
@@ -81,11 +81,11 @@ def process_age() -> float:
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError, AttributeError):
         return time.process_time()
-    return max(0.0, age) if ticks else time.process_time()  # gVisor may tell none
+    return max(0.0, age) if ticks else time.process_time()  # gVisor may give 0
 
 
 def _queued_for(job_start: str | None, age: float) -> float | None:
-    """Seconds from the job's start to this process's; None where no scheduler tells, or it cannot be."""
+    """Seconds from the job's start to this process's; None if no scheduler says, or if it is impossible."""
     try:
         waited = time.time() - age - float(job_start or "")
     except ValueError:

@@ -372,7 +372,7 @@ def test_a_helper_that_fails_is_a_line_and_no_more(tmp_path: Path, capfd: pytest
     broken = SPEC.model_copy(update={"name": "not a name"})  # which the helper refuses to read
     with Helper(broken, tmp_path, 0, 1) as helper:
         helper.wait(lambda: False)
-    assert "helper 1 of 1 that compiles ahead: ended with exit code 1: " in capfd.readouterr().err
+    assert "helper 1 of 1, compiling ahead: ended with exit code 1: " in capfd.readouterr().err
     with Helper(SPEC, tmp_path, 0, 1) as helper:
         helper.wait(lambda: True)  # a signal has asked the run to stop
     assert helper._process.returncode == -signal.SIGKILL
