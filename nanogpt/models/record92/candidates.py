@@ -30,8 +30,8 @@ def first_offset(slot: int, slots: int, vocabulary: int) -> int:
 def candidate_classes(targets: Tokens, count: int, offset: int, *, vocabulary: int, slot: int) -> tuple[Classes, int]:
     """`count` of `vocabulary` classes, (count,) int64 ascending, every target among them; and the next step's offset.
 
-    targets: (T,) uint16. vocabulary: no multiple of `STRIDE`, and `count` at least. offset: of `first_offset`, then
-    what the step before has returned. slot: for messages.
+    targets: (T,) uint16. vocabulary: not a multiple of `STRIDE`, at least `count`. offset: from `first_offset`, then
+    what the step before returned. slot: for messages.
 
     Raises InputError where there are more targets than `count`.
     """

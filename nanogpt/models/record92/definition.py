@@ -1,4 +1,4 @@
-"""Record 92's forward pass as its definition reads: one head, one layer's own sentence at a time, in fp64.
+"""Record 92's forward pass as its definition reads: one head at a time, each layer spelled out, in fp64.
 
 Shares nothing with the model. Constants that define the model are typed in here; sizes come from the parameters.
 """
@@ -269,7 +269,7 @@ class DenseRecord92:
     def training_loss(
         self, x: Tensor, targets: list[int], weights: list[float], w_p: float, classes: list[int]
     ) -> Tensor:
-        """The sum over tokens of the weighted cross-entropies over `classes`, all of the vocabulary's or a sample."""
+        """The sum over tokens of the weighted cross-entropies over `classes`, the whole vocabulary or a sample."""
         z = 23 * sigma((x @ self.p["lm_head"][:, classes] + 5) / 7.5)
         lse, T = torch.log(torch.exp(z).sum(1)), len(targets)
         place = {c: n for n, c in enumerate(classes)}

@@ -5,7 +5,7 @@ Record 89's model (see `nanogpt.models.record89.model`) with
 - fewer and narrower attentions: seven of eleven layers have one; those of the short window have queries half as wide,
   two of them values half as wide too; each width of queries has a rotary embedding and a softmax scale of its own;
 - narrower MLPs, none in one layer, and two side by side in another;
-- a large hashed table of bigrams and trigrams instead of a small one of bigrams, which the ranks pull rows of;
+- a large hashed table of bigrams and trigrams instead of a small one of bigrams; the ranks pull its rows;
 - ten sources in the head's input, whose weights differ by groups of channels as well as by token;
 - a loss over a sample of the classes, the same for all tokens of a micro-batch;
 - no mixing of heads.
@@ -48,7 +48,7 @@ Gates = dict[tuple[str, int], Tensor]  # (what it is for, layer) -> (T, heads) o
 
 
 class Embedded(NamedTuple):
-    """What a micro-batch's tokens read of the tables, each (T, D)."""
+    """What a micro-batch's tokens read from the tables, each (T, D)."""
 
     tokens: Tensor
     values: tuple[Tensor, ...]  # by value table
@@ -182,7 +182,7 @@ class Record92(RecordModel[Record92ModelSpec]):
         training: bool = False,
         past: Past | None = None,
     ) -> Tensor:
-        """The last layer's normalised activations, (T, D); in training, products have their own precision."""
+        """The last layer's normalised activations, (T, D); in training, products run in their own precision."""
         spec, last = self.spec, self.spec.last
         fp8_mlp = training and self.fp8_mlp.active
         fp8_attention = training and self.implementations.projection_precision == "fp8"
@@ -277,14 +277,14 @@ class Record92(RecordModel[Record92ModelSpec]):
         return norm(x + self._head_connections(x, sources))
 
     def _mlp(self, slot: int, u: Tensor, weights: list[tuple[Tensor, ...]], *, fp8: bool) -> Tensor:
-        """What the MLP in the bank's `slot` gives, (T, D). weights: up and down by slot."""
+        """The output of the MLP in the bank's `slot`, (T, D). weights: up and down by slot."""
         up, down = (part[slot] for part in weights)
         return self.fp8_mlp(slot, u, up, down) if fp8 else self.mlp_function(u, up, down)
 
     def _attention_weights(self, scales: list[Tensor]) -> dict[int, AttentionWeights]:
-        """By layer, what its attention reads of the banks, and its scalar of `scales`; the other one is in `out`.
+        """By layer, what its attention reads from the banks, and its scalar from `scales`; the other one is in `out`.
 
-        A bank's slot has whole heads; of narrower ones the first channels are read.
+        A bank's slot has whole heads; for narrower ones only the first channels are read.
         """
         spec, d, heads = self.spec, self.spec.width, self.spec.heads
         count = len(spec.attention_layers)
@@ -359,14 +359,14 @@ class Record92(RecordModel[Record92ModelSpec]):
     # --- loss ---
 
     def head_inputs(self, batch: TokenBatch, inputs: LossInputs) -> HeadInputs:
-        """The batch's candidates, where it brings them: the softmax is over them as if they were the vocabulary.
+        """The batch's candidates, if it has them: the softmax is over them as if they were the vocabulary.
 
-        All targets are among them; the term of a prefix that is not is dropped.
+        All targets are among them; for a prefix that is not, the term is dropped.
         """
         if CANDIDATES not in batch.extras:
             return super().head_inputs(batch, inputs)
         classes = batch.extras[CANDIDATES]
-        place = classes.new_full((self.spec.padded_vocab_size + 1,), -1)  # the last one: of no prefix, which is -1
+        place = classes.new_full((self.spec.padded_vocab_size + 1,), -1)  # the last one: for no prefix, which is -1
         place = place.scatter(0, classes, torch.arange(len(classes), device=classes.device))
         prefixes = None if inputs.prefix_weight is None else place[self.prefixes[batch.targets]]
         return HeadInputs(self.lm_head.index_select(1, classes), place[batch.targets], prefixes)
@@ -374,7 +374,7 @@ class Record92(RecordModel[Record92ModelSpec]):
     # --- the schedule ---
 
     def change_windows(self, old: Windows, new: Windows) -> None:
-        """YaRN, of each width with its window."""
+        """YaRN, for each width with its window."""
         for rotary, before, after in ((self.narrow, old.short, new.short), (self.wide, old.long, new.long)):
             if before != after:
                 rotary.extend_window(before, after)
@@ -384,7 +384,7 @@ class Record92(RecordModel[Record92ModelSpec]):
         self.fp8_mlp.follow(self.mlp, step)
 
     def restart(self) -> None:
-        """Also rotary tables, attention scales and the MLPs' scales of the start."""
+        """Also resets rotary tables, attention scales and the MLPs' scales."""
         super().restart()
         self.fp8_mlp.restart(self.mlp)
         for rotary in (self.narrow, self.wide):

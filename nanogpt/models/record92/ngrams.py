@@ -19,14 +19,14 @@ Rows = npt.NDArray[np.int32]
 
 def ngram_rows(tokens: Tokens, rows: int) -> Rows:
     """(2, T) int32: each token's bigram row, in the first half of the table's `rows` (even), and trigram row, in the
-    second half. Tokens without so much history read the half's last row, which no hash gives.
+    second half. Tokens without enough history read the half's last row, which no hash gives.
 
     tokens: (T,) uint16.
     """
     half = rows // 2
     own = tokens.astype(np.uint32)  # products wrap at 32 bits; the remainder is that of the signed number, from 0 on
     before = own.copy()
-    before[:1] = half - 1  # a quirk of the record: token 1's bigram has the row of token 0 for the token
+    before[:1] = half - 1  # a quirk of the record: token 1's bigram has the row that token 0 would have
     found = np.empty((2, own.size), dtype=np.int32)
     found[0, :1], found[1, :2] = half - 1, rows - 1
     found[0, 1:] = (36313 * own[1:] ^ 27191 * before[:-1]).view(np.int32) % (half - 1)
@@ -38,7 +38,7 @@ def ngram_rows(tokens: Tokens, rows: int) -> Rows:
 def sign_rows(tokens: Tokens, count: int) -> Rows:
     """(2, T) int32: the vectors, of `count` (a power of two), that each token's bigram and trigram are multiplied by.
 
-    Vector 0 for tokens without so much history. tokens: (T,) uint16.
+    Vector 0 for tokens without enough history. tokens: (T,) uint16.
     """
     own = tokens.astype(np.uint32)
     found = np.zeros((2, own.size), dtype=np.int32)

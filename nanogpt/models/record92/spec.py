@@ -34,7 +34,7 @@ Start = Annotated[Finite, NOT_COMPILED]
 NGRAM_ROWS, NGRAM_SIGNS, CANDIDATES = "n-gram rows", "n-gram signs", "candidates"
 NGRAM_TABLE = "ngrams"
 
-# What of the model after the last layer is added to the head's input, weighed by the second MUDD net.
+# What is added to the head's input after the last layer, weighted by the second MUDD net.
 HEAD_SOURCES = (
     "start", "saved", "before", "values 0", "skipped", "values 1", "values 3", "values 2", "last MLP's input",
     "attended",
@@ -42,7 +42,7 @@ HEAD_SOURCES = (
 
 
 class Record92Starts(Strict):
-    """Start values of what is learned as numbers, gates and connections. Those not named start at 0."""
+    """Start values of learned numbers, gates and connections. Those not named start at 0."""
 
     attention_in: Start
     attention_out: Start
@@ -58,7 +58,7 @@ class Record92Starts(Strict):
 
 
 class AttentionScales(Strict):
-    """Softmax scales at the start; YaRN steps change each with its window."""
+    """Softmax scales at the start; YaRN steps change each along with its window."""
 
     narrow: Annotated[Positive, NOT_COMPILED]
     wide: Annotated[Positive, NOT_COMPILED]
@@ -72,24 +72,24 @@ class Record92ModelSpec(RecordModelSpec):
     sampled_softmax: ClassVar[bool] = True
 
     kind: Literal["record92"]
-    narrow_head_dim: Size = Field(description="channels of a query in layers of the short window; all of them rotate")
+    narrow_head_dim: Size = Field(description="channels of a query in short-window layers; all of them rotate")
     half_value_dim: Size = Field(description="channels of a value in half_value_layers")
     half_value_layers: Layers
     mlp_width: Size
     mlp_free_layers: Layers
-    second_mlp_layers: Layers = Field(description="layers with another MLP beside theirs, on the same input")
-    qk_bank_padding: Padding = Field(description="unused matrices of the bank of q and k, so that it shards evenly")
-    vo_bank_padding: Padding = Field(description="unused matrices of the bank of v and o")
+    second_mlp_layers: Layers = Field(description="layers with a second MLP beside the first, on the same input")
+    qk_bank_padding: Padding = Field(description="unused matrices in the bank of q and k, so that it shards evenly")
+    vo_bank_padding: Padding = Field(description="unused matrices in the bank of v and o")
     saved_layer: Index = Field(description="layer whose output feeds the attention of every later layer")
     x0_layers: Layers = Field(description="layers to which a gated x0 is added")
     ngram_layers: Layers = Field(description="layers to which gated n-grams are added; 0: before it")
     xsa_layers: Layers = Field(description="layers whose attention output loses the token's own value")
     output_gate_layers: Layers = Field(description="layers whose attention output has a gate for each head")
-    group_channels: Size = Field(description="neighbouring channels that share their weights in the head's input")
+    group_channels: Size = Field(description="number of neighbouring channels that share weights in the head's input")
     ngram_rows: Annotated[int, Field(ge=8, le=2**31 - 2)] = Field(
-        description="rows of the table, half of them of bigrams, half of trigrams"
+        description="rows of the table, half of them for bigrams, half for trigrams"
     )
-    ngram_signs: Size = Field(description="sign vectors that tell n-grams of one row apart")
+    ngram_signs: Size = Field(description="sign vectors that tell apart n-grams that share a row")
     value_embed_init_std: Annotated[NonNegative, NOT_COMPILED]
     mudd: MuddSpec
     attention_scales: AttentionScales
@@ -139,7 +139,7 @@ class Record92ModelSpec(RecordModelSpec):
     def gate_columns(self, *, late: bool) -> list[Column]:
         """What a gate net makes: the early one, from x0, for the layers up to `skip.from_layer`; the late one the rest.
 
-        XSA and output gates have a number a head.
+        XSA and output gates have one number per head.
         """
         start, heads = self.starts, self.heads
 
@@ -175,7 +175,7 @@ class Record92ModelSpec(RecordModelSpec):
         """Slot j of the banks belongs to the j-th of `attention_slots`: H matrices of `qk` from H j on, as record 89's.
 
         2 j and 2 j + 1 of `vo` are its v and o. All keep full size: a layer of narrower heads reads the first channels
-        of each. `mlp` has a layer's MLP in the layer's slot, and the second ones behind.
+        of each. `mlp` has a layer's MLP in the layer's slot, and the second ones at the end.
         """
         d, v, layers, heads, gates = self.width, self.padded_vocab_size, self.layers, self.heads, self.gate_inputs
         attention, tables = len(self.attention_layers), len(self.value_embed_layers)
@@ -251,7 +251,7 @@ class Record92ModelSpec(RecordModelSpec):
     # --- what a batch brings ---
 
     def batch_extras(self, slot: Slot) -> SlotExtras:
-        """Rows and signs of the n-grams, and in steps of a sampled softmax the classes that it is taken over."""
+        """Rows and signs of the n-grams, and in steps with a sampled softmax the classes that it is taken over."""
         from nanogpt.models.record92.candidates import candidate_classes, first_offset
         from nanogpt.models.record92.ngrams import ngram_rows, sign_rows
 
@@ -274,7 +274,7 @@ class Record92ModelSpec(RecordModelSpec):
     # --- facts and checks ---
 
     def training_flops(self, tokens: int, *, short: int, long: int) -> float:
-        """See the base. The head counts whole, also in stages of a sampled softmax."""
+        """See the base. The head counts in full, even in stages with a sampled softmax."""
         matrices = self.width * self.padded_vocab_size + 4 * self.mudd.hidden * self.width
         matrices += self.mudd.hidden * len(HEAD_SOURCES) * self.channel_groups
         mlps = self.layers - len(self.mlp_free_layers) + len(self.second_mlp_layers)
@@ -331,7 +331,7 @@ class Record92ModelSpec(RecordModelSpec):
                 verb = "must name" if wanted else "must not name"
                 yield (key,), f"{verb} the last layer, {last}"
         if 0 not in self.ngram_layers:
-            yield ("ngram_layers",), "must name layer 0, before which n-grams come in"
+            yield ("ngram_layers",), "must name layer 0, before which n-grams are added"
         for layer in set(self.second_mlp_layers) & set(self.mlp_free_layers):
             yield (
                 ("second_mlp_layers", self.second_mlp_layers.index(layer)),
