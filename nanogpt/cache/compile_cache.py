@@ -248,7 +248,7 @@ def _compiled_code_in(root: Path | None) -> Iterator[None]:
 
 
 def _places(root: Path) -> dict[str, str]:
-    """Where each compiler is to keep its output. Their defaults lie in a shared /tmp, under the user's name."""
+    """Where each compiler keeps its output. Their defaults lie in a shared /tmp, under the user's name."""
     return {
         "TORCHINDUCTOR_CACHE_DIR": str(root / "inductor"),
         "TRITON_CACHE_DIR": str(root / "triton"),

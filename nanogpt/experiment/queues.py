@@ -183,7 +183,7 @@ def make_queues(
     """Queues of (GPUs, names), all of which can begin.
 
     Raises:
-        InputError: no such measurement, one of them or a GPU twice, a setting that the recipe does not take, or a
+        InputError: an unknown measurement, one or a GPU named twice, a setting that the recipe does not take, or a
             result of something else under the same name.
     """
     queues = []

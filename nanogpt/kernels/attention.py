@@ -89,7 +89,7 @@ def select_attention_backend(
     if requested not in (*BACKENDS, "auto"):
         raise InputError(f"attention backend {requested!r} does not exist; use auto or one of {', '.join(BACKENDS)}")
     if requested == "plain":
-        return AttentionChoice("plain", "plain: asked for")
+        return AttentionChoice("plain", "plain: requested")
 
     def obstacle(backend: str) -> str | None:
         return _hardware_obstacle(backend, capability, head_dim, dtype) or import_failure(backend)
@@ -97,7 +97,7 @@ def select_attention_backend(
     if requested != "auto":
         if (why := obstacle(requested)) is not None:
             raise InputError(f"attention backend {requested!r} cannot run here: {why}; use auto")
-        return AttentionChoice(requested, f"{requested}: asked for")
+        return AttentionChoice(requested, f"{requested}: requested")
 
     device = "a CPU" if capability is None else f"sm_{capability[0]}{capability[1]}"
     passed_over: list[str] = []

@@ -1,4 +1,4 @@
-"""FlashAttention libraries behind one pair of custom operations, which are opaque to `torch.compile`.
+"""FlashAttention libraries behind one pair of custom operations that are opaque to `torch.compile`.
 
 Each library has an adapter of two functions. All of them count a window as `attention` does: a query sees itself and
 `window` tokens before it. FlashAttention 4 compiles its kernels at their first use in a process (tens of seconds;

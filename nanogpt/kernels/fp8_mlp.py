@@ -4,7 +4,7 @@
     post = relu(pre)^2, rounded to u's dtype
     down:  h8 = e4m3(min(post / s_h, 448));  out = s_h s_w (h8 W8)
 
-s_u is the current weights'. s_h and s_w are delayed: they come from what was measured one micro-batch, or one step,
+s_u is for the current weights. s_h and s_w are delayed: they come from what was measured one micro-batch, or one step,
 earlier (`nanogpt.layers.fp8_mlp` keeps them), so that nothing has to be read twice. s_x may be given where u is
 bounded: e4m3 has an exponent, so a larger scale costs only values close to zero, and a compiler can round u where
 it makes it. On Hopper the square and its rounding are the epilogue of the first product, both products accumulate fast,
@@ -276,7 +276,7 @@ def _gradients8(
     down8: Tensor,  # (F, D)
     down_scale: Tensor,
     u_scale: Tensor,
-    u8_t: Tensor,  # (D, T); this and the next two as `_forward` kept them
+    u8_t: Tensor,  # (D, T); this and the next two as `_forward` made them
     post8_t: Tensor,  # (F, T)
     post_scale: Tensor,
     plain: bool,

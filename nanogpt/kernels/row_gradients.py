@@ -1,7 +1,7 @@
 """Gradients of an embedding, added to the table's row by row: rows that a micro-batch has not read are not touched.
 
 Autograd makes the gradient of a lookup as large as the table, fills it with zeros, adds the tokens' rows to it and then
-adds all of it to `.grad`. The speedrun's tables have 425 M numbers, of which a micro-batch reads a few per cent.
+adds all of it to `.grad`. The speedrun's tables have 425 M numbers; a micro-batch reads a few per cent of them.
 
 The kernel takes rows in the order of a sort, so that a row's tokens are neighbours: each sum is made in fixed order, in
 fp32, added to the table's row and rounded once. Nothing is added atomically, and the result is the same every time.

@@ -51,7 +51,7 @@ ROW_STATE_BYTES = 8  # per row, besides its numbers: second moment and last upda
 
 @dataclass(frozen=True)
 class Pull:
-    """The rows that a rank has asked for, and how they came."""
+    """The rows that a rank has requested, and how they came."""
 
     rows: Tensor  # (n,) int64, sorted, distinct, and so by owner
     copies: Tensor | None  # (n, D); None: read where they are
@@ -87,7 +87,7 @@ class Saved(NamedTuple):
 
 
 class TableLookUp(NamedTuple):
-    """The rows of a table that a micro-batch's tokens read; in the form of `nanogpt.optim.row_table.LookUp`."""
+    """The rows of a table that a micro-batch's tokens read; see also `nanogpt.optim.row_table.LookUp`."""
 
     table: PulledTable
     rows: Tensor  # (R, T) integers: R rows for each token
@@ -388,7 +388,7 @@ class PulledTable:
         if Saved._fields[0] not in cycles[0]:
             raise InputError(
                 "the checkpoint is of a step within a cycle of tables, by an earlier version that stores such a step"
-                " otherwise: resume it with the version that its record names"
+                " differently: resume it with the version that its record names"
             )
         size, rank = self.communicator.size, self.communicator.rank
         scale = 1.0

@@ -26,7 +26,7 @@ def ngram_rows(tokens: Tokens, rows: int) -> Rows:
     half = rows // 2
     own = tokens.astype(np.uint32)  # products wrap at 32 bits; the remainder is that of the signed number, from 0 on
     before = own.copy()
-    before[:1] = half - 1  # a quirk of the record: token 1's bigram has the row that token 0 would have
+    before[:1] = half - 1  # a quirk of the record: token 1's bigram is hashed with token 0's row instead of token 0
     found = np.empty((2, own.size), dtype=np.int32)
     found[0, :1], found[1, :2] = half - 1, rows - 1
     found[0, 1:] = (36313 * own[1:] ^ 27191 * before[:-1]).view(np.int32) % (half - 1)
