@@ -1,1 +1,1 @@
-"""Building the container's image, and what an image says of itself."""
+"""Building the container's image, and what an image says about itself."""

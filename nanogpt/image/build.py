@@ -1,13 +1,13 @@
-"""`make sif`: check the machine, stage the sources, build the image, and say what came out.
+"""`make sif`: check the machine, stage the sources, build the image, and report the result.
 
     python3 -m nanogpt.image.build [--flavour cpu] [--base tree] [--out nanogpt.sif] ...
 
 Notable features:
 - Standard library only: it runs on a login node before anything is installed.
-- What goes into the image is copied aside first, and named by a hash: where an image of the same hash is there,
-  nothing is done. Files that are not committed go in too, and the image's labels then say that it is not clean.
-- Times inside are the commit's, so that two builds of one commit have the same files.
-- What the build needs of this machine (proxy, certificate authority, wheels) is bound to /mnt for its duration.
+- What goes into the image is copied aside first and identified by a hash: if an image with that hash exists,
+  nothing is built. Uncommitted files go in too; the image's labels then say that it is not clean.
+- File times in the image are the commit's, so that two builds of one commit have identical files.
+- What the build needs from this machine (proxy, certificate authority, wheels) is bound to /mnt for its duration.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ from nanogpt.image.sources import (
 from nanogpt.image.tree import content_sha256, file_sha256
 
 FLAVOURS = ("cuda", "cpu")
-# The Debian release of each flavour: its Python is the one that the lock file is for.
+# The Debian release of each flavour: the lock file is made for its Python.
 SUITES = {"cuda": "trixie", "cpu": "bookworm"}
 REGISTRY_BASES = {"cuda": "debian:trixie-20250811-slim", "cpu": "debian:bookworm-20250811-slim"}
 PASSED_ON = ("PATH", "HOME", "USER", "LOGNAME", "TMPDIR", "XDG_RUNTIME_DIR", "TERM")
 
-# What a log of a failed build may hold, and what it means.
+# Patterns in the log of a failed build, and what they mean.
 MEANINGS = (
     (
         "No space left on device",
@@ -64,21 +64,21 @@ MEANINGS = (
     ("Disk quota exceeded", "A quota is used up: point APPTAINER_TMPDIR and APPTAINER_CACHEDIR at scratch."),
     (
         "CERTIFICATE_VERIFY_FAILED|certificate signed by unknown authority",
-        "A proxy with a certificate authority of its own stands between: export SSL_CERT_FILE=/path/to/its/bundle.crt.",
+        "A proxy with its own certificate authority is in between: export SSL_CERT_FILE=/path/to/its/bundle.crt.",
     ),
     (
         "DO NOT MATCH THE HASHES",
-        "A downloaded file is not the one that the lock names. A broken download: build again. Wheels of your own:"
+        "A downloaded file is not the one that the lock names. If the download broke, build again; for your own wheels:"
         " make lock.",
     ),
     (
         "compiled code: ",
-        "A file of CACHE was made by another installation than this image's; the log's end says what differs.",
+        "A file in CACHE was made by a different installation; the end of the log says what differs.",
     ),
     (
         "No matching distribution found for torch",
-        "The index has no such build of PyTorch. PyTorch's CPU builds are on an index of their own, which its page on"
-        " installing names: export PIP_EXTRA_INDEX_URL=that, or give a directory with the wheel: make sif WHEELS=DIR.",
+        "The index does not have this build of PyTorch. CPU builds are on an index of their own, named on PyTorch's"
+        " installation page: export PIP_EXTRA_INDEX_URL=that, or give a directory with the wheel: make sif WHEELS=DIR.",
     ),
     (
         "requirements have to have their versions pinned",
@@ -86,12 +86,12 @@ MEANINGS = (
     ),
     (
         "toomanyrequests",
-        "The registry refuses for now; try again later, log in with `apptainer registry login`, or BASE=tree.",
+        "The registry refuses requests for now; try later, log in with `apptainer registry login`, or use BASE=tree.",
     ),
     (
         "while making image from oci registry|failed to get checksum for docker|unable to retrieve auth token"
         "|error pinging|conveyor failed to get|initializing source docker",
-        "The registry of the base cannot be reached; BASE=tree makes a Debian tree without one.",
+        "The base image's registry cannot be reached; BASE=tree makes a Debian tree without one.",
     ),
     (
         "Temporary failure in name resolution|Could not resolve|Network is unreachable|Connection timed out",
@@ -108,7 +108,7 @@ MEANINGS = (
     ),
 )
 UNKNOWN = (
-    "No cause is known for that. Read the log above its end; `make pull` fetches an image that was built elsewhere"
+    "The cause is not a known one. Read further up in the log; `make pull` fetches an image that was built elsewhere"
     " (docs/container.md)."
 )
 
@@ -117,7 +117,7 @@ UNKNOWN = (
 
 
 class Stages:
-    """Says where the build is: a line a stage, and every ten seconds how far it has come."""
+    """Reports progress: one line per stage, and every ten seconds how far the stage has come."""
 
     def __init__(self, packages: int) -> None:
         self.start = time.monotonic()
@@ -159,7 +159,7 @@ def run_apptainer(command: Sequence[str], cwd: Path, log: Path, environment: Map
     """Run a build, with its output in `log` and its stages on standard error.
 
     Raises:
-        RunError: it failed; with what that means, where the log tells.
+        RunError: the build failed; the message explains why if the log shows it.
     """
     done = threading.Event()
 
@@ -208,7 +208,7 @@ def explain(log: Path) -> str:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One build at a time in a checkout."""
+    """Allow only one build at a time in a checkout."""
     import fcntl
 
     with path.open("w") as stream:
@@ -222,21 +222,21 @@ def _locked(path: Path) -> Iterator[None]:
 
 @dataclass
 class Options:
-    """What `make sif` can be told."""
+    """The options of `make sif`."""
 
     flavour: str = "cuda"
-    base: str | None = None  # None: a Debian image of a registry; tree; a directory or image; a registry's name
+    base: str | None = None  # "tree", a directory, an image, a name in a registry; None: a Debian image
     out: Path = Path("nanogpt.sif")
     wheels: str | None = None
     work: Path = Path("build/sif")
-    compression: str | None = None  # of build_checks.COMPRESSIONS, or mksquashfs's arguments; None: what it can
-    kernels: str = "all"  # of which GPU architectures: all, or "80,90"
-    cache: str | None = None  # files of compiled code that the image is to bring along
+    compression: str | None = None  # a name in build_checks.COMPRESSIONS or mksquashfs's arguments; None: it chooses
+    kernels: str = "all"  # GPU architectures whose kernels are kept: all, or "80,90"
+    cache: str | None = None  # files of compiled code to ship in the image
     test: bool = True
 
 
 def machine_checks(options: Options, environ: Mapping[str, str]) -> list[build_checks.Check]:
-    """All that is looked at before a build."""
+    """Everything that is checked before a build."""
     temporary, cache = build_checks.temporary_directory(environ), build_checks.cache_directory(environ)
     scratch = "Point it at scratch: export APPTAINER_TMPDIR=/scratch/$USER/tmp (make the directory first)."
     checks = [
@@ -262,10 +262,10 @@ def machine_checks(options: Options, environ: Mapping[str, str]) -> list[build_c
 
 
 def build(root: Path, options: Options, environ: Mapping[str, str]) -> Built:
-    """Make the image, unless it is there already.
+    """Make the image, unless it exists already.
 
     Raises:
-        InputError: the machine cannot, or an option is wrong; every failed check is said.
+        InputError: the machine cannot build it, or an option is wrong; all failed checks are listed.
         RunError: the build failed.
     """
     started = time.monotonic()
@@ -291,7 +291,7 @@ def build(root: Path, options: Options, environ: Mapping[str, str]) -> Built:
         ).hexdigest()
         built = read_built(out)
         if built is not None and built.key == key:
-            say(f"{options.out} is there; nothing that goes into it has changed since commit {built.commit[:12]}")
+            say(f"{options.out} exists; nothing that goes into it has changed since commit {built.commit[:12]}")
             return built
 
         checks = machine_checks(options, environ)
@@ -313,7 +313,7 @@ def build(root: Path, options: Options, environ: Mapping[str, str]) -> Built:
         host = (work / "host").absolute()
         binds = host_part(host, environ, authority[0] if authority else None, wheels)
         if isinstance(base, Path):
-            # Relative, so that the image does not tell where it was built.
+            # Relative, so that the image does not reveal where it was built.
             base = Path(os.path.relpath(base.resolve(), (work / "stage").resolve()))
         arguments = build_arguments(work / "stage", options.flavour, base, source, lock_path, lock, options.kernels)
 
@@ -328,13 +328,13 @@ def build(root: Path, options: Options, environ: Mapping[str, str]) -> Built:
         stages = Stages(len(locked_versions(lock.decode())))
         kept = (*PASSED_ON, *PROXIES)
         environment = {name: value for name, value in environ.items() if name in kept or name.startswith("APPTAINER_")}
-        # mksquashfs takes it for its own time, and for that of every file that is newer.
+        # mksquashfs uses it as the image's own time, and as the time of every newer file.
         environment["SOURCE_DATE_EPOCH"] = str(source.epoch)
         temporary = build_checks.temporary_directory(environ)
         temporary.mkdir(parents=True, exist_ok=True)
         environment["APPTAINER_TMPDIR"] = str(temporary)
         if authority:
-            environment["SSL_CERT_FILE"] = str(authority[0])  # for Apptainer itself, which asks the base's registry
+            environment["SSL_CERT_FILE"] = str(authority[0])  # for Apptainer itself, which contacts the base's registry
         try:
             run_apptainer([*command, str(new), DEFINITION], work / "stage", work / "build.log", environment, stages)
             new.chmod(0o777 & ~umask())
@@ -359,7 +359,7 @@ def build(root: Path, options: Options, environ: Mapping[str, str]) -> Built:
                     failed = out.with_name(out.name + ".failed")
                     new.replace(failed)
                     raise RunError(
-                        f"The image was built, and its own test fails; it is kept as {failed}.\n{error}"
+                        f"The image was built, but its own test fails; it is kept as {failed}.\n{error}"
                     ) from None
             new.replace(out)
         finally:
@@ -373,7 +373,7 @@ def build(root: Path, options: Options, environ: Mapping[str, str]) -> Built:
 
 
 def umask() -> int:
-    """This process's mask of permissions."""
+    """This process's umask."""
     mask = os.umask(UMASK)
     os.umask(mask)
     return mask
@@ -391,17 +391,17 @@ def test(image: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; its exit code."""
+    """Run the command line; return its exit code."""
     parser = argparse.ArgumentParser(prog="make sif", description=__doc__.partition("\n")[0])
     parser.add_argument("--flavour", choices=FLAVOURS, default="cuda")
-    parser.add_argument("--base", help="tree, a directory, an image or a registry's name; a Debian image by default")
+    parser.add_argument("--base", help="tree, a directory, an image or a name in a registry; default: a Debian image")
     parser.add_argument("--out", type=Path, default=Path("nanogpt.sif"))
-    parser.add_argument("--wheels", help="directory with wheels that pip may use too")
+    parser.add_argument("--wheels", help="directory of additional wheels for pip")
     parser.add_argument("--work", type=Path, default=Path("build/sif"))
     parser.add_argument("--compression", help="zstd, gzip, lz4, or arguments for mksquashfs")
-    parser.add_argument("--kernels", default="all", help="of which GPU architectures: all, or 80,90")
-    parser.add_argument("--cache", help="files of compiled code that the image brings along, of nanogpt warm")
-    parser.add_argument("--check", action="store_true", help="look whether this machine can build, and no more")
+    parser.add_argument("--kernels", default="all", help="GPU architectures whose kernels are kept: all, or 80,90")
+    parser.add_argument("--cache", help="files of compiled code, made by nanogpt warm, to ship in the image")
+    parser.add_argument("--check", action="store_true", help="only check whether this machine can build")
     arguments = parser.parse_args(argv)
     if not re.fullmatch(r"all|\d+(,\d+)*|", arguments.kernels):
         parser.error(f"--kernels {arguments.kernels}: expected all, or architectures such as 80,90")
@@ -425,7 +425,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"make sif: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        say("make sif: interrupted; nothing was left behind but the log")
+        say("make sif: interrupted; only the log was left behind")
         return 130
     print(json.dumps({"image": str(options.out), **asdict(built)}))
     return 0

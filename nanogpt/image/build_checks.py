@@ -1,6 +1,6 @@
-"""Whether this machine can build the image: checks of seconds, before a build of minutes.
+"""Check in seconds whether this machine can build the image, before a build that takes minutes.
 
-Standard library only, as everything that `make sif` runs: a login node has Python and little else.
+Standard library only, like everything that `make sif` runs: a login node has Python and little else.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ COMPRESSIONS = {
 }
 GZIP_PRICE = (
     "The image becomes 3 % larger (CPU flavour: 6 %), and unpacking it, which is most of a start, takes 3.5 times the"
-    " CPU time. A mksquashfs with zstd on PATH is taken instead."
+    " CPU time. Put a mksquashfs with zstd on PATH to avoid this."
 )
-# Free bytes: for the tree while it is built, at times twice; and for the image.
+# Free bytes needed: for the tree while it is built, at times twice; and for the image.
 TEMPORARY_NEEDED = {"cuda": 14_000_000_000, "cpu": 4_000_000_000}
 IMAGE_NEEDED = {"cuda": 3_000_000_000, "cpu": 1_000_000_000}
 CAP_SYS_RESOURCE = 24
@@ -39,12 +39,12 @@ CERTIFICATE_VARIABLES = ("PIP_CERT", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "CUR
 
 
 class Check(NamedTuple):
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
     status: Status
     found: str
-    advice: str = ""  # what to do, of what has not passed
+    advice: str = ""  # what to do if the check has not passed
 
     def __str__(self) -> str:
         """On one line, for a job's log."""
@@ -75,11 +75,7 @@ def check_apptainer() -> Check:
     needed = ".".join(map(str, APPTAINER_NEEDED))
     path = shutil.which("apptainer")
     if path is None:
-        also = (
-            " There is a singularity: Apptainer is what SingularityCE's builds here need."
-            if shutil.which("singularity")
-            else ""
-        )
+        also = " There is a singularity, but these builds need Apptainer." if shutil.which("singularity") else ""
         return Check(
             "Apptainer",
             "failed",
@@ -102,12 +98,12 @@ def check_apptainer() -> Check:
 
 
 def find_mksquashfs() -> str | None:
-    """Where mksquashfs is: on PATH, or where Apptainer looks as well."""
+    """The path of mksquashfs: on PATH, or where Apptainer also looks."""
     return shutil.which("mksquashfs") or shutil.which("mksquashfs", path="/usr/sbin:/sbin:/usr/libexec/apptainer/bin")
 
 
 def refusal(mksquashfs: str, compression: str) -> str | None:
-    """Why mksquashfs does not pack with these arguments, tried on an empty directory; None: it does."""
+    """Why mksquashfs cannot pack with these arguments, tried on an empty directory; None if it can."""
     with tempfile.TemporaryDirectory(prefix="nanogpt-squashfs-") as scratch:
         empty = Path(scratch, "empty")
         empty.mkdir()
@@ -122,7 +118,7 @@ def refusal(mksquashfs: str, compression: str) -> str | None:
 
 
 def choose_compression(asked: str | None) -> str:
-    """Arguments for mksquashfs: those asked for, by a compressor's name or in full; else zstd, else gzip."""
+    """Arguments for mksquashfs: those that `asked` gives, by a compressor's name or in full; else zstd, else gzip."""
     if asked:
         return COMPRESSIONS.get(asked, asked)
     mksquashfs = find_mksquashfs()
@@ -145,7 +141,7 @@ def check_squashfs_tools(asked: str | None = None) -> Check:
         advice = "Name another: make sif COMPRESSION=gzip, or mksquashfs's own arguments, beginning with -comp."
         return Check("mksquashfs", "failed", f"{shown}, does not pack with {compression!r}: {refused}", advice)
     if not asked and compression == COMPRESSIONS["gzip"]:
-        return Check("mksquashfs", "warning", f"{shown}, built without zstd: gzip is taken", GZIP_PRICE)
+        return Check("mksquashfs", "warning", f"{shown}, built without zstd: gzip is used", GZIP_PRICE)
     return Check("mksquashfs", "passed", f"{shown}, {compression}")
 
 
@@ -180,20 +176,20 @@ def check_privileges(proc: Path = Path("/proc"), etc: Path = Path("/etc"), user:
             name,
             "warning",
             f"no subordinate ids for {user}; Apptainer uses the fakeroot command",
-            f"If the build fails, `make pull` fetches an image that is built; or ask the administrator for `usermod "
+            f"If the build fails, `make pull` fetches a ready-made image; or ask the administrator for `usermod "
             f"--add-subuids 100000-165535 --add-subgids 100000-165535 {user}`.",
         )
     return Check(
         name,
         "failed",
         f"no ids for {user} in {etc / 'subuid'} and {etc / 'subgid'}, or no newuidmap; and no fakeroot command",
-        "`make pull` fetches an image that is built, or ask the administrator for one of them. The fakeroot command may"
+        "`make pull` fetches a ready-made image, or ask the administrator for one of them. The fakeroot command may"
         " come with Apptainer's module.",
     )
 
 
 def has_subordinate_ids(etc: Path = Path("/etc"), user: str | None = None) -> bool:
-    """Whether a user may have more ids than one in a namespace."""
+    """Whether a user may have more than one id in a namespace."""
     user = user or pwd.getpwuid(os.geteuid()).pw_name
     mapped = all(
         re.search(rf"^({re.escape(user)}|{os.geteuid()}):\d+:\d+", _read(etc / file), re.MULTILINE)
@@ -225,7 +221,7 @@ def cache_directory(environ: Mapping[str, str]) -> Path:
 
 
 def certificate_authority(environ: Mapping[str, str], pip_config: str | None = None) -> tuple[Path, str] | None:
-    """A certificate bundle that this machine's own settings name, and the setting; the system's own is not meant.
+    """The certificate bundle that this machine's settings name, and which setting; not the system's own bundle.
 
     Only a set variable, or pip's `cert`, says that the network needs one.
     """
@@ -254,22 +250,22 @@ def check_base(base: str) -> Check:
             return Check(
                 name,
                 "failed",
-                "BASE=tree, and there is no mmdebstrap",
+                "BASE=tree, but there is no mmdebstrap",
                 "apt install mmdebstrap, or BASE=DIRECTORY|IMAGE",
             )
         if os.geteuid() != 0 and not has_subordinate_ids():
             return Check(
                 name,
                 "failed",
-                "BASE=tree, and mmdebstrap needs subordinate ids, which this user does not have",
-                "Take a registry's base (without BASE), or a tree or image that another has made: BASE=DIRECTORY|IMAGE",
+                "BASE=tree, but mmdebstrap needs subordinate ids, which this user does not have",
+                "Use a registry's base (without BASE), or a tree or image made elsewhere: BASE=DIRECTORY|IMAGE",
             )
         return Check(name, "passed", "a Debian tree made here")
     if base.startswith(("/", ".")):
         if not Path(base).exists():
             return Check(name, "failed", f"{base}: no such directory or image", "BASE=tree makes a Debian tree here.")
         return Check(name, "passed", base)
-    return Check(name, "passed", f"{base} from its registry; without one reachable: BASE=tree")
+    return Check(name, "passed", f"{base} from its registry; if that cannot be reached: BASE=tree")
 
 
 def _read(path: Path) -> str:

@@ -1,11 +1,11 @@
-"""`build-flash-attn`: FlashAttention 3 from source, only what a run needs.
+"""`build-flash-attn`: build FlashAttention 3 from source, only what a run needs.
 
 The image's FlashAttention 4 needs no building. FlashAttention 3 was a little quicker on short documents; its source, in
 `hopper/` of the flash-attention repository, builds hundreds of kernels unless told otherwise. Here: heads of 128, bf16,
 variable length, local windows and the backward pass, for sm_90, which takes minutes and makes a library of 3 MB.
 
-Needed are a CUDA toolkit of the same major version as PyTorch's (nvcc is not in the image: a toolkit is as large as all
-the rest), CUTLASS, which is a submodule of the repository, and 6 GB of memory a compiler.
+It needs a CUDA toolkit of the same major version as PyTorch's (nvcc is not in the image: a toolkit is as large as all
+the rest), CUTLASS, which is a submodule of the repository, and 6 GB of memory per compiler.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nanogpt.errors import InputError, RunError
 
 ARCHITECTURES = ("90",)
 BYTES_PER_JOB = 6_000_000_000
-MAX_JOBS = 16  # there are fewer files than that worth a compiler of their own
+MAX_JOBS = 16  # fewer files than that are worth a compiler of their own
 # What FlashAttention 3's setup.py leaves out.
 DISABLED = (
     "SPLIT",
@@ -64,7 +64,7 @@ def unpack_source(source: Path, scratch: Path) -> Path:
     """The root of the flash-attention checkout `source`, or of the archive, unpacked into `scratch`.
 
     Raises:
-        InputError: no such thing, an archive that cannot be read, or something else than flash-attention.
+        InputError: it does not exist, is an archive that cannot be read, or is not flash-attention.
     """
     if not source.exists():
         raise InputError(f"{source}: no such directory or archive; expected a checkout of flash-attention")
@@ -89,11 +89,11 @@ def unpack_source(source: Path, scratch: Path) -> Path:
 
 
 def _extract(archive: tarfile.TarFile, to: Path) -> None:
-    """Unpack, but nothing outside `to`. Raises `tarfile.TarError` for an archive that would."""
+    """Unpack into `to`. Raises `tarfile.TarError` for an archive that would write outside it."""
     if hasattr(tarfile, "data_filter"):
         archive.extractall(to, filter="data")
         return
-    # Python 3.11.2, which Debian 12 has, knows no filters yet.
+    # Python 3.11.2, which Debian 12 has, does not have filters yet.
     top = to.resolve()
     for member in archive.getmembers():
         path = top / member.name
@@ -107,7 +107,7 @@ def find_cutlass(root: Path, given: Path | None) -> Path:
     """The directory of CUTLASS.
 
     Raises:
-        InputError: it has no header of CUTLASS: an archive of GitHub, or a clone without submodules.
+        InputError: CUTLASS's headers are missing, as in an archive from GitHub or a clone without submodules.
     """
     place = given or root / "csrc" / "cutlass"
     if not (place / "include" / "cutlass" / "cutlass.h").is_file():
@@ -122,10 +122,10 @@ def find_toolkit(given: Path | None, environ: Mapping[str, str], cuda_of_torch: 
     """A CUDA toolkit with nvcc that fits PyTorch.
 
     Raises:
-        InputError: none, or of another major version, or PyTorch is for CPUs.
+        InputError: there is none, its major version differs, or PyTorch is for CPUs.
     """
     if cuda_of_torch is None:
-        raise InputError("This PyTorch is for CPUs, and FlashAttention is for GPUs; use the CUDA flavour of the image")
+        raise InputError("This PyTorch is for CPUs, but FlashAttention is for GPUs; use the CUDA flavour of the image")
     on_path = shutil.which("nvcc", path=environ.get("PATH"))
     named = [given] if given else [Path(environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if environ.get(name)]
     places = named or [*([Path(on_path).resolve().parents[1]] if on_path else []), *map(Path, TOOLKIT_PLACES)]
@@ -140,20 +140,20 @@ def find_toolkit(given: Path | None, environ: Mapping[str, str], cuda_of_torch: 
     match = re.search(r"release (\d+)\.(\d+)", done.stdout)
     if match is None:
         said = (done.stdout + done.stderr).strip()[:200]
-        raise InputError(f"{home / 'bin' / 'nvcc'} --version does not tell its release: {said!r}. {TOOLKIT_ADVICE}")
+        raise InputError(f"{home / 'bin' / 'nvcc'} --version does not give its release: {said!r}. {TOOLKIT_ADVICE}")
     version = (int(match.group(1)), int(match.group(2)))
     if version[0] != int(cuda_of_torch.partition(".")[0]):
         raise InputError(
-            f"{home}: is CUDA {version[0]}.{version[1]}, and PyTorch is built for CUDA {cuda_of_torch}; both must"
+            f"{home}: is CUDA {version[0]}.{version[1]}, but PyTorch is built for CUDA {cuda_of_torch}; both must"
             f" have the same major version. {TOOLKIT_ADVICE}"
         )
     if not (home / "include" / "cuda_runtime.h").is_file():
-        raise InputError(f"{home}: has nvcc and no include/cuda_runtime.h; a whole toolkit is needed. {TOOLKIT_ADVICE}")
+        raise InputError(f"{home}: has nvcc but no include/cuda_runtime.h; a whole toolkit is needed. {TOOLKIT_ADVICE}")
     return Toolkit(home, version)
 
 
 def available_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that compilers may take: of the machine, and of this process's cgroup where it has a limit."""
+    """Bytes of memory that compilers may use: the machine's, or less if this process's cgroup has a limit."""
     match = re.search(r"^MemAvailable:\s*(\d+) kB", (proc / "meminfo").read_text(), re.MULTILINE)
     found = int(match.group(1)) * 1024 if match else 0
     try:
@@ -172,15 +172,15 @@ def available_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cg
 
 
 def choose_jobs(memory: int, processors: int, wanted: int | None = None) -> int:
-    """How many compilers at once.
+    """How many compilers to run at once.
 
     Raises:
         InputError: too little memory for one.
     """
     if memory < BYTES_PER_JOB:
         raise InputError(
-            f"{human_bytes(memory)} of memory are free, one compiler takes {human_bytes(BYTES_PER_JOB)}; ask for a node"
-            " with more (srun --mem=16G), or close what else runs"
+            f"{human_bytes(memory)} of memory are free, one compiler needs {human_bytes(BYTES_PER_JOB)}; ask for a node"
+            " with more (srun --mem=16G), or close other programs"
         )
     return max(1, min(wanted or MAX_JOBS, processors, memory // BYTES_PER_JOB))
 
@@ -216,7 +216,7 @@ def build(
     Returns the wheel. `scratch` is an empty directory with 2 GB of space.
 
     Raises:
-        InputError: something that is needed is missing; each message says what.
+        InputError: something that it needs is missing; the message says what.
         RunError: the compiler failed.
     """
     import torch
@@ -224,7 +224,7 @@ def build(
     if architecture not in ARCHITECTURES:
         raise InputError(
             f"--arch {architecture}: FlashAttention 3 is for 90 (H100, H200). On sm_80 PyTorch's own varlen attention"
-            " runs, newer GPUs take FlashAttention 4: both are in the image"
+            " runs, newer GPUs use FlashAttention 4: both are in the image"
         )
     root = unpack_source(source, scratch / "source")
     headers = find_cutlass(root, cutlass)
@@ -281,11 +281,11 @@ def _last_line(log: Path) -> str:
 def _meaning(log: Path) -> str:
     text = log.read_text(errors="replace")
     if re.search(r"Killed|signal 9|out of memory|Cannot allocate memory", text):
-        return "A compiler ran out of memory: fewer at once with --jobs 1, or more memory."
+        return "A compiler ran out of memory: run fewer at once with --jobs 1, or ask for more memory."
     if "Unsupported gpu architecture" in text:
         return "This nvcc does not know sm_90a: use CUDA 12.3 or newer."
     missing = re.search(r"fatal error: (\S+): No such file", text)
     if missing:
-        return f"The header {missing.group(1)} is missing: is the toolkit whole, and CUTLASS the one of this checkout?"
+        return f"The header {missing.group(1)} is missing: is the toolkit complete, and CUTLASS this checkout's own?"
     lines = [line for line in text.splitlines() if line.strip()][-10:]
     return "Its last lines:\n" + "\n".join(f"    {line[:200]}" for line in lines)

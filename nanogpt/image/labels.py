@@ -1,4 +1,4 @@
-"""What an image says of itself: labels, the definition it was made from, its hash.
+"""What an image says about itself: labels, the definition it was made from, its hash.
 
 Inside a container Apptainer leaves labels and definition under /.singularity.d.
 """
@@ -18,9 +18,9 @@ LOCK_LABEL = "nanogpt.lock.sha256"
 
 @dataclass
 class Built:
-    """What lies beside an image, in NAME.sif.json."""
+    """The facts beside an image, in NAME.sif.json."""
 
-    key: str  # hash over all that goes in
+    key: str  # hash of everything that goes in
     sha256: str  # of the file
     bytes: int
     modified_ns: int
@@ -59,7 +59,7 @@ def sidecar(image: Path) -> Path:
 
 
 def read_built(image: Path) -> Built | None:
-    """The facts on the image at this path; None: there is none, or it is not the file that they were written for."""
+    """The facts on the image at this path; None: there are none, or they were written for another file."""
     try:
         facts = Built(**json.loads(sidecar(image).read_text()))
         status = image.stat()
@@ -69,6 +69,6 @@ def read_built(image: Path) -> Built | None:
 
 
 def known_sha256(image: Path) -> str | None:
-    """The image's sha256 as `make sif` wrote it beside the file; None: it did not, or the file is another by now."""
+    """The image's sha256 as `make sif` wrote it beside the file; None: it did not, or the file has changed since."""
     built = read_built(image)
     return built.sha256 if built else None

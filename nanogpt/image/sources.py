@@ -1,4 +1,4 @@
-"""What an image is made of: the checkout's files, and for the time of the build what it needs of this machine.
+"""What an image is made of: the checkout's files, and what the build needs from this machine while it runs.
 
 Standard library only: see `nanogpt.image.build`.
 """
@@ -29,7 +29,7 @@ SOURCES = ("containers", "nanogpt", "recipes", "pyproject.toml", "README.md", "L
 SHOWN_PACKAGES = ("torch", "triton", "flash-attn-4", "nvidia-cutlass-dsl", "nvidia-nccl-cu13", "nvidia-cudnn-cu13")
 PIP_CONF = Path("/etc/pip.conf")
 LAST_LINES = 15
-UMASK = 0o022  # of whatever makes files of the image: they do not depend on the builder's
+UMASK = 0o022  # for everything that makes the image's files: they do not depend on the builder's own
 PIP_SETTINGS = ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_TRUSTED_HOST", "PIP_DEFAULT_TIMEOUT", "PIP_PROXY")
 PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 DEFINITION = "containers/nanogpt.def"
@@ -80,7 +80,7 @@ def find_source(root: Path) -> Source:
 
 
 def public_url(remote: str) -> str:
-    """The address of a git remote without user and password; "unknown" of a directory or of none.
+    """The address of a git remote without user and password; "unknown" for a directory or for none.
 
     "git@host:me/repo.git" -> "https://host/me/repo".
     """
@@ -100,7 +100,7 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 def stage(root: Path, source: Source, to: Path) -> str:
-    """Copy the source's files to the directory `to`, made again; a hash over their paths, modes and contents."""
+    """Copy the source's files to the directory `to`, made anew; returns a hash of their paths, modes and contents."""
     if to.exists():
         shutil.rmtree(to)
     digest = hashlib.sha256()
@@ -118,9 +118,9 @@ def stage(root: Path, source: Source, to: Path) -> str:
 
 
 def stage_compiled(given: str | None, to: Path, torch: str) -> str:
-    """Copy the cache files named in `given`, apart by spaces, to the directory `to`; a hash over names and contents.
+    """Copy the cache files named in `given`, separated by spaces, to the directory `to`; returns a hash of them.
 
-    Raises `InputError` for one that is not there or whole, that others may write, or that was made with another PyTorch
+    Raises `InputError` for one that is missing or damaged, that others may write, or that was made with another PyTorch
     than `torch`. Whether it comes from the image's own code is checked in the image.
     """
     to.mkdir(exist_ok=True)
@@ -133,12 +133,12 @@ def stage_compiled(given: str | None, to: Path, torch: str) -> str:
             raise InputError(f"CACHE={path}: {error.strerror}; `nanogpt warm` makes such files") from error
         first, _, rest = content.partition(b"\n")
         if path.suffix != ".compiled" or hashlib.sha256(rest).hexdigest() != first[-64:].decode(errors="replace"):
-            raise InputError(f"CACHE={path}: no file of compiled code, or damaged; `nanogpt warm` makes one")
+            raise InputError(f"CACHE={path}: not a file of compiled code, or damaged; `nanogpt warm` makes one")
         if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022:
-            raise InputError(f"CACHE={path}: it would be run, and others own or may write it; make one of your own")
+            raise InputError(f"CACHE={path}: its code would run, but others own or may write it; make your own")
         made_with = str(json.loads(rest.partition(b"\n")[0])["key"]["torch"][0])
         if made_with.partition("+")[0] != torch.partition("+")[0]:
-            raise InputError(f"CACHE={path}: made with PyTorch {made_with}, the image has {torch}")
+            raise InputError(f"CACHE={path}: made with PyTorch {made_with}, but the image has {torch}")
         (to / path.name).write_bytes(content)
         (to / path.name).chmod(0o644)
         digest.update(f"{path.name}\0{len(content)}\0".encode() + content)
@@ -146,7 +146,7 @@ def stage_compiled(given: str | None, to: Path, torch: str) -> str:
 
 
 def locked_versions(lock: str) -> dict[str, str]:
-    """Package -> version of a lock file's text."""
+    """Package -> version, from a lock file's text."""
     return dict(re.findall(r"^([A-Za-z0-9_.-]+)==([^\s\\;]+)", lock, re.MULTILINE))
 
 
@@ -159,7 +159,7 @@ def build_arguments(
     lock: bytes,
     kernels: str = "all",
 ) -> dict[str, str]:
-    """Values for the definition's arguments; `root` is the checkout, or what is staged of it."""
+    """Values for the definition's arguments; `root` is the checkout, or its staged copy."""
     versions = locked_versions(lock.decode())
     local = isinstance(base, Path)
     created = datetime.datetime.fromtimestamp(source.epoch, datetime.timezone.utc)  # noqa: UP017
@@ -195,7 +195,7 @@ def quoted(text: str) -> str:
 def pip_files(environ: Mapping[str, str]) -> list[Path]:
     """Where pip looks for its configuration, the system's first; a later file wins.
 
-    pip itself may not be there, and `pip config get` reads one of the files alone.
+    pip itself may be missing, and `pip config get` reads only one of the files.
     """
     named = environ.get("PIP_CONFIG_FILE", "")
     if named == os.devnull:
@@ -209,7 +209,7 @@ def pip_files(environ: Mapping[str, str]) -> list[Path]:
 
 
 def pip_setting(name: str, environ: Mapping[str, str]) -> str | None:
-    """A setting of `pip install`, such as find-links: of its variable, else of pip's configuration files."""
+    """A setting of `pip install`, such as find-links: from its variable, else from pip's configuration files."""
     variable = environ.get("PIP_" + name.upper().replace("-", "_"))
     if variable:
         return variable
@@ -248,7 +248,7 @@ def wheel_directory(given: str | None, flavour: str, find_links: str | None) -> 
 
 
 def host_part(to: Path, environ: Mapping[str, str], certificates: Path | None, wheels: Path | None) -> list[str]:
-    """Fill the directory `to`, which the build sees as /mnt; Apptainer's options for it."""
+    """Fill the directory `to`, which the build sees as /mnt; returns Apptainer's options for it."""
     if to.exists():
         shutil.rmtree(to)
     (to / "wheels").mkdir(parents=True)
@@ -274,7 +274,7 @@ def _link_or_copy(path: Path, to: Path) -> None:
 
 
 def debian_mirror() -> str | None:
-    """The mirror in this machine's own apt sources, where it has any."""
+    """The mirror in this machine's own apt sources, if it has any."""
     command = ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         lines = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split()
@@ -303,7 +303,7 @@ def make_tree(suite: str, work: Path, epoch: int) -> Path:
     if done.returncode != 0:
         raise RunError(
             f"mmdebstrap could not make a tree of Debian {suite}. The end of {log}:\n{last_lines(log)}\n"
-            "Without BASE=tree the base comes from a registry; BASE=DIRECTORY|IMAGE takes one that is there."
+            "Without BASE=tree the base comes from a registry; BASE=DIRECTORY|IMAGE takes an existing one."
         )
     half = work / f"base-{suite}.new"
     if half.exists():

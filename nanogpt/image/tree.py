@@ -1,6 +1,6 @@
-"""`make sif-diff A=old.sif B=new.sif`: what differs in two images, file by file.
+"""`make sif-diff A=old.sif B=new.sif`: what differs between two images, file by file.
 
-Names, types, modes, owners, times and contents are compared; two builds of one commit have none of them different. A
+Names, types, modes, owners, times and contents are compared; two builds of one commit differ in none of them. A
 and B may be directories too (owners are then not compared). Standard library only; exit code 1 where they differ.
 """
 
@@ -31,14 +31,14 @@ class Entry(NamedTuple):
 
     kind: str
     mode: int  # permission bits
-    owner: str | None  # "uid/gid" inside the image; None: of a directory, where it says nothing
+    owner: str | None  # "uid/gid" inside the image; None: in a directory, where it means nothing
     modified: int  # seconds since 1970
     size: int  # of a file, else 0
     content: str  # sha256 of a file, target of a link, else empty
 
 
 class Difference(NamedTuple):
-    """A path that the two trees do not have alike."""
+    """A path that differs between the two trees."""
 
     path: str
     what: str
@@ -49,7 +49,7 @@ class Difference(NamedTuple):
 
 
 def tree_entries(root: Path, owners: Mapping[str, str] | None = None) -> dict[str, Entry]:
-    """Path relative to `root` -> entry, of everything below it."""
+    """Path relative to `root` -> entry, for everything below it."""
     found = {}
     for path in _walk(root):
         name = path.relative_to(root).as_posix()
@@ -110,7 +110,7 @@ def partition(image: Path) -> tuple[int, int]:
     """Where the squashfs lies in the SIF: first byte, and the one after the last.
 
     Raises:
-        InputError: no such file, or no SIF with a squashfs.
+        InputError: no such file, or not a SIF with a squashfs.
         RunError: there is no apptainer.
     """
     if not image.is_file():
@@ -140,7 +140,7 @@ def content_sha256(image: Path) -> str:
 
 
 def image_entries(image: Path, scratch: Path) -> dict[str, Entry]:
-    """The image's files, unpacked into `scratch` for it.
+    """The image's files, unpacked into `scratch`.
 
     Raises:
         RunError: unsquashfs failed.
@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     a, b = arguments.a, arguments.b
     try:
         if str(a) in ("", ".") or str(b) in ("", "."):
-            raise InputError("make sif-diff wants two images or directories: make sif-diff A=old.sif B=new.sif")
+            raise InputError("make sif-diff needs two images or directories: make sif-diff A=old.sif B=new.sif")
         if a.is_file() and b.is_file() and content_sha256(a) == content_sha256(b):
             print(f"The file systems of {a} and {b} are identical, bit for bit.")
             return 0

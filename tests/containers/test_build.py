@@ -421,10 +421,10 @@ def test_compiled_code_goes_into_the_image(
         build(checkout, options, environ)
     file.chmod(0o644)
     write("1.0.0")
-    with pytest.raises(InputError, match=rf"made with PyTorch 1\.0\.0, the image has {re.escape(torch_version)}"):
+    with pytest.raises(InputError, match=rf"made with PyTorch 1\.0\.0, but the image has {re.escape(torch_version)}"):
         build(checkout, options, environ)
     file.write_bytes(file.read_bytes() + b"x")
-    with pytest.raises(InputError, match="no file of compiled code, or damaged"):
+    with pytest.raises(InputError, match="not a file of compiled code, or damaged"):
         build(checkout, options, environ)
     file.unlink()
     with pytest.raises(InputError, match="No such file"):

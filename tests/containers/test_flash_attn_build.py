@@ -121,7 +121,7 @@ def test_missing_or_unfit_toolkits(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(InputError, match=r"no nvcc.*--bind /usr/local/cuda"):
         find_toolkit(tmp_path / "none", {"PATH": ""}, "13.0")
     old = make_toolkit(tmp_path / "cuda-12", "12.8")
-    with pytest.raises(InputError, match=r"is CUDA 12\.8, and PyTorch is built for CUDA 13\.0"):
+    with pytest.raises(InputError, match=r"is CUDA 12\.8, but PyTorch is built for CUDA 13\.0"):
         find_toolkit(old, {}, "13.0")
     new = make_toolkit(tmp_path / "cuda-13")
     assert find_toolkit(None, {"CUDA_HOME": str(new)}, "13.0") == Toolkit(new, (13, 0))
@@ -132,7 +132,7 @@ def test_missing_or_unfit_toolkits(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_memory_decides_how_many_compilers(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"5\.0 GB of memory are free, one compiler takes 6\.0 GB"):
+    with pytest.raises(InputError, match=r"5\.0 GB of memory are free, one compiler needs 6\.0 GB"):
         choose_jobs(5_000_000_000, 64)
     assert choose_jobs(25_000_000_000, 64) == 4
     assert choose_jobs(500_000_000_000, 64) == 16
