@@ -1,8 +1,8 @@
-"""One file of Python made of this package's own definitions: what is exported cannot differ from what was trained.
+"""One Python file made of this package's own definitions: what is exported cannot differ from what was trained.
 
-From a few roots, whatever they name is followed through the package and written down once, in an order that Python can
-execute. Of classes with bases only those methods are taken that something names. Kernels that `nanogpt.export.plain`
-has by the same name are replaced by it; torch and other libraries stay imports.
+Starting from a few roots, everything that they name in the package is written once, in an order that Python can
+execute. A class with bases keeps only those methods that something names. Kernels that `nanogpt.export.plain`
+has under the same name are replaced by its version; torch and other libraries stay imports.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _Module:
                 self.imports |= {alias.asname or alias.name: (node.module, alias.name) for alias in node.names}
 
     def text(self, node: ast.stmt) -> str:
-        """The node's source as it stands, decorators included, without imports of this package in it."""
+        """The node's source as it is, with its decorators and without its imports from this package."""
         first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
         lines = dict(enumerate(self.source.splitlines()[first - 1 : node.end_lineno], start=first))
         for line in own_imports(node):
@@ -64,13 +64,13 @@ class Bundle:
         self._imports: set[str] = set()
         self._written: dict[str, str] = {}  # name -> module
         self._parts: list[str] = []
-        self._attributes: set[str] = set()  # all that are read anywhere
+        self._attributes: set[str] = set()  # every one that is read anywhere
         self._types: set[str] = set()  # named in annotations
 
     def add(self, module: str, name: str) -> None:
-        """What `name` of `module` stands for, after all that it names itself.
+        """Add what `name` of `module` stands for, after everything that it names itself.
 
-        Raises ValueError for two definitions of one name, or one that cannot leave the package.
+        Raises ValueError for two definitions of one name, or for one that cannot leave the package.
         """
         place = _module(PLAIN) if module.startswith(KERNELS) and name in _module(PLAIN).definitions else _module(module)
         if name not in place.definitions:
@@ -97,9 +97,9 @@ class Bundle:
         self._parts.append(place.text(node))
 
     def add_class(self, kind: type[Any], roots: Iterable[str], *, base: str = "") -> None:
-        """A class of the package and its bases within it, with the methods `roots` and those that are named elsewhere.
+        """Add a class and its bases within the package, with the methods `roots` and those that are named elsewhere.
 
-        base: of the topmost, as Python text. Fields, and whatever else is not a method, are left out.
+        base: that of the topmost class, as Python text. Fields, and everything else that is not a method, are left out.
         """
         line = [one for one in kind.__mro__ if one.__module__.startswith("nanogpt.models.")]
         taken: set[tuple[type[Any], str]] = set()
@@ -129,7 +129,7 @@ class Bundle:
             above = one.__name__
 
     def add_methods(self, kind: type[Any], methods: Iterable[str], *, base: str) -> None:
-        """A class of a layer with these of its methods alone, on `base`, which is Python text."""
+        """Add a layer's class with only these of its methods, on `base`, which is Python text."""
         place = _module(kind.__module__)
         chosen = [node for node in _methods(kind) if node.name in set(methods)]
         for node in chosen:
@@ -150,7 +150,7 @@ class Bundle:
         self._types |= {part.id for part in annotations if isinstance(part, ast.Name)}
 
     def text(self, imports: Iterable[str] = ()) -> str:
-        """Imports, those given among them, and definitions. Types that are named in annotations alone are Any."""
+        """Imports, including those given, and definitions. Types that are named only in annotations are Any."""
         lines = sorted({*self._imports, *imports})
         plain = [line for line in lines if line.startswith("import ")]
         chosen = [line for line in lines if not line.startswith("import ")]
@@ -179,7 +179,7 @@ def own_imports(node: ast.AST) -> list[ast.ImportFrom]:
 
 
 def _nodes(node: ast.AST, *, annotations: bool = True) -> Iterator[ast.AST]:
-    """The node and those below it; annotations are text to Python, by `from __future__ import annotations`."""
+    """The node and those below it; annotations are only text, by `from __future__ import annotations`."""
     yield node
     for field, value in ast.iter_fields(node):
         if annotations or field not in ("annotation", "returns"):

@@ -1,4 +1,4 @@
-"""The model card: what record.json knows of a run, for people who meet its model on a hub."""
+"""The model card: what record.json knows about a run, for people who find its model on a hub."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPEEDRUN = "https://github.com/KellerJordan/modded-nanogpt"
 def model_card(
     spec: RunSpec, record: Record | None, *, step: int, parameters: int, remote_code: bool, name: str | None
 ) -> str:
-    """README.md. step: steps made; name: the repository's on the hub, where it is known."""
+    """README.md. step: steps made; name: the repository's on the hub, if it is known."""
     train = record.data.train if record and record.data else []
     fineweb = bool(train) and all(file.sha256 is not None and file.sha256 == SHA256.get(file.name) for file in train)
     head = {
@@ -40,7 +40,7 @@ def model_card(
         "",
         f"A language model of {parameters:,} parameters, trained by nanogpt-speedrun {__version__}, model"
         f" `{spec.model.kind}`: a run in the manner of the [NanoGPT speedrun]({SPEEDRUN}). It continues text; it"
-        " follows no instructions, and nothing was done to keep what it says true or kind.",
+        " does not follow instructions, and nothing was done to make what it says true or kind.",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -54,8 +54,8 @@ def model_card(
         f"Every document it was trained on began with `<|endoftext|>` (token {spec.data.bos}): begin with it too.",
         *(
             [
-                "`trust_remote_code` runs modeling_nanogpt.py of this directory, which is the training code's own"
-                " forward pass. It reads the whole text again for each token that it writes."
+                "`trust_remote_code` runs modeling_nanogpt.py from this directory, which is the training code's own"
+                " forward pass. For each token that it writes, it reads the whole text again."
             ]
             if remote_code
             else []
@@ -70,14 +70,14 @@ def model_card(
     ]
     differences = [d for d in record.spec_differences if not under(d.key, IDENTITY_KEYS)] if record else []
     if record and differences:
-        lines += [f"What differs from the recipe `{record.base_recipe}`:", ""]
+        lines += [f"Changes from the recipe `{record.base_recipe}`:", ""]
         lines += markdown_table(
             ("key", record.base_recipe, "here"),
             ((f"`{d.key}`", _cell(d.base), _cell(d.run)) for d in differences),
         )
         lines.append("")
     lines += [
-        "spec.yaml of this directory is the whole recipe; it trains the model again, up to rounding:",
+        "spec.yaml in this directory is the whole recipe; it trains the model again, up to rounding:",
         "",
         "    nanogpt launch spec.yaml",
         "",
@@ -87,7 +87,7 @@ def model_card(
         + (
             f" Data: [FineWeb](https://huggingface.co/datasets/{FINEWEB}), ODC-By 1.0, and Common Crawl's terms of use."
             if fineweb
-            else " The training data's own terms are for its owner to say."
+            else " The training data is under its owner's terms."
         ),
     ]
     return "\n".join(lines) + "\n"
@@ -97,7 +97,7 @@ def _facts(spec: RunSpec, record: Record | None, step: int) -> list[tuple[str, s
     training = spec.training
     facts = [("recipe", f"{spec.name}, seed {training.seed}"), ("steps", f"{step:,} of {training.total_steps:,}")]
     if record is None:
-        return [*facts, ("record", "the run has none: nothing more is known of it")]
+        return [*facts, ("record", "the run has none: nothing more is known about it")]
     data, code = record.data, record.code
     if record.val_loss is not None:
         tokens = f" over {data.val_tokens:,} tokens" if data else ""

@@ -1,7 +1,7 @@
 """A run's newest checkpoint as a directory that Hugging Face transformers loads.
 
 model.safetensors in the run's dtypes, config.json, GPT-2's tokenizer, README.md (the model card) and spec.yaml. A model
-that transformers has itself is written as that one; any other brings its code, see `nanogpt.export.modeling`.
+that transformers has itself is written as its own; any other comes with its code, see `nanogpt.export.modeling`.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def export_run(run_directory: Path, out: Path, *, name: str | None = None) -> Ex
     name: OWNER/NAME on the hub, for the model card.
 
     Raises:
-        InputError: no run or checkpoint there, something at `out`, a run of another tokenizer than GPT-2's, or a model
-            whose windows transformers' own has not.
+        InputError: no run or checkpoint there, `out` exists, the run's tokenizer is not GPT-2's, or the model is one
+            whose windows transformers' own cannot have.
         RunError: it cannot be written.
     """
     refuse_existing(out)
@@ -51,8 +51,8 @@ def export_run(run_directory: Path, out: Path, *, name: str | None = None) -> Ex
     spec = trained.spec
     if spec.model.vocab_size != tokenizer.VOCAB_SIZE:
         raise InputError(
-            f"{trained.run.path}: model.vocab_size is {spec.model.vocab_size}, GPT-2's tokenizer has"
-            f" {tokenizer.VOCAB_SIZE:,} tokens: the model was trained on others, and an export needs their names"
+            f"{trained.run.path}: model.vocab_size is {spec.model.vocab_size}, but GPT-2's tokenizer has"
+            f" {tokenizer.VOCAB_SIZE:,} tokens: the model was trained on other tokens, and an export needs their names"
         )
     record = read_record(trained.run.path) if (trained.run.path / RECORD_NAME).exists() else None
     config, tensors, code = transformers_form(trained)
@@ -74,7 +74,7 @@ def export_run(run_directory: Path, out: Path, *, name: str | None = None) -> Ex
 
 
 def transformers_form(trained: TrainedModel) -> tuple[dict[str, Any], dict[str, Tensor], str | None]:
-    """config.json, the tensors by name, and the model's code; None: transformers has it.
+    """config.json, the tensors by name, and the model's code (None: transformers has it).
 
     Raises InputError as `LanguageModel.as_transformers` does.
     """
@@ -117,5 +117,5 @@ def transformers_form(trained: TrainedModel) -> tuple[dict[str, Any], dict[str, 
 
 
 def _is_numbering(value: object) -> bool:
-    """Whether it says which entry of a bank or table is whose layer's: numbers by number."""
+    """Whether it says which entry of a bank or table belongs to which layer: numbers by number."""
     return isinstance(value, dict) and bool(value) and all(isinstance(n, int) for pair in value.items() for n in pair)

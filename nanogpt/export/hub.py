@@ -1,4 +1,4 @@
-"""The upload of an export to the Hugging Face hub, on request alone."""
+"""Upload an export to the Hugging Face hub, only on request."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from nanogpt.errors import InputError, RunError
 
 
 def check_name(name: str) -> None:
-    """Raise InputError where `name` is not an OWNER/NAME of a repository."""
+    """Raise InputError if `name` is not a repository's OWNER/NAME."""
     if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name, re.ASCII):
         raise InputError(f"--push-to-hub: found {name!r}, expected OWNER/NAME, such as my-lab/speedrun-1555")
 
 
 def push(directory: Path, name: str, *, private: bool) -> str:
-    """Upload all of `directory` as the model `name`, which is made if it is not there; returns its address.
+    """Upload all of `directory` as the model `name`, created if missing; returns its address.
 
-    Endpoint and token are huggingface_hub's: HF_ENDPOINT, HF_TOKEN or `hf auth login`.
+    Endpoint and token are those of huggingface_hub: HF_ENDPOINT, HF_TOKEN or `hf auth login`.
 
     Raises:
-        InputError: no token, or an address on which others could read it.
+        InputError: no token, or an address where others could read it.
         RunError: no network, or the hub refuses.
     """
     check_surroundings()
@@ -33,13 +33,13 @@ def push(directory: Path, name: str, *, private: bool) -> str:
     if not token:
         raise InputError("--push-to-hub: there is no token; set HF_TOKEN, or run: hf auth login")
     if not is_private_way(endpoint):
-        raise InputError(f"HF_ENDPOINT: {endpoint} is plain http, on which others can read the token; use https://")
+        raise InputError(f"HF_ENDPOINT: {endpoint} is plain http, where others can read the token; use https://")
     api = HfApi(endpoint=endpoint, token=token)
     try:
         api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=directory, commit_message="nanogpt export")
     except errors.HfHubHTTPError as error:
-        raise RunError(f"{endpoint}: the hub refuses {name}: {error}. The export is whole in {directory}") from error
+        raise RunError(f"{endpoint}: the hub refuses {name}: {error}. The export is complete in {directory}") from error
     except (OSError, ValueError) as error:  # among them those of the HTTP client
-        raise RunError(f"{endpoint}: {name} cannot be uploaded: {error}. The export is whole in {directory}") from error
+        raise RunError(f"{endpoint}: {name} cannot be uploaded: {error}. The export is complete in {directory}") from error
     return f"{endpoint}/{name}"

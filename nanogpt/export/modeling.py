@@ -1,4 +1,4 @@
-"""The file of Python that goes along with a record model, for transformers' `trust_remote_code`."""
+"""The Python file that goes with a record model, for transformers' `trust_remote_code`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CLASSES = {"AutoConfig": "NanogptConfig", "AutoModelForCausalLM": "NanogptForCau
 def modeling_code(spec: BaseModelSpec) -> str:
     """The code of the spec's model, whole: it needs torch, NumPy and transformers, and nothing of this package.
 
-    Raises ValueError where the model's code names what a file by itself cannot have; see `Bundle`.
+    Raises ValueError if the model's code names something that a single file cannot have; see `Bundle`.
     """
     kind, spec_class = built_class(MODELS, spec), type(spec)
     source = Path(importlib.util.find_spec(WRAPPER).origin).read_text("utf-8")  # type: ignore[union-attr, arg-type]
@@ -42,7 +42,7 @@ def modeling_code(spec: BaseModelSpec) -> str:
     bundle.add_class(spec_class, ("attention_layers", "batch_extras"))
     head = (
         f'"""{kind.__name__} of nanogpt-speedrun {__version__}, for Hugging Face transformers. MIT licence.\n\n'
-        "Made of that package's own definitions by `nanogpt export`; equal to them, and to be edited there.\n"
+        "Made by `nanogpt export` from that package's own definitions; edit those, not this file.\n"
         '"""\n\nfrom __future__ import annotations'
     )
     names = f"MODEL = {kind.__name__}\nSPEC = {spec_class.__name__}\nROTARY = Rotary"

@@ -1,4 +1,4 @@
-"""Kernels as exported code computes them: plain equivalents, without backends or this package's operations."""
+"""Kernels for exported code: plain equivalents, without backends or this package's operations."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def mix_heads(
     scale: float,
     plain: bool,
 ) -> Tensor:
-    """`y` with the mixture of heads over a short window added, (T, H, D)."""
+    """`y` plus the mixture of heads over a short window, (T, H, D)."""
     first = first_visible_key(cu_seqlens, q.shape[0], window - 1)
     correction = _plain_forward(q, k, v, w1, w2, first, window, scale)[0]
     return (y.to(correction.dtype) + correction).to(y.dtype)

@@ -1,6 +1,6 @@
-"""The safetensors format, written: 8 bytes of length, JSON that names the tensors, then their numbers end to end.
+"""Write the safetensors format: 8 bytes of length, JSON that names the tensors, then their numbers end to end.
 
-Twenty lines instead of a package, so that the image can export as it is; tests read the files by the package.
+Twenty lines instead of a package, so that the image can export as it is; tests read the files with the package.
 """
 
 from __future__ import annotations

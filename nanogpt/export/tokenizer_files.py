@@ -1,4 +1,4 @@
-"""GPT-2's tokenizer as transformers and tokenizers read it, made of the ranks that ship with this package."""
+"""GPT-2's tokenizer as transformers and tokenizers read it, made from the ranks that ship with this package."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ END = "<|endoftext|>"
 
 
 def tokenizer_files(context: int) -> dict[str, str]:
-    """By name: vocab.json, merges.txt, tokenizer.json, tokenizer_config.json. `context`: tokens the model was made for.
+    """vocab.json, merges.txt, tokenizer.json, tokenizer_config.json, by name. `context`: tokens the model was made for.
 
     Raises RunError as `bpe_ranks` does.
     """

@@ -1,6 +1,6 @@
 """The public records' models as Hugging Face transformers loads them: the last part of an exported file.
 
-Not imported here, since it needs transformers: `nanogpt.export.modeling` writes its classes behind the model's own
+Not imported here, since it needs transformers: `nanogpt.export.modeling` writes its classes after the model's own
 code, and there MODEL, SPEC and ROTARY are the classes of the model, of its spec and of its rotary embedding.
 """
 
@@ -24,7 +24,7 @@ ROTARY: Any = nn.Module
 
 
 class NanogptConfig(PretrainedConfig):
-    """What the weights do not say: the recipe's `model`, and what training has left of rotary tables and windows.
+    """What the weights do not say: the recipe's `model`, and the rotary tables and windows at the end of training.
 
     spec: the recipe's `model`. rotary: by name, frequencies and softmax scale. windows: short and long, in tokens.
     tensors: name -> shape and dtype; `buffers` are those without a gradient. numberings: name -> pairs of what belongs
@@ -51,7 +51,7 @@ class NanogptConfig(PretrainedConfig):
         self.buffers = buffers or []
         self.numberings = numberings or {}
         self.tables = tables or []
-        rest.setdefault("tie_word_embeddings", False)  # head and embedding part before the run's end
+        rest.setdefault("tie_word_embeddings", False)  # head and embedding separate before the run's end
         rest.setdefault("use_cache", False)
         super().__init__(**rest)
 
@@ -62,7 +62,7 @@ def named(value: Any) -> Any:
 
 
 class Table:
-    """A table of rows that the model looks up by number. The file has those that training has touched; others are 0."""
+    """A table of rows that the model looks up by number. The file has the rows that training touched; others are 0."""
 
     def __init__(self, model: nn.Module, name: str):
         self.tensors = lambda: (getattr(model, f"table_{name}"), getattr(model, f"table_{name}_rows"))
@@ -102,7 +102,7 @@ class NanogptModel(MODEL):
     def logits(self, tokens: Tensor) -> Tensor:
         """(T, padded vocabulary) fp32 softcapped logits after each token of one document, (T,).
 
-        It is read behind two empty documents, lone BOS: in training documents stand behind others as well.
+        It is read after two empty documents, each only a BOS: in training, too, documents follow others.
         """
         spec, device = self.spec, tokens.device
         tokens = torch.cat((tokens.new_tensor([self.bos, self.bos]), tokens))
@@ -121,7 +121,7 @@ class NanogptModel(MODEL):
         return softcap(x @ self.lm_head, spec.softcap.cap, spec.softcap.shift, spec.softcap.scale)
 
     def fill_rotary_tables(self, tokens: int, device: torch.device) -> None:
-        """Where there are none yet for this many tokens, in this dtype and on this device."""
+        """If there are none yet for this many tokens, in this dtype and on this device."""
         dtype = self.embed.dtype
         if self.rotary_rows >= 2 * tokens and self.rotary_place == (dtype, device):
             return
@@ -141,7 +141,7 @@ class NanogptModel(MODEL):
 
 
 class NanogptForCausalLM(PreTrainedModel, GenerationMixin):
-    """Each row of a batch is a document of its own and is read by itself; there is no cache of keys and values."""
+    """Each row of a batch is a separate document, read by itself; there is no cache of keys and values."""
 
     config_class = NanogptConfig
     base_model_prefix = "model"

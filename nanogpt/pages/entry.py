@@ -1,6 +1,6 @@
-"""A submission of somebody's, checked again: by a process of its own, which may neither eat the memory nor hang.
+"""Check somebody's submission again, in a process of its own, which can neither use up the memory nor hang.
 
-Nothing in it is believed: rules, test and time are computed from its runs, and what submission.json claims is held
+Nothing in it is trusted: rules, test and time are computed from its runs, and what submission.json claims is checked
 against them. Links are refused, as they could show a file of this machine.
 """
 
@@ -30,7 +30,7 @@ from nanogpt.runs.public_layout import TRACK
 from nanogpt.runs.submission import Fields, Submission, caveats, hardware, one_record, prepare, submission_date
 
 LIMIT_S = 600.0
-LIMIT_BYTES = 4 << 30  # of memory, beyond what the process begins with
+LIMIT_BYTES = 4 << 30  # of memory, beyond what the process starts with
 MOST_BYTES, MOST_FILES = 2 << 30, 10_000  # of a submission
 REASON_CHARACTERS = 4_000
 SUBMISSION_NAME = "submission.json"
@@ -39,7 +39,7 @@ _processes = multiprocessing.get_context("forkserver")
 
 
 class _Claimed(BaseModel):
-    """What a submission says of itself in submission.json."""
+    """What a submission says about itself in submission.json."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -52,9 +52,9 @@ class _Claimed(BaseModel):
 
 
 def checked_entry(directory: Path, report: Path) -> dict[str, Any]:
-    """The submission in `directory` as data: its fields and results, or `reason`, why it is not to be listed.
+    """The submission in `directory` as data: its fields and results, or `reason`, why it is not listed.
 
-    Writes its report to the file `report`. Never raises for what a submission holds.
+    Writes its report to the file `report`. Never raises because of what a submission contains.
     """
     receive, send = _processes.Pipe(duplex=False)
     _processes.set_forkserver_preload(["nanogpt.pages.entry"])
@@ -68,7 +68,7 @@ def checked_entry(directory: Path, report: Path) -> dict[str, Any]:
         return {"reason": f"its check took longer than {LIMIT_S:.0f} s"}
     except (EOFError, OSError):
         process.join(10)
-        return {"reason": f"its check ended without a word, with exit code {process.exitcode}"}
+        return {"reason": f"its check ended without a result, with exit code {process.exitcode}"}
     finally:
         process.kill()
         process.join()
@@ -83,15 +83,15 @@ def _work(directory: Path, report: Path, send: Connection) -> None:
         found = entry_data(directory, report)
     except InputError as error:
         found = {"reason": str(error)}
-    except Exception as error:  # whatever somebody has put together
+    except Exception as error:  # whatever somebody put into it
         found = {"reason": f"cannot be checked: {type(error).__name__}: {error}"}
-    if "reason" in found:  # without the place where submissions lie on this machine
+    if "reason" in found:  # without this machine's path to the submissions
         found["reason"] = found["reason"].replace(f"{directory}/", "")[:REASON_CHARACTERS]
     send.send_bytes(json.dumps(found).encode())
 
 
 def entry_data(directory: Path, report: Path) -> dict[str, Any]:
-    """What the leaderboard says of the submission; its report is written to `report`. Raises InputError."""
+    """What the leaderboard says about the submission; its report is written to `report`. Raises InputError."""
     _refuse_what_is_odd(directory)
     claimed = _claimed(directory)
     runs = load_runs(_run_directories(directory), need_records=True)
@@ -122,7 +122,7 @@ def entry_data(directory: Path, report: Path) -> dict[str, Any]:
 
 
 def _refuse_what_is_odd(directory: Path) -> None:
-    """Raise InputError for links, devices and pipes, and for more than can be looked at."""
+    """Raise InputError for links, devices and pipes, and for more than can be checked."""
     size = count = 0
     if directory.is_symlink():
         raise InputError("is a link; put the submission itself here")
@@ -148,7 +148,7 @@ def _claimed(directory: Path) -> _Claimed:
         return _Claimed.model_validate(read_json(path))
     except FileNotFoundError:
         hint = "; logs alone cannot be checked" if (directory / "README.md").exists() else ""
-        raise InputError(f"no {SUBMISSION_NAME} in it: not what `nanogpt submission` makes{hint}") from None
+        raise InputError(f"has no {SUBMISSION_NAME}: not what `nanogpt submission` makes{hint}") from None
     except OSError as error:
         raise InputError(f"{SUBMISSION_NAME}: cannot be read: {error.strerror}") from error
     except ValidationError as error:
@@ -164,15 +164,15 @@ def _run_directories(directory: Path) -> list[Path]:
     except OSError:
         found = []
     if not found:
-        raise InputError("no runs in it: a submission has them in runs/")
+        raise InputError("has no runs: a submission keeps them in runs/")
     return found
 
 
 def _broken_claims(directory: Path, claimed: _Claimed, made: Submission) -> list[str]:
-    """What the submission says of itself that its runs do not show."""
+    """What the submission says about itself that its runs do not show."""
     found = [] if claimed.official else ["marked unofficial by whoever made it"]
     if abs(claimed.record_time_seconds - made.record_seconds) > 0.0015:
-        found.append(f"claims {claimed.record_time_seconds:.3f} s, its runs took {made.record_seconds:.3f} s")
+        found.append(f"claims {claimed.record_time_seconds:.3f} s, but its runs took {made.record_seconds:.3f} s")
     logs = {file_sha256(run.path / LOG_NAME) for run in made.runs}
     for log in sorted((directory / TRACK).glob("*/*.txt")):
         if file_sha256(log) not in logs:

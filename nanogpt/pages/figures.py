@@ -1,4 +1,4 @@
-"""The curves of runs as data for charts.js: no plotting library's words, and no more points than a screen can show."""
+"""The curves of runs as data for charts.js: no plotting library's terms, no more points than a screen shows."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ PALETTES = {"light": COLOURS, "dark": ("#56B4E9", "#FF8A4C", "#2FC695", "#E79AC4
 
 
 def run_figures(runs: Sequence[LoadedRun]) -> list[dict[str, Any]]:
-    """Validation by step and by time, what it differs by from the first run's, and training by step and by time.
+    """Validation by step and by time, its difference from the first run's, and training by step and by time.
 
-    A figure without a curve is left out. Names have no markup: charts of plotly.js would take it for its own.
+    A figure without a curve is left out. Names contain no markup, which plotly.js would interpret.
     """
     metrics = [run.metrics for run in runs]
     scale, unit = time_unit(metrics)
@@ -60,12 +60,12 @@ def run_figures(runs: Sequence[LoadedRun]) -> list[dict[str, Any]]:
 
 
 def targets(runs: Sequence[LoadedRun]) -> list[float]:
-    """The target losses of the runs on FineWeb; of others they mean nothing."""
+    """The target losses of the runs on FineWeb; for others they mean nothing."""
     return sorted({t for run in runs if run.on_fineweb and (t := run.spec.evaluation.target_loss) is not None})
 
 
 def name(label: str) -> str:
-    """A run's label as text that plotly.js shows as it is."""
+    """A run's label as text that plotly.js shows unchanged."""
     return html.escape(printable(label), quote=False)
 
 
@@ -92,7 +92,7 @@ def _line(
     raw: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """One curve. run: its number, for its colour; None: it is none of a run. quiet: says nothing to the pointer."""
+    """One curve. run: its number, for its colour; None: it belongs to no run. quiet: shows nothing under the pointer."""
     return {
         "name": label,
         "run": run,

@@ -1,7 +1,7 @@
-"""The leaderboard: a folder of submissions as a static page, with the data behind it, for any web server.
+"""The leaderboard: a folder of submissions as a static page with its data, for any web server.
 
-Every entry is checked again before it is listed, and what fails is listed apart with the reason. The directory is
-served as it is, by GitHub Pages for one: no file of it needs Jekyll, and `.nojekyll` says so.
+Every entry is checked again before it is listed, and what fails is listed separately with the reason. The directory is
+served as it is, for example by GitHub Pages: no file in it needs Jekyll, and `.nojekyll` says so.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ WRITTEN_BY = "nanogpt leaderboard"
 
 
 def write_leaderboard(submissions: Path, out: Path) -> dict[str, Any]:
-    """Check what is in `submissions`, a directory for each, and write the site into `out`; returns its data.
+    """Check the submissions in `submissions`, a directory each, and write the site to `out`; returns its data.
 
-    Other files in `out` stay: it may be a checkout that is published.
+    Other files in `out` stay: it may be a checkout that gets published.
 
     Raises:
-        InputError: there are no submissions, or `out` has a page that this did not write.
+        InputError: there are no submissions, or `out` has a page that this command did not write.
         RunError: it cannot be written.
     """
     folders = _folders(submissions)
@@ -69,7 +69,7 @@ def _folders(submissions: Path) -> list[Path]:
             f"{submissions}: cannot be read: {error.strerror}; expected a folder of submissions"
         ) from error
     if not found:
-        raise InputError(f"{submissions}: no submissions in it; each is a directory that `nanogpt submission` made")
+        raise InputError(f"{submissions}: has no submissions; each is a directory that `nanogpt submission` made")
     return found
 
 
@@ -83,7 +83,7 @@ def _refuse_others_page(out: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         ours = False
     if not ours:
-        raise InputError(f"{out / PAGE_NAME}: is there already, and no leaderboard; name another directory with --out")
+        raise InputError(f"{out / PAGE_NAME}: exists and is not a leaderboard; name another directory with --out")
 
 
 def _data(folders: list[Path], reports: Path) -> dict[str, Any]:

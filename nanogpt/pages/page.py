@@ -1,6 +1,6 @@
-"""Pages made of templates: whatever comes from a run is escaped, and a page may ask nothing of any network.
+"""Pages made from templates: everything that comes from a run is escaped, and a page cannot use the network.
 
-The content security policy of a page names its scripts by their hash, and allows no other source of anything: even what
+The content security policy of a page names its scripts by their hash and allows nothing from elsewhere: even what
 an escape might have missed cannot run or be fetched.
 """
 
@@ -40,12 +40,12 @@ def render(template: str, *, figures: Any = None, plotly: str | None = None, **v
     """The page of `template`, a file of nanogpt/pages/templates, with `values` in it, escaped.
 
     Args:
-        template: such as report.html.
+        template: for example report.html.
         figures: what charts.js draws, as data that JSON can hold; None: there are no charts.
         plotly: address of plotly.min.js, relative to the page; None puts it into the page.
         values: names that the template knows.
 
-    Raises RunError where plotly is not installed.
+    Raises RunError if plotly is not installed.
     """
     scripts = [] if figures is None else [_text("charts.js")]
     if figures is not None and plotly is None:
@@ -76,14 +76,14 @@ def _sha256_base64(script: str) -> str:
 
 
 def script_json(data: Any) -> str:
-    """JSON that can stand in a <script> element: nothing in it ends the element."""
+    """JSON that is safe in a <script> element: nothing in it ends the element."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 @functools.cache
 def plotly_source() -> str:
-    """plotly.js, as the package plotly brings it. Raises RunError where it is not installed."""
+    """plotly.js from the package plotly. Raises RunError if that is not installed."""
     try:
         path = Path(str(metadata.distribution("plotly").locate_file(f"plotly/package_data/{PLOTLY_NAME}")))
         return path.read_text("utf-8")

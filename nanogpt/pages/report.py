@@ -1,6 +1,6 @@
-"""The report of runs: one page that needs neither network nor server, for whoever was not there.
+"""The report of runs: one page that needs neither network nor server, for people who were not there.
 
-What ran, on what, the result against the target, curves that can be zoomed, times by stage, what the runs differ in,
+What ran, on what, the result against the target, curves to zoom into, times by stage, how the runs differ,
 the check of the rules, significance, and where code, data and software come from.
 """
 
@@ -25,14 +25,14 @@ from nanogpt.runs.table import run_summary
 
 Facts = list[tuple[str, str]]
 CLEAN = {True: "", False: ", with changes", None: ", whether clean is not known"}
-MOST_VALUES = 8  # of a key, listed
+MOST_VALUES = 8  # listed for a key
 FEW_RUNS = 3  # named beside a value
 
 
 def write_report(runs: Sequence[LoadedRun], out: Path, **options: Any) -> None:
-    """Write the report of `runs` into the file `out`; options: of `report_page`.
+    """Write the report of `runs` to the file `out`; options: those of `report_page`.
 
-    Raises RunError where it cannot be written.
+    Raises RunError if it cannot be written.
     """
     text = report_page(runs, **options)
     try:
@@ -56,10 +56,10 @@ def report_page(
 
     Args:
         runs: one or more.
-        left_out: why other runs are not in it.
+        left_out: the reasons why other runs are not in it.
         title: None: the runs' names.
         plotly: address of plotly.js, relative to the page; None puts it into the page, 5 MB.
-        back: address of the page that led here.
+        back: address of the page that links here.
     """
     several = len(runs) > 1
     figures = run_figures(runs)
@@ -83,7 +83,7 @@ def _common_name(runs: Sequence[LoadedRun]) -> str:
 
 
 def _run(run: LoadedRun) -> dict[str, Any]:
-    """What the template says of a run, as text."""
+    """What the template shows of a run, as text."""
     summary, record = run_summary(run.metrics), run.record
     seconds, steps, total = run.train_seconds, summary["steps"], summary["total_steps"]
     checks = check_run(run)
@@ -111,7 +111,7 @@ def _run(run: LoadedRun) -> dict[str, Any]:
 
 
 def _against_target(run: LoadedRun) -> tuple[str, str]:
-    """(CSS class, words): the result against the target, where there is one that means something."""
+    """(CSS class, words): the result against the target, if there is one that applies."""
     target, loss = run.spec.evaluation.target_loss, run.final_loss
     if target is None:
         return "faint", "none"
@@ -132,7 +132,7 @@ def _hardware(run: LoadedRun) -> str:
 
 
 def _stages(runs: Sequence[LoadedRun]) -> dict[str, list[Any]]:
-    """Heads and rows: of one run a row for each stage, of several a row of milliseconds a step for each run."""
+    """Heads and rows: for one run a row per stage, for several a row of milliseconds per step for each run."""
     of_runs = [run_summary(run.metrics)["stages"] for run in runs]
     if len(runs) == 1:
         rows = [
@@ -159,7 +159,7 @@ def _ms(ms: float | None) -> str:
 
 
 def _tests(runs: Sequence[LoadedRun]) -> list[dict[str, Any]]:
-    """The test of the mean for each group of runs that differ in seed, name and place alone, or why there is none."""
+    """The test of the mean for each group of runs that differ only in seed, name and place, or why there is none."""
     groups: list[list[LoadedRun]] = []
     for run in runs:
         for group in groups:
@@ -176,7 +176,7 @@ def _test(runs: Sequence[LoadedRun]) -> dict[str, Any]:
     named = f"{runs[0].spec.name}, {len(runs)} runs: {shown}" if len(runs) > 1 else shown
     found: dict[str, Any] = {"runs": named, "facts": ""}
     if not all(run.on_fineweb for run in runs):
-        return found | {"class": "faint", "verdict": "no test: not known to be FineWeb, of which the target speaks"}
+        return found | {"class": "faint", "verdict": "no test: not known to be FineWeb, which the target is for"}
     try:
         result = runs_significance(runs)
     except InputError as error:
@@ -187,13 +187,13 @@ def _test(runs: Sequence[LoadedRun]) -> dict[str, Any]:
     facts += [] if data["t"] is None else [f"t = {data['t']:.3f}"]
     facts += [] if result.p is None else [f"p = {result.p:.3g}"]
     if seeds := repeated_seeds(runs):
-        facts.append(f"several runs have seed {', '.join(map(str, seeds))}, and differ by rounding alone")
+        facts.append(f"several runs have seed {', '.join(map(str, seeds))}, and differ only by rounding")
     of_verdict = "good" if result.significant else "faint" if result.n == 1 else "bad"
     return found | {"class": of_verdict, "verdict": result.verdict(), "facts": ", ".join(facts)}
 
 
 def _differences(runs: Sequence[LoadedRun]) -> list[dict[str, Any]]:
-    """What runs differ in: part, key, and each value with the runs that have it."""
+    """How runs differ: part, key, and each value with the runs that have it."""
     found = []
     for difference in comparison_data(runs)["differences"]:
         of_value: dict[str, list[str]] = {}
@@ -210,7 +210,7 @@ def _differences(runs: Sequence[LoadedRun]) -> list[dict[str, Any]]:
 
 
 def _provenance(record: Record) -> Facts:
-    """Where it comes from: (what, value), without what is not known."""
+    """Where the run comes from: (what, value), without what is not known."""
     code, data, container, slurm = record.code, record.data, record.container, record.slurm
     facts: list[tuple[str, Any]] = [
         ("started", f"{record.created:%Y-%m-%d %H:%M:%S} UTC"),

@@ -137,7 +137,7 @@ def test_what_cannot_be_exported(nanogpt: Callable[..., Any], run: Path, exporte
     windowed = gpt2_tokens_spec("gpt2", "model.context=64")
     for arguments, message in (
         ((run, "--out", exported), "already exists; name another directory"),
-        ((other, "--out", tmp_path / "new"), "model.vocab_size is 64, GPT-2's tokenizer has 50,257"),
+        ((other, "--out", tmp_path / "new"), "model.vocab_size is 64, but GPT-2's tokenizer has 50,257"),
         (
             (untrained_run(tmp_path / "w", windowed), "--out", tmp_path / "new"),
             "sees 32 tokens back, its context is 64",
@@ -190,7 +190,7 @@ def test_a_token_is_not_sent_in_the_open(run: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("HF_ENDPOINT", "http://mirror.example")
-    with pytest.raises(InputError, match="plain http, on which others can read the token"):
+    with pytest.raises(InputError, match="plain http, where others can read the token"):
         push(run, "lab/tiny", private=False)
     monkeypatch.setenv("HF_TOKEN", "")
     monkeypatch.setenv("HF_TOKEN_PATH", "/nonexistent")

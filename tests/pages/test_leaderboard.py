@@ -53,14 +53,14 @@ def unhashed(run: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
-    "another-time": (lambda s: change(s, record_time_seconds=60.0), "claims 60.000 s, its runs took 93.010 s"),
+    "another-time": (lambda s: change(s, record_time_seconds=60.0), "claims 60.000 s, but its runs took 93.010 s"),
     "unofficial": (lambda s: change(s, official=False), "marked unofficial"),
     "no-text": (lambda s: change(s, description=" "), "--description: is empty"),
     "a-script-for-an-address": (lambda s: change(s, log_url="javascript:alert(1)"), "--log-url"),
     "numbers-for-names": (lambda s: change(s, contributors=[1]), "submission.json: contributors.0: "),
     "no-json": (lambda s: (s / "submission.json").write_text("{" * 100_000), "submission.json: is not JSON"),
     "logs-alone": (lambda s: [(s / "submission.json").unlink(), (s / "README.md").touch()], "logs alone cannot be"),
-    "no-runs": (lambda s: shutil.rmtree(s / "runs"), "no runs in it"),
+    "no-runs": (lambda s: shutil.rmtree(s / "runs"), "has no runs"),
     "a-link": (lambda s: (s / "runs" / "log.txt").symlink_to("/etc/passwd"), "runs/log.txt: is a link"),
     "a-pipe": (lambda s: os.mkfifo(s / "loss.pipe"), "loss.pipe: is not a file"),
     "another-loss": (lambda s: edit(s, "metrics.jsonl", "3.2756", "3.2656"), "run-0: files agree: "),
@@ -164,7 +164,7 @@ def test_it_is_renewed_and_other_files_stay(submitted, nanogpt, tmp_path):
 def test_wrong_places(nanogpt, tmp_path):
     (tmp_path / "empty").mkdir()
     refused = nanogpt("leaderboard", tmp_path / "empty", "--out", tmp_path / "out")
-    assert refused.code == 2 and "no submissions in it" in refused.err
+    assert refused.code == 2 and "has no submissions" in refused.err
     assert nanogpt("leaderboard", tmp_path / "none", "--out", tmp_path / "out").code == 2
     (tmp_path / "empty" / "one").mkdir()
     (tmp_path / "index.html").write_text("mine")
