@@ -1,14 +1,14 @@
-"""Where own text comes from: files and folders in, documents out, in one order on every machine.
+"""Where your own text comes from: files and folders in, documents out, in the same order on every machine.
 
 - A text file (`TEXT_SUFFIXES`) is one document. A folder is walked depth first, names in the order
   of their characters.
-- JSON (`JSON_SUFFIXES`, plain or compressed) and Parquet hold a document a record, in one field. `.jsonl` and
-  `.ndjson` are lines; `.json` may as well be one array of objects, or objects one after another.
+- JSON (`JSON_SUFFIXES`, plain or compressed) and Parquet hold one document per record, in one field. `.jsonl` and
+  `.ndjson` are lines; `.json` may also be one array of objects, or objects one after another.
 - The work is cut into units of about half a megabyte that any process can turn into documents on its own:
   `plan` makes them, `read_unit` reads one. Neither ever holds more than `MAX_RECORD` of text, whatever is in a file.
-- A text file above `LARGE_FILE` is checked once from end to end, then read in segments. They are cut where
+- A text file above `LARGE_FILE` is checked once from start to end, then read in segments. They are cut where
   GPT-2's pattern starts a new piece whatever comes before, so the tokens are those of the whole file.
-- What cannot be used is left out, with a reason, and counted (`Skips`), apart where the user named the file.
+- What cannot be used is left out, with a reason, and counted (`Skips`), separately if the user named the file.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ LARGE_FILE = 4 * 1024 * 1024
 MAX_RECORD = 32 * 1024 * 1024
 MAX_SEGMENT = 8 * 1024 * 1024
 MAX_UNBROKEN = 4 * 1024 * 1024  # characters without a place to cut: the tokenizer takes 55 bytes of memory for each
-COMPLEX_RECORD = 1024 * 1024  # bytes from which on a record's values are counted before it is parsed
+COMPLEX_RECORD = 1024 * 1024  # bytes: a larger record's values are counted before it is parsed
 MAX_VALUES = 1024 * 1024  # in a record: each takes up to 100 bytes
 CHANGED = "changed while it was read; leave the input alone and run again"
 UTF8_BOM = b"\xef\xbb\xbf"
 
-JSON_SPACE = "\ufeff \t\r\n"  # and the mark that files joined into one may have in the middle
+JSON_SPACE = "\ufeff \t\r\n"  # and the mark that joined files may have in the middle
 JSON_VALUES = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[,\[{]', re.DOTALL)
 DECODER = json.JSONDecoder()
 
@@ -81,7 +81,7 @@ class SourceFile(NamedTuple):
     """A file that holds documents.
 
     `input`: the index of the PATH that it was found under. `explicit`: the user named it, rather than a folder.
-    `source`: what it belongs to, where the split goes by files.
+    `source`: what it belongs to, if the split goes by files.
     """
 
     path: str
@@ -93,7 +93,7 @@ class SourceFile(NamedTuple):
 
 
 class Document(NamedTuple):
-    """A document's text, whole or in part, its length in UTF-8, its key, and what it belongs to, if that is asked."""
+    """A document's text, whole or in part, its length in UTF-8, its key, and, on request, what it belongs to."""
 
     text: str
     bytes: int
@@ -131,7 +131,7 @@ class SegmentUnit(Unit):
 
 @dataclass(slots=True)
 class LinesUnit(Unit):
-    """Whole lines of JSON, or records a line each; `line` is the number of the first one.
+    """Whole lines of JSON, or one record per line; `line` is the number of the first one.
 
     A record's source is the file's, or what its field `source_field` says.
     """
@@ -146,7 +146,7 @@ class LinesUnit(Unit):
 
 @dataclass(slots=True)
 class ValuesUnit(Unit):
-    """A column's values; `row` is the number of the first one. Without a source is what says none."""
+    """A column's values; `row` is the number of the first one. A value that names no source has none."""
 
     path: str
     row: int
@@ -163,12 +163,12 @@ def held_bytes(unit: Unit) -> int:
 
 
 def text_key(text: bytes) -> int:
-    """64 bits of BLAKE2b of a document's UTF-8 text: by these a split goes, unless it goes by sources."""
+    """64 bits of BLAKE2b of a document's UTF-8 text: they decide the split, unless it goes by sources."""
     return int.from_bytes(blake2b(text, digest_size=8).digest(), "little")
 
 
 def suffix_of(name: str) -> str:
-    """The suffix that says how a file is read, in lower case: `.txt`, `.jsonl.gz`, or "" where there is none."""
+    """The suffix that says how a file is read, in lower case: `.txt`, `.jsonl.gz`, or "" if there is none."""
     lower = name.lower()
     dot = lower.rfind(".")
     if lower.endswith(COMPRESSED_SUFFIXES):
@@ -191,11 +191,11 @@ def find_files(
     Args:
         skips: counts what is left out.
         suffixes: further suffixes of text files.
-        exclude: a folder that is not entered: the one that is written to.
-        split_by: says what source a file is of.
+        exclude: a folder that is not entered: the one being written to.
+        split_by: says which source a file belongs to.
 
     Raises:
-        InputError: a path is missing, or is a file of a suffix that is not known; a reader is not installed; a file
+        InputError: a path is missing, or its suffix is not known; a reader is not installed; a file
             has no fields to split by.
     """
     kinds: Kinds = dict.fromkeys(TEXT_SUFFIXES, "text")
@@ -203,13 +203,13 @@ def find_files(
         kind: Kind = "lines" if suffix in LINES_SUFFIXES else "json"
         kinds.update(dict.fromkeys([suffix, *(suffix + packed for packed in COMPRESSED_SUFFIXES)], kind))
     kinds.update(dict.fromkeys(PARQUET_SUFFIXES, "parquet"))
-    kinds.update(dict.fromkeys([suffix.lower() for suffix in suffixes], "text"))  # what the user says goes last
+    kinds.update(dict.fromkeys([suffix.lower() for suffix in suffixes], "text"))  # the user's word counts last
     for suffix in suffixes:
         if not re.fullmatch(r"\.[^./\s]+", suffix):
             raise InputError(f"--suffix {suffix!r}: expected a dot and a name, such as .log")
     excluded = os.path.realpath(exclude) if exclude else ""
     seen: set[str] = set()
-    names: dict[str, str] = {}  # so that equal ones are held once
+    names: dict[str, str] = {}  # so that equal ones are stored once
     files = []
     for index, given in enumerate(paths):
         path = os.fspath(given)
@@ -229,7 +229,7 @@ def find_files(
             else:
                 if kind == "text" and split_by.kind == "field":
                     raise InputError(
-                        f"{as_text(name)}: --split-by field:{split_by.field} needs records, and this is a text file;"
+                        f"{as_text(name)}: --split-by field:{split_by.field} needs records, but this is a text file;"
                         " give JSON or Parquet, or --split-by source"
                     )
                 source = split_by.of_file(name, path)
@@ -248,7 +248,7 @@ def _explicit(path: str, real: str, kinds: Kinds) -> tuple[str, str, int, Kind]:
         way_out = f"if it is plain text, add --suffix {suffix}" if suffix else "rename it if it is plain text"
         if suffix.lower() in COMPRESSED_SUFFIXES:
             suffix = suffix_of(path) or suffix
-            way_out = "of compressed files only JSON is read: unpack it first"
+            way_out = "only JSON is read from compressed files: unpack it first"
         raise InputError(
             f"{as_text(path)}: the suffix {suffix!r} is not known; known are {' '.join(JSON_SUFFIXES)}, also with"
             f" {' '.join(COMPRESSED_SUFFIXES)}, {' '.join(PARQUET_SUFFIXES)}, and for text {' '.join(PROSE_SUFFIXES)}"
@@ -258,9 +258,9 @@ def _explicit(path: str, real: str, kinds: Kinds) -> tuple[str, str, int, Kind]:
 
 
 def _walk(top: str, real_top: str, excluded: str, kinds: Kinds, skips: Skips) -> Iterator[tuple[str, str, int, Kind]]:
-    """Files below a folder: (path, real path, size, kind), depth first, names in the order of their characters.
+    """Files below a folder, depth first, names in the order of their characters: (path, real path, size, kind).
 
-    Implementations are joined by hand: a walk may meet a million files, before any of them is read.
+    Paths are joined by hand, for speed: a walk may meet a million files before any of them is read.
     """
     stack: list[tuple[str, str, Kind | None]] = [(top.rstrip("/") or "/", real_top.rstrip("/"), None)]  # None: a folder
     while stack:
@@ -458,7 +458,7 @@ def _parquet_units(file: SourceFile, field: str, skips: Skips, source_field: str
                     done = file.size * len(values) // max(1, meta.num_rows)
                     yield ValuesUnit(file.input, done, file.path, row + 1, values, field, sources)
                     row += len(values)
-    # Of what is wrong with a file, pyarrow finds some by meeting names, sizes and numbers that cannot be.
+    # pyarrow finds some damage only when it meets impossible names, sizes and numbers.
     except (
         OSError,
         pa.ArrowException,
@@ -474,7 +474,7 @@ def _parquet_units(file: SourceFile, field: str, skips: Skips, source_field: str
 
 
 def _batch_rows(file: SourceFile, group: int, field: str) -> int:
-    """How many rows of a row group are about a unit of text.
+    """How many rows of a row group make about one unit of text.
 
     In a dictionary a long text is stored once for any number of rows, so its longest one counts, up to `MAX_RECORD` in
     all: the dictionary comes with the first row.
@@ -484,7 +484,7 @@ def _batch_rows(file: SourceFile, group: int, field: str) -> int:
     from pyarrow import parquet
 
     with parquet.ParquetFile(file.path, memory_map=False, buffer_size=READ_BYTES, read_dictionary=[field]) as table:
-        meta = table.metadata.row_group(group)  # not .column(i), which ends the process where a file is damaged
+        meta = table.metadata.row_group(group)  # not .column(i), which ends the process if a file is damaged
         row_bytes = max(1, meta.total_byte_size // max(1, meta.num_rows))
         rows = max(1, min(8192, UNIT_BYTES // row_bytes))
         first = next(table.iter_batches(1, row_groups=[group], columns=[field], use_threads=False), None)
@@ -596,7 +596,7 @@ def _read_record(line: bytes, place: str, unit: LinesUnit) -> Document | Skip:
 
 
 def _values(line: bytes) -> int:
-    """About how many values a record holds, from above; where that may be too many, without what is in strings."""
+    """An upper bound on the number of values in a record; where that may be too many, strings do not count."""
     count = sum(map(line.count, (b",", b"[", b"{")))
     if count > MAX_VALUES:
         marks = (match for match in JSON_VALUES.finditer(line) if not match[0].startswith(b'"'))
@@ -605,7 +605,7 @@ def _values(line: bytes) -> int:
 
 
 def _fields(record: object) -> str:
-    """What a record has where the field that was asked for is missing."""
+    """What a record has instead of the missing field."""
     if not isinstance(record, dict):
         return "it is not an object"
     text = [name for name, value in record.items() if isinstance(value, str)]

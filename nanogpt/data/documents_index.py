@@ -1,6 +1,6 @@
 """The documents of one training shard: read piece by piece, found by their BOS tokens, dealt out to slots.
 
-- A shard is usable from its first mebitoken on: nobody waits for the other ninety-nine. What is dealt out does not
+- A shard is usable after its first mebitoken: nobody waits for the other ninety-nine. What is dealt out does not
   depend on how much has been read, because only documents whose end is known are used.
 - Any thread may drive the reading (`ShardDocuments.grow`); others wait for the piece, not for the shard.
 - Dealing is index arithmetic over the documents: no Python loop over documents or tokens.
@@ -23,8 +23,8 @@ from nanogpt.errors import InputError
 from nanogpt.files import open_regular
 
 PIECE_TOKENS = 1 << 20  # read and scanned at once: 2 MiB, under a millisecond from the page cache
-_HASHED_TOKENS = 4 * PIECE_TOKENS  # at once, without Python's lock
-_FIRST_WINDOW = 2048  # documents looked at first when dealing a step; doubled until they suffice
+_HASHED_TOKENS = 4 * PIECE_TOKENS  # at once, without holding Python's lock
+_FIRST_WINDOW = 2048  # documents tried first when dealing a step; doubled until they suffice
 
 Positions = npt.NDArray[np.int64]
 
@@ -33,7 +33,7 @@ Positions = npt.NDArray[np.int64]
 class StepPlan:
     """Which tokens of a shard make up the slots of one step.
 
-    `starts` and `lengths`, both (documents,) int64: first token and tokens taken of each document, in order.
+    `starts` and `lengths`, both (documents,) int64: first token, and tokens taken, of each document, in order.
     `bounds`, `slots + 1` ints: slot k consists of documents `bounds[k]` to `bounds[k + 1] - 1`.
     The lengths of a slot add up to its tokens + 1.
     """
@@ -52,7 +52,7 @@ class StepPlan:
         return np.cumsum(self.lengths[self.bounds[slot] : self.bounds[slot + 1]])
 
     def gather(self, tokens: Tokens, slot: int) -> Tokens:
-        """The slot's (tokens + 1,) uint16 out of the shard's `tokens`."""
+        """The slot's (tokens + 1,) uint16, out of the shard's `tokens`."""
         documents = slice(self.bounds[slot], self.bounds[slot + 1])
         starts = self.starts[documents]
         ends = starts + self.lengths[documents]
@@ -67,7 +67,7 @@ def deal(starts: Positions, ends: Positions, *, slots: int, tokens: int, max_doc
     """Deal documents out to `slots` slots of `tokens + 1` tokens; None if there are too few.
 
     `starts`, `ends`: (n,) int64, the documents in order. Each is cut at `max_document` tokens, and the last one of a
-    slot so that the slot is exactly full; the next slot begins with the next document.
+    slot where the slot is exactly full; the next slot begins with the next document.
     """
     lengths = np.minimum(ends - starts, max_document)
     totals = np.cumsum(lengths)
@@ -85,7 +85,7 @@ def deal(starts: Positions, ends: Positions, *, slots: int, tokens: int, max_doc
 
 
 class ShardDocuments:
-    """A shard of `count` tokens and the positions of its documents, both known up to where it has been read.
+    """A shard of `count` tokens and the positions of its documents, both known as far as it has been read.
 
     Nothing is read before `grow`, `read_all` or `plan`. `tokens` is (count,) uint16, valid as far as read: each is
     below `vocab_size`.
@@ -96,7 +96,7 @@ class ShardDocuments:
         self.path = path
         self.count = count
         self.tokens: Tokens = np.empty(count, dtype="<u2")
-        self.read_ahead = False  # set by the owner once somebody reads the rest in the background
+        self.read_ahead = False  # set by the owner once the rest is being read in the background
         self._bos = bos
         self._vocab_size = vocab_size
         self._starts: Positions = np.empty(1024, dtype=np.int64)
@@ -110,10 +110,10 @@ class ShardDocuments:
         self._changed = threading.Condition()
 
     def grow(self, beyond: int) -> None:
-        """Return when more than `beyond` tokens are read, or all: read a piece, or wait for who is reading it.
+        """Return when more than `beyond` tokens are read, or all: read a piece, or wait for whoever is reading it.
 
         Raises:
-            ShardError: the file cannot be read, ends before the count that its header promised, or has a token outside
+            ShardError: the file cannot be read, ends before the count that its header promises, or has a token outside
                 of the vocabulary.
         """
         with self._changed:
@@ -139,7 +139,7 @@ class ShardDocuments:
     def hash(self) -> None:
         """Read the rest and set `sha256`: the whole file's, from the bytes in memory that documents are dealt from.
 
-        A shard that was stopped before it was read whole gets none. Raises as `grow` does.
+        A shard that was stopped before it was read completely gets none. Raises as `grow` does.
         """
         self.read_all()
         with self._hashing:
@@ -161,7 +161,7 @@ class ShardDocuments:
         """Deal one step from document number `document` (0-based) on; None if the shard's rest cannot fill it.
 
         Raises:
-            InputError: the shard has fewer than `document` documents (a saved position of other data).
+            InputError: the shard has fewer than `document` documents (a position saved with other data).
             ShardError: as `grow`, or it has no document.
         """
         window = _FIRST_WINDOW
@@ -171,10 +171,10 @@ class ShardDocuments:
             whole = read == self.count
             if whole and not known:
                 raise no_document(self.path, self._bos)
-            usable = known if whole else known - 1  # where the last one ends is not known yet
+            usable = known if whole else known - 1  # the end of the last one is not known yet
             if whole and document > usable:
                 raise InputError(
-                    f"{self.path}: the saved data position is document {document:,}, the shard has {usable:,}: "
+                    f"{self.path}: the saved data position is document {document:,}, but the shard has {usable:,}: "
                     "resume with the data that the run was started with"
                 )
             last = min(document + window, usable)
@@ -198,7 +198,7 @@ class ShardDocuments:
         try:
             if self._file is None:
                 self._file = open_regular(self.path)
-                weakref.finalize(self, self._file.close)  # also where a program ends without closing
+                weakref.finalize(self, self._file.close)  # even if a program ends without closing
                 self._header = self._file.read(HEADER_BYTES)
                 self._file.seek(HEADER_BYTES + TOKEN_BYTES * first)
             got = self._file.readinto(piece.view(np.uint8).data)
@@ -215,7 +215,7 @@ class ShardDocuments:
         try:
             check_tokens(self.path, piece, self._vocab_size, first)
         except ShardError:
-            self._close()  # who asks again reads this piece again
+            self._close()  # the next call reads this piece again
             raise
         if last == self.count:
             self._close()
@@ -226,7 +226,7 @@ class ShardDocuments:
         known = self._known[1]
         total = known + found.size
         if total > self._starts.size:
-            # Who still holds the old array keeps a valid beginning of the new one.
+            # A holder of the old array keeps a valid beginning of the new one.
             larger = np.empty(max(total, 2 * self._starts.size), dtype=np.int64)
             larger[:known] = self._starts[:known]
             self._starts = larger

@@ -1,9 +1,9 @@
-"""Units of documents to tokens, in this process or in several.
+"""Turn units of documents into tokens, in this process or in several.
 
-Processes, because reading and parsing hold Python's lock, which threads would queue for from a few cores on. One child
+Processes, because reading and parsing hold Python's lock: beyond a few cores, threads would queue for it. One child
 process builds the encoding and forks the workers: that costs the start of one interpreter and the memory of one
 encoding, however many cores there are, and it is safe in a caller that runs threads or CUDA, whose state is not
-inherited. There is no `multiprocessing` pool: the caller's script needs no guard, and workers end by themselves when
+inherited. It is not a `multiprocessing` pool: the caller's script needs no guard, and workers end by themselves when
 the caller is killed, because their pipes then close. A message is a unit of about half a megabyte one way and its
 tokens the other way.
 """
@@ -37,9 +37,9 @@ from nanogpt.data.skips import Skip
 from nanogpt.data.tokenizer import BOS, encode_text, gpt2_encoding
 from nanogpt.errors import NanogptError, RunError
 
-HELD_BYTES = 128 << 20  # of text that waits for all workers: no more than four of the longest records
+HELD_BYTES = 128 << 20  # of text waiting for workers: no more than four of the longest records
 
-# Numeric libraries start a thread a core when they are imported: 64 workers on 64 cores need none of them.
+# Numeric libraries start one thread per core when they are imported; 64 workers on 64 cores need none of them.
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
 
 
@@ -47,17 +47,17 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_
 class Encoded:
     """The tokens of a unit, a BOS before each document.
 
-    Where `continued`, the unit continues with the document of the unit before and starts without a BOS.
+    If `continued`, the unit continues the document of the unit before and starts without a BOS.
     """
 
     input: int
     done: int
     tokens: Tokens  # (sum of lengths,)
-    lengths: npt.NDArray[np.int64]  # (documents,) tokens of each, its BOS included
+    lengths: npt.NDArray[np.int64]  # (documents,) tokens of each, including its BOS
     keys: npt.NDArray[np.uint64]  # (documents,) what the split goes by
-    ordinals: npt.NDArray[np.int64]  # (documents,) which part of its text this is: 0, 1, ... where a length cuts it
+    ordinals: npt.NDArray[np.int64]  # (documents,) which part of its text this is: 0, 1, ... if a length limit cuts it
     sources: list[str]  # (documents,) what each belongs to
-    signatures: Signatures | None  # (documents, minima) of MinHash, if they are asked for
+    signatures: Signatures | None  # (documents, minima) of MinHash, on request
     text_bytes: int
     skipped: list[Skip]
     continued: bool
@@ -72,7 +72,7 @@ def encode_unit(unit: Unit, document_tokens: int | None = None, with_signatures:
         RunError: a file changed since it was planned.
     """
     continued = isinstance(unit, SegmentUnit) and not unit.first and document_tokens is None
-    # Later segments of a large file are later parts of its text; no more parts than bytes can come before one.
+    # Later segments of a large file are later parts of its text; there are never more parts before one than bytes.
     before = unit.start if isinstance(unit, SegmentUnit) and not unit.first else 0
     bos = BOS.to_bytes(4, sys.byteorder)
     buffers: list[bytes | memoryview] = []
@@ -117,7 +117,7 @@ def encode_unit(unit: Unit, document_tokens: int | None = None, with_signatures:
 
 
 def available_cores() -> int:
-    """The cores that this process may use, which is what Slurm gave it and not what the node has."""
+    """The cores that this process may use: those that Slurm gave it, not all of the node's."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -173,7 +173,7 @@ class Encoder:
             return self
         ours, theirs = zip(*(Pipe() for _ in range(self.workers)), strict=True)
         fds = [connection.fileno() for connection in theirs]
-        # The interpreter takes our own import path, so that it finds the package that is running.
+        # The interpreter gets our own import path, so that it finds the package that is running.
         code = f"import sys; sys.path[:] = {sys.path!r}; from nanogpt.data.encode import serve; serve({fds})"
         self._process = subprocess.Popen(
             [sys.executable, "-c", code],
@@ -195,24 +195,24 @@ class Encoder:
         if not (self._process and self._threads):
             return
         if error is not None or self._idle.qsize() < self.workers:
-            self._kill()  # no thread is to wait for an answer that nobody wants
+            self._kill()  # no thread should wait for an answer that nobody needs
         self._threads.shutdown(cancel_futures=True)
         while not self._idle.empty():
             self._idle.get().close()
         try:
-            self._process.wait(10)  # the workers have met the end of their pipes, and the child has waited for them
-        except subprocess.TimeoutExpired:  # a process that the caller forked meanwhile holds the pipes open
+            self._process.wait(10)  # the workers saw their pipes close, and the child waited for them
+        except subprocess.TimeoutExpired:  # a process forked meanwhile by the caller holds the pipes open
             self._kill()
 
     def _kill(self) -> None:
-        """End all at once, by group: the child may be forking a worker, or waiting, deaf to what Python handles."""
+        """Kill all at once, as a group: the child may be forking a worker, or waiting, deaf to what Python handles."""
         assert self._process
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
     def encode(self, units: Iterable[Unit]) -> Iterator[Encoded]:
-        """The units' tokens in order; no more than two units a worker and `HELD_BYTES` are held at a time."""
+        """The units' tokens in order; no more than two units per worker and `HELD_BYTES` are held at a time."""
         if self._threads is None:
             for unit in units:
                 yield encode_unit(unit, *self._options)
@@ -235,7 +235,7 @@ class Encoder:
             connection.send((unit, *self._options))
             answer = connection.recv()
         except (EOFError, OSError) as error:
-            raise RunError("a tokenizing worker was killed; if memory was short, take fewer --workers") from error
+            raise RunError("a tokenizing worker was killed; if memory was short, use fewer --workers") from error
         finally:
             self._idle.put(connection)
         if isinstance(answer, NanogptError):

@@ -1,15 +1,15 @@
-"""FineWeb's token shards, downloaded and verified.
+"""Download FineWeb's token shards and verify them.
 
 The hub data set kjj0/fineweb10B-gpt2 holds FineWeb-10B in GPT-2 tokens: 103 training shards and one validation shard
-of 100 M tokens (200 MB) each. A run needs 9 training shards at most.
+of 100 M tokens (200 MB) each. A run needs at most 9 training shards.
 
-- A shard takes its name only when its sha256 is the hub's and its header fits; until then it is a partial file in
-  `.prep-fineweb/`, which the next start continues.
+- A shard gets its name only when its sha256 is the hub's and its header fits; until then it is a partial file in
+  `.prep-fineweb/`, which the next call continues.
 - For the first shards the package knows the sha256 itself (nanogpt/data/official.py): a mirror that serves others is
-  refused. For the rest the first download's counts for good, and `nanogpt check` trusts it where it was the hub's own.
-- What was verified is remembered in `manifest.json` (see nanogpt/data/manifest.py). A complete directory needs neither
+  refused. For the rest the first download's counts from then on; `nanogpt check` trusts it if it came from the hub.
+- Verified files are recorded in `manifest.json` (see nanogpt/data/manifest.py). A complete directory needs neither
   network nor write permission.
-- A lock per shard keeps two processes apart; that a file is whole does not depend on the lock (see `Hub.fetch`).
+- A lock per shard keeps two processes apart; files are whole even if the lock fails (see `Hub.fetch`).
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class DownloadError(RunError):
 
 
 def default_directory(data_set: str = "fineweb10B") -> Path:
-    """Where the shards are unless a flag says otherwise: NANOGPT_DATA, else `data/fineweb10B` here."""
+    """Where the shards are, unless a flag says otherwise: NANOGPT_DATA, else `data/fineweb10B` here."""
     return path_of("NANOGPT_DATA") or Path("data") / data_set
 
 
@@ -100,12 +100,12 @@ def download(
     """Make `directory` hold the validation shard and the first `chunks` training shards, all verified.
 
     Args:
-        directory: made if missing.
-        data_set: which.
+        directory: created if missing.
+        data_set: which of `DATA_SETS`.
         chunks: 1 to as many as the data set has.
         workers: parallel connections.
-        retries: how often in a row a request that brought nothing is repeated.
-        verify: hash the files that are here even where length and time of change are as remembered.
+        retries: how many times in a row a request that brought nothing is repeated.
+        verify: hash the files that are here even if their length and time of change are as recorded.
 
     Raises:
         InputError: an argument is out of bounds, or the directory cannot be made.
@@ -176,7 +176,7 @@ def outcomes_table(outcomes: list[Outcome]) -> Table:
 
 
 class _Todo:
-    """The shards that are missing, corrupt or not yet verified, and how each becomes a verified file."""
+    """The shards that are missing, corrupt or not yet verified, and how to make each a verified file."""
 
     def __init__(
         self, directory: Path, hub: Hub, remote: dict[str, RemoteFile], corrupt: frozenset[str], stop: Stop
@@ -196,7 +196,7 @@ class _Todo:
             ) from error
 
     def make_room(self) -> None:
-        """Raise `RunError` if the file system cannot take what is still to come."""
+        """Raise `RunError` if the file system has no room for what is still to come."""
         needed = 0
         for name, file in self.remote.items():
             with suppress(OSError):
@@ -220,7 +220,7 @@ class _Todo:
         settled: dict[str, Outcome] = {}
         with progress("prep-fineweb", total, bytes_unit=True) as advance:
             meters = {name: _meter(advance) for name in names}
-            # What another process holds comes last, so that two processes share the work.
+            # Shards that another process holds come last, so that two processes share the work.
             for wait in (False, True):
                 left = [name for name in names if name not in settled]
                 done = in_parallel(partial(self._settle, meters=meters, wait=wait), left, workers, self.stop)
@@ -238,7 +238,7 @@ class _Todo:
             settled[name] = done.result
 
     def _settle(self, name: str, *, meters: dict[str, Report], wait: bool) -> Outcome | None:
-        """Bring one shard to a verified file; None where another process is at it and `wait` is off."""
+        """Bring one shard to a verified file; None if another process is at it and `wait` is off."""
         path, file, report = self.directory / name, self.remote[name], meters[name]
         with shard_lock(self.work / f"{name}.lock", name, wait=wait, stop=self.stop) as mine:
             if not mine:
@@ -260,9 +260,9 @@ class _Todo:
             return Outcome(name, "refetched" if refetch else "downloaded", tokens)
 
     def _put_away(self, path: Path, check: ShardCheck, *, known: bool) -> None:
-        """Take a corrupt file from its name now, so that no run reads it while the good one is on its way.
+        """Take a corrupt file's name away now, so that no run reads it while the good one is on its way.
 
-        A file that did not come from here may be someone's own text: it is renamed, not removed.
+        A file that prep-fineweb did not download may be someone's own text: it is renamed, not removed.
         """
         if known:
             say(f"{path.name}: corrupt ({check.detail}): removed, fetching it again")
@@ -275,18 +275,18 @@ class _Todo:
             path.replace(aside)
 
     def _fetch(self, file: RemoteFile, path: Path, report: Report) -> int:
-        """Download to the partial file, verify that, give it its name; its token count."""
+        """Download to the partial file, verify it, give it its name; returns its token count."""
         partial_path = self._partial(file.name)
         for attempt in range(1, CHECKSUM_ATTEMPTS + 1):
             self.hub.fetch(file, partial_path, report)
             try:
-                # From the disk, not from what passed through memory: a resumed part and a bad disk are seen as well.
+                # From the disk, not from what passed through memory: this also checks a resumed part and the disk.
                 digest = file_sha256(partial_path, self.stop)
                 if digest == file.sha256:
                     return self._accept(file, partial_path, path)
                 partial_path.unlink()
             except FileNotFoundError:
-                # Only where locks do not work: another process has finished this very partial file.
+                # Only where locks do not work: another process has finished this same partial file.
                 check = check_shard(path, self._as_entry(file), rehash=True, stop=self.stop)
                 if check.state == "valid" and check.tokens is not None:
                     return check.tokens
@@ -296,12 +296,12 @@ class _Todo:
             report(0)
             last = attempt == CHECKSUM_ATTEMPTS
             say(
-                f"{file.name}: what arrived has sha256 {digest}, the hub's is {file.sha256}: thrown away"
+                f"{file.name}: what arrived has sha256 {digest}, but the hub's is {file.sha256}: thrown away"
                 + ("" if last else "; fetching it again")
             )
         raise RunError(
             f"{file.name}: {CHECKSUM_ATTEMPTS} downloads did not have the hub's sha256 {file.sha256}: a proxy or "
-            f"mirror on the way ({self.hub.endpoint}) may deliver a changed file. Try later, or from another network"
+            f"mirror on the way ({self.hub.endpoint}) may change the file. Try later, or from another network"
         )
 
     def _accept(self, file: RemoteFile, partial_path: Path, path: Path) -> int:
@@ -331,7 +331,7 @@ class _Todo:
 
 
 def _meter(advance: Report) -> Report:
-    """Turn positions within one file into steps of the common bar."""
+    """Turn positions within one file into steps of the shared bar."""
     last = 0
 
     def report(position: int) -> None:
@@ -344,16 +344,16 @@ def _meter(advance: Report) -> Report:
 
 
 def _revision(directory: Path, names: list[str], data_set: DataSet) -> str:
-    """The revision that the shards here came from, so that the set stays one; else the pinned one, or the newest."""
+    """The revision that the shards here came from, so that they stay one set; else the pinned one, or the newest."""
     entries = {name: entry for name, entry in read_manifest(directory).items() if name in names}
     known = (entry.revision for name, entry in entries.items() if known_sha256(name, entry) == entry.sha256)
     return next(known, official.REVISION if data_set is FINEWEB else "main")
 
 
 def _refuse_others(directory: Path, hub: Hub, remote: dict[str, RemoteFile]) -> None:
-    """Raise `RunError` where the hub announces another sha256 than is known, before anything is downloaded.
+    """Raise `RunError` if the hub announces a different sha256 than the known one, before anything is downloaded.
 
-    Known is what the package has, for other shards what the manifest has from the first download.
+    The known one is the package's, or for other shards the one in the manifest from the first download.
     """
     manifest, found = read_manifest(directory), []
     for name, file in remote.items():
@@ -365,7 +365,7 @@ def _refuse_others(directory: Path, hub: Hub, remote: dict[str, RemoteFile]) -> 
             found.append(f"{name}: {hub.endpoint} announces sha256 {file.sha256}, {whose} {known}")
     if found:
         raise RunError(
-            f"{'; '.join(found)}. These are not the shards of {hub.repository}, nothing was downloaded. Unset"
+            f"{'; '.join(found)}. These are not the shards of {hub.repository}; nothing was downloaded. Unset"
             " HF_ENDPOINT, or name another mirror"
         )
 
@@ -373,7 +373,7 @@ def _refuse_others(directory: Path, hub: Hub, remote: dict[str, RemoteFile]) -> 
 def _check_present(
     directory: Path, names: list[str], workers: int, *, rehash: bool, stop: Stop
 ) -> dict[str, ShardCheck]:
-    """Check what is here, and let the manifest have the present times of change of files found unchanged."""
+    """Check what is here, and update the manifest's times of change for files found unchanged."""
     manifest = read_manifest(directory)
     done = in_parallel(
         lambda name: check_shard(directory / name, manifest.get(name), rehash=rehash, stop=stop), names, workers, stop
@@ -385,13 +385,13 @@ def _check_present(
         checks[name] = one.result
     touched = {name: c.entry for name, c in checks.items() if c.entry is not None and c.entry != manifest[name]}
     if touched:
-        with suppress(FatalError):  # a directory that is only readable is still a good one
+        with suppress(FatalError):  # a read-only directory is still a good one
             update_manifest(directory, touched)
     return checks
 
 
 def _describe(hub: Hub, names: list[str], revision: str, workers: int) -> dict[str, RemoteFile]:
-    """Size and checksum of each file; the first request finds out whether there is a hub at all.
+    """Size and checksum of each file; the first request finds out whether the hub can be reached at all.
 
     Raises:
         RunError: the first error, before anything is downloaded.

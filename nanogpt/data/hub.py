@@ -1,10 +1,10 @@
-"""Files of a hub data set over HTTP: their size and checksum, and a download that survives interruption.
+"""Files of a hub data set over HTTP: their size and checksum, and downloads that survive interruption.
 
-Names, addresses, tokens, redirects and the meaning of the hub's headers are huggingface_hub's (HF_ENDPOINT, HF_TOKEN,
-HF_HUB_OFFLINE, HF_HUB_ETAG_TIMEOUT and HF_HUB_DOWNLOAD_TIMEOUT count as everywhere). The transfer is our own, because
+huggingface_hub handles names, addresses, tokens, redirects and the hub's headers (HF_ENDPOINT, HF_TOKEN,
+HF_HUB_OFFLINE, HF_HUB_ETAG_TIMEOUT and HF_HUB_DOWNLOAD_TIMEOUT work as usual). The transfer is our own, because
 `hf_hub_download` starts from zero after an interruption: since 1.18 it writes to a file that only one process knows
-and removes it on failure. Its xet transfer fills a file in no order, so that a partial one cannot be continued either,
-and has retries of its own that take minutes. Plain HTTP with Range is served for the same files by the same hub.
+and removes it on failure. Its xet transfer fills a file in any order, so a partial one cannot be continued either,
+and has its own retries, which take minutes. The same hub serves the same files over plain HTTP with Range.
 """
 
 from __future__ import annotations
@@ -51,19 +51,19 @@ class Hub:
 
     Args:
         repository: `owner/name` of the data set.
-        retries: how often in a row a request that brought nothing is repeated.
+        retries: how many times in a row a request that brought nothing is repeated.
         stop: ends waits and transfers early.
-        advice: what to do without a network, the last sentence of that error.
+        advice: what to do without a network; the last sentence of that error.
 
     Raises:
-        InputError: a variable of the environment that no download can work with, or a token that would be open to
+        InputError: an environment variable that no download can work with, or a token that would be open to
             others on its way.
     """
 
     def __init__(self, repository: str, *, retries: int, stop: Stop, advice: str) -> None:
         check_surroundings()
         endpoint = os.environ.get("HF_ENDPOINT")
-        # Imported here and not above: the help text and a directory that is complete need no HTTP client.
+        # Imported here and not above: the help text and a complete directory need no HTTP client.
         try:
             import huggingface_hub
             from huggingface_hub import constants, errors, utils
@@ -84,18 +84,18 @@ class Hub:
         self._hub = huggingface_hub
         self._utils = utils
         self._status_error: type[Exception] = errors.HfHubHTTPError
-        # None: the library's choice, which is what was looked at; False: none, where others could read it.
+        # None: the library's choice, which was checked above; False: none, where others could read it.
         check_token(constants.HF_TOKEN_PATH, self.endpoint, implicit=not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN)
         self._token = None if is_private_way(self.endpoint) else False
-        # huggingface_hub 1.x is built on httpx, 2.x on httpx2: the session says which.
+        # huggingface_hub 1.x is built on httpx, 2.x on httpx2: the session shows which.
         http = importlib.import_module(type(session).__module__.partition(".")[0])
         self._transport_errors: tuple[type[Exception], ...] = (http.RequestError, http.InvalidURL)
         self._passing_errors = (self._status_error, *self._transport_errors)
 
     def first_contact(self, name: str, revision: str) -> RemoteFile:
-        """`describe`, but a hub that cannot be reached is an error within seconds instead of being tried again.
+        """`describe`, but a hub that cannot be reached is an error within seconds, without retries.
 
-        The thread bounds what no timeout of the client bounds: the name look-up, and one connection attempt after the
+        The thread bounds what the client's timeouts do not: the name look-up, and one connection attempt after the
         other where the hub has many addresses and a firewall swallows packets to all of them.
 
         Raises:
@@ -136,7 +136,7 @@ class Hub:
                 raise
 
     def describe(self, name: str, revision: str) -> RemoteFile:
-        """Size and sha256 of a file at `revision`, by one HEAD request (tried again on errors that pass)."""
+        """Size and sha256 of a file at `revision`, by one HEAD request (tried again after passing errors)."""
         failures = 0
         while True:
             self.stop.check()
@@ -149,7 +149,7 @@ class Hub:
     def fetch(self, file: RemoteFile, partial: Path, report: Report) -> None:
         """Complete `partial`, from the bytes it has, to the file's length; nothing is verified here.
 
-        Bytes are written at their own offset, and a partial file that is of no use is replaced by a new one, never
+        Bytes are written at their own offset, and a useless partial file is replaced by a new one, never
         shortened: where a file system's locks do not work between nodes, two processes may write to one partial file,
         and both write the same bytes to the same place.
 
@@ -210,7 +210,7 @@ class Hub:
         headers["Accept-Encoding"] = "identity"
         if have:
             headers["Range"] = f"bytes={have}-"
-        # The hub's own address every time, not the redirect's target: that one is signed and expires.
+        # The hub's own address every time, not the redirect's target, which is signed and expires.
         with self._utils.get_session().stream(
             "GET",
             self._address(file.name, file.revision),
@@ -251,7 +251,7 @@ class Hub:
         )
 
     def _pause(self, name: str, error: Exception, failures: int, kept: str = "") -> None:
-        """Wait before the next attempt after `failures` in a row, or raise if there is to be none."""
+        """Wait before the next attempt after `failures` in a row, or raise if there are no more."""
         status = _status(error)
         if status is not None and status not in RETRIED_STATUS and status != 416:
             raise self._refusal(name, status, error) from error
@@ -264,7 +264,7 @@ class Hub:
         asked = _retry_after(error)
         if asked is not None and asked > LONGEST_WAIT_S:
             raise RunError(
-                f"{name}: {what} and asks to wait {asked:.0f} s{kept}. Run the same command again then; "
+                f"{name}: {what} and asks to wait {asked:.0f} s{kept}. Run the same command again after that; "
                 "a token in HF_TOKEN raises the hub's limits"
             ) from error
         seconds = min(0.5 * 2.0 ** (failures - 1), LONGEST_BACKOFF_S) if asked is None else asked
@@ -279,7 +279,7 @@ class Hub:
         if status in (401, 403):
             return FatalError(
                 f"{name}: {where} refuses access ({status}). The data set is public: unset HF_TOKEN if it has expired "
-                "(or `hf auth logout`), set it to a valid token if your mirror asks for one"
+                "(or `hf auth logout`), or set it to a valid token if your mirror needs one"
             )
         return RunError(f"{name}: {where} answered {status}: {error}")
 
@@ -295,7 +295,7 @@ def _status(error: Exception) -> int | None:
 
 
 def _retry_after(error: Exception) -> float | None:
-    """Seconds that the answer asks to wait: Retry-After (seconds or a date), or the hub's RateLimit header."""
+    """Seconds that the answer asks us to wait: Retry-After (seconds or a date), or the hub's RateLimit header."""
     headers = getattr(getattr(error, "response", None), "headers", {})
     value = headers.get("Retry-After", "").strip()
     if value.isdecimal():
@@ -329,7 +329,7 @@ def _write(descriptor: int, block: bytes, offset: int) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Show an error of the file system as one that ends the download, with what to do."""
+    """Turn a file system's error into one that ends the download and says what to do."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Shards of made-up tokens, for what needs shapes and frequencies and no text."""
+"""Shards of made-up tokens, for work that needs shapes and frequencies but no text."""
 
 from __future__ import annotations
 

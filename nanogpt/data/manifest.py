@@ -1,9 +1,9 @@
-"""What is known of the shards in a directory: the manifest of verified files, the checks, and the locks.
+"""What is known about the shards in a directory: the manifest of verified files, the checks, and the locks.
 
-`manifest.json` beside the shards keeps, for each, its sha256, length, token count, revision, whence it came, and two
-times: of the last change of its content, which can be set back, and of anything, which the kernel keeps. A file whose
-length and times are as remembered is taken as verified, any other is hashed. Where the package itself knows a shard's
-sha256 (nanogpt/data/official.py), no manifest says otherwise; the others are trusted on first use.
+`manifest.json` beside the shards keeps, for each, its sha256, length, token count, revision, origin, and two
+times: of the last change of its content, which can be set back, and of any change, which the kernel keeps. A file whose
+length and times are as recorded counts as verified; any other is hashed. If the package itself knows a shard's
+sha256 (nanogpt/data/official.py), no manifest can overrule it; the others are trusted on first use.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class DataSet(NamedTuple):
     """Shards of GPT-2's tokens on the hub."""
 
     repository: str
-    stem: str  # of its files' names
+    stem: str  # of its file names
     train_shards: int
 
 
-# Those that the public repository serves. The first is the leaderboard's, of which the package knows sha256s.
+# Those that the public repository serves. The first is the leaderboard's, whose sha256s the package knows.
 DATA_SETS = {
     "fineweb10B": DataSet(REPOSITORY, "fineweb", 103),
     "fineweb100B": DataSet("kjj0/fineweb100B-gpt2", "fineweb", 1030),
@@ -53,24 +53,24 @@ NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP})
 
 @dataclass(frozen=True)
 class Entry:
-    """What the manifest remembers of a shard that was verified: against the package's sha256, else the hub's."""
+    """What the manifest records of a verified shard: it was checked against the package's sha256, else the hub's."""
 
     sha256: str
     bytes: int
     tokens: int
     mtime_ns: int
     revision: str
-    ctime_ns: int | None = None  # None: written by a version that did not keep it; the file is hashed
+    ctime_ns: int | None = None  # None: written by a version that did not keep it; then the file is hashed
     endpoint: str | None = None  # the hub, or the mirror, that announced the sha256
     repository: str = REPOSITORY  # one of the whole manifest, where it stands
 
 
 @dataclass(frozen=True)
 class ShardCheck:
-    """What a look at one shard file found.
+    """The result of checking one shard file.
 
     `state` is "valid" (header, length and the known sha256 fit), "unverified" (a whole shard that the manifest does
-    not know, such as one of own text), "corrupt" or "missing"; `detail` says why in the last two cases. `sha256` is
+    not know, for example one of your own text), "corrupt" or "missing"; `detail` says why for the last two. `sha256` is
     the known one.
     """
 
@@ -79,11 +79,11 @@ class ShardCheck:
     tokens: int | None = None
     sha256: str | None = None
     detail: str = ""
-    entry: Entry | None = None  # what the manifest should say of a valid file, with its present time of change
+    entry: Entry | None = None  # what the manifest should say about a valid file, with its present time of change
 
 
 def read_manifest(directory: Path) -> dict[str, Entry]:
-    """The manifest's shards by name; empty where there is none or it cannot be understood."""
+    """The manifest's shards by name; empty if there is no manifest or it cannot be understood."""
     try:
         content = read_json(directory / MANIFEST)
         repository = str(content.get("repository", REPOSITORY))
@@ -96,7 +96,7 @@ def read_manifest(directory: Path) -> dict[str, Entry]:
 
 
 def verify_directory(directory: Path, *, rehash: bool = False) -> list[ShardCheck]:
-    """Check every shard of a directory, and every one that its manifest names; sorted by name.
+    """Check every shard in a directory, and every one that its manifest names; sorted by name.
 
     Reads headers and the manifest only, unless one of a file's times of change differs from the manifest's: then it is
     hashed. Writes nothing and needs no network.
@@ -106,7 +106,7 @@ def verify_directory(directory: Path, *, rehash: bool = False) -> list[ShardChec
         rehash: hash every file that the manifest knows (0.1 to 0.2 s a shard).
 
     Raises:
-        RunError: a file exists and cannot be read.
+        RunError: a file exists but cannot be read.
     """
     manifest = read_manifest(directory)
     stems = {one.stem for one in DATA_SETS.values()}
@@ -118,10 +118,10 @@ def verify_directory(directory: Path, *, rehash: bool = False) -> list[ShardChec
 
 
 def check_shard(path: Path, entry: Entry | None, *, rehash: bool = False, stop: Stop | None = None) -> ShardCheck:
-    """Check one shard's header, its length, and its sha256 as far as the manifest's `entry` leaves it open.
+    """Check one shard's header, its length, and its sha256 if the manifest's `entry` leaves it open.
 
     Raises:
-        RunError: the file exists and cannot be read.
+        RunError: the file exists but cannot be read.
         Stopped: `stop` was set during hashing.
     """
     remembered = known_sha256(path.name, entry)
@@ -131,13 +131,13 @@ def check_shard(path: Path, entry: Entry | None, *, rehash: bool = False, stop: 
         if entry is None or remembered is None:
             return ShardCheck(path.name, "unverified", tokens)
         if status.st_size != entry.bytes:
-            detail = f"{status.st_size} bytes long, the hub's file has {entry.bytes}"
+            detail = f"{status.st_size} bytes long, but the hub's file has {entry.bytes}"
             return ShardCheck(path.name, "corrupt", tokens, remembered, detail)
         now = replace(entry, sha256=remembered, tokens=tokens, mtime_ns=status.st_mtime_ns, ctime_ns=status.st_ctime_ns)
         if rehash or (now.sha256, now.mtime_ns, now.ctime_ns) != (entry.sha256, entry.mtime_ns, entry.ctime_ns):
             digest = file_sha256(path, stop)
             if digest != remembered:
-                detail = f"sha256 is {digest}, the hub's is {remembered}"
+                detail = f"sha256 is {digest}, but the hub's is {remembered}"
                 return ShardCheck(path.name, "corrupt", tokens, remembered, detail)
         return ShardCheck(path.name, "valid", tokens, remembered, entry=now)
     except ShardError as error:
@@ -152,9 +152,9 @@ def check_shard(path: Path, entry: Entry | None, *, rehash: bool = False, stop: 
 
 
 def known_sha256(name: str, entry: Entry | None) -> str | None:
-    """What the shard `name` of FineWeb has to have: the package's own hash, else what its manifest entry remembers.
+    """The sha256 that FineWeb's shard `name` must have: the package's own, else the one in its manifest entry.
 
-    Without an entry None: nobody has said that a file of this name is to be FineWeb's.
+    Without an entry None: nobody has said that a file of this name is FineWeb's.
     """
     if entry is None:
         return None
@@ -162,12 +162,12 @@ def known_sha256(name: str, entry: Entry | None) -> str | None:
 
 
 def pinned_sha256(name: str, repository: str) -> str | None:
-    """The package's own hash of a shard. Only the other known data sets have files of these names that are others."""
+    """The package's own hash of a shard. Only the other known data sets have different files with these names."""
     return None if repository in UNPINNED else official.SHA256.get(name)
 
 
 def file_sha256(path: Path, stop: Stop | None = None) -> str:
-    """A file's sha256 in hexadecimal, read again."""
+    """A file's sha256 in hexadecimal, from reading it again."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(4 << 20))
     with open_regular(path) as file:
@@ -215,10 +215,10 @@ def update_manifest(directory: Path, entries: dict[str, Entry]) -> None:
 
 @contextmanager
 def shard_lock(path: Path, name: str, *, wait: bool, stop: Stop | None) -> Iterator[bool]:
-    """Hold a lock file; yields whether it is held (always, where `wait` is on).
+    """Hold a lock file; yields whether it is held (always, if `wait` is on).
 
     flock, which the kernel releases however a process dies; on file systems without it (some NFS and Lustre mounts) a
-    file that is created exclusively, which a process killed on another node leaves behind, so the message names it.
+    file that is created exclusively; a process killed on another node leaves it behind, so the message names it.
     """
     from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 

@@ -1,11 +1,11 @@
-"""Documents that are nearly equal, by MinHash of their tokens: `prep-text --near-duplicates`.
+"""Find documents that are nearly equal, by MinHash of their tokens: `prep-text --near-duplicates`.
 
-A document is the set of its runs of `SHINGLE` tokens. Two are near-duplicates where the Jaccard similarity of these
-sets is at least `SIMILAR`, as `HASHES` minima of each estimate it. Those that agree in all minima of one of `BANDS`
+A document is the set of its runs of `SHINGLE` tokens. Two are near-duplicates if the Jaccard similarity of these
+sets, estimated from `HASHES` minima of each, is at least `SIMILAR`. Those that agree in all minima of one of `BANDS`
 bands are compared, with the first such document and with the one before (Broder 1997; Leskovec, Rajaraman and Ullman,
-Mining of Massive Datasets, chapter 3). What is nearly equal to a near-duplicate is one too.
+Mining of Massive Datasets, chapter 3). A document nearly equal to a near-duplicate is one too.
 
-The minima are the package rensa's; a signature is a function of the tokens alone.
+The package rensa computes the minima; a signature depends only on the tokens.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def check_installed() -> None:
 
 
 def signatures(documents: Sequence[TokenIds]) -> Signatures:
-    """Of documents as token ids, without BOS, none of them empty: (documents, HASHES)."""
+    """Signatures of documents given as token ids, without BOS and never empty: (documents, HASHES)."""
     from rensa import RMinHash
 
     if not documents:
@@ -51,7 +51,7 @@ def signatures(documents: Sequence[TokenIds]) -> Signatures:
 
 
 def _shingles(tokens: TokenIds) -> npt.NDArray[np.uint64]:
-    """A hash of each run of `SHINGLE` tokens, (runs,); of all tokens where there are fewer."""
+    """A hash of each run of `SHINGLE` tokens, (runs,); of all tokens if there are fewer."""
     run = min(SHINGLE, tokens.size)
     wide = tokens.astype(np.uint64) + np.uint64(1)
     mixed = np.zeros(tokens.size - run + 1, dtype=np.uint64)
@@ -62,7 +62,7 @@ def _shingles(tokens: TokenIds) -> npt.NDArray[np.uint64]:
 
 
 def near_duplicates(found: Signatures) -> npt.NDArray[np.int64]:
-    """For each document the first that it nearly equals, maybe by way of others, else itself: (documents,)."""
+    """For each document the first that it nearly equals, perhaps by way of others, else itself: (documents,)."""
     count = len(found)
     labels = np.arange(count)
     pairs = []

@@ -1,7 +1,7 @@
-"""What is known of kjj0/fineweb10B-gpt2 whoever delivers it: the sha256 of its shards, which no mirror can change.
+"""What is known about kjj0/fineweb10B-gpt2 whoever delivers it: its shards' sha256, which no mirror can change.
 
-The hashes are the hub's LFS ids at `REVISION`, which its API and a shard's LFS pointer show. They were taken from what
-others have published of them, and only where two lists at least agree that are not made from each other (three, of the
+The hashes are the hub's LFS ids at `REVISION`, as its API and a shard's LFS pointer show them. They come from what
+others have published, and only where at least two lists agree that were not made from each other (three for the
 validation shard and the first nine). Shards without one are trusted on first use: their manifest entry is the hash that
 the hub, or HF_ENDPOINT, announced at the first download.
 """
@@ -12,7 +12,7 @@ from nanogpt.data.shards import train_name, val_name
 
 HUB = "https://huggingface.co"  # any other address is a mirror
 REVISION = "889765ea1f903759787add96995d81171b632d0c"
-SHARD_BYTES = 200_001_024  # of each that is pinned: 100 M tokens
+SHARD_BYTES = 200_001_024  # size of each pinned shard: 100 M tokens
 _TRAIN = (
     "771fa4a99b9fe0946ffb6e848b4ba5c6a9b0fe87860ebf03bc2c1c7e45f8178e",
     "d4ba8d2d740905a836a4222d2aff01750560e7d49a51a745a1b3235520aec2cd",

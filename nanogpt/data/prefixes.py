@@ -23,9 +23,9 @@ def prefix_table(
     tokens: Sequence[bytes],  # by number
     rows: int,
 ) -> npt.NDArray[np.int64]:
-    """(rows,) the number of each token's prefix; -1 for those that have none, and beyond `tokens`.
+    """(rows,) the number of each token's prefix; -1 for tokens without one, and beyond `tokens`.
 
-    In byte order, a token's prefixes are those of the one before it that it begins with, and that one itself.
+    In byte order, a token's prefixes are the token before it and that one's own prefixes, where they begin it.
     """
     table = np.full(rows, -1, dtype=np.int64)
     open_prefixes: list[int] = []

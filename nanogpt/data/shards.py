@@ -22,13 +22,13 @@ HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
 TOKEN_BYTES = 2
 MAXSYMLINKS = 40  # Linux's own bound
-CHECKED_TOKENS = 1 << 18  # at once: what is read stays in the processor's cache until it is looked at
+CHECKED_TOKENS = 1 << 18  # at once: what is read stays in the processor's cache until it is checked
 
 Tokens = npt.NDArray[np.uint16]
 
 
 class ShardError(InputError):
-    """A file is not a whole shard: the message names the file and what is wrong with it."""
+    """A file is not a complete shard: the message names the file and what is wrong with it."""
 
 
 def train_name(index: int, stem: str = "fineweb") -> str:
@@ -42,7 +42,7 @@ def val_name(index: int = 0, stem: str = "fineweb") -> str:
 
 
 def missing_target(path: Path) -> str | None:
-    """What is wrong with a link that leads to nothing, and what to do; None: it is no such link."""
+    """What is wrong with a link that leads nowhere, and what to do; None: it is not such a link."""
     if not path.is_symlink():
         return None
     link = path
@@ -76,13 +76,15 @@ def read_count(path: Path) -> int:
         raise ShardError(f"{path}: {length} bytes long, shorter than a shard's {HEADER_BYTES}-byte header")
     header = np.frombuffer(head, dtype="<i4")
     if header[0] != MAGIC:
-        raise ShardError(f"{path}: magic number {header[0]}, a token shard has {MAGIC}")
+        raise ShardError(f"{path}: magic number {header[0]}, but a token shard has {MAGIC}")
     if header[1] != VERSION:
         raise ShardError(f"{path}: shard version {header[1]}, only version {VERSION} is known")
     count = int(header[2])
     expected = HEADER_BYTES + TOKEN_BYTES * count
     if count < 0 or length != expected:
-        raise ShardError(f"{path}: the header promises {count} tokens ({expected} bytes), the file has {length} bytes")
+        raise ShardError(
+            f"{path}: the header promises {count} tokens ({expected} bytes), but the file has {length} bytes"
+        )
     return count
 
 
@@ -105,7 +107,7 @@ def check_shard_tokens(path: Path, vocab_size: int, bos: int) -> int:
     """Read a whole shard, some MiB at a time, and return its count of tokens.
 
     Raises:
-        ShardError: as `read_count`, or a token outside the vocabulary, or no `bos`, which begins each document.
+        ShardError: as `read_count` does, or for a token outside the vocabulary, or if there is no `bos`.
     """
     count = read_count(path)
     buffer = np.empty(CHECKED_TOKENS, dtype="<u2")
@@ -117,7 +119,7 @@ def check_shard_tokens(path: Path, vocab_size: int, bos: int) -> int:
                 piece = buffer[: count - done]
                 got = file.readinto(piece.view(np.uint8).data) // TOKEN_BYTES
                 if not got:
-                    raise ShardError(f"{path}: {done:,} tokens could be read of {count:,}: the file changed while read")
+                    raise ShardError(f"{path}: {done:,} of {count:,} tokens could be read: the file changed while read")
                 check_tokens(path, piece[:got], vocab_size, done)
                 found = found or bool((piece[:got] == bos).any())
                 done += got
@@ -129,9 +131,9 @@ def check_shard_tokens(path: Path, vocab_size: int, bos: int) -> int:
 
 
 def no_document(path: Path, bos: int) -> ShardError:
-    """The refusal of a shard in which no document begins."""
+    """The error for a shard in which no document begins."""
     return ShardError(
-        f"{path}: has no token {bos}, with which each document begins (data.bos): it is another tokenizer's, or no"
+        f"{path}: has no token {bos}, which begins each document (data.bos): it is another tokenizer's, or not"
         " text. Make it with prep-text, or leave it out"
     )
 
@@ -143,7 +145,7 @@ def read_tokens(path: Path) -> Tokens:
         file.seek(HEADER_BYTES)
         tokens = np.fromfile(file, dtype="<u2", count=count)
     if tokens.size != count:
-        raise ShardError(f"{path}: {tokens.size} tokens could be read of {count}: the file changed while it was read")
+        raise ShardError(f"{path}: {tokens.size} of {count} tokens could be read: the file changed while it was read")
     return tokens.astype(np.uint16, copy=False)
 
 

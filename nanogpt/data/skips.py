@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 KEPT_EXAMPLES = 3
 KEPT_LOSSES = 10
-# Read, and nothing is in them; whatever else is left out of a file that the user named is a loss.
+# Read, but nothing is in them; anything else left out of a file that the user named is a loss.
 HARMLESS = ("empty", "given twice", "no text in ")
 
 
 class Skip(NamedTuple):
-    """Something that was left out: why, where it stands (`file` or `file:line`), and what is to be said of it."""
+    """Something that was left out: why, where it is (`file` or `file:line`), and a note on it."""
 
     reason: str
     place: str
@@ -35,7 +35,7 @@ class Skips:
     first_losses: list[str] = field(default_factory=list)
 
     def add(self, reason: str, place: str, *, note: str = "", count: int = 1, named: bool = False) -> None:
-        """Count one more, or `count`; an empty `place` is not an example. `named`: the user named the file it is in."""
+        """Count one more, or `count`; an empty `place` is not an example. `named`: the user named the file."""
         if not count:
             return
         self.counts[reason] = self.counts.get(reason, 0) + count
@@ -62,12 +62,12 @@ class Skips:
 
 
 def as_text(path: str) -> str:
-    """`path` with those bytes that are not UTF-8 written as `\\xNN`."""
+    """`path`, with bytes that are not UTF-8 written as `\\xNN`."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def listed(names: Iterable[str], most: int = 10, longest: int = 40) -> str:
-    """Names that a file gives, fit to be shown: control characters escaped, long ones and long lists cut."""
+    """Names from a file, fit to be shown: control characters escaped, long names and long lists cut."""
     shown = [
         name if name.isprintable() else ascii(name) for name in (name[:longest] for name in islice(names, most + 1))
     ]

@@ -1,7 +1,7 @@
 """Which documents belong together, so that a split leaves them on one side: `prep-text --split-by`.
 
-Copies of a text that differ in a line are one package in two environments, or two versions of a chapter. A split by
-documents puts them on both sides, and validation then measures what was learned by heart.
+Texts that differ in a line may be one package in two environments, or two versions of a chapter. A split by
+documents puts them on both sides, and validation then measures memorization.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ FORM = "document, source, directory:DEPTH or field:NAME"
 
 @dataclass(frozen=True)
 class SplitBy:
-    """What goes to one side as a whole.
+    """What goes to one side of the split as a whole.
 
     - document: each text, and its copies.
-    - source: a package of an installed Python, by its name, wherever it is installed; elsewhere a PATH's top folder.
+    - source: a package of an installed Python, by its name, wherever it is; elsewhere a PATH's top folder.
     - directory: the first `depth` folders below a PATH.
-    - field: what this field or column says of a record.
+    - field: what this field or column of a record says.
 
-    Where PATH is a file and not a folder, source and directory take it for one source. Equal names are one source, also
+    If PATH is a file and not a folder, source and directory treat it as one source. Equal names are one source, even
     below different PATHs.
     """
 
@@ -40,7 +40,7 @@ class SplitBy:
 
     @classmethod
     def parse(cls, text: str) -> SplitBy:
-        """Of "directory:2". Raises `InputError`."""
+        """From text such as "directory:2". Raises `InputError`."""
         kind, _, argument = text.partition(":")
         if text in ("document", "source"):
             return cls("source" if text == "source" else "document")
@@ -51,7 +51,7 @@ class SplitBy:
         raise InputError(f"--split-by {text}: expected {FORM}, such as directory:2 or field:source")
 
     def of_file(self, path: str, top: str) -> str:
-        """The source of a file that was found below `top`, or is `top`; "" where documents or fields decide."""
+        """The source of a file that was found below `top`, or is `top`; "" if documents or fields decide."""
         if self.kind in ("document", "field"):
             return ""
         package = _package(Path(os.path.abspath(path)).parts) if self.kind == "source" else ""  # noqa: PTH100
@@ -69,7 +69,7 @@ def source_key(name: str) -> int:
 
 
 def _package(parts: Sequence[str]) -> str:
-    """`numpy` of .../site-packages/numpy-2.4.dist-info/METADATA, `json` of .../lib/python3.13/json/decoder.py."""
+    """`numpy` for .../site-packages/numpy-2.4.dist-info/METADATA, `json` for .../lib/python3.13/json/decoder.py."""
     for index in range(len(parts) - 2, -1, -1):
         installed = parts[index] in PACKAGE_FOLDERS
         if installed or (LIBRARY_FOLDER.fullmatch(parts[index]) and parts[index - 1].startswith("lib")):

@@ -1,6 +1,6 @@
-"""Reading records of any number from a file, plain or compressed, in blocks of bounded size.
+"""Read any number of records from a file, plain or compressed, in blocks of bounded size.
 
-Whatever a file holds, no step gives out more than a few megabytes, and what is held is bounded by the longest record
+Whatever a file holds, no step returns more than a few megabytes, and what is held is bounded by the longest record
 that is wanted: a small file can stand for terabytes.
 """
 
@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 READ_BYTES = 512 * 1024  # of a plain file at a time
-FEED_BYTES = 4096  # of compressed bytes at a time: no more than these stand before a damaged place unread
-ZSTD_FEED_BYTES = 256  # the library knows no limit of its own: 4 bytes can give 128 KiB, so these give 8 MiB
+FEED_BYTES = 4096  # of compressed bytes at a time: at most these before a damaged place go unread
+ZSTD_FEED_BYTES = 256  # the library has no limit of its own: 4 bytes can give 128 KiB, so these give at most 8 MiB
 PIECE_BYTES = 1 << 20  # decompressed bytes at a time
-MAX_DEPTH = 1000  # of JSON in JSON, as of Python's parser
-MAX_WINDOW = 128 << 20  # that a decompressor may hold: what `zstd --long` and `xz -9` need, and no more
+MAX_DEPTH = 1000  # of nested JSON, as in Python's parser
+MAX_WINDOW = 128 << 20  # that a decompressor may hold: as much as `zstd --long` and `xz -9` need, and no more
 
 Block = tuple[bytes, int]  # (contents, bytes of the file read so far)
 
@@ -43,18 +43,18 @@ WIDE_MARKS = (
 
 
 class DamagedFileError(Exception):
-    """A file ends early or is not what its name says. What came before that has been given out."""
+    """A file ends early or is not what its name says. Everything before that has been returned."""
 
 
 def wide_encoding(head: bytes) -> str | None:
-    """UTF-16 or UTF-32, where a text that starts with `head` has a byte order mark of it."""
+    """UTF-16 or UTF-32, if a text that starts with `head` has its byte order mark."""
     return next((name for mark, name in WIDE_MARKS if head.startswith(mark)), None)
 
 
 def peek(blocks: Iterator[Block], limit: int, wanted: Callable[[bytes], bool] = bool) -> tuple[bytes, Iterator[Block]]:
     """The contents up to a block that is `wanted`, or up to `limit` bytes; and all blocks again.
 
-    An error of `blocks` is raised where the blocks returned come to it.
+    An error in `blocks` is raised when the returned blocks reach it.
     """
     held: list[Block] = []
     length = 0
@@ -77,7 +77,7 @@ def peek(blocks: Iterator[Block], limit: int, wanted: Callable[[bytes], bool] = 
 
 
 def read_blocks(path: Path) -> Iterator[Block]:
-    """The contents of a file, decompressed where its suffix says so.
+    """The contents of a file, decompressed if its suffix says so.
 
     Raises:
         DamagedFileError: the compressed data are cut off or wrong, or need more memory than `MAX_WINDOW`.
@@ -102,7 +102,7 @@ class _Member(Protocol):
     @property
     def rest(self) -> bytes: ...
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """What `data` decompress to, in pieces; all of them must be taken."""
+        """What `data` decompress to, in pieces, all of which must be consumed."""
 
 
 class _Gzip:
@@ -127,7 +127,7 @@ class _Gzip:
 
     @staticmethod
     def _before_error(stream: Any, data: bytes) -> Iterator[bytes]:
-        """What the library has made of `data` when it meets the error, and keeps to itself."""
+        """What the library had decompressed of `data` before the error, and did not return."""
         with suppress(zlib.error):
             for index in range(len(data)):
                 yield stream.decompress(data[index : index + 1])
@@ -185,7 +185,7 @@ def _decompress(file: Any, suffix: str) -> Iterator[Block]:
     done = 0
     while chunk := file.read(FEED_BYTES):
         if not done and not chunk.startswith(MAGIC[suffix]):
-            raise DamagedFileError(f"it holds something else than {suffix} data")
+            raise DamagedFileError(f"it holds something other than {suffix} data")
         done += len(chunk)
         while chunk:
             if member.eof:
@@ -210,7 +210,7 @@ def _decompress(file: Any, suffix: str) -> Iterator[Block]:
 
 def _why(message: str) -> str:
     if "too much memory" in message or "limit exceeded" in message:
-        return f"decompressing it needs a window above {MAX_WINDOW >> 20} MiB; compress it again without --long or so"
+        return f"decompressing it needs a window above {MAX_WINDOW >> 20} MiB; compress it again without --long"
     return message
 
 
@@ -218,13 +218,13 @@ def line_blocks(blocks: Iterable[Block], size: int, longest: int) -> Iterator[tu
     """Gather blocks into pieces of whole lines, of about `size` bytes.
 
     Yields:
-        (lines, number of lines, bytes of the file read so far), with None for the lines where a single one
+        (lines, number of lines, bytes of the file read so far), with None for the lines if a single one
         is longer than `longest` bytes. The last line need not end with a newline.
 
     Raises:
         DamagedFileError, OSError: as `blocks` does, after all whole lines before that.
     """
-    held: list[bytes] = []  # whole lines, but for the tail of the last block
+    held: list[bytes] = []  # whole lines, except for the tail of the last block
     length = tail = done = 0  # bytes held; bytes held since the last newline
     dropping = False
     try:
@@ -273,11 +273,11 @@ class _Values:
     """
 
     def __init__(self, longest: int, *, array: bool) -> None:
-        self.open = array  # whether anything is to come: the array's end, or that of a value
+        self.open = array  # whether anything is still to come: the end of the array, or of a value
         self._longest, self._array = longest, array
         self._depth = 0
         self._in_string = False
-        self._carried = b""  # a backslash whose sign has not come
+        self._carried = b""  # a backslash whose character has not come yet
         self._held: list[bytes] = []
         self._length = 0
 
@@ -344,7 +344,7 @@ class _Values:
         return value
 
     def end(self) -> bytes | None:
-        """What follows the last value; white space where all is well."""
+        """What follows the last value; white space if all is well."""
         if self._array and self.open:
             raise DamagedFileError("its array is not closed")
         rest = self._take(self._carried)
@@ -370,9 +370,9 @@ def _records(blocks: Iterator[Block], longest: int, *, array: bool) -> Iterator[
 
 
 def record_blocks(blocks: Iterator[Block], size: int, longest: int) -> Iterator[tuple[bytes | None, int, int]]:
-    """`line_blocks` of a `.json` file: of one array, a record an element; of objects one after another; or of lines.
+    """`line_blocks` of a `.json` file: one array with a record per element, objects one after another, or lines.
 
-    They are lines where the first line holds a whole value. A record of several lines is given out as one.
+    They are lines if the first line holds a whole value. A record of several lines is returned as one.
 
     Raises:
         DamagedFileError, OSError: as `blocks` does, or an array is not closed; after all whole records before that.
@@ -407,7 +407,7 @@ def record_blocks(blocks: Iterator[Block], size: int, longest: int) -> Iterator[
             if record is None:
                 yield None, 1, done
             else:
-                held.append(record.replace(b"\n", b"\r"))  # white space too, and as wrong as it inside a string
+                held.append(record.replace(b"\n", b"\r"))  # also white space, and just as wrong inside a string
                 length += len(record)
     except (DamagedFileError, OSError):
         if held:

@@ -1,6 +1,6 @@
-"""What the environment says of downloads: the hub's address, time limits, proxies, certificates, a token.
+"""What the environment says about downloads: the hub's address, time limits, proxies, certificates, a token.
 
-Checked before anything is sent, because the HTTP client meets what is wrong with them as exceptions of many kinds that
+Checked before anything is sent, because the HTTP client reports mistakes in them as exceptions of many kinds that
 name no variable. No message shows a password or a token.
 """
 
@@ -23,7 +23,7 @@ PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
 
 
 def check_surroundings() -> None:
-    """Raise `InputError` that names the variable which no download can work with, and the way out."""
+    """Raise `InputError` naming a variable that no download can work with, and the way out."""
     for name in SECONDS:
         value = os.environ.get(name)
         if value is not None and not re.fullmatch(r"[0-9]{1,6}", value):
@@ -59,7 +59,7 @@ def _check_proxies(environ: Mapping[str, str]) -> None:
         problem = _address_problem(url, PROXY_SCHEMES)
         if problem:
             raise InputError(
-                f"{name}: found {_shown(value)!r}: {problem}; expected such as http://proxy.example:3128, or unset it"
+                f"{name}: found {_shown(value)!r}: {problem}; expected e.g. http://proxy.example:3128, or unset it"
             )
         if url.startswith("socks") and importlib.util.find_spec("socksio") is None:
             raise InputError(
@@ -95,10 +95,10 @@ def _inside() -> str:
 def check_token(stored_in: str, endpoint: str, *, implicit: bool = True) -> None:
     """Raise `InputError` for a token that cannot be read or sent, or that others could read on its way to `endpoint`.
 
-    Plain http is refused but for this machine's own addresses (no proxy between), where tests have their hub.
+    Plain http is refused except for this machine's own addresses (no proxy between), where tests have their hub.
 
     Args:
-        stored_in: the file of a stored token, used where no variable holds one.
+        stored_in: the file of a stored token, used if no variable holds one.
         endpoint: the hub's address.
         implicit: whether a token is sent at all.
     """
@@ -115,19 +115,19 @@ def check_token(stored_in: str, endpoint: str, *, implicit: bool = True) -> None
             pass
         except OSError as error:
             raise InputError(
-                f"{stored_in}: the stored token cannot be read: {error.strerror}. Mend or remove that file"
+                f"{stored_in}: the stored token cannot be read: {error.strerror}. Repair or remove that file"
                 " (HF_TOKEN_PATH, HF_HOME), or set HF_HUB_DISABLE_IMPLICIT_TOKEN=1: the data set is public"
             ) from error
     if not re.fullmatch(r"[!-~]*", token):
         at = next(index for index, character in enumerate(token) if not "!" <= character <= "~")
         raise InputError(
-            f"{source}: its character {at + 1} cannot be part of a token: letters, digits and signs of ASCII only. Copy"
+            f"{source}: its character {at + 1} cannot be part of a token: only ASCII letters, digits and signs. Copy"
             " the token again, or unset it: the data set is public"
         )
     if (token or os.environ.get("HF_OIDC_RESOURCE")) and not is_private_way(endpoint):
         raise InputError(
-            f"HF_ENDPOINT: {endpoint} is plain http, on which others can read the token of {source}. Use https://, or"
-            " send none: unset HF_TOKEN and set HF_HUB_DISABLE_IMPLICIT_TOKEN=1; the data set is public"
+            f"HF_ENDPOINT: {endpoint} is plain http, where others can read the token of {source}. Use https://, or"
+            " send no token: unset HF_TOKEN and set HF_HUB_DISABLE_IMPLICIT_TOKEN=1; the data set is public"
         )
 
 

@@ -1,4 +1,4 @@
-"""Your own text to token shards: `prep-text`, and `prepare_text` for use from Python.
+"""Turn your own text into token shards: `prep-text`, and `prepare_text` for use from Python.
 
 How documents become shards, so that the same input gives the same bytes everywhere:
 
@@ -8,12 +8,12 @@ How documents become shards, so that the same input gives the same bytes everywh
    `val_tokens` tokens. Copies of a text stay together, so that no validation document is also trained on, and
    documents longer than `val_tokens` are taken only if the others do not suffice. With `split_by` it takes whole
    sources in the same way, by a hash of their names.
-3. Both sides keep the order of 1, or with `shuffle` that of a hash of each text, so that every stretch of a shard is
+3. Both sides keep the order of 1, or with `shuffle` that of a hash of each text, so that every part of a shard is
    a sample of all inputs. Training fills one shard after another with whole documents: a shard ends before the
    document that would take it above `shard_tokens`.
 4. On request, copies of a text, short documents and near-duplicates are left out first, in this order.
 
-Number of workers, listing order and time do not matter. Tokens go to a spool first, because the choice needs the
+The number of workers, listing order and time do not matter. Tokens go to a spool first, because the choice needs the
 lengths of all documents; shards are written from it, hashed as they fill, and renamed together at the
 end, with the manifest `text.json` last. Memory holds 32 bytes per document, 504 more to find near-duplicates, a path
 per file and a few units of work.
@@ -63,10 +63,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Input", "Part", "Shard", "Summary", "embedded_corpus", "prepare_text"]
 
-FULL_VALIDATION = 10_485_760 + 1  # what an evaluation of the full run reads: its tokens and the last target
+FULL_VALIDATION = 10_485_760 + 1  # what the full run's evaluation reads: its tokens and the last target
 TRAINED_LENGTH = 2048  # tokens of a document, BOS included, that training uses; the rest is cut off
-WORKER_BYTES = 8 << 20  # of text that are worth starting a worker for
-NAMED_SOURCES = 1000  # in the manifest, of validation
+WORKER_BYTES = 8 << 20  # of text that make a worker worth starting
+NAMED_SOURCES = 1000  # names of validation sources in the manifest, at most
 COMPRESSION = 3  # text bytes per byte of a compressed file, roughly: only for the number of workers
 
 
@@ -76,7 +76,7 @@ class Part:
 
     documents: int
     tokens: int
-    trained_tokens: int  # of a document's first 2,048, beyond which training uses nothing
+    trained_tokens: int  # among each document's first 2,048, the only ones that training uses
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Sources:
 
 @dataclass(frozen=True)
 class NearDuplicates:
-    """How many documents nearly equal an earlier one, and how many validation documents one in training."""
+    """How many documents nearly equal an earlier one, and how many validation documents nearly equal a training one."""
 
     documents: int
     val_in_train: int
@@ -153,8 +153,8 @@ def prepare_text(
     Args:
         paths: text files, JSON lines, Parquet files, and folders of them; see `nanogpt.data.documents`.
         directory: created if missing. It must hold no shards, unless `force`.
-        val_tokens: the least number of validation tokens; a tenth of all, at most 10,485,761, if None.
-        shard_tokens: the most tokens of a training shard; only a longer document makes a longer shard.
+        val_tokens: the least number of validation tokens; if None, a tenth of all, at most 10,485,761.
+        shard_tokens: the most tokens in a training shard; only a longer document makes a longer shard.
         document_tokens: cut longer documents into several of at most this many tokens, BOS included, all on one
             side of the split. None leaves documents whole.
         min_tokens: leave out documents of fewer tokens, BOS included, after that cut.
@@ -162,9 +162,9 @@ def prepare_text(
         shuffle: order documents by a hash of their text, not as they come.
         field: the field or column of a record that holds its text.
         suffixes: further suffixes of plain text, such as ".log".
-        workers: processes; as many as there are cores, and fewer for little text, if None.
+        workers: processes; if None, as many as there are cores, or fewer for little text.
         force: replace all shards in `directory` once the new ones are complete.
-        keep_damaged: make shards of what can be read, even if part of the files in `paths` cannot. Damaged files found
+        keep_damaged: make shards of what can be read, even if some files in `paths` cannot. Damaged files found
             in a folder are always left out and counted.
         split_by: what goes to one side as a whole, see `nanogpt.data.sources.SplitBy`.
         near_duplicates: count documents that are nearly equal, or leave out all but the first; see
@@ -185,7 +185,7 @@ def prepare_text(
         ("--workers", workers, 1),
     ):
         if value is not None and value < least:
-            raise InputError(f"{name} {value}: expected a number from {least} on")
+            raise InputError(f"{name} {value}: expected at least {least}")
     if min_tokens is not None and document_tokens is not None and min_tokens > document_tokens:
         raise InputError(
             f"--min-tokens {min_tokens}: nothing is left, since --document-tokens {document_tokens} cuts all documents"
@@ -197,7 +197,7 @@ def prepare_text(
     if near_duplicates is not None:
         check_installed()
     check_free(directory, force)
-    found, planned, read = Skips(), Skips(), Skips()  # apart, so that their order does not depend on the workers
+    found, planned, read = Skips(), Skips(), Skips()  # separate, so that their order does not depend on the workers
     files = find_files(paths, found, suffixes=suffixes, exclude=directory, split_by=split)
     files_given = {file.input for file in files if file.explicit}
     if workers is None:
@@ -309,9 +309,9 @@ def _check_whole(skips: Skips) -> None:
     more = skips.losses - len(skips.first_losses)
     lines = [*skips.first_losses, *([f"... and {more} more"] if more else [])]
     raise RunError(
-        "what you named could not all be read, so nothing is written:\n  "
+        "not everything that you named could be read, so nothing is written:\n  "
         + "\n  ".join(lines)
-        + "\nrepair them or leave them out, or make shards of what can be read with --keep-damaged"
+        + "\nrepair these files, leave them out, or make shards of what can be read with --keep-damaged"
     )
 
 
@@ -366,7 +366,7 @@ class _Tally:
         return np.concatenate([none, *self._lengths]), keys, np.concatenate([none, *self._ordinals])
 
     def signatures(self) -> Signatures:
-        """(documents, minima); there is one document at least."""
+        """(documents, minima); there is at least one document."""
         return np.concatenate(self._signatures)
 
     def sources(self) -> tuple[Keys, dict[int, str]]:
@@ -382,7 +382,7 @@ class _Tally:
 
 
 def _shown(path: str | Path) -> str:
-    """A path for the manifest, in which the embedded corpus is the same on every machine."""
+    """A path for the manifest, where the embedded corpus is named the same on every machine."""
     return "embedded" if Path(path) == embedded_corpus() else as_text(str(path))
 
 
@@ -396,7 +396,7 @@ def _sources(val: Keys, train: Keys, names: dict[int, str]) -> Sources:
 
 
 def _manifest(summary: Summary, settings: dict[str, Any]) -> dict[str, Any]:
-    """The contents of `text.json`: only what follows from input and settings, so that it can be compared too."""
+    """The contents of `text.json`: only what follows from input and settings, so that it, too, can be compared."""
     return {
         "format": 1,
         "settings": settings,
@@ -415,7 +415,7 @@ def _manifest(summary: Summary, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def summary_tables(summary: Summary) -> list[RenderableType]:
-    """What a user is shown at the end, for `print_table`: both sides, each input, what was left out, and the speed."""
+    """What a user sees at the end, for `print_table`: both sides, each input, what was left out, and the speed."""
     from rich.text import Text
 
     val, train = summary.val, summary.train
@@ -444,7 +444,7 @@ def summary_tables(summary: Summary) -> list[RenderableType]:
         )
     if train.trained_tokens < train.tokens // 2:
         notes.append(
-            f"Training uses the first {TRAINED_LENGTH} tokens of a document, and most of this text lies beyond them."
+            f"Training uses the first {TRAINED_LENGTH} tokens of a document, but most of this text lies beyond them."
             f" --document-tokens {TRAINED_LENGTH} cuts documents there, so that all of it is used."
         )
     speed = human_bytes(summary.text_bytes / max(summary.seconds, 1e-9))

@@ -1,4 +1,4 @@
-"""The output of `prep-text`: which document goes where, and how whole sets of shards appear in a directory.
+"""The output of `prep-text`: which document goes where, and how complete sets of shards appear in a directory.
 
 Tokens are spooled as they come, because the choice needs the lengths of all documents. The shards are then
 written from the spool into a hidden folder of the target directory, hashed as they fill, and renamed together.
@@ -30,7 +30,7 @@ STAGING = ".prep-text.partial"
 SHARDS = ("fineweb_val_*.bin", "fineweb_train_*.bin")
 SPOOL_TOKENS = 1 << 26
 COPY_TOKENS = 1 << 21
-MAX_SHARD_TOKENS = 2**31 - 1  # the header counts in int32
+MAX_SHARD_TOKENS = 2**31 - 1  # the header's count is an int32
 
 VAL = 0  # the target of validation documents; training shard k is target k
 DROPPED = -1  # the target of documents that are left out
@@ -63,10 +63,10 @@ def first_copies(keys: Keys, ordinals: Ordinals) -> npt.NDArray[np.bool_]:
 def shuffled(keys: Keys, ordinals: Ordinals) -> npt.NDArray[np.int64]:
     """The documents' order by a hash of their text and part, (documents,): the same whatever order they came in.
 
-    Only documents that are equal, copies of one text, keep the order that they came in.
+    Only equal documents, copies of one text, keep the order they came in.
     """
     mixed = keys ^ (ordinals.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
-    # The finalizer of SplitMix64: a key as it is would put a text's validation copies and its parts side by side.
+    # The finalizer of SplitMix64: unmixed keys would put a text's validation copies and its parts side by side.
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed ^= mixed >> np.uint64(31)
@@ -78,9 +78,9 @@ def choose_validation(
 ) -> npt.NDArray[np.bool_]:
     """Which documents are validation: (documents,) bool.
 
-    Documents are taken by key, smallest first, until at least `val_tokens` tokens are held. What shares a key, copies
-    or with `of_sources` all of a source, goes together and counts together. Those above `val_tokens` come after all
-    others, so that validation is less than twice as long as asked wherever that is possible.
+    Documents are taken by key, smallest first, until at least `val_tokens` tokens are held. Those with one key, copies
+    or with `of_sources` all of a source, go together and count together. Those above `val_tokens` come after all
+    others, so that validation is less than twice as long as requested wherever that is possible.
 
     Raises:
         InputError: there are not `val_tokens` tokens, or no document would be left for training.
@@ -88,7 +88,7 @@ def choose_validation(
     total = int(lengths.sum())
     if total < val_tokens:
         raise InputError(
-            f"--val-tokens {val_tokens}: the input has {total} tokens in {lengths.size} documents in all;"
+            f"--val-tokens {val_tokens}: the input has only {total} tokens in {lengths.size} documents;"
             " give more text or ask for fewer"
         )
     distinct, group = np.unique(keys, return_inverse=True)  # in the order of the keys
@@ -126,7 +126,7 @@ def assign_shards(lengths: Lengths, train: npt.NDArray[np.int64], shard_tokens: 
 
 
 class Spool:
-    """Tokens on disk, written once; then read in the same order, which uses its files up, or at any place."""
+    """Tokens on disk, written once; then read in the same order, which deletes its files, or at any place."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -152,12 +152,12 @@ class Spool:
             tokens = tokens[part.size :]
 
     def rewind(self) -> None:
-        """End writing; reading starts at the first token."""
+        """Finish writing; reading starts at the first token."""
         self.close()
         self._index, self._left = -1, 0
 
     def read(self, count: int) -> Iterator[bytes]:
-        """The next `count` tokens, as bytes of bounded length."""
+        """The next `count` tokens, as blocks of bytes of bounded length."""
         while count:
             if not (self._file and self._left):
                 if self._index >= 0:
@@ -173,7 +173,7 @@ class Spool:
             count -= part
 
     def read_at(self, start: int, count: int) -> Iterator[bytes]:
-        """Tokens `start` to `start + count`, as bytes of bounded length; the files stay."""
+        """Tokens `start` to `start + count`, as blocks of bytes of bounded length; the files stay."""
         while count:
             index, offset = divmod(start, SPOOL_TOKENS)
             part = min(count, SPOOL_TOKENS - offset, COPY_TOKENS)
@@ -190,7 +190,7 @@ class Spool:
         return RunError(f"{self._folder}: the spooled tokens end early; is another program clearing the folder?")
 
     def close(self) -> None:
-        """Close the files that are open."""
+        """Close the open files."""
         if self._file:
             self._file.close()
             self._file = None
@@ -205,7 +205,9 @@ class _ShardWriter:
         self.documents = lengths.size
         self.tokens = int(lengths.sum())
         if self.tokens > MAX_SHARD_TOKENS:
-            raise InputError(f"{path.name} would hold {self.tokens} tokens, a shard holds at most {MAX_SHARD_TOKENS}")
+            raise InputError(
+                f"{path.name} would hold {self.tokens} tokens, but a shard holds at most {MAX_SHARD_TOKENS}"
+            )
         self._file = path.open("wb")
         self._hash = hashlib.sha256()
         self.write(header_bytes(self.tokens))
@@ -229,7 +231,7 @@ def write_shards(
 ) -> tuple[Shard, ...]:
     """Write the spooled documents into their shards in `folder`, in the order that they were spooled, or in `order`.
 
-    Targets must not fall along that order, validation and what is left out apart.
+    Targets must not decrease along that order, except for validation and what is left out.
     """
     shards = {}
     with ExitStack() as stack:
@@ -262,7 +264,7 @@ def write_shards(
 def _in_order(
     spool: Spool, lengths: Lengths, targets: Targets, order: npt.NDArray[np.int64] | None
 ) -> Iterator[tuple[int, Iterator[bytes]]]:
-    """Neighbours of one target as (target, blocks of their tokens); all blocks must be taken."""
+    """Neighbours with one target, as (target, blocks of their tokens); all blocks must be consumed."""
     starts = np.cumsum(lengths) - lengths
     if order is None:
         edges = np.flatnonzero(np.diff(targets, prepend=DROPPED - 1, append=DROPPED - 1))
@@ -275,23 +277,23 @@ def _in_order(
 
 
 def check_free(directory: Path, force: bool) -> None:
-    """Raise `InputError` if `directory` holds a set of shards that is not to be replaced, or is a file."""
+    """Raise `InputError` if `directory` holds a set of shards that must not be replaced, or is a file."""
     if directory.exists() and not directory.is_dir():
         raise InputError(f"--dir {directory}: is a file, expected a folder")
     present = _present(directory)
-    # A staged manifest, and none beside the shards, means that a run was killed while its shards took their names:
-    # whatever part of the set is here, and of the one that it replaced, is nobody's.
+    # A staged manifest, and none beside the shards, means that a run was killed while its shards were being renamed:
+    # whatever part is here of that set, or of the one it replaced, is of no use.
     cut_off = (directory / STAGING / MANIFEST).exists() and not (directory / MANIFEST).exists()
     if present and not force and not cut_off:
         raise InputError(
-            f"{directory} holds {len(present)} file(s) of a data set already ({present[0].name}, ...); sets are not"
+            f"{directory} already holds {len(present)} file(s) of a data set ({present[0].name}, ...); sets are not"
             " mixed: choose another --dir, or add --force to replace them all"
         )
 
 
 @contextmanager
 def writing_to(directory: Path, force: bool) -> Iterator[Path]:
-    """Hold `directory` for one run and give it a folder to stage in, which is gone afterwards.
+    """Hold `directory` for one run and give it a folder to stage in, which is removed afterwards.
 
     Raises:
         InputError: `directory` holds shards and `force` is not set, or is not a folder.
@@ -311,8 +313,8 @@ def writing_to(directory: Path, force: bool) -> Iterator[Path]:
                 staging.mkdir()
             except FileExistsError as error:
                 raise RunError(
-                    f"{staging} is there: another prep-text is writing to {directory}, or was killed. The file system"
-                    " has no locks that would tell; if none is running, remove that folder"
+                    f"{staging} exists: another prep-text is writing to {directory}, or was killed. The file system"
+                    " has no locks to tell which; if none is running, remove that folder"
                 ) from error
             stack.callback(shutil.rmtree, staging, ignore_errors=True)
             yield staging
@@ -322,7 +324,7 @@ def writing_to(directory: Path, force: bool) -> Iterator[Path]:
 
 
 def _lock(descriptor: int, directory: Path) -> bool:
-    """Whether the lock is held; not so on a file system without locks of folders, such as NFS."""
+    """Whether the lock is held; never on a file system that cannot lock folders, such as NFS."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -335,7 +337,7 @@ def _lock(descriptor: int, directory: Path) -> bool:
 
 
 def _present(directory: Path) -> list[Path]:
-    """The files of a set in `directory`, the manifest first and validation next so that they are the first to go."""
+    """The files of a set in `directory`, the manifest and then validation first, so that they are the first to go."""
     shards = [path for pattern in SHARDS for path in sorted(directory.glob(pattern))]
     return [path for path in [directory / MANIFEST] if path.exists()] + shards
 
@@ -354,7 +356,7 @@ def publish(staging: Path, directory: Path, shards: tuple[Shard, ...], manifest:
     old = staging / "old"
     old.mkdir()
     moves = [(path, old / path.name) for path in _present(directory)]
-    # Validation comes last, so that a set cut off in the middle, with no time to undo it, is none to train with.
+    # Validation comes last, so that a set cut off in the middle, with no time to undo it, cannot be trained on.
     moves += [(staging / name, directory / name) for name in [*(shard.name for shard in reversed(shards)), MANIFEST]]
     moved = 0
     try:
@@ -363,7 +365,7 @@ def publish(staging: Path, directory: Path, shards: tuple[Shard, ...], manifest:
             moved += 1
     except BaseException:
         for source, target in reversed(moves[: moved + 1]):
-            with suppress(OSError):  # the last move may have been done or not
+            with suppress(OSError):  # the last move may or may not have been done
                 target.replace(source)
         raise
     with suppress(OSError):

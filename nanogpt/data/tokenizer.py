@@ -1,4 +1,4 @@
-"""GPT-2's tokenizer, whole and offline: the ranks ship in `nanogpt/data/gpt2`, nothing is ever downloaded.
+"""GPT-2's tokenizer, complete and offline: the ranks ship in `nanogpt/data/gpt2`, and nothing is ever downloaded.
 
 tiktoken's own `get_encoding("gpt2")` fetches the ranks at first use, which fails on a compute node without
 internet. Here they come from the package and are checked against the hash that tiktoken pins.
@@ -27,7 +27,7 @@ VOCAB_SIZE = 50257
 RANKS_NAME = "gpt2.tiktoken"
 RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 
-# What GPT-2's pieces are: an English contraction; letters, digits or other signs, each with the space before
+# GPT-2's pieces: an English contraction; letters, digits or other signs, each with the space before
 # them; whitespace up to the last one before a word. Possessive where nothing can be gained by backtracking.
 PATTERN = (
     r"'(?:[sdmt]|ll|ve|re)"
@@ -37,8 +37,8 @@ PATTERN = (
     r"|\s++$|\s+(?!\S)|\s"
 )
 
-# A space or newline before a character that is surely no whitespace. There the pattern starts a piece whatever
-# stands before, and the piece before it ends as it does at the end of a text: cutting here changes no token.
+# A space or newline before a character that is surely not whitespace. There the pattern starts a piece whatever
+# comes before, and the piece before it ends as it does at the end of a text: cutting here changes no token.
 # In UTF-8, the lead bytes left out (c2, e1, e2, e3) are those of Unicode's other whitespace.
 TEXT_PIECE_START = re.compile(r"[ \n](?=[!-~\u00c0-\u0fff\u4000-\ud7ff])")
 UTF8_PIECE_START = re.compile(rb"[ \n](?=[!-~\xc3-\xe0\xe4-\xf4])")
@@ -53,7 +53,7 @@ def bpe_ranks() -> dict[bytes, int]:
     """Token bytes -> rank, for the 50,256 mergeable tokens.
 
     Raises:
-        RunError: the file in the package is missing or not the one that was shipped.
+        RunError: the package's file is missing or not the one that was shipped.
     """
     path = files("nanogpt.data").joinpath("gpt2", RANKS_NAME)
     try:
@@ -71,7 +71,7 @@ def bpe_ranks() -> dict[bytes, int]:
 
 @cache
 def gpt2_encoding() -> tiktoken.Encoding:
-    """GPT-2's encoding, equal to tiktoken's `gpt2`; built once a process (about 0.1 s).
+    """GPT-2's encoding, equal to tiktoken's `gpt2`; built once per process (about 0.1 s).
 
     `encode_ordinary` treats text that looks like a special token as text; `BOS` is the one special token.
     """
@@ -89,7 +89,7 @@ def gpt2_encoding() -> tiktoken.Encoding:
 def encode_text(text: str) -> npt.NDArray[np.uint32]:
     """The tokens of a text as `encode_ordinary` gives them, quicker and in bounded memory: (n,) uint32.
 
-    tiktoken's way straight to an array saves making a list, and texts above a million characters are taken in pieces.
+    tiktoken's direct way to an array saves making a list; texts above a million characters are encoded in pieces.
 
     Raises:
         UnicodeEncodeError: `text` holds a lone surrogate.
@@ -107,7 +107,7 @@ def _encode(text: str) -> npt.NDArray[np.uint32]:
     try:
         return encoding.encode_to_numpy(text, disallowed_special=())
     except BaseException as error:
-        # Out of stack: a ValueError, from older tiktoken a Rust panic, which is not an Exception.
+        # Out of stack: a ValueError, or from older tiktoken a Rust panic, which is not an Exception.
         if not (isinstance(error, ValueError) or type(error).__name__ == "PanicException"):
             raise
         cuts = [match.end() for match in LONG_SPACE_END.finditer(text)]

@@ -1,4 +1,4 @@
-"""Work in threads that ends at once when it is told to: by Ctrl-C, by SIGTERM, or by an error that concerns it all."""
+"""Work in threads that ends at once on Ctrl-C, on SIGTERM, or on an error that concerns all of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nanogpt.errors import NanogptError, RunError
 
 T = TypeVar("T")
 R = TypeVar("R")
-GRACE_S = 1.0  # for threads to end in order after a stop
+GRACE_S = 1.0  # for threads to end in good order after a stop
 
 
 class FatalError(RunError):
@@ -23,7 +23,7 @@ class FatalError(RunError):
 
 
 class Interrupted(NanogptError):
-    """Stopped by a signal; `exit_code` is 128 + its number, as a shell counts."""
+    """Stopped by a signal; `exit_code` is 128 + its number, as in a shell."""
 
     def __init__(self, number: int) -> None:
         name = signal.Signals(number).name
@@ -43,12 +43,12 @@ class Stop:
     signal_number: int | None = None
 
     def check(self) -> None:
-        """Raise `Stopped` if the work is to end."""
+        """Raise `Stopped` if the work should end."""
         if self.event.is_set():
             raise Stopped("stopped")
 
     def wait(self, seconds: float) -> None:
-        """Sleep, but no longer than until the work is to end. Raises `Stopped` then."""
+        """Sleep, unless the work should end meanwhile. Raises `Stopped` then."""
         self.event.wait(seconds)
         self.check()
 
@@ -84,7 +84,7 @@ class Stop:
 
 @dataclass(frozen=True)
 class Done(Generic[R]):
-    """What became of one item: a result, or the error a user is shown."""
+    """What became of one item: a result, or the error that a user sees."""
 
     result: R | None = None
     error: NanogptError | None = None

@@ -41,5 +41,7 @@ def push(directory: Path, name: str, *, private: bool) -> str:
     except errors.HfHubHTTPError as error:
         raise RunError(f"{endpoint}: the hub refuses {name}: {error}. The export is complete in {directory}") from error
     except (OSError, ValueError) as error:  # among them those of the HTTP client
-        raise RunError(f"{endpoint}: {name} cannot be uploaded: {error}. The export is complete in {directory}") from error
+        raise RunError(
+            f"{endpoint}: {name} cannot be uploaded: {error}. The export is complete in {directory}"
+        ) from error
     return f"{endpoint}/{name}"

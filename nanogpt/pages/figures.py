@@ -92,7 +92,7 @@ def _line(
     raw: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """One curve. run: its number, for its colour; None: it belongs to no run. quiet: shows nothing under the pointer."""
+    """One curve. run: its number, for its colour; None: it belongs to no run. quiet: the pointer shows nothing."""
     return {
         "name": label,
         "run": run,

@@ -347,7 +347,7 @@ def test_a_shard_without_a_document_is_an_error_where_it_is_reached(without: lis
                 with pytest.raises(ShardError) as caught:
                     for _ in range(10):
                         one.next_step(StepRequest(8 * 16, 12))
-                assert str(caught.value).startswith(f"{files[1]}: has no token {B}, with which each document begins")
+                assert str(caught.value).startswith(f"{files[1]}: has no token {B}, which begins each document")
             assert one.state_dict()["steps"] == len(list(slow_steps([SHARD], [(16, 12)] * 10)))
 
 
@@ -538,7 +538,9 @@ def test_a_position_in_other_data_is_refused() -> None:
         with pytest.raises(InputError, match="not from TrainBatches"):
             loader.load_state_dict({"shard": 0})
         loader.load_state_dict({**state, "document": 31})
-        with pytest.raises(InputError, match=r"000002.bin: the saved data position is document 31, the shard has 30"):
+        with pytest.raises(
+            InputError, match=r"000002.bin: the saved data position is document 31, but the shard has 30"
+        ):
             loader.next_step(StepRequest(8 * 16, 30))
 
 

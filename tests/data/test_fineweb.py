@@ -223,9 +223,9 @@ def test_progress_bar_on_a_terminal(hub: HubServer, prep: Prep, data: Path) -> N
         (
             [],
             {"HF_TOKEN": "hf_hunter2", "HF_ENDPOINT": "http://mirror.invalid"},
-            "plain http, on which others can read",
+            "plain http, where others can read",
         ),
-        ([], {"HF_TOKEN": "hf_hunter2", "ALL_PROXY": "http://proxy.invalid:1"}, "plain http, on which others can read"),
+        ([], {"HF_TOKEN": "hf_hunter2", "ALL_PROXY": "http://proxy.invalid:1"}, "plain http, where others can read"),
     ],
 )
 def test_bad_input_is_exit_code_2(data: Path, flags: list[str], env: dict[str, str], expected: str) -> None:

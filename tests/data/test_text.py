@@ -439,7 +439,7 @@ def test_cli_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         ([lines, "--dir", out, "--val-tokens", "5000"], "--val-tokens 5000: the input has "),
         ([single, "--dir", out], "would take all 1 (4 tokens), so none is left for training"),
         ([packed, "--dir", out], "the suffix '.txt.gz' is not known"),
-        ([packed, "--dir", out], "of compressed files only JSON is read: unpack it first"),
+        ([packed, "--dir", out], "only JSON is read from compressed files: unpack it first"),
         ([lines, "--dir", out, "--field", "body"], "no text in field 'body', nor in any other record of the file; its"),
         ([lines, "--dir", out, "--field", "body"], "its fields with text: text; choose one with --field"),
         ([folder, "--dir", out, "--field", "body"], "left out: 3 no text in field 'body', first"),

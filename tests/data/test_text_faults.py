@@ -146,7 +146,7 @@ def test_sets_are_not_mixed(tmp_path: Path) -> None:
     prepare_text([first], out, shard_tokens=1000, quiet=True)
     before = contents(out)
     (out / "notes.bin").write_text("mine")
-    with pytest.raises(InputError, match=r"holds \d+ file\(s\) of a data set already \(text.json.*--force"):
+    with pytest.raises(InputError, match=r"already holds \d+ file\(s\) of a data set \(text.json.*--force"):
         prepare_text([second], out, shard_tokens=1000, quiet=True)
     with pytest.raises(InputError, match="--val-tokens 999999"):  # a run that fails leaves the old set alone
         prepare_text([second], out, val_tokens=999_999, force=True, quiet=True)
@@ -225,7 +225,7 @@ def test_without_locks_a_folder_in_use_is_refused(tmp_path: Path, monkeypatch: p
     out = tmp_path / "out"
     with text_shards.writing_to(out, force=False) as staging:
         (staging / "spool_000000").write_text("in use")
-        with pytest.raises(RunError, match=r"partial is there: another prep-text.* or was killed.*remove that folder"):
+        with pytest.raises(RunError, match=r"partial exists: another prep-text.* or was killed.*remove that folder"):
             prepare_text([source], out, force=True, quiet=True)
         assert (staging / "spool_000000").read_text() == "in use"
     prepare_text([source], out, quiet=True)

@@ -110,7 +110,7 @@ def test_records_are_split_by_a_field(tmp_path: Path, name: str) -> None:
 
 def test_fields_need_records(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(InputError, match=r"a.txt: --split-by field:from needs records, and this is a text file"):
+    with pytest.raises(InputError, match=r"a.txt: --split-by field:from needs records, but this is a text file"):
         prepare_text([tmp_path], tmp_path / "out", split_by="field:from", quiet=True)
     table = records(tmp_path / "a.parquet", [{"text": "a"}])
     with pytest.raises(InputError, match=r"'from' is missing.*--split-by field:NAME"):

@@ -180,7 +180,7 @@ def test_an_upload_that_fails_leaves_the_export(
         outcome = nanogpt("export", run, "--out", out, "--push-to-hub", "lab/tiny")
     assert outcome.code == 1
     assert f"{hub.endpoint}: the hub refuses lab/tiny" in outcome.err
-    assert f"The export is whole in {out}" in outcome.err
+    assert f"The export is complete in {out}" in outcome.err
     assert "hf_secret" not in outcome.err
     assert (out / "model.safetensors").is_file()
 

@@ -169,7 +169,7 @@ def test_wrong_places(nanogpt, tmp_path):
     (tmp_path / "empty" / "one").mkdir()
     (tmp_path / "index.html").write_text("mine")
     refused = nanogpt("leaderboard", tmp_path / "empty", "--out", tmp_path)
-    assert refused.code == 2 and "no leaderboard" in refused.err
+    assert refused.code == 2 and "not a leaderboard" in refused.err
     assert (tmp_path / "index.html").read_text() == "mine"
 
 

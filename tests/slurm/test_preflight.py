@@ -166,7 +166,7 @@ def test_tokens_that_the_model_does_not_know_and_shards_without_documents(tmp_pa
     write_tokens(data / train_name(2), tokens)
     assert f"{data / train_name(2)}: token 1,299 (from 0) is 64, the vocabulary is 0..63" in failures(data, tmp_path)
     write_tokens(data / train_name(2), [1] * 1300)
-    assert f"{data / train_name(2)}: has no token 63, with which each document begins" in failures(data, tmp_path)
+    assert f"{data / train_name(2)}: has no token 63, which begins each document" in failures(data, tmp_path)
     write_tokens(data / val_name(), [1] * 600)
     assert f"{data / val_name()}: has no token 63" in failures(data, tmp_path)
     padded = ("model.padded_vocab_size=128", "model.vocab_size=64")

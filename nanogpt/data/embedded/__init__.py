@@ -1,4 +1,4 @@
-"""The prose that ships with the package, for the demo and for tests: see the README beside this file."""
+"""The prose that ships with the package, for the demo and for tests; see the README beside this file."""
 
 from __future__ import annotations
 
