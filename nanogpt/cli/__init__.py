@@ -1,1 +1,1 @@
-"""The command line: one file a command, thin, with no logic of its own. `main.py` lists the commands."""
+"""The command line: one thin file per command, without logic of its own. `main.py` lists the commands."""

@@ -13,10 +13,10 @@ PATIENCE_S = 90.0
 
 
 def cancel(
-    job_id: Annotated[str, typer.Argument(metavar="JOB", help="123, or 120_3 of an array.")],
+    job_id: Annotated[str, typer.Argument(metavar="JOB", help="123, or 120_3 for a job of an array.")],
     directory: RunsOption = None,
 ) -> None:
-    """Cancel one of my jobs, wait until nothing of it runs, and say what its run has left."""
+    """Cancel one of my jobs, wait until nothing of it runs, and show what its run has left."""
     from nanogpt.cluster.jobs import find_job, my_jobs, refresh
     from nanogpt.cluster.outside import ask_or_fail
     from nanogpt.console import say

@@ -1,4 +1,4 @@
-"""`nanogpt check`: a run against the public rules."""
+"""`nanogpt check`: check a run against the public rules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`nanogpt compare`: runs side by side."""
+"""`nanogpt compare`: show runs side by side."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Directories of two or more runs.")],
     out: Annotated[
         list[Path] | None,
-        typer.Option("--out", metavar="FILE", help="Draw the losses too, as .png or .svg. May be repeated."),
+        typer.Option("--out", metavar="FILE", help="Also draw the losses, as .png or .svg. May be repeated."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,
 ) -> None:
-    """Show time, loss and ms/step of RUNs side by side, and what they differ in: spec, code, hardware, data.
+    """Show time, loss and ms/step of RUNs side by side, and how they differ: spec, code, hardware, data.
 
     Exit code 1: a run cannot be read; the others are shown.
     """

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from nanogpt.spec import RunSpec
 
 NEEDED_MARGIN = 0.3  # nats below the unigram cross-entropy
-PROMPT = "Up, and to the office, where"  # how many a day of the diary begins
+PROMPT = "Up, and to the office, where"  # how many entries of the diary begin
 
 
 def demo(
@@ -33,12 +33,12 @@ def demo(
         typer.Option("--steps", min=1, metavar="N", help="Fewer steps, for a quick look; the result is not judged."),
     ] = None,
     recipe: Annotated[
-        str, typer.Option("--recipe", metavar="RECIPE", help="Another small one, such as demo-record92.")
+        str, typer.Option("--recipe", metavar="RECIPE", help="Another small recipe, such as demo-record92.")
     ] = "demo",
 ) -> None:
     """Train a small model on the embedded prose: no GPU, no network, about two minutes on two cores.
 
-    The same code as the speedrun's, made small by the recipe `demo`. Shows a table, a plot and a text sample, and fails
+    It is the speedrun's code, made small by the recipe `demo`. Shows a table, a plot and a text sample, and fails
     if the model ends less than 0.3 nats below the cross-entropy of a unigram model of the same text.
     """
     wait_briefly()
@@ -78,11 +78,11 @@ def run_demo(directory: Path, *, recipe: str = "demo", steps: int | None = None)
     typer.echo(f"\nWhat it writes after {PROMPT!r}:\n\n  " + "\n  ".join(lines) + "\n")
 
     if steps is not None:
-        typer.echo(f"Shortened to {training.total_steps} steps: the loss is shown, and not judged.")
-    elif not margin >= NEEDED_MARGIN:  # also where it is not a number
+        typer.echo(f"Shortened to {training.total_steps} steps: the loss is shown, but not judged.")
+    elif not margin >= NEEDED_MARGIN:  # also if it is not a number
         raise RunError(
             f"The demo failed: a validation loss of {result.final_val_loss:.4f} is {margin:.4f} nats below the unigram"
-            f" cross-entropy, at least {NEEDED_MARGIN} are expected. This installation does not train as it should: run"
+            f" cross-entropy; at least {NEEDED_MARGIN} is expected. This installation does not train as it should: run"
             f" `make test`, and report what fails there with {run.log_path}"
         )
     typer.echo(f"All of it took {time.perf_counter() - began:.0f} s. Next:\n\n" + next_steps(run.path, _gpus_here()))
@@ -90,7 +90,7 @@ def run_demo(directory: Path, *, recipe: str = "demo", steps: int | None = None)
 
 
 def prepare_data(directory: Path, val_tokens: int) -> None:
-    """Make token shards of the embedded corpus in `directory`, unless they are there and whole.
+    """Make token shards of the embedded corpus in `directory`, unless they are there and complete.
 
     Raises:
         InputError: the directory holds other shards, which are left alone, or is a file.
@@ -103,7 +103,7 @@ def prepare_data(directory: Path, val_tokens: int) -> None:
     if state == "ready":
         say(f"The embedded prose is in {directory} already")
         return
-    again = " again: what was there is damaged, or of another version" if state == "stale" else ""
+    again = " again: what was there is damaged, or from another version" if state == "stale" else ""
     say(f"Tokenizing the embedded prose into {directory}{again}")
     try:
         prepare_text([embedded_corpus()], directory, val_tokens=val_tokens, force=state == "stale")
@@ -115,7 +115,7 @@ def prepare_data(directory: Path, val_tokens: int) -> None:
 
 
 def data_state(directory: Path, val_tokens: int) -> str:
-    """`ready`; `stale` where shards of the embedded corpus are not as they should be; or `other`."""
+    """`ready`; `stale` if shards of the embedded corpus are not as they should be; or `other`."""
     from nanogpt.data.tokenizer import RANKS_SHA256
     from nanogpt.files import read_json
 
@@ -184,7 +184,7 @@ def _comparison(spec: RunSpec, first: float | None, final: float, unigram: float
 
 
 def next_steps(run_path: Path, gpus: Sequence[str]) -> str:
-    """Commands to try next, each below what it is for; on a machine with these GPUs, by the driver's names."""
+    """Commands to try next, each below its purpose; `gpus` are this machine's, by the driver's names."""
     from nanogpt.gpus import known_type
     from nanogpt.hardware import largest_count
     from nanogpt.models import MODELS
@@ -207,7 +207,7 @@ def next_steps(run_path: Path, gpus: Sequence[str]) -> str:
     else:
         lines.append((f"nanogpt validate {recipe} --on 1xh100", "the speedrun, which needs a GPU: check its recipe"))
         if Path("slurm/run.sh").is_file():
-            lines.append((f"slurm/run.sh --dry-run {recipe} --on 1xh100", "and on a Slurm cluster: docs/cluster.md"))
+            lines.append((f"slurm/run.sh --dry-run {recipe} --on 1xh100", "on a Slurm cluster: docs/cluster.md"))
     activate = Path(sys.prefix) / "bin" / "activate"
     found = shutil.which("nanogpt")
     if activate.is_file() and (found is None or Path(found).parent != activate.parent):

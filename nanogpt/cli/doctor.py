@@ -1,4 +1,4 @@
-"""`nanogpt doctor`: is everything here fit for a run?"""
+"""`nanogpt doctor`: check that everything here is fit for a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import typer
 
 
 def doctor(
-    require_gpu: Annotated[bool, typer.Option("--gpu", help="Fail where there is no GPU.")] = False,
+    require_gpu: Annotated[bool, typer.Option("--gpu", help="Fail if there is no GPU.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of lines.")] = False,
 ) -> None:
     """Check versions, GPU, driver, FlashAttention and Triton, train two steps, and say what to do about problems.

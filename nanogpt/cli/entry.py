@@ -1,4 +1,4 @@
-"""How every command begins and ends: what it prints on, its exit code, and how errors reach the user."""
+"""How every command begins and ends: its output, its exit code, and how errors reach the user."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nanogpt.environment import expanded_path, seen_inside
 from nanogpt.errors import InputError, NanogptError, RunError
 from nanogpt.terminal import terminal
 
-# What is wrong with a name that somebody gave; anything else is the machine's.
+# Errors in a name that the user gave; anything else is the machine's fault.
 _WRONG_NAME = {
     errno.ENOENT,
     errno.EACCES,
@@ -50,7 +50,7 @@ _TYPE = re.compile(r"<(?:list\[)?(\w+)[^>]*>")  # as Typer shows it: <int range>
 
 
 class Command(typer.core.TyperCommand):
-    """A command whose help names arguments and values as people do, without the types of the code."""
+    """A command whose help names arguments and values as people do, without the code's types."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """`[OPTIONS] RUN...`."""
@@ -81,7 +81,7 @@ def _named(argument: Any) -> str:
 
 
 def _value(kind: re.Match[str]) -> str:
-    """What stands for the value of an option that gives it no name."""
+    """What stands for the value of an option that does not name it."""
     return {"int": "N", "float": "X", "path": "PATH"}.get(kind[1].lower(), "TEXT")
 
 
@@ -89,18 +89,18 @@ def _readable(text: str) -> str:
     """An option's help with its default and its range in words."""
     text = re.sub(r"(\[|; )default: \((.*?)\)([\];])", r"\1default: \2\3", text)
     text = re.sub(r"(-?[\d.]+)<=x<=(-?[\d.]+)", r"\1 to \2", text)
-    return re.sub(r"; x>=-?[\d.]+|  \[x>=-?[\d.]+\]", "", text)  # what is too little is refused by name
+    return re.sub(r"; x>=-?[\d.]+|  \[x>=-?[\d.]+\]", "", text)  # too small a value is refused by name
 
 
 def run_command(name: str, work: Callable[[], object]) -> NoReturn:
-    """Do a command's `work` and exit; a user's error is a message that begins with `name`, if any, and no traceback.
+    """Do a command's `work` and exit; a user's error is a message, after `name:` if given, without a traceback.
 
     Exit codes: 0 done, 1 failed, 2 the user's input is wrong, 75 interrupted with a checkpoint, 130 Ctrl-C; that of
     a SystemExit is kept.
     """
-    # Pictures go to files: a notebook's choice of a screen to draw on is not for this process, and may not be there.
+    # Pictures go to files: a notebook's choice of backend is not for this process, and may not be installed.
     os.environ["MPLBACKEND"] = "agg"
-    for size in ("COLUMNS", "LINES"):  # libraries take any digit for a number
+    for size in ("COLUMNS", "LINES"):  # libraries accept any Unicode digit as a number
         if not re.fullmatch("[0-9]{1,4}", os.environ.get(size, "80")):
             del os.environ[size]
     with terminal() as streams:
@@ -112,10 +112,10 @@ def run_command(name: str, work: Callable[[], object]) -> NoReturn:
 
 
 def click_command(loaded: Any, name: str) -> Any:
-    """The command of a function, whose signature and docstring are its options and help, or of a Typer application.
+    """The command for a function, whose signature and docstring give options and help, or for a Typer application.
 
-    In the directories and files that its options name, `~` and `$VARIABLE` are expanded where the shell has not done
-    it: `--data=~/shards` would make a directory `~`.
+    In the directories and files that its options name, `~` and `$VARIABLE` are expanded if the shell has not done
+    it: otherwise `--data=~/shards` would make a directory `~`.
     """
     if not isinstance(loaded, typer.Typer):
         single = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -140,7 +140,7 @@ def _expanded(value: Any, function: Callable[..., Any], name: str) -> Any:
     if isinstance(value, list):
         return [_expanded(item, function, name) for item in value]
     text = str(value)
-    # A name with a $ may well be meant; one that begins with ~ can be written ./~.
+    # A name with a $ may well be intended; one that begins with ~ can be written ./~.
     if not isinstance(value, Path) or not (text.startswith("~") or ("$" in text and not os.path.lexists(text))):
         return value
     info = typing.get_args(typing.get_type_hints(function, include_extras=True)[name])[1]
@@ -160,7 +160,7 @@ def _exit_code(name: str, work: Callable[[], object]) -> int:
         return _tell(name, explanation)
     except RuntimeError as error:
         found = str(error).partition("\n")[0].rstrip(".")
-        if "out of memory" not in found:  # of PyTorch's allocator, or of CUDA itself where another process has it all
+        if "out of memory" not in found:  # from PyTorch's allocator, or from CUDA itself if another process has it all
             raise
         return _tell(name, RunError(f"{found}. See what else runs on the GPU: nvidia-smi"))
     except KeyboardInterrupt:
@@ -182,7 +182,7 @@ def _tell(name: str, error: NanogptError) -> int:
 
 
 def _explained(error: OSError | MemoryError) -> NanogptError | None:
-    """A user's error of what no command has a better word for; None: it looks like a mistake of ours."""
+    """A user's error for a failure that no command explains better; None: it looks like our own mistake."""
     if isinstance(error, MemoryError):
         return RunError("out of memory: see what else runs here, or ask for more (slurm: --mem)")
     if error.filename is None and error.errno not in _MACHINE:
@@ -191,4 +191,4 @@ def _explained(error: OSError | MemoryError) -> NanogptError | None:
     if error.errno in _WRONG_NAME:
         hint = seen_inside(Path(os.fsdecode(error.filename))) if error.filename is not None else ""
         return InputError(f"{place}{error.strerror}; name another file or directory, or fix this one{hint}")
-    return RunError(f"{place}{error.strerror}; see that disk and memory have room, and that the file system answers")
+    return RunError(f"{place}{error.strerror}; check that disk and memory have room and that the file system answers")

@@ -13,7 +13,8 @@ from nanogpt.cli.threads import wait_briefly
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's directory.", show_default=False)],
     other: Annotated[
-        Path | None, typer.Argument(metavar="OTHER_RUN", help="Another run's, to compare with.", show_default=False)
+        Path | None,
+        typer.Argument(metavar="OTHER_RUN", help="Another run's directory, to compare with.", show_default=False),
     ] = None,
     data: Annotated[
         Path | None,
@@ -40,25 +41,27 @@ def evaluate(
         typer.Option("--out", metavar="FILE", help="Also write all documents, or answers, to this file, as JSON."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables, with all documents.")] = False,
-    task: Annotated[str | None, typer.Option("--task", metavar="hellaswag", help="Answer questions instead.")] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", metavar="hellaswag", help="Answer its questions instead.")
+    ] = None,
     items: Annotated[
         Path | None, typer.Option("--items", metavar="FILE", help="With --task: its questions, as JSON lines.")
     ] = None,
     no_bos: Annotated[
         bool,
-        typer.Option("--no-bos", help="With --task: no <|endoftext|> before a question, as lm-eval has it for GPT-2."),
+        typer.Option("--no-bos", help="With --task: no <|endoftext|> before a question, as in lm-eval for GPT-2."),
     ] = False,
 ) -> None:
     """Compute the validation loss of RUN's newest checkpoint again and list the documents that weigh most on it.
 
     With OTHER_RUN, both are evaluated on the same tokens, and the documents that make the difference are listed.
 
-    With --task, the share of questions that RUN answers correctly, by the rules of EleutherAI's lm-evaluation-harness.
+    With --task, print the share of questions that RUN answers correctly, by EleutherAI's lm-evaluation-harness rules.
 
     Standard errors are over documents of s nats and n tokens: with D of them and R = sum(s) / sum(n), the mean,
     sqrt(D / (D - 1) * sum((s - R n)^2)) / sum(n). For a difference, s is the difference of a document's losses.
 
-    A document that the edge of a validation micro-batch cuts counts as two.
+    A document that is cut by the edge of a validation micro-batch counts as two.
     """
     wait_briefly()
     from nanogpt.errors import InputError
@@ -66,7 +69,7 @@ def evaluate(
     from nanogpt.training.evaluation import as_lines, evaluate_runs
 
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        raise InputError(f"--out: {out}: expected a file's name in a directory that is there")
+        raise InputError(f"--out: {out}: expected a file's name in a directory that exists")
     directories = [run] if other is None else [run, other]
     if task is not None:
         if data is not None or tokens is not None:
@@ -86,14 +89,14 @@ def evaluate(
 def _answers(
     directories: list[Path], task: str, items: Path | None, *, bos: bool, device: str | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """What --out gets, and what is printed."""
+    """What goes to --out, and what is printed."""
     from nanogpt.errors import InputError
     from nanogpt.training.multiple_choice import TASKS, answer_items, as_json, as_lines, read_hellaswag
 
     if task not in TASKS:
         raise InputError(f"--task: found {task!r}, expected {' or '.join(TASKS)}")
     if items is None:
-        raise InputError(f"--items: is not given; name the file with the items of {task}, a line of JSON for each")
+        raise InputError(f"--items: is missing; name the file with the items of {task}, one line of JSON each")
     questions = read_hellaswag(items)
     answers = answer_items(directories, questions, bos=bos, device=device)
     return as_json(answers, questions, task), as_lines(answers, questions, task)

@@ -1,4 +1,4 @@
-"""`nanogpt export`: a run's model for other people's software."""
+"""`nanogpt export`: write a run's model for other people's software."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ def export(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The directory to make.")],
     push_to_hub: Annotated[
         str | None,
-        typer.Option("--push-to-hub", metavar="OWNER/NAME", help="Also upload it, with the token of HF_TOKEN."),
+        typer.Option("--push-to-hub", metavar="OWNER/NAME", help="Also upload it, with the token in HF_TOKEN."),
     ] = None,
     private: Annotated[
-        bool, typer.Option("--private", help="With --push-to-hub: make a repository that only its owners see.")
+        bool, typer.Option("--private", help="With --push-to-hub: make the repository visible to its owners only.")
     ] = False,
 ) -> None:
     """Write RUN's newest checkpoint to DIR as Hugging Face transformers loads it, with tokenizer and model card.
 
-    gpt2 becomes transformers' GPT2LMHeadModel. The other models bring their code: load them with
+    gpt2 becomes transformers' GPT2LMHeadModel. The other models come with their code: load them with
     trust_remote_code=True. Neither needs this package.
     """
     wait_briefly()

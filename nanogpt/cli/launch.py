@@ -1,4 +1,4 @@
-"""`nanogpt launch`: starts the ranks of `nanogpt train`."""
+"""`nanogpt launch`: start the ranks of `nanogpt train`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class _AsGiven(Command):
-    """Leaves every argument but a sole --help to the function."""
+    """Leaves every argument except a lone --help to the function."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args in (["--help"], ["-h"], []):
@@ -70,7 +70,7 @@ def launch(
 
 
 def _hardware(command: str, arguments: Sequence[str]) -> tuple[HardwareSpec, list[str]]:
-    """What `nanogpt COMMAND` with these arguments is to run on, and what to add to them so that every rank knows."""
+    """What `nanogpt COMMAND` with these arguments should run on, and what to add to them so that every rank knows."""
     from nanogpt.cli.bench import bench
     from nanogpt.cli.train import train
     from nanogpt.cluster.at_hand import at_hand
@@ -80,14 +80,14 @@ def _hardware(command: str, arguments: Sequence[str]) -> tuple[HardwareSpec, lis
     alone = typer.Typer(add_completion=False, rich_markup_mode=None)
     alone.command()(train)
     reader, arguments = typer.main.get_command(bench if command == "bench" else alone), list(arguments)
-    if isinstance(reader, typer.core.TyperGroup):  # of its commands the one that is named
+    if isinstance(reader, typer.core.TyperGroup):  # the one of its commands that is named
         known = reader.commands.get(arguments.pop(0) if arguments else "")
         if known is None or not any(parameter.name == "recipe" for parameter in known.params):
             raise InputError("nanogpt launch --bench: takes step, profile or communication, and a RECIPE")
         reader = known
     with reader.make_context(f"nanogpt {command}", arguments) as context:
         said = context.params
-    steps = said["steps"] if command == "train" else None  # those of `bench` are others
+    steps = said["steps"] if command == "train" else None  # those of `bench` mean something else
     given = RunArguments(said["recipe"], said["overrides"] or (), steps, resume=said.get("resume"), on=said["on"])
     settled = given.settled(at_hand(os.environ))
     return settled.spec().hardware, [] if settled.on == given.on else [f"--on={settled.on}"]

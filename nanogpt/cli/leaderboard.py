@@ -1,4 +1,4 @@
-"""`nanogpt leaderboard`: submissions as a static page."""
+"""`nanogpt leaderboard`: write submissions as a static page."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import typer
 
 
 def leaderboard(
-    submissions: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of what `nanogpt submission` made.")],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the page goes; an earlier one is renewed.")],
+    submissions: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A folder of submissions by `nanogpt submission`.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the page goes; an earlier one is updated.")],
 ) -> None:
     """Check every submission in DIR again, and write those that pass as a page, sorted by time, with their reports.
 
-    What fails is listed apart, with the reason.
+    What fails is listed separately, with the reason.
     """
     from nanogpt.console import say
     from nanogpt.pages.leaderboard import PAGE_NAME, write_leaderboard

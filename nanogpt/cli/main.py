@@ -51,7 +51,7 @@ COMMANDS = (
     Command("evaluate", "nanogpt.cli.evaluate:evaluate", "Runs", "Validation loss of a checkpoint, by document."),
     Command("export", "nanogpt.cli.export:export", "Runs", "Write a model for Hugging Face transformers."),
     Command("plot", "nanogpt.cli.plot:plot", "Runs", "Draw the losses of runs."),
-    Command("compare", "nanogpt.cli.compare:compare", "Runs", "Runs side by side, and what they differ in."),
+    Command("compare", "nanogpt.cli.compare:compare", "Runs", "Runs side by side, and how they differ."),
     Command("report", "nanogpt.cli.report:report", "Runs", "Write a page about runs that opens without network."),
     Command("significance", "nanogpt.cli.significance:significance", "Records", "Test the mean loss of several runs."),
     Command("check", "nanogpt.cli.check:check", "Records", "Check a run against the public rules."),
@@ -68,12 +68,12 @@ COMMANDS = (
     Command("bench", "nanogpt.cli.bench:bench", "Speed", "Time the kernels, or a training step of a recipe."),
     Command("experiment", "nanogpt.cli.experiment:experiment", "Speed", "Try ideas against a recipe, seed by seed."),
     Command("doctor", "nanogpt.cli.doctor:doctor", "Help", "Check that everything here is fit for a run."),
-    Command("version", "nanogpt.cli.version:version", "Help", "Print the versions that a report of a problem needs."),
+    Command("version", "nanogpt.cli.version:version", "Help", "Print the versions that a bug report needs."),
 )
 
 
 class _Commands(typer.core.TyperGroup):
-    """Imports a command when it is asked for, and lists the commands by section without importing any."""
+    """Imports a command when it is used, and lists the commands by section without importing any."""
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         for command in COMMANDS:
@@ -116,20 +116,20 @@ def app() -> typer.Typer:
         epilog="`nanogpt COMMAND --help` explains each.",
     )
     root.callback()(_root)
-    for command in COMMANDS:  # the names, which Typer suggests from after a typo
+    for command in COMMANDS:  # the names, from which Typer makes suggestions after a typo
         root.command(command.name, help=command.help)(lambda: None)
     return root
 
 
 def _say_which_code() -> None:
-    """In an image, where NANOGPT_SRC names a checkout: that its code runs, and not the image's."""
+    """In an image, if NANOGPT_SRC names a checkout, say that its code runs, and not the image's."""
     source = os.environ.get("NANOGPT_SRC")
     if source and os.environ.get("LOCAL_RANK", "0") == "0" and Path(__file__).is_relative_to(Path(source).absolute()):
         say(f"nanogpt: the code of {source} runs (NANOGPT_SRC)")
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line `argv` (None: that of the process) and exit; a user's error is a message, no traceback."""
+    """Run the command line `argv` (None: the process's own) and exit; a user's error is a message, not a traceback."""
 
     def work() -> None:
         _say_which_code()

@@ -1,4 +1,4 @@
-"""`nanogpt plot`: losses of runs as a picture."""
+"""`nanogpt plot`: draw the losses of runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def plot(
             "--out",
             metavar="FILE",
             help="The picture, .png or .svg.",
-            show_default="loss.png in the run's directory; in this one for several runs",
+            show_default="loss.png in the run's directory; for several runs, in this one",
         ),
     ] = None,
 ) -> None:

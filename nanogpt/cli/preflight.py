@@ -1,4 +1,4 @@
-"""`nanogpt preflight`: is this machine fit for a run of RECIPE?"""
+"""`nanogpt preflight`: check that this machine is fit for a run of RECIPE."""
 
 from __future__ import annotations
 
@@ -18,13 +18,11 @@ def preflight(
     on: OnOption = None,
     data: DataOption = None,
     out: OutOption = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="The checks as JSON on standard output, besides the lines.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Also print the checks as JSON on standard output.")] = False,
 ) -> None:
     """Check GPUs, driver, memory, links, shards, output, space and image, in under 20 seconds, compiling nothing.
 
-    slurm/run.sh does so on every node of a job. Exit code 2: a check failed.
+    slurm/run.sh does this on every node of a job. Exit code 2: a check failed.
     """
     import json
 

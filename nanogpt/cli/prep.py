@@ -1,4 +1,4 @@
-"""`prep-fineweb`, also `nanogpt prep`: FineWeb's token shards, downloaded and verified."""
+"""`prep-fineweb`, also `nanogpt prep`: download FineWeb's token shards and verify them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def prep_fineweb(
     ] = 9,
     dataset: Annotated[
         str,
-        typer.Option("--dataset", metavar="NAME", help="fineweb10B, the leaderboard's, fineweb100B or finewebedu10B."),
+        typer.Option("--dataset", metavar="NAME", help="fineweb10B (the leaderboard's), fineweb100B or finewebedu10B."),
     ] = "fineweb10B",
     directory: Annotated[
         Path | None,
@@ -32,7 +32,7 @@ def prep_fineweb(
     ] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, max=32, help="Parallel connections.")] = 4,
     retries: Annotated[
-        int, typer.Option("--retries", min=0, max=100, help="Retries of a failing request, in a row.")
+        int, typer.Option("--retries", min=0, max=100, help="Retries in a row for a failing request.")
     ] = 6,
     verify: Annotated[
         bool, typer.Option("--verify", help="Hash the shards that are here, even if they look unchanged.")
@@ -40,7 +40,7 @@ def prep_fineweb(
 ) -> None:
     """Download FineWeb's token shards and verify them.
 
-    The validation shard and the first training shards of the hub data set kjj0/NAME-gpt2. Valid
+    Gets the validation shard and the first training shards of the hub data set kjj0/NAME-gpt2. Valid
     shards are kept, corrupt ones fetched again, interrupted downloads resumed. Run it where there is internet: on most
     clusters, the login node. HF_ENDPOINT, HF_TOKEN, HTTPS_PROXY and SSL_CERT_FILE are used if set.
     """

@@ -1,4 +1,4 @@
-"""`prep-text`, also `nanogpt prep-text`: own text to token shards."""
+"""`prep-text`, also `nanogpt prep-text`: turn your own text into token shards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`nanogpt report`: runs as one page."""
+"""`nanogpt report`: write runs as one page."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories, finished or not.")],
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The page, such as report.html.")],
 ) -> None:
-    """Write a page about RUNs that opens anywhere, without network: result, curves, stages, rules, provenance.
+    """Write a page about RUNs that opens anywhere, without a network: result, curves, stages, rules, provenance.
 
-    Exit code 1: a run cannot be read; the page says so and has the others.
+    Exit code 1: a run cannot be read; the page says so and shows the others.
     """
     from nanogpt.errors import InputError
     from nanogpt.pages.report import write_report

@@ -1,4 +1,4 @@
-"""`nanogpt runs`: a table of runs."""
+"""`nanogpt runs`: list runs in a table."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def runs(
     filters: Annotated[
         list[str] | None,
         typer.Option(
-            "--filter", metavar="KEY=VALUE", help="Only such runs: state=finished, 'val_loss<3.28'. Repeatable."
+            "--filter", metavar="KEY=VALUE", help="Only matching runs: state=finished, 'val_loss<3.28'. Repeatable."
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON, with more columns, instead of a table.")] = False,
 ) -> None:
-    """List runs: state, steps, validation loss, time, GPUs, commit; also those that were killed, or have no record."""
+    """List runs: state, steps, validation loss, time, GPUs, commit; also those that were killed or have no record."""
     import json
 
     from nanogpt.console import print_table, say
@@ -40,7 +40,7 @@ def runs(
         typer.echo(json.dumps([row.as_json() for row in rows], indent=1))
         return
     if not rows:
-        say(f"{directory}: no runs" + (" that fit the filters" if filters else ""))
+        say(f"{directory}: no runs" + (" that match the filters" if filters else ""))
         return
     print_table(runs_table(rows))
     for row in rows:

@@ -1,4 +1,4 @@
-"""`nanogpt sample`: text from a run's model."""
+"""`nanogpt sample`: write text with a run's model."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from nanogpt.cli.threads import wait_briefly
 def sample(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's directory.", show_default=False)],
     prompt: Annotated[
-        list[str], typer.Option("--prompt", metavar="TEXT", help="What a text starts with; may be given several times.")
+        list[str], typer.Option("--prompt", metavar="TEXT", help="What a text starts with. May be repeated.")
     ],
-    tokens: Annotated[int, typer.Option("--tokens", metavar="N", help="Tokens to write at most.")] = 100,
+    tokens: Annotated[int, typer.Option("--tokens", metavar="N", help="At most this many tokens per text.")] = 100,
     temperature: Annotated[
         float, typer.Option("--temperature", metavar="T", help="0 takes the likeliest token each time.")
     ] = 0.8,

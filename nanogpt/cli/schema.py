@@ -1,4 +1,4 @@
-"""`nanogpt schema`: the JSON Schema of recipes."""
+"""`nanogpt schema`: print the JSON Schema of recipes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 def schema(
     resolved: Annotated[
-        bool, typer.Option("--resolved", help="Of a resolved run spec, where nothing may be missing, instead.")
+        bool, typer.Option("--resolved", help="That of a resolved run spec, where nothing may be missing.")
     ] = False,
 ) -> None:
     """Print the JSON Schema that recipes name in their first line, so that editors complete and check them."""

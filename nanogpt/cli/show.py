@@ -1,4 +1,4 @@
-"""`nanogpt show` and `nanogpt recipes`: what a recipe resolves to, and which there are."""
+"""`nanogpt show` and `nanogpt recipes`: what a recipe resolves to, and which recipes there are."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def show(
 def recipes(
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
 ) -> None:
-    """List the recipes that come with the package, with what each is."""
+    """List the recipes that come with the package, and what each is."""
     from rich.text import Text
 
     from nanogpt.console import new_table, print_table
@@ -61,7 +61,7 @@ def recipes(
 
 
 def _facts(path: Path) -> dict[str, Any]:
-    """What `nanogpt recipes` lists of the shipped recipe at `path`."""
+    """What `nanogpt recipes` shows for the shipped recipe at `path`."""
     from nanogpt.hardware import shape
     from nanogpt.recipe import own_keys, resolve_recipe
 

@@ -1,4 +1,4 @@
-"""`nanogpt significance`: whether several runs show a mean validation loss below the target."""
+"""`nanogpt significance`: test whether the mean validation loss of several runs is below the target."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ def significance(
     target: Annotated[
         float | None,
         typer.Option(
-            "--target", metavar="LOSS", help="Loss to be below.", show_default="the recipe's target, else 3.28"
+            "--target",
+            metavar="LOSS",
+            help="The loss that the mean must be below.",
+            show_default="the recipe's target, else 3.28",
         ),
     ] = None,
     alpha: Annotated[float, typer.Option("--alpha", metavar="P", help="The p-value must be below this.")] = 0.01,
@@ -40,7 +43,7 @@ def significance(
         seeds = repeated_seeds(loaded)
         if seeds:
             say(
-                f"Note: several runs have seed {', '.join(map(str, seeds))}: they differ by rounding alone, which"
+                f"Note: several runs have seed {', '.join(map(str, seeds))}: they differ only by rounding, which"
                 " understates the spread. Give each run its own: --set training.seed=N"
             )
     raise typer.Exit(0 if result.significant and not unreadable else 1)

@@ -1,4 +1,4 @@
-"""`nanogpt status`: my jobs and their runs."""
+"""`nanogpt status`: show my jobs and their runs."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ RunsOption = Annotated[
     typer.Option(
         "--runs",
         metavar="DIR",
-        help="Where runs are; where jobs were submitted is searched as well.",
+        help="Where runs are; the directories that jobs were submitted from are searched too.",
         show_default="NANOGPT_RUNS, else ./runs",
     ),
 ]
 
 
 def runs_directories(directory: Path | None) -> list[Path]:
-    """Where runs are looked for."""
+    """Where to look for runs."""
     return [directory or path_of("NANOGPT_RUNS") or Path("runs")]
 
 
@@ -33,7 +33,7 @@ def status(
 ) -> None:
     """My jobs of the last two days: state, step, loss, ms/step, time left of the run and of the job.
 
-    From squeue and sacct; where sacct is not configured, jobs that have ended are known by their runs.
+    From squeue and sacct; if sacct is not configured, ended jobs are known from their runs.
     """
     from nanogpt.cluster.jobs import jobs_table, my_jobs
     from nanogpt.console import print_table, say
@@ -53,4 +53,4 @@ def status(
         return
     print_table(jobs_table(found.jobs))
     if not found.history:
-        say("sacct is not configured here: jobs that have ended are listed by their runs")
+        say("sacct is not configured here: ended jobs are listed from their runs")

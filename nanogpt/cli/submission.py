@@ -1,4 +1,4 @@
-"""`nanogpt submission`: a record made ready to publish."""
+"""`nanogpt submission`: make a record ready to publish."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ def submission(
     description: Annotated[str, typer.Option("--description", metavar="TEXT", help="What is new, in a few words.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The directory to make.")],
     contributors: Annotated[
-        str | None, typer.Option("--contributors", metavar="A,B", help="Names, with commas between.")
+        str | None, typer.Option("--contributors", metavar="A,B", help="Names, separated by commas.")
     ] = None,
     log_url: Annotated[str | None, typer.Option("--log-url", metavar="URL", help="Where the log is published.")] = None,
     unofficial: Annotated[
-        bool, typer.Option("--unofficial", help="Continue where a rule or the test fails, and mark it everywhere.")
+        bool, typer.Option("--unofficial", help="Continue if a rule or the test fails, and mark it everywhere.")
     ] = False,
     layout: Annotated[
         str | None,
         typer.Option(
             "--format",
             metavar="modded-nanogpt",
-            help="Also records/track_1_short/DATE_Name, as that repository has it.",
+            help="Also records/track_1_short/DATE_Name, as in that repository.",
         ),
     ] = None,
 ) -> None:
-    """Make the directory --out of RUNs: the leaderboard's row as Markdown and JSON, logs, records, plots and notes.
+    """Make the directory --out from RUNs: the leaderboard's row as Markdown and JSON, logs, records, plots and notes.
 
-    What `nanogpt check` or `nanogpt significance` fails is refused. The row is printed.
+    Runs that fail `nanogpt check` or `nanogpt significance` are refused. The row is printed.
     """
     from nanogpt.console import say
     from nanogpt.errors import InputError

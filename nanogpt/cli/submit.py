@@ -1,4 +1,4 @@
-"""`nanogpt submit`: what `slurm/run.sh RECIPE` does: check, work out the resources, and sbatch."""
+"""`nanogpt submit`, which `slurm/run.sh RECIPE` calls: check, work out the resources, and run sbatch."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ SbatchOptions = Annotated[
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the sbatch command, and submit nothing.")]
 ParsableOption = Annotated[
-    bool, typer.Option("--parsable", help="Print the job's id alone (`12`, `12;CLUSTER`), as sbatch does, for scripts.")
+    bool, typer.Option("--parsable", help="Print only the job's id (`12`, `12;CLUSTER`), as sbatch does, for scripts.")
 ]
 
 
 class ForSlurm(Command):
-    """What stands after `--` is sbatch's; an option that there is not may be one of sbatch's as well."""
+    """Everything after `--` is for sbatch; an unknown option may also be one of sbatch's."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the arguments. Raises `InputError` where one is sbatch's and not in its place."""
+        """Read the arguments. Raises `InputError` if one is sbatch's and not in its place."""
         from nanogpt.errors import InputError
 
         at = args.index("--") if "--" in args else len(args)
@@ -60,7 +60,7 @@ class ForSlurm(Command):
         submits = any(parameter.name == "sbatch_options" for parameter in self.params)
         place = "after --: slurm/run.sh RECIPE --" if submits else "before the script: sbatch"
         if theirs and not submits:
-            raise InputError(f"{theirs[0]}: in a job it is too late for it. Options of sbatch go {place} {theirs[0]}")
+            raise InputError(f"{theirs[0]}: is too late inside a job. Options of sbatch go {place} {theirs[0]}")
         try:
             rest = super().parse_args(ctx, args[:at])
         except Exception as error:  # of Click, or of Typer's copy of Click
@@ -68,10 +68,10 @@ class ForSlurm(Command):
             if option is None or not hasattr(error, "possibilities"):
                 raise
             close = f" Did you mean {error.possibilities[0]}?" if error.possibilities else ""
-            raise InputError(f"{option}: no such option.{close} One of sbatch's goes {place} {option}") from None
+            raise InputError(f"{option}: no such option.{close} An option of sbatch goes {place} {option}") from None
         if submits:
             if surplus := ctx.params["sbatch_options"]:
-                raise InputError(f"{surplus[0]}: one RECIPE is expected; options of sbatch go {place} {surplus[0]}")
+                raise InputError(f"{surplus[0]}: expected one RECIPE; options of sbatch go {place} {surplus[0]}")
             ctx.params["sbatch_options"] = theirs
         return rest
 
@@ -88,7 +88,7 @@ def submit(
     runs: Annotated[
         str | None,
         typer.Option(
-            "--runs", metavar="N[%M]", help="An array of N runs, each with a seed of its own; at most M at a time."
+            "--runs", metavar="N[%M]", help="An array of N runs, each with its own seed; at most M at a time."
         ),
     ] = None,
     parsable: ParsableOption = False,
@@ -97,7 +97,7 @@ def submit(
     """Validate RECIPE, work out nodes, GPUs, CPUs, memory, time and log from it, and submit the job.
 
     Started by slurm/run.sh, outside a job. Partition and account: SBATCH_PARTITION, SBATCH_ACCOUNT, or after `--`.
-    With --dry-run the exit code is 2 where the job would be refused for its shards.
+    With --dry-run the exit code is 2 if the job would be refused because of its shards.
     """
     from nanogpt.cluster.at_hand import to_be_said
     from nanogpt.cluster.job_step import RunArguments
@@ -119,7 +119,7 @@ def submit(
     if job is None:
         raise_for_failures(shards)
     else:
-        say(f"Follow it: {scripts}/nanogpt.sh watch {job}; all of them: {scripts}/nanogpt.sh status")
+        say(f"Follow it: {scripts}/nanogpt.sh watch {job}; all your jobs: {scripts}/nanogpt.sh status")
 
 
 submit.command_class = ForSlurm  # type: ignore[attr-defined]
@@ -136,7 +136,7 @@ def submit_warm(
     parsable: ParsableOption = False,
     dry_run: DryRunOption = False,
 ) -> None:
-    """Submit slurm/warm.sh RECIPE to one GPU of the type that the runs will be on."""
+    """Submit slurm/warm.sh RECIPE to one GPU of the type that the runs will use."""
     from nanogpt.cluster.at_hand import to_be_said
     from nanogpt.cluster.job_step import RunArguments
     from nanogpt.cluster.request import job_request, warm_request
@@ -155,7 +155,7 @@ def _scripts() -> str:
 
     scripts = os.environ.get(SCRIPTS)
     if scripts is None:
-        raise InputError("submit: start it by slurm/run.sh RECIPE, which has sbatch at hand outside the image")
+        raise InputError("submit: start it with slurm/run.sh RECIPE, which finds sbatch outside the image")
     return scripts
 
 
@@ -169,7 +169,7 @@ def _sbatch(
     parsable: bool,
     dry_run: bool,
 ) -> str | None:
-    """Print the command and run it; returns the job's id, None of a dry run."""
+    """Print the command and run it; returns the job's id, or None for a dry run."""
     from nanogpt.cluster.outside import ask_or_fail
     from nanogpt.cluster.request import LOG, sbatch_command, shown
     from nanogpt.console import say

@@ -1,4 +1,4 @@
-"""How CPU threads wait for one another; called before torch is loaded, which reads it once."""
+"""How CPU threads wait for one another; set before torch is loaded, which reads it once."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import os
 def wait_briefly() -> None:
     """Let OpenMP threads spin for microseconds and then sleep while they wait, unless the user has said otherwise.
 
-    Spinning on takes the time of the very thread that is waited for where the machine has other work; sleeping at once
-    costs half as much again where it has none.
+    On a busy machine, spinning on takes time from the very thread that is waited for; on an idle one, sleeping at once
+    costs half as much again.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")

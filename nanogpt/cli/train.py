@@ -1,4 +1,4 @@
-"""`nanogpt train`: a run from its recipe to its result."""
+"""`nanogpt train`: take a run from its recipe to its result."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def train(
         ),
     ] = None,
 ) -> None:
-    """Train RECIPE; checkpoints, log and metrics go to a directory of the run's own.
+    """Train RECIPE; checkpoints, log and metrics go to the run's own directory.
 
     On several GPUs: nanogpt launch RECIPE, or torchrun ... -m nanogpt train RECIPE.
 
@@ -75,7 +75,7 @@ def train(
     from nanogpt.training.trainer import check_start, train_run
 
     if resume is not None and out is not None:
-        raise InputError("--out: a resumed run stays in its directory; leave --out away, or --resume")
+        raise InputError("--out: a resumed run stays in its directory; leave out --out, or --resume")
     if resume is None and recipe is None:
         raise InputError("train: name a RECIPE (`nanogpt recipes` lists them), or a run to continue with --resume")
     rank, size, _ = started_as()

@@ -8,7 +8,7 @@ import typer
 
 
 def recipe_names(incomplete: str) -> list[str]:
-    """For the shell's completion: the shipped recipes whose names begin like this."""
+    """For shell completion: the shipped recipes whose names begin like this."""
     from nanogpt.recipe import shipped_recipes
 
     return sorted(path.stem for path in shipped_recipes().glob("*.yaml") if path.stem.startswith(incomplete))
@@ -42,13 +42,13 @@ LookedAtOnOption = Annotated[
         "--on",
         metavar="[NODESx]GPUSxTYPE",
         help="For this hardware, such as 4xh200, or 2x4xh100 for two nodes of four.",
-        show_default="the recipe's, if it says one",
+        show_default="the recipe's, if it names any",
     ),
 ]
 StepsOption = Annotated[
     int | None,
     typer.Option(
-        "--steps", min=1, metavar="N", help="Shorten the schedule in proportion to N steps; what --set says stays."
+        "--steps", min=1, metavar="N", help="Shorten the schedule in proportion to N steps; values from --set stay."
     ),
 ]
 

@@ -9,7 +9,7 @@ import typer
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of the package, Python and what decides speed and result; None: not installed.
+    """Versions of the package, of Python and of what decides speed and result; None: not installed.
 
     In a container also the image, its hash and that of its lock file.
     """
@@ -33,7 +33,7 @@ def versions() -> dict[str, str | None]:
 
 
 def hash_of(image: Path) -> str | None:
-    """sha256 of the image's file; None: it cannot be seen from inside, or is an unpacked one."""
+    """sha256 of the image's file; None: it cannot be seen from inside, or the image is unpacked."""
     from nanogpt.image.tree import file_sha256
 
     try:
@@ -43,7 +43,7 @@ def hash_of(image: Path) -> str | None:
 
 
 def version(as_json: Annotated[bool, typer.Option("--json", help="JSON instead of lines.")] = False) -> None:
-    """Print the versions that a report of a problem needs: package, commit, Python, torch, Triton, FlashAttention."""
+    """Print the versions that a bug report needs: package, commit, Python, torch, Triton, FlashAttention."""
     import json
 
     found = versions()

@@ -16,7 +16,7 @@ WorldSizesOption = Annotated[
         "--world-size",
         metavar="N",
         help="Also for runs on N GPUs. Repeatable.",
-        show_default="that of --on or the recipe",
+        show_default="as many as --on or the recipe says",
     ),
 ]
 CacheOutOption = Annotated[
@@ -41,7 +41,7 @@ def warm(
 ) -> None:
     """Compile what RECIPE needs, on one GPU of its type and made-up tokens, and keep it for its runs.
 
-    --on is what the runs will be on: `nanogpt warm record89 --on 8xh100` needs one H100.
+    --on is what the runs will use: `nanogpt warm record89 --on 8xh100` needs one H100.
 
     A run finds the file by all that decides the code: versions, GPU type, this package's source, the recipe. Nothing
     else of a run happens: no directory, no data, no training.

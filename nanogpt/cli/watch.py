@@ -1,4 +1,4 @@
-"""`nanogpt watch`: a job live in the terminal."""
+"""`nanogpt watch`: follow a job live in the terminal."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ LOG_LINES = 12
 
 
 def watch(
-    job_id: Annotated[str, typer.Argument(metavar="JOB", help="123, or 120_3 of an array.")],
+    job_id: Annotated[str, typer.Argument(metavar="JOB", help="123, or 120_3 for a job of an array.")],
     directory: RunsOption = None,
-    every: Annotated[float, typer.Option("--every", min=0.2, help="Seconds between looks at the run's files.")] = 2.0,
+    every: Annotated[
+        float, typer.Option("--every", min=0.2, help="Seconds between readings of the run's files.")
+    ] = 2.0,
 ) -> None:
     """Follow a job until it ends: state, step, losses, time left and the end of its log. Ctrl-C leaves it alone.
 
-    The queue is asked every five looks only. Without a terminal, a line whenever something has changed.
+    The queue is asked only every fifth time. Without a terminal, prints a line whenever something has changed.
     """
     from rich.live import Live
 
@@ -44,7 +46,7 @@ def watch(
             if looks % 5 == 0:
                 try:
                     job = find_job(job_id, places)
-                except InputError:  # it ended, and Slurm has forgotten it
+                except InputError:  # it has ended, and Slurm has forgotten it
                     job.state = "ENDED"
                 log = log or log_path(job_id)
             else:
@@ -61,7 +63,7 @@ def watch(
 
 
 class _Lines:
-    """Nothing to keep on the screen."""
+    """Keeps nothing on the screen."""
 
     def __enter__(self) -> _Lines:
         return self
@@ -110,7 +112,7 @@ def view(job: Job, log: Path | None) -> Group:
 
 
 def last_lines(path: Path, count: int = LOG_LINES) -> list[str]:
-    """The file's last lines; none where it cannot be read."""
+    """The file's last lines; none if it cannot be read."""
     try:
         with open_regular(path) as file:
             file.seek(max(0, path.stat().st_size - 200 * count))

@@ -69,7 +69,7 @@ def test_it_shows_tables_losses_sample_and_what_comes_next(shown):
     above = rows["after training"] - rows["unigram model"]
     assert float(re.search(r"(\d+\.\d+) above unigram", out)[1]) == pytest.approx(above, abs=2e-4)
     assert f"What it writes after {PROMPT!r}:\n\n  {PROMPT}" in out
-    assert "Shortened to 4 steps: the loss is shown, and not judged" in out
+    assert "Shortened to 4 steps: the loss is shown, but not judged" in out
     assert f"Loss plot: {run / 'loss.png'}" in out
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert run.parent == directory

@@ -98,11 +98,13 @@ def test_a_script_gets_the_job_s_id(run: Run, place: Path) -> None:
 def test_options_of_sbatch_have_their_place(run: Run, place: Path) -> None:
     done = run("run.sh", "demo", "--data=data", "--mail-type=END")
     assert done.returncode == 2
-    assert "--mail-type: no such option. One of sbatch's goes after --: slurm/run.sh RECIPE -- --mail" in done.stderr
+    assert (
+        "--mail-type: no such option. An option of sbatch goes after --: slurm/run.sh RECIPE -- --mail" in done.stderr
+    )
     done = run("run.sh", "demo", "--data=data", "--step=20")
     assert done.returncode == 2 and "Did you mean --steps?" in done.stderr
     done = run("run.sh", "demo", "gpt2", "--data=data")
-    assert done.returncode == 2 and "gpt2: one RECIPE is expected" in done.stderr
+    assert done.returncode == 2 and "gpt2: expected one RECIPE" in done.stderr
     for script, option in (("run.sh", ["--mail-type=END"]), ("run.sh", ["--", "--mail-type=END"])):
         done = run(script, "demo", "--data=data", *option, **job_environment(place))
         assert done.returncode == 2 and "before the script: sbatch --mail-type" in done.stderr

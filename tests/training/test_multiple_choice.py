@@ -151,7 +151,7 @@ def test_what_is_refused(nanogpt: Callable[..., Any], runs: dict[str, Path], tmp
     other = untrained_run(tmp_path / "other", tiny_spec())
     for arguments, message in (
         ((run, "--task", "mmlu", "--items", items), "--task: found 'mmlu', expected hellaswag"),
-        ((run, "--task", "hellaswag"), "--items: is not given"),
+        ((run, "--task", "hellaswag"), "--items: is missing"),
         ((run, "--items", items), "are for --task, which is not given"),
         ((run, "--no-bos"), "are for --task, which is not given"),
         ((run, "--task", "hellaswag", "--items", items, "--tokens", 64), "are for validation losses"),
