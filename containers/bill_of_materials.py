@@ -1,6 +1,6 @@
-"""Write a CycloneDX list of what is inside the image: Debian's packages, Python's packages with their licences.
+"""Write a CycloneDX list of what is in the image: Debian packages, and Python packages with their licences.
 
-Runs while the image is built, as the image's python3; standard library only. The same packages give the same bytes.
+Runs during the image's build, with the image's python3; standard library only. The same packages give the same bytes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What every Python of the image does first: other code, caches outside home, reading ahead of an import of PyTorch.
+"""What every Python in the image does first: use other code, move caches out of home, read ahead for PyTorch.
 
-The build puts this into site-packages, with a .pth line that imports it. Variables of the host cannot be read
-in the definition's %environment: Apptainer clears them before and brings them back after.
+The build puts this into site-packages, with a .pth line that imports it. The host's variables cannot be read
+in the definition's %environment: Apptainer clears them before and restores them afterwards.
 """
 
 import os
@@ -39,21 +39,21 @@ def start() -> None:
                 f"NANOGPT_EXTRA={extra}: is not a directory, as seen in the container, or others may"
                 " write to it; expected what pip install --target made. It may need --bind, or chmod go-w."
             )
-        sys.path.append(extra)  # what the image has comes first
+        sys.path.append(extra)  # the image's own packages come first
     cache = os.environ.get("NANOGPT_CACHE")
     if cache and cache != "off":
         os.environ.setdefault("HF_HOME", os.path.join(cache, "huggingface"))  # noqa: PTH118
     if "MPLCONFIGDIR" not in os.environ:
         place = os.path.join(os.environ.get("TMPDIR") or "/tmp", f"nanogpt-matplotlib-{os.getuid()}")  # noqa: PTH118
-        if is_mine(place):  # else matplotlib finds itself one
+        if is_mine(place):  # otherwise matplotlib finds one itself
             os.environ["MPLCONFIGDIR"] = place
     sys.meta_path.insert(0, Torch)
 
 
 def is_mine(place: str, make: bool = True) -> bool:
-    """Make a directory that is this user's alone, or see whether one is: another may have made it before, in /tmp.
+    """Make a directory that only this user owns, or check that it is: in /tmp another user may have made it first.
 
-    Where it is not to be made, root's will do, and a link to one.
+    If it need not be made, root's directory will do, and so will a link to one.
     """
     owners = {os.getuid()}
     try:
@@ -71,7 +71,7 @@ def is_mine(place: str, make: bool = True) -> bool:
 
 
 def unknown_root() -> set[int]:
-    """The id that root's files have in a user namespace without root, as a container's is; else none."""
+    """The id of root's files in a user namespace without root, such as a container's; otherwise none."""
     try:
         with open("/proc/self/uid_map") as ids, open("/proc/sys/kernel/overflowuid") as overflow:  # noqa: PTH123
             return set() if any(line.split()[1] == "0" for line in ids) else {int(overflow.read())}
@@ -80,21 +80,21 @@ def unknown_root() -> set[int]:
 
 
 class Torch:
-    """Stands first among the finders of modules, to hear of an import of PyTorch; finds nothing itself."""
+    """Comes first among the module finders, to notice an import of PyTorch; finds nothing itself."""
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> None:
-        """Begin to read ahead where the module is PyTorch."""
+        """Begin to read ahead if the module is PyTorch."""
         if name == "torch":
             read_ahead()
 
 
 def read_ahead() -> None:
-    """Start a process that reads what an import of PyTorch will, unless one does so already or the files are unpacked.
+    """Start a process that reads what an import of PyTorch will, unless one is running or the files are unpacked.
 
-    The lock on the list holds for all processes of a container, and the kernel drops it with the process. Files of a
-    squashfs have one time, the commit's; unpacked ones also that of their unpacking, also where an overlay hides what
-    is below. The shell leaves at once, so that no child stays behind.
+    The lock on the list holds for all processes of a container, and the kernel drops it with the process. Files in a
+    squashfs have one time, the commit's; unpacked ones also that of their unpacking, even if an overlay hides what
+    is below. The shell exits at once, so that no child stays behind.
     """
     import fcntl
 
@@ -110,11 +110,11 @@ def read_ahead() -> None:
             shell = os.posix_spawn("/bin/sh", ["sh", "-c", '"$@" &', "sh", *reader], {}, file_actions=[kept, *quiet])
             os.waitpid(shell, 0)
     except OSError:
-        pass  # slower, and nothing else
+        pass  # only slower
 
 
 def fail(message: str) -> None:
-    """Leave with the code of wrong input: an exception would only be shown, and the wrong code run."""
+    """Exit with the code for wrong input: an exception would only be shown, and the wrong code would run."""
     sys.stderr.write(message + "\n")
     sys.stderr.flush()
     os._exit(2)

@@ -1,17 +1,17 @@
-"""List what `import torch` reads of its files, so that read_ahead.py can ask for it beforehand.
+"""List what `import torch` reads of its files, so that read_ahead.py can request it in advance.
 
-Runs while the image is built: `python3 import_pieces.py PYTHON --out FILE`; standard library only. Which files: those
+Runs during the image's build: `python3 import_pieces.py PYTHON --out FILE`; standard library only. Which files: those
 that an import opens, tried here. Which pieces of a library: what its ELF headers say that the dynamic loader and the
-library's constructors touch. So the list is the same wherever the same packages are installed, which a list of observed
+library's constructors touch. So the list is the same wherever the same packages are installed; a list of observed
 page faults would not be.
 
-- tables: symbols, strings, hashes, versions and relocations are read from one end to the other;
+- tables: symbols, strings, hashes, versions and relocations are read from end to end;
 - targets: each page that a relocation writes to;
 - constructors: the functions that .init_array or .ctors point to, by the addends of its relocations;
 - code and constants, whole, of libraries with many constructors for their size (CUDA's have one for each source file):
-  what those call, and what they register to be called at the exit, lies all over them.
+  what those call, and what they register to be called at exit, is spread all over them.
 
-A line of the list: offset, bytes, file.
+A line in the list: offset, bytes, file.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ TABLES = (".dynamic", ".dynsym", ".dynstr", ".hash", ".gnu.hash", ".gnu.version"
 RELOCATIONS = (".rela.dyn", ".rela.plt")
 CONSTRUCTORS = (".init_array", ".ctors")
 CODE = (".text", ".rodata", ".lrodata")
-MANY = 2e-6  # constructors for a byte of code, two for a megabyte: few of an image's blocks then stay untouched
+MANY = 2e-6  # constructors per byte of code, two per megabyte: few of an image's blocks then stay untouched
 PT_LOAD = 1
 WINDOW = 1 << 17  # bytes; what the kernel reads for one page fault
-GAP = 2 * WINDOW  # what lies between two pieces and is no longer than this is cheaper read than left out
+GAP = 2 * WINDOW  # a gap of at most this between two pieces is cheaper to read than to leave out
 
 OPENED = """
 import sys, torch
@@ -46,7 +46,7 @@ for module in list(sys.modules.values()):
 
 
 class Section(NamedTuple):
-    """Where a section lies, in bytes."""
+    """Where a section is, in bytes."""
 
     address: int
     offset: int
@@ -74,18 +74,18 @@ class Library:
                 self.sections[text] = Section(address, offset, length)
 
     def offset(self, address: int) -> int | None:
-        """Where in the file an address is kept; None: nowhere."""
+        """Where in the file an address is stored; None: nowhere."""
         for start, offset, length in self.segments:
             if start <= address < start + length:
                 return address - start + offset
         return None
 
     def whole(self, names: Iterable[str]) -> Iterator[tuple[int, int]]:
-        """Offset and bytes of the sections of these names."""
+        """Offset and bytes of the sections with these names."""
         return ((self.sections[name].offset, self.sections[name].size) for name in names if name in self.sections)
 
     def touched(self) -> Iterator[tuple[int, int]]:
-        """Offset and bytes of all that an import touches."""
+        """Offset and bytes of everything that an import touches."""
         yield 0, 64
         yield from self.whole((*TABLES, *RELOCATIONS))
         arrays = [self.sections[name] for name in CONSTRUCTORS if name in self.sections]
@@ -124,7 +124,7 @@ def _windows(offset: int, length: int) -> range:
 
 
 def pieces_of(path: Path) -> list[tuple[int, int]]:
-    """Offset and bytes of what an import reads of a file: of a library its pieces, of any other file all."""
+    """Offset and bytes of what an import reads of a file: for a library its pieces, for any other file all of it."""
     size = path.stat().st_size
     if size == 0:
         return []

@@ -1,7 +1,7 @@
-"""Write containers/*.lock again: `make lock`. Needs uv, which resolves for another Python than the one that runs.
+"""Write containers/*.lock again: `make lock`. Needs uv, which can resolve for a Python other than the running one.
 
 Each lock names every package with the hashes of its files, for Linux on x86-64 and the Python of its flavour's Debian.
-PyTorch's CPU builds are on an index of their own, which PIP_EXTRA_INDEX_URL names, or in a directory of PIP_FIND_LINKS.
+PyTorch's CPU builds are on an index of their own, named by PIP_EXTRA_INDEX_URL, or in a directory in PIP_FIND_LINKS.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def main() -> int:
     """Resolve both flavours; the exit code of the first that fails."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--uv", default="uv")
-    parser.add_argument("--upgrade", action="store_true", help="take newer versions where the lock has a fitting one")
+    parser.add_argument("--upgrade", action="store_true", help="take newer versions even if the lock has fitting ones")
     arguments = parser.parse_args()
     folder = Path(__file__).parent
     for flavour, python in PYTHONS.items():

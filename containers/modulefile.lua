@@ -7,8 +7,8 @@ local commands = { "nanogpt", "prep-fineweb", "prep-text", "torchrun" }
 
 help([[
 The NanoGPT speedrun, in an Apptainer image: nanogpt doctor, prep-fineweb, nanogpt launch RECIPE.
-Directories outside home and the current one are shown inside if APPTAINER_BIND names them.
-NANOGPT_SIF names the image; slurm/run.sh of a clone takes it from there.
+Directories outside home and the current one are visible inside if APPTAINER_BIND names them.
+NANOGPT_SIF names the image, also for slurm/run.sh in a clone.
 ]])
 whatis("Name: nanogpt")
 whatis("Version: " .. myModuleVersion())

@@ -1,9 +1,9 @@
-"""Blank the GPU kernels of architectures that nobody asked for, in the libraries of an installed environment.
+"""Blank the GPU kernels of unwanted architectures in the libraries of an installed environment.
 
-Runs while the image is built, where `make sif KERNELS=80,90` asks for it: `python3 prune_kernels.py /opt/venv 80 90`.
+Runs during the image's build, if `make sif KERNELS=80,90` asks for it: `python3 prune_kernels.py /opt/venv 80 90`.
 Standard library only. CUDA's libraries hold each kernel once for every architecture; the driver looks through the
 headers and loads the one that fits. Here headers, sizes and offsets stay, PTX stays, and the code of other
-architectures becomes zeros, which the image's compression makes nothing of. What is not understood stays as it is.
+architectures becomes zeros, which the image's compression reduces to almost nothing. Anything unknown stays as it is.
 
 A fat binary: magic 0xBA55ED50, version 1 (uint16), header size 16 (uint16), size (uint64); then entries: kind (uint16:
 1 PTX, 2 machine code), version (uint16), header size (uint32), padded payload size (uint64), and at byte 28 the
@@ -35,7 +35,7 @@ class Entry(NamedTuple):
 
 
 def fat_binaries(data: mmap.mmap | bytes) -> Iterator[list[Entry]]:
-    """The entries of each fat binary in the file; those whose entries do not fill it exactly are passed over."""
+    """The entries of each fat binary in the file; those whose entries do not fill it exactly are skipped."""
     position = data.find(MAGIC)
     while position >= 0:
         (size,) = struct.unpack_from("<Q", data, position + 8)
@@ -55,12 +55,12 @@ def fat_binaries(data: mmap.mmap | bytes) -> Iterator[list[Entry]]:
 
 
 def serves(architecture: int, wanted: set[int]) -> bool:
-    """Whether code for `architecture` can run on one of the wanted: the same major version, and no later minor one."""
+    """Whether code for `architecture` runs on a wanted one: the same major version, and no later minor version."""
     return any(architecture // 10 == other // 10 and architecture <= other for other in wanted)
 
 
 def prune(path: Path, wanted: set[int]) -> int:
-    """Blank what no wanted architecture can run; bytes blanked."""
+    """Blank what no wanted architecture can run; returns the bytes blanked."""
     saved = 0
     with path.open("r+b") as stream, mmap.mmap(stream.fileno(), 0) as data:
         for entries in list(fat_binaries(data)):

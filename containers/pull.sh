@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# An image from a registry: containers/pull.sh oras://REGISTRY/NAME:TAG [FILE], or make pull FROM=... Needs curl, and
-# for the signature Apptainer; neither Python nor squashfs-tools.
+# Fetch an image: containers/pull.sh oras://REGISTRY/NAME:TAG [FILE], or make pull FROM=... Needs curl, and
+# Apptainer for the signature, but neither Python nor squashfs-tools.
 #
-# It comes beside FILE (default: nanogpt.sif) under a temporary name, continues where an earlier call was interrupted, and
-# has its name once it is right: the sha256 that the registry names, and what slurm/check_image.sh is asked for.
+# It lands beside FILE (default: nanogpt.sif) under a temporary name, continues an earlier, interrupted call, and
+# gets its name once it is right: it has the sha256 that the registry names, and passes slurm/check_image.sh.
 #
-#   NANOGPT_SIF_SHA256=HEX   the sha256 that the image must have. A tag can be moved, this cannot
-#   NANOGPT_SIF_KEY=FILE     whose signature it must have: see slurm/check_image.sh; by default any key of your keyring
-#   UNSIGNED=yes             takes an image without looking at its signature
+#   NANOGPT_SIF_SHA256=HEX   the sha256 that the image must have. A tag can be moved, a hash cannot
+#   NANOGPT_SIF_KEY=FILE     whose signature it must have: see slurm/check_image.sh; by default any key in your keyring
+#   UNSIGNED=yes             accepts an image without checking its signature
 #
-# NAME@sha256:HEX names one manifest instead of a tag. Where a registry wants a login: apptainer registry login.
+# NAME@sha256:HEX names one manifest instead of a tag. If the registry needs a login: apptainer registry login.
 set -euo pipefail
 root=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 from=${1:-} out=${2:-nanogpt.sif}
@@ -21,16 +21,16 @@ fail() { # message, exit code
 }
 
 if [[ ! $from =~ ^oras://([^/]+)/([a-z0-9._/-]+)(:([A-Za-z0-9_][A-Za-z0-9._-]*)|@(sha256:[0-9a-f]{64}))?$ ]]; then
-    fail "FROM=$from is not an address of an image; expected oras://REGISTRY/NAME:TAG (make pull FROM=oras://...)" 2
+    fail "FROM=$from is not the address of an image; expected oras://REGISTRY/NAME:TAG (make pull FROM=oras://...)" 2
 fi
 host=${BASH_REMATCH[1]} name=${BASH_REMATCH[2]} digest=${BASH_REMATCH[5]:-} reference=${BASH_REMATCH[5]:-${BASH_REMATCH[4]:-latest}}
 scheme=https
 if [[ $host =~ ^(localhost|127(\.[0-9]+){3})(:[0-9]+)?$ ]]; then scheme=http; fi # as Docker does
 for tool in curl sha256sum flock; do
-    command -v "$tool" > /dev/null || fail "there is no $tool on this machine; copy an image by other means, and verify it" 2
+    command -v "$tool" > /dev/null || fail "there is no $tool on this machine; copy an image by other means and verify it" 2
 done
 directory=$(dirname "$out")
-[[ -d $directory && -w $directory ]] || fail "OUT=$out: $directory is not a directory that can be written to" 2
+[[ -d $directory && -w $directory ]] || fail "OUT=$out: $directory is not a directory that you can write to" 2
 [[ ! -d $out ]] || fail "OUT=$out is a directory; name a file" 2
 
 work=$(mktemp -d)
@@ -86,21 +86,21 @@ manifest_code() {
         --header 'Accept: application/vnd.oci.image.manifest.v1+json' "$scheme://$host/v2/$name/manifests/$reference"
 }
 
-open() { # the manifest, and whatever opens the registry
+open() { # the manifest, and whatever the registry needs for it
     local code
-    code=$(manifest_code) || fail "$host cannot be reached; is the network, or the proxy (HTTPS_PROXY), as it should be?"
+    code=$(manifest_code) || fail "$host cannot be reached; check the network and the proxy (HTTPS_PROXY)"
     if [[ $code == 401 ]] && authorize; then code=$(manifest_code); fi
     case $code in
         200) ;;
         401 | 403) fail "$host does not let you read $name ($code). Log in: apptainer registry login --username ME oras://$host" ;;
         404) fail "$host has no $name:$reference" ;;
-        *) fail "$host answers $code to the question for $name:$reference" ;;
+        *) fail "$host answers $code to the request for $name:$reference" ;;
     esac
 }
 
 open
 if [[ -n $digest && $digest != "sha256:$(sha256sum < "$work/manifest" | cut -d ' ' -f 1)" ]]; then
-    fail "$host sends another manifest than $digest. Nothing was fetched"
+    fail "$host sends a manifest other than $digest. Nothing was fetched"
 fi
 layer=$(tr -d '\n' < "$work/manifest" | sed -n 's/.*"layers" *: *\[ *\({[^}]*\).*/\1/p')
 sha256=$(field digest <<< "$layer") size=$(field size <<< "$layer")
@@ -108,7 +108,7 @@ sha256=${sha256#sha256:}
 [[ $layer == *vnd.sylabs.sif.layer* && $sha256 =~ ^[0-9a-f]{64}$ && $size =~ ^[0-9]+$ ]] ||
     fail "$name:$reference is not an Apptainer image (make push makes one); apptainer pull docker://... fetches others" 2
 if [[ -n ${NANOGPT_SIF_SHA256:-} && $sha256 != "${NANOGPT_SIF_SHA256#sha256:}" ]]; then
-    fail "$name:$reference is another image than NANOGPT_SIF_SHA256 names: $sha256. Nothing was fetched" 2
+    fail "$name:$reference is not the image that NANOGPT_SIF_SHA256 names: $sha256. Nothing was fetched" 2
 fi
 
 part=$out.part-${sha256:0:16}
@@ -116,22 +116,22 @@ exec {lock}>> "$part"
 signature() { # of a file that has the right sha256
     if [[ ${UNSIGNED:-} == yes ]]; then return; fi
     NANOGPT_SIF_KEY=${NANOGPT_SIF_KEY:-keyring} "$root/slurm/check_image.sh" "$1" && return
-    say "$1 has the right sha256 and not the signature asked for. Name the key that it should have:" \
-        "make pull KEY=PUBLIC.pem; or take it nevertheless: make pull UNSIGNED=yes, which does not fetch it again"
+    say "$1 has the right sha256 but not the required signature. Name the key that it should have:" \
+        "make pull KEY=PUBLIC.pem; or accept it anyway: make pull UNSIGNED=yes, which does not fetch it again"
     exit 2
 }
-flock --nonblock "$lock" || (($? != 1)) || fail "another pull writes $part; wait for it" # other codes: no locks there
+flock --nonblock "$lock" || (($? != 1)) || fail "another pull is writing $part; wait for it" # other codes: no locks there
 have() { stat -c %s "$part"; }
 mb() { echo "$(($1 / 1000000)) MB"; }
 
 if [[ -f $out && $(stat -c %s "$out") == "$size" && $(sha256sum < "$out" | cut -d ' ' -f 1) == "$sha256" ]]; then
     signature "$out"
-    say "$out is that image already, sha256 $sha256"
+    say "$out is already that image, sha256 $sha256"
     exit
 fi
 if (($(have) > size)); then : > "$part"; fi
 free=$(($(df --output=avail --block-size=1 "$directory" | tail -n 1) + $(have)))
-((free >= size)) || fail "$directory has $(mb "$free") free, the image needs $(mb "$size"); name another place: OUT=FILE"
+((free >= size)) || fail "$directory has $(mb "$free") free, but the image needs $(mb "$size"); name another place: OUT=FILE"
 
 quiet=(--silent --show-error)
 if [[ -t 2 ]]; then quiet=(--progress-bar); fi
@@ -143,7 +143,7 @@ fi
 attempts=0
 while (($(have) < size)); do
     before=$(have) code=0
-    # A connection that brings nothing for a minute is given up. curl's own --retry would begin where this call did.
+    # A connection that brings nothing for a minute is dropped. curl's own --retry would start again where this call did.
     curl "${quiet[@]}" --fail --location --connect-timeout 30 --speed-limit 1000 --speed-time 60 --continue-at - \
         --config <(if [[ -n $authorization ]]; then printf 'header = "Authorization: %s"\n' "$authorization"; fi) \
         --output "$part" "$scheme://$host/v2/$name/blobs/sha256:$sha256" &
@@ -152,8 +152,8 @@ while (($(have) < size)); do
     if ((code == 33)); then : > "$part"; fi # the server cannot begin in the middle
     if (($(have) > before)); then attempts=0; else attempts=$((attempts + 1)); fi
     if ((code == 0)); then break; fi
-    ((code != 23)) || fail "$part cannot be written to: is a quota used up? Free some space; the same command continues there"
-    ((attempts < 5)) || fail "the connection to $host broke at $(mb "$(have)") of $(mb "$size"); the same command continues there"
+    ((code != 23)) || fail "$part cannot be written to: is a quota used up? Free some space, then run the same command: it continues there"
+    ((attempts < 5)) || fail "the connection to $host broke at $(mb "$(have)") of $(mb "$size"); run the same command: it continues there"
     say "the connection broke at $(mb "$(have)") of $(mb "$size"); continuing"
     sleep $((attempts * attempts))
     if [[ $(manifest_code) == 401 ]]; then authorize || true; fi # a registry's permission lasts minutes
@@ -162,7 +162,7 @@ done
 found=$(sha256sum < "$part" | cut -d ' ' -f 1)
 if [[ $found != "$sha256" ]]; then
     rm -f "$part"
-    fail "what $host sent has sha256 $found, and its manifest says $sha256: damaged or changed. It was removed"
+    fail "what $host sent has sha256 $found, but its manifest says $sha256: damaged or changed. It was removed"
 fi
 signature "$part"
 chmod +x "$part"

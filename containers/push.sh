@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# An image to a registry: containers/push.sh FILE oras://REGISTRY/NAME:TAG, or make push TO=...
+# Push an image to a registry: containers/push.sh FILE oras://REGISTRY/NAME:TAG, or make push TO=...
 #
-# Only a signed one (make sign), unless UNSIGNED=yes. Where the registry wants a login: apptainer registry login.
+# The image must be signed (make sign), unless UNSIGNED=yes. If the registry needs a login: apptainer registry login.
 set -euo pipefail
 root=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 sif=$1 to=${2:-}
 if [[ ! $to =~ ^oras://([^/]+)/[a-z0-9._/-]+:[A-Za-z0-9_][A-Za-z0-9._-]*$ ]]; then
-    echo "push: TO=$to is not an address for an image; expected oras://REGISTRY/NAME:TAG (make push TO=oras://...)" >&2
+    echo "push: TO=$to is not the address of an image; expected oras://REGISTRY/NAME:TAG (make push TO=oras://...)" >&2
     exit 2
 fi
 host=${BASH_REMATCH[1]}

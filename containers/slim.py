@@ -1,8 +1,8 @@
-"""Remove from an installed environment what no code path of this package loads, and say what that saved.
+"""Remove from an installed environment what no code path of this package loads, and report what that saved.
 
-Runs while the image is built: `python3 slim.py /opt/venv`. Standard library only. What is removed and why stands in
+Runs during the image's build: `python3 slim.py /opt/venv`. Standard library only. What is removed, and why, is in
 `REMOVED`; a pattern that matches nothing is fine (the CPU flavour has no CUDA libraries). Shared libraries are
-stripped of the symbols that only a linker or a debugger reads.
+stripped of symbols that only a linker or a debugger reads.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ WORTH_STRIPPING = 1_000_000  # bytes
 
 
 class Rule(NamedTuple):
-    """Files or directories to remove, and why nobody misses them."""
+    """Files or directories to remove, and why nobody will miss them."""
 
     why: str
     patterns: tuple[str, ...]  # of Path.glob, below site-packages
-    keep: tuple[str, ...] = ()  # of Path.match: stays although a pattern matches, or lies below one that does
+    keep: tuple[str, ...] = ()  # of Path.match: kept although a pattern matches it or a parent
 
 
 REMOVED = (
@@ -47,12 +47,12 @@ REMOVED = (
             "nvidia_cutlass_dsl/dsl_packages/iket",
         ),
     ),
-    # libtorch links to the libraries that stay here; these it neither links to nor opens.
+    # libtorch links to the libraries that stay; it neither links to nor opens these.
     Rule(
         "CUDA libraries that PyTorch never opens",
         (
-            "nvidia/cu13/lib/libcusolverMg*",  # cuSOLVER over several GPUs of one process
-            "nvidia/cu13/lib/libnvrtc.alt*",  # NVRTC once more, for older glibc
+            "nvidia/cu13/lib/libcusolverMg*",  # cuSOLVER over several GPUs in one process
+            "nvidia/cu13/lib/libnvrtc.alt*",  # NVRTC again, for older glibc
             "nvidia/cu13/lib/libnvrtc-builtins.alt*",
             "nvidia/cu13/lib/libcufftw*",
             "nvidia/cu13/lib/libnvblas*",
@@ -73,7 +73,7 @@ REMOVED = (
 
 
 def removable(site: Path, rule: Rule) -> Iterator[Path]:
-    """What the rule removes of `site`, parents before children."""
+    """What the rule removes from `site`, parents before children."""
     for pattern in rule.patterns:
         for path in sorted(site.glob(pattern)):
             if not any(path.match(kept) for kept in rule.keep):
@@ -88,11 +88,11 @@ def size_of(path: Path) -> int:
 
 
 def remove(site: Path, rule: Rule) -> int:
-    """Apply the rule; bytes saved."""
+    """Apply the rule; returns the bytes saved."""
     saved = 0
     for path in list(removable(site, rule)):
         if not path.exists() and not path.is_symlink():
-            continue  # went with its parent
+            continue  # removed with its parent
         saved += size_of(path)
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -102,7 +102,7 @@ def remove(site: Path, rule: Rule) -> int:
 
 
 def loadable(path: Path) -> bool:
-    """Whether the file is a 64-bit ELF whose segments lie in it as the loader maps them."""
+    """Whether the file is a 64-bit ELF whose segments are placed as the loader maps them."""
     content = path.read_bytes()
     if content[:5] != b"\x7fELF\x02":
         return False
@@ -116,10 +116,10 @@ def loadable(path: Path) -> bool:
 
 
 def strip(site: Path) -> int:
-    """Strip the larger shared libraries of `site`; bytes saved.
+    """Strip the larger shared libraries in `site`; returns the bytes saved.
 
-    A library that patchelf has rearranged, as those in most wheels' own `.libs`, does not survive strip: where the
-    segments are off afterwards, it stays as it was.
+    A library that patchelf has rearranged, like those in most wheels' own `.libs`, does not survive strip: if the
+    segments are off afterwards, the library stays as it was.
     """
     saved = 0
     for path in sorted(site.rglob("*.so*")):

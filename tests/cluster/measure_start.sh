@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# How long `import torch` takes in an image, against the same files unpacked in a directory, on this machine.
+# How long `import torch` takes from an image, against the same files unpacked in a directory, on this machine.
 #
 #   tests/cluster/measure_start.sh IMAGE [ARGUMENTS OF MKSQUASHFS]...
 #
-# Prints a row a way of packing: size, time to pack, one import, eight at once in one container; medians of five and of
-# three, the page cache warm. Each further argument repacks the same files, for example "-comp lz4" "-comp zstd -b 1M".
-# Needs a quiet machine, and space for the files (6 GB) and each packing in TMPDIR. As an ordinary user.
+# Prints a row per way of packing: size, time to pack, one import, eight at once in one container; medians of five and of
+# three, with a warm page cache. Each further argument repacks the same files, for example "-comp lz4" "-comp zstd -b 1M".
+# Needs a quiet machine, and space for the files (6 GB) and each packing in TMPDIR. Run it as an ordinary user.
 set -euo pipefail
 image=${1:?usage: measure_start.sh IMAGE [ARGUMENTS OF MKSQUASHFS]...}
 shift

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # A real Apptainer on a bare Debian 12, for tests. As root:
-#   tests/cluster/setup-apptainer.sh [USER]    USER (made if there is none): who builds and runs, with subordinate ids;
-#                                              and USER-plain, who has none
+#   tests/cluster/setup-apptainer.sh [USER]    USER (created if missing) builds and runs, with subordinate ids;
+#                                              USER-plain has none
 #
-# With it a registry for images and Lmod, from Debian 12 itself.
+# Also installs a registry for images, and Lmod, from Debian 12 itself.
 #
-# Debian 12 has no package of Apptainer, and the one of a later Debian needs a later C library. It gets that library
+# Debian 12 has no package of Apptainer, and a later Debian's needs a later C library. It gets that library
 # in a directory of its own; the system's stays as it is. The packages come from the mirror in this machine's apt
-# sources. Does nothing where everything is there already.
+# sources. Does nothing if everything is there already.
 set -euo pipefail
 user=${1:-}
 libraries=/opt/apptainer/lib
@@ -29,8 +29,8 @@ if ((${#missing[@]})); then
     service docker-registry stop > /dev/null 2>&1 || true # the tests start one of their own, at the loopback address
 fi
 
-# apptainer from unstable; the C library and the two libraries that it wants newer from Debian 13. Debian 12's
-# squashfuse has one thread; Apptainer's own packages bring one with several, as unstable has it.
+# apptainer from unstable; the C library, and the two libraries that must be newer, from Debian 13. Debian 12's
+# squashfuse has one thread; Apptainer's own packages include one with several, as in unstable.
 fetch_packages() {
     local directory=$1 mirror
     # shellcheck disable=SC2016 # apt fills that in
@@ -62,7 +62,7 @@ if ! apptainer --version > /dev/null 2>&1 || [[ ! -e $squashfuse ]]; then
     for package in libc6 libseccomp2 libsqlite3-0 libfuse3-4 squashfuse apptainer; do
         dpkg -x "$work/apt/packages/$package"_*.deb "$work/$package"
     done
-    # --force-rpath: a plain rpath holds for what the libraries need, too.
+    # --force-rpath: a plain rpath also applies to what the libraries need.
     loader=(--set-interpreter "$libraries/ld-linux-x86-64.so.2" --force-rpath --set-rpath)
     patchelf "${loader[@]}" "$libraries" "$work/apptainer/usr/bin/apptainer"
     patchelf "${loader[@]}" "$libraries" "$work/apptainer$multiarch/apptainer/bin/starter"
@@ -76,7 +76,7 @@ if ! apptainer --version > /dev/null 2>&1 || [[ ! -e $squashfuse ]]; then
     cp -a "$work/apptainer/var/lib/apptainer" /var/lib/ # where it mounts images; without it no container starts
     cp -a --remove-destination "$work/apptainer$multiarch/apptainer" "$multiarch/"
     cp -a --remove-destination "$work/squashfuse/usr/bin/squashfuse_ll" "$squashfuse"
-    # Last, as a sign that all is there. It finds the rest relative to itself: not into /usr/local/bin.
+    # Last, as a sign that everything is there. It finds the rest relative to itself, so it cannot go to /usr/local/bin.
     cp -a --remove-destination "$work/apptainer/usr/bin/apptainer" /usr/bin/
 fi
 

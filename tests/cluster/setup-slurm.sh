@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A real Slurm on this machine, for the tests: two nodes of eight fake H200s, and in a partition of their own three
-# without, one of which a test loses; no accounting database. Any user of the machine may submit. For bare Debian 12, as root. May be run again, also after a restart of the machine: what runs is stopped first.
+# A real Slurm on this machine, for the tests: two nodes of eight fake H200s and, in a partition of their own, three
+# without, one of which a test loses; no accounting database. Any user of the machine may submit. For bare Debian 12, as root. May be run again, even after a restart of the machine: what runs is stopped first.
 #
 #   tests/cluster/setup-slurm.sh          install, configure, start, and wait until both nodes are idle
 #   tests/cluster/setup-slurm.sh stop     stop what it started
@@ -38,7 +38,7 @@ fi
 
 if ! command -v slurmctld > /dev/null || ! command -v munged > /dev/null; then
     export DEBIAN_FRONTEND=noninteractive
-    # Nothing may start by itself: the daemons get their configuration below.
+    # Nothing may start by itself: the daemons are configured below.
     policy=/usr/sbin/policy-rc.d
     if [[ ! -e $policy ]]; then
         printf '#!/bin/sh\nexit 101\n' > "$policy"
@@ -51,7 +51,7 @@ fi
 
 stop
 
-# munge: who asks is who he says
+# munge: proves who sends a request
 mkdir -p /etc/munge /run/munge /var/log/munge /var/lib/munge
 [[ -s /etc/munge/munge.key ]] || head -c 1024 /dev/urandom > /etc/munge/munge.key
 chown -R munge:munge /etc/munge /run/munge /var/log/munge /var/lib/munge
@@ -71,7 +71,7 @@ for index in {0..7}; do
     chmod 666 "/dev/fakegpu$index"
 done
 mkdir -p /etc/slurm /run/slurm /var/log/slurm /var/spool/slurmctld
-# Jobs of an earlier start are not to come back.
+# Jobs from an earlier start must not come back.
 find /var/spool/slurmctld -mindepth 1 -delete
 
 cat > /etc/slurm/gres.conf << END

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# The step benchmark inside Apptainer with --nv against the same code bare, on one machine with a GPU.
+# Compare the step benchmark inside Apptainer with --nv to the same code bare, on one machine with a GPU.
 #
 #   tests/gpu/bench_in_image.sh IMAGE [PYTHON]
 #
-# IMAGE is an image of `make sif`, or of another Python environment that is bound in (docs/container.md); PYTHON is the
-# bare environment's, with the same PyTorch (default: .venv/bin/python). Runs the benchmark each way in turns, prints
-# the ratios after each, and fails where the median step inside takes more than 1.02 of the bare one, in any stage.
+# IMAGE is made by `make sif`, or has another Python environment bound in (docs/container.md); PYTHON is the
+# bare environment's, with the same PyTorch (default: .venv/bin/python). Runs the benchmark each way in turn, prints
+# the ratios after each turn, and fails if in any stage the median step inside takes more than 1.02 of the bare one.
 #
 # RECIPE             1xh200
 # BENCH_OPTIONS      --steps 20 --warmup 6; for example --set runtime.attention=varlen
-# TURNS              3, of one run each way
-# LIMIT_S            none; seconds: no further turn is started that would not end by then
+# TURNS              3, with one run each way
+# LIMIT_S            none; seconds: no turn is started that would not end by then
 # INSIDE             python; the image's
 # APPTAINER_OPTIONS  none; for example --userns --bind /opt/torch
-# NANOGPT_CACHE      a directory of this call; its compiled code serves both ways where C library and Python are alike
+# NANOGPT_CACHE      a directory for this call; its compiled code serves both ways if C library and Python are alike
 set -euo pipefail
 image=${1:?usage: bench_in_image.sh IMAGE [PYTHON]}
 bare=${2:-.venv/bin/python}

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# How many CPUs a GPU needs: runs of one GPU on fewer and fewer CPUs of this machine, by taskset.
+# How many CPUs a GPU needs: runs on one GPU with fewer and fewer CPUs of this machine, by taskset.
 #
 #   tests/gpu/cpus_per_gpu.sh DATA [PYTHON]      shards; default .venv/bin/python
 #
-# For each number of CPUs, a run that compiles everything and then TURNS runs that find it compiled. Prints after each a row:
+# For each number of CPUs: a run that compiles everything, then TURNS runs that find it compiled. After each it prints a row:
 # CPUs, seconds to the first timed step, milliseconds a step. A lower default is right if its steps take less than
-# 1.01 of those of 15, and its start is not longer by more than the shorter wait in the queue is worth.
+# 1.01 of those on 15, and a longer start costs no more than the shorter wait in the queue saves.
 #
 # RECIPE   record89 --on 1xh200
 # STEPS    100
