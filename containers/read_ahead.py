@@ -5,7 +5,7 @@ the other, and squashfuse's threads are idle meanwhile. Asked in advance, they u
 the import continues. posix_fadvise copies nothing, and does nothing for pages that are already there.
 
 It is a separate process, since the loader holds Python's lock while it maps and relocates libraries. FD is the list of
-import_pieces.py, open, whose lock this process holds; PROCESS is the one that imports; once it ends, this one stops.
+import_pieces.py, opened; this process holds its lock. PROCESS is the one that imports; when it ends, this one stops.
 """
 
 import os

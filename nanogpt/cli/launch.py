@@ -59,7 +59,7 @@ def launch(
     --grace SECONDS      how long a run may take to end after a signal (600)
     --bench              run `nanogpt bench` on all ranks:
                          --bench profile 4xh100
-    --experiment         likewise `nanogpt experiment`:
+    --experiment         run `nanogpt experiment` on all ranks:
                          --experiment ends 4xh100
 
     SIGTERM and SIGUSR1 end the run after its current step, with a checkpoint and exit code 75.

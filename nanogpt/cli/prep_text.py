@@ -28,11 +28,14 @@ def prep_text(
     val_tokens: Annotated[
         int | None,
         typer.Option(
-            "--val-tokens", min=1, help="Validation tokens, at least.", show_default="a tenth, at most 10,485,761"
+            "--val-tokens",
+            min=1,
+            help="At least this many validation tokens.",
+            show_default="a tenth, at most 10,485,761",
         ),
     ] = None,
     shard_tokens: Annotated[
-        int, typer.Option("--shard-tokens", min=1, help="Tokens of a training shard, at most.")
+        int, typer.Option("--shard-tokens", min=1, help="At most this many tokens per training shard.")
     ] = 100_000_000,
     document_tokens: Annotated[
         int | None,
@@ -52,14 +55,14 @@ def prep_text(
     unique: Annotated[bool, typer.Option("--unique", help="Leave out copies of a text.")] = False,
     shuffle: Annotated[
         bool,
-        typer.Option("--shuffle", help="Documents in the order of a hash of their text, not folder by folder."),
+        typer.Option("--shuffle", help="Order documents by a hash of their text, not folder by folder."),
     ] = False,
     split_by: Annotated[
         str,
         typer.Option(
             "--split-by",
             metavar="WHAT",
-            help="What is validation or training as a whole: document, with its copies; source, a package of an"
+            help="What goes to one side of the split as a whole: document, with its copies; source, a package of an"
             " installed Python or else a PATH's top folder; directory:DEPTH, the first DEPTH folders below PATH;"
             " field:NAME, what that field or column of a record says.",
         ),
@@ -75,17 +78,17 @@ def prep_text(
     ] = None,
     field: Annotated[str, typer.Option("--field", help="Field or column of a record that holds its text.")] = "text",
     suffix: Annotated[
-        list[str] | None, typer.Option("--suffix", help="A further suffix of text files, such as .log; repeatable.")
+        list[str] | None, typer.Option("--suffix", help="A further suffix for text files, such as .log. Repeatable.")
     ] = None,
     workers: Annotated[
         int | None, typer.Option("--workers", min=1, help="Processes.", show_default="cores, fewer for little text")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the shards in --dir, all of them.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace all shards in --dir.")] = False,
     keep_damaged: Annotated[
         bool,
         typer.Option(
             "--keep-damaged",
-            help="Make shards of what can be read, also where a file named here is damaged; all good records before a"
+            help="Make shards of what can be read, even if a file named here is damaged; all good records before a"
             " damaged place are used.",
         ),
     ] = False,
@@ -93,7 +96,7 @@ def prep_text(
     """Tokenize your own text into validation and training shards.
 
     A text file is a document, and so is each record of JSON and Parquet; a .json file holds an array of objects, one
-    object, or a record a line. Folders are walked; what is hidden, binary, empty, damaged or not UTF-8 in them is left
+    object, or a record per line. Folders are walked; what is hidden, binary, empty, damaged or not UTF-8 there is left
     out and counted. If a file that you name cannot be read to its end, all reasons are reported, no shards are
     written, and the exit code is 1; --keep-damaged makes shards of the rest. Validation takes whole documents by a hash
     of their text, or whole sources by a hash of their names, so the same input gives the same shards everywhere.

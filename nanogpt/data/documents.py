@@ -146,7 +146,7 @@ class LinesUnit(Unit):
 
 @dataclass(slots=True)
 class ValuesUnit(Unit):
-    """A column's values; `row` is the number of the first one. A value that names no source has none."""
+    """A column's values; `row` is the number of the first one. A source is None if its row names none."""
 
     path: str
     row: int
@@ -203,7 +203,7 @@ def find_files(
         kind: Kind = "lines" if suffix in LINES_SUFFIXES else "json"
         kinds.update(dict.fromkeys([suffix, *(suffix + packed for packed in COMPRESSED_SUFFIXES)], kind))
     kinds.update(dict.fromkeys(PARQUET_SUFFIXES, "parquet"))
-    kinds.update(dict.fromkeys([suffix.lower() for suffix in suffixes], "text"))  # the user's word counts last
+    kinds.update(dict.fromkeys([suffix.lower() for suffix in suffixes], "text"))  # last, so that the user's wins
     for suffix in suffixes:
         if not re.fullmatch(r"\.[^./\s]+", suffix):
             raise InputError(f"--suffix {suffix!r}: expected a dot and a name, such as .log")

@@ -3,7 +3,7 @@
 huggingface_hub handles names, addresses, tokens, redirects and the hub's headers (HF_ENDPOINT, HF_TOKEN,
 HF_HUB_OFFLINE, HF_HUB_ETAG_TIMEOUT and HF_HUB_DOWNLOAD_TIMEOUT work as usual). The transfer is our own, because
 `hf_hub_download` starts from zero after an interruption: since 1.18 it writes to a file that only one process knows
-and removes it on failure. Its xet transfer fills a file in any order, so a partial one cannot be continued either,
+and removes it on failure. Its xet transfer fills a file in no fixed order, so a partial one cannot be continued either,
 and has its own retries, which take minutes. The same hub serves the same files over plain HTTP with Range.
 """
 
@@ -136,7 +136,7 @@ class Hub:
                 raise
 
     def describe(self, name: str, revision: str) -> RemoteFile:
-        """Size and sha256 of a file at `revision`, by one HEAD request (tried again after passing errors)."""
+        """Size and sha256 of a file at `revision`, by one HEAD request (tried again after transient errors)."""
         failures = 0
         while True:
             self.stop.check()

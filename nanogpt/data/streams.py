@@ -210,7 +210,7 @@ def _decompress(file: Any, suffix: str) -> Iterator[Block]:
 
 def _why(message: str) -> str:
     if "too much memory" in message or "limit exceeded" in message:
-        return f"decompressing it needs a window above {MAX_WINDOW >> 20} MiB; compress it again without --long"
+        return f"decompressing it needs a window above {MAX_WINDOW >> 20} MiB; compress it again with a smaller one"
     return message
 
 

@@ -229,7 +229,7 @@ class Options:
     out: Path = Path("nanogpt.sif")
     wheels: str | None = None
     work: Path = Path("build/sif")
-    compression: str | None = None  # a name in build_checks.COMPRESSIONS or mksquashfs's arguments; None: it chooses
+    compression: str | None = None  # a name in COMPRESSIONS or arguments for mksquashfs; None: zstd, else gzip
     kernels: str = "all"  # GPU architectures whose kernels are kept: all, or "80,90"
     cache: str | None = None  # files of compiled code to ship in the image
     test: bool = True
