@@ -103,9 +103,7 @@ def test_another_model(shown, nanogpt, tmp_path):
 def test_a_whole_run_that_learned_too_little_fails(shown, recipe, capsys):
     directory = shown[0]
     before = {path: path.stat().st_mtime_ns for path in (directory / "data").iterdir()}
-    with pytest.raises(
-        RunError, match=r"The demo failed: a validation loss of .* at least 0\.3 are expected.*log\.txt"
-    ):
+    with pytest.raises(RunError, match=r"The demo failed: a validation loss of .* at least 0\.3 is expected.*log\.txt"):
         run_demo(directory, recipe=recipe)
     captured = capsys.readouterr()
     assert "is in" in captured.err and "already" in captured.err
