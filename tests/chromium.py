@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,10 +80,16 @@ class Page:
         drawn = "(!document.getElementById('figures') || !!document.documentElement.dataset.drawn)"
         self.wait_for(f"document.readyState === 'complete' && {drawn}")
 
-    def wait_for(self, expression: str) -> None:
-        """Until the JavaScript is true. Raises AssertionError with what went wrong in the page."""
+    def wait_for(self, expression: str, meanwhile: Callable[[], object] = lambda: None) -> None:
+        """Until the JavaScript is true; `meanwhile` is called before each look.
+
+        Raises AssertionError with what went wrong in the page.
+        """
         until = time.monotonic() + LIMIT_S
-        while not self.evaluate(expression):
+        while True:
+            meanwhile()
+            if self.evaluate(expression):
+                return
             assert time.monotonic() < until, (expression, self.problems)
             time.sleep(0.05)
 
