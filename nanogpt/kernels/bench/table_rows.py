@@ -65,7 +65,8 @@ def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
         moment = update.beta2 * before + (1 - update.beta2) * g.square().mean(1)
         change = g * (update.step_size / (moment.sqrt() + update.eps))[:, None]
         change = torch.where(change * weights > 0, change + weights * update.decay, change)
-        return max(_error(table[sample], weights - change), _error(moments[sample], moment))
+        errors = _error(table[sample], weights - change), _error(moments[sample], moment)
+        return torch.tensor(errors).max().item()  # NaN if either is, which `max` may pass over
 
     yield BenchCase(
         "rows of a large table updated",
