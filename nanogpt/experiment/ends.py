@@ -27,6 +27,7 @@ from nanogpt.training.trainer import Result, Trainer, find_files, train_run
 
 ENDS_NAME = "ends.json"
 LAST = "the last weights"
+LEFT = "what the last step has left"
 VALIDATION = "validation"
 
 End = tuple[str, dict[str, float]]  # what differs; loss by validation set
@@ -166,9 +167,7 @@ class TrainerWithEnds(Trainer):
         with self.watch.phase("evaluating other ends"):
             last = {VALIDATION: result.final_val_loss}
             last |= {name: self._loss(name, self.schedule.final_windows) for name in self.sets if name != VALIDATION}
-            found = [(LAST, last), *self._reweighted(), *self._windowed()]
-            if self.end_of_run.mask is not None:
-                found.append((f"{LAST}, without the mask", self._losses(self.schedule.final_windows, masked=False)))
+            found = [(LAST, last), *self._unmasked(LAST), *self._reweighted(), *self._windowed()]
         if self.run_directory is not None:
             write_whole(self.run_directory.path / ENDS_NAME, json.dumps(found, indent=1) + "\n")
         return result
@@ -178,6 +177,8 @@ class TrainerWithEnds(Trainer):
         for name, weights in self._other_weights():
             self._put(weights)
             found.append((name, self._losses(self.schedule.final_windows)))
+            if name == LEFT:
+                found += self._unmasked(name)
         self._put(last)
         return found
 
@@ -185,7 +186,7 @@ class TrainerWithEnds(Trainer):
         for count in self.ends.before:
             yield f"{count} steps before", self.copies[count]
         if self.ends.horizons and any(any(entry.averaged()) for entry in self.spec.training.end):
-            yield "what the last step has left", self.copies[0]
+            yield LEFT, self.copies[0]
         for horizon in self.ends.horizons:
             for blend in self.ends.blends:
                 weights = list(self.copies[0])
@@ -200,6 +201,12 @@ class TrainerWithEnds(Trainer):
             return self.evaluate(windows, self.end_of_run.mask if masked else None)
         finally:
             self.val_batches = self.sets[VALIDATION]
+
+    def _unmasked(self, name: str) -> list[End]:
+        """The weights in place without the run's mask, if it has one."""
+        if self.end_of_run.mask is None:
+            return []
+        return [(f"{name}, without the mask", self._losses(self.schedule.final_windows, masked=False))]
 
     def _losses(self, windows: Windows, *, masked: bool = True) -> dict[str, float]:
         return {name: self._loss(name, windows, masked=masked) for name in self.sets}

@@ -140,24 +140,32 @@ def test_a_grid_of_blends_and_horizons_on_two_sets(
     assert done.out.count("prose loss") == 1
 
 
-def test_the_mask_is_on_all_ends_and_off_on_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nanogpt: Callable):
+@pytest.mark.parametrize("averages", [False, True])
+def test_the_mask_is_on_all_ends_and_off_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nanogpt: Callable, averages: bool
+):
     monkeypatch.setattr(ends, "TrainerWithEnds", AllWeights)
-    masked = averaged_spec("evaluation.every=null", "training.end=[{kind: canonical_mask}]")
-    recipe = write_recipe(tmp_path / "tiny.yaml", masked)
+    end = () if averages else ("training.end=[{kind: canonical_mask}]",)
+    recipe = write_recipe(tmp_path / "tiny.yaml", averaged_spec("evaluation.every=null", *end))
     data = make_text_data(tmp_path / "data")
     done = nanogpt("experiment", "ends", recipe, "--data", data, "--out", tmp_path / "runs", "--horizon", 2)
     assert done.code == 0, done.err
     [path] = (tmp_path / "runs").iterdir()
     found = {name: losses["validation"] for name, losses in json.loads((path / "ends.json").read_text())}
     trainer = AllWeights.last
-    assert len(found) == 2 + 5
-    assert trainer.end_of_run.mask is not None
-    weights = trainer._weights()
-    assert found["the last weights"] == pytest.approx(trainer.loss_of(weights, "validation"), abs=1e-6)
-    trainer.end_of_run.mask = None
-    unmasked = trainer.loss_of(weights, "validation")
-    assert found["the last weights, without the mask"] == pytest.approx(unmasked, abs=1e-6)
-    assert unmasked > found["the last weights"]
+    weights = {"the last weights": trainer._weights()}
+    if averages:
+        weights["what the last step has left"] = trainer.left[-1]
+    assert len(found) == 2 * len(weights) + 5
+    mask = trainer.end_of_run.mask
+    assert mask is not None
+    for name, of_end in weights.items():
+        trainer.end_of_run.mask = mask
+        assert found[name] == pytest.approx(trainer.loss_of(of_end, "validation"), abs=1e-6)
+        trainer.end_of_run.mask = None
+        unmasked = trainer.loss_of(of_end, "validation")
+        assert found[f"{name}, without the mask"] == pytest.approx(unmasked, abs=1e-6)
+        assert unmasked > found[name]
 
 
 @pytest.mark.slow
