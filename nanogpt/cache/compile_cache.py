@@ -239,11 +239,13 @@ def _compiled_code_in(root: Path | None) -> Iterator[None]:
         return
     import torch._functorch.config
 
+    from nanogpt.cache import graphs
+
     variables = _places(root) | {"FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1"}
     # Else no graph with the MLP in it, a torch.autograd.Function, would be kept. It changes no code; and what such a
     # function does is part of the graph's key, its source of the file's.
     custom_functions = torch._functorch.config.patch(autograd_cache_allow_custom_autograd_functions=True)
-    with _environment(variables), custom_functions:
+    with _environment(variables), custom_functions, graphs.kept_graphs(root / graphs.FOLDER):
         yield
 
 

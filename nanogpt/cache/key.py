@@ -30,6 +30,7 @@ FORMAT = 1
 # What a graph is traced from and what it calls. Formulas of backward passes, which are in no graph that torch makes its
 # keys from, are in kernels/.
 SOURCES = (
+    "cache/graphs.py",
     "gpus.py",
     "kernels",
     "layers",

@@ -73,7 +73,7 @@ def count_contents(names: Collection[str]) -> dict[str, int]:
         return [path for path in paths if folder in path.parts[:-1]]
 
     return {
-        "graphs": len({path.parent for path in below("aotautograd")}),
+        "graphs": len({path.parent for path in below("aotautograd")}) + len(below("graphs")),
         "graph parts": len({path.parent for path in below("fxgraph")}),
         "Triton kernels": sum(path.suffix == ".cubin" for path in below("triton")),
         "CuTe kernels": sum(path.suffix == ".o" for path in below("cute")),

@@ -150,7 +150,6 @@ class RecordModel(LanguageModel, Generic[Spec]):
         """The training loss is a sum over tokens."""
         return float(batch.inputs.shape[0])
 
-    @torch.no_grad()
     def evaluation_loss(
         self,
         batch: TokenBatch,
@@ -162,19 +161,20 @@ class RecordModel(LanguageModel, Generic[Spec]):
 
         mask: (V, V / 8) uint8, a bit for each class ruled out after a token (`head_token_losses`).
         """
-        x = self.hidden(batch, self.embedded(batch) if embedded is None else self.named(embedded), windows)
-        cap = self.spec.softcap
-        return head_mean_loss(
-            x,
-            self.lm_head,
-            batch.targets,
-            cap=cap.cap,
-            shift=cap.shift,
-            scale=cap.scale,
-            plain=self.implementations.plain_kernels,
-            inputs=batch.inputs,
-            mask=mask,
-        )
+        with torch.no_grad():
+            x = self.hidden(batch, self.embedded(batch) if embedded is None else self.named(embedded), windows)
+            cap = self.spec.softcap
+            return head_mean_loss(
+                x,
+                self.lm_head,
+                batch.targets,
+                cap=cap.cap,
+                shift=cap.shift,
+                scale=cap.scale,
+                plain=self.implementations.plain_kernels,
+                inputs=batch.inputs,
+                mask=mask,
+            )
 
     @torch.no_grad()
     def token_losses(self, batch: TokenBatch, windows: Windows | RunTimeWindows, mask: Tensor | None = None) -> Tensor:

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from nanogpt.cache.graphs import compile_whole
 from nanogpt.kernels.transpose import transpose_add, transpose_copy
 from nanogpt.optim.adam import adam_step_size, adam_updates
 from nanogpt.optim.banks_and_adam_spec import BanksAndAdamRates, BanksAndAdamSpec
@@ -91,8 +92,8 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
         self._adam: Callable[..., None] = adam_updates
         self._bank: Callable[..., None] = self.bank_update
         if compiled:
-            self._adam = torch.compile(adam_updates, fullgraph=True, dynamic=False)
-            self._bank = torch.compile(self.bank_update, fullgraph=True, dynamic=False)
+            self._adam = compile_whole(adam_updates)
+            self._bank = compile_whole(self.bank_update)
 
     # --- views and state ---
 

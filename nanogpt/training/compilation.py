@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+from nanogpt.cache.graphs import LOADED, NEW_KINDS, PARTS_COMPILED
 from nanogpt.cache.tuning import COUNTER
 from nanogpt.console import markdown_table
 
@@ -34,12 +35,14 @@ def compile_counts() -> CompileCounts:
         return CompileCounts()
     from torch._dynamo.utils import counters
 
+    inductor, loaded = counters["inductor"], counters[LOADED[0]][LOADED[1]]
+    ahead = counters[PARTS_COMPILED[0]][PARTS_COMPILED[1]]
     return CompileCounts(
-        graphs=int(counters["stats"]["unique_graphs"]),
-        from_cache=int(counters["aot_autograd"]["autograd_cache_hit"]),
+        graphs=int(counters["stats"]["unique_graphs"] + loaded),
+        from_cache=int(counters["aot_autograd"]["autograd_cache_hit"] + loaded),
         bypassed=int(counters["aot_autograd"]["autograd_cache_bypass"]),
-        parts_compiled=int(counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_bypass"]),
-        parts_from_cache=int(counters["inductor"]["fxgraph_cache_hit"]),
+        parts_compiled=int(inductor["fxgraph_cache_miss"] + inductor["fxgraph_cache_bypass"] + ahead),
+        parts_from_cache=int(inductor["fxgraph_cache_hit"]),
         kernels_tuned=int(counters[COUNTER[0]][COUNTER[1]]),
     )
 
@@ -50,16 +53,17 @@ def compiled_graphs() -> int:
 
 
 def recompilation_reasons() -> list[str]:
-    """Why torch recompiled functions, a line each: the guard that failed."""
+    """Why functions were compiled again, or another graph of theirs loaded, a line each: the guard that failed."""
     if "torch._dynamo.utils" not in sys.modules:
         return []
-    from torch._dynamo.utils import get_compilation_metrics
+    from torch._dynamo.utils import counters, get_compilation_metrics
 
-    return [
+    by_torch = (
         f"{metric.co_name}: {' '.join(metric.recompile_reason.split())}"
         for metric in get_compilation_metrics()
         if metric.recompile_reason
-    ]
+    )
+    return [*by_torch, *counters[NEW_KINDS]]
 
 
 @dataclass
@@ -89,7 +93,7 @@ def compiled_functions() -> list[CompiledFunction]:
     for metric in get_compilation_metrics():
         compile_id = str(metric.compile_id)
         if metric.co_name is not None:
-            names[compile_id] = _function_name(metric.co_name, metric.co_filename)
+            names[compile_id] = metric.co_name
         entry = found.setdefault(names.get(compile_id, "unknown"), CompiledFunction(names.get(compile_id, "unknown")))
         entry.kernels_s += _seconds(metric.triton_compile_time_us) + _seconds(metric.runtime_triton_autotune_time_us)
         if metric.is_forward is False:
@@ -117,11 +121,6 @@ def functions_table(functions: Sequence[CompiledFunction]) -> list[str]:
     return markdown_table(
         ("function", "graphs", "operations", "tracing, s", "forward, s", "backward, s", "of it Triton, s"), rows
     )
-
-
-def _function_name(name: str, filename: str | None) -> str:
-    """`evaluation_loss` runs under one of torch's decorators, which is what Dynamo sees."""
-    return "evaluation_loss" if filename is not None and "torch" in filename and name == "inner" else name
 
 
 def _seconds(microseconds: int | None) -> float:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor
 
 from nanogpt.kernels.attention import select_attention_backend
 from nanogpt.kernels.dispatch import device_capability
@@ -64,13 +61,6 @@ def captures_graphs(spec: RunSpec, device: torch.device) -> bool:
     memory = torch.cuda.get_device_properties(device).total_memory
     roomy = memory - table_bytes(spec) >= GRAPHS_MEMORY
     return roomy and runtime.kernels == "auto" and runtime.cuda_graphs == "auto"
-
-
-def compile_whole(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The compiled function: one graph per micro-batch size, which is constant in it; windows and scales are not."""
-    # Adam's update has a graph for each shape of a shard; torch gives up at eight.
-    torch._dynamo.config.recompile_limit = 64
-    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def compiles(spec: RunSpec, device: torch.device) -> bool:

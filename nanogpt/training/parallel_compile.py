@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from nanogpt.cache.compile_cache import CompileCache, compiled_code_of
+from nanogpt.cache.graphs import compile_whole
 from nanogpt.console import say
 from nanogpt.data.batches import MicroBatch, cu_seqlens_length
 from nanogpt.launch.tied import tied_command
@@ -30,7 +31,7 @@ from nanogpt.launch.world import World, join_world
 from nanogpt.models.model_spec import Slot
 from nanogpt.spec import RunSpec
 from nanogpt.training.build import build_model
-from nanogpt.training.implementations import choose_implementations, compile_whole
+from nanogpt.training.implementations import choose_implementations
 from nanogpt.training.micro_step import MicroStep
 from nanogpt.training.schedule import Schedule, StepSettings
 from nanogpt.training.tables import rows_of

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from nanogpt.cache.compile_cache import CompileCache, cache_directory, compile_cache
+from nanogpt.cache.graphs import compile_whole
 from nanogpt.console import say
 from nanogpt.data.batches import TrainBatches, ValBatches, read_stream
 from nanogpt.data.prefixes import gpt2_tokens, prefix_table
@@ -54,7 +55,7 @@ from nanogpt.training.clock import Clock
 from nanogpt.training.compilation import compiled_graphs, recompilation_reasons
 from nanogpt.training.devices import unlike_devices
 from nanogpt.training.end_of_run import EndOfRun
-from nanogpt.training.implementations import captures_graphs, choose_implementations, compile_whole, compiles
+from nanogpt.training.implementations import captures_graphs, choose_implementations, compiles
 from nanogpt.training.micro_step import MicroStep
 from nanogpt.training.ownership import owner, owner_check
 from nanogpt.training.parallel_compile import compile_in_parallel
@@ -332,7 +333,7 @@ class Trainer:
         for line in (*self.implementation_lines, *self.micro_step.lines(), *self.cache.lines, *table):
             self.reporter.note(line)
         self.reporter.start(self.next_step, resumed=resumed)
-        graphs, recompiled = compiled_graphs(), len(recompilation_reasons())
+        graphs, recompiled = compiled_graphs(), recompilation_reasons()
         self.recorder.start_up(phases, self.cache.lines)
         self.recorder.clock_starts(*self._progress(), resumed=resumed, graphs=graphs)
         self.watch.training(self.next_step, compiling=self.compiled and not self.spec.training.warmup)
@@ -365,8 +366,9 @@ class Trainer:
         late_graphs = compiled_graphs() - graphs
         if self.compiled:
             self.reporter.note(f"compiled graphs: {graphs} before the clock started, {late_graphs} after")
-            for line in recompilation_reasons()[recompiled:]:
-                self.reporter.note(f"recompiled after the clock started: {line}")
+            for line in recompilation_reasons():
+                if line not in recompiled:
+                    self.reporter.note(f"recompiled after the clock started: {line}")
         self.reporter.waits()
         self._record_trained(late_graphs)
         return Result(final_loss, self.schedule.total_steps, self.clock.elapsed_ms / 1000, late_graphs)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny_runs import tiny_spec, write_recipe
 
+from nanogpt.cache import graphs
 from nanogpt.optim.normuon_adam.optimizer import NorMuonAdam
 from nanogpt.training import trainer
 from nanogpt.training.trainer import Trainer
@@ -23,6 +25,7 @@ def traced_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from torch._dynamo.utils import clear_compilation_metrics
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(graphs, "kept_graphs", lambda _: nullcontext())
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     torch._dynamo.reset()
     clear_compilation_metrics()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from small_specs import batch_of, on_gpu, relative_error
 
+from nanogpt.cache.graphs import compile_whole
 from nanogpt.data.batches import MicroBatch
 from nanogpt.kernels.bench import document_ends
 from nanogpt.kernels.table_rows import Gradients, RowAdam, Signs, entries_of, read_rows, row_adam, sum_rows
@@ -17,7 +18,6 @@ from nanogpt.models.record_model import LossInputs
 from nanogpt.models.stage_loss import StageLoss
 from nanogpt.recipe import load_recipe
 from nanogpt.training.build import build_model
-from nanogpt.training.implementations import compile_whole
 from nanogpt.training.micro_step import MicroStep
 
 pytestmark = [

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_runs import make_data, tiny_spec, train
 
+from nanogpt.cache import graphs
 from nanogpt.launch.world import join_world
 from nanogpt.models.record89.spec import Record89ModelSpec
 from nanogpt.recipe import load_recipe
@@ -31,6 +33,7 @@ def traced_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from torch._dynamo.utils import clear_compilation_metrics
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(graphs, "kept_graphs", lambda _: nullcontext())
     torch._dynamo.reset()
     clear_compilation_metrics()
     with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):  # which the trainer raises

@@ -114,7 +114,6 @@ class Gpt2(LanguageModel):
         """The training loss is already a mean."""
         return 1.0
 
-    @torch.no_grad()
     def evaluation_loss(
         self,
         batch: TokenBatch,
@@ -123,7 +122,8 @@ class Gpt2(LanguageModel):
         mask: Tensor | None = None,
     ) -> Tensor:
         """Mean cross-entropy of the next token."""
-        return self._mean_loss(self(batch, windows), batch.targets)
+        with torch.no_grad():
+            return self._mean_loss(self(batch, windows), batch.targets)
 
     @torch.no_grad()
     def token_losses(self, batch: TokenBatch, windows: Windows | RunTimeWindows) -> Tensor:
