@@ -22,6 +22,7 @@ import io
 import os
 import pickle
 import tempfile
+import time
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -37,8 +38,9 @@ from nanogpt.console import say
 FOLDER = "graphs"
 UNKEPT = "its graph cannot be kept, and is traced at every start"
 SUFFIX, REFUSED = ".graph", ".refused"
-NEW_KINDS = "nanogpt: new kinds of calls"  # in torch._dynamo.utils.counters, like the next
+# In torch._dynamo.utils.counters. SPENT: by name of a function and of a field of `CompiledFunction`.
 LOADED, PARTS_COMPILED = ("nanogpt", "graphs_loaded"), ("nanogpt", "parts_compiled")
+NEW_KINDS, SPENT = "nanogpt: new kinds of calls", "nanogpt: spent"
 RESTARTS = 3  # of tracing, which turns numbers into inputs one by one
 SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
@@ -113,8 +115,10 @@ class WholeFunction:
             return Graph(self._traced(), {})
         if path.exists():
             try:
+                started = time.perf_counter()
                 graph = self._load(path)
                 counters[LOADED[0]][LOADED[1]] += 1
+                counters[SPENT].update({(self.name, "graphs"): 1, (self.name, "forward_s"): _since(started)})
                 return graph
             except Exception as error:
                 say(f"{path.name}: not used: {_reason(error)}; compiling it again")
@@ -170,14 +174,27 @@ class WholeFunction:
         self, guard_filter: Callable[[Any], list[bool]], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+        from torch._dynamo.utils import counters, cumulative_time_spent_ns
 
+        events = {"forward_s": "compile_fx_inner", "kernels_s": "async_compile.wait"}  # of both passes
+        before, started = [cumulative_time_spent_ns[event] for event in events.values()], time.perf_counter()
         with torch._dynamo.config.patch(enable_aot_compile=True), _without_torchs_entry():
             options: dict[str, Any] = {"guard_filter_fn": guard_filter}
             compiled: Any = torch.compile(self._function, fullgraph=True, dynamic=False, options=options)
-            for _ in range(RESTARTS):
-                with contextlib.suppress(TensorifyScalarRestartAnalysis):
-                    return compiled.aot_compile((args, kwargs))
-            return compiled.aot_compile((args, kwargs))
+            for attempt in range(RESTARTS + 1):
+                operations = counters["stats"]["calls_captured"]
+                try:
+                    made = compiled.aot_compile((args, kwargs))
+                    break
+                except TensorifyScalarRestartAnalysis:
+                    if attempt == RESTARTS:
+                        raise
+        spent = {"graphs": 1, "operations": counters["stats"]["calls_captured"] - operations}
+        for (field, event), ns in zip(events.items(), before, strict=True):
+            spent[field] = (cumulative_time_spent_ns[event] - ns) / 1e9
+        spent["tracing_s"] = _since(started) - spent["forward_s"]
+        counters[SPENT].update({(self.name, field): value for field, value in spent.items()})
+        return made
 
     def _load(self, path: Path) -> Graph:
         from torch._dynamo.aot_compile import AOTCompileUnpickler
@@ -270,6 +287,10 @@ def _difference(one: Any, other: Any) -> str:
     if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other):
         return next((_difference(a, b) for a, b in zip(one, other, strict=True) if a != b), "the function's object")
     return f"{one} instead of {other}"
+
+
+def _since(started: float) -> float:
+    return time.perf_counter() - started
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
-from nanogpt.cache.graphs import LOADED, NEW_KINDS, PARTS_COMPILED
+from nanogpt.cache.graphs import LOADED, NEW_KINDS, PARTS_COMPILED, SPENT
 from nanogpt.cache.tuning import COUNTER
 from nanogpt.console import markdown_table
 
@@ -73,8 +74,8 @@ class CompiledFunction:
     name: str
     graphs: int = 0
     operations: int = 0  # in the traced graphs
-    tracing_s: float = 0.0  # Dynamo, guards
-    forward_s: float = 0.0  # AOTAutograd and inductor, or the cache
+    tracing_s: float = 0.0  # Dynamo, guards; of a graph compiled ahead also AOTAutograd
+    forward_s: float = 0.0  # AOTAutograd and inductor, or the cache; of a graph compiled ahead both passes
     backward_s: float = 0.0  # inductor at the first backward pass
     kernels_s: float = 0.0  # of these, spent waiting for Triton and tuning
 
@@ -86,7 +87,7 @@ class CompiledFunction:
 
 def compiled_functions() -> list[CompiledFunction]:
     """What each compiled function of this process cost, most expensive first."""
-    from torch._dynamo.utils import get_compilation_metrics
+    from torch._dynamo.utils import counters, get_compilation_metrics
 
     found: dict[str, CompiledFunction] = {}
     names: dict[str, str] = {}
@@ -94,7 +95,9 @@ def compiled_functions() -> list[CompiledFunction]:
         compile_id = str(metric.compile_id)
         if metric.co_name is not None:
             names[compile_id] = metric.co_name
-        entry = found.setdefault(names.get(compile_id, "unknown"), CompiledFunction(names.get(compile_id, "unknown")))
+        if compile_id not in names:  # one compiled ahead, which has its own figures below
+            continue
+        entry = found.setdefault(names[compile_id], CompiledFunction(names[compile_id]))
         entry.kernels_s += _seconds(metric.triton_compile_time_us) + _seconds(metric.runtime_triton_autotune_time_us)
         if metric.is_forward is False:
             entry.backward_s += _seconds(metric.duration_us)
@@ -104,6 +107,10 @@ def compiled_functions() -> list[CompiledFunction]:
         entry.operations += metric.graph_op_count or 0
         entry.tracing_s += (metric.entire_frame_compile_time_s or 0.0) - backend
         entry.forward_s += backend
+    ahead: Any = counters[SPENT]
+    for (name, field), value in ahead.items():
+        entry = found.setdefault(name, CompiledFunction(name))
+        setattr(entry, field, getattr(entry, field) + value)
     return sorted(found.values(), key=lambda entry: -entry.seconds)
 
 

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from nanogpt.cache.graphs import Unkept, compile_whole, kept_graphs, kind_of_call
 from nanogpt.optim.adam import adam_updates
-from nanogpt.training.compilation import CompileCounts, compile_counts, recompilation_reasons
+from nanogpt.training.compilation import (
+    CompileCounts,
+    CompiledFunction,
+    compile_counts,
+    compiled_functions,
+    recompilation_reasons,
+)
 
 
 class Inputs(NamedTuple):
@@ -183,7 +189,11 @@ def test_what_cannot_be_kept_is_compiled_as_usual(tmp_path: Path, capfd: pytest.
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_updates_in_place_are_equal_bit_for_bit(tmp_path: Path):
-    """Adam's update of two parameters, as the optimizer calls it."""
+    """Adam's update of two parameters, as the optimizer calls it; and what it costs is in the table of functions."""
+
+    def spent() -> CompiledFunction:
+        found = (entry for entry in compiled_functions() if entry.name == "adam_updates")
+        return next(found, CompiledFunction("adam_updates"))
 
     def update(function: Callable[..., None]) -> list[Tensor]:
         parameters = [numbers(5, 3), numbers(4, seed=1)]
@@ -194,11 +204,15 @@ def test_updates_in_place_are_equal_bit_for_bit(tmp_path: Path):
             function(parameters, gradients, *states, sizes, sizes, [(0.9, 0.95), (0.8, 0.95)], 1e-8)
         return [*parameters, *states[0], *states[1]]
 
+    before = spent()
     with torch.no_grad(), kept_graphs(tmp_path):
         made, counts = counted(lambda: update(compile_whole(adam_updates)))
         assert (counts.graphs, counts.from_cache, counts.parts_compiled) == (1, 0, 1)
         loaded, counts = counted(lambda: update(compile_whole(adam_updates)))
         assert (counts.graphs, counts.from_cache, counts.parts_compiled) == (1, 1, 0)
+    after = spent()
+    assert after.graphs - before.graphs == 2 and after.operations - before.operations > 20
+    assert after.tracing_s > before.tracing_s and after.forward_s > before.forward_s
     plain = update(adam_updates)
     for one, other, expected in zip(made, loaded, plain, strict=True):
         assert torch.equal(one, other)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_runs import losses, python
 
+from nanogpt.cache.graphs import UNKEPT
 from nanogpt.data.made_up import write_made_up_shards
 from nanogpt.data.shards import train_name, val_name
 from nanogpt.runs.record import Record, read_record
@@ -54,7 +55,7 @@ def test_a_warm_start_compiles_nothing_and_computes_the_same(tmp_path: Path):
             TMPDIR=str(place),
             NANOGPT_CACHE=str(tmp_path / "kept"),
         )
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0 and UNKEPT not in done.stderr, done.stderr
         print(done.stdout)
         return done.stdout
 
@@ -80,18 +81,36 @@ def test_a_warm_start_compiles_nothing_and_computes_the_same(tmp_path: Path):
     assert losses(warm_path)[0] == pytest.approx(losses(cold_path)[0], abs=0.02)
 
 
-def test_losses_of_a_warm_start_are_those_of_a_cold_one_bit_by_bit(tmp_path: Path):
+@pytest.mark.parametrize("recipe", ["speedrun", "record89", "record92-quarter-table"])
+def test_losses_of_a_warm_start_are_those_of_a_cold_one_bit_by_bit(tmp_path: Path, recipe: str):
     """With deterministic algorithms, so that nothing but the code could make a difference."""
-    sets = [part for override in (*SHORT, "runtime.deterministic=true") for part in ("--set", override)]
+    sizes = SHORT if recipe == "speedrun" else (*SHORT[-2:], "evaluation.tokens=2097152", "data.epochs=null")
+    sets = [part for override in (*sizes, "runtime.deterministic=true") for part in ("--set", override)]
+    steps = [] if recipe == "speedrun" else ["--steps", "24"]
     gpu = "a100" if torch.cuda.get_device_capability()[0] < 9 else "h200"
     data = tmp_path / "data"
     data.mkdir()
-    write_made_up_shards(data, train_tokens=12_000_000, val_tokens=2_097_153, bos=50256)
+    write_made_up_shards(data, train_tokens=12_000_000, val_tokens=10_485_761, bos=50256)
     found = []
     for name in ("cold", "warm"):
-        arguments = ("train", f"1x{gpu}", *sets, "--data", str(data), "--out", str(tmp_path / name))
+        arguments = (
+            "train",
+            recipe,
+            "--on",
+            f"1x{gpu}",
+            *steps,
+            *sets,
+            "--data",
+            str(data),
+            "--out",
+            str(tmp_path / name),
+        )
         done = python("-m", "nanogpt", *arguments, timeout=900, NANOGPT_CACHE=str(tmp_path / "kept"))
-        assert done.returncode == 0, done.stderr
-        [path] = (tmp_path / name).glob("speedrun-*")
+        assert done.returncode == 0 and UNKEPT not in done.stderr, done.stderr
+        [path] = (path.parent for path in (tmp_path / name).glob("*/record.json"))
         found.append(losses(path))
+        log = (path / "log.txt").read_text().splitlines()
+        print("\n".join(line for line in log if line.startswith(("| ", "CUDA graphs"))))
+    record = read_record(path)
+    assert total(record, "from_cache") == total(record, "graphs") >= 10 and total(record, "parts_compiled") == 0
     assert found[0] == found[1]

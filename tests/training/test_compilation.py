@@ -30,12 +30,13 @@ SPEC = tiny_spec("runtime.compile=on", "training.warmup=true")
 def traced_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """torch.compile traces and guards as ever, and computes with the operations as they are: no compiler of code."""
     import torch._dynamo
-    from torch._dynamo.utils import clear_compilation_metrics
+    from torch._dynamo.utils import clear_compilation_metrics, counters
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     monkeypatch.setattr(graphs, "kept_graphs", lambda _: nullcontext())
     torch._dynamo.reset()
     clear_compilation_metrics()
+    counters[graphs.SPENT].clear()
     with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):  # which the trainer raises
         yield
     torch._dynamo.reset()
