@@ -1,8 +1,8 @@
 """What decides compiled code: versions, machine, the package's source, and the part of the spec that reaches a graph.
 
-A cache file belongs to one key and is used for no other. Inside it torch, Triton and FlashAttention have keys of
-their own (each graph's and each kernel's), so a run whose graphs differ anyway, as with another world size,
-compiles what is missing and adds it to the file.
+A cache file belongs to one key and is used for no other. Inside it each graph belongs to one kind of call
+(`nanogpt.cache.graphs`), and Triton and FlashAttention have keys of their own for each kernel, so a run whose graphs
+differ anyway, as with another world size, compiles what is missing and adds it to the file.
 """
 
 from __future__ import annotations

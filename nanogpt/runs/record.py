@@ -238,7 +238,7 @@ class StartUpPhase(Part):
 
     name: str
     seconds: float
-    graphs: int = Field(default=0, description="traced in the phase")
+    graphs: int = Field(default=0, description="traced in the phase, or taken whole from the cache")
     from_cache: int = Field(default=0, description="of them taken from the compile cache")
     bypassed: int = Field(default=0, description="of them never kept by torch's cache")
     parts_compiled: int = Field(default=0, description="forward and backward passes compiled again")

@@ -16,7 +16,7 @@ from nanogpt.console import markdown_table
 class CompileCounts:
     """What this process has done so far. A graph has one part in evaluation, two in training (forward, backward)."""
 
-    graphs: int = 0  # traced and guarded: once per process, whatever the cache has
+    graphs: int = 0  # traced, or loaded without: once per process, whatever the cache has
     from_cache: int = 0  # whole graphs taken from the cache
     bypassed: int = 0  # graphs that torch's cache cannot keep
     parts_compiled: int = 0  # parts that were compiled again

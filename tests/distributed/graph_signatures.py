@@ -1,27 +1,13 @@
-"""What the compiled functions of a tiny run's warm-up are called with, as torch would key a graph."""
+"""What the compiled functions of a tiny run's warm-up are called with: the kinds by which graphs are kept."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from nanogpt.cache.graphs import kind_of_call
 from nanogpt.launch.world import join_world
 from nanogpt.recipe import load_recipe
 from nanogpt.training.trainer import Trainer
-
-
-def describe(value: Any) -> Any:
-    """Of a tensor what a graph depends on; of anything else the value."""
-    if isinstance(value, torch.Tensor):
-        return [list(value.shape), list(value.stride()), str(value.dtype), value.requires_grad, str(value.device)]
-    if isinstance(value, (list, tuple)):
-        return [describe(item) for item in value]
-    if hasattr(value, "inputs"):  # a micro-batch
-        return [describe(value.inputs), describe(value.targets), describe(value.cu_seqlens), value.max_seqlen]
-    if hasattr(value, "long"):  # windows
-        return [describe(value.short), describe(value.long)]
-    return repr(value)
 
 
 def warm_up(recipe: Path, data: Path, out: Path, *world_sizes: int) -> None:
@@ -33,7 +19,7 @@ def warm_up(recipe: Path, data: Path, out: Path, *world_sizes: int) -> None:
         function = getattr(owner, name)
 
         def call(*arguments: Any, **named: Any) -> Any:
-            seen.add(json.dumps([name, *map(describe, arguments), {key: describe(x) for key, x in named.items()}]))
+            seen.add(json.dumps([name, repr(kind_of_call(arguments, named))]))
             return function(*arguments, **named)
 
         setattr(owner, name, call)
