@@ -118,7 +118,7 @@ class WholeFunction:
                 started = time.perf_counter()
                 graph = self._load(path)
                 counters[LOADED[0]][LOADED[1]] += 1
-                counters[SPENT].update({(self.name, "graphs"): 1, (self.name, "forward_s"): _since(started)})
+                self._count_spent(graphs=1, forward_s=_since(started))
                 return graph
             except Exception as error:
                 say(f"{path.name}: not used: {_reason(error)}; compiling it again")
@@ -132,8 +132,9 @@ class WholeFunction:
             say(f"{self.name}: {UNKEPT}: {_reason(error)}")
             counters["stats"]["unique_graphs"] = graphs
             path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                _write(refused, _reason(error).encode())
+            if not isinstance(error, OSError | MemoryError | torch.OutOfMemoryError):  # may be otherwise next time
+                with contextlib.suppress(OSError):
+                    _write(refused, _reason(error).encode())
             return Graph(self._traced(), {})
 
     def _make(self, path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -189,23 +190,32 @@ class WholeFunction:
                 except TensorifyScalarRestartAnalysis:
                     if attempt == RESTARTS:
                         raise
-        spent = {"graphs": 1, "operations": counters["stats"]["calls_captured"] - operations}
-        for (field, event), ns in zip(events.items(), before, strict=True):
-            spent[field] = (cumulative_time_spent_ns[event] - ns) / 1e9
-        spent["tracing_s"] = _since(started) - spent["forward_s"]
-        counters[SPENT].update({(self.name, field): value for field, value in spent.items()})
+        spent = {
+            field: (cumulative_time_spent_ns[event] - ns) / 1e9
+            for (field, event), ns in zip(events.items(), before, strict=True)
+        }
+        operations = counters["stats"]["calls_captured"] - operations
+        self._count_spent(graphs=1, operations=operations, tracing_s=_since(started) - spent["forward_s"], **spent)
         return made
+
+    def _count_spent(self, **amounts: float) -> None:
+        from torch._dynamo.utils import counters
+
+        spent: Any = counters[SPENT]
+        spent.update({(self.name, field): amount for field, amount in amounts.items()})
 
     def _load(self, path: Path) -> Graph:
         from torch._dynamo.aot_compile import AOTCompileUnpickler
         from torch._dynamo.package import SerializedCode
         from torch._dynamo.utils import counters
         from torch._functorch._aot_autograd.aot_autograd_result import deserialize_bundled_cache_entry
+        from torch._inductor.async_compile import CompiledTritonKernels
 
         backend_id, environment, constants, passes = AOTCompileUnpickler({}, io.BytesIO(_read(path))).load()
         for name, value in constants.items():
             if not _same(found := eval(name, {}, self._variables), value):
                 raise Unkept(f"{name} was {value!r} and is {found!r}")
+        CompiledTritonKernels.cache_clear()  # as torch does before a graph of its cache is loaded
         before = {name: counters[name].copy() for name in ("inductor", "aot_autograd")}
         with torch._inductor.config.patch(enable_autograd_for_aot=True):
             both_passes = deserialize_bundled_cache_entry(pickle.loads(passes))
