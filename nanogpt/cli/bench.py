@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nanogpt.cli.validate import OnOption, RecipeArgument, SetOption
+from nanogpt.garbage import collect_from_now, collect_later
 
 if TYPE_CHECKING:
     from nanogpt.spec import RunSpec
@@ -40,6 +41,7 @@ def step(
     as_json: JsonOption = False,
 ) -> None:
     """Time a training step in each stage of RECIPE: milliseconds, tokens/s, model FLOP utilisation, peak memory."""
+    collect_later()
     from nanogpt.bench import steps as timed
     from nanogpt.console import print_report
 
@@ -93,6 +95,7 @@ def _trainer(spec: RunSpec, data: Path | None = None) -> Iterator[Trainer]:
         trainer = stack.enter_context(Trainer(spec, world, **place, cache=cache, startup=startup))
         with startup.phase("compiling, by several processes"):
             trainer.compile_in_parallel()
+        collect_from_now()
         if world.is_main:
             typer.echo("\n".join([*cache.lines, *phases_table(startup.phases())]), err=True)
         yield trainer
@@ -115,6 +118,7 @@ def profile(
     On several GPUs, nanogpt launch --bench profile RECIPE also says how much of the communication
     is exposed.
     """
+    collect_later()
     from nanogpt.bench import exposed
     from nanogpt.bench import profile as profiled
     from nanogpt.console import print_report

@@ -16,6 +16,7 @@ import typer
 from nanogpt.cli.entry import Command
 from nanogpt.cli.threads import wait_briefly
 from nanogpt.cli.validate import OnOption, RecipeArgument, SetOption, StepsOption
+from nanogpt.garbage import collect_later
 
 experiment = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, help=__doc__)
 
@@ -260,6 +261,7 @@ def ends(
     On several GPUs: nanogpt launch --nproc-per-node N --experiment ends RECIPE ...
     """
     wait_briefly()
+    collect_later()
     from nanogpt.cluster.at_hand import at_hand
     from nanogpt.console import print_report
     from nanogpt.experiment.ends import Ends, ends_table, train_with_ends

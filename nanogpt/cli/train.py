@@ -11,6 +11,7 @@ import typer
 
 from nanogpt.cli.threads import wait_briefly
 from nanogpt.cli.validate import OnOption, SetOption, StepsOption, recipe_names
+from nanogpt.garbage import collect_later
 
 
 def train(
@@ -57,6 +58,7 @@ def train(
     SIGTERM, SIGUSR1 or Ctrl-C ends the run after its step, with a checkpoint and exit code 75; --resume continues.
     """
     wait_briefly()
+    collect_later()
     from nanogpt.background import GivenUp, Worker, wait_for
     from nanogpt.cluster.at_hand import at_hand, check_type
     from nanogpt.console import say

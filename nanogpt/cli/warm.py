@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
+from nanogpt.cli.threads import wait_briefly
 from nanogpt.cli.validate import OnOption, RecipeArgument, SetOption
+from nanogpt.garbage import collect_later
 
 WorldSizesOption = Annotated[
     list[int] | None,
@@ -46,6 +48,8 @@ def warm(
     A run finds the file by all that decides the code: versions, GPU type, this package's source, the recipe. Nothing
     else of a run happens: no directory, no data, no training.
     """
+    wait_briefly()
+    collect_later()
     from nanogpt.cluster.at_hand import at_hand, check_type
     from nanogpt.errors import InputError
     from nanogpt.hardware import shape

@@ -31,6 +31,7 @@ from nanogpt.data.batches import TrainBatches, ValBatches, read_stream
 from nanogpt.data.prefixes import gpt2_tokens, prefix_table
 from nanogpt.data.shards import check_shard_tokens, missing_target
 from nanogpt.errors import InputError, Interrupted, NanogptError, RunError
+from nanogpt.garbage import collect_from_now
 from nanogpt.launch.page_cache import keep_code_in_memory
 from nanogpt.launch.watchdog import Watchdog
 from nanogpt.launch.world import World, check_world, join_world, started_as
@@ -327,6 +328,7 @@ class Trainer:
         resumed = resume and self._load_checkpoint()
         import_ahead_of_saving()
         keep_code_in_memory(os.environ, wait=True)
+        collect_from_now()
         phases = self.startup.phases()
         table = phases_table(phases) if self.spec.training.warmup else []
         self._say(table)

@@ -1,0 +1,22 @@
+"""Python's garbage collector waits until a process has started.
+
+Imports and the compiler make millions of objects that stay. The collector looks at all of them again and again, a
+quarter of the time of imports; hardly any is garbage.
+"""
+
+from __future__ import annotations
+
+import gc
+
+
+def collect_later() -> None:
+    """Turn the collector off until `collect_from_now`."""
+    gc.disable()
+
+
+def collect_from_now() -> None:
+    """Collect once, then look only at what is made from here on. Does nothing without an earlier `collect_later`."""
+    if not gc.isenabled():
+        gc.collect()
+        gc.freeze()
+        gc.enable()
