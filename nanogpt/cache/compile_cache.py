@@ -2,8 +2,8 @@
 
 Notable features:
 - The first rank of a node reads the file and unpacks it into a directory that it has made for this job alone; torch,
-  Triton and FlashAttention of all ranks there look for compiled code in it, and leave theirs in it. On a GPU a thread
-  does so while the compiler is imported.
+  Triton and FlashAttention of all ranks there look for compiled code in it, and leave theirs in it. On a GPU another
+  process does so while the compiler is imported.
 - After the warm-up, rank 0 writes the file again if anything has been compiled, with what another job may have added.
   A few small kernels that the file lacked do not hold up the run: they are added at its end.
 - Nothing here fails a run: a file that cannot be used or written is a line in the log.
@@ -17,7 +17,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -57,6 +57,7 @@ class CompileCache:
         self.loaded: Header | None = None
         self.found = False  # a file was read on every node; the same on all ranks
         self.root: Path | None = None  # where compiled code is while the run lasts; None: where torch keeps it
+        self.helpers: Any = ()  # from `when_cold`, if no file was found
         self._world = world
         self._directory = directory
         self._key: dict[str, Any] = {}
@@ -109,18 +110,19 @@ class CompileCache:
         self.lines.append(line)
         return line
 
-    def _load(self) -> None:
-        """Unpack the run's file into `root`, where there is one that can be used."""
+    def _files(self) -> list[Path]:
+        """The run's file, and the image's, where they are there."""
+        return [path for path in (self.path, IMAGE_DIRECTORY / self.path.name) if path.exists()]
+
+    def _load(self, files: Sequence[Path], *, apart: bool = False) -> None:
+        """Unpack the first of `files` that can be used into `root`; `apart`: by another process."""
         assert self._directory is not None and self.root is not None
-        places = [self.path, IMAGE_DIRECTORY / self.path.name]
-        for path in places:
-            if not path.exists():
-                continue
+        for path in files:
             try:
-                pack = Pack(path, in_image=path is places[1] and _in_container())
+                pack = Pack(path, in_image=path.parent == IMAGE_DIRECTORY and _in_container())
                 if pack.header.key_sha256 != key_sha256(self._key):
                     raise PackError(f"made for other code: differs in {differences(pack.header.key, self._key)}")
-                self._names = set(pack.unpack(self.root))
+                self._names = set(pack.unpack_apart(self.root) if apart else pack.unpack(self.root))
             except (PackError, OSError) as error:
                 reason = error.strerror if isinstance(error, OSError) else error
                 self._say(f"{path}: not used: {reason}; compiling")
@@ -146,7 +148,12 @@ class CompileCache:
 
 @contextmanager
 def compile_cache(
-    spec: RunSpec, world: World, directory: Path | None, *, fresh: bool = False
+    spec: RunSpec,
+    world: World,
+    directory: Path | None,
+    *,
+    fresh: bool = False,
+    when_cold: Callable[[Path], AbstractContextManager[Any]] | None = None,
 ) -> Iterator[CompileCache]:
     """While the context lasts, compiled code is taken from the file for the spec's key, and kept in it.
 
@@ -157,6 +164,8 @@ def compile_cache(
         world: this process.
         directory: where the files are; rank 0's counts. None: no file is used, and none written.
         fresh: take nothing from a file; it is replaced.
+        when_cold: entered with the directory of compiled code as soon as it is known that no file will fill it, on one
+            rank; what it gives becomes `helpers`. It is left before the directory goes.
     """
     directory, chosen = world.gather((directory, _users_directory()), tuple[Path | None, str | None])[0]
     cache = CompileCache(world, directory)
@@ -183,12 +192,23 @@ def compile_cache(
         with _compiled_code_in(cache.root), ExitStack() as stack:
             if cache.root is None:
                 stack.enter_context(places_of_this_job())
+            reads = cache.root is not None and mine is not None and not fresh
+            files = cache._files() if reads else []
+
+            def cold() -> None:
+                if cache.root is not None and world.size == 1 and when_cold is not None:
+                    cache.helpers = stack.enter_context(when_cold(cache.root))
+
+            if not files:
+                cold()
             with ThreadPoolExecutor(1) as reader:
-                reads = cache.root is not None and mine is not None and not fresh
-                reading = reader.submit(cache._load) if reads else None
+                apart = world.device.type == "cuda"
+                reading = reader.submit(cache._load, files, apart=apart) if reads else None
                 stack.enter_context(_tuning_in(cache.root, world))  # imports the compiler meanwhile
                 if reading is not None:
                     reading.result()
+            if files and cache.loaded is None:
+                cold()
             cache.found = all(world.gather(cache.loaded is not None or mine is None)) and cache.root is not None
             yield cache
             cache.save()  # what a run without warm-up has compiled

@@ -15,8 +15,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import os
 import stat
+import subprocess
+import sys
 import tarfile
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
@@ -174,33 +177,51 @@ class Pack:
 
     def unpack(self, root: Path) -> list[str]:
         """Write what is not there yet below `root`; returns the names of all files. Raises OSError and `PackError`."""
-        names = []
-        for name, content, mode, mtime in self._members():
-            names.append(name)
-            target = root / name
-            if target.exists():
-                continue
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-                file.write(content)
-            os.utime(target, (mtime, mtime))
+        return _unpack(self._body, root)
+
+    def unpack_apart(self, root: Path) -> list[str]:
+        """The same by a process of its own, for a process that imports meanwhile.
+
+        A thread would ask for Python's lock again after each of its thousands of system calls, and both would wait.
+        """
+        command = [sys.executable, "-m", "nanogpt.cache.pack", str(root)]
+        done = subprocess.run(command, check=False, input=self._body, capture_output=True)
+        if done.returncode:
+            said = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
+            raise PackError(said[-1])
+        names: list[str] = json.loads(done.stdout)
         return names
 
-    def _members(self) -> Iterator[tuple[str, bytes, int, float]]:
-        try:
-            with (
-                zstandard.ZstdDecompressor().stream_reader(self._body) as stream,
-                tarfile.open(fileobj=stream, mode="r|") as archive,
-            ):
-                for member in archive:
-                    parts = PurePosixPath(member.name).parts
-                    if not member.isreg() or ".." in parts or member.name.startswith("/"):
-                        raise PackError(f"has a member that is not a plain file: {member.name}")
-                    file = archive.extractfile(member)
-                    assert file is not None
-                    yield member.name, file.read(), member.mode & 0o700, member.mtime
-        except (tarfile.TarError, zstandard.ZstdError) as error:
-            raise PackError(f"cannot be unpacked: {error}") from error
+
+def _unpack(body: bytes, root: Path) -> list[str]:
+    names = []
+    for name, content, mode, mtime in _members(body):
+        names.append(name)
+        target = root / name
+        if target.exists():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            file.write(content)
+        os.utime(target, (mtime, mtime))
+    return names
+
+
+def _members(body: bytes) -> Iterator[tuple[str, bytes, int, float]]:
+    try:
+        with (
+            zstandard.ZstdDecompressor().stream_reader(body) as stream,
+            tarfile.open(fileobj=stream, mode="r|") as archive,
+        ):
+            for member in archive:
+                parts = PurePosixPath(member.name).parts
+                if not member.isreg() or ".." in parts or member.name.startswith("/"):
+                    raise PackError(f"has a member that is not a plain file: {member.name}")
+                file = archive.extractfile(member)
+                assert file is not None
+                yield member.name, file.read(), member.mode & 0o700, member.mtime
+    except (tarfile.TarError, zstandard.ZstdError) as error:
+        raise PackError(f"cannot be unpacked: {error}") from error
 
 
 def _read_trusted(path: Path, in_image: bool) -> bytes:
@@ -223,3 +244,17 @@ def _check_trust(status: os.stat_result, in_image: bool) -> None:
         raise PackError(f"belongs to user {status.st_uid}; only files of this user ({os.geteuid()}) or root are used")
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise PackError("others may write it (chmod go-w makes it usable)")
+
+
+def main(root: str) -> None:
+    """`Pack.unpack_apart`: the archive comes on standard input, the names go to standard output."""
+    try:
+        print(json.dumps(_unpack(sys.stdin.buffer.read(), Path(root))))
+    except OSError as error:
+        sys.exit(error.strerror)
+    except PackError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -17,6 +17,7 @@ import fcntl
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ from nanogpt.files import read_json
 
 FOLDER = "tuning"
 COUNTER = ("nanogpt", "kernels_tuned")  # in torch._dynamo.utils.counters
+TUNING_MS, WAITING_MS = ("nanogpt", "tuning_ms"), ("nanogpt", "waiting_to_tune_ms")
 
 
 @contextmanager
@@ -50,12 +52,16 @@ def kept_tuning(directory: Path) -> Iterator[None]:
             self.launchers = known
             return
         variants = list(self.launchers)
+        began = time.perf_counter()
         with _alone(directory):  # on the GPU as well
+            since = time.perf_counter()
+            counters[WAITING_MS[0]][WAITING_MS[1]] += round(1000 * (since - began))
             if path is not None and (known := _matching(variants, _read(path))):
                 self.launchers = known
                 return
             tune(self, *args, **kwargs)
             counters[COUNTER[0]][COUNTER[1]] += 1
+            counters[TUNING_MS[0]][TUNING_MS[1]] += round(1000 * (time.perf_counter() - since))
             if path is not None and (
                 chosen := _matching(variants, _keep(path, _description(self.launchers[0].config)))
             ):

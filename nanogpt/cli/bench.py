@@ -71,9 +71,10 @@ def _spec(recipe: str, overrides: list[str] | None, on: str | None) -> RunSpec:
 @contextmanager
 def _trainer(spec: RunSpec, data: Path | None = None) -> Iterator[Trainer]:
     """The recipe's trainer, ready to step, on `data` or on made-up tokens."""
-    from nanogpt.cache.compile_cache import cache_directory, compile_cache
+    from nanogpt.cache.compile_cache import cache_directory
     from nanogpt.data.made_up import write_made_up_shards
     from nanogpt.launch.world import join_world
+    from nanogpt.training.ahead import compiler
     from nanogpt.training.implementations import compiles
     from nanogpt.training.startup import StartUp, phases_table
     from nanogpt.training.trainer import Trainer
@@ -88,16 +89,15 @@ def _trainer(spec: RunSpec, data: Path | None = None) -> Iterator[Trainer]:
                 largest = max(stage.batch_tokens for stage in spec.training.all_stages)
                 sizes = {"train_tokens": 20 * largest, "val_tokens": spec.evaluation.tokens + 1}
                 write_made_up_shards(scratch, **sizes, bos=spec.data.bos)
-        with startup.phase("compiler, compile cache"):
-            kept_in = cache_directory(spec.output.directory) if compiles(spec, world.device) else None
-            cache = stack.enter_context(compile_cache(spec, world, kept_in))
+        kept_in = cache_directory(spec.output.directory) if compiles(spec, world.device) else None
+        cache = stack.enter_context(compiler(spec, world, startup, kept_in))
         place: dict[str, Any] = {"run": None, "data_directory": data or scratch}
         trainer = stack.enter_context(Trainer(spec, world, **place, cache=cache, startup=startup))
         with startup.phase("compiling, by several processes"):
             trainer.compile_in_parallel()
         collect_from_now()
         if world.is_main:
-            typer.echo("\n".join([*cache.lines, *phases_table(startup.phases())]), err=True)
+            typer.echo("\n".join([*cache.lines, *phases_table(startup.phases()), *trainer.compiling_lines]), err=True)
         yield trainer
 
 

@@ -269,25 +269,3 @@ def make_model(
     chosen = implementations or Implementations()
     model: LanguageModel = kind(spec, dtype=dtype, max_tokens=max_tokens, implementations=chosen)
     return model
-
-
-def build_model(
-    spec: BaseModelSpec,
-    *,
-    seed: int,
-    dtype: torch.dtype,
-    max_tokens: int,
-    device: torch.device | str,
-    implementations: Implementations | None = None,
-    communicator: Communicator | None = None,
-) -> LanguageModel:
-    """The spec's model, its parameters drawn from `seed`, equal on every device and world size.
-
-    communicator: of the ranks that share the pulled tables; None: one rank has all of them. See `make_model`. Raises
-    ValueError as `check_table` does.
-    """
-    model = make_model(spec, dtype=dtype, max_tokens=max_tokens, implementations=implementations)
-    model.draw_parameters(torch.Generator().manual_seed(seed))
-    plain = implementations is not None and implementations.plain_kernels
-    model.make_tables(communicator or Communicator(), device, plain=plain)
-    return model.to(device)

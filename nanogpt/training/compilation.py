@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, fields
 from typing import Any
 
 from nanogpt.cache.graphs import LOADED, NEW_KINDS, PARTS_COMPILED, SPENT
-from nanogpt.cache.tuning import COUNTER
+from nanogpt.cache.tuning import COUNTER, TUNING_MS, WAITING_MS
 from nanogpt.console import markdown_table
 
 
@@ -128,6 +130,48 @@ def functions_table(functions: Sequence[CompiledFunction]) -> list[str]:
     return markdown_table(
         ("function", "graphs", "operations", "tracing, s", "forward, s", "backward, s", "of it Triton, s"), rows
     )
+
+
+@dataclass(frozen=True)
+class GraphTimes:
+    """What a process did for one graph, in seconds; of a helper it also says what came before the first."""
+
+    name: str
+    seconds: float  # all, with the graph's execution
+    tracing_s: float = 0.0
+    forward_s: float = 0.0
+    backward_s: float = 0.0
+    kernels_s: float = 0.0  # of these, spent waiting for Triton and tuning
+    tuning_s: float = 0.0
+    waiting_s: float = 0.0  # for other processes that tune
+
+
+@contextmanager
+def timed_graph(name: str, rows: list[GraphTimes]) -> Iterator[None]:
+    """Add a row for what is compiled inside."""
+    before, began = _spent(), time.perf_counter()
+    yield
+    rows.append(GraphTimes(name, time.perf_counter() - began, *(b - a for a, b in zip(before, _spent(), strict=True))))
+
+
+def _spent() -> list[float]:
+    """Of this process, in the order of `GraphTimes`."""
+    from torch._dynamo.utils import counters
+
+    names = ("tracing_s", "forward_s", "backward_s", "kernels_s")
+    parts = [sum(getattr(entry, name) for entry in compiled_functions()) for name in names]
+    return [*parts, *(counters[group][key] / 1000 for group, key in (TUNING_MS, WAITING_MS))]
+
+
+def graph_times_table(processes: Mapping[str, Sequence[GraphTimes]]) -> list[str]:
+    """Each process's graphs as lines of a Markdown table."""
+    rows = [
+        (process, row.name, *(f"{value:.1f}" if value else "" for value in astuple(row)[1:]))
+        for process, graphs in processes.items()
+        for row in graphs
+    ]
+    heads = ("tracing", "forward", "backward", "of it Triton", "tuning", "waiting to tune")
+    return markdown_table(("process", "graph", "s", *heads), rows)
 
 
 def _seconds(microseconds: int | None) -> float:

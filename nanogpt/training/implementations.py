@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from nanogpt.kernels.attention import select_attention_backend
+from nanogpt.kernels.attention import import_failure, select_attention_backend
 from nanogpt.kernels.dispatch import device_capability
 from nanogpt.kernels.fp8_head import select_head_precision
 from nanogpt.kernels.fp8_mlp import NEEDS as FP8_MLP_NEEDS
@@ -16,16 +18,21 @@ from nanogpt.training.tables import table_bytes
 GRAPHS_MEMORY = 60_000_000_000
 
 
-def choose_implementations(spec: RunSpec, device: torch.device) -> tuple[Implementations, list[str]]:
+def choose_implementations(
+    spec: RunSpec, device: torch.device, *, import_failure: Callable[[str], str | None] = import_failure
+) -> tuple[Implementations, list[str]]:
     """The implementations for `spec.runtime` on `device`, and a line of the log for each choice.
 
-    Raises `InputError` if the spec asks for one that this device or installation lacks.
+    import_failure: as `select_attention_backend` takes it. Raises `InputError` if the spec asks for one that this
+    device or installation lacks.
     """
     capability = device_capability(device) if device.type == "cuda" else None
     runtime, model = spec.runtime, spec.model
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[runtime.dtype]
     head_dim = model.width // model.heads
-    attention = select_attention_backend(runtime.attention, capability, head_dim=head_dim, dtype=dtype)
+    attention = select_attention_backend(
+        runtime.attention, capability, head_dim=head_dim, dtype=dtype, import_failure=import_failure
+    )
     lines = [f"attention: {attention.reason}"]
     head: Precision = "bf16"
     mlp: Precision = "bf16"

@@ -3,21 +3,24 @@
 All processes of a node look for compiled code in one directory (`nanogpt.cache`). So before the warm-up each takes one
 graph after another that nobody has taken, calls it once on made-up tokens without any communication, and finds the
 others' in the directory when the warm-up comes to them. The processes are the ranks of a node; a run on one GPU starts
-helpers, as many as processor cores and the GPU's memory allow, which make the model, compile graphs and end.
+helpers, as many as processor cores and the GPU's memory allow, which make the model, compile graphs and end. They
+start as soon as the run knows that it has no file, and import while it does.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -26,22 +29,29 @@ from nanogpt.cache.compile_cache import CompileCache, compiled_code_of
 from nanogpt.cache.graphs import compile_whole
 from nanogpt.console import say
 from nanogpt.data.batches import MicroBatch, cu_seqlens_length
+from nanogpt.garbage import collect_later
 from nanogpt.launch.tied import tied_command
 from nanogpt.launch.world import World, join_world
 from nanogpt.models.model_spec import Slot
 from nanogpt.spec import RunSpec
-from nanogpt.training.build import build_model
+from nanogpt.training.build import undrawn_model
+from nanogpt.training.compilation import GraphTimes, graph_times_table, timed_graph
 from nanogpt.training.implementations import choose_implementations
 from nanogpt.training.micro_step import MicroStep
 from nanogpt.training.schedule import Schedule, StepSettings
-from nanogpt.training.tables import rows_of
+from nanogpt.training.startup import process_age
+from nanogpt.training.tables import rows_of, table_bytes
 
-CORES_PER_HELPER = 4
+CORES_PER_HELPER = 3  # a helper computes in one thread, until its graph's kernels go to many processes at once
 # Upper bounds of GPU memory: a run has 28 GB for 49,152 tokens, 6 of them the optimizer's, which helpers do not make;
 # evaluation keeps nothing for a gradient.
 HELPER_BYTES = 4_000_000_000  # context, libraries, parameters and their gradients
+OPTIMIZER_BYTES = 6_000_000_000
 TRAINED_TOKEN_BYTES, EVALUATED_TOKEN_BYTES = 450_000, 50_000
 PATIENCE_S = 600.0  # to wait for a helper
+MEMORY_PAUSES_S = (2, 4, 8, 16, 32)
+
+T = TypeVar("T")
 
 
 class GraphJob(NamedTuple):
@@ -52,6 +62,12 @@ class GraphJob(NamedTuple):
     max_seqlen: int
     max_documents: int | None
     masked: bool = False  # evaluation with the canonical mask
+
+    @property
+    def name(self) -> str:
+        """For a table."""
+        kind = "training" if self.settings else "evaluation, masked" if self.masked else "evaluation"
+        return f"{kind}, {self.tokens:,} tokens"
 
     @property
     def memory(self) -> int:
@@ -117,10 +133,10 @@ def not_taken(jobs: Iterable[tuple[int, GraphJob]], root: Path) -> Iterator[Grap
 def helpers_that_fit(jobs: Sequence[GraphJob], cores: int, memory: int | None) -> int:
     """How many helpers to start, one for each of `jobs` from the first on; the last at least is left to the run itself.
 
-    memory: bytes of the GPU that the run's model and optimizer leave free; None without a GPU. Jobs that a
-    process takes later are smaller than its first.
+    memory: bytes of the GPU that are free before the run has made its model and optimizer; None without a GPU. Jobs
+    that a process takes later are smaller than its first.
     """
-    count, needed = 0, jobs[-1].memory
+    count, needed = 0, HELPER_BYTES + OPTIMIZER_BYTES + jobs[-1].memory
     for job in jobs[: min(len(jobs) - 1, cores // CORES_PER_HELPER)]:
         needed += HELPER_BYTES + job.memory
         if memory is not None and needed > memory:
@@ -138,32 +154,39 @@ def compile_in_parallel(
     evaluation_loss: Callable[..., torch.Tensor],
     warm_up_optimizer: Callable[[], None],
     given_up: Callable[[], bool],
-) -> None:
+) -> list[str]:
     """Compile each graph once on this node, where no file of compiled code was found and several processes can.
 
     Every rank calls it; they wait for one another. Parameters, gradients and data stay as they were. The optimizer's
     graphs are compiled while helpers compile the model's. given_up: whether nobody waits for the helpers any more.
+    Returns a table for the log: what each process did.
     """
-    if cache.root is None or cache.found:
-        return
-    jobs = graph_jobs(spec)
-    with ExitStack() as stack:
-        helpers = []
-        if world.size == 1:
-            memory = torch.cuda.mem_get_info(world.device)[0] if world.device.type == "cuda" else None
-            count = helpers_that_fit(jobs, len(os.sched_getaffinity(0)), memory)
-            if count == 0:
-                return
-            helpers = [stack.enter_context(Helper(spec, cache.root, index, count)) for index in range(count)]
-        numbered = list(enumerate(jobs))
-        for job in not_taken(reversed(numbered) if helpers else numbered, cache.root):  # helpers have the first
+    helpers: Sequence[Helper] = cache.helpers
+    if cache.root is None or cache.found or (world.size == 1 and not helpers):
+        return []
+    jobs, rows = list(enumerate(graph_jobs(spec))), list[GraphTimes]()
+    for job in not_taken(reversed(jobs) if helpers else jobs, cache.root):  # helpers have the first
+        with timed_graph(job.name, rows):
             call_graph(job, spec, micro_step, evaluation_loss)
-        if helpers:
+    if helpers:
+        with timed_graph("the optimizer's", rows):
             warm_up_optimizer()
-        for helper in helpers:
-            helper.wait(given_up)
+    for helper in helpers:
+        helper.wait(given_up)
     world.synchronize()
     world.communicator.barrier()
+    return graph_times_table({"the run": rows, **{helper.name: helper.times() for helper in helpers}})
+
+
+@contextmanager
+def helpers_for(spec: RunSpec, world: World, root: Path) -> Iterator[list[Helper]]:
+    """As many helpers of a run on one GPU as fit, compiling into `root` while the context lasts."""
+    jobs, memory = graph_jobs(spec), None
+    if world.device.type == "cuda":
+        memory = torch.cuda.mem_get_info(world.device)[0] - int(table_bytes(spec))
+    count = helpers_that_fit(jobs, len(os.sched_getaffinity(0)), memory)
+    with ExitStack() as stack:
+        yield [stack.enter_context(Helper(spec, root, index, count)) for index in range(count)]
 
 
 class Helper:
@@ -174,9 +197,9 @@ class Helper:
 
     def __init__(self, spec: RunSpec, root: Path, index: int, count: int):
         take(root, index)
-        self.name = f"helper {index + 1} of {count}, compiling ahead"
-        self._output = root / f".helper-{index}.txt"
-        threads = max(1, len(os.sched_getaffinity(0)) // (count + 1))
+        self.name = f"helper {index + 1} of {count}"
+        self._output, self._times = root / f".helper-{index}.txt", times_file(root, index)
+        threads = max(1, len(os.sched_getaffinity(0)) // 2)  # they seldom compile kernels at the same time
         with self._output.open("w") as output:
             self._process = subprocess.Popen(
                 tied_command("nanogpt.training.parallel_compile", str(root), str(index)),
@@ -195,12 +218,19 @@ class Helper:
         deadline = time.monotonic() + PATIENCE_S
         while self._process.poll() is None and time.monotonic() < deadline and not given_up():
             time.sleep(0.1)
-        code = self._process.poll()
+        code, who = self._process.poll(), f"{self.name}, compiling ahead"
         if code is None and not given_up():
-            say(f"{self.name}: not done after {PATIENCE_S:.0f} s; the run continues without it")
+            say(f"{who}: not done after {PATIENCE_S:.0f} s; the run continues without it")
         elif code:
             last = self._output.read_text(errors="replace").strip().splitlines()[-1:]
-            say(f"{self.name}: ended with exit code {code}{f': {last[0]}' if last else ''}; the run compiles by itself")
+            say(f"{who}: ended with exit code {code}{f': {last[0]}' if last else ''}; the run compiles by itself")
+
+    def times(self) -> list[GraphTimes]:
+        """What it has done so far."""
+        try:
+            return [GraphTimes(**row) for row in json.loads(self._times.read_text())]
+        except (OSError, ValueError):
+            return []
 
     def __enter__(self) -> Helper:
         return self
@@ -210,20 +240,48 @@ class Helper:
         self._process.wait()
 
 
+def once_there_is_memory(call: Callable[..., T], *arguments: Any) -> T:
+    """The call's result; while the GPU's memory is full of others' work it is tried again, for a minute."""
+    for pause in MEMORY_PAUSES_S:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return call(*arguments)
+        torch.cuda.empty_cache()
+        time.sleep(pause)
+    return call(*arguments)
+
+
+def times_file(root: Path, index: int) -> Path:
+    """Where a helper says what it has done."""
+    return root / f".helper-{index}.json"
+
+
 def main(root: str, index: str) -> None:
     """A helper: the spec, as JSON, comes on standard input."""
+    collect_later()
     spec = RunSpec.model_validate_json(sys.stdin.read())
     with join_world(spec) as world, compiled_code_of(Path(root), world):
+        if world.device.type == "cuda":
+            start_kernel_compilers()
         implementations, _ = choose_implementations(spec, world.device)
-        model = build_model(spec, device=world.device, implementations=implementations)
+        model = once_there_is_memory(lambda: undrawn_model(spec, device=world.device, implementations=implementations))
         micro_step = MicroStep(
             model, compile_whole(model.training_loss), grad_scale=1.0, plain_kernels=implementations.plain_kernels
         )
         evaluation_loss = compile_whole(model.evaluation_loss)
-        jobs = graph_jobs(spec)
-        for job in itertools.chain([jobs[int(index)]], not_taken(enumerate(jobs), Path(root))):
-            call_graph(job, spec, micro_step, evaluation_loss)
-        world.synchronize()
+        jobs, rows = list(enumerate(graph_jobs(spec))), [GraphTimes("start", process_age())]
+        for job in itertools.chain([jobs[int(index)][1]], not_taken(jobs, Path(root))):
+            with timed_graph(job.name, rows):
+                once_there_is_memory(call_graph, job, spec, micro_step, evaluation_loss)
+                world.synchronize()
+            times_file(Path(root), int(index)).write_text(json.dumps([asdict(row) for row in rows]))
+
+
+def start_kernel_compilers() -> None:
+    """Start the processes that compile Triton kernels: until they have imported, this process compiles by itself."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    AsyncCompile.warm_pool()
+    AsyncCompile.use_process_pool()
 
 
 if __name__ == "__main__":

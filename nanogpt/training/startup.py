@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
+from nanogpt.background import Worker
 from nanogpt.console import markdown_table
 from nanogpt.runs.record import StartUpPhase
 from nanogpt.training.compilation import CompileCounts, compile_counts
 
+T = TypeVar("T")
 JOB_START = "SLURM_JOB_START_TIME"  # seconds since the epoch
 
 
@@ -26,6 +31,21 @@ class StartUp:
         if waited is not None:
             self._seconds["job's start to this process"] = waited
         self._seconds["Python and imports"] = time.perf_counter() - self._started
+        self._ahead: dict[Callable[..., Any], Future[Any]] = {}
+
+    def begin(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> None:
+        """Have a thread do what a later phase needs, while this one imports; the phase calls `begun`.
+
+        It should spend its time outside Python, and import nothing that others import meanwhile.
+        """
+        worker = Worker(function.__name__)
+        self._ahead[function] = worker.submit(functools.partial(function, *arguments, **named))
+        worker.close(0)
+
+    def begun(self, function: Callable[..., T]) -> T | None:
+        """What `begin` had the function make, once; None if it was not begun. Raises what the function raised."""
+        future: Future[T] | None = self._ahead.pop(function, None)
+        return None if future is None else future.result()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanogpt.cache.compile_cache import CompileCache, cache_directory, compile_cache
+from nanogpt.cache.compile_cache import CompileCache, cache_directory
 from nanogpt.cache.graphs import compile_whole
 from nanogpt.console import say
 from nanogpt.data.batches import TrainBatches, ValBatches, read_stream
@@ -43,7 +43,8 @@ from nanogpt.runs.record import State
 from nanogpt.runs.reference import ReferenceWatch
 from nanogpt.runs.tracker import check_tracker
 from nanogpt.spec import RunSpec
-from nanogpt.training.build import build_model
+from nanogpt.training.ahead import compiler
+from nanogpt.training.build import build_model, draw_model
 from nanogpt.training.checkpoint import (
     extra_state,
     import_ahead_of_saving,
@@ -172,9 +173,8 @@ def train_run(
             recorder = stack.enter_context(RunRecorder(spec, run, resume=resume))
             with startup.phase("device and process group"):
                 world = stack.enter_context(join_world(spec))
-            with startup.phase("compiler, compile cache"):
-                kept_in = cache_directory(run.path.parent) if run is not None and compiles(spec, world.device) else None
-                cache = stack.enter_context(compile_cache(spec, world, kept_in))
+            kept_in = cache_directory(run.path.parent) if run is not None and compiles(spec, world.device) else None
+            cache = stack.enter_context(compiler(spec, world, startup, kept_in))
             place: dict[str, Any] = {"run": run, "data_directory": data_directory}
             make = make_trainer or Trainer
             trainer = stack.enter_context(
@@ -217,6 +217,7 @@ class Trainer:
         self.clock = Clock(world)
         self.next_step = 0
         self._windows_of = 0  # the step whose windows the model uses
+        self.compiling_lines: list[str] = []  # what the processes did that compiled, a table
 
         train_files, val_files = find_shards(spec, data_directory)
         self.train_shards = len(train_files)
@@ -240,7 +241,11 @@ class Trainer:
         with self.startup.phase("model"):
             check_tables_fit(spec, world)
             self.model = build_model(
-                spec, device=world.device, implementations=implementations, communicator=world.communicator
+                spec,
+                device=world.device,
+                implementations=implementations,
+                communicator=world.communicator,
+                drawn=self.startup.begun(draw_model),
             )
             self.table_cycles = TableCycles(spec, self.schedule, self.model, self.train_batches)
         with self.startup.phase("first broadcast"):
@@ -332,7 +337,8 @@ class Trainer:
         phases = self.startup.phases()
         table = phases_table(phases) if self.spec.training.warmup else []
         self._say(table)
-        for line in (*self.implementation_lines, *self.micro_step.lines(), *self.cache.lines, *table):
+        tables = (*table, "", *self.compiling_lines) if self.compiling_lines else table
+        for line in (*self.implementation_lines, *self.micro_step.lines(), *self.cache.lines, *tables):
             self.reporter.note(line)
         self.reporter.start(self.next_step, resumed=resumed)
         graphs, recompiled = compiled_graphs(), recompilation_reasons()
@@ -507,7 +513,7 @@ class Trainer:
 
     def compile_in_parallel(self) -> None:
         """Compile the run's graphs with several processes, if none are cached yet."""
-        compile_in_parallel(
+        self.compiling_lines = compile_in_parallel(
             self.spec,
             self.world,
             self.cache,

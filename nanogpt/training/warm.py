@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from nanogpt.cache.compile_cache import VARIABLE, cache_directory, compile_cache
+from nanogpt.cache.compile_cache import VARIABLE, cache_directory
 from nanogpt.data.made_up import write_made_up_shards
 from nanogpt.errors import InputError
 from nanogpt.launch.world import join_world
 from nanogpt.spec import WORLD_SIZES, RunSpec
+from nanogpt.training.ahead import compiler
 from nanogpt.training.compilation import compiled_functions, functions_table
 from nanogpt.training.implementations import compiles
 from nanogpt.training.startup import StartUp, phases_table
@@ -50,8 +51,7 @@ def warm_cache(spec: RunSpec, *, world_sizes: Sequence[int], directory: Path | N
             largest = max(stage.batch_tokens for stage in spec.training.all_stages)
             sizes = {"train_tokens": 20 * largest, "val_tokens": spec.evaluation.tokens + 1}
             write_made_up_shards(scratch, **sizes, bos=spec.data.bos)
-        with startup.phase("compiler, compile cache"):
-            cache = stack.enter_context(compile_cache(spec, world, place, fresh=fresh))
+        cache = stack.enter_context(compiler(spec, world, startup, place, fresh=fresh))
         trainer = stack.enter_context(
             Trainer(spec, world, run=None, data_directory=scratch, cache=cache, startup=startup)
         )
@@ -64,4 +64,6 @@ def warm_cache(spec: RunSpec, *, world_sizes: Sequence[int], directory: Path | N
         with startup.phase("compile cache, writing"):
             cache.save()
         functions = functions_table(compiled_functions())
-        return [*trainer.implementation_lines, *cache.lines, "", *phases_table(startup.phases()), "", *functions]
+        phases = phases_table(startup.phases())
+        tables = [line for table in (phases, trainer.compiling_lines, functions) if table for line in ("", *table)]
+        return [*trainer.implementation_lines, *cache.lines, *tables]

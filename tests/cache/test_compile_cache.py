@@ -8,7 +8,8 @@ import re
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,38 @@ def test_a_fresh_file_has_nothing_of_the_old_one(tmp_path: Path):
         (cache.root / "inductor").mkdir()
         (cache.root / "inductor/b").write_text("2")
     assert found(tmp_path) == {"b": "2"}
+
+
+def test_helpers_start_before_the_compiler_is_imported_if_there_is_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """And they end before their directory goes; with a file that cannot be used, as soon as that is known."""
+    told: list[str] = []
+
+    @contextmanager
+    def helpers(root: Path) -> Iterator[str]:
+        told.append("start")
+        yield "helpers"
+        told.append(f"end, {root.exists()}")
+
+    @contextmanager
+    def compiler(*_: Any) -> Iterator[None]:
+        told.append("import")
+        yield
+
+    def opened(directory: Path, world: World = WORLD) -> tuple[Any, list[str]]:
+        told.clear()
+        with compile_cache(SPEC, world, directory, when_cold=helpers) as cache:
+            pass
+        return cache.helpers, told
+
+    monkeypatch.setattr(module, "_tuning_in", compiler)
+    assert opened(tmp_path) == ("helpers", ["start", "import", "end, True"])
+    use(tmp_path, a="1")
+    assert opened(tmp_path) == ((), ["import"])
+    [file] = tmp_path.glob(f"*{SUFFIX}")
+    file.write_bytes(b"")
+    assert opened(tmp_path) == ("helpers", ["import", "start", "end, True"])
 
 
 def flip(path: Path) -> None:

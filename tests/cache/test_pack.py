@@ -54,7 +54,8 @@ def make(tmp_path: Path, size: int = 1000, name: str = "one") -> tuple[Path, dic
     return path, kept
 
 
-def test_what_goes_in_comes_out(tmp_path: Path):
+@pytest.mark.parametrize("apart", [False, True])
+def test_what_goes_in_comes_out(tmp_path: Path, apart: bool):
     path, kept = make(tmp_path)
     pack = Pack(path)
     assert pack.header == peek(path)
@@ -71,7 +72,7 @@ def test_what_goes_in_comes_out(tmp_path: Path):
     target = tmp_path / "target"
     (target / "inductor/xy").mkdir(parents=True)
     (target / "inductor/xy/code.py").write_bytes(b"of this job")
-    assert sorted(pack.unpack(target)) == sorted(kept)
+    assert sorted(pack.unpack_apart(target) if apart else pack.unpack(target)) == sorted(kept)
     found = {name: file.read_bytes() for name, file in kept_files(target).items()}
     assert found == {**kept, "inductor/xy/code.py": b"of this job"}
     for name in kept:
@@ -102,6 +103,13 @@ def test_a_flipped_bit_anywhere_is_noticed(tmp_path: Path):
         path.write_bytes(flipped)
         with pytest.raises(PackError, match="damaged"):
             Pack(path)
+
+
+def test_a_directory_that_cannot_be_written_is_said_by_the_other_process_too(tmp_path: Path):
+    path, _ = make(tmp_path)
+    (tmp_path / "target").write_text("a file")
+    with pytest.raises(PackError, match=r"exists|directory"):
+        Pack(path).unpack_apart(tmp_path / "target")
 
 
 def test_another_users_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -147,8 +155,9 @@ def test_members_that_are_no_plain_files_below_the_directory_are_refused(
     path, _ = make(tmp_path)
     pack = Pack(path)
     pack._body = zstandard.ZstdCompressor().compress(body.getvalue())
-    with pytest.raises(PackError, match="not a plain file"):
-        pack.unpack(tmp_path / "target")
+    for unpack in (pack.unpack, pack.unpack_apart):
+        with pytest.raises(PackError, match="not a plain file"):
+            unpack(tmp_path / "target")
     assert not (tmp_path / "outside").exists()
 
 

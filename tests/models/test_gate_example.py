@@ -28,10 +28,11 @@ from small_specs import batch_of, randomize, relative_error, small_record89
 from tiny_runs import losses, tiny_spec, train
 from nanogpt.models.definitions import start_frequencies
 from nanogpt.models.gated.definition import DenseGated
-from nanogpt.models.language_model import Windows, build_model
+from nanogpt.models.language_model import Windows, make_model
 
 spec = small_record89(overrides=["model.kind=gated"]).model
-model = build_model(spec, seed=0, dtype=torch.float64, max_tokens=16, device="cpu")
+model = make_model(spec, dtype=torch.float64, max_tokens=16)
+model.draw_parameters(torch.Generator().manual_seed(0))
 randomize(model)
 parameters = {name: p.detach() for name, p in model.named_parameters()}
 dense = DenseGated(parameters, model.bigram_signs.double(), [-1] * 64, start_frequencies(4), 0.1, dc_window=5)

@@ -17,8 +17,23 @@ from nanogpt.launch.world import join_world
 from nanogpt.models.record89.spec import Record89ModelSpec
 from nanogpt.recipe import load_recipe
 from nanogpt.runs.record import read_record
-from nanogpt.training.compilation import CompileCounts, compile_counts, compiled_functions, functions_table
-from nanogpt.training.parallel_compile import GraphJob, call_graph, graph_jobs, helpers_that_fit, not_taken
+from nanogpt.training.compilation import (
+    CompileCounts,
+    GraphTimes,
+    compile_counts,
+    compiled_functions,
+    functions_table,
+    graph_times_table,
+    timed_graph,
+)
+from nanogpt.training.parallel_compile import (
+    GraphJob,
+    call_graph,
+    graph_jobs,
+    helpers_that_fit,
+    not_taken,
+    once_there_is_memory,
+)
 from nanogpt.training.schedule import Schedule
 from nanogpt.training.trainer import Trainer
 
@@ -87,6 +102,36 @@ def test_the_table_of_functions_sums_up(data: Path):
     assert lines[-1].split("|")[1:4] == [" all ", " 1 ", " 1 "]
 
 
+def test_a_graphs_times_leave_out_what_was_compiled_before(data: Path):
+    rows: list[GraphTimes] = []
+    torch.compile(lambda x: x + 1)(torch.ones(3))
+    with timed_graph("one", rows):
+        torch.compile(lambda x: x + 2)(torch.ones(3))
+    with timed_graph("none", rows):
+        pass
+    [one, none] = rows
+    assert one.seconds >= one.tracing_s + one.forward_s > 0 == none.tracing_s
+    assert [line.split("|")[1:3] for line in graph_times_table({"run": rows})[2:]] == [
+        [" run ", " one "],
+        [" run ", " none "],
+    ]
+
+
+def test_a_helper_waits_for_memory(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("nanogpt.training.parallel_compile.MEMORY_PAUSES_S", (0, 0))
+    refusals = [torch.OutOfMemoryError(), torch.OutOfMemoryError()]
+
+    def call(number: int) -> int:
+        if refusals:
+            raise refusals.pop()
+        return number
+
+    assert once_there_is_memory(call, 3) == 3
+    refusals = [torch.OutOfMemoryError() for _ in range(3)]
+    with pytest.raises(torch.OutOfMemoryError):
+        once_there_is_memory(call, 3)
+
+
 def test_counts_add_and_subtract():
     one, other = CompileCounts(5, 4, 3, 2, 1), CompileCounts(1, 1, 1, 1, 1)
     assert one - other == CompileCounts(4, 3, 2, 1, 0)
@@ -135,7 +180,7 @@ def test_helpers_leave_cores_and_memory():
     assert [job.tokens for job in jobs] == [49_152, 32_768, 16_384, 262_144]
     assert isinstance(jobs[0], GraphJob) and jobs[0].memory == 22_118_400_000
     assert helpers_that_fit(jobs, cores=2, memory=None) == 0
-    assert helpers_that_fit(jobs, cores=11, memory=None) == 2
+    assert helpers_that_fit(jobs, cores=8, memory=None) == 2
     assert helpers_that_fit(jobs, cores=64, memory=None) == 3  # evaluation is left
     assert helpers_that_fit(jobs, cores=64, memory=84_000_000_000) == 3
     assert helpers_that_fit(jobs, cores=64, memory=50_000_000_000) == 1

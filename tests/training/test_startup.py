@@ -34,6 +34,16 @@ def test_phases_add_up_and_keep_their_order(monkeypatch: pytest.MonkeyPatch):
     assert before - 0.05 <= total <= after + slack + 0.05  # ages are in hundredths
 
 
+def test_what_was_begun_is_there_once():
+    start = StartUp()
+    start.begin(divmod, 7, 2)
+    assert start.begun(divmod) == (3, 1)
+    assert start.begun(divmod) is None
+    start.begin(divmod, 7, 0)
+    with pytest.raises(ZeroDivisionError):
+        start.begun(divmod)
+
+
 def test_a_phase_that_fails_counts():
     start = StartUp()
     with pytest.raises(RuntimeError), start.phase("one"):
