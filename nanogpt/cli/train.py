@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from nanogpt.cli.threads import wait_briefly
+from nanogpt.cli.threads import initialise_driver, wait_briefly
 from nanogpt.cli.validate import OnOption, SetOption, StepsOption, recipe_names
 from nanogpt.garbage import collect_later
 
@@ -58,6 +58,7 @@ def train(
     SIGTERM, SIGUSR1 or Ctrl-C ends the run after its step, with a checkpoint and exit code 75; --resume continues.
     """
     wait_briefly()
+    initialise_driver()
     collect_later()
     from nanogpt.background import GivenUp, Worker, wait_for
     from nanogpt.cluster.at_hand import at_hand, check_type

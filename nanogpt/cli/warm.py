@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from nanogpt.cli.threads import wait_briefly
+from nanogpt.cli.threads import initialise_driver, wait_briefly
 from nanogpt.cli.validate import OnOption, RecipeArgument, SetOption
 from nanogpt.garbage import collect_later
 
@@ -49,6 +49,7 @@ def warm(
     else of a run happens: no directory, no data, no training.
     """
     wait_briefly()
+    initialise_driver()
     collect_later()
     from nanogpt.cluster.at_hand import at_hand, check_type
     from nanogpt.errors import InputError

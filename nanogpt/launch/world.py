@@ -133,7 +133,7 @@ def join_world(spec: RunSpec) -> Iterator[World]:
     rank, size, local_rank = started_as()
     device = check_world(spec)
     _choose_algorithms(deterministic=spec.runtime.deterministic)
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index:  # for 0, which is current, it would only make a context, half a second
         torch.cuda.set_device(device)
     if size == 1:
         yield World(rank, size, local_rank, device, Communicator())

@@ -21,7 +21,7 @@ from nanogpt.registry import built_class
 from nanogpt.spec import RunSpec
 from nanogpt.training.build import draw_model
 from nanogpt.training.implementations import choose_implementations, compiles
-from nanogpt.training.parallel_compile import helpers_for
+from nanogpt.training.parallel_compile import helpers_for, start_kernel_compilers
 from nanogpt.training.startup import StartUp
 
 
@@ -42,6 +42,8 @@ def compiler(
             cache = stack.enter_context(compile_cache(spec, world, directory, fresh=fresh, when_cold=when_cold))
             if ahead and world.device.type == "cuda":
                 startup.begin(hash_compilers)
+                if not cache.found:
+                    start_kernel_compilers()
         yield cache
 
 

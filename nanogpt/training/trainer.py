@@ -526,11 +526,12 @@ class Trainer:
     def warm_up(self) -> None:
         """Compile, run the steps around each stage change on real batches, then restore everything.
 
-        Only the first two micro-steps of each step: one compiles, one is captured. Each stage evaluates once.
+        Of a stage's first step only two micro-steps, one that compiles and one that is captured, of its others one.
+        Each stage evaluates once.
         """
         with self.startup.phase("compiling, by several processes"):
             self.compile_in_parallel()
-        evaluated: set[int] = set()
+        entered: set[int] = set()
         parameters = [parameter.detach().clone() for parameter in self.model.parameters()]
         optimizer_state = self.optimizer.state_dict()
         for step in self.schedule.warmup_steps():
@@ -538,10 +539,11 @@ class Trainer:
             self.enter(settings)
             try:
                 with self.startup.phase(f"warm-up, stage {settings.stage + 1}"):
-                    if settings.stage not in evaluated:
-                        evaluated.add(settings.stage)
+                    first = settings.stage not in entered
+                    if first:
+                        entered.add(settings.stage)
                         self.evaluate(settings.windows, micro_steps=1)
-                    self.train_step(settings, micro_steps=2)
+                    self.train_step(settings, micro_steps=2 if first else 1)
                     self.world.synchronize()
             except Exception as error:
                 if isinstance(error, NanogptError) or not self.watch.asked:

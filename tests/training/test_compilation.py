@@ -5,8 +5,11 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +36,7 @@ from nanogpt.training.parallel_compile import (
     helpers_that_fit,
     not_taken,
     once_there_is_memory,
+    start_kernel_compilers,
 )
 from nanogpt.training.schedule import Schedule
 from nanogpt.training.trainer import Trainer
@@ -130,6 +134,25 @@ def test_a_helper_waits_for_memory(monkeypatch: pytest.MonkeyPatch):
     refusals = [torch.OutOfMemoryError() for _ in range(3)]
     with pytest.raises(torch.OutOfMemoryError):
         once_there_is_memory(call, 3)
+
+
+def test_kernel_compilers_are_asked_before_there_is_a_kernel(monkeypatch: pytest.MonkeyPatch):
+    """Until the first answer torch compiles kernels in the process itself, one after another."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    asked: list[object] = []
+
+    def submit(job: object) -> Future[Any]:
+        asked.append(job)
+        return Future()
+
+    pool = SimpleNamespace(submit=submit)
+    monkeypatch.setattr(AsyncCompile, "process_pool", lambda: pool)
+    monkeypatch.setattr(AsyncCompile, "_ready_future", None)
+    monkeypatch.setattr("torch._inductor.async_compile.get_compile_threads", lambda: 8)
+    start_kernel_compilers()
+    assert len(asked) == 1
+    assert AsyncCompile.use_process_pool() is False and len(asked) == 1
 
 
 def test_counts_add_and_subtract():
