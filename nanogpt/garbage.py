@@ -1,7 +1,7 @@
 """Python's garbage collector waits until a process has started.
 
-Imports and the compiler make millions of objects that stay. The collector looks at all of them again and again, a
-quarter of the time of imports; hardly any is garbage.
+Imports make millions of objects that stay. The collector looks at all of them again and again, a quarter of the time;
+hardly any is garbage.
 """
 
 from __future__ import annotations
