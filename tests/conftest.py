@@ -1,6 +1,7 @@
 """Settings and fixtures of all tests."""
 
 import functools
+import gc
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -95,6 +96,8 @@ def nanogpt(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit_info:
             main([str(argument) for argument in arguments])
+        gc.unfreeze()  # this process goes on: see nanogpt/garbage.py
+        gc.enable()
         captured = capsys.readouterr()
         return Outcome(exit_info.value.code or 0, captured.out, captured.err)
 

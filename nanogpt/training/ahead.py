@@ -8,7 +8,7 @@ While the attention library is imported, a thread hashes the compilers' files, w
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -34,14 +34,14 @@ def compiler(
     Nothing is begun for a run that is not compiled.
     """
     ahead = compiles(spec, world.device)
-    if ahead:
-        begin_drawing(spec, world.device, startup)
     when_cold = functools.partial(helpers_for, spec, world) if ahead and spec.training.warmup else None
     with ExitStack() as stack:
         with startup.phase("compiler, compile cache"):
+            if ahead:
+                begin_drawing(spec, world.device, startup)
             cache = stack.enter_context(compile_cache(spec, world, directory, fresh=fresh, when_cold=when_cold))
             if ahead and world.device.type == "cuda":
-                startup.begin(hash_compilers)
+                begin_hashing(startup)
                 if not cache.found:
                     start_kernel_compilers()
         yield cache
@@ -54,10 +54,15 @@ def begin_drawing(spec: RunSpec, device: torch.device, startup: StartUp) -> None
     startup.begin(draw_model, spec, device=device, implementations=expected)
 
 
-def hash_compilers() -> None:
-    """Compute Triton's and torch's hashes of their own files, 400 and 60 MB, which both remember."""
+def begin_hashing(startup: StartUp) -> None:
+    """Have Triton's and torch's keys of their own files computed, 400 and 60 MB, which both remember."""
     from torch._inductor.codecache import torch_key
     from torch._inductor.runtime.triton_compat import triton_key
 
-    triton_key()
-    torch_key()
+    startup.begin(call_each, triton_key, torch_key)
+
+
+def call_each(*functions: Callable[[], object]) -> None:
+    """One after another."""
+    for function in functions:
+        function()

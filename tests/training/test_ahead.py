@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import pytest
 import torch
 from tiny_runs import python, tiny_spec
 
 from nanogpt.models.language_model import Implementations
-from nanogpt.training.ahead import begin_drawing
+from nanogpt.training.ahead import begin_drawing, begin_hashing
 from nanogpt.training.build import build_model, draw_model, undrawn_model
 from nanogpt.training.startup import StartUp
 
@@ -46,6 +49,19 @@ def test_a_helpers_model_has_the_same_graph(kind: str):
     ]
     assert described[0] == described[1] and list(helpers.tables) == list(own.tables)
     assert not any(parameter.any() for parameter in helpers.parameters())
+
+
+def test_the_thread_that_hashes_imports_nothing(monkeypatch: pytest.MonkeyPatch):
+    startup, begun = StartUp(), list[Any]()
+    monkeypatch.setattr(startup, "begin", lambda *call: begun.append(call))
+    begin_hashing(startup)
+    [(function, *keys)] = begun
+    codecache = sys.modules["torch._inductor.codecache"]
+    triton_compat = sys.modules["torch._inductor.runtime.triton_compat"]
+    called: list[int] = []
+    function(lambda: called.append(1), lambda: called.append(2))
+    assert called == [1, 2]
+    assert keys == [triton_compat.triton_key, codecache.torch_key]
 
 
 def test_the_thread_that_draws_leaves_the_compiler_to_the_main_one():
