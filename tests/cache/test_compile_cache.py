@@ -399,6 +399,14 @@ def test_a_helper_compiles_for_the_run(tmp_path: Path, data: Path, cold: Any, mo
     rest = phases["warm-up, stage 1"]
     assert (rest.parts_compiled, rest.from_cache) == (0, 1)
     assert losses(tmp_path / "run") == cold[1]
+    log = (tmp_path / "run/log.txt").read_text()
+    for process, graph in (
+        ("the run", "evaluation"),
+        ("the run", "the optimizer's"),
+        ("helper 1 of 1", "start"),
+        ("helper 1 of 1", "training"),
+    ):
+        assert re.search(rf"^\| {process} +\| {graph}", log, re.MULTILINE), log
 
 
 def test_a_helper_that_fails_is_a_line_and_no_more(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
