@@ -11,15 +11,15 @@ from nanogpt.gpus import Capability, Needs, meets
 ANY = Needs((8, 0))
 
 
-def runs_kernel(*tensors: Tensor, needs: Needs = ANY) -> bool:
-    """Whether a Triton kernel takes these tensors: bf16, on one GPU that has what it `needs`.
+def runs_kernel(*tensors: Tensor, needs: Needs = ANY, dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether a Triton kernel takes these tensors: all of `dtype`, on one GPU that has what it `needs`.
 
     The answer is a constant under `torch.compile`.
     """
     first = tensors[0]
     return (
         first.is_cuda
-        and all(x.dtype == torch.bfloat16 and x.device == first.device for x in tensors)
+        and all(x.dtype == dtype and x.device == first.device for x in tensors)
         and meets(needs, device_capability(first.device))
     )
 

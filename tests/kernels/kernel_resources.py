@@ -3,9 +3,9 @@
     python tests/kernels/kernel_resources.py sm_90
 
 A training micro-batch of each stage, a validation micro-batch and an optimizer step of two record models, and what the
-third does with its table, run on tensors without memory (PyTorch's `meta` device), with the kernels dispatched as on
-that GPU. Every launch is compiled
-as Triton would compile it there, with the dtypes, sizes and options of that launch, and not made. Prints the kernels'
+third does with its table and with its logits, run on tensors without memory (PyTorch's `meta` device), with the kernels
+dispatched as on that GPU. Every launch is compiled as Triton would compile it there, with the dtypes, sizes and options
+of that launch, and not made. Prints the kernels'
 resources as a table, with `--json` as a `Report`; and ends with 1 where a kernel cannot run or spills.
 
 To be run in a process of its own: it takes the place of Triton's driver and of some of PyTorch's functions.
@@ -42,6 +42,7 @@ import nanogpt.kernels
 from nanogpt.data.batches import MicroBatch, cu_seqlens_length
 from nanogpt.gpus import FP8, MULTIPROCESSORS, Multiprocessor, Needs, meets
 from nanogpt.kernels.dispatch import ANY
+from nanogpt.kernels.e4m3_head import e4m3_cross_entropy
 from nanogpt.kernels.fp8_head import select_head_precision
 from nanogpt.kernels.fp8_mlp import NEEDS as FP8_MLP
 from nanogpt.kernels.table_rows import Gradients, RowAdam, Signs, entries_of, read_rows, row_adam, sum_rows
@@ -71,7 +72,7 @@ class Gpu:
 
 
 GRADIENTS = "model.mlp_fp8.gradients=all"
-TABLE_RECIPE = "record92"  # of it only what it does with its table
+TABLE_RECIPE = "record92"  # of it only what it does with its table and with its logits
 # With each of these settings a recipe launches kernels of its own.
 RECIPES = {
     "speedrun": ((),),
@@ -234,8 +235,8 @@ class _RunLaunches(TorchDispatchMode):
 def dispatched_as_on(gpu: Gpu) -> Iterator[None]:
     """Inside, operations on `meta` tensors choose their kernels as on `gpu`."""
 
-    def runs_kernel(*tensors: Tensor, needs: Needs = ANY) -> bool:
-        return all(x.dtype == torch.bfloat16 for x in tensors) and meets(needs, gpu.capability)
+    def runs_kernel(*tensors: Tensor, needs: Needs = ANY, dtype: torch.dtype = torch.bfloat16) -> bool:
+        return all(x.dtype == dtype for x in tensors) and meets(needs, gpu.capability)
 
     modules = [importlib.import_module(f"nanogpt.kernels.{path.stem}") for path in kernel_files("*.py")]
     properties = SimpleNamespace(multi_processor_count=gpu.multiprocessors)
@@ -316,6 +317,19 @@ def make_table_steps(spec: RunSpec) -> None:
     row_adam(*state, entries_of(updated, received), Gradients(values), update)
 
 
+def make_logit_steps(spec: RunSpec) -> None:
+    """What a run of `spec` launches by stage for its logits in e4m3."""
+    training, cap = spec.training, spec.model.softcap
+    for stage in training.all_stages:
+        tokens, columns = stage.batch_tokens // training.slots, stage.candidates or spec.model.padded_vocab_size
+        with torch.device("meta"):
+            logits = torch.empty(tokens, columns, dtype=torch.float8_e4m3fn)
+            targets, weights = torch.empty(tokens, dtype=torch.int64), torch.empty(len(stage.token_weights))
+        prefixes = {"prefixes": targets, "prefix_weight": weights[0]} if stage.prefix_weight else {}
+        constants = {"cap": cap.cap, "shift": cap.shift, "scale": cap.scale}
+        e4m3_cross_entropy(logits, targets, weights, **prefixes, **constants)
+
+
 def paths_on(gpu: Gpu) -> list[Implementations]:
     """What a run can take on `gpu`, but for attention's libraries."""
     bf16 = Implementations(attention="plain")
@@ -335,7 +349,10 @@ def all_launches(
                 if not settings or implementations.mlp_precision == "fp8":  # which alone they change
                     make_steps(load_recipe(recipe, settings), implementations)
             if recipe == TABLE_RECIPE:
-                make_table_steps(load_recipe(recipe, ["hardware.gpu=h100", "hardware.gpus_per_node=8"]))
+                spec = load_recipe(recipe, ["hardware.gpu=h100", "hardware.gpus_per_node=8"])
+                make_table_steps(spec)
+                if meets(FP8, gpu.capability):
+                    make_logit_steps(spec)
     kernels = sorted(found.values(), key=lambda entry: (entry.kernel, entry.launch))
     return Report(
         kernels=kernels,

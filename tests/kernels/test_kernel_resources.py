@@ -62,7 +62,13 @@ EVERYWHERE = {
 }
 PRODUCTS = {"_symmetric_product_kernel", "_relu_squared_kernel"}
 RECORDS = ("--recipe", "record89", "--recipe", "record92")
-FP8_HEAD = {"_quantize_both_ways_kernel", "_transpose_gradient_kernel"}
+FP8_HEAD = {
+    "_logits8_gradient_kernel",
+    "_logits8_losses_kernel",
+    "_logits8_targets_kernel",
+    "_quantize_both_ways_kernel",
+    "_transpose_gradient_kernel",
+}
 
 
 @pytest.mark.parametrize(

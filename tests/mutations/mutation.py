@@ -36,6 +36,7 @@ PAST = "nanogpt/layers/past.py"
 CONNECTIONS = "nanogpt/layers/dense_connections.py"
 MIXING = "nanogpt/kernels/head_mixing.py"
 FP8_HEAD = "nanogpt/kernels/fp8_head.py"
+E4M3_HEAD = "nanogpt/kernels/e4m3_head.py"
 FP8_MLP = "nanogpt/kernels/fp8_mlp.py"
 FP8_SCALES = "nanogpt/layers/fp8_mlp.py"
 PREFIXES = "nanogpt/data/prefixes.py"
@@ -109,6 +110,7 @@ _TESTS: dict[str, tuple[str, ...]] = {
     CONNECTIONS: ("tests/models/test_record89.py",),
     MIXING: ("tests/kernels/test_head_mixing.py", "tests/models/test_record89.py"),
     FP8_HEAD: ("tests/kernels/test_cross_entropy.py",),
+    E4M3_HEAD: ("tests/kernels/test_e4m3_head.py",),
     FP8_MLP: ("tests/layers/test_fp8_mlp.py",),
     FP8_SCALES: ("tests/layers/test_fp8_mlp.py",),
     PREFIXES: ("tests/data/test_prefixes.py",),

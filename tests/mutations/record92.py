@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mutation import (
     CANDIDATES,
+    E4M3_HEAD,
     FP8_PROJECTION,
     NGRAMS,
     PULLED_TABLE,
@@ -132,6 +133,15 @@ _add(
 )
 _add("8-bit head", RECORD92, "record 89's weight scale", ("weight=2.0 / 448", "weight=1.6 / 448"))
 _add("8-bit head", RECORD92, "bf16 logits", ("logits8=True", "logits8=False"))
+_add("8-bit head", E4M3_HEAD, "the largest is left out", ("cap + total.log()", "total.log()"))
+_add("8-bit head", E4M3_HEAD, "terms beyond the end", ("weights * (ahead < tokens)", "weights * (ahead >= 0)"))
+_add(
+    "8-bit head",
+    E4M3_HEAD,
+    "no prefix is class 0",
+    ("prefix_weight * (prefixes >= 0)", "prefix_weight * (prefixes > -2)"),
+)
+_add("8-bit head", E4M3_HEAD, "one layout twice", (".mT.contiguous()", ".reshape(s.mT.shape).contiguous()"))
 _add(
     "8-bit MLP",
     RECORD92,
