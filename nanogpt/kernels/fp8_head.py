@@ -1,9 +1,9 @@
 """The head's three products in 8-bit floats, and the choice between them and bf16.
 
 Scales are fixed: the head's input is normalised (at most sqrt(D), 27.7 for 768 channels), its weights stay small, and
-the gradient of a cross-entropy is bounded. Forward, e4m3 inputs and weights give bf16 logits, with the tensor cores'
-fast accumulation. Backward, the e5m2 logit gradient gives the input's gradient in bf16 and the weights' gradient in
-fp32, rounded once to bf16, both with full accumulation.
+the gradient of a cross-entropy is bounded. Forward, e4m3 inputs and weights give bf16 or e4m3 logits, with the tensor
+cores' fast accumulation. Backward, the e5m2 logit gradient gives the input's gradient in bf16 and the weights' gradient
+in fp32, rounded once to bf16 (with e4m3 logits by the product itself), both with full accumulation.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nanogpt.errors import InputError
 from nanogpt.gpus import FP8, Needs, meets
+from nanogpt.kernels.e4m3_head import e4m3_cross_entropy
 
 Precision = Literal["bf16", "fp8"]
 
@@ -145,8 +146,9 @@ def fp8_head_loss(
     grad_scale: float,
     logits8: bool,
     need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss, and for the backward pass the bytes of the logit gradient (T, V), x^T (D, T) and lm_head (D, V).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss, and for the backward pass bytes: the logit gradient (T, V), with `logits8` its transpose (V, T),
+    x^T (D, T) and lm_head (D, V).
 
     x (T, D), lm_head (D, V) bf16; T, D and V multiples of 16. The bytes are empty unless `need_grad`.
     """
@@ -156,24 +158,17 @@ def fp8_head_loss(
     x8, x8_t = quantize_both_ways(x.contiguous(), x_scale)
     w8, w8_t = quantize_both_ways(lm_head.contiguous(), w_scale)
     dtype = torch.float8_e4m3fn if logits8 else torch.bfloat16
-    logits = scaled_product(x8, x_scale, w8_t, w_scale, out_dtype=dtype, fast=True).bfloat16()
-    grad = torch.empty_like(logits, dtype=torch.float8_e5m2) if need_grad else None
-    losses = loss_and_gradient(
-        logits,
-        targets,
-        weights,
-        grad,
-        prefixes=prefixes,
-        prefix_weight=prefix_weight,
-        cap=cap,
-        shift=shift,
-        scale=scale,
-        grad_factor=1 / grad_scale,
-    )
-    if grad is None:
-        kept = [x.new_empty(0, dtype=torch.uint8) for _ in range(3)]
-        return losses.sum(), kept[0], kept[1], kept[2]
-    return losses.sum(), grad.view(torch.uint8), x8_t.view(torch.uint8), w8.view(torch.uint8)
+    logits = scaled_product(x8, x_scale, w8_t, w_scale, out_dtype=dtype, fast=True)
+    options: dict[str, Any] = {"prefixes": prefixes, "prefix_weight": prefix_weight}
+    options |= {"cap": cap, "shift": shift, "scale": scale, "grad_factor": 1 / grad_scale}
+    if logits8:
+        losses, grad, transposed = e4m3_cross_entropy(logits, targets, weights, **options, need_grad=need_grad)
+    else:
+        grad, transposed = torch.empty_like(logits, dtype=torch.float8_e5m2) if need_grad else None, None
+        losses = loss_and_gradient(logits, targets, weights, grad, **options)
+    kept = (grad, transposed, x8_t, w8) if need_grad else (None,) * 4
+    a, b, c, d = (x.new_empty(0, dtype=torch.uint8) if t is None else t.view(torch.uint8) for t in kept)
+    return losses.sum(), a, b, c, d
 
 
 @fp8_head_loss.register_fake
@@ -193,17 +188,19 @@ def _(
     grad_scale: float,
     logits8: bool,
     need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (tokens, width), vocab = x.shape, lm_head.shape[1]
-    shapes = ((tokens, vocab), (width, tokens), (width, vocab)) if need_grad else ((0,), (0,), (0,))
-    kept = [x.new_empty(shape, dtype=torch.uint8) for shape in shapes]
-    return x.new_empty((), dtype=torch.float32), kept[0], kept[1], kept[2]
+    transposed = (vocab, tokens) if logits8 else (0,)
+    shapes = ((tokens, vocab), transposed, (width, tokens), (width, vocab)) if need_grad else ((0,),) * 4
+    a, b, c, d = (x.new_empty(shape, dtype=torch.uint8) for shape in shapes)
+    return x.new_empty((), dtype=torch.float32), a, b, c, d
 
 
 @torch.library.custom_op("nanogpt::fp8_head_backward", mutates_args=())
 def _fp8_head_backward(
     incoming: Tensor,  # () fp32
     grad: Tensor,  # (T, V) bytes of e5m2
+    transposed: Tensor,  # (V, T), or empty
     x8_t: Tensor,  # (D, T) bytes of e4m3
     w8: Tensor,  # (D, V) bytes of e4m3
     x_scale: float,
@@ -213,15 +210,21 @@ def _fp8_head_backward(
     """The gradients of x (T, D) and lm_head (D, V), bf16. The incoming gradient enters through the e5m2 scale."""
     from nanogpt.kernels.fp8_head_triton import transpose_bytes
 
-    grad, x8_t, w8 = grad.view(torch.float8_e5m2), x8_t.view(torch.float8_e4m3fn), w8.view(torch.float8_e4m3fn)
+    dtype = torch.bfloat16
+    if not transposed.numel():
+        transposed, dtype = transpose_bytes(grad), torch.float32
+    grad, transposed = grad.view(torch.float8_e5m2), transposed.view(torch.float8_e5m2)
+    x8_t, w8 = x8_t.view(torch.float8_e4m3fn), w8.view(torch.float8_e4m3fn)
     scale = incoming.float() * grad_scale
     dx = scaled_product(grad, scale, w8, w_scale, out_dtype=torch.bfloat16, fast=False)
-    dw = scaled_product(x8_t, x_scale, transpose_bytes(grad), scale, out_dtype=torch.float32, fast=False)
+    dw = scaled_product(x8_t, x_scale, transposed, scale, out_dtype=dtype, fast=False)
     return dx, dw.bfloat16()
 
 
 @_fp8_head_backward.register_fake
-def _(incoming: Tensor, grad: Tensor, x8_t: Tensor, w8: Tensor, *scales: float) -> tuple[Tensor, Tensor]:
+def _(
+    incoming: Tensor, grad: Tensor, transposed: Tensor, x8_t: Tensor, w8: Tensor, *scales: float
+) -> tuple[Tensor, Tensor]:
     bf16 = torch.bfloat16
     return grad.new_empty((grad.shape[0], w8.shape[0]), dtype=bf16), w8.new_empty(w8.shape, dtype=bf16)
 

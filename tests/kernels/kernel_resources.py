@@ -41,12 +41,13 @@ from triton.runtime.jit import JITFunction
 import nanogpt.kernels
 from nanogpt.data.batches import MicroBatch, cu_seqlens_length
 from nanogpt.gpus import FP8, MULTIPROCESSORS, Multiprocessor, Needs, meets
+from nanogpt.kernels.cross_entropy import head_loss
 from nanogpt.kernels.dispatch import ANY
-from nanogpt.kernels.e4m3_head import e4m3_cross_entropy
 from nanogpt.kernels.fp8_head import select_head_precision
 from nanogpt.kernels.fp8_mlp import NEEDS as FP8_MLP
 from nanogpt.kernels.table_rows import Gradients, RowAdam, Signs, entries_of, read_rows, row_adam, sum_rows
 from nanogpt.models.language_model import Implementations, Windows, make_model
+from nanogpt.models.record92.model import Record92
 from nanogpt.models.record_model import LossInputs, RecordModel
 from nanogpt.models.record_spec import BIGRAM_ROWS
 from nanogpt.optim.banks_and_adam_spec import BanksAndAdamRates
@@ -317,17 +318,18 @@ def make_table_steps(spec: RunSpec) -> None:
     row_adam(*state, entries_of(updated, received), Gradients(values), update)
 
 
-def make_logit_steps(spec: RunSpec) -> None:
+def make_head_steps(spec: RunSpec) -> None:
     """What a run of `spec` launches by stage for its logits in e4m3."""
-    training, cap = spec.training, spec.model.softcap
+    training, cap, width = spec.training, spec.model.softcap, spec.model.width
+    constants = {"cap": cap.cap, "shift": cap.shift, "scale": cap.scale, "precision": "fp8", "fp8": Record92.fp8_scales}
     for stage in training.all_stages:
         tokens, columns = stage.batch_tokens // training.slots, stage.candidates or spec.model.padded_vocab_size
         with torch.device("meta"):
-            logits = torch.empty(tokens, columns, dtype=torch.float8_e4m3fn)
+            x = torch.empty(tokens, width, dtype=torch.bfloat16, requires_grad=True)
+            lm_head = torch.empty(width, columns, dtype=torch.bfloat16)
             targets, weights = torch.empty(tokens, dtype=torch.int64), torch.empty(len(stage.token_weights))
         prefixes = {"prefixes": targets, "prefix_weight": weights[0]} if stage.prefix_weight else {}
-        constants = {"cap": cap.cap, "shift": cap.shift, "scale": cap.scale}
-        e4m3_cross_entropy(logits, targets, weights, **prefixes, **constants)
+        head_loss(x, lm_head, targets, weights, **prefixes, **constants).backward()
 
 
 def paths_on(gpu: Gpu) -> list[Implementations]:
@@ -352,7 +354,7 @@ def all_launches(
                 spec = load_recipe(recipe, ["hardware.gpu=h100", "hardware.gpus_per_node=8"])
                 make_table_steps(spec)
                 if meets(FP8, gpu.capability):
-                    make_logit_steps(spec)
+                    make_head_steps(spec)
     kernels = sorted(found.values(), key=lambda entry: (entry.kernel, entry.launch))
     return Report(
         kernels=kernels,

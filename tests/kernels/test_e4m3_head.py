@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nanogpt.kernels.cross_entropy import head_loss, softcap
 from nanogpt.kernels.e4m3_head import e4m3_cross_entropy
-from nanogpt.kernels.fp8_head import Fp8Scales, fake_quantize
+from nanogpt.kernels.fp8_head import Fp8Scales, fake_quantize, fp8_head_loss
 
 TRITON = Path(sys.prefix) / ".ready" / "triton"  # see the Makefile
 SOFTCAP = {"cap": 23.0, "shift": 5.0, "scale": 7.5}
@@ -130,7 +130,7 @@ def interpreted() -> None:
     import triton.language as tl
     from triton.runtime.interpreter import TensorHandle
 
-    from nanogpt.kernels import e4m3_head, e4m3_head_triton
+    from nanogpt.kernels import e4m3_head, e4m3_head_triton, fp8_head_triton
 
     def words(function: Callable[..., Any], *tensors: Any) -> Any:
         """The words (...,) that `function` makes as bytes (..., 4), each from the numbers of Triton's tensors."""
@@ -145,6 +145,11 @@ def interpreted() -> None:
         digits = [int(digit) for digit in reversed(select[2:])]
         return words(lambda *x: np.stack(x, -1).view(np.uint8)[..., digits], a, b)
 
+    def quantize(values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """The interpreter's conversion to e4m3 loses the carry into the exponent."""
+        same = (values.float() * (1 / scale)).clamp(-448, 448).to(E4M3)
+        return same, same.mT.contiguous()
+
     small: dict[str, Any] = {
         "LOSSES": e4m3_head_triton.Config(columns=64, warps=1),
         "GRADIENT": e4m3_head_triton.Tile(rows=4, columns=8, warps=1),
@@ -153,9 +158,27 @@ def interpreted() -> None:
     with (
         mock.patch.object(e4m3_head, "runs_kernel", lambda *tensors, **needs: True),
         mock.patch.multiple(e4m3_head_triton, _pack_e5m2=pack, _permute=permute, **small),
+        mock.patch.object(fp8_head_triton, "quantize_both_ways", quantize),
     ):
         for tokens, vocab, terms, prefixes in ((16, 64, 1, False), (16, 48, 2, True), (48, 160, 3, True)):
             check(make_case(tokens, vocab, terms, prefixes=prefixes))
+        whole_head(make_case(32, 80, 2, prefixes=True))
+
+
+def whole_head(case: Case) -> None:
+    """The 8-bit path, products included, against the plain one."""
+    x, lm_head = (
+        torch.randn(32, 48).bfloat16().requires_grad_(),
+        (0.5 * torch.randn(48, 80)).bfloat16().requires_grad_(),
+    )
+    scales = Fp8Scales(weight=2.0 / 448, gradient=0.75 / 8 / 448, logits8=True)
+    of_op = {"x_scale": scales.x, "w_scale": scales.weight, "grad_scale": scales.gradient, "logits8": True}
+    loss = fp8_head_loss(x, lm_head, *case[1:], **SOFTCAP, **of_op, need_grad=True)[0]
+    terms = {"prefixes": case.prefixes, "prefix_weight": case.prefix_weight}
+    plain = head_loss(x, lm_head, case.targets, case.weights, **terms, **SOFTCAP, precision="fp8", fp8=scales)
+    assert relative_error(loss.detach(), plain.detach()) < 1e-6
+    found, expected = (torch.autograd.grad(0.125 * value, (x, lm_head)) for value in (loss, plain))
+    assert all(relative_error(a, b) < 3e-3 for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.skipif(not (TRITON / "triton").is_dir() and find_spec("triton") is None, reason="there is no Triton")
