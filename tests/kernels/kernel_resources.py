@@ -3,10 +3,10 @@
     python tests/kernels/kernel_resources.py sm_90
 
 A training micro-batch of each stage, a validation micro-batch and an optimizer step of two record models, and what the
-third does with its table and with its logits, run on tensors without memory (PyTorch's `meta` device), with the kernels
-dispatched as on that GPU. Every launch is compiled as Triton would compile it there, with the dtypes, sizes and options
-of that launch, and not made. Prints the kernels'
-resources as a table, with `--json` as a `Report`; and ends with 1 where a kernel cannot run or spills.
+third does with its table, its projections and its logits, run on tensors without memory (PyTorch's `meta` device), with
+the kernels dispatched as on that GPU. Every launch is compiled as Triton would compile it there, with the dtypes, sizes
+and options of that launch, and not made. Prints the kernels' resources as a table, with `--json` as a `Report`; and
+ends with 1 where a kernel cannot run or spills.
 
 To be run in a process of its own: it takes the place of Triton's driver and of some of PyTorch's functions.
 """
@@ -45,7 +45,9 @@ from nanogpt.kernels.cross_entropy import head_loss
 from nanogpt.kernels.dispatch import ANY
 from nanogpt.kernels.fp8_head import select_head_precision
 from nanogpt.kernels.fp8_mlp import NEEDS as FP8_MLP
+from nanogpt.kernels.packed_qkv import Rotation, norm_and_rotate, packed_gradient
 from nanogpt.kernels.table_rows import Gradients, RowAdam, Signs, entries_of, read_rows, row_adam, sum_rows
+from nanogpt.layers.norm import EPS
 from nanogpt.models.language_model import Implementations, Windows, make_model
 from nanogpt.models.record92.model import Record92
 from nanogpt.models.record_model import LossInputs, RecordModel
@@ -73,7 +75,7 @@ class Gpu:
 
 
 GRADIENTS = "model.mlp_fp8.gradients=all"
-TABLE_RECIPE = "record92"  # of it only what it does with its table and with its logits
+TABLE_RECIPE = "record92"  # of it only what it does with its table, its projections and its logits
 # With each of these settings a recipe launches kernels of its own.
 RECIPES = {
     "speedrun": ((),),
@@ -332,6 +334,20 @@ def make_head_steps(spec: RunSpec) -> None:
         head_loss(x, lm_head, targets, weights, **prefixes, **constants).backward()
 
 
+def make_projection_steps(spec: RunSpec) -> None:
+    """What a micro-batch of `spec` launches between 8-bit products and attention, for each shape of its layers."""
+    model, tokens = spec.model, 49_152
+    layers = {(model.qk_dim(i), model.v_dim(i), i in model.paired_layers): i for i in model.attention_layers}
+    with torch.device("meta"):
+        cos, sin = (torch.empty(2 * tokens, 2 * model.rotary.frequencies, dtype=torch.bfloat16) for _ in range(2))
+        for (channels, values, paired), layer in layers.items():
+            qk = torch.empty(tokens, 2 * model.heads * channels, dtype=torch.bfloat16)
+            rotation = Rotation(cos, sin, paired, model.is_wide(layer), EPS)
+            q, k = norm_and_rotate(qk, rotation, heads=model.heads)
+            v = torch.empty(tokens, model.heads, values, dtype=torch.bfloat16)
+            packed_gradient(q, k, v, qk, rotation, factor=448.0)
+
+
 def paths_on(gpu: Gpu) -> list[Implementations]:
     """What a run can take on `gpu`, but for attention's libraries."""
     bf16 = Implementations(attention="plain")
@@ -355,6 +371,7 @@ def all_launches(
                 make_table_steps(spec)
                 if meets(FP8, gpu.capability):
                     make_head_steps(spec)
+                    make_projection_steps(spec)
     kernels = sorted(found.values(), key=lambda entry: (entry.kernel, entry.launch))
     return Report(
         kernels=kernels,

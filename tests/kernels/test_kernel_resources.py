@@ -62,10 +62,12 @@ EVERYWHERE = {
 }
 PRODUCTS = {"_symmetric_product_kernel", "_relu_squared_kernel"}
 RECORDS = ("--recipe", "record89", "--recipe", "record92")
-FP8_HEAD = {
+FP8 = {
     "_logits8_gradient_kernel",
     "_logits8_losses_kernel",
     "_logits8_targets_kernel",
+    "_norm_and_rotate_kernel",
+    "_packed_gradient_kernel",
     "_quantize_both_ways_kernel",
     "_transpose_gradient_kernel",
 }
@@ -75,9 +77,9 @@ FP8_HEAD = {
     ("arguments", "kernels"),
     [
         (("sm_80",), EVERYWHERE),
-        (("sm_89",), EVERYWHERE | FP8_HEAD),
-        (("sm_100", *RECORDS), EVERYWHERE | FP8_HEAD | PRODUCTS),
-        (("sm_120", *RECORDS), EVERYWHERE | FP8_HEAD | {"_symmetric_product_kernel"}),
+        (("sm_89",), EVERYWHERE | FP8),
+        (("sm_100", *RECORDS), EVERYWHERE | FP8 | PRODUCTS),
+        (("sm_120", *RECORDS), EVERYWHERE | FP8 | {"_symmetric_product_kernel"}),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )

@@ -1,0 +1,102 @@
+"""Norm, rotary and key shift of packed queries and keys, and back to 8 bits, on the GPU, against fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_specs import relative_error
+
+from nanogpt.kernels.fp8_mlp import to_e4m3
+from nanogpt.kernels.packed_qkv import (
+    Rotation,
+    norm_and_rotate,
+    packed_gradient,
+    packed_gradient_plain,
+    transposed_8bit,
+)
+from nanogpt.layers.norm import EPS
+from nanogpt.layers.rotary import Rotary
+from nanogpt.layers.specs import RotarySpec
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="needs 8-bit floats"
+    ),
+]
+
+HEADS = 6
+
+
+def make_case(
+    tokens: int, channels: int, values: int, *, paired: bool, shifted: bool
+) -> tuple[list[torch.Tensor], Rotation]:
+    """qk and the gradients of q, k and v, with the tables of their positions."""
+    torch.manual_seed(tokens)
+    spec = RotarySpec(frequencies=32, base=1024, yarn_low=1, yarn_high=32, yarn_temperature=0.2)
+    rotary = Rotary(spec, max_tokens=tokens, attention_scale=0.1, dtype=torch.bfloat16).cuda()
+    widths = 2 * channels, channels, channels, values
+    qk, *grads = (torch.randn(tokens, HEADS, width, device="cuda") for width in widths)
+    inputs = [qk.flatten(1).bfloat16(), *((0.1 * x).bfloat16() for x in grads)]
+    return inputs, Rotation(rotary.cos, rotary.signed_sin, paired, shifted, EPS)
+
+
+@pytest.mark.parametrize("tokens", [49_152, 16_384, 4_112])
+@pytest.mark.parametrize(
+    ("channels", "values", "paired"), [(64, 128, True), (64, 64, False), (128, 128, False), (128, 64, True)]
+)
+def test_both_ways_against_fp64(channels, values, paired, tokens):
+    """The kernels round once: as close to fp64 as its rounding is, and nearly all of the same bits."""
+    shifted = channels == 128 and not paired
+    (qk, dq, dk, dv), rotation = make_case(tokens, channels, values, paired=paired, shifted=shifted)
+    dv[1, 2, 3], dv[-1, 0, 5] = -3.0, 1.5  # beyond what the format holds at this scale
+    wide = rotation._replace(cos=rotation.cos.double(), sin=rotation.sin.double())
+    exact = norm_and_rotate(qk.double(), wide, heads=HEADS)
+    out = norm_and_rotate(qk, rotation, heads=HEADS)
+    error, rounding = relative_error(out, exact), relative_error(exact.bfloat16(), exact)
+    print(f"{tokens} x {HEADS} x ({channels}, {values}): queries and keys {error:.2e}, bf16's own {rounding:.2e}")
+    assert error < 1.01 * rounding
+
+    exact = 448 * packed_gradient_plain(dq.double(), dk.double(), dv.double(), qk.double(), wide)
+    same, transposed = packed_gradient(dq, dk, dv, qk, rotation, factor=448.0)
+    rounded = to_e4m3(exact)
+    error, rounding = (relative_error(x.float(), exact.clamp(-448, 448)) for x in (same, rounded))
+    differ = float((same.float() != rounded.float()).float().mean())
+    print(f"  gradient {error:.3e}, e4m3's own {rounding:.3e}; other bits in {differ:.1e}")
+    assert error < 1.001 * rounding and differ < 1e-4
+    assert torch.equal(transposed.view(torch.uint8), same.view(torch.uint8).mT), "both layouts have the same bits"
+
+
+def test_what_is_not_a_number_stays_so():
+    (qk, dq, dk, dv), rotation = make_case(64, 64, 128, paired=False, shifted=False)
+    dv[5, 1, 7] = torch.nan
+    for x in packed_gradient(dq, dk, dv, qk, rotation, factor=448.0):
+        assert x.float().isnan().sum() == 1
+
+
+def test_8_bit_transpose():
+    x = torch.randn(4_112, 768, device="cuda").to(torch.float8_e4m3fn)
+    assert torch.equal(transposed_8bit(x).view(torch.uint8), transposed_8bit(x, plain=True).view(torch.uint8))
+
+
+def test_they_compile_whole_and_are_captured():
+    """In a graph without breaks, replayed on other numbers."""
+    torch._dynamo.reset()
+    inputs, rotation = make_case(1_024, 128, 128, paired=False, shifted=True)
+
+    def both(qk, dq, dk, dv):
+        q, k = norm_and_rotate(2 * qk, rotation, heads=HEADS)
+        return q + k, *packed_gradient(dq + 1, dk, dv, 2 * qk, rotation, factor=448.0)
+
+    compiled = torch.compile(both, fullgraph=True)
+    for one, other in zip(compiled(*inputs), both(*inputs), strict=True):
+        assert relative_error(one.float(), other.float()) < 5e-3
+
+    graph, given = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
+    with torch.cuda.graph(graph):
+        captured = compiled(*given)
+    for x in given:
+        x.mul_(0.5)
+    graph.replay()
+    for one, other in zip(captured, compiled(*(0.5 * x for x in inputs)), strict=True):
+        assert torch.equal(one.float(), other.float())
