@@ -28,6 +28,7 @@ PARTS = {
     "FP8 matrix products": r"nvjet_sm\d+_[qr]{2}|e4m3|e5m2",
     "bf16 matrix products": r"nvjet|cutlass|gemm|gemv|splitK",
     "head: cross-entropy": r"_cross_entropy_kernel|_logits8_",
+    "packed QKV: norm, rotary and back": r"_norm_and_rotate_kernel|_packed_gradient_kernel",
     "FP8: quantizing, transposing": r"quantize|_transpose_gradient_kernel",
     "Polar Express: symmetric products": r"_symmetric_product_kernel",
     "DC correction": r"_mix_heads",

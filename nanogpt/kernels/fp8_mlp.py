@@ -91,20 +91,30 @@ def round_weights(
     peaks = torch.linalg.vector_norm(bank, math.inf, (2, 3)).float()
     up_scale = scale_of(peaks[:, 0])
     up8_t, down8_t = transposed8 or (None, None)
-    if not plain and runs_kernel(bank, needs=FP8):
+    round_matrices(bank[:, 0], up_scale, up8, up8_t, plain=plain)
+    round_matrices(bank[:, 1], down_scale, down8_t, down8, plain=plain)
+    return up_scale, peaks[:, 1]
+
+
+def round_matrices(
+    matrices: Tensor,  # (B, M, N), each contiguous
+    scale: Tensor,  # (B,) fp32, to divide by
+    same: Tensor | None,  # (B, M, N) e4m3, written, like the next
+    transposed: Tensor | None,  # (B, N, M)
+    *,
+    plain: bool = False,
+) -> None:
+    """Round to e4m3, in one layout or both."""
+    if not plain and runs_kernel(matrices, needs=FP8):
         from nanogpt.kernels.fp8_head_triton import quantize_matrices
 
-        quantize_matrices(bank[:, 0], up_scale, up8, up8_t)
-        quantize_matrices(bank[:, 1], down_scale, down8_t, down8)
-    else:
-        scale = torch.stack((up_scale, down_scale), dim=1)
-        rounded = to_e4m3(bank.float() / scale[:, :, None, None]).unbind(1)
-        for source, same, transposed in ((rounded[0], up8, up8_t), (rounded[1], down8_t, down8)):
-            if same is not None:
-                same.copy_(source)
-            if transposed is not None:  # as bytes: not every device can copy 8-bit floats with strides
-                transposed.view(torch.uint8).copy_(source.view(torch.uint8).mT)
-    return up_scale, peaks[:, 1]
+        quantize_matrices(matrices, scale, same, transposed)
+        return
+    rounded = to_e4m3(matrices.float() / scale[:, None, None])
+    if same is not None:
+        same.copy_(rounded)
+    if transposed is not None:  # as bytes: not every device can copy 8-bit floats with strides
+        transposed.view(torch.uint8).copy_(rounded.view(torch.uint8).mT)
 
 
 def fp8_relu_squared_mlp(

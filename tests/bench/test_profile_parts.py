@@ -27,6 +27,7 @@ NAMES = {
     "std::enable_if": OTHER_PART,
     "_cross_entropy_kernel": "head: cross-entropy",
     "_logits8_gradient_kernel": "head: cross-entropy",
+    "_packed_gradient_kernel": "packed QKV: norm, rotary and back",
     "_transpose_gradient_kernel": "FP8: quantizing, transposing",
     "_fp8_relu_squared_kernel": "MLP: up-projection with its activation, and its backward product",
     "_fp8_relu_squared_gradient_kernel": "MLP: up-projection with its activation, and its backward product",

@@ -14,6 +14,7 @@ from nanogpt.kernels.packed_qkv import (
     packed_gradient_plain,
     transposed_8bit,
 )
+from nanogpt.layers.fp8_qkv import Fp8Qkv
 from nanogpt.layers.norm import EPS
 from nanogpt.layers.rotary import Rotary
 from nanogpt.layers.specs import RotarySpec
@@ -26,6 +27,7 @@ pytestmark = [
 ]
 
 HEADS = 6
+ROTARY = RotarySpec(frequencies=32, base=1024, yarn_low=1, yarn_high=32, yarn_temperature=0.2)
 
 
 def make_case(
@@ -33,8 +35,7 @@ def make_case(
 ) -> tuple[list[torch.Tensor], Rotation]:
     """qk and the gradients of q, k and v, with the tables of their positions."""
     torch.manual_seed(tokens)
-    spec = RotarySpec(frequencies=32, base=1024, yarn_low=1, yarn_high=32, yarn_temperature=0.2)
-    rotary = Rotary(spec, max_tokens=tokens, attention_scale=0.1, dtype=torch.bfloat16).cuda()
+    rotary = Rotary(ROTARY, max_tokens=tokens, attention_scale=0.1, dtype=torch.bfloat16).cuda()
     widths = 2 * channels, channels, channels, values
     qk, *grads = (torch.randn(tokens, HEADS, width, device="cuda") for width in widths)
     inputs = [qk.flatten(1).bfloat16(), *((0.1 * x).bfloat16() for x in grads)]
@@ -100,3 +101,62 @@ def test_they_compile_whole_and_are_captured():
     graph.replay()
     for one, other in zip(captured, compiled(*(0.5 * x for x in inputs)), strict=True):
         assert torch.equal(one.float(), other.float())
+
+
+def make_layer(
+    channels: int, values: int, *, plain: bool, tokens: int = 4_096, width: int = 768
+) -> tuple[Fp8Qkv, Rotary, list[torch.Tensor], list[torch.Tensor]]:
+    """A module of two slots, a rotary, (u, weight, scalar) and gradients of q, k and v."""
+    torch.manual_seed(channels + values)
+    rotary = Rotary(ROTARY, max_tokens=tokens, attention_scale=0.1, dtype=torch.bfloat16).cuda()
+    rows = HEADS * (2 * channels + values)
+    u, weight = torch.randn(tokens, width, device="cuda"), 0.03 * torch.randn(rows, width, device="cuda")
+    sizes = channels, channels, values
+    grads = [(0.05 * torch.randn(tokens, HEADS, size, device="cuda")).bfloat16() for size in sizes]
+    inputs = [u.bfloat16(), weight.bfloat16(), torch.tensor(0.7, device="cuda")]
+    module = Fp8Qkv([(2, rows)], width=width, active=True, plain=plain).cuda()
+    module.round([torch.stack((torch.zeros_like(inputs[1]), inputs[1]))])
+    return module, rotary, [x.requires_grad_() for x in inputs], grads
+
+
+@pytest.mark.parametrize(
+    ("channels", "values", "paired"), [(64, 128, True), (64, 64, False), (128, 128, False)], ids=str
+)
+def test_a_layer_fast_and_plain(channels, values, paired):
+    """Values are equal; the rest differs by roundings that lie near the middle."""
+    results = []
+    for plain in (True, False):
+        module, rotary, inputs, grads = make_layer(channels, values, plain=plain)
+        options = {"heads": HEADS, "channels": channels, "paired": paired, "shifted": channels == 128}
+        out = module(1, *inputs, rotary, **options)
+        results.append([*(x.detach() for x in out), *torch.autograd.grad(out, inputs, grads)])
+    errors = [relative_error(fast, plain) for plain, fast in zip(*results, strict=True)]
+    print(f"({channels}, {values}): q, k, v, gradients of u, weight and scalar, to plain: {errors}")
+    assert errors[2] == 0 and max(errors[:5]) < 3e-3 and errors[5] < 2e-2
+
+
+def test_a_captured_layer_reads_weights_that_were_rounded_since():
+    module, rotary, inputs, grads = make_layer(64, 128, plain=False)
+    options = {"heads": HEADS, "channels": 64, "paired": True, "shifted": False}
+    layer = torch.compile(lambda *own: module(1, *own, rotary, **options), fullgraph=True)
+
+    def both_ways():
+        out = layer(*inputs)
+        return [*out, *torch.autograd.grad(out, inputs, grads)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        before = [x.detach().clone() for x in both_ways()]
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both_ways()
+    graph.replay()
+    for one, other in zip(captured, before, strict=True):
+        assert relative_error(one, other) < 1e-3
+    weight = inputs[1].detach()
+    module.round([torch.stack((weight, -weight))])
+    graph.replay()
+    for one, other in zip(captured[:3], before[:3], strict=True):
+        assert torch.equal(one, -other), "queries, keys and values change their signs with the weights"

@@ -16,6 +16,8 @@ PULLED_TABLE = "nanogpt/optim/pulled_table.py"
 TABLE_ROWS = "nanogpt/kernels/table_rows.py"
 TABLE_CYCLES = "nanogpt/training/tables.py"
 FP8_PROJECTION = "nanogpt/layers/fp8_projection.py"
+FP8_QKV = "nanogpt/layers/fp8_qkv.py"
+PACKED_QKV = "nanogpt/kernels/packed_qkv.py"
 NGRAMS = "nanogpt/models/record92/ngrams.py"
 CANDIDATES = "nanogpt/models/record92/candidates.py"
 TABLE = "nanogpt/models/speedrun/spec.py"
@@ -94,6 +96,8 @@ _TESTS: dict[str, tuple[str, ...]] = {
     TABLE_ROWS: ("tests/kernels/test_table_rows.py::test_rows_in_plain_pytorch_against_fp64",),
     TABLE_CYCLES: ("tests/training/test_tables.py",),
     FP8_PROJECTION: ("tests/layers/test_fp8_projection.py",),
+    FP8_QKV: ("tests/layers/test_fp8_qkv.py",),
+    PACKED_QKV: ("tests/kernels/test_packed_qkv.py::test_plain_queries_keys_and_gradients_are_the_layers",),
     NGRAMS: ("tests/models/test_ngrams.py",),
     CANDIDATES: ("tests/models/test_candidates.py",),
     RECORD: (

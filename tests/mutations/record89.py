@@ -398,7 +398,7 @@ _add(
     "8-bit gradients",
     FP8_MLP,
     "up weights not transposed again",
-    ("(rounded[0], up8, up8_t)", "(rounded[0], up8, None)"),
+    ("(bank[:, 0], up_scale, up8, up8_t,", "(bank[:, 0], up_scale, up8, None,"),
 )
 _add(
     "8-bit gradients",

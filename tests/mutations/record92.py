@@ -6,7 +6,9 @@ from mutation import (
     CANDIDATES,
     E4M3_HEAD,
     FP8_PROJECTION,
+    FP8_QKV,
     NGRAMS,
+    PACKED_QKV,
     PULLED_TABLE,
     RECIPE92,
     RECORD92,
@@ -230,6 +232,31 @@ _add(
     "gradient of u unscaled",
     ("scale = weight_scale * scale_in", "scale = weight_scale"),
 )
+
+# --- packed 8-bit queries, keys and values ---
+
+for _what, _old, _new in (
+    ("input scale", "INPUT_SCALE = 8 / 448", "INPUT_SCALE = 10 / 448"),
+    ("gradient scale", "GRADIENT_SCALE = 1 / 448", "GRADIENT_SCALE = 2 / 448"),
+    (
+        "weights not scaled by the layer",
+        "_of(INPUT_SCALE, u), weight_scale * scale_in",
+        "_of(INPUT_SCALE, u), weight_scale",
+    ),
+    ("gradient of the weights unscaled", "(scale_in * grad_w)", "(1 * grad_w)"),
+    ("gradient of u unscaled", "        scale = weight_scale * scale_in", "        scale = weight_scale"),
+    ("another layer's weights", "self.places[slot]", "self.places[-1]"),
+    ("weights never rounded again", "round_matrices(matrices,", "same.any() or round_matrices(matrices,"),
+):
+    _add("packed QKV", FP8_QKV, _what, (_old, _new))
+for _what, _old, _new in (
+    ("back in the wrong direction", "leading - sin * _neighbours", "leading + sin * _neighbours"),
+    ("the norm's backward", "m - n * (m * n).mean(-1, keepdim=True)", "m"),
+    ("the first key's own gradient", "own + following", "following"),
+    ("keys not shifted", "torch.cat((still[:1, 1], still[:-1, 1]))", "still[:, 1]"),
+    ("a pair at one position", "(2, heads // 2) if rotation.paired else (1, 1)", "(1, 1)"),
+):
+    _add("packed QKV", PACKED_QKV, _what, (_old, _new))
 
 # --- the recipe ---
 
