@@ -10,6 +10,8 @@ import torch
 from small_specs import batch_of, randomize, relative_error, small_record92
 
 from nanogpt.data.batches import MicroBatch
+from nanogpt.kernels.fp8_mlp import to_e4m3
+from nanogpt.layers.attention import head_attention
 from nanogpt.models.definitions import start_frequencies, yarn
 from nanogpt.models.language_model import Implementations, LanguageModel, Windows
 from nanogpt.models.record92.definition import DenseRecord92
@@ -247,6 +249,51 @@ def test_in_8_bits_training_is_close_and_evaluation_the_same():
         difference = float((rounded.training_loss(batch, inputs) - loss).detach().abs())
         assert 1e-5 < difference / float(loss.detach()) < 0.02, name
         assert torch.equal(rounded.evaluation_loss(batch, Windows(short, long)), evaluated), name
+
+
+def test_8_bit_queries_keys_and_values_are_nearly_those_of_bf16(monkeypatch):
+    """Of every layer: in pairs, shifted and rotated alike."""
+    ends, short, long = CASES["windows beyond documents"]
+    batch, _ = make_batch(ends, loss=StageLoss(token_weights=WEIGHTS))
+    inputs = LossInputs(Windows(short, long), torch.tensor(WEIGHTS))
+    seen = []
+
+    def seen_attention(q, k, v, *rest, **options):
+        seen.append((q, k, v))
+        return head_attention(q, k, v, *rest, **options)
+
+    monkeypatch.setattr("nanogpt.models.record92.model.head_attention", seen_attention)
+    for precision in ("bf16", "fp8"):
+        model = make_model(torch.float32, implementations=Implementations(projection_precision=precision))
+        model.restart()
+        model.training_loss(batch, inputs)
+    layers = zip(seen[7:], seen[:7], strict=True)
+    errors = [relative_error(*pair) for layer in layers for pair in zip(*layer, strict=True)]
+    assert len(errors) == 3 * 7 and min(errors) > 0.01 and max(errors) < 0.25, errors
+
+
+CHANGES = {
+    "restart": lambda model: model.restart(),
+    "optimizer step": lambda model: model.weights_changed(40),
+    "checkpoint": lambda model: model.load_state_dict(model.state_dict()),
+    "first draw": lambda model: model.draw_parameters(torch.Generator().manual_seed(3)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_8_bit_copies_of_the_projections_follow_their_weights(change):
+    """Of each layer, whichever slot it has: the packed rows that its product reads in bf16."""
+    model = make_model(torch.float32, implementations=Implementations(projection_precision="fp8"))
+    copies = model.fp8_qkv
+    CHANGES[change](model)
+    weights = model._attention_weights(list(model.scalars.detach()))
+    assert sorted(weights) == [0, 1, 2, 3, 5, 8, 10]
+    for layer, own in weights.items():
+        group, i = copies.places[model.bank_slot[layer]]
+        scale = getattr(copies, f"scale_{group}_{i}")
+        assert scale == own.qkv.abs().max() / 448
+        assert torch.equal(getattr(copies, f"same_{group}")[i].float(), to_e4m3(own.qkv / scale).float())
+        assert torch.equal(getattr(copies, f"transposed_{group}")[i].float().mT, to_e4m3(own.qkv / scale).float())
 
 
 def test_the_heads_8_bit_scales_are_the_records():

@@ -15,7 +15,6 @@ RECIPE92 = "recipes/record92.yaml"
 PULLED_TABLE = "nanogpt/optim/pulled_table.py"
 TABLE_ROWS = "nanogpt/kernels/table_rows.py"
 TABLE_CYCLES = "nanogpt/training/tables.py"
-FP8_PROJECTION = "nanogpt/layers/fp8_projection.py"
 FP8_QKV = "nanogpt/layers/fp8_qkv.py"
 PACKED_QKV = "nanogpt/kernels/packed_qkv.py"
 NGRAMS = "nanogpt/models/record92/ngrams.py"
@@ -95,7 +94,6 @@ _TESTS: dict[str, tuple[str, ...]] = {
     PULLED_TABLE: ("tests/optim/test_pulled_table.py", "tests/distributed/test_communicator.py"),
     TABLE_ROWS: ("tests/kernels/test_table_rows.py::test_rows_in_plain_pytorch_against_fp64",),
     TABLE_CYCLES: ("tests/training/test_tables.py",),
-    FP8_PROJECTION: ("tests/layers/test_fp8_projection.py",),
     FP8_QKV: ("tests/layers/test_fp8_qkv.py",),
     PACKED_QKV: ("tests/kernels/test_packed_qkv.py::test_plain_queries_keys_and_gradients_are_the_layers",),
     NGRAMS: ("tests/models/test_ngrams.py",),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from mutation import (
     CANDIDATES,
     E4M3_HEAD,
-    FP8_PROJECTION,
     FP8_QKV,
     NGRAMS,
     PACKED_QKV,
@@ -215,24 +214,6 @@ _add("cycles", TABLE_CYCLES, "one step further", ("range(settings.step, last + 1
 _add("memory", TABLE_CYCLES, "the whole table on each", ("table.rows * row / world.size", "table.rows * row"))
 _add("memory", TABLE_CYCLES, "nothing beside it", ("USABLE * memory - other", "USABLE * memory"))
 
-# --- 8-bit projection ---
-
-_add("8-bit projection", FP8_PROJECTION, "input scale", ("INPUT_SCALE = 8 / 448", "INPUT_SCALE = 10 / 448"))
-_add("8-bit projection", FP8_PROJECTION, "gradient scale", ("GRADIENT_SCALE = 1 / 448", "GRADIENT_SCALE = 2 / 448"))
-_add(
-    "8-bit projection",
-    FP8_PROJECTION,
-    "weights not scaled by the layer",
-    ("weight_scale * scale_in, u.dtype", "weight_scale, u.dtype"),
-)
-_add("8-bit projection", FP8_PROJECTION, "gradient of the weights unscaled", ("(scale_in * grad_w)", "(1 * grad_w)"))
-_add(
-    "8-bit projection",
-    FP8_PROJECTION,
-    "gradient of u unscaled",
-    ("scale = weight_scale * scale_in", "scale = weight_scale"),
-)
-
 # --- packed 8-bit queries, keys and values ---
 
 for _what, _old, _new in (
@@ -249,6 +230,14 @@ for _what, _old, _new in (
     ("weights never rounded again", "round_matrices(matrices,", "same.any() or round_matrices(matrices,"),
 ):
     _add("packed QKV", FP8_QKV, _what, (_old, _new))
+for _what, _old, _new in (
+    ("not rounded after a step", "(self.mlp, step)\n        self._round_qkv()", "(self.mlp, step)"),
+    ("not rounded when loaded", "reload(self.mlp)\n        self._round_qkv()", "reload(self.mlp)"),
+    ("o's rows for v's", "spec.head_dim, d)[:, 0].split", "spec.head_dim, d)[:, 1].split"),
+    ("keys never shifted", "                shifted=wide,", "                shifted=False,"),
+    ("never in pairs", "paired=paired,\n                shifted", "paired=False,\n                shifted"),
+):
+    _add("packed QKV", RECORD92, _what, (_old, _new))
 for _what, _old, _new in (
     ("back in the wrong direction", "leading - sin * _neighbours", "leading + sin * _neighbours"),
     ("the norm's backward", "m - n * (m * n).mean(-1, keepdim=True)", "m"),

@@ -16,6 +16,7 @@ targets beyond a micro-batch's end.
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from nanogpt.layers.attention import head_attention, remove_own_value, rotated_q
 from nanogpt.layers.dense_connections import for_every_token, token_numbers, weighted_sum
 from nanogpt.layers.embedding import smear, value_gate
 from nanogpt.layers.fp8_mlp import Fp8Mlp
-from nanogpt.layers.fp8_projection import fp8_projection
+from nanogpt.layers.fp8_qkv import Fp8Qkv
 from nanogpt.layers.norm import norm
 from nanogpt.layers.past import Past
 from nanogpt.layers.rotary import Rotary
@@ -105,16 +106,26 @@ class Record92(RecordModel[Record92ModelSpec]):
             active=implementations.mlp_precision == "fp8",
             plain=implementations.plain_kernels,
         )
-        self.register_load_state_dict_post_hook(lambda model, _: model.fp8_mlp.reload(model.mlp))
+        # Slots of the banks with q, k and v of one shape: it, how many channels a query and a value have.
+        shapes = groupby((spec.qk_dim(layer), spec.v_dim(layer)) for layer in spec.attention_slots)
+        self.qkv_shapes = [(len(list(slots)), *shape) for shape, slots in shapes]
+        self.fp8_qkv = Fp8Qkv(
+            [(slots, spec.heads * (2 * dq + dv)) for slots, dq, dv in self.qkv_shapes],
+            width=spec.width,
+            active=implementations.projection_precision == "fp8",
+            plain=implementations.plain_kernels,
+        )
+        self.register_load_state_dict_post_hook(lambda model, _: model._loaded())
         self.second_mlp = {layer: spec.layers + place for place, layer in enumerate(spec.second_mlp_layers)}
 
     @torch.no_grad()
     def draw_parameters(self, generator: torch.Generator) -> None:
-        """Also the n-grams' signs, and the MLPs' 8-bit copies."""
+        """Also the n-grams' signs, and the 8-bit copies."""
         super().draw_parameters(generator)
         signs = torch.empty(self.ngram_signs.shape, dtype=torch.int8).random_(0, 2, generator=generator)
         self.ngram_signs.copy_(2 * signs - 1)
         self.fp8_mlp.restart(self.mlp)
+        self._round_qkv()
 
     # --- what a micro-batch reads ---
 
@@ -319,12 +330,25 @@ class Record92(RecordModel[Record92ModelSpec]):
         spec = self.spec
         count, heads = u.shape[0], spec.heads
         dq, dv = spec.qk_dim(layer), spec.v_dim(layer)
+        paired, wide = layer in spec.paired_layers, spec.is_wide(layer)
+        rotary = self.wide if wide else self.narrow
         if fp8:
-            qkv = fp8_projection(u, weights.qkv, weights.scale_in)
+            q, k, v = self.fp8_qkv(
+                self.bank_slot[layer],
+                u,
+                weights.qkv,
+                weights.scale_in,
+                rotary,
+                heads=heads,
+                channels=dq,
+                paired=paired,
+                shifted=wide,
+            )
         else:
             qkv = u @ (weights.scale_in * weights.qkv).to(u.dtype).mT
-        q, k = qkv[:, : 2 * heads * dq].view(count, 2, heads, dq).unbind(1)
-        v = qkv[:, 2 * heads * dq :].view(count, heads, dv)
+            q, k = qkv[:, : 2 * heads * dq].view(count, 2, heads, dq).unbind(1)
+            q, k = rotated_queries_keys(q, k, rotary, paired=paired, shifted=wide, layer=layer, past=past)
+            v = qkv[:, 2 * heads * dq :].view(count, heads, dv)
         if value_embedding is not None:
             if value_gates is None:
                 gate = 2 * value_gate(u, value_embedding, self.ve_gate_bank[self.gate_table[layer]])
@@ -334,9 +358,6 @@ class Record92(RecordModel[Record92ModelSpec]):
         if value_add is not None:
             v = v + value_add.view(count, heads, dv)
 
-        paired, wide = layer in spec.paired_layers, spec.is_wide(layer)
-        rotary = self.wide if wide else self.narrow
-        q, k = rotated_queries_keys(q, k, rotary, paired=paired, shifted=wide, layer=layer, past=past)
         y = head_attention(
             q,
             k,
@@ -380,12 +401,35 @@ class Record92(RecordModel[Record92ModelSpec]):
                 rotary.extend_window(before, after)
 
     def weights_changed(self, step: int) -> None:
-        """The MLPs' 8-bit copies follow."""
+        """The 8-bit copies follow."""
         self.fp8_mlp.follow(self.mlp, step)
+        self._round_qkv()
+
+    def _loaded(self) -> None:
+        self.fp8_mlp.reload(self.mlp)
+        self._round_qkv()
+
+    @torch.no_grad()
+    def _round_qkv(self) -> None:
+        """Make the 8-bit copies of what `_attention_weights` packs."""
+        if not self.fp8_qkv.active:
+            return
+        spec, d, heads = self.spec, self.spec.width, self.spec.heads
+        count = len(spec.attention_layers)
+        sizes = [slots for slots, _, _ in self.qkv_shapes]
+        qk = self.qk[: heads * count].view(count, 2 * heads, spec.head_dim, d).split(sizes)
+        v = self.vo[: 2 * count].view(count, 2, heads, spec.head_dim, d)[:, 0].split(sizes)
+        self.fp8_qkv.round(
+            [
+                torch.cat((own_qk[:, :, :dq].flatten(1, 2), own_v[:, :, :dv].flatten(1, 2)), dim=1)
+                for own_qk, own_v, (_, dq, dv) in zip(qk, v, self.qkv_shapes, strict=True)
+            ]
+        )
 
     def restart(self) -> None:
         """Also resets rotary tables, attention scales and the MLPs' scales."""
         super().restart()
         self.fp8_mlp.restart(self.mlp)
+        self._round_qkv()
         for rotary in (self.narrow, self.wide):
             rotary.reset()
