@@ -61,15 +61,16 @@ _add("n-grams", RECORD92, "without signs", ("batch.extras[NGRAM_ROWS], signs)", 
 _add("n-grams", RECORD92, "signs by row", ("batch.extras[NGRAM_SIGNS])", "batch.extras[NGRAM_SIGNS].flip(0))"))
 _add("n-grams", RECORD92, "none in the start", ('x0 + gates["ngram", 0] * emb', 'x0 + 0 * gates["ngram", 0] * emb'))
 _add("n-grams", RECORD92, "again in layer 0", ("in spec.ngram_layers and layer > 0:", "in spec.ngram_layers:"))
-_add("head's input", RECORD92, "no weights by group", ("numbers[:, k, 1:]).uns", "0 * numbers[:, k, 1:]).uns"))
-_add("head's input", RECORD92, "no common weights", ("numbers[:, k, :1] +", "0 * numbers[:, k, :1] +"))
-_add("head's input", RECORD92, "groups of every twelfth", (
-    "torch.zeros_like(x).view(len(x), spec.channel_groups, -1)",
-    "torch.zeros_like(x).view(len(x), -1, spec.channel_groups).mT",
-), ("sources[name].view_as(total)", "sources[name].view(len(x), -1, spec.channel_groups).mT"))  # fmt: skip
+_add("head's input", RECORD92, "no weights by group", ("+ self.mudd_w2g[:count])", "+ 0 * self.mudd_w2g[:count])"))
+_add("head's input", RECORD92, "no common weights", ("(self.mudd_w2[1, :count, None] +", "(0 +"))
 _add(
-    "head's input", RECORD92, "scale of 1", ("spec.mudd.scale).view(len(x), count, -1)", "1.0).view(len(x), count, -1)")
+    "head's input",
+    RECORD92,
+    "groups of every twelfth",
+    ("view(len(x), spec.channel_groups, -1) for", "view(len(x), -1, spec.channel_groups).mT for"),
+    ("(weights, parts).view_as(x)", "(weights, parts).mT.reshape(x.shape)"),
 )
+_add("head's input", RECORD92, "scale of 1", ("columns, bias, spec.mudd.scale)", "columns, bias, 1.0)"))
 _add("head's input", RECORD92, "the MLP's input not normed", ('"last MLP\'s input": u,', '"last MLP\'s input": x,'))
 _add("head's input", TABLE92, "planes in order", ('"values 3", "values 2"', '"values 2", "values 3"'))
 _add("second MLP", RECORD92, "none", ("if layer in self.second_mlp:", "if False:"))

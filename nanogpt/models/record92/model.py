@@ -169,18 +169,16 @@ class Record92(RecordModel[Record92ModelSpec]):
     def _head_connections(self, x: Tensor, sources: dict[str, Tensor]) -> Tensor:
         """The weighted sum of the sources, (T, D), for the head's input; weights from x (T, D).
 
-        A source has a weight for all channels and, without a bias, one more for each group of neighbouring ones.
+        A source has a weight for all channels and, without a bias, one more for each group of neighbouring ones. The
+        net makes their sums, so that nothing has to be summed over groups for each token in the backward pass.
         """
         spec, count = self.spec, len(HEAD_SOURCES)
-        w2, by_group = self.mudd_w2[1, :count], self.mudd_w2g[:count]
-        weights = torch.cat((w2[:, None], by_group), dim=1).flatten(0, 1)  # each source's, then those of its groups
-        bias = torch.cat((self.mudd_b2[1, :count, None], by_group.new_zeros(by_group.shape[:2])), dim=1).flatten()
-        numbers = token_numbers(x, self.mudd_w1[1], weights, bias, spec.mudd.scale).view(len(x), count, -1)
-        total = torch.zeros_like(x).view(len(x), spec.channel_groups, -1)
-        for k, name in enumerate(HEAD_SOURCES):
-            weight = (numbers[:, k, :1] + numbers[:, k, 1:]).unsqueeze(-1)  # (T, groups, 1)
-            total = total + weight * sources[name].view_as(total)
-        return total.view_as(x)
+        columns = (self.mudd_w2[1, :count, None] + self.mudd_w2g[:count]).flatten(0, 1)  # by source, then by group
+        bias = self.mudd_b2[1, :count].repeat_interleave(spec.channel_groups)
+        numbers = token_numbers(x, self.mudd_w1[1], columns, bias, spec.mudd.scale)
+        weights = numbers.view(len(x), count, spec.channel_groups, 1).unbind(1)
+        parts = tuple(sources[name].view(len(x), spec.channel_groups, -1) for name in HEAD_SOURCES)
+        return weighted_sum(weights, parts).view_as(x)
 
     # --- forward ---
 
