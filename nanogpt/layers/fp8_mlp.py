@@ -67,7 +67,8 @@ class Fp8Mlp(nn.Module):
         layer: int,
         u: Tensor,  # (T, D)
         up: Tensor,  # (F, D)
-        down: Tensor,  # (F, D)
+        down: Tensor,  # (F, D): the bank's, or times a factor
+        down_scale: Tensor | None = None,  # () fp32: with a factor, from `down_scales`
     ) -> Tensor:
         """One layer's `relu(u up^T)^2 down`, (T, D); measures the activation for the next call."""
         post_scale: Tensor = getattr(self, f"post_scale_{layer}")
@@ -78,7 +79,7 @@ class Fp8Mlp(nn.Module):
             self.up8[layer],
             getattr(self, f"up_scale_{layer}"),
             self.down8[layer],
-            getattr(self, f"down_scale_{layer}"),
+            getattr(self, f"down_scale_{layer}") if down_scale is None else down_scale,
             post_scale,
             u_scale=self.u_scale,
             transposed8=(self.up8_t[layer], self.down8_t[layer]) if self.gradients8 else None,
@@ -88,6 +89,11 @@ class Fp8Mlp(nn.Module):
         with torch.no_grad():
             post_scale.copy_(self.spec.activation_headroom * peak.clamp(min=PEAK_FLOOR) / E4M3_MAX)
         return out
+
+    @torch.no_grad()
+    def down_scales(self, factors: list[Tensor]) -> list[Tensor]:
+        """By layer, the scale () fp32 with which its 8-bit down weights are those of the bank times its factor ()."""
+        return list(torch._foreach_mul(self.scales("down_scale"), factors))
 
     @torch.no_grad()
     def follow(self, bank: Tensor, step: int) -> None:

@@ -261,6 +261,30 @@ def test_activation_scales_come_from_the_call_before():
     assert peaks[2] > 4 * peaks[0]  # so that the one before is not this one's
 
 
+@pytest.mark.parametrize("spec", [SPEC, ALL, BOUND], ids=["bf16 gradients", "all", "kept, bound"])
+def test_a_factor_in_the_weights_is_one_of_the_output(spec):
+    """The factor's own gradient is that of unrounded down weights, and so 8 bits away from the output's."""
+    module, bank = make(spec=spec)
+    bank[:, 1] = randn(3, F, D, seed=5)
+    module.follow(bank, 0)
+    u, grad = norm(randn(T, D, seed=7)), randn(T, D, seed=8)
+    with torch.no_grad():
+        grad += 0.1 * module(1, u, *bank[1])  # so that the factor's gradient is no sum of chance
+    found = []
+    for joined in (True, False):
+        module.restart(bank)
+        inputs = [x.clone().requires_grad_() for x in (u, *bank[1], torch.tensor(-0.5))]
+        own, up, down, factor = inputs
+        if joined:
+            scales = module.down_scales([torch.tensor(7.0), factor.detach()])
+            out = module(1, own, up, factor * down, scales[1])
+        else:
+            out = factor * module(1, own, up, down)
+        found.append((out, *torch.autograd.grad(out, inputs, grad)))
+    *errors, of_factor = (relative_error(a, b) for a, b in zip(*found, strict=True))
+    assert max(errors) < 1e-6 and 1e-6 < of_factor < 0.1, (errors, of_factor)
+
+
 def test_down_weights_take_the_scale_measured_a_step_earlier_after_the_bootstrap():
     module, bank = make()
     before = None
