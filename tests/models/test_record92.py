@@ -179,6 +179,26 @@ def test_every_part_of_a_parameter_counts_but_those_that_nothing_reads():
         assert idle.float().mean() < (0.01 if name == "mlp" else 1e-9), name
 
 
+def test_post_lambdas_are_in_the_mlps_weights():
+    """Of 8-bit products too. What such an MLP adds, and its lambda's gradient, are then as near as 8 bits allow."""
+    u = torch.nn.functional.rms_norm(torch.randn(T, 96, generator=torch.Generator().manual_seed(0)), (96,))
+    model = make_model(torch.float32, implementations=Implementations(mlp_precision="fp8"))
+    model.restart()
+    post = torch.rand(11, generator=torch.Generator().manual_seed(1)) + 0.5
+    for slot, layer in enumerate([*range(11), 8]):
+        up, down = model.mlp[slot].detach()
+        exact = post[layer] * torch.relu(u @ up.mT).square() @ down
+        expected = torch.zeros(11)
+        expected[layer] = exact.square().sum() / post[layer]
+        for fp8, tolerance in ((False, 1e-5), (True, 0.1)):
+            own = post.clone().requires_grad_()
+            out = model._mlp(slot, u, model._mlp_weights(own, fp8=fp8), fp8=fp8)
+            [found] = torch.autograd.grad(out, own, exact)
+            errors = relative_error(out, exact), relative_error(found, expected)
+            assert max(errors) < tolerance, (slot, fp8, errors)
+            assert torch.equal(found != 0, expected != 0)
+
+
 def test_a_restart_undoes_the_growth_of_windows():
     ends, short, long = CASES["windows inside documents"]
     model, (batch, _) = make_model(), make_batch(ends)

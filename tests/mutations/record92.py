@@ -78,8 +78,18 @@ _add(
     "second MLP",
     RECORD92,
     "reads the first one's output",
-    ("self.second_mlp[layer], u, mlps", "self.second_mlp[layer], y, mlps"),
+    ("self.second_mlp[layer], u, mlps", "self.second_mlp[layer], x, mlps"),
 )
+for _what, _old, _new in (
+    ("none after attention", "post[:, :1], (1, 0), value=1.0)", "0 * post[:, :1] + 1, (1, 0), value=1.0)"),
+    ("attention's before it", "post[:, :1], (1, 0), value=1.0)", "post[:, :1], (0, 1), value=1.0)"),
+    ("the last layer's too", "F.pad(self.post_lambdas[:-1], (0, 0, 0, 1), value=1.0)", "self.post_lambdas"),
+    ("attention's after an MLP", "_mlp_weights(post[:, 1]", "_mlp_weights(post[:, 0]"),
+    ("no gradient", "for_every_token(post[:, None]", "for_every_token(post.detach()[:, None]"),
+    ("the second MLP's is another layer's", "*self.spec.second_mlp_layers]", "*[0 * n for n in self.second_mlp]]"),
+    ("not in 8-bit products", "down, down_scale) if fp8", "down, None) if fp8"),
+):
+    _add("lambdas in weights", RECORD92, _what, (_old, _new))
 _add("layer without MLP", RECORD92, "no scale", ("x = resid[layer][1] * x", "x = 1 * x"))
 _add("layer without MLP", RECORD92, "an MLP", ("if layer in spec.mlp_free_layers:", "if False:"))
 _add(

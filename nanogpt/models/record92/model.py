@@ -20,6 +20,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogpt.kernels.fp8_head import Fp8Scales
@@ -31,6 +32,7 @@ from nanogpt.layers.fp8_mlp import Fp8Mlp
 from nanogpt.layers.fp8_qkv import Fp8Qkv
 from nanogpt.layers.norm import norm
 from nanogpt.layers.past import Past
+from nanogpt.layers.residual import add
 from nanogpt.layers.rotary import Rotary
 from nanogpt.models.language_model import Implementations, RunTimeWindows, TokenBatch, Windows
 from nanogpt.models.record92.spec import (
@@ -62,6 +64,14 @@ class AttentionWeights(NamedTuple):
     qkv: Tensor
     scale_in: Tensor
     out: Tensor
+
+
+class MlpWeights(NamedTuple):
+    """One MLP's: `up` and `down` (F, D). The layer's post lambda is in `down`, and in the scale of 8-bit products."""
+
+    up: Tensor
+    down: Tensor
+    down_scale: Tensor | None  # () fp32
 
 
 class Record92(RecordModel[Record92ModelSpec]):
@@ -195,13 +205,12 @@ class Record92(RecordModel[Record92ModelSpec]):
         spec, last = self.spec, self.spec.last
         fp8_mlp = training and self.fp8_mlp.active
         fp8_attention = training and self.implementations.projection_precision == "fp8"
-        *attention_scales, smear_scale, skip_scale = self.scalars.unbind()
-        resid, post = (
-            for_every_token(lambdas, len(batch.inputs), self.embed.dtype)
-            for lambdas in (self.resid_lambdas, self.post_lambdas)
-        )
-        weights = self._attention_weights(attention_scales)
-        mlps = [part.unbind() for part in self.mlp.unbind(1)]
+        post = F.pad(self.post_lambdas[:-1], (0, 0, 0, 1), value=1.0)  # the last layer's depend on the token
+        attention_scales = self.scalars[:-2].view(-1, 2) * F.pad(post[:, :1], (1, 0), value=1.0)
+        smear_scale, skip_scale = self.scalars[-2:].unbind()
+        resid = for_every_token(self.resid_lambdas, len(batch.inputs), self.embed.dtype)
+        weights = self._attention_weights(list(attention_scales.flatten().unbind()))
+        mlps = self._mlp_weights(post[:, 1], fp8=fp8_mlp)
 
         x0 = norm(smear(embedded.tokens, self.smear_gate, smear_scale, past))
         values = dict(zip(spec.value_embed_layers, embedded.values, strict=True))
@@ -217,28 +226,27 @@ class Record92(RecordModel[Record92ModelSpec]):
                 x = x + torch.sigmoid(skip_scale) * gates["skip", layer] * skipped
             else:
                 parts, scales = [x], [resid[layer][0]]
-                if layer in self.bank_slot:
-                    u = norm(x) if layer <= spec.saved_layer else attended
-                    y = self._attention(
-                        layer, u, weights[layer], values.get(layer), gates, batch, windows, past, fp8=fp8_attention
-                    )
-                    parts.append(y)
-                    scales.append(post[layer][0])
                 if layer in spec.x0_layers:
                     parts.append(x0)
                     scales.append(gates["x0", layer])
                 if layer in spec.ngram_layers and layer > 0:  # at layer 0 they are in `start` already
                     parts.append(embedded.ngrams)
                     scales.append(gates["ngram", layer])
-                x = weighted_sum(tuple(scales), tuple(parts))
+                total = weighted_sum(tuple(scales), tuple(parts))
+                if layer in self.bank_slot:
+                    u = norm(x) if layer <= spec.saved_layer else attended
+                    y = self._attention(
+                        layer, u, weights[layer], values.get(layer), gates, batch, windows, past, fp8=fp8_attention
+                    )
+                    total = add(total, y)
+                x = total
             if layer in spec.mlp_free_layers:
                 x = resid[layer][1] * x
             else:
                 u = norm(x)
-                y = self._mlp(layer, u, mlps, fp8=fp8_mlp)
+                x = add(resid[layer][1] * x, self._mlp(layer, u, mlps, fp8=fp8_mlp))
                 if layer in self.second_mlp:
-                    y = y + self._mlp(self.second_mlp[layer], u, mlps, fp8=fp8_mlp)
-                x = weighted_sum((resid[layer][1], post[layer][1]), (x, y))
+                    x = add(x, self._mlp(self.second_mlp[layer], u, mlps, fp8=fp8_mlp))
             if layer == spec.saved_layer:
                 saved = x
                 attended = norm(x)
@@ -285,10 +293,26 @@ class Record92(RecordModel[Record92ModelSpec]):
         }
         return norm(x + self._head_connections(x, sources))
 
-    def _mlp(self, slot: int, u: Tensor, weights: list[tuple[Tensor, ...]], *, fp8: bool) -> Tensor:
-        """The output of the MLP in the bank's `slot`, (T, D). weights: up and down by slot."""
-        up, down = (part[slot] for part in weights)
-        return self.fp8_mlp(slot, u, up, down) if fp8 else self.mlp_function(u, up, down)
+    def _mlp(self, slot: int, u: Tensor, weights: list[MlpWeights], *, fp8: bool) -> Tensor:
+        """What the MLP in the bank's `slot` adds, (T, D)."""
+        up, down, down_scale = weights[slot]
+        return self.fp8_mlp(slot, u, up, down, down_scale) if fp8 else self.mlp_function(u, up, down)
+
+    def _mlp_weights(self, post: Tensor, *, fp8: bool) -> list[MlpWeights]:
+        """By slot of the bank. post (layers,) fp32: what each layer's MLPs are multiplied by.
+
+        In the weights a lambda costs nothing: 8-bit products have a scale anyway, and its gradient is a sum over rows
+        that are read to be multiplied by it. In the residual sum, its product is another (T, D) to write and to read.
+        """
+        layers = [*range(self.spec.layers), *self.spec.second_mlp_layers]
+        rows = for_every_token(post[:, None], self.spec.mlp_width, post.dtype)
+        numbers = post.detach().unbind()
+        scales = self.fp8_mlp.down_scales([numbers[layer] for layer in layers]) if fp8 else [None] * len(layers)
+        matrices = self.mlp.flatten(0, 1).unbind()
+        return [
+            MlpWeights(up, (rows[layer][0] * down).to(down.dtype), scale)
+            for layer, up, down, scale in zip(layers, matrices[::2], matrices[1::2], scales, strict=False)
+        ]
 
     def _attention_weights(self, scales: list[Tensor]) -> dict[int, AttentionWeights]:
         """By layer, what its attention reads from the banks, and its scalar from `scales`; the other one is in `out`.
