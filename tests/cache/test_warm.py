@@ -22,13 +22,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def traced_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     import torch._dynamo
-    from torch._dynamo.utils import clear_compilation_metrics
+    from torch._dynamo.utils import clear_compilation_metrics, counters
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     monkeypatch.setattr(graphs, "kept_graphs", lambda _: nullcontext())
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     torch._dynamo.reset()
     clear_compilation_metrics()
+    counters[graphs.SPENT].clear()
     with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):
         yield
     torch._dynamo.reset()

@@ -56,6 +56,7 @@ def traced_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
     clear_compilation_metrics()
     counters[graphs.SPENT].clear()
+    counters[graphs.SPENT].clear()
     with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):  # which the trainer raises
         yield
     torch._dynamo.reset()
