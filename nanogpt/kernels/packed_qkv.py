@@ -9,9 +9,9 @@ before. Backward, g the gradient of y and m its way back through shift and rotat
 
     x's gradient = (m - n mean(m n)) / sqrt(mean(x^2) + eps)
 
-which together with that of the values is rounded to e4m3, in the layouts of both products that read it. Everything in
-between is fp32 (fp64 for fp64 inputs). One kernel each way, an idea of public record 90 (PR #344): each number is read
-once, where compiled passes read it for the norm, again for the rotation, and once more to transpose it.
+which together with that of the values is rounded to e4m3. Everything in between is fp32 (fp64 for fp64 inputs). One
+kernel each way, an idea of public record 90 (PR #344): each number is read once, where compiled passes read it for the
+norm and again for the rotation.
 """
 
 from __future__ import annotations
@@ -56,20 +56,23 @@ def packed_gradient(
     *,
     factor: float,
     plain: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """`factor` times the gradient of the packed queries, keys and values, e4m3: (T, R), and (R, T); R = H (2 D + E).
+) -> Tensor:
+    """`factor` times the gradient of the packed queries, keys and values, e4m3 (T, R), R = H (2 D + E).
 
     Larger numbers than e4m3 has become its largest. The kernel is chosen as in `norm_and_rotate`, and by E.
     """
     gradients = dq.contiguous(), dk.contiguous(), dv.contiguous()
     if not plain and _runs_kernel(qk, rotation, dq.shape[2]) and _power_of_two(dv.shape[2]):
         return _packed_gradient(*gradients, qk, *rotation, factor)
-    grad8 = to_e4m3(factor * packed_gradient_plain(*gradients, qk, rotation))
-    return grad8, transposed_8bit(grad8, plain=True)
+    return to_e4m3(factor * packed_gradient_plain(*gradients, qk, rotation))
 
 
 def transposed_8bit(matrix8: Tensor, *, plain: bool = False) -> Tensor:
-    """The contiguous transpose of an 8-bit matrix; rows and columns are multiples of 4 on a GPU."""
+    """The contiguous transpose (N, T) of an 8-bit matrix (T, N), for a product that sums over tokens.
+
+    The kernel leaves the tokens of every 16 in an order of its own (`paired_transpose`), which such a sum does not see
+    if its other factor has it too; T is a multiple of 16.
+    """
     if matrix8.is_cuda and not plain:
         return _transposed_8bit(matrix8)
     # As bytes, since not every device can copy strided 8-bit floats.
@@ -116,24 +119,23 @@ def _packed_gradient(
     shifted: bool,
     eps: float,
     factor: float,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     from nanogpt.kernels.packed_qkv_triton import backward
 
     return backward(dq, dk, dv, qk, Rotation(cos, sin, paired, shifted, eps), factor)
 
 
 @_packed_gradient.register_fake
-def _(dq: Tensor, dk: Tensor, dv: Tensor, *others: Tensor | float | bool) -> tuple[Tensor, Tensor]:
-    tokens, rows = dq.shape[0], sum(x.shape[1] * x.shape[2] for x in (dq, dk, dv))
-    same, transposed = (dq.new_empty(s, dtype=torch.float8_e4m3fn) for s in ((tokens, rows), (rows, tokens)))
-    return same, transposed
+def _(dq: Tensor, dk: Tensor, dv: Tensor, *others: Tensor | float | bool) -> Tensor:
+    rows = sum(x.shape[1] * x.shape[2] for x in (dq, dk, dv))
+    return dq.new_empty((dq.shape[0], rows), dtype=torch.float8_e4m3fn)
 
 
 @torch.library.custom_op("nanogpt::transposed_8bit", mutates_args=())
 def _transposed_8bit(matrix8: Tensor) -> Tensor:
-    from nanogpt.kernels.fp8_head_triton import transpose_bytes
+    from nanogpt.kernels.fp8_head_triton import paired_transpose
 
-    return transpose_bytes(matrix8)
+    return paired_transpose(matrix8)
 
 
 @_transposed_8bit.register_fake

@@ -1,8 +1,10 @@
 """Triton kernels around the product of queries, keys and values; see `nanogpt.kernels.packed_qkv` for the formulas.
 
 A program takes a block of tokens and one head: its query and its key, which share their positions' cosines and sines,
-and backward its value too. So each number is read once and written once per layout. Backward, a tile is rounded once
-and stored twice, so that both layouts have the same bits.
+and backward its value too. So each number is read once and written once.
+
+Backward, a tile that is rounded once and also stored transposed had wrong numbers in the transposed layout (Triton 3.6,
+whose assembler is CUDA 12.8's; right in the interpreter), so a kernel of its own transposes the bytes.
 """
 
 # mypy: allow-untyped-defs
@@ -88,16 +90,11 @@ def _norm_and_rotate_kernel(
 
 
 @triton.jit
-def _store_both_ways(x, same_ptr, transposed_ptr, token, start, width, T):
-    """x (tokens, columns) into the columns from `start` of (T, width) and the rows from `start` of (width, T).
-
-    The conversion saturates at the largest number; NaN stays NaN.
-    """
+def _store(x, out_ptr, token, start, width, T):
+    """x (tokens, columns), saturating at the largest number, into the columns from `start` of (T, width)."""
     column = start + tl.arange(0, x.shape[1])
-    rounded = x.to(same_ptr.dtype.element_ty)
-    tl.store(same_ptr + token[:, None] * width + column[None, :], rounded, mask=(token < T)[:, None])
-    place = column[:, None].to(tl.int64) * T + token[None, :]
-    tl.store(transposed_ptr + place, rounded.T, mask=(token < T)[None, :])
+    place = token[:, None] * width + column[None, :]
+    tl.store(out_ptr + place, x.to(out_ptr.dtype.element_ty), mask=(token < T)[:, None])
 
 
 @triton.jit
@@ -108,8 +105,7 @@ def _packed_gradient_kernel(
     qk_ptr,  # (T, 2, H, D)
     cos_ptr,  # (positions, ROTATED), like sin
     sin_ptr,
-    same_ptr,  # (T, H (2 D + E))
-    transposed_ptr,  # (H (2 D + E), T)
+    out_ptr,  # (T, H (2 D + E))
     T,
     factor,
     eps,
@@ -149,15 +145,15 @@ def _packed_gradient_kernel(
         share = (along * root * root / D)[:, None]
         root = (factor * root)[:, None]
         start = (which * H + head) * D
-        _store_both_ways((g - x * share) * root, same_ptr, transposed_ptr, token, start, width, T)
+        _store((g - x * share) * root, out_ptr, token, start, width, T)
         if D > ROTATED:
-            _store_both_ways((f - y * share) * root, same_ptr, transposed_ptr, token, start + ROTATED, width, T)
+            _store((f - y * share) * root, out_ptr, token, start + ROTATED, width, T)
     PART: tl.constexpr = min(E, ROTATED)
     for part in tl.static_range(E // PART):
         column = part * PART + tl.arange(0, PART)[None, :]
         g = factor * _numbers(dv_ptr + (token * H + head)[:, None] * E + column, inside)
         start = 2 * H * D + head * E + part * PART
-        _store_both_ways(g, same_ptr, transposed_ptr, token, start, width, T)
+        _store(g, out_ptr, token, start, width, T)
 
 
 FORWARD = Config(block=64, warps=8)
@@ -196,13 +192,11 @@ def backward(
     factor: float,
     dtype: torch.dtype = torch.float8_e4m3fn,
     config: Config = BACKWARD,
-) -> tuple[Tensor, Tensor]:
-    """See `packed_gradient`; all tensors are contiguous, `dtype` is that of the results."""
+) -> Tensor:
+    """See `packed_gradient`; all tensors are contiguous, `dtype` is the result's."""
     cos, sin, paired, shifted, eps = rotation
     tokens, heads, channels = dq.shape
-    width = heads * (2 * channels + dv.shape[2])
-    same = torch.empty((tokens, width), dtype=dtype, device=dq.device)
-    transposed = torch.empty((width, tokens), dtype=dtype, device=dq.device)
+    out = torch.empty((tokens, heads * (2 * channels + dv.shape[2])), dtype=dtype, device=dq.device)
     _packed_gradient_kernel[(heads, triton.cdiv(tokens, config.block))](
         dq,
         dk,
@@ -210,8 +204,7 @@ def backward(
         qk,
         cos,
         sin,
-        same,
-        transposed,
+        out,
         tokens,
         factor,
         eps,
@@ -224,4 +217,4 @@ def backward(
         BLOCK=config.block,
         num_warps=config.warps,
     )
-    return same, transposed
+    return out

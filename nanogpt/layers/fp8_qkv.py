@@ -119,10 +119,10 @@ class _Fp8Qkv(torch.autograd.Function):
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
         x8, weight, weight8_t, weight_scale, scale_in, qk, cos, sin = ctx.saved_tensors
         rotation = Rotation(cos, sin, *ctx.rest)
-        grad8, grad8_t = packed_gradient(dq, dk, dv, qk, rotation, factor=1 / GRADIENT_SCALE, plain=ctx.plain)
+        grad8 = packed_gradient(dq, dk, dv, qk, rotation, factor=1 / GRADIENT_SCALE, plain=ctx.plain)
         grad_scale, x_scale = _of(GRADIENT_SCALE, dq), _of(INPUT_SCALE, dq)
         scale = weight_scale * scale_in
-        x8_t = transposed_8bit(x8, plain=ctx.plain)
+        grad8_t, x8_t = (transposed_8bit(matrix, plain=ctx.plain) for matrix in (grad8, x8))
         grad_u = scaled_8bit_product(grad8, grad_scale, weight8_t, scale, dq.dtype, fast=False)
         grad_w = scaled_8bit_product(grad8_t, grad_scale, x8_t, x_scale, weight.dtype, fast=False)
         grad_scale_in = (grad_w.float() * weight.float()).sum()

@@ -59,25 +59,28 @@ def test_both_ways_against_fp64(channels, values, paired, tokens):
     assert error < 1.01 * rounding
 
     exact = 448 * packed_gradient_plain(dq.double(), dk.double(), dv.double(), qk.double(), wide)
-    same, transposed = packed_gradient(dq, dk, dv, qk, rotation, factor=448.0)
+    grad8 = packed_gradient(dq, dk, dv, qk, rotation, factor=448.0)
     rounded = to_e4m3(exact)
-    error, rounding = (relative_error(x.float(), exact.clamp(-448, 448)) for x in (same, rounded))
-    differ = float((same.float() != rounded.float()).float().mean())
+    error, rounding = (relative_error(x.float(), exact.clamp(-448, 448)) for x in (grad8, rounded))
+    differ = float((grad8.float() != rounded.float()).float().mean())
     print(f"  gradient {error:.3e}, e4m3's own {rounding:.3e}; other bits in {differ:.1e}")
     assert error < 1.001 * rounding and differ < 1e-4
-    assert torch.equal(transposed.view(torch.uint8), same.view(torch.uint8).mT), "both layouts have the same bits"
 
 
 def test_what_is_not_a_number_stays_so():
     (qk, dq, dk, dv), rotation = make_case(64, 64, 128, paired=False, shifted=False)
     dv[5, 1, 7] = torch.nan
-    for x in packed_gradient(dq, dk, dv, qk, rotation, factor=448.0):
+    grad8 = packed_gradient(dq, dk, dv, qk, rotation, factor=448.0)
+    for x in (grad8, transposed_8bit(grad8)):
         assert x.float().isnan().sum() == 1
 
 
-def test_8_bit_transpose():
-    x = torch.randn(4_112, 768, device="cuda").to(torch.float8_e4m3fn)
-    assert torch.equal(transposed_8bit(x).view(torch.uint8), transposed_8bit(x, plain=True).view(torch.uint8))
+@pytest.mark.parametrize("columns", [768, 1_152, 2_304])
+def test_8_bit_transpose_has_its_tokens_in_pairs(columns):
+    x = torch.randn(4_112, columns, device="cuda").to(torch.float8_e4m3fn)
+    order = torch.arange(16, device="cuda").view(2, 8).T.flatten()  # 0, 8, 1, 9, ..., 7, 15
+    ordered = x.view(torch.uint8).view(-1, 16, columns)[:, order].flatten(0, 1)
+    assert torch.equal(transposed_8bit(x).view(torch.uint8), ordered.mT)
 
 
 def test_they_compile_whole_and_are_captured():
@@ -87,7 +90,8 @@ def test_they_compile_whole_and_are_captured():
 
     def both(qk, dq, dk, dv):
         q, k = norm_and_rotate(2 * qk, rotation, heads=HEADS)
-        return q + k, *packed_gradient(dq + 1, dk, dv, 2 * qk, rotation, factor=448.0)
+        grad8 = packed_gradient(dq + 1, dk, dv, 2 * qk, rotation, factor=448.0)
+        return q + k, grad8, transposed_8bit(grad8)
 
     compiled = torch.compile(both, fullgraph=True)
     for one, other in zip(compiled(*inputs), both(*inputs), strict=True):
