@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,6 +77,8 @@ def test_a_kind_is_all_that_tracing_may_depend_on():
 class Scaled(nn.Module):
     """`loss` in the ways that a model has: parameters, a buffer, numbers of its own and of what it holds."""
 
+    offset: Tensor
+
     def __init__(self, seed: int, power: int = 2):
         super().__init__()
         self.weight = nn.Parameter(numbers(4, 4, seed=seed))
@@ -93,7 +96,7 @@ class Scaled(nn.Module):
 
 def run(function: Callable[..., Tensor], model: Scaled, rows: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, gradient, and what the function has written."""
-    model.weight.grad = None
+    model.zero_grad()
     loss = function(Batch(numbers(rows, 4, seed=7), 5), Inputs(numbers(rows, 1, seed=8)))
     loss.backward()
     assert model.weight.grad is not None
@@ -137,8 +140,8 @@ def test_a_graph_is_compiled_once_and_then_loaded(tmp_path: Path, capfd: pytest.
         # A number that tracing has read is not what it was: in this process, and in a later one.
         second.powers["power"] = 3
         for place in (function, compile_whole(second.loss)):
-            loss, counts = counted(lambda place=place: run(place, second)[0])
-            torch.testing.assert_close(loss, run(second.loss, second)[0])
+            loss, counts = counted(partial(run, place, second))
+            torch.testing.assert_close(loss, run(second.loss, second))
         assert (counts.graphs, counts.from_cache) == (1, 1)
         assert "was 2 and is 3; compiling it again" in capfd.readouterr().err
 
