@@ -58,7 +58,7 @@ def make_model(precision: str, *, plain: bool) -> LanguageModel:
         model.mlp[:, 1].copy_(0.5 * model.mlp[:, 0])
         for name in ("mudd_w2", "mudd_w2g", "mudd_gate_w2"):
             model.get_parameter(name).normal_(std=0.02)
-        model.post_lambdas.uniform_(0.75, 1.25)
+        model.get_parameter("post_lambdas").uniform_(0.75, 1.25)
     prefixes = torch.randint(-VOCABULARY, VOCABULARY, (4_096,), generator=torch.Generator().manual_seed(1))
     model.set_prefixes(prefixes.clamp(min=-1))
     model.restart()
