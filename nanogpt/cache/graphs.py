@@ -177,7 +177,7 @@ class WholeFunction:
         from torch._dynamo.exc import TensorifyScalarRestartAnalysis
         from torch._dynamo.utils import counters, cumulative_time_spent_ns
 
-        events = {"forward_s": "compile_fx_inner", "kernels_s": "async_compile.wait"}  # of both passes
+        events = {"forward_s": "inductor_compile", "kernels_s": "async_compile.wait"}  # of both passes
         before, started = [cumulative_time_spent_ns[event] for event in events.values()], time.perf_counter()
         with torch._dynamo.config.patch(enable_aot_compile=True), _without_torchs_entry():
             options: dict[str, Any] = {"guard_filter_fn": guard_filter}
