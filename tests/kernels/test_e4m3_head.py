@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,12 +10,12 @@ import pytest
 import torch
 from small_specs import relative_error
 from torch import Tensor
+from triton_interpreter import needs_triton, run_interpreted
 
 from nanogpt.kernels.cross_entropy import head_loss, softcap
 from nanogpt.kernels.e4m3_head import e4m3_cross_entropy
 from nanogpt.kernels.fp8_head import Fp8Scales, fake_quantize, fp8_head_loss
 
-TRITON = Path(sys.prefix) / ".ready" / "triton"  # see the Makefile
 SOFTCAP = {"cap": 23.0, "shift": 5.0, "scale": 7.5}
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -181,12 +176,9 @@ def whole_head(case: Case) -> None:
     assert all(relative_error(a, b) < 3e-3 for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.skipif(not (TRITON / "triton").is_dir() and find_spec("triton") is None, reason="there is no Triton")
+@needs_triton
 def test_the_kernels_in_the_interpreter():
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, (TRITON, *Path(__file__).parents[1:3])))
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_interpreted(__file__)
 
 
 if __name__ == "__main__":

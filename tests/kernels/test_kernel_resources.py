@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from triton_interpreter import TRITON
 
 SCRIPT = Path(__file__).with_name("kernel_resources.py")
 pytestmark = pytest.mark.slow
-TRITON = Path(sys.prefix) / ".ready" / "triton"  # see the Makefile
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -4,17 +4,13 @@ interpreter.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from small_specs import relative_error
 from torch import Tensor
+from triton_interpreter import needs_triton, run_interpreted
 
 from nanogpt.kernels.fp8_mlp import to_e4m3
 from nanogpt.kernels.packed_qkv import (
@@ -29,7 +25,6 @@ from nanogpt.layers.norm import EPS
 from nanogpt.layers.rotary import Rotary
 from nanogpt.layers.specs import RotarySpec
 
-TRITON = Path(sys.prefix) / ".ready" / "triton"  # see the Makefile
 ROTATED = 8
 
 
@@ -153,12 +148,9 @@ def interpreted() -> None:
             assert relative_error(found, 3 * grad) < 1e-6, name
 
 
-@pytest.mark.skipif(not (TRITON / "triton").is_dir() and find_spec("triton") is None, reason="there is no Triton")
+@needs_triton
 def test_the_kernels_in_the_interpreter():
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, (TRITON, *Path(__file__).parents[1:3])))
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_interpreted(__file__)
 
 
 if __name__ == "__main__":

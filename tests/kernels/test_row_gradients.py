@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
-
 import pytest
 import torch
 from small_specs import relative_error
+from triton_interpreter import needs_triton, run_interpreted
 
 from nanogpt.kernels.row_gradients import add_rows, row_order
-
-TRITON = Path(sys.prefix) / ".ready" / "triton"  # see the Makefile
 
 
 def random_rows(tokens: int, rows: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -70,12 +63,9 @@ def interpreted() -> None:
             assert error < 1e-6, f"{name}, width {width}: {error}"
 
 
-@pytest.mark.skipif(not (TRITON / "triton").is_dir() and find_spec("triton") is None, reason="there is no Triton")
+@needs_triton
 def test_the_kernels_in_the_interpreter():
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join((str(TRITON), str(Path(__file__).parents[1])))
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_interpreted(__file__)
 
 
 if __name__ == "__main__":

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from small_specs import relative_error
 from torch import Tensor
+from triton_interpreter import needs_triton, run_interpreted
 
 from nanogpt.kernels.table_rows import Gradients, RowAdam, Signs, entries_of, read_rows, row_adam, sum_rows
 
-TRITON = Path(sys.prefix) / ".ready" / "triton"  # see the Makefile
 UPDATE = RowAdam(number=3, step_size=0.3, beta2=0.9025, decay=0.02, eps=1e-10, divisor=2.0)
 
 
@@ -157,12 +152,9 @@ def interpreted() -> None:
                 raise AssertionError(name) from error
 
 
-@pytest.mark.skipif(not (TRITON / "triton").is_dir() and find_spec("triton") is None, reason="there is no Triton")
+@needs_triton
 def test_the_kernels_in_the_interpreter():
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, (TRITON, *Path(__file__).parents[1:3])))
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_interpreted(__file__)
 
 
 if __name__ == "__main__":
