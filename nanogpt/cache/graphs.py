@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import dis
+import functools
 import hashlib
 import io
 import os
@@ -179,7 +180,7 @@ class WholeFunction:
 
         events = {"forward_s": "inductor_compile", "kernels_s": "async_compile.wait"}  # of both passes
         before, started = [cumulative_time_spent_ns[event] for event in events.values()], time.perf_counter()
-        with torch._dynamo.config.patch(enable_aot_compile=True), _without_torchs_entry():
+        with torch._dynamo.config.patch(enable_aot_compile=True), _without_torchs_entry(), tilings_solved_once():
             options: dict[str, Any] = {"guard_filter_fn": guard_filter}
             compiled: Any = torch.compile(self._function, fullgraph=True, dynamic=False, options=options)
             for attempt in range(RESTARTS + 1):
@@ -255,6 +256,23 @@ def _without_torchs_entry() -> Iterator[None]:
         yield
     finally:
         cache._write_to_local_cache = staticmethod(before)
+
+
+@contextmanager
+def tilings_solved_once() -> Iterator[None]:
+    """Inductor solves each index for a tiling once while the context lasts, not again in every layer that has it.
+
+    Sympy decides by random numbers whether an expression is constant, in some milliseconds.
+    """
+    from torch._inductor import tiling_utils
+
+    module: Any = tiling_utils
+    before = module.solve_for_tiling
+    module.solve_for_tiling = functools.cache(before)
+    try:
+        yield
+    finally:
+        module.solve_for_tiling = before
 
 
 def kind_of_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:

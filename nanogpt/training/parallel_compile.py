@@ -39,7 +39,7 @@ from nanogpt.training.compilation import GraphTimes, graph_times_table, timed_gr
 from nanogpt.training.implementations import choose_implementations
 from nanogpt.training.micro_step import MicroStep
 from nanogpt.training.schedule import Schedule, StepSettings
-from nanogpt.training.startup import process_age
+from nanogpt.training.startup import StartUp, process_age
 from nanogpt.training.tables import rows_of, table_bytes
 
 CORES_PER_HELPER = 3  # a helper computes in one thread, until its graph's kernels go to many processes at once
@@ -262,6 +262,7 @@ def main(root: str, index: str) -> None:
     with join_world(spec) as world, compiled_code_of(Path(root), world):
         if world.device.type == "cuda":
             start_kernel_compilers()
+            begin_hashing(StartUp())
         implementations, _ = choose_implementations(spec, world.device)
         model = once_there_is_memory(lambda: undrawn_model(spec, device=world.device, implementations=implementations))
         micro_step = MicroStep(
@@ -282,6 +283,20 @@ def start_kernel_compilers() -> None:
 
     AsyncCompile.warm_pool()
     AsyncCompile.use_process_pool()
+
+
+def begin_hashing(startup: StartUp) -> None:
+    """Have Triton's and torch's keys of their own files computed, 400 and 60 MB, which both remember."""
+    from torch._inductor.codecache import torch_key
+    from torch._inductor.runtime.triton_compat import triton_key
+
+    startup.begin(call_each, triton_key, torch_key)
+
+
+def call_each(*functions: Callable[[], object]) -> None:
+    """One after another."""
+    for function in functions:
+        function()
 
 
 if __name__ == "__main__":

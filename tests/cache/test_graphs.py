@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nanogpt.cache.graphs import Unkept, compile_whole, kept_graphs, kind_of_call
+from nanogpt.cache.graphs import Unkept, compile_whole, kept_graphs, kind_of_call, tilings_solved_once
 from nanogpt.optim.adam import adam_updates
 from nanogpt.training.compilation import (
     CompileCounts,
@@ -69,6 +69,33 @@ def test_a_kind_is_all_that_tracing_may_depend_on():
     assert kind_of_call((Batch(y, 5), Inputs(x)), {}) == kinds[0]  # values do not count
     with pytest.raises(Unkept, match="an argument is a PosixPath"):
         kind_of_call(([Path()],), {})
+
+
+def test_a_tiling_is_solved_once(monkeypatch: pytest.MonkeyPatch):
+    """Equal indices are one; the answers are those of `torch._inductor`, none included."""
+    import sympy
+    from torch._inductor import tiling_utils
+    from torch.utils._sympy.functions import FloorDiv, ModularIndexing
+
+    solve, solved = tiling_utils.solve_for_tiling, list[sympy.Expr]()
+
+    def counting(index: sympy.Expr) -> sympy.Expr | None:
+        solved.append(index)
+        return solve(index)
+
+    def indices(name: str) -> list[sympy.Expr]:
+        x = sympy.Symbol(name, integer=True, nonnegative=True)
+        return [x, 768 * x, 7 * FloorDiv(x, 6), 768 * ModularIndexing(x, 1, 64) + FloorDiv(x, 64), sympy.Integer(3)]
+
+    monkeypatch.setattr(tiling_utils, "solve_for_tiling", counting)
+    for _ in range(2):  # in each, nothing is known of the other
+        solved.clear()
+        with tilings_solved_once():
+            for _layer in range(3):
+                found = [tiling_utils.solve_for_tiling(index) for name in "xy" for index in indices(name)]
+        assert found == [solve(index) for name in "xy" for index in indices(name)]
+        assert found[:4] == [1, None, None, 64] and len(solved) == 9  # a constant is the same for both names
+    assert tiling_utils.solve_for_tiling is counting
 
 
 # --- with a compiler ------------------------------------------------------------------------------------------------
