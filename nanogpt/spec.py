@@ -372,6 +372,8 @@ def _cross_checks(spec: RunSpec) -> Iterator[Problem]:
 
     if spec.data.bos >= spec.model.vocab_size:
         yield ("data", "bos"), f"is {spec.data.bos}, outside the vocabulary of {spec.model.vocab_size} tokens"
+    if (field := spec.model.token_classes_field) and not _has_gpt2_tokens(spec):
+        yield ("model", field), _other_tokens(spec)
     yield from _runtime_problems(spec.runtime, hardware.gpu)
     if spec.runtime.mlp_precision == "fp8" and not spec.model.fp8_mlp:
         yield ("runtime", "mlp_precision"), f"is fp8, which the MLP of a {spec.model.kind} model cannot do"
@@ -458,17 +460,24 @@ def _runtime_problems(runtime: RuntimeSpec, gpu: str) -> Iterator[tuple[tuple[st
             yield ("runtime", key), f"{value} needs hardware.gpu {' or '.join(gpus)}, found {gpu}"
 
 
+def _has_gpt2_tokens(spec: RunSpec) -> bool:
+    return (spec.model.vocab_size, spec.data.bos) == GPT2_TOKENS
+
+
+def _other_tokens(spec: RunSpec) -> str:
+    vocabulary, bos = GPT2_TOKENS
+    return (
+        f"is for GPT-2's tokens: model.vocab_size {vocabulary} with data.bos {bos}, found"
+        f" {spec.model.vocab_size} with {spec.data.bos}"
+    )
+
+
 def _mask_problems(spec: RunSpec, path: tuple[str | int, ...]) -> Iterator[Problem]:
     model = spec.model
     if not model.canonical_mask:
         yield path, f"canonical_mask: a {model.kind} model does not support it"
-    elif (model.vocab_size, spec.data.bos) != GPT2_TOKENS:
-        vocabulary, bos = GPT2_TOKENS
-        yield (
-            path,
-            f"canonical_mask is for GPT-2's tokens: model.vocab_size {vocabulary} with data.bos {bos}, found"
-            f" {model.vocab_size} with {spec.data.bos}",
-        )
+    elif not _has_gpt2_tokens(spec):
+        yield path, f"canonical_mask {_other_tokens(spec)}"
     elif model.padded_vocab_size % 8:
         yield path, f"canonical_mask: model.padded_vocab_size is {model.padded_vocab_size}, must be a multiple of 8"
 

@@ -2,7 +2,8 @@
 
 Starting from a few roots, everything that they name in the package is written once, in an order that Python can
 execute. A class with bases keeps only those methods that something names. Kernels that `nanogpt.export.plain`
-has under the same name are replaced by its version; torch and other libraries stay imports.
+has under the same name are replaced by its version, and names that the caller gives by his text; torch and other
+libraries stay imports.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -60,7 +61,9 @@ def _module(name: str) -> _Module:
 class Bundle:
     """Collects definitions; `text` is the file's body, imports first."""
 
-    def __init__(self) -> None:
+    def __init__(self, given: Mapping[str, str] | None = None) -> None:
+        """given: definitions to write instead of the package's, by name; they name nothing but builtins."""
+        self._given = given or {}
         self._imports: set[str] = set()
         self._written: dict[str, str] = {}  # name -> module
         self._parts: list[str] = []
@@ -72,6 +75,11 @@ class Bundle:
 
         Raises ValueError for two definitions of one name, or for one that cannot leave the package.
         """
+        if name in self._given:
+            if name not in self._written:
+                self._written[name] = module
+                self._parts.append(self._given[name])
+            return
         place = _module(PLAIN) if module.startswith(KERNELS) and name in _module(PLAIN).definitions else _module(module)
         if name not in place.definitions:
             source, original = place.imports.get(name, (None, None))

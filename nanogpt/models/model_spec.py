@@ -119,6 +119,14 @@ class BaseModelSpec(Strict):
         """
         return SlotExtras({})
 
+    @property
+    def token_classes_field(self) -> str | None:
+        """The model's field by which `batch_extras` reads the classes of GPT-2's tokens; None: it does not.
+
+        See `nanogpt.data.token_classes`. Other vocabularies are refused.
+        """
+        return None
+
     def pulled_tables(self) -> Mapping[str, PulledTableSpec]:
         """Tables besides the parameters, by name; all start at 0 (`nanogpt.optim.pulled_table`)."""
         return {}

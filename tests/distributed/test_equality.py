@@ -26,6 +26,7 @@ from tiny_runs import (
     train,
     write_recipe,
 )
+from untrained_runs import gpt2_tokens_spec
 
 from nanogpt.runs.directory import RunDirectory
 from nanogpt.runs.metrics import read_run
@@ -175,6 +176,21 @@ def test_record92_on_two_processes_trains_as_on_one(two92: Path, whole92: Path) 
 
 def test_record92_on_eight_processes_trains_as_on_one(data92: Path, whole92: Path, tmp_path: Path) -> None:
     assert_same_run(distributed_run(8, data92, tmp_path / "eight", model="record92"), whole92)
+
+
+def test_normalized_ngrams_on_two_processes_train_as_on_one(tmp_path: Path) -> None:
+    """On prose in GPT-2's tokens; one goes on from the two's checkpoint."""
+    data, settings = make_text_data(tmp_path / "data"), (CHECKPOINTS, CALM, "model.normalized_ngrams=true")
+    spec = gpt2_tokens_spec("record92", *settings)
+    train(spec, data, tmp_path / "whole")
+    recipe = write_recipe(tmp_path / "tiny.yaml", gpt2_tokens_spec("record92", *settings, "hardware.gpus_per_node=2"))
+    forked(2, recipe, "--data", data, "--out", tmp_path / "runs")
+    (two,) = (tmp_path / "runs").iterdir()
+    assert_same_run(two, tmp_path / "whole")
+    path = stopped(two, 5, tmp_path / "run")
+    train(spec, data, path, resume=True)
+    assert read_run(path).start["resumed_at"] == 5
+    assert_same_run(path, tmp_path / "whole")
 
 
 @pytest.mark.parametrize("processes", [1, 4])

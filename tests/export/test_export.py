@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import struct
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small_specs import small_record89
@@ -16,6 +18,7 @@ from tiny_runs import make_data, tiny_spec, train
 from untrained_runs import gpt2_tokens_spec, untrained_run
 from upload_hub import UploadHub
 
+from nanogpt.data.token_classes import token_classes
 from nanogpt.data.tokenizer import BOS, bpe_ranks
 from nanogpt.errors import InputError
 from nanogpt.export.bundle import Bundle
@@ -74,6 +77,20 @@ def test_the_code_stands_by_itself() -> None:
         compile(code, kind, "exec")
         assert not re.search(r"^\s*(from|import) nanogpt", code, re.MULTILINE)
         assert "class NanogptForCausalLM(PreTrainedModel, GenerationMixin):" in code
+
+
+@pytest.mark.parametrize("recipe", ["record92", "record92-normalized-ngrams"])
+def test_the_code_of_normalized_ngrams_has_their_classes(recipe: str) -> None:
+    """The others' has none: they are 60 kB."""
+    code = modeling_code(load_recipe(recipe).model)
+    (made,) = (
+        node for node in ast.parse(code).body if isinstance(node, ast.FunctionDef) and node.name == "token_classes"
+    )
+    namespace: dict[str, Any] = {"np": np}
+    exec(ast.unparse(made), namespace)
+    found = namespace["token_classes"]()
+    assert found.dtype == np.uint16
+    assert found.tolist() == (token_classes().tolist() if recipe != "record92" else [])
 
 
 def test_a_bundle_has_what_is_named_and_nothing_else() -> None:

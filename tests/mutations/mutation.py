@@ -18,6 +18,7 @@ TABLE_CYCLES = "nanogpt/training/tables.py"
 FP8_QKV = "nanogpt/layers/fp8_qkv.py"
 PACKED_QKV = "nanogpt/kernels/packed_qkv.py"
 NGRAMS = "nanogpt/models/record92/ngrams.py"
+TOKEN_CLASSES = "nanogpt/data/token_classes.py"
 CANDIDATES = "nanogpt/models/record92/candidates.py"
 TABLE = "nanogpt/models/speedrun/spec.py"
 TABLE89 = "nanogpt/models/record89/spec.py"
@@ -85,7 +86,11 @@ _TESTS: dict[str, tuple[str, ...]] = {
     SPEEDRUN: ("tests/models/test_speedrun.py",),
     RECORD89: ("tests/models/test_record89.py", "tests/optim/test_record89_steps.py"),
     RECORD92: ("tests/models/test_record92.py",),
-    TABLE92: ("tests/models/test_record92.py", "tests/training/test_schedule_record92.py"),
+    TABLE92: (
+        "tests/models/test_record92.py",
+        "tests/models/test_batch_extras.py",
+        "tests/training/test_schedule_record92.py",
+    ),
     RECIPE92: (
         "tests/training/test_schedule_record92.py",
         "tests/optim/test_anvil_adam.py",
@@ -97,6 +102,7 @@ _TESTS: dict[str, tuple[str, ...]] = {
     FP8_QKV: ("tests/layers/test_fp8_qkv.py",),
     PACKED_QKV: ("tests/kernels/test_packed_qkv.py::test_plain_queries_keys_and_gradients_are_the_layers",),
     NGRAMS: ("tests/models/test_ngrams.py",),
+    TOKEN_CLASSES: ("tests/data/test_token_classes.py",),
     CANDIDATES: ("tests/models/test_candidates.py",),
     RECORD: (
         "tests/models/test_speedrun.py",

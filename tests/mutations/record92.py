@@ -14,6 +14,7 @@ from mutation import (
     TABLE92,
     TABLE_CYCLES,
     TABLE_ROWS,
+    TOKEN_CLASSES,
     Mutations,
 )
 
@@ -39,6 +40,15 @@ _add(
     "n-gram signs", NGRAMS, "half as many", ("30011 * own[:-1]) & (count - 1)", "30011 * own[:-1]) & (count // 2 - 1)")
 )
 _add("n-gram signs", NGRAMS, "another for tokens without history", ("np.zeros((2,", "np.ones((2,"))
+
+_add("normalised n-grams", TOKEN_CLASSES, "accents stay", ('category(letter) != "Mn"', 'category(letter) != "Zl"'))
+_add("normalised n-grams", TOKEN_CLASSES, "case stays", ("text.lower()", "text"))
+_add("normalised n-grams", TOKEN_CLASSES, "blanks alone are nothing", ("text if text ==", "text.strip() if text =="))
+_add("normalised n-grams", TOKEN_CLASSES, "no compatible forms", ('normalize("NFKC", text)', 'normalize("NFC", text)'))
+_add("normalised n-grams", TOKEN_CLASSES, "empty texts are one class", ("        if text:", "        if True:"))
+_add("normalised n-grams", TOKEN_CLASSES, "whatever the classes are", ("if found != SHA256:", "if False:"))
+_add("normalised n-grams", TABLE92, "signs of the tokens", ("sign_rows(hashed,", "sign_rows(slot.inputs,"))
+_add("normalised n-grams", TABLE92, "rows of the tokens", ("ngram_rows(hashed,", "ngram_rows(slot.inputs,"))
 
 # --- candidates of the softmax ---
 

@@ -30,9 +30,16 @@ def own_logits(trained: TrainedModel, tokens: torch.Tensor) -> torch.Tensor:
     return softcap(x @ model.lm_head, spec.softcap.cap, spec.softcap.shift, spec.softcap.scale)
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [*((kind, "fp32") for kind in KINDS), ("record89", "bf16")])
-def test_logits_are_ours(others: Any, tmp_path: Path, kind: str, dtype: str) -> None:
-    run = untrained_run(tmp_path / "run", gpt2_tokens_spec(kind, f"runtime.dtype={dtype}"))
+@pytest.mark.parametrize(
+    ("kind", "dtype", "option"),
+    [
+        *((kind, "fp32", "") for kind in KINDS),
+        ("record89", "bf16", ""),
+        ("record92", "fp32", "model.normalized_ngrams=true"),
+    ],
+)
+def test_logits_are_ours(others: Any, tmp_path: Path, kind: str, dtype: str, option: str) -> None:
+    run = untrained_run(tmp_path / "run", gpt2_tokens_spec(kind, f"runtime.dtype={dtype}", *option.split()))
     made = export_run(run, tmp_path / "model")
     told = others("logits", made.path, "auto", tmp_path / "logits.pt")
     assert (told["class"], told["parameters"]) == (

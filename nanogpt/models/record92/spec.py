@@ -90,6 +90,9 @@ class Record92ModelSpec(RecordModelSpec):
         description="rows of the table, half of them for bigrams, half for trigrams"
     )
     ngram_signs: Size = Field(description="sign vectors that tell apart n-grams that share a row")
+    normalized_ngrams: Annotated[bool, NOT_COMPILED] = Field(
+        default=False, description="n-grams of tokens that differ only in case, accents or blanks are the same"
+    )
     value_embed_init_std: Annotated[NonNegative, NOT_COMPILED]
     mudd: MuddSpec
     attention_scales: AttentionScales
@@ -252,10 +255,12 @@ class Record92ModelSpec(RecordModelSpec):
 
     def batch_extras(self, slot: Slot) -> SlotExtras:
         """Rows and signs of the n-grams, and in steps with a sampled softmax the classes that it is taken over."""
+        from nanogpt.data.token_classes import token_classes
         from nanogpt.models.record92.candidates import candidate_classes, first_offset
         from nanogpt.models.record92.ngrams import ngram_rows, sign_rows
 
-        rows, signs = ngram_rows(slot.inputs, self.ngram_rows), sign_rows(slot.inputs, self.ngram_signs)
+        hashed = token_classes()[slot.inputs] if self.normalized_ngrams else slot.inputs
+        rows, signs = ngram_rows(hashed, self.ngram_rows), sign_rows(hashed, self.ngram_signs)
         arrays: dict[str, npt.NDArray[Any]] = {NGRAM_ROWS: rows, NGRAM_SIGNS: signs}
         if slot.loss is None:
             return SlotExtras(arrays)
@@ -266,6 +271,11 @@ class Record92ModelSpec(RecordModelSpec):
                 slot.targets, slot.loss.candidates, offset, vocabulary=classes, slot=slot.number
             )
         return SlotExtras(arrays, offset)
+
+    @property
+    def token_classes_field(self) -> str | None:
+        """See the base."""
+        return "normalized_ngrams" if self.normalized_ngrams else None
 
     def pulled_tables(self) -> Mapping[str, PulledTableSpec]:
         """The n-grams."""
