@@ -44,7 +44,7 @@ def copy_project(target: Path) -> None:
     """What the tests need, without caches (a stale one would hide a mutation)."""
     for name in COPIED:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__", "embedded"))
+            shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy2(ROOT / name, target / name)
 
