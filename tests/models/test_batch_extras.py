@@ -85,6 +85,12 @@ def test_normalized_ngrams_are_no_part_of_compiled_code():
     assert shipped == other != plain
 
 
+def test_a_smaller_table_is_no_part_of_compiled_code():
+    """So recipes with a whole and a quarter table share a cache file."""
+    one, other = (load_recipe(recipe).model for recipe in ("record92", "record92-quarter-table"))
+    assert one != other and list(compiled_values(one)) == list(compiled_values(other))
+
+
 @pytest.mark.parametrize("overrides", [("model.vocab_size=50000", "data.bos=49999"), ("data.bos=0",)])
 def test_other_vocabularies_are_refused(overrides: tuple[str, ...]):
     message = r"model\.normalized_ngrams: is for GPT-2's tokens: model.vocab_size 50257 with data.bos 50256, found "

@@ -86,7 +86,7 @@ class Record92ModelSpec(RecordModelSpec):
     xsa_layers: Layers = Field(description="layers whose attention output loses the token's own value")
     output_gate_layers: Layers = Field(description="layers whose attention output has a gate for each head")
     group_channels: Size = Field(description="number of neighbouring channels that share weights in the head's input")
-    ngram_rows: Annotated[int, Field(ge=8, le=2**31 - 2)] = Field(
+    ngram_rows: Annotated[int, Field(ge=8, le=2**31 - 2), NOT_COMPILED] = Field(
         description="rows of the table, half of them for bigrams, half for trigrams"
     )
     ngram_signs: Size = Field(description="sign vectors that tell apart n-grams that share a row")
