@@ -1,4 +1,4 @@
-"""Triton's interpreter runs kernels on a CPU, in a process of its own, since Triton reads that setting once."""
+"""Triton, which PyTorch for CPUs does not bring: in a process of its own, also since it reads its settings once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ needs_triton = pytest.mark.skipif(
 
 def run_interpreted(file: str) -> None:
     """Run a file as a script. Fails with what it said if it fails."""
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    run_with_triton(file, TRITON_INTERPRET="1")
+
+
+def run_with_triton(file: str, *arguments: str, **variables: str) -> str:
+    """Run a file as a script that can import Triton, and return what it printed. Fails likewise."""
+    environment = os.environ | variables
     environment["PYTHONPATH"] = os.pathsep.join(map(str, (TRITON, *Path(__file__).parents[:2])))
-    done = subprocess.run([sys.executable, file], env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, file, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    return done.stdout

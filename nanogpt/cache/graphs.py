@@ -219,7 +219,9 @@ class WholeFunction:
         CompiledTritonKernels.cache_clear()  # as torch does before a graph of its cache is loaded
         before = {name: counters[name].copy() for name in ("inductor", "aot_autograd")}
         with torch._inductor.config.patch(enable_autograd_for_aot=True):
-            both_passes = deserialize_bundled_cache_entry(pickle.loads(passes))
+            entry = pickle.loads(passes)
+            entry.__deepcopy__ = lambda _: entry  # else all of it is copied, to be serialized again
+            both_passes = deserialize_bundled_cache_entry(entry)
         for name, counts in before.items():  # a loaded graph repeats what was counted when it was compiled
             counters[name] = counts
         code = SerializedCode.to_code_object(environment.bytecode)

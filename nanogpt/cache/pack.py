@@ -5,6 +5,8 @@ Notable features:
 - Its content will be executed. So a file is read only if it belongs to this user, to root or to the container's image,
   and nobody else may write it; and none of it is looked at before the checksum over header and content matches.
 - Members are plain files below the directory they are unpacked into; anything else is refused.
+- Triton lists a kernel's files by their whole paths, and compiles it again where they are not there. So these lists are
+  written anew for the directory that they are unpacked into.
 
 Three parts: a line that says what it is, with the sha256 of what follows; a line of JSON (`Header`); a tar archive,
 compressed with zstd.
@@ -36,6 +38,7 @@ MAGIC = b"nanogpt compiled code 1 sha256 "
 LEVEL = 3  # of zstd: higher ones gain a few per cent here
 NOT_KEPT = ("__pycache__", "locks")  # directories that each process makes itself
 TEMPORARY = (".lock", ".tmp", ".pending")
+KERNEL_FILES = "__grp__"  # begins the name of Triton's list of a kernel's files
 
 
 class PackError(Exception):
@@ -56,16 +59,22 @@ class Header(BaseModel):
 
 def kept_files(root: Path) -> dict[str, Path]:
     """The files below `root` that belong in a cache file, by their path in it."""
-    found = {}
-    for directory, names, files in os.walk(root):
-        names[:] = sorted(name for name in names if name not in NOT_KEPT and not name.startswith("tmp."))
-        for name in sorted(files):
-            if name.startswith(".") or name.endswith(TEMPORARY):
-                continue
-            path = Path(directory, name)
-            if path.is_file() and not path.is_symlink():
-                found[path.relative_to(root).as_posix()] = path
-    return found
+    return {path[len(f"{root}/") :]: Path(path) for path in _plain_files(str(root))}
+
+
+def _kept(name: str) -> bool:
+    return not name.startswith(".") and not name.endswith(TEMPORARY)
+
+
+def _plain_files(directory: str) -> Iterator[str]:
+    """There are thousands: what the directory says of an entry is enough."""
+    with os.scandir(directory) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.is_dir(follow_symlinks=False):
+                if entry.name not in NOT_KEPT and not entry.name.startswith("tmp."):
+                    yield from _plain_files(entry.path)
+            elif _kept(entry.name) and entry.is_file(follow_symlinks=False):
+                yield entry.path
 
 
 def count_contents(names: Collection[str]) -> dict[str, int]:
@@ -200,11 +209,22 @@ def _unpack(body: bytes, root: Path) -> list[str]:
         target = root / name
         if target.exists():
             continue
+        is_list = target.name.startswith(KERNEL_FILES)
         target.parent.mkdir(parents=True, exist_ok=True)
         with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-            file.write(content)
+            file.write(_files_of_kernel(content, target.parent) if is_list else content)
         os.utime(target, (mtime, mtime))
     return names
+
+
+def _files_of_kernel(content: bytes, directory: Path) -> bytes:
+    """Triton's list of a kernel's files, which are in `directory`. Raises `PackError`."""
+    try:
+        listed: dict[str, Any] = json.loads(content)
+        listed["child_paths"] = {name: str(directory / Path(name).name) for name in listed["child_paths"]}
+    except (ValueError, LookupError, TypeError) as error:
+        raise PackError(f"Triton's list of a kernel's files cannot be read: {content[:100]!r}") from error
+    return json.dumps(listed).encode()
 
 
 def _members(body: bytes) -> Iterator[tuple[str, bytes, int, float]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
+from triton_interpreter import needs_triton, run_with_triton
 
 from nanogpt.cache import pack as pack_module
 from nanogpt.cache.listing import list_files, prune_files
@@ -80,6 +81,23 @@ def test_what_goes_in_comes_out(tmp_path: Path, apart: bool):
             assert (target / name).stat().st_mtime == int((tmp_path / "one-root" / name).stat().st_mtime)
     assert os.access(target / "triton/KEY/__triton_launcher.so", os.X_OK)
     assert not os.access(target / "triton/KEY/kernel.cubin", os.X_OK) or os.geteuid() == 0
+
+
+@needs_triton
+def test_a_kernel_is_not_compiled_again_in_another_directory(tmp_path: Path):
+    """The first directory is gone, as that of the job which compiled it is."""
+    assert run_with_triton(str(Path(__file__).with_name("moved_kernel.py")), str(tmp_path)).split() == ["False", "True"]
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"child_paths": 1}'])
+def test_a_broken_list_of_a_kernels_files_is_refused(tmp_path: Path, content: bytes):
+    root = tmp_path / "root"
+    fill(root)
+    (root / "triton/KEY/__grp__kernel.json").write_bytes(content)
+    path = tmp_path / f"one{SUFFIX}"
+    write_pack(path, root, key=KEY, key_sha256="k", recipe="speedrun")
+    with pytest.raises(PackError, match="Triton's list of a kernel's files cannot be read"):
+        Pack(path).unpack(tmp_path / "target")
 
 
 def test_a_truncated_file_is_refused(tmp_path: Path):
