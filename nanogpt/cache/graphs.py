@@ -218,7 +218,8 @@ class WholeFunction:
                 raise Unkept(f"{name} was {value!r} and is {found!r}")
         CompiledTritonKernels.cache_clear()  # as torch does before a graph of its cache is loaded
         before = {name: counters[name].copy() for name in ("inductor", "aot_autograd")}
-        with torch._inductor.config.patch(enable_autograd_for_aot=True):
+        # Its kernels come from the cache: no processes are started to compile them.
+        with torch._inductor.config.patch(enable_autograd_for_aot=True, compile_threads=1):
             entry = pickle.loads(passes)
             entry.__deepcopy__ = lambda _: entry  # else all of it is copied, to be serialized again
             both_passes = deserialize_bundled_cache_entry(entry)
