@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanogpt.cache.key import cache_key, key_sha256
 from nanogpt.cache.pack import SUFFIX, Header, Pack, PackError, count_contents, kept_files, peek, write_pack
-from nanogpt.cache.tuning import FOLDER, kept_tuning
+from nanogpt.cache.tuning import FOLDER, kept_tuning, kernels_counted
 from nanogpt.console import human_bytes
 from nanogpt.environment import path_of
 from nanogpt.private_directories import make_private
@@ -201,10 +201,12 @@ def compile_cache(
 
             if not files:
                 cold()
+            apart = world.device.type == "cuda"
             with ThreadPoolExecutor(1) as reader:
-                apart = world.device.type == "cuda"
                 reading = reader.submit(cache._load, files, apart=apart) if reads else None
                 stack.enter_context(_tuning_in(cache.root, world))  # imports the compiler meanwhile
+                if apart:
+                    stack.enter_context(kernels_counted())
                 if reading is not None:
                     reading.result()
             if files and cache.loaded is None:

@@ -27,6 +27,7 @@ from nanogpt.files import read_json
 
 FOLDER = "tuning"
 COUNTER = ("nanogpt", "kernels_tuned")  # in torch._dynamo.utils.counters
+KERNELS_COMPILED = ("nanogpt", "kernels_compiled")  # likewise
 TUNING_MS, WAITING_MS = ("nanogpt", "tuning_ms"), ("nanogpt", "waiting_to_tune_ms")
 
 
@@ -82,6 +83,22 @@ def kept_tuning(directory: Path) -> Iterator[None]:
     finally:
         kernels.autotune_to_one_config = tune
         kernels.precompile = precompile
+
+
+@contextmanager
+def kernels_counted() -> Iterator[None]:
+    """Count the kernels that Triton compiles in this process because its cache does not have them. Loads Triton."""
+    from torch._dynamo.utils import counters
+    from triton import knobs
+
+    def count(*, cache_hit: bool, **_: Any) -> None:
+        counters[KERNELS_COMPILED[0]][KERNELS_COMPILED[1]] += not cache_hit
+
+    before, knobs.compilation.listener = knobs.compilation.listener, count
+    try:
+        yield
+    finally:
+        knobs.compilation.listener = before
 
 
 @contextmanager

@@ -242,6 +242,7 @@ class StartUpPhase(Part):
     from_cache: int = Field(default=0, description="of them taken from the compile cache")
     bypassed: int = Field(default=0, description="of them never kept by torch's cache")
     parts_compiled: int = Field(default=0, description="forward and backward passes compiled again")
+    kernels_compiled: int = Field(default=0, description="Triton kernels compiled by rank 0's process itself")
     kernels_tuned: int = Field(default=0, description="kernels whose variants were timed on the GPU")
 
 

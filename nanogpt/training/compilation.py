@@ -10,7 +10,7 @@ from dataclasses import astuple, dataclass, fields
 from typing import Any
 
 from nanogpt.cache.graphs import LOADED, NEW_KINDS, PARTS_COMPILED, SPENT
-from nanogpt.cache.tuning import COUNTER, TUNING_MS, WAITING_MS
+from nanogpt.cache.tuning import COUNTER, KERNELS_COMPILED, TUNING_MS, WAITING_MS
 from nanogpt.console import markdown_table
 
 
@@ -23,6 +23,7 @@ class CompileCounts:
     bypassed: int = 0  # graphs that torch's cache cannot keep
     parts_compiled: int = 0  # parts that were compiled again
     parts_from_cache: int = 0  # parts taken from the cache although their whole graph was not
+    kernels_compiled: int = 0  # Triton kernels, by this process itself; counted where a cache file is in use
     kernels_tuned: int = 0  # kernels whose variants were timed; counted where a cache file is in use
 
     def __sub__(self, other: CompileCounts) -> CompileCounts:
@@ -46,6 +47,7 @@ def compile_counts() -> CompileCounts:
         bypassed=int(counters["aot_autograd"]["autograd_cache_bypass"]),
         parts_compiled=int(inductor["fxgraph_cache_miss"] + inductor["fxgraph_cache_bypass"] + ahead),
         parts_from_cache=int(inductor["fxgraph_cache_hit"]),
+        kernels_compiled=int(counters[KERNELS_COMPILED[0]][KERNELS_COMPILED[1]]),
         kernels_tuned=int(counters[COUNTER[0]][COUNTER[1]]),
     )
 

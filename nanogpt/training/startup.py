@@ -72,25 +72,34 @@ class StartUp:
                     from_cache=counts.from_cache,
                     bypassed=counts.bypassed,
                     parts_compiled=counts.parts_compiled,
+                    kernels_compiled=counts.kernels_compiled,
                     kernels_tuned=counts.kernels_tuned,
                 )
             )
         return found
 
 
+COLUMNS = {  # of the table, by field of a phase
+    "graphs": "graphs",
+    "from_cache": "from the cache",
+    "bypassed": "not cacheable",
+    "parts_compiled": "parts compiled",
+    "kernels_compiled": "kernels compiled",
+    "kernels_tuned": "kernels tuned",
+}
+
+
 def phases_table(phases: Sequence[StartUpPhase]) -> list[str]:
     """The phases as lines of a Markdown table, their sum last."""
     total = StartUpPhase(name="start to first timed step", seconds=0.0)
     for phase in phases:
-        for key in ("seconds", "graphs", "from_cache", "bypassed", "parts_compiled", "kernels_tuned"):
+        for key in ("seconds", *COLUMNS):
             setattr(total, key, getattr(total, key) + getattr(phase, key))
     rows = []
     for phase in (*phases, total):
-        numbers = (phase.graphs, phase.from_cache, phase.bypassed, phase.parts_compiled, phase.kernels_tuned)
+        numbers = (getattr(phase, key) for key in COLUMNS)
         rows.append((phase.name, f"{phase.seconds:.1f}", *(number or "" for number in numbers)))
-    return markdown_table(
-        ("phase", "s", "graphs", "from the cache", "not cacheable", "parts compiled", "kernels tuned"), rows
-    )
+    return markdown_table(("phase", "s", *COLUMNS.values()), rows)
 
 
 def process_age() -> float:

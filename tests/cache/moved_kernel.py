@@ -1,4 +1,4 @@
-"""Compiles a Triton kernel, and again with its cache unpacked elsewhere; prints whether each came from the cache.
+"""Compiles a Triton kernel, and again with its cache unpacked elsewhere; prints how many were compiled each time.
 
 python tests/cache/moved_kernel.py DIR
 """
@@ -16,6 +16,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from nanogpt.cache.pack import Pack, write_pack
+from nanogpt.cache.tuning import kernels_counted
+from nanogpt.training.compilation import compile_counts
 
 place = Path(sys.argv[1])
 
@@ -26,21 +28,20 @@ def _double_kernel(x, n: tl.constexpr):
     tl.store(x + at, 2 * tl.load(x + at))
 
 
-def from_cache(root: Path) -> bool:
-    """Whether a kernel compiled with this directory of compiled code was there already."""
-    hits: list[bool] = []
+def kernels_compiled(root: Path) -> int:
+    """Ask for the kernel with this directory of compiled code."""
+    before = compile_counts().kernels_compiled
     os.environ["TRITON_CACHE_DIR"] = str(root / "triton")
-    triton.knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
-    signature = {"x": "*fp32", "n": "constexpr"}
-    source = ASTSource(fn=_double_kernel, signature=signature, constexprs={"n": 64})
-    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    source = ASTSource(fn=_double_kernel, signature={"x": "*fp32", "n": "constexpr"}, constexprs={"n": 64})
+    with kernels_counted():
+        kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32))
     assert len(kernel.asm["cubin"]) > 1000
-    return hits[-1]
+    return compile_counts().kernels_compiled - before
 
 
-found = [from_cache(place / "one")]
+found = [kernels_compiled(place / "one")]
 write_pack(place / "kept", place / "one", key={}, key_sha256="", recipe="")
 shutil.rmtree(place / "one")
 Pack(place / "kept").unpack(place / "other")
-found.append(from_cache(place / "other"))
+found.append(kernels_compiled(place / "other"))
 print(*found)

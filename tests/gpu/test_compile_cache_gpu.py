@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_runs import losses, python
 
+from nanogpt.cache.compile_cache import FEW_KERNELS
 from nanogpt.cache.graphs import UNKEPT
 from nanogpt.data.made_up import write_made_up_shards
 from nanogpt.data.shards import train_name, val_name
@@ -69,6 +70,7 @@ def test_a_warm_start_compiles_nothing_and_computes_the_same(tmp_path: Path):
     [kept] = (tmp_path / "kept").iterdir()
     warm, warm_path = train("train-warm")
     assert total(warm, "parts_compiled") == total(warm, "kernels_tuned") == 0
+    assert total(warm, "kernels_compiled") <= FEW_KERNELS  # some depend on the data's sizes
     assert total(warm, "bypassed") == 0
     assert total(warm, "from_cache") == total(warm, "graphs") >= 10
     assert warm.compilation is not None and warm.compilation.late_graphs == 0
@@ -112,5 +114,6 @@ def test_losses_of_a_warm_start_are_those_of_a_cold_one_bit_by_bit(tmp_path: Pat
         log = (path / "log.txt").read_text().splitlines()
         print("\n".join(line for line in log if line.startswith(("| ", "CUDA graphs"))))
     record = read_record(path)
-    assert total(record, "from_cache") == total(record, "graphs") >= 10 and total(record, "parts_compiled") == 0
+    assert total(record, "from_cache") == total(record, "graphs") >= 10
+    assert total(record, "parts_compiled") == total(record, "kernels_compiled") == 0
     assert found[0] == found[1]
