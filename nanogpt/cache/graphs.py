@@ -85,6 +85,11 @@ class WholeFunction:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the graph for such arguments, which is found or compiled first."""
+        graph = self.prepare(*args, **kwargs)
+        return self._traced()(*args, **kwargs) if graph is None else graph.call(*args, **kwargs)
+
+    def prepare(self, *args: Any, **kwargs: Any) -> Graph | None:
+        """Find or compile the graph for such arguments; None: torch.compile has it, and compiles it when called."""
         directory = _directory.get()
         try:
             kind = kind_of_call(args, kwargs) if directory is not None else None
@@ -93,11 +98,11 @@ class WholeFunction:
                 say(f"{self.name}: {UNKEPT}: {error}")
             kind = None
         if directory is None or kind is None:
-            return self._traced()(*args, **kwargs)
+            return None
         graph = self._graphs.get(kind)
         if graph is None or not graph.fits(self._variables):
             graph = self._graphs[kind] = self._find_or_make(directory, kind, args, kwargs)
-        return graph.call(*args, **kwargs)
+        return graph
 
     def _traced(self) -> Callable[..., Any]:
         if self._by_torch is None:
@@ -231,6 +236,12 @@ class WholeFunction:
         )
         graph = environment.forward_callable(backend_id, both_passes, extra_globals=self._plain.__globals__)
         return Graph(types.MethodType(graph, *self._owner) if self._owner else graph, constants)
+
+
+def prepare(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Find or compile the function's graph for such arguments without calling it, if it is a `WholeFunction`."""
+    if isinstance(function, WholeFunction):
+        function.prepare(*args, **kwargs)
 
 
 class Graph:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from nanogpt.cache.graphs import prepare
 from nanogpt.data.batches import MicroBatch
 from nanogpt.models.language_model import LanguageModel
 from nanogpt.optim.pulled_table import TableLookUp
@@ -81,6 +82,11 @@ class MicroStep:
         loss = self._backward(batch, inputs, embedded)
         add_gradients(look_ups, embedded, plain=self.plain_kernels)
         return loss
+
+    def prepare(self, batch: MicroBatch, inputs: Any) -> None:
+        """Find or compile the loss's graph for such a batch, where it is compiled, without computing it."""
+        embedded = tuple(look_up.read() for look_up in self.model.look_ups(batch))
+        prepare(self.training_loss, batch, inputs, embedded=embedded or None)
 
     def _backward(self, batch: MicroBatch, inputs: Any, embedded: tuple[Tensor, ...]) -> Tensor:
         loss = self.training_loss(batch, inputs, embedded=embedded or None)

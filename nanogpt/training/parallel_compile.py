@@ -3,13 +3,19 @@
 All processes of a node look for compiled code in one directory (`nanogpt.cache`). So before the warm-up each takes one
 graph after another that nobody has taken, calls it once on made-up tokens without any communication, and finds the
 others' in the directory when the warm-up comes to them. The processes are the ranks of a node; a run on one GPU starts
-helpers, as many as processor cores and the GPU's memory allow, which make the model, compile graphs and end. They
-start as soon as the run knows that it has no file, and import while it does.
+helpers, as many as processor cores allow, which make the model, compile graphs and end. They start as soon as the run
+knows that it has no file, and import while it does.
+
+- Helpers call their graphs in turns, as the GPU's memory allows. Compiling them needs none.
+- A graph launches our own kernels, which Triton compiles one after another at its first call. One more helper launches
+  all of them on a few tokens, without any graph, while the others still trace.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import functools
 import itertools
 import json
 import os
@@ -17,16 +23,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from nanogpt.cache.compile_cache import CompileCache, compiled_code_of
-from nanogpt.cache.graphs import compile_whole
+from nanogpt.cache.graphs import compile_whole, prepare
 from nanogpt.console import say
 from nanogpt.data.batches import MicroBatch, cu_seqlens_length
 from nanogpt.garbage import collect_later
@@ -50,6 +56,8 @@ OPTIMIZER_BYTES = 6_000_000_000
 TRAINED_TOKEN_BYTES, EVALUATED_TOKEN_BYTES = 450_000, 50_000
 PATIENCE_S = 600.0  # to wait for a helper
 MEMORY_PAUSES_S = (2, 4, 8, 16, 32)
+KERNELS = "kernels"  # the task of the helper that launches kernels; the others' are numbers of graphs
+FEW_TOKENS = 2_048  # a kernel's code does not depend on their number
 
 T = TypeVar("T")
 
@@ -91,9 +99,13 @@ def graph_jobs(spec: RunSpec) -> list[GraphJob]:
 
 
 def call_graph(
-    job: GraphJob, spec: RunSpec, micro_step: MicroStep, evaluation_loss: Callable[..., torch.Tensor]
+    job: GraphJob,
+    spec: RunSpec,
+    micro_step: MicroStep,
+    evaluation_loss: Callable[..., torch.Tensor],
+    turn: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> None:
-    """Call the graph once, on made-up tokens. No gradient is left."""
+    """Compile the graph, and call it once, in its `turn`, on made-up tokens. No gradient is left."""
     device = next(micro_step.model.parameters()).device
     inputs = torch.zeros(job.tokens, dtype=torch.int64, device=device)
     ends = torch.arange(cu_seqlens_length(job.tokens, job.max_documents), device=device) * job.max_seqlen
@@ -108,10 +120,16 @@ def call_graph(
         if job.settings is None:
             rows = spec.model.padded_vocab_size
             mask = torch.zeros((rows, rows // 8), dtype=torch.uint8, device=device) if job.masked else None
+            windows = Schedule(spec).final_windows.at_run_time()
             with rows_of(micro_step.model, batch) as embedded:
-                evaluation_loss(batch, Schedule(spec).final_windows.at_run_time(), embedded, mask)
+                prepare(evaluation_loss, batch, windows, embedded, mask)
+                with turn():
+                    evaluation_loss(batch, windows, embedded, mask)
         else:
-            micro_step.compute(batch, micro_step.model.loss_inputs(job.settings.point, device))
+            inputs = micro_step.model.loss_inputs(job.settings.point, device)
+            micro_step.prepare(batch, inputs)
+            with turn():
+                micro_step.compute(batch, inputs)
     for parameter in micro_step.model.parameters():
         parameter.grad = None
 
@@ -130,19 +148,30 @@ def not_taken(jobs: Iterable[tuple[int, GraphJob]], root: Path) -> Iterator[Grap
     return (job for number, job in jobs if take(root, number))
 
 
-def helpers_that_fit(jobs: Sequence[GraphJob], cores: int, memory: int | None) -> int:
-    """How many helpers to start, one for each of `jobs` from the first on; the last at least is left to the run itself.
+def launch_kernels(spec: RunSpec, micro_step: MicroStep) -> None:
+    """Launch what the run's graphs launch of our own kernels; `micro_step` without any graph. No gradient is left."""
+    for job in graph_jobs(spec):
+        few = min(job.tokens, FEW_TOKENS)
+        small = job._replace(tokens=few, max_seqlen=min(job.max_seqlen, few))
+        call_graph(small, spec, micro_step, micro_step.model.evaluation_loss)
 
-    memory: bytes of the GPU that are free before the run has made its model and optimizer; None without a GPU. Jobs
-    that a process takes later are smaller than its first.
+
+def helpers_that_fit(jobs: Sequence[GraphJob], cores: int, memory: int | None) -> tuple[int, int]:
+    """How many helpers to start, one for each of `jobs` from the first on, and how many may call graphs at a time.
+
+    The last job at least is left to the run itself. memory: bytes of the GPU that are free before the run has made its
+    model and optimizer; None without a GPU. Jobs that a process takes later are smaller than its first.
     """
-    count, needed = 0, HELPER_BYTES + OPTIMIZER_BYTES + jobs[-1].memory
-    for job in jobs[: min(len(jobs) - 1, cores // CORES_PER_HELPER)]:
-        needed += HELPER_BYTES + job.memory
-        if memory is not None and needed > memory:
-            break
-        count += 1
-    return count
+    wanted = min(len(jobs) - 1, cores // CORES_PER_HELPER)
+    if memory is None:
+        return wanted, wanted
+    for count in range(wanted, 0, -1):
+        # The run's own call, and the helper that launches kernels.
+        room = memory - OPTIMIZER_BYTES - jobs[-1].memory - (count + 2) * HELPER_BYTES
+        turns = sum(needed <= room for needed in itertools.accumulate(job.memory for job in jobs[:count]))
+        if turns:
+            return count, turns
+    return 0, 0
 
 
 def compile_in_parallel(
@@ -184,25 +213,30 @@ def helpers_for(spec: RunSpec, world: World, root: Path) -> Iterator[list[Helper
     jobs, memory = graph_jobs(spec), None
     if world.device.type == "cuda":
         memory = torch.cuda.mem_get_info(world.device)[0] - int(table_bytes(spec))
-    count = helpers_that_fit(jobs, len(os.sched_getaffinity(0)), memory)
+    count, turns = helpers_that_fit(jobs, len(os.sched_getaffinity(0)), memory)
+    tasks = [str(index) for index in range(count)]
+    if count and memory is not None:
+        tasks.insert(0, KERNELS)
     with ExitStack() as stack:
-        yield [stack.enter_context(Helper(spec, root, index, count)) for index in range(count)]
+        yield [stack.enter_context(Helper(spec, root, task, turns)) for task in tasks]
 
 
 class Helper:
-    """A process that compiles graph number `index` into `root`, and then others that nobody has taken.
+    """A process that compiles into `root`: graph number `task`, and then others that nobody has taken; or KERNELS.
 
-    A context manager: leaving it ends the process.
+    A context manager: leaving it ends the process. turns: how many helpers may call graphs at a time.
     """
 
-    def __init__(self, spec: RunSpec, root: Path, index: int, count: int):
-        take(root, index)
-        self.name = f"helper {index + 1} of {count}"
-        self._output, self._times = root / f".helper-{index}.txt", times_file(root, index)
+    def __init__(self, spec: RunSpec, root: Path, task: str, turns: int):
+        if task != KERNELS:
+            take(root, int(task))
+        self.name = f"helper for {task}" if task == KERNELS else f"helper {int(task) + 1}"
+        self.task = task
+        self._output, self._times = root / f".helper-{task}.txt", times_file(root, task)
         threads = max(1, len(os.sched_getaffinity(0)) // 2)  # they seldom compile kernels at the same time
         with self._output.open("w") as output:
             self._process = subprocess.Popen(
-                tied_command("nanogpt.training.parallel_compile", str(root), str(index)),
+                tied_command("nanogpt.training.parallel_compile", str(root), task, str(turns)),
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -214,12 +248,12 @@ class Helper:
             pipe.write(spec.model_dump_json())
 
     def wait(self, given_up: Callable[[], bool]) -> None:
-        """Wait until it is done or `given_up`. If it fails, the run compiles by itself, and a line says so."""
-        deadline = time.monotonic() + PATIENCE_S
+        """Wait until its graphs are done or `given_up`. If it fails, the run compiles by itself, and a line says so."""
+        deadline = time.monotonic() + (0 if self.task == KERNELS else PATIENCE_S)
         while self._process.poll() is None and time.monotonic() < deadline and not given_up():
             time.sleep(0.1)
         code, who = self._process.poll(), f"{self.name}, compiling ahead"
-        if code is None and not given_up():
+        if code is None and self.task != KERNELS and not given_up():
             say(f"{who}: not done after {PATIENCE_S:.0f} s; the run continues without it")
         elif code:
             last = self._output.read_text(errors="replace").strip().splitlines()[-1:]
@@ -250,12 +284,34 @@ def once_there_is_memory(call: Callable[..., T], *arguments: Any) -> T:
     return call(*arguments)
 
 
-def times_file(root: Path, index: int) -> Path:
+@contextmanager
+def turn_of(root: Path, turns: int) -> Iterator[None]:
+    """Wait for one of `turns` turns; leaving it gives back the GPU's memory that nothing uses."""
+    with ExitStack() as stack:
+        files = [stack.enter_context((root / f".turn-{number}").open("w")) for number in range(turns)]
+        while not any(map(_locked, files)):
+            time.sleep(0.1)
+        yield
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+
+
+def _locked(file: IO[str]) -> bool:
+    """Whether it could be locked, until it is closed."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def times_file(root: Path, task: str) -> Path:
     """Where a helper says what it has done."""
-    return root / f".helper-{index}.json"
+    return root / f".helper-{task}.json"
 
 
-def main(root: str, index: str) -> None:
+def main(root: str, task: str, turns: str) -> None:
     """A helper: the spec, as JSON, comes on standard input."""
     collect_later()
     spec = RunSpec.model_validate_json(sys.stdin.read())
@@ -265,16 +321,23 @@ def main(root: str, index: str) -> None:
             begin_hashing(StartUp())
         implementations, _ = choose_implementations(spec, world.device)
         model = once_there_is_memory(lambda: undrawn_model(spec, device=world.device, implementations=implementations))
-        micro_step = MicroStep(
-            model, compile_whole(model.training_loss), grad_scale=1.0, plain_kernels=implementations.plain_kernels
-        )
-        evaluation_loss = compile_whole(model.evaluation_loss)
-        jobs, rows = list(enumerate(graph_jobs(spec))), [GraphTimes("start", process_age())]
-        for job in itertools.chain([jobs[int(index)][1]], not_taken(jobs, Path(root))):
-            with timed_graph(job.name, rows):
-                once_there_is_memory(call_graph, job, spec, micro_step, evaluation_loss)
+        training_loss = model.training_loss if task == KERNELS else compile_whole(model.training_loss)
+        micro_step = MicroStep(model, training_loss, grad_scale=1.0, plain_kernels=implementations.plain_kernels)
+        rows = [GraphTimes("start", process_age())]
+
+        def timed(name: str, call: Callable[..., None], *arguments: Any) -> None:
+            with timed_graph(name, rows):
+                once_there_is_memory(call, *arguments)
                 world.synchronize()
-            times_file(Path(root), int(index)).write_text(json.dumps([asdict(row) for row in rows]))
+            times_file(Path(root), task).write_text(json.dumps([asdict(row) for row in rows]))
+
+        if task == KERNELS:
+            timed("launching kernels", launch_kernels, spec, micro_step)
+            return
+        evaluation_loss = compile_whole(model.evaluation_loss)
+        jobs, turn = list(enumerate(graph_jobs(spec))), functools.partial(turn_of, Path(root), int(turns))
+        for job in itertools.chain([jobs[int(task)][1]], not_taken(jobs, Path(root))):
+            timed(job.name, call_graph, job, spec, micro_step, evaluation_loss, turn)
 
 
 def start_kernel_compilers() -> None:

@@ -389,7 +389,7 @@ def test_a_second_process_compiles_nothing_and_computes_the_same(data: Path, col
 @pytest.mark.usefixtures("one_thread")
 def test_a_helper_compiles_for_the_run(tmp_path: Path, data: Path, cold: Any, monkeypatch: pytest.MonkeyPatch):
     """The run finds the training graph there, and compiles evaluation alone; the losses are those of a run alone."""
-    monkeypatch.setattr("nanogpt.training.parallel_compile.helpers_that_fit", lambda *_, **__: 1)
+    monkeypatch.setattr("nanogpt.training.parallel_compile.helpers_that_fit", lambda *_, **__: (1, 1))
     monkeypatch.setenv("NANOGPT_CACHE", str(tmp_path / "kept"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the helper's
     torch._dynamo.reset()
@@ -403,18 +403,18 @@ def test_a_helper_compiles_for_the_run(tmp_path: Path, data: Path, cold: Any, mo
     for process, graph in (
         ("the run", "evaluation"),
         ("the run", "the optimizer's"),
-        ("helper 1 of 1", "start"),
-        ("helper 1 of 1", "training"),
+        ("helper 1", "start"),
+        ("helper 1", "training"),
     ):
         assert re.search(rf"^\| {process} +\| {graph}", log, re.MULTILINE), log
 
 
 def test_a_helper_that_fails_is_a_line_and_no_more(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     broken = SPEC.model_copy(update={"name": "not a name"})  # which the helper refuses to read
-    with Helper(broken, tmp_path, 0, 1) as helper:
+    with Helper(broken, tmp_path, "0", 1) as helper:
         helper.wait(lambda: False)
-    assert "helper 1 of 1, compiling ahead: ended with exit code 1: " in capfd.readouterr().err
-    with Helper(SPEC, tmp_path, 0, 1) as helper:
+    assert "helper 1, compiling ahead: ended with exit code 1: " in capfd.readouterr().err
+    with Helper(SPEC, tmp_path, "0", 1) as helper:
         helper.wait(lambda: True)  # a signal has asked the run to stop
     assert helper._process.returncode == -signal.SIGKILL
     assert capfd.readouterr().err == ""

@@ -166,7 +166,7 @@ def test_helpers_that_compile_ahead_die_with_the_run(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from tiny_runs import tiny_spec;"
         "from nanogpt.training.parallel_compile import Helper;"
-        "helper = Helper(tiny_spec(), Path(sys.argv[1]), 0, 1);"
+        "helper = Helper(tiny_spec(), Path(sys.argv[1]), '0', 1);"
         "print(helper._process.pid, flush=True); time.sleep(1000)"
     )
     with subprocess.Popen(

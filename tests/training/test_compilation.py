@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -29,14 +30,17 @@ from nanogpt.training.compilation import (
     graph_times_table,
     timed_graph,
 )
+from nanogpt.training.micro_step import MicroStep
 from nanogpt.training.parallel_compile import (
     GraphJob,
     call_graph,
     graph_jobs,
     helpers_that_fit,
+    launch_kernels,
     not_taken,
     once_there_is_memory,
     start_kernel_compilers,
+    turn_of,
 )
 from nanogpt.training.schedule import Schedule
 from nanogpt.training.trainer import Trainer
@@ -203,9 +207,45 @@ def test_helpers_leave_cores_and_memory():
     jobs = graph_jobs(load_recipe("1xh100"))
     assert [job.tokens for job in jobs] == [49_152, 32_768, 16_384, 262_144]
     assert isinstance(jobs[0], GraphJob) and jobs[0].memory == 22_118_400_000
-    assert helpers_that_fit(jobs, cores=2, memory=None) == 0
-    assert helpers_that_fit(jobs, cores=8, memory=None) == 2
-    assert helpers_that_fit(jobs, cores=64, memory=None) == 3  # evaluation is left
-    assert helpers_that_fit(jobs, cores=64, memory=84_000_000_000) == 3
-    assert helpers_that_fit(jobs, cores=64, memory=50_000_000_000) == 1
-    assert helpers_that_fit(jobs, cores=64, memory=30_000_000_000) == 0
+    assert helpers_that_fit(jobs, cores=2, memory=None) == (0, 0)
+    assert helpers_that_fit(jobs, cores=8, memory=None) == (2, 2)
+    assert helpers_that_fit(jobs, cores=64, memory=None) == (3, 3)  # evaluation is left
+    assert helpers_that_fit(jobs, cores=64, memory=84_000_000_000) == (3, 3)
+    assert helpers_that_fit(jobs, cores=64, memory=70_000_000_000) == (3, 1)
+    assert helpers_that_fit(jobs, cores=64, memory=54_000_000_000) == (1, 1)
+    assert helpers_that_fit(jobs, cores=64, memory=50_000_000_000) == (0, 0)
+
+
+def test_helpers_call_their_graphs_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Waits(Exception):
+        pass
+
+    def waits(seconds: float) -> None:
+        raise Waits
+
+    monkeypatch.setattr("nanogpt.training.parallel_compile.time.sleep", waits)
+    with turn_of(tmp_path, 2):
+        with turn_of(tmp_path, 2), pytest.raises(Waits), turn_of(tmp_path, 2):
+            pass
+        with turn_of(tmp_path, 2):  # the second one's again
+            pass
+
+
+def test_kernels_are_launched_without_a_graph_or_a_trace(data: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of every stage and of evaluation, on few tokens."""
+    monkeypatch.setattr("nanogpt.training.parallel_compile.FEW_TOKENS", 32)
+    graphs_before = compile_counts().graphs
+    with join_world(SPEC) as world, Trainer(SPEC, world, run=None, data_directory=data) as trainer:
+        model = trainer.model
+        parameters = [parameter.detach().clone() for parameter in model.parameters()]
+        with (
+            mock.patch.object(model, "training_loss", wraps=model.training_loss) as trained,
+            mock.patch.object(model, "evaluation_loss", wraps=model.evaluation_loss) as evaluated,
+        ):
+            launch_kernels(SPEC, MicroStep(model, trained, grad_scale=1.0))
+        assert (trained.call_count, evaluated.call_count) == (3, 1)
+        batches = [call.args[0] for call in (*trained.call_args_list, *evaluated.call_args_list)]
+        assert {len(batch.inputs) for batch in batches} == {32}
+        for parameter, before in zip(model.parameters(), parameters, strict=True):
+            assert torch.equal(parameter, before) and parameter.grad is None
+    assert compile_counts().graphs == graphs_before
