@@ -8,9 +8,11 @@ import itertools
 import json
 import pkgutil
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from nanogpt.bench import kernels as timed
 from nanogpt.bench.kernels import MachineRates, floor_ms
 from nanogpt.kernels import bench
 from nanogpt.kernels.attention_plain import first_visible_key
-from nanogpt.kernels.bench import BenchCase, document_ends
+from nanogpt.kernels.bench import BenchCase, document_ends, fp8_head, table_rows
 from nanogpt.kernels.bench.attention import visible_pairs
 
 
@@ -79,10 +81,10 @@ def test_every_kernel_has_cases():
     found = {module.name: importlib.import_module(f"{bench.__name__}.{module.name}") for module in _modules()}
     assert all(callable(module.bench_cases) for module in found.values())
     kernels = {path.stem.removesuffix("_triton") for path in Path(bench.__path__[0]).parent.glob("*_triton.py")}
-    assert kernels - found.keys() == {"fp8_head"}  # part of cross_entropy's
+    assert kernels <= found.keys()
 
 
-@pytest.mark.parametrize("name", ["relu_squared_mlp", "symmetric_matmul", "transpose"])
+@pytest.mark.parametrize("name", ["fp8_head", "relu_squared_mlp", "symmetric_matmul", "transpose"])
 def test_cases_run_as_they_stand(name: str):
     with FakeTensorMode(allow_non_fake_inputs=True):
         cases = 0
@@ -92,6 +94,57 @@ def test_cases_run_as_they_stand(name: str):
             case.plain()
             cases += 1
     assert cases >= 4
+
+
+RECORD92 = {
+    "fp8_mlp": [
+        "8-bit relu^2 MLP, forward, all that is kept in 8 bits: 49,152 x 768 x 2,816",
+        "8-bit relu^2 MLP, backward, all that is kept in 8 bits: 49,152 x 768 x 2,816",
+        "8-bit up-projection and its square, all that is kept in 8 bits: 49,152 x 768 x 2,816",
+        "8-bit gradient of the up-projection, all that is kept in 8 bits: 49,152 x 768 x 2,816",
+    ],
+    "packed_qkv": [
+        "packed QKV, norm and rotary: 49,152 x 6 x (64, 128), paired",
+        "packed QKV, gradient in 8 bits: 49,152 x 6 x (128, 128), wide, shifted",
+        "packed QKV, 8-bit transpose of the gradient, tokens paired: 49,152 x 1,152",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", RECORD92)
+def test_8_bit_cases_can_be_made_and_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU with FP8, but for Triton: what is no operation of PyTorch's does nothing."""
+    module = importlib.import_module(f"{bench.__name__}.{name}")
+    monkeypatch.setattr(module, "runs_kernel", lambda *_, needs: True)
+    for kernels in ("fp8_head_triton", "fp8_mlp_triton"):
+        monkeypatch.setitem(sys.modules, f"nanogpt.kernels.{kernels}", MagicMock())
+    found = []
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for case in module.bench_cases("cpu"):
+            case.fast()
+            if case.plain is not None:
+                case.plain()
+            found.append(f"{case.name}: {case.shape}")
+    assert len(found) == len(set(found))
+    assert set(RECORD92[name]) <= set(found)
+
+
+def test_weights_are_rounded_as_finely_as_e4m3_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp8_head, "MATRICES", (("MLP bank", 2, 96, 64),))
+    [case] = fp8_head.bench_cases("cpu")
+    assert case.error is not None and 0.02 < case.error() < 0.03
+
+
+def test_cases_of_a_large_table_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a small one, in plain PyTorch: what the kernels' errors are measured by."""
+    for size, value in {"ROWS": 64, "SIGNS": 8, "WIDTH": 16, "TOKENS": 48, "MICRO_BATCHES": 2}.items():
+        monkeypatch.setattr(table_rows, size, value)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1 << 20, 1 << 20))
+    torch.manual_seed(0)
+    cases = {case.name: case for case in table_rows.bench_cases("cpu")}
+    assert [name.split()[-1] for name in cases] == ["read", "summed", "updated"]
+    for case in cases.values():
+        assert case.error is not None and 1e-4 < case.error() < 4e-3  # bf16's
 
 
 def _modules() -> Iterator[pkgutil.ModuleInfo]:

@@ -14,7 +14,7 @@ from nanogpt.kernels.bench import BenchCase, document_ends
 from nanogpt.kernels.dispatch import device_capability
 
 # (tokens, heads, longest document, window, widths of keys and of values): the records' stages on one of eight slots,
-# unpaired short, paired short, and long windows; then record 92's narrow keys, and values.
+# unpaired short, paired short, and long windows; then record 92's narrow keys, paired, and values.
 STAGES = ((16_384, 128, 384), (32_768, 384, 896), (49_152, 640, 1_408))
 SHAPES = (
     *(
@@ -26,7 +26,11 @@ SHAPES = (
             (tokens, 6, 2_048, long, (128, 128)),
         )
     ),
-    *((tokens, 6, 2_048, short, widths) for tokens, short, _ in STAGES for widths in ((64, 128), (64, 64))),
+    *(
+        shape
+        for tokens, short, _ in STAGES
+        for shape in ((2 * tokens, 3, 4_096, short, (64, 128)), (tokens, 6, 2_048, short, (64, 64)))
+    ),
 )
 
 

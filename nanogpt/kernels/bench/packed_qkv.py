@@ -20,10 +20,11 @@ from nanogpt.kernels.packed_qkv import (
 )
 
 HEADS, WIDTH, ROTATED = 6, 768, 64
+ROWS = (1_536, 1_152, 2_304)  # of packed queries, keys and values
 
 
 def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
-    """Both ways at record 92's shapes and micro-batches, and the transpose of the product's input.
+    """Both ways at record 92's shapes and micro-batches, and the transposes for the weight's gradient.
 
     The backward pass's error is e4m3's: 0.026.
     """
@@ -61,15 +62,16 @@ def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
                 bytes=qk.nbytes + 3 * (dq.nbytes + dk.nbytes + dv.nbytes) // 2 + tables,
                 error=functools.partial(_backward_error, *inputs, rotation),
             )
-        x8 = torch.randn(tokens, WIDTH, device=device).to(torch.float8_e4m3fn)
-        yield BenchCase(
-            "packed QKV, 8-bit transpose of the input, tokens paired",
-            f"{tokens:,} x {WIDTH}",
-            functools.partial(transposed_8bit, x8),
-            functools.partial(transposed_8bit, x8, plain=True),
-            flops=0,
-            bytes=2 * x8.nbytes,
-        )
+        for name, columns in (("input", WIDTH), *(("gradient", columns) for columns in ROWS)):
+            matrix8 = torch.randn(tokens, columns, device=device).to(torch.float8_e4m3fn)
+            yield BenchCase(
+                f"packed QKV, 8-bit transpose of the {name}, tokens paired",
+                f"{tokens:,} x {columns:,}",
+                functools.partial(transposed_8bit, matrix8),
+                functools.partial(transposed_8bit, matrix8, plain=True),
+                flops=0,
+                bytes=2 * matrix8.nbytes,
+            )
 
 
 def _forward_error(qk: Tensor, rotation: Rotation) -> float:

@@ -1,4 +1,4 @@
-"""Timing what record 92 does with its table: rows read by a micro-batch, and the update of a cycle's rows."""
+"""Timing what record 92 does with its table: rows read by a micro-batch, and the sums and update of a cycle's rows."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import torch
 from torch import Tensor
 
 from nanogpt.kernels.bench import BenchCase
-from nanogpt.kernels.table_rows import Gradients, RowAdam, Signs, entries_of, read_rows, row_adam
+from nanogpt.kernels.table_rows import Gradients, RowAdam, Signs, entries_of, read_rows, row_adam, sum_rows
 
 ROWS, SIGNS, WIDTH = 21_150_720, 8_192, 768  # a quarter of the record's rows
+TOKENS = 49_152  # of a micro-batch
 MICRO_BATCHES = 32  # of a cycle: 8 slots of 4 steps
 
 
 def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
     """A micro-batch of the record's longest stage, and a cycle on one GPU; rows as frequent as in text.
 
-    The update includes the sort of what was read.
+    The update includes the sort of what was read; the sums, which several GPUs send each other, do not.
     """
-    tokens, rows = 49_152, ROWS
+    tokens, rows = TOKENS, ROWS
     while 2 * WIDTH * rows > torch.cuda.mem_get_info(device)[0] // 4:  # as many as there is room for: reads scatter
         rows //= 2
     table = torch.empty(rows, WIDTH, dtype=torch.bfloat16, device=device).normal_(std=0.1)
@@ -49,25 +50,44 @@ def bench_cases(device: torch.device | str = "cuda") -> Iterator[BenchCase]:
     moments, last_update = torch.zeros(rows, device=device), torch.zeros(rows, dtype=torch.int32, device=device)
     update = RowAdam(number=1, step_size=0.01, beta2=0.95, decay=1e-3, eps=1e-10, divisor=1.0)
     owed = torch.ones(2, device=device)
+    grouped = entries_of(touched, read.flatten())
+    sums = functools.partial(sum_rows, grouped, gradients, torch.bfloat16)
+
+    every = max(1, len(touched) // 20_000)
+    sample = touched[::every]
+
+    def exact_sums() -> Tensor:
+        place = torch.searchsorted(sample, read.flatten().long()).clamp(max=len(sample) - 1)
+        entry = (sample[place] == read.flatten()).nonzero().flatten()
+        numbers = gradients.tokens[entry % tokens].double() * vectors[signs.rows.flatten()[entry]]
+        return torch.zeros(len(sample), WIDTH, dtype=numbers.dtype, device=device).index_add_(0, place[entry], numbers)
+
+    def error_of_sums() -> float:
+        return _error(sums()[::every], exact_sums())
 
     def run(*, plain: bool) -> None:
         entries = entries_of(touched, read.flatten())
         row_adam(table, moments, last_update, owed, touched, entries, gradients, update, plain=plain)
 
     def error_of_update() -> float:
-        sample = touched[:: max(1, len(touched) // 20_000)]
         weights, before = table[sample].double(), moments[sample].double()
         run(plain=False)
-        place = torch.searchsorted(sample, read.flatten().long()).clamp(max=len(sample) - 1)
-        entry = (sample[place] == read.flatten()).nonzero().flatten()
-        numbers = gradients.tokens[entry % tokens].double() * vectors[signs.rows.flatten()[entry]]
-        g = torch.zeros_like(weights).index_add_(0, place[entry], numbers)
+        g = exact_sums()
         moment = update.beta2 * before + (1 - update.beta2) * g.square().mean(1)
         change = g * (update.step_size / (moment.sqrt() + update.eps))[:, None]
         change = torch.where(change * weights > 0, change + weights * update.decay, change)
         errors = _error(table[sample], weights - change), _error(moments[sample], moment)
         return torch.tensor(errors).max().item()  # NaN if either is, which `max` may pass over
 
+    yield BenchCase(
+        "rows of a large table summed",
+        f"2 x {tokens:,} x {WIDTH} into {len(touched):,}",
+        sums,
+        functools.partial(sums, plain=True),
+        flops=0,
+        bytes=2 * WIDTH * (tokens + SIGNS + len(touched)) + 24 * tokens + 4 * len(touched),
+        error=error_of_sums,
+    )
     yield BenchCase(
         "rows of a large table updated",
         f"2 x {tokens:,} x {WIDTH} into {len(touched):,} of {rows:,}",
