@@ -18,7 +18,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,10 +30,12 @@ from nanogpt.data.documents_index import ShardDocuments, StepPlan
 from nanogpt.data.shards import HEADER_BYTES, ShardError, Tokens, check_tokens, read_count
 from nanogpt.errors import InputError, RunError
 from nanogpt.files import open_regular
-from nanogpt.models.model_spec import Slot, SlotExtras
+from nanogpt.models.model_spec import PulledTableSpec, Slot, SlotExtras
 from nanogpt.models.stage_loss import StageLoss
+from nanogpt.optim.pull_lists import PullLists, Share, StepReader, StepReads
 
 Extras = Callable[[Slot], SlotExtras]
+T = TypeVar("T")
 
 
 def no_extras(slot: Slot) -> SlotExtras:
@@ -112,10 +114,10 @@ class TrainBatches:
         run_tokens: Tokens that the whole run needs, if known: a smaller data set is refused at once.
         hashed: Hash each shard in the background once it is read, for `sha256`.
         extras: Called for this rank's slots while a step is built, or for all slots, on every rank alike, if it returns
-            states, which are part of the position in the data.
+            states, which are part of the position in the data, or if other ranks pull from this one's tables.
         kept_extras: Names of extras that are also kept on the host, for all ranks' slots in order, in `step_extras`,
             for the most recent step.
-        ahead_extras: For `look_ahead`, by table, the names of the extras whose values are its rows.
+        tables: For `look_ahead`, by name: their extras have the rows that a slot's tokens read.
         asked: Says why the run should stop, if so: then nobody waits forever for an unresponsive file system.
 
     Only the files' headers are read here, and nothing in `restart`: the first `next_step` opens the first shard, so
@@ -142,7 +144,7 @@ class TrainBatches:
         hashed: bool = False,
         extras: Extras = no_extras,
         kept_extras: Collection[str] = (),
-        ahead_extras: Mapping[str, Sequence[str]] = MappingProxyType({}),
+        tables: Mapping[str, PulledTableSpec] = MappingProxyType({}),
         asked: Callable[[], str | None] = lambda: None,
     ):
         _check_ranks(slots, rank, world_size)
@@ -151,6 +153,7 @@ class TrainBatches:
         self._files = _sorted_shards(files, "training")
         self._counts = [read_count(path) for path in self._files]
         self._own_slots = range(rank, slots, world_size)
+        self._world_size = world_size
         self._slots = slots
         self._bos = bos
         self._vocab_size = vocab_size
@@ -173,7 +176,9 @@ class TrainBatches:
         self._position = _START
         self._extras = extras
         self._kept_extras = kept_extras
-        self._ahead_extras = ahead_extras
+        self._tables = tables
+        self._shares = {name: Share(table.rows, rank, world_size) for name, table in tables.items()}
+        self._gathered: tuple[list[Future[_Step]], Future[dict[str, PullLists]]] | None = None  # of which steps
         self.step_extras: dict[str, list[npt.NDArray[Any]]] = {}
         self.wait_seconds = 0.0  # spent in the step methods since the start or the last `restart`
 
@@ -219,17 +224,18 @@ class TrainBatches:
         self._ask_for(requests)
         self.wait_seconds += time.perf_counter() - began
 
-    def look_ahead(self, requests: Sequence[StepRequest]) -> dict[str, npt.NDArray[np.int64]]:
-        """`build_ahead`, and the rows of each table in `ahead_extras` that this rank's slots of those steps use.
-
-        (n,) int64 by table, sorted, each once. Waits for the steps, and raises what `next_step` would.
-        """
+    def look_ahead(self, requests: Sequence[StepRequest]) -> dict[str, PullLists]:
+        """`build_ahead`, and by table what those steps read. Waits for them, and raises what `next_step` would."""
         began = time.perf_counter()
-        self._ask_for(requests)
-        steps = [self._wait(future) for _, future in self._coming[: len(requests)]]
-        rows = {table: _distinct([step.rows[table] for step in steps]) for table in self._ahead_extras}
+        lists = self._wait(self._gather(requests, 0))
         self.wait_seconds += time.perf_counter() - began
-        return {table: values.astype(np.int64) for table, values in rows.items()}
+        return lists
+
+    def gather_ahead(self, requests: Sequence[StepRequest], first: int) -> None:
+        """`build_ahead`, and prepare what `look_ahead` will tell about the steps from number `first` of `requests`."""
+        began = time.perf_counter()
+        self._gather(requests, first)
+        self.wait_seconds += time.perf_counter() - began
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the most recent step, including the slots' states; JSON-able, the same on every rank."""
@@ -324,18 +330,28 @@ class TrainBatches:
         before = self._coming[-1][1] if self._coming else self._position
         # Pinned memory is allocated here: the background threads make no CUDA calls, so they can disturb neither a
         # graph capture nor the choice of device.
-        work = before, request, self._host_step(request)
-        if self._builder is not None:
-            future = self._builder.submit(self._build, *work)
-        else:
-            future = Future()
-            try:
-                future.set_result(self._build(*work))
-            except Exception as error:
-                future.set_exception(error)
-        self._coming.append((request, future))
+        self._coming.append((request, self._have_done(self._build, before, request, self._host_step(request))))
 
-    def _wait(self, future: Future[_Step]) -> _Step:
+    def _gather(self, requests: Sequence[StepRequest], first: int) -> Future[dict[str, PullLists]]:
+        """Ask for `requests`; the lists of those from number `first`."""
+        self._ask_for(requests)
+        steps = [future for _, future in self._coming[first : len(requests)]]
+        if self._gathered is None or self._gathered[0] != steps:
+            self._gathered = steps, self._have_done(self._make_lists, steps)
+        return self._gathered[1]
+
+    def _have_done(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
+        """By the builder's thread, after what it was given before; without one, at once."""
+        if self._builder is not None:
+            return self._builder.submit(function, *arguments)
+        future: Future[T] = Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def _wait(self, future: Future[T]) -> T:
         try:
             return wait_for(future, self._asked)
         except GivenUp as error:
@@ -357,6 +373,7 @@ class TrainBatches:
 
     def _forget(self) -> None:
         self._drop_from(0)
+        self._gathered = None
         for shard in self._shards.values():
             shard.stop()
         self._shards.clear()
@@ -377,18 +394,19 @@ class TrainBatches:
         ends = [segment_ends(plan.running_ends(slot), host.tokens, longest) for slot in range(self._slots)]
         self._check_room(shard, position, plan, request, host, ends)
         kept: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in self._kept_extras}
-        rows: dict[str, list[npt.NDArray[Any]]] = {table: [] for table in self._ahead_extras}
+        readers = {name: StepReader(share) for name, share in self._shares.items()}
         states: list[Any] = [None] * self._slots
-        of_all = bool(kept) or host.has_state or position.states is not None
+        of_all = bool(kept) or host.has_state or position.states is not None or (self._world_size > 1 and bool(readers))
         for slot in range(self._slots) if of_all else self._own_slots:
             piece = plan.gather(shard.tokens, slot)
             state = None if position.states is None else position.states[slot]
             extras, states[slot] = self._extras(Slot(piece[:-1], piece[1:], request.loss, slot, self._slots, state))
             for name, slots in kept.items():
                 slots.append(extras[name])
+            for name, reader in readers.items():
+                for extra in self._tables[name].extras:
+                    reader.add(slot % self._world_size, extras[extra].ravel())
             if slot in self._own_slots:
-                for table, names in self._ahead_extras.items():
-                    rows[table] += [extras[name].ravel() for name in names]
                 host.fill(self._own_slots.index(slot), piece, ends[slot], extras)
         if self._reader is not None:
             # Only once the step is built: it needs a piece of the shard, not all of it.
@@ -399,7 +417,11 @@ class TrainBatches:
             tokens=position.tokens + request.batch_tokens,
             states=None if all(state is None for state in states) else states,
         )
-        return _Step(host, after, kept, {table: _distinct(parts) for table, parts in rows.items()})
+        return _Step(host, after, kept, {name: reader.reads() for name, reader in readers.items()})
+
+    def _make_lists(self, steps: Sequence[Future[_Step]]) -> dict[str, PullLists]:
+        built = [step.result() for step in steps]
+        return {name: share.lists([step.reads[name] for step in built]) for name, share in self._shares.items()}
 
     def _plan(self, position: _Position, request: StepRequest) -> tuple[_Position, StepPlan]:
         """The first position at or after `position` that fills a whole step from one shard, skipping its rest."""
@@ -623,13 +645,7 @@ class _Step(NamedTuple):
     host: _HostStep
     after: _Position
     extras: dict[str, list[npt.NDArray[Any]]]  # the kept ones
-    rows: dict[str, npt.NDArray[Any]]  # by table, of this rank's slots: sorted, each once
-
-
-def _distinct(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
-    """The values of integer arrays, each (n,): sorted, each once. Many times faster than NumPy's `unique`."""
-    values = np.sort(np.concatenate(parts)) if parts else np.empty(0, dtype=np.int64)
-    return np.concatenate((values[:1], values[1:][values[1:] != values[:-1]]))
+    reads: dict[str, StepReads]  # by table
 
 
 class _Copier:

@@ -1,9 +1,13 @@
 """A table of rows too large for a gradient or an Adam state of its size: each rank has a part, and pulls what it reads.
 
-A cycle is the steps between two updates of the table. Before it, each rank asks the owners for the rows that its tokens
-of the whole cycle read, and keeps copies. Within it nothing is exchanged, which is exact: the table does not change. At
-its end the gradients of those rows go back by the same routes; owners add them up and update what was touched.
+A cycle is the steps between two updates of the table. Before it, each rank gets from the owners the rows that its
+tokens of the whole cycle read, and keeps copies. Within it nothing is exchanged, which is exact: the table does not
+change. At its end the gradients of those rows go back by the same routes; owners add them up and update what was
+touched.
 
+- Every rank works out for itself which rows it will send to whom (`nanogpt.optim.pull_lists`): rows alone are
+  exchanged, and no host waits for a device. Ranks ask one another for what cannot be worked out: the rows that a
+  checkpoint brings in the middle of a cycle, and those of a validation's batches.
 - Row Adam: beta1 is 0, and a row has one second moment, of the mean over its channels. A row that no rank has read up
   to an update stays as it is; its second moment decays for that update when the row is next touched.
 - On one rank there are no copies: rows are read where they are.
@@ -25,7 +29,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,22 +46,22 @@ from nanogpt.kernels.table_rows import (
 )
 from nanogpt.optim.communication import Communicator
 from nanogpt.optim.optimizer_spec import TableRates
+from nanogpt.optim.pull_lists import PullLists
 
-Rows = npt.NDArray[np.int64]
 _PIECE_ROWS = 1 << 20  # rows of a table at a time, on their way into a checkpoint
 ROW_STATE_BYTES = 8  # per row, besides its numbers: second moment and last update
 
 
 @dataclass(frozen=True)
 class Pull:
-    """The rows that a rank has requested, and how they came."""
+    """The rows that a rank has got, and how they came; numbers as in `PullLists`, int64."""
 
-    rows: Tensor  # (n,) int64, sorted, distinct, and so by owner
+    rows: Tensor  # (n,)
     copies: Tensor | None  # (n, D); None: read where they are
-    send_counts: list[int]  # of `rows`, by owner
-    asked: Tensor  # (m,) int64: what others want from this rank's part, by asker, counted from its first row
-    asked_counts: list[int]  # by asker
-    touched: Tensor  # (t,) int64: the distinct ones of `asked`, sorted
+    send_counts: list[int]
+    asked: Tensor  # (m,)
+    asked_counts: list[int]
+    touched: Tensor  # (t,)
 
 
 @dataclass
@@ -138,6 +141,7 @@ class PulledTable:
         self._read_from: Pull | None = None
         self._kept: Kept | None = None
         self._saved: Saved | None = None  # which the next cycle continues with
+        self._cut = False  # whether it does so on any rank
         self._push: Callable[[], tuple[Entries, Gradients]] | None = None  # what has come for this rank's part
         self._idle = False
 
@@ -165,20 +169,26 @@ class PulledTable:
 
     # --- a cycle ---
 
-    def begin_cycle(self, rows: Rows, tokens: int) -> None:
-        """Pull `rows`, (n,) sorted and distinct: all that this rank's tokens will read up to the next update.
+    def begin_cycle(self, lists: PullLists, tokens: int) -> None:
+        """Pull all that this rank's tokens will read up to the next update.
 
         tokens: how many gradients `add_gradient` will be given until then, at most.
 
-        Collective. After a checkpoint from the middle of a cycle, rows and tokens are those still to come: what was
-        read before comes from the checkpoint.
+        Collective. After a checkpoint from the middle of a cycle, lists and tokens are of what is still to come: what
+        was read before comes from the checkpoint.
         """
-        wanted = self._to_device(torch.from_numpy(rows))
-        saved, self._saved, self._kept = self._saved, None, None
+        rows = self._to_device(torch.from_numpy(lists.rows)).long()
+        saved, cut = self._saved, self._cut
+        self._saved, self._cut, self._kept = None, False, None
         if saved is not None:
-            wanted = torch.unique(torch.cat((wanted, saved.rows.flatten().long())))
+            rows = torch.unique(torch.cat((rows, saved.rows.flatten().long())))
             tokens += len(saved.tokens)
-        self._cycle = self._read_from = self._pull(wanted)
+        if cut or self.communicator.size == 1:
+            self._cycle = self._ask(rows)
+        else:
+            asked, touched = (self._to_device(torch.from_numpy(part)).long() for part in (lists.asked, lists.touched))
+            self._cycle = self._pull(rows, lists.send_counts, asked, lists.asked_counts, touched)
+        self._read_from = self._cycle
         self._kept = Kept(torch.empty(tokens, self.width, dtype=self.dtype, device=self.device))
         if saved is not None:
             self._keep(self._kept, saved.tokens, saved.rows, saved.sign_rows if saved.sign_rows.numel() else None)
@@ -188,7 +198,7 @@ class PulledTable:
         """Pull `rows`, and read from them while the context lasts; collective. A cycle continues afterwards."""
         before = self._read_from
         if self.communicator.size > 1 and not self._idle:
-            self._read_from = self._pull(torch.unique(torch.cat([each.flatten() for each in rows]).long()))
+            self._read_from = self._ask(torch.unique(torch.cat([each.flatten() for each in rows]).long()))
         try:
             yield
         finally:
@@ -301,21 +311,27 @@ class PulledTable:
         """Without a wait."""
         return host.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else host
 
-    def _pull(self, wanted: Tensor) -> Pull:
-        """Ask the owners of the rows `wanted` (n,). Collective."""
+    def _ask(self, rows: Tensor) -> Pull:
+        """Pull `rows` (n,), sorted and distinct, which other ranks learn of only now. Collective; the hosts wait."""
         communicator = self.communicator
         size = communicator.size
         if size == 1:
-            return Pull(wanted, None, [len(wanted)], wanted, [len(wanted)], wanted)
-        bounds = torch.arange(size + 1, device=wanted.device) * self.own_rows
-        counts = torch.searchsorted(wanted, bounds).diff()
+            return Pull(rows, None, [len(rows)], rows, [len(rows)], rows)
+        bounds = torch.arange(size + 1, device=rows.device) * self.own_rows
+        counts = torch.searchsorted(rows, bounds).diff()
         ones = [1] * size
         asked_counts = communicator.exchange_rows(counts[:, None], ones, ones).wait().flatten().tolist()
         send_counts = counts.tolist()
-        asked = communicator.exchange_rows(wanted[:, None], send_counts, asked_counts).wait().flatten() - self.first
+        asked = communicator.exchange_rows(rows[:, None], send_counts, asked_counts).wait().flatten() - self.first
+        return self._pull(rows, send_counts, asked, asked_counts, torch.unique(asked))
+
+    def _pull(
+        self, rows: Tensor, send_counts: list[int], asked: Tensor, asked_counts: list[int], touched: Tensor
+    ) -> Pull:
+        """Send what others have asked for, and get `rows`. Collective; no host waits."""
         served = F.embedding(asked, self.values)
-        copies = communicator.exchange_rows(served, asked_counts, send_counts).wait()
-        return Pull(wanted, copies, send_counts, asked, asked_counts, torch.unique(asked))
+        copies = self.communicator.exchange_rows(served, asked_counts, send_counts).wait()
+        return Pull(rows, copies, send_counts, asked, asked_counts, touched)
 
     # --- checkpoints ---
 
@@ -379,7 +395,7 @@ class PulledTable:
                 getattr(self, name)[places] = state[name][piece].to(self.device)
         self.decays = [float(beta) for beta in state["decays"]]
         self._cycle = self._read_from = self._push = self._kept = None
-        self._saved = self._part_of(state["cycles"])
+        self._saved, self._cut = self._part_of(state["cycles"]), bool(state["cycles"])
 
     def _part_of(self, cycles: Sequence[Mapping[str, Tensor]]) -> Saved | None:
         """This rank's part of an unfinished cycle: its own if there are as many ranks, else rank 0 has all of it."""

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from nanogpt.data.batches import MicroBatch, TrainBatches
+from nanogpt.data.batches import MicroBatch, StepRequest, TrainBatches
 from nanogpt.errors import InputError
 from nanogpt.launch.world import World
 from nanogpt.models.language_model import LanguageModel
@@ -28,8 +28,6 @@ class TableCycles:
 
     def __init__(self, spec: RunSpec, schedule: Schedule, model: LanguageModel, batches: TrainBatches):
         self.is_event = spec.optimizer.is_event
-        # Steps whose batches are built: this one and, with tables, those that the next cycle reads.
-        self.ahead = 2 + (spec.optimizer.steps_between_updates if model.tables else 0)
         self._expected: int | None = None  # the step that continues with the cycle
         self.schedule = schedule
         self.ranks = spec.world_size
@@ -37,7 +35,7 @@ class TableCycles:
         self.batches = batches
 
     def before(self, settings: StepSettings, *, alone: bool) -> None:
-        """If a cycle begins with this step, pull what it will read; collective.
+        """If a cycle begins with this step, pull what it will read, and have the next one's batches built; collective.
 
         A jump to another step also begins a cycle, as in benchmarks. alone: so does the next step, as in
         the warm-up, without looking ahead.
@@ -46,14 +44,24 @@ class TableCycles:
         self._expected = None if alone else settings.step + 1
         if not self.tables or goes_on:
             return
-        last = settings.step
-        while not alone and last + 1 < self.schedule.total_steps and not self.is_event(last):
-            last += 1
-        requests = [self.schedule.at(step).request for step in range(settings.step, last + 1)]
-        rows = self.batches.look_ahead(requests)
+        cycle = range(settings.step, settings.step + 1) if alone else self._cycle_from(settings.step)
+        requests = self._requests(cycle)
+        lists = self.batches.look_ahead(requests)
         tokens = sum(request.batch_tokens for request in requests) // self.ranks
         for name, table in self.tables.items():
-            table.begin_cycle(rows[name], tokens)
+            table.begin_cycle(lists[name], tokens)
+        if not alone and cycle.stop < self.schedule.total_steps:
+            self.batches.gather_ahead(requests + self._requests(self._cycle_from(cycle.stop)), len(requests))
+
+    def _cycle_from(self, first: int) -> range:
+        """The steps from `first` to the next update, or to the run's end."""
+        last = first
+        while last + 1 < self.schedule.total_steps and not self.is_event(last):
+            last += 1
+        return range(first, last + 1)
+
+    def _requests(self, steps: range) -> list[StepRequest]:
+        return [self.schedule.at(step).request for step in steps]
 
 
 @contextmanager

@@ -229,7 +229,7 @@ class Trainer:
                 train_files,
                 epochs=spec.data.epochs,
                 run_tokens=spec.training.total_tokens,
-                ahead_extras={name: table.extras for name, table in spec.model.pulled_tables().items()},
+                tables=spec.model.pulled_tables(),
                 hashed=run is not None and world.local_rank == 0,
                 kept_extras={touched.extra for touched in self.touched.values()},
                 asked=lambda: self.watch.asked,
@@ -429,7 +429,7 @@ class Trainer:
         """
         waited = self.train_batches.wait_seconds
         self.table_cycles.before(settings, alone=micro_steps is not None)
-        coming = range(settings.step, min(settings.step + self.table_cycles.ahead, self.schedule.total_steps))
+        coming = range(settings.step, min(settings.step + 2, self.schedule.total_steps))
         self.train_batches.build_ahead([self.schedule.at(step).request for step in coming])
         batches = self.train_batches.next_step(settings.request)
         waited = self.train_batches.wait_seconds - waited

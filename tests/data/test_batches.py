@@ -9,7 +9,7 @@ import tempfile
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -21,14 +21,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pulls import lists_of
 
 from nanogpt.data import documents_index
 from nanogpt.data.batches import MicroBatch, StepRequest, TrainBatches, ValBatches, cu_seqlens_length, segment_ends
 from nanogpt.data.documents_index import ShardDocuments
 from nanogpt.data.shards import ShardError, header_bytes, train_name, val_name
 from nanogpt.errors import InputError
-from nanogpt.models.model_spec import Slot, SlotExtras
+from nanogpt.models.model_spec import PulledTableSpec, Slot, SlotExtras
 from nanogpt.models.stage_loss import StageLoss
+from nanogpt.optim.pull_lists import PullLists
 
 B = 9  # BOS of the small examples; their other tokens are 0..8
 ListedSlot = tuple[list[int], list[int], list[int]]  # inputs, targets, cu_seqlens
@@ -607,12 +609,16 @@ def test_extras_have_their_slots_state_whatever_the_world_size(world_size: int, 
                 assert extras_of(loaders, requests[5:]) == expected[5:]
 
 
-def test_other_ranks_extras_are_computed_only_where_there_are_states_or_they_are_kept() -> None:
+def pulled(*extras: str) -> PulledTableSpec:
+    return PulledTableSpec(1 << 20, 1, extras, len(extras), "")
+
+
+def test_other_ranks_extras_are_computed_only_where_there_are_states_or_a_use_for_them() -> None:
     seen: list[int] = []
 
     def stateless(slot: Slot) -> SlotExtras:
         seen.append(slot.number)
-        return SlotExtras({"sum": slot.inputs.sum()[None]})
+        return SlotExtras({"sum": slot.inputs.sum(dtype=np.int64)[None]})
 
     def run(**options: Any) -> list[int]:
         with on_disk([SHARD * 4]) as files, ranks(files, 4, prefetch=False, **options) as loaders:
@@ -623,6 +629,7 @@ def test_other_ranks_extras_are_computed_only_where_there_are_states_or_they_are
 
     assert run(extras=stateless) == [1, 5] * 2
     assert run(extras=stateless, kept_extras=["sum"]) == [*range(8)] * 2
+    assert run(extras=stateless, tables={"table": pulled("sum")}) == [*range(8)] * 2
     assert run(extras=lambda slot: stateless(slot)._replace(state=0)) == [*range(8)] * 2
     late = lambda slot: stateless(slot)._replace(state=slot.state)  # noqa: E731
     with on_disk([SHARD * 4]) as files, ranks(files, 4, prefetch=False, extras=late) as (_, loader, *_others):
@@ -668,17 +675,25 @@ def test_validation_has_extras_by_slot_and_no_state(tmp_path: Path) -> None:
 
 # -- training: several steps ahead -----------------------------------------------------------------------------------
 
-AHEAD = {"table": ["place", "shifted"], "other": ["place"], "nothing": []}
+AHEAD = {"table": pulled("place", "shifted"), "other": pulled("place"), "nothing": pulled()}
 
 
-def slow_rows(steps: list[list[list[Any]]], own: range) -> dict[str, list[int]]:
+def expected_lists(steps: list[list[list[Any]]], rank: int, size: int) -> dict[str, PullLists]:
     """Of `slow_counting`'s steps."""
-    rows: dict[str, set[int]] = {"table": set(), "other": set(), "nothing": set()}
-    for step in steps:
-        for place, shifted, _ in step[own.start : own.stop : own.step]:
-            rows["other"].update(place)
-            rows["table"].update(place, *shifted)
-    return {table: sorted(values) for table, values in rows.items()}
+
+    def of(arrays: Callable[[list[Any]], list[list[int]]]) -> PullLists:
+        read = [[np.array([row for array in arrays(slot) for row in array]) for slot in step] for step in steps]
+        return lists_of(*read, rows=1 << 20, rank=rank, size=size)
+
+    return {
+        "table": of(lambda slot: [slot[0], *slot[1]]),
+        "other": of(lambda slot: [slot[0]]),
+        "nothing": of(lambda _: []),
+    }
+
+
+def as_plain(lists: Mapping[str, PullLists]) -> dict[str, list[Any]]:
+    return {table: [np.asarray(part).tolist() for part in parts] for table, parts in lists.items()}
 
 
 @contextmanager
@@ -699,28 +714,53 @@ def counted_builds() -> Iterator[list[StepRequest]]:
 def test_looking_ahead_tells_the_rows_of_the_coming_steps(world_size: int, prefetch: bool) -> None:
     shards = [SHARD * 4, SHARD * 4]
     expected = slow_counting(list(slow_steps(shards, MIXED)), MIXED_TERMS)
-    options: dict[str, Any] = {"prefetch": prefetch, "extras": counting, "ahead_extras": AHEAD}
+    options: dict[str, Any] = {"prefetch": prefetch, "extras": counting, "tables": AHEAD}
     with on_disk(shards) as files, ranks(files, world_size, **options) as loaders, counted_builds() as built:
         step = 0
         for steps in (1, 3, 3, 3, 2):  # taken before the next look, which is of four steps or what is left
             for rank, loader in enumerate(loaders):
-                rows = loader.look_ahead(MIXED_REQUESTS[step : step + 4])
-                assert all(values.dtype == np.int64 for values in rows.values())
-                own = range(rank, 8, world_size)
-                assert {k: v.tolist() for k, v in rows.items()} == slow_rows(expected[step : step + 4], own)
+                lists = loader.look_ahead(MIXED_REQUESTS[step : step + 4])
+                assert as_plain(lists) == as_plain(expected_lists(expected[step : step + 4], rank, world_size))
             assert extras_of(loaders, MIXED_REQUESTS[step : step + steps]) == expected[step : step + steps]
             step += steps
         for loader in loaders:
-            assert {table: rows.tolist() for table, rows in loader.look_ahead([]).items()} == slow_rows([], range(8))
+            assert {lists.rows.size for lists in loader.look_ahead([]).values()} == {0}
         for request in MIXED_REQUESTS[:-1]:  # each step is built once; of the last request there is a guess
             assert built.count(request) == world_size * MIXED_REQUESTS.count(request)
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_a_look_ahead_that_was_prepared_is_not_made_again(prefetch: bool) -> None:
+    shards = [SHARD * 4, SHARD * 4]
+    expected = slow_counting(list(slow_steps(shards, MIXED)), MIXED_TERMS)
+    made = mock.patch.object(TrainBatches, "_make_lists", autospec=True, side_effect=TrainBatches._make_lists)
+    options: dict[str, Any] = {"prefetch": prefetch, "extras": counting, "tables": {"table": AHEAD["table"]}}
+    with on_disk(shards) as files, ranks(files, 2, **options) as (_, loader), made as lists_made:
+
+        def check(first: int, last: int) -> None:
+            found = loader.look_ahead(MIXED_REQUESTS[first:last])["table"]
+            assert as_plain({"": found}) == as_plain({"": expected_lists(expected[first:last], 1, 2)["table"]})
+
+        check(0, 2)
+        loader.gather_ahead(MIXED_REQUESTS[0:5], 2)
+        for request in MIXED_REQUESTS[:2]:
+            loader.next_step(request)
+        check(2, 5)
+        assert lists_made.call_count == 2
+        check(2, 4)  # other steps
+        loader.gather_ahead(MIXED_REQUESTS[2:6], 2)
+        loader.restart()
+        check(0, 2)
+        for request in MIXED_REQUESTS[:4]:
+            loader.next_step(request)
+        check(4, 6)  # the same requests as were prepared, for steps that were built anew
 
 
 @pytest.mark.parametrize("prefetch", [True, False])
 def test_other_steps_than_those_looked_ahead_are_built_anew_with_the_right_states(prefetch: bool) -> None:
     shards, wrong = [SHARD * 4, SHARD * 4], StepRequest(8 * 5, 7, loss=LOSSES[2])
     expected = slow_counting(list(slow_steps(shards, MIXED)), MIXED_TERMS)
-    options: dict[str, Any] = {"prefetch": prefetch, "extras": counting, "ahead_extras": AHEAD}
+    options: dict[str, Any] = {"prefetch": prefetch, "extras": counting, "tables": AHEAD}
     with on_disk(shards) as files, ranks(files, 2, **options) as loaders:
         for step in range(0, 12, 3):
             for loader in loaders:
@@ -768,14 +808,14 @@ def test_building_ahead_does_not_wait_and_looking_ahead_does() -> None:
     request = StepRequest(8 * 4, 6)
     with (
         on_disk([SHARD * 3]) as files,
-        ranks(files, 1, extras=held, ahead_extras={"table": ["row"]}) as (loader,),
+        ranks(files, 1, extras=held, tables={"table": pulled("row")}) as (loader,),
         counted_builds() as built,
     ):
         loader.build_ahead([request] * 3)
         assert loader.state_dict()["steps"] == 0
         threading.Timer(0.3, go_on.set).start()
         before = loader.wait_seconds
-        assert loader.look_ahead([request] * 3)["table"].tolist() == [B]
+        assert loader.look_ahead([request] * 3)["table"].rows.tolist() == [B]
         assert loader.wait_seconds - before > 0.1
         assert len(built) == 3
 

@@ -9,8 +9,9 @@ import sys
 import numpy as np
 import torch
 import torch.distributed as dist
+from pulls import lists_of
 
-from nanogpt.optim.communication import Communicator
+from nanogpt.optim.communication import Communicator, Pending
 from nanogpt.optim.optimizer_spec import TableRates
 from nanogpt.optim.pulled_table import PulledTable
 from nanogpt.optim.row_table import TouchedRows, average_touched_shard
@@ -21,13 +22,25 @@ def of_rank(r: int, dtype: torch.dtype) -> torch.Tensor:
     return (torch.arange(24).view(8, 3) % 7 + 2 * r).to(dtype)
 
 
-def check_pulled_table(communicator: Communicator, device: torch.device) -> None:
+class Noting(Communicator):
+    """Notes what `exchange_rows` sends."""
+
+    def __init__(self, rank: int, size: int):
+        super().__init__(rank, size)
+        self.sent: list[torch.dtype] = []
+
+    def exchange_rows(self, sent: torch.Tensor, send_counts: list[int], receive_counts: list[int]) -> Pending:
+        self.sent.append(sent.dtype)
+        return super().exchange_rows(sent, send_counts, receive_counts)
+
+
+def check_pulled_table(rank: int, size: int, device: torch.device) -> None:
     """A pulled table against one that a single rank has whole: rows, updates, and checkpoints of one for the other.
 
     The second cycle is cut by a checkpoint.
     """
-    rank, size = communicator.rank, communicator.size
     all_rows, width = 16 * size, 5
+    communicator = Noting(rank, size)
     whole = PulledTable(all_rows, width, dtype=torch.float32, communicator=Communicator(), device=device)
     parts = PulledTable(all_rows, width, dtype=torch.float32, communicator=communicator, device=device)
     for number in (1, 2, 3):
@@ -39,8 +52,16 @@ def check_pulled_table(communicator: Communicator, device: torch.device) -> None
             for s in range(2 * size)
         ]
         gradients = [gradient.to(device) for gradient in gradients]
-        whole.begin_cycle(np.unique(torch.cat(slots).cpu().numpy()), 14 * size)
-        parts.begin_cycle(np.unique(torch.cat(own).cpu().numpy()), 14)
+        numbers = [rows.cpu().numpy().astype(np.int32) for rows in slots]
+        whole.begin_cycle(lists_of(numbers, rows=all_rows), 14 * size)
+        lists = lists_of(numbers[:size], numbers[size:], rows=all_rows, rank=rank, size=size)
+        communicator.sent.clear()
+        parts.begin_cycle(lists, 14)
+        assert communicator.sent == [torch.float32], "rows alone are exchanged"
+        exchanged = parts._ask(torch.unique(torch.cat(own)))
+        for name in ("rows", "copies", "asked", "touched"):
+            assert torch.equal(getattr(parts._cycle, name), getattr(exchanged, name)), name
+        assert lists.send_counts == exchanged.send_counts and lists.asked_counts == exchanged.asked_counts
         for rows in own:
             assert torch.allclose(parts.read(rows), whole.read(rows), rtol=1e-5, atol=1e-7), "pulled rows"
         for rows, gradient in zip(slots, gradients, strict=True):
@@ -53,10 +74,10 @@ def check_pulled_table(communicator: Communicator, device: torch.device) -> None
             dist.broadcast_object_list(everywhere, src=0)
             parts = PulledTable(all_rows, width, dtype=torch.float32, communicator=communicator, device=device)
             parts.load_state_dict(everywhere[0])
-            parts.begin_cycle(np.unique(own[1].cpu().numpy()), 7)
+            parts.begin_cycle(lists_of(numbers[size:], rows=all_rows, rank=rank, size=size), 7)
             alone = PulledTable(all_rows, width, dtype=torch.float32, communicator=Communicator(), device=device)
             alone.load_state_dict(everywhere[0])  # on one rank: what all have gathered so far
-            alone.begin_cycle(np.unique(torch.cat(slots).cpu().numpy()), 7 * size)
+            alone.begin_cycle(lists_of(numbers[size:], rows=all_rows), 7 * size)
             for rows, gradient in zip(slots[size:], gradients[size:], strict=True):
                 alone.add_gradient(rows, gradient / size)
             assert whole.gradient is not None and alone.gradient is not None
@@ -133,7 +154,7 @@ def check(backend: str) -> None:
         assert sparse.dtype == dtype
         assert (sparse - dense).norm() <= allowed * dense.norm(), "sparse"
 
-    check_pulled_table(communicator, device)
+    check_pulled_table(rank, size, device)
 
     # Several under way at once, finished in another order.
     first, second = of_rank(rank, torch.float32), of_rank(rank + 1, torch.float32)

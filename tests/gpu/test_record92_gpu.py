@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
+from pulls import lists_of
 from small_specs import batch_of, on_gpu, relative_error
 
 from nanogpt.cache.graphs import compile_whole
@@ -75,8 +75,8 @@ def loss_inputs() -> LossInputs:
 
 def begin_cycle(model: LanguageModel, *batches: MicroBatch) -> None:
     for name, table in model.tables.items():
-        rows = [batch.extras[extra].flatten() for batch in batches for extra in model.table_specs[name].extras]
-        table.begin_cycle(np.unique(torch.cat(rows).cpu().numpy().astype(np.int64)), TOKENS * len(batches))
+        rows = [batch.extras[extra].cpu().numpy() for batch in batches for extra in model.table_specs[name].extras]
+        table.begin_cycle(lists_of(rows, rows=table.rows), TOKENS * len(batches))
 
 
 @pytest.fixture

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
+from pulls import lists_of
 from small_specs import batch_of, randomize, relative_error, small_record92
 
 from nanogpt.data.batches import MicroBatch
@@ -117,7 +119,7 @@ def test_losses_and_every_gradient_are_those_of_the_definition(case, growths, ca
     expected.backward()
 
     windows, table = Windows(short, long), model.tables[NGRAM_TABLE]
-    table.begin_cycle(torch.arange(table.rows).numpy(), T)
+    table.begin_cycle(lists_of([np.arange(table.rows)], rows=table.rows), T)
     embedded = model.look_ups(batch)
     read = tuple(look_up.read() for look_up in embedded)
     loss = model.training_loss(batch, LossInputs(windows, torch.tensor(WEIGHTS), torch.tensor(PREFIX_WEIGHT)), read)
@@ -155,7 +157,7 @@ def test_every_part_of_a_parameter_counts_but_those_that_nothing_reads():
     look_ups = model.look_ups(batch)
     read = tuple(look_up.read() for look_up in look_ups)
     table = model.tables[NGRAM_TABLE]
-    table.begin_cycle(torch.arange(table.rows).numpy(), T)
+    table.begin_cycle(lists_of([np.arange(table.rows)], rows=table.rows), T)
     inputs = LossInputs(Windows(short, long), torch.tensor(WEIGHTS), torch.tensor(PREFIX_WEIGHT))
     model.training_loss(batch, inputs, read).backward()
     add_read_gradients(look_ups, read)

@@ -13,6 +13,7 @@ RECORD92 = "nanogpt/models/record92/model.py"
 TABLE92 = "nanogpt/models/record92/spec.py"
 RECIPE92 = "recipes/record92.yaml"
 PULLED_TABLE = "nanogpt/optim/pulled_table.py"
+PULL_LISTS = "nanogpt/optim/pull_lists.py"
 TABLE_ROWS = "nanogpt/kernels/table_rows.py"
 TABLE_CYCLES = "nanogpt/training/tables.py"
 FP8_QKV = "nanogpt/layers/fp8_qkv.py"
@@ -97,6 +98,7 @@ _TESTS: dict[str, tuple[str, ...]] = {
         "tests/models/test_record92.py",
     ),
     PULLED_TABLE: ("tests/optim/test_pulled_table.py", "tests/distributed/test_communicator.py"),
+    PULL_LISTS: ("tests/optim/test_pull_lists.py",),
     TABLE_ROWS: ("tests/kernels/test_table_rows.py::test_rows_in_plain_pytorch_against_fp64",),
     TABLE_CYCLES: ("tests/training/test_tables.py",),
     FP8_QKV: ("tests/layers/test_fp8_qkv.py",),

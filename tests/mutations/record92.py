@@ -8,6 +8,7 @@ from mutation import (
     FP8_QKV,
     NGRAMS,
     PACKED_QKV,
+    PULL_LISTS,
     PULLED_TABLE,
     RECIPE92,
     RECORD92,
@@ -231,7 +232,20 @@ _add("checkpoints", PULLED_TABLE, "without the cycle", ('state["cycles"] = self.
 _add("checkpoints", PULLED_TABLE, "a cycle's mean for another world", ("scale = size / len(cycles)", "pass"))
 _add("checkpoints", PULLED_TABLE, "no room for what came before", ("tokens += len(saved.tokens)", "pass"))
 _add("cycles", TABLE_CYCLES, "one step each", ("last + 1 < self.schedule.total_steps and not", "last < 0 and not"))
-_add("cycles", TABLE_CYCLES, "one step further", ("range(settings.step, last + 1)", "range(settings.step, last + 2)"))
+_add("cycles", TABLE_CYCLES, "one step further", ("range(first, last + 1)", "range(first, last + 2)"))
+_add(
+    "cycles", TABLE_CYCLES, "prepares this one again", ("self._cycle_from(cycle.stop)", "self._cycle_from(cycle.start)")
+)
+_add(
+    "pull lists",
+    PULL_LISTS,
+    "of the first step",
+    ("[step.rows for step in steps]", "[step.rows for step in steps[:1]]"),
+)
+_add("pull lists", PULL_LISTS, "all by the first reader", ("(reader - self.share.rank)", "(0 - self.share.rank)"))
+_add("pull lists", PULL_LISTS, "none by itself", (", self._in_part(own)]", "]"))
+_add("pull lists", PULL_LISTS, "repeated", ("values[1:][values[1:] != values[:-1]]", "values[1:]"))
+_add("pulls", PULLED_TABLE, "what others have read before is not asked for", ('bool(state["cycles"])', "False"))
 _add("memory", TABLE_CYCLES, "the whole table on each", ("table.rows * row / world.size", "table.rows * row"))
 _add("memory", TABLE_CYCLES, "nothing beside it", ("USABLE * memory - other", "USABLE * memory"))
 

@@ -377,10 +377,13 @@ _add("extras", BATCHES, "any dtype", ('casting="no"', 'casting="unsafe"'))
 _add("steps ahead", BATCHES, "not compared", ("if coming != request:", "if False:"))
 _add("steps ahead", BATCHES, "all from one position", ("self._coming[-1][1] if self._coming else", ""))
 _add("steps ahead", BATCHES, "a guess although others come", ("is not None and not self._coming:", "is not None:"))
-_add("rows ahead", BATCHES, "of the first step", ("in self._coming[: len(requests)]]", "in self._coming[:1]]"))
-_add("rows ahead", BATCHES, "of one extra", ("for name in names]", "for name in names[:1]]"))
-_add("rows ahead", BATCHES, "repeated", ("values[1:][values[1:] != values[:-1]]", "values[1:]"))
-_add("steps ahead", TRAINER, "none", ("min(settings.step + self.table_cycles.ahead,", "min(settings.step + 1,"))
+_add(
+    "rows ahead", BATCHES, "of the first step", ("in self._coming[first : len(requests)]]", "in self._coming[first:1]]")
+)
+_add("rows ahead", BATCHES, "of one extra", ("self._tables[name].extras:", "self._tables[name].extras[:1]:"))
+_add("rows ahead", BATCHES, "of other steps", ("or self._gathered[0] != steps:", ":"))
+_add("rows ahead", BATCHES, "of this rank's slots alone", ("or (self._world_size > 1 and bool(readers))", ""))
+_add("steps ahead", TRAINER, "none", ("min(settings.step + 2,", "min(settings.step + 1,"))
 _add("validation", BATCHES, "all are slot 0", ("(piece % slots, own.copy(), ends)", "(0, own.copy(), ends)"))
 _add(
     "validation",

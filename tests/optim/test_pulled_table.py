@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
+from pulls import lists_of
 
 from nanogpt.errors import InputError
 from nanogpt.kernels.table_rows import Signs
@@ -16,6 +16,11 @@ from nanogpt.optim.pulled_table import PulledTable
 
 ROWS, WIDTH = 50, 6
 CPU = torch.device("cpu")
+
+
+def begin(table: PulledTable, *rows: list[int] | torch.Tensor, tokens: int) -> None:
+    """A cycle whose tokens read `rows`."""
+    table.begin_cycle(lists_of([torch.as_tensor(read).numpy() for read in rows], rows=ROWS), tokens)
 
 
 def make_table(dtype: torch.dtype = torch.float32) -> PulledTable:
@@ -41,7 +46,7 @@ def rates_of(number: int) -> TableRates:
 
 
 def run_cycle(table: PulledTable, cycle: list[tuple[torch.Tensor, torch.Tensor]], number: int) -> None:
-    table.begin_cycle(np.unique(torch.cat([rows for rows, _ in cycle]).numpy()), sum(len(g) for _, g in cycle))
+    begin(table, *(rows for rows, _ in cycle), tokens=sum(len(g) for _, g in cycle))
     for rows, gradient in cycle:
         table.add_gradient(rows, gradient)
     table.start_push()
@@ -88,7 +93,7 @@ def test_a_token_reads_several_rows_each_with_its_signs() -> None:
     signs = Signs(torch.tensor([[1.0] * WIDTH, [-1.0, 1.0] * (WIDTH // 2)]), torch.tensor([[0, 1], [1, 1]]))
     rows, gradient = torch.tensor([[3, 5], [7, 5]]), torch.randn(2, WIDTH)
     for each in (table, twin):
-        each.begin_cycle(np.array([3, 5, 7]), 4)
+        begin(each, [3, 5, 7], tokens=4)
     table.add_gradient(rows, gradient, signs)
     for read, vectors in zip(rows, signs.rows, strict=True):
         twin.add_gradient(read[None], gradient * signs.vectors[vectors])
@@ -118,15 +123,14 @@ def test_a_checkpoint_in_the_middle_of_a_cycle_goes_on_bit_for_bit() -> None:
         for table in tables:
             run_cycle(table, cycle, number)
     first, second, third = all_cycles[3]
-    wanted = np.unique(torch.cat([rows for rows, _ in all_cycles[3]]).numpy())
     for table in tables:
-        table.begin_cycle(wanted, 27)
+        begin(table, first[0], second[0], third[0], tokens=27)
         table.add_gradient(*first)
     saved = tables[1].state_dict()
     assert set(saved["rows"].tolist()) == set(tables[0].last_update.nonzero().flatten().tolist())
     tables[1] = make_table(torch.bfloat16)
     tables[1].load_state_dict(saved)
-    tables[1].begin_cycle(np.unique(torch.cat((second[0], third[0])).numpy()), 18)
+    begin(tables[1], second[0], third[0], tokens=18)
     for table in tables:
         table.add_gradient(*second)
         table.add_gradient(*third)
@@ -155,7 +159,7 @@ def test_a_fresh_state_clears_all() -> None:
 def test_reading_other_rows_leaves_the_cycle() -> None:
     table = make_table()
     run_cycle(table, [(torch.tensor([[1, 2]]), torch.randn(2, WIDTH))], 1)
-    table.begin_cycle(np.array([1]), 1)
+    begin(table, [1], tokens=1)
     table.add_gradient(torch.tensor([[1]]), torch.ones(1, WIDTH))
     with table.reading([torch.tensor([4, 2, 4], dtype=torch.int32)]):
         assert torch.equal(table.read(torch.tensor([[4, 2, 4]])), table.values[[4, 2, 4]])
@@ -180,7 +184,7 @@ def test_what_has_no_cycle_is_refused() -> None:
         table.add_gradient(torch.tensor([[1]]), torch.ones(1, WIDTH))
     with pytest.raises(RuntimeError, match="outside a cycle"):
         table.start_push()
-    table.begin_cycle(np.array([1]), 2)
+    begin(table, [1], tokens=2)
     table.add_gradient(torch.tensor([[1]]), torch.ones(1, WIDTH))
     with pytest.raises(RuntimeError, match="room for 2 tokens, and gets 3"):
         table.add_gradient(torch.tensor([[1, 1]]), torch.ones(2, WIDTH))

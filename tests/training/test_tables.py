@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from nanogpt.data.batches import StepRequest
 from nanogpt.errors import InputError
 from nanogpt.recipe import load_recipe
 from nanogpt.spec import RunSpec
@@ -36,17 +37,28 @@ def record92(gpu: str, count: int, *settings: str, recipe: str = "record92") -> 
     return load_recipe(recipe, [f"hardware.gpu={gpu}", f"hardware.gpus_per_node={count}", *settings])
 
 
-def make_cycles(spec: RunSpec) -> tuple[TableCycles, Table]:
+class Batches:
     """The table's rows are the tokens of each step that was looked ahead to."""
-    table = Table()
-    batches = SimpleNamespace(look_ahead=lambda requests: {"rows": [request.batch_tokens for request in requests]})
+
+    def __init__(self) -> None:
+        self.prepared: list[list[int]] = []
+
+    def look_ahead(self, requests: list[StepRequest]) -> dict[str, list[int]]:
+        return {"rows": [request.batch_tokens for request in requests]}
+
+    def gather_ahead(self, requests: list[StepRequest], first: int) -> None:
+        self.prepared.append([request.batch_tokens for request in requests[first:]])
+
+
+def make_cycles(spec: RunSpec) -> tuple[TableCycles, Table, Batches]:
+    table, batches = Table(), Batches()
     model = SimpleNamespace(tables={"rows": table})
-    return TableCycles(spec, Schedule(spec), model, batches), table  # type: ignore[arg-type]
+    return TableCycles(spec, Schedule(spec), model, batches), table, batches  # type: ignore[arg-type]
 
 
 def test_a_cycle_reaches_to_the_next_update_across_stages() -> None:
     spec = record92("h100", 8)
-    schedule, (cycles, table) = Schedule(spec), make_cycles(spec)
+    schedule, (cycles, table, batches) = Schedule(spec), make_cycles(spec)
     lengths = []
     for step in range(schedule.total_steps):
         before = len(table.begun)
@@ -58,29 +70,29 @@ def test_a_cycle_reaches_to_the_next_update_across_stages() -> None:
     assert [step for step, _ in lengths] == [*range(0, 336, 2), *range(336, 1192, 4), 1192]
     assert lengths[0][1] == [131072] * 2 and lengths[-1][1] == [131072] * 2  # the last one is never finished
     assert dict(lengths)[680] == [262144, 393216, 393216, 393216]
+    assert batches.prepared == table.begun[1:]
 
 
 def test_a_step_of_the_warm_up_is_a_cycle_of_its_own() -> None:
     spec = record92("h100", 8)
-    schedule, (cycles, table) = Schedule(spec), make_cycles(spec)
+    schedule, (cycles, table, batches) = Schedule(spec), make_cycles(spec)
     for step in (0, 1, 681):
         cycles.before(schedule.at(step), alone=True)
-    assert table.begun == [[131072], [131072], [393216]]
+    assert table.begun == [[131072], [131072], [393216]] and not batches.prepared
 
 
 def test_a_step_out_of_its_order_begins_a_cycle() -> None:
     spec = record92("h100", 8)
-    schedule, (cycles, table) = Schedule(spec), make_cycles(spec)
+    schedule, (cycles, table, batches) = Schedule(spec), make_cycles(spec)
     for step in (340, 341, 700, 701, 340):
         cycles.before(schedule.at(step), alone=False)
-    assert table.begun == [[262144] * 4, [393216] * 4, [262144] * 4]
+    assert table.begun == batches.prepared == [[262144] * 4, [393216] * 4, [262144] * 4]
 
 
 def test_without_tables_nothing_is_looked_ahead_to() -> None:
     spec = record92("h100", 8)
     cycles = TableCycles(spec, Schedule(spec), SimpleNamespace(tables={}), None)  # type: ignore[arg-type]
     cycles.before(Schedule(spec).at(0), alone=False)
-    assert cycles.ahead == 2
 
 
 @pytest.mark.parametrize(
