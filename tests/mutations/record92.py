@@ -27,14 +27,13 @@ _add = MUTATIONS.add
 for _multiplier in ("36313", "27191", "17351", "60961", "45259", "48271", "30011", "58699", "39779", "26801"):
     _add("n-gram hashes", NGRAMS, f"{_multiplier} one more", (f"{_multiplier} *", f"{int(_multiplier) + 1} *"))
 _add("n-gram rows", NGRAMS, "token 1's bigram has token 0", ("before[:1] = half - 1", "pass"))
-_add("n-gram rows", NGRAMS, "no signed remainder for bigrams", ("before[:-1]).view(np.int32)", "before[:-1])"))
-_add("n-gram rows", NGRAMS, "no signed remainder for trigrams", ("trigram.view(np.int32)", "trigram"))
+_add("n-gram rows", NGRAMS, "unsigned numbers", ("mixed.view(np.int32)", "mixed"))
 _add(
     "n-gram rows", NGRAMS, "64-bit products", ("tokens.astype(np.uint32)  # products", "tokens.astype(int)  # products")
 )
-_add("n-gram rows", NGRAMS, "trigrams among bigrams", ("= half + trigram", "= trigram"))
-_add("n-gram rows", NGRAMS, "modulo the half", ("before[:-1]).view(np.int32) % (half - 1)", "before[:-1]) % half"))
-_add("n-gram rows", NGRAMS, "trigrams modulo the half", ("trigram.view(np.int32) % (half - 1)", "trigram % half"))
+_add("n-gram rows", NGRAMS, "trigrams among bigrams", ("= half + _remainder", "= _remainder"))
+_add("n-gram rows", NGRAMS, "modulo the half", ("before[:-1], half - 1)", "before[:-1], half)"))
+_add("n-gram rows", NGRAMS, "trigrams modulo the half", ("(trigram, half - 1)", "(trigram, half)"))
 _add("n-gram rows", NGRAMS, "token 0's trigram alone without history", ("found[1, :2] =", "found[1, :1] ="))
 _add("n-gram rows", NGRAMS, "one row for all without history", ("= half - 1, rows - 1", "= half - 1, half - 1"))
 _add(
