@@ -65,6 +65,14 @@ def test_collectives(count: int) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("count", [gpus(1), gpus(2)])
+def test_no_step_of_record92_makes_the_host_wait(count: int) -> None:
+    script = Path(__file__).parent / "host_waits.py"
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count))
+    done = python(*launcher, str(script), "error", timeout=500)
+    assert done.returncode == 0, done.stderr
+
+
 @SEVERAL
 @pytest.mark.parametrize("row_gradients", ["dense", "sparse"])
 def test_in_fp32_parameters_are_those_of_one_gpu(count: int, row_gradients: str, data: Path, tmp_path: Path) -> None:
