@@ -5,6 +5,8 @@ tokens of the whole cycle read, and keeps copies. Within it nothing is exchanged
 change. At its end the gradients of those rows go back by the same routes; owners add them up and update what was
 touched.
 
+- Rows of the next cycle that have been named by then (`will_read`) leave their owners right after the update, while the
+  rest of the optimizer's step runs.
 - Every rank works out for itself which rows it will send to whom (`nanogpt.optim.pull_lists`): rows alone are
   exchanged, and no host waits for a device. Ranks ask one another for what cannot be worked out: the rows that a
   checkpoint brings in the middle of a cycle, and those of a validation's batches.
@@ -25,7 +27,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,7 +46,7 @@ from nanogpt.kernels.table_rows import (
     row_adam,
     sum_rows,
 )
-from nanogpt.optim.communication import Communicator
+from nanogpt.optim.communication import Communicator, Pending
 from nanogpt.optim.optimizer_spec import TableRates
 from nanogpt.optim.pull_lists import PullLists
 
@@ -62,6 +64,15 @@ class Pull:
     asked: Tensor  # (m,)
     asked_counts: list[int]
     touched: Tensor  # (t,)
+
+
+@dataclass
+class Coming:
+    """The next cycle's pull, under way once the cycle before it has ended."""
+
+    lists: PullLists
+    pull: Pull
+    copies: Pending | None = None
 
 
 @dataclass
@@ -139,6 +150,7 @@ class PulledTable:
         self.decays: list[float] = []  # beta2 of each update so far
         self._cycle: Pull | None = None
         self._read_from: Pull | None = None
+        self._coming: Coming | None = None
         self._kept: Kept | None = None
         self._saved: Saved | None = None  # which the next cycle continues with
         self._cut = False  # whether it does so on any rank
@@ -177,21 +189,29 @@ class PulledTable:
         Collective. After a checkpoint from the middle of a cycle, lists and tokens are of what is still to come: what
         was read before comes from the checkpoint.
         """
-        rows = self._to_device(torch.from_numpy(lists.rows)).long()
-        saved, cut = self._saved, self._cut
-        self._saved, self._cut, self._kept = None, False, None
-        if saved is not None:
-            rows = torch.unique(torch.cat((rows, saved.rows.flatten().long())))
-            tokens += len(saved.tokens)
+        coming, saved, cut = self._coming, self._saved, self._cut
+        self._coming, self._saved, self._cut, self._kept = None, None, False, None
+        copies = None if coming is None or coming.copies is None else coming.copies.wait()
         if cut or self.communicator.size == 1:
+            rows = self._to_device(torch.from_numpy(lists.rows)).long()
+            if saved is not None:
+                rows = torch.unique(torch.cat((rows, saved.rows.flatten().long())))
+                tokens += len(saved.tokens)
             self._cycle = self._ask(rows)
+        elif coming is not None and coming.lists is lists and copies is not None:
+            self._cycle = replace(coming.pull, copies=copies)
         else:
-            asked, touched = (self._to_device(torch.from_numpy(part)).long() for part in (lists.asked, lists.touched))
-            self._cycle = self._pull(rows, lists.send_counts, asked, lists.asked_counts, touched)
+            pull = self._named(lists)
+            self._cycle = replace(pull, copies=self._serve(pull).wait())
         self._read_from = self._cycle
         self._kept = Kept(torch.empty(tokens, self.width, dtype=self.dtype, device=self.device))
         if saved is not None:
             self._keep(self._kept, saved.tokens, saved.rows, saved.sign_rows if saved.sign_rows.numel() else None)
+
+    def will_read(self, lists: PullLists) -> None:
+        """The next cycle will begin with these very `lists`, so that the coming `update` can start to pull."""
+        if self.communicator.size > 1:
+            self._coming = Coming(lists, self._named(lists))
 
     @contextmanager
     def reading(self, rows: Sequence[Tensor]) -> Iterator[None]:
@@ -285,11 +305,13 @@ class PulledTable:
 
     @torch.no_grad()
     def update(self, rates: TableRates) -> None:
-        """Row Adam on what any rank has read in the cycle, which this ends. After `start_push`."""
+        """Row Adam on what any rank has read in the cycle, which this ends. After `start_push`. Collective."""
         if self._push is None or self._cycle is None:
             raise RuntimeError("a table is updated without its gradients")
         self._row_adam(self._cycle.touched, *self._push(), rates)
         self._cycle = self._read_from = self._push = self._kept = None
+        if self._coming is not None:
+            self._coming.copies = self._serve(self._coming.pull)
 
     def _row_adam(self, touched: Tensor, entries: Entries, gradients: Gradients, rates: TableRates) -> None:
         """Update rows `touched` (t,) of this rank's part by the mean over ranks of what `entries` say about them."""
@@ -323,15 +345,21 @@ class PulledTable:
         asked_counts = communicator.exchange_rows(counts[:, None], ones, ones).wait().flatten().tolist()
         send_counts = counts.tolist()
         asked = communicator.exchange_rows(rows[:, None], send_counts, asked_counts).wait().flatten() - self.first
-        return self._pull(rows, send_counts, asked, asked_counts, torch.unique(asked))
+        pull = Pull(rows, None, send_counts, asked, asked_counts, torch.unique(asked))
+        return replace(pull, copies=self._serve(pull).wait())
 
-    def _pull(
-        self, rows: Tensor, send_counts: list[int], asked: Tensor, asked_counts: list[int], touched: Tensor
-    ) -> Pull:
-        """Send what others have asked for, and get `rows`. Collective; no host waits."""
-        served = F.embedding(asked, self.values)
-        copies = self.communicator.exchange_rows(served, asked_counts, send_counts).wait()
-        return Pull(rows, copies, send_counts, asked, asked_counts, touched)
+    def _named(self, lists: PullLists) -> Pull:
+        """What `lists` say, on the device; without copies."""
+        rows, asked, touched = (
+            self._to_device(torch.from_numpy(part)).long() for part in (lists.rows, lists.asked, lists.touched)
+        )
+        return Pull(rows, None, lists.send_counts, asked, lists.asked_counts, touched)
+
+    def _serve(self, pull: Pull) -> Pending:
+        """Start sending what others have asked for; the copies of what this rank reads. Collective; no host waits."""
+        return self.communicator.exchange_rows(
+            F.embedding(pull.asked, self.values), pull.asked_counts, pull.send_counts
+        )
 
     # --- checkpoints ---
 
@@ -394,7 +422,7 @@ class PulledTable:
             for name in ("values", "second_moment", "last_update"):
                 getattr(self, name)[places] = state[name][piece].to(self.device)
         self.decays = [float(beta) for beta in state["decays"]]
-        self._cycle = self._read_from = self._push = self._kept = None
+        self._cycle = self._read_from = self._push = self._kept = self._coming = None
         self._saved, self._cut = self._part_of(state["cycles"]), bool(state["cycles"])
 
     def _part_of(self, cycles: Sequence[Mapping[str, Tensor]]) -> Saved | None:

@@ -53,6 +53,15 @@ class TableCycles:
         if not alone and cycle.stop < self.schedule.total_steps:
             self.batches.gather_ahead(requests + self._requests(self._cycle_from(cycle.stop)), len(requests))
 
+    def before_update(self, settings: StepSettings, *, alone: bool) -> None:
+        """If a cycle ends with this step, whose batch has been taken, say what the next one will read."""
+        following = settings.step + 1
+        if alone or not self.tables or not self.is_event(settings.step) or following == self.schedule.total_steps:
+            return
+        lists = self.batches.look_ahead(self._requests(self._cycle_from(following)))
+        for name, table in self.tables.items():
+            table.will_read(lists[name])
+
     def _cycle_from(self, first: int) -> range:
         """The steps from `first` to the next update, or to the run's end."""
         last = first

@@ -432,6 +432,7 @@ class Trainer:
         coming = range(settings.step, min(settings.step + 2, self.schedule.total_steps))
         self.train_batches.build_ahead([self.schedule.at(step).request for step in coming])
         batches = self.train_batches.next_step(settings.request)
+        self.table_cycles.before_update(settings, alone=micro_steps is not None)
         waited = self.train_batches.wait_seconds - waited
         self.optimizer.expect_rows(self.train_batches.step_extras, settings.rates)
         inputs = self.model.loss_inputs(settings.point, self.world.device)

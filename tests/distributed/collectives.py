@@ -13,6 +13,7 @@ from pulls import lists_of
 
 from nanogpt.optim.communication import Communicator, Pending
 from nanogpt.optim.optimizer_spec import TableRates
+from nanogpt.optim.pull_lists import PullLists
 from nanogpt.optim.pulled_table import PulledTable
 from nanogpt.optim.row_table import TouchedRows, average_touched_shard
 
@@ -43,21 +44,30 @@ def check_pulled_table(rank: int, size: int, device: torch.device) -> None:
     communicator = Noting(rank, size)
     whole = PulledTable(all_rows, width, dtype=torch.float32, communicator=Communicator(), device=device)
     parts = PulledTable(all_rows, width, dtype=torch.float32, communicator=communicator, device=device)
-    for number in (1, 2, 3):
+
+    def read_in(number: int) -> list[np.ndarray]:
         rng = np.random.default_rng(number)
-        slots = [torch.from_numpy(rng.integers(0, all_rows, (1, 7))).to(device) for _ in range(2 * size)]
+        return [rng.integers(0, all_rows, (1, 7), dtype=np.int32) for _ in range(2 * size)]
+
+    def lists_for(number: int) -> PullLists:
+        numbers = read_in(number)
+        return lists_of(numbers[:size], numbers[size:], rows=all_rows, rank=rank, size=size)
+
+    announced = lists_for(2)
+    for number in (1, 2, 3):
+        numbers = read_in(number)
+        slots = [torch.from_numpy(rows).to(device).long() for rows in numbers]
         own = slots[rank::size]
         gradients = [
             torch.randn(7, width, generator=torch.Generator("cpu").manual_seed(s), device="cpu")
             for s in range(2 * size)
         ]
         gradients = [gradient.to(device) for gradient in gradients]
-        numbers = [rows.cpu().numpy().astype(np.int32) for rows in slots]
         whole.begin_cycle(lists_of(numbers, rows=all_rows), 14 * size)
-        lists = lists_of(numbers[:size], numbers[size:], rows=all_rows, rank=rank, size=size)
+        lists = announced if number == 2 else lists_for(number)
         communicator.sent.clear()
         parts.begin_cycle(lists, 14)
-        assert communicator.sent == [torch.float32], "rows alone are exchanged"
+        assert communicator.sent == [torch.float32] * (number != 2), "rows alone are exchanged"
         exchanged = parts._ask(torch.unique(torch.cat(own)))
         for name in ("rows", "copies", "asked", "touched"):
             assert torch.equal(getattr(parts._cycle, name), getattr(exchanged, name)), name
@@ -92,6 +102,7 @@ def check_pulled_table(rank: int, size: int, device: torch.device) -> None:
         with parts.reading([torch.arange(3)]):
             pass
         assert torch.allclose(parts.read(own[1]), whole.read(own[1]), rtol=1e-5, atol=1e-7), "the cycle's pull again"
+        parts.will_read(announced)  # before the third, which reads other rows, in vain
         for table in (whole, parts):
             table.start_push()
             table.update(TableRates(0.05, 0.95 - 0.01 * number, 0.001, 1e-10))

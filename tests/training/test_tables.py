@@ -26,11 +26,15 @@ class Table:
     def __init__(self) -> None:
         self.in_cycle = False
         self.begun: list[Any] = []
+        self.announced: list[Any] = []
 
     def begin_cycle(self, rows: Any, tokens: int) -> None:
         assert tokens == sum(rows) / 8  # all that this rank's slots have
         self.in_cycle = True
         self.begun.append(rows)
+
+    def will_read(self, rows: Any) -> None:
+        self.announced.append(rows)
 
 
 def record92(gpu: str, count: int, *settings: str, recipe: str = "record92") -> RunSpec:
@@ -65,6 +69,9 @@ def test_a_cycle_reaches_to_the_next_update_across_stages() -> None:
         cycles.before(schedule.at(step), alone=False)
         if len(table.begun) > before:
             lengths.append((step, table.begun[-1]))
+        assert table.begun[1:] == table.announced
+        cycles.before_update(schedule.at(step), alone=False)
+        assert len(table.announced) - len(table.begun) == (0 if spec.optimizer.is_event(step) else -1)
         if spec.optimizer.is_event(step):
             table.in_cycle = False
     assert [step for step, _ in lengths] == [*range(0, 336, 2), *range(336, 1192, 4), 1192]
@@ -78,7 +85,8 @@ def test_a_step_of_the_warm_up_is_a_cycle_of_its_own() -> None:
     schedule, (cycles, table, batches) = Schedule(spec), make_cycles(spec)
     for step in (0, 1, 681):
         cycles.before(schedule.at(step), alone=True)
-    assert table.begun == [[131072], [131072], [393216]] and not batches.prepared
+        cycles.before_update(schedule.at(step), alone=True)
+    assert table.begun == [[131072], [131072], [393216]] and not batches.prepared + table.announced
 
 
 def test_a_step_out_of_its_order_begins_a_cycle() -> None:
@@ -92,7 +100,9 @@ def test_a_step_out_of_its_order_begins_a_cycle() -> None:
 def test_without_tables_nothing_is_looked_ahead_to() -> None:
     spec = record92("h100", 8)
     cycles = TableCycles(spec, Schedule(spec), SimpleNamespace(tables={}), None)  # type: ignore[arg-type]
-    cycles.before(Schedule(spec).at(0), alone=False)
+    for step in (0, 1):
+        cycles.before(Schedule(spec).at(step), alone=False)
+        cycles.before_update(Schedule(spec).at(step), alone=False)
 
 
 @pytest.mark.parametrize(
