@@ -263,7 +263,10 @@ def _compiled_code_in(root: Path | None) -> Iterator[None]:
 
     from nanogpt.cache import graphs
 
-    variables = _places(root) | {"FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1"}
+    variables = _places(root) | {
+        "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1",
+        "TRITON_STORE_BINARY_ONLY": "1",  # without the stages before it: half of the files
+    }
     # Else no graph with the MLP in it, a torch.autograd.Function, would be kept. It changes no code; and what such a
     # function does is part of the graph's key, its source of the file's.
     custom_functions = torch._functorch.config.patch(autograd_cache_allow_custom_autograd_functions=True)

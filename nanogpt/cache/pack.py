@@ -203,17 +203,20 @@ class Pack:
 
 
 def _unpack(body: bytes, root: Path) -> list[str]:
-    names = []
+    names, made = [], set[Path]()
     for name, content, mode, mtime in _members(body):
         names.append(name)
         target = root / name
-        if target.exists():
-            continue
+        if target.parent not in made:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            made.add(target.parent)
         is_list = target.name.startswith(KERNEL_FILES)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-            file.write(_files_of_kernel(content, target.parent) if is_list else content)
-        os.utime(target, (mtime, mtime))
+        with contextlib.suppress(FileExistsError):
+            descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(_files_of_kernel(content, target.parent) if is_list else content)
+                file.flush()
+                os.utime(descriptor, (mtime, mtime))
     return names
 
 

@@ -5,18 +5,20 @@ python tests/cache/moved_kernel.py DIR
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from pathlib import Path
 
 import triton
 import triton.language as tl
+from tiny_runs import tiny_spec
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from nanogpt.cache.compile_cache import compiled_code_of
 from nanogpt.cache.pack import Pack, write_pack
 from nanogpt.cache.tuning import kernels_counted
+from nanogpt.launch.world import join_world
 from nanogpt.training.compilation import compile_counts
 
 place = Path(sys.argv[1])
@@ -31,11 +33,10 @@ def _double_kernel(x, n: tl.constexpr):
 def kernels_compiled(root: Path) -> int:
     """Ask for the kernel with this directory of compiled code."""
     before = compile_counts().kernels_compiled
-    os.environ["TRITON_CACHE_DIR"] = str(root / "triton")
     source = ASTSource(fn=_double_kernel, signature={"x": "*fp32", "n": "constexpr"}, constexprs={"n": 64})
-    with kernels_counted():
+    with join_world(tiny_spec()) as world, compiled_code_of(root, world), kernels_counted():
         kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32))
-    assert len(kernel.asm["cubin"]) > 1000
+    assert len(kernel.asm["cubin"]) > 1000 and "ptx" not in kernel.asm
     return compile_counts().kernels_compiled - before
 
 
