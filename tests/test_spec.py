@@ -325,8 +325,6 @@ CROSS_CHECKS = [
     ),
     (SPEEDRUN, "optimizer.reduce_order.0", "mlp", "optimizer.reduce_order", "misses attn; names twice mlp"),
     (SPEEDRUN, "optimizer.update_order.0", "scalar", "optimizer.update_order", "did you mean scalars?"),
-    (SPEEDRUN, "optimizer.adam.delayed", ["embed"], "optimizer.adam.delayed", "can be any of scalars, value_embed"),
-    (SPEEDRUN, "optimizer.adam.delayed", ["value_embd"], "optimizer.adam.delayed", "did you mean value_embed?"),
     (SPEEDRUN, "optimizer.normuon.momentum.warmup_steps", 1506, "optimizer.normuon.momentum", "1555"),
     (SPEEDRUN, "optimizer.tied_head.split_stage", 4, "optimizer.tied_head.split_stage", "0..3"),
     (SPEEDRUN, "optimizer", GPT2.optimizer.model_dump(), "optimizer.kind", "normuon_adam"),

@@ -3,9 +3,6 @@
 A step starts all reductions in one order, then updates in another, and starts each gather as soon as its update is
 done, so that communication hides behind the orthogonalization of the banks, which come last. While the head is tied,
 the embedding is the head transposed: its gradient joins the head's before communication; it is refreshed afterwards.
-
-Parameters in `adam.delayed` are updated one step late: their gradients of an Adam step are reduced while the
-next step computes, and applied at its end, with the learning rate of their own step.
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ from nanogpt.cache.graphs import compile_whole
 from nanogpt.kernels.transpose import transpose_add, transpose_copy
 from nanogpt.optim.adam import adam_step_size, adam_updates
 from nanogpt.optim.banks_and_adam_spec import BanksAndAdamRates, BanksAndAdamSpec
-from nanogpt.optim.communication import Communicator, Pending, RankOf, completed
+from nanogpt.optim.communication import Communicator, Pending, RankOf
 from nanogpt.optim.normuon import second_moment_dim
 from nanogpt.optim.pending import gather_pending, pending_gradient
 from nanogpt.optim.row_table import Rows, TouchedRows, average_touched_shard
@@ -71,8 +68,6 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
         self.keep_gradients = keep_gradients
         self.tables = dict(tables or {})
         self.gathering: set[str] = set()  # whose gradients accumulate between their updates
-        # Delayed parameters' reductions in flight, with the rates of their step.
-        self.waiting: dict[str, tuple[Pending, BanksAndAdamRates]] = {}
         self.spec = spec
         self.communicator = communicator
         self.parameters = dict(model.named_parameters())
@@ -144,8 +139,7 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
             transpose_add(self._gradient(tied), self._gradient(head))
 
         reductions = self._start_reductions(plan.reduce, rates)
-        gathers = self._update_waiting()
-        gathers |= self._update_all(updated_together(plan.update), reductions, rates)
+        gathers = self._update_all(updated_together(plan.update), reductions, rates)
         if rates.adam_step and tied is not None and head is not None:
             if head in gathers:
                 gathers.pop(head).wait()
@@ -153,9 +147,6 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
             self._clear(tied)
             if rates.split:
                 self._split(tied, head)
-        for p in plan.delayed:  # a copy: the next step adds to the gradient while this one is sent
-            self.waiting[p.label] = self._start_reduction(p, self._gradient(p.label).clone()), rates
-            self._clear(p.label)
         for gather in gathers.values():
             gather.wait()
         due = {label for label, p in self.plans.items() if p.due(adam_step=rates.adam_step, event=rates.event)}
@@ -182,17 +173,6 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
                 self._clear(p.label)
                 if p.sharded:
                     gathers[p.label] = self.communicator.gather(self._view(p, self.parameters[p.label].data))
-        return gathers
-
-    def _update_waiting(self) -> dict[str, Pending]:
-        """Make the updates delayed to this step; returns their gathers, by label."""
-        gathers: dict[str, Pending] = {}
-        for label, (reduction, rates) in self.waiting.items():
-            plan, full = self.plans[label], self.parameters[label].data
-            self._update_adam([label], [self._own(plan, full)], [reduction.wait()], rates)
-            if plan.sharded:
-                gathers[label] = self.communicator.gather(full)
-        self.waiting = {}
         return gathers
 
     def _clear(self, label: str) -> None:
@@ -298,7 +278,7 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
         """Full tensors, for any world size.
 
         Also the gradients that Adam's parameters have accumulated so far, by rank (`nanogpt.optim.pending`, with the
-        rows that `touched` knows), and those whose update is still to come.
+        rows that `touched` knows).
         """
         tensors = {
             label: {name: self._full(self.plans[label], own) for name, own in state.items()}
@@ -306,18 +286,12 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
         }
         gathered = ((label, self.parameters[label].grad) for label in self.spec.adam.groups if label in self.gathering)
         pending = gather_pending(self.communicator, {label: grad for label, grad in gathered if grad is not None})
-        waiting = {}
-        for label, (reduction, rates) in self.waiting.items():
-            own = reduction.wait()
-            self.waiting[label] = completed(own), rates
-            waiting[label] = {"gradient": self._full(self.plans[label], own), "lr_factor": rates.lr_factor}
         return {
             "tensors": tensors,
             "adam_counts": dict(self.adam_counts),
             "tied": self.tied,
             "pending_gradients": pending,
             "touched": {label: touched.state() for label, touched in self.touched.items() if label in self.gathering},
-            "waiting": waiting,
         }
 
     @torch.no_grad()
@@ -334,10 +308,6 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
             for name, full in tensors.items():
                 own = self.communicator.shard(full) if self.plans[label].sharded else full
                 self.state[label][name].copy_(own)
-        self.waiting = {}
-        for label, kept in state.get("waiting", {}).items():
-            own = self._own(self.plans[label], kept["gradient"]).to(self.parameters[label], copy=True)
-            self.waiting[label] = completed(own), BanksAndAdamRates(lr_factor=kept["lr_factor"])
         pending = state["pending_gradients"]
         self.gathering = set()
         for label, parameter in self.parameters.items():

@@ -53,10 +53,6 @@ class AdamSpec(Strict):
         description="Adam steps on the last of every N steps; gradients are summed over them"
     )
     groups: dict[Name, AdamGroup] = Field(default={}, max_length=1024)
-    delayed: Annotated[Names, NOT_COMPILED] = Field(  # when an update happens, not how
-        default=[],
-        description="groups updated one step late, so that their gradients are summed over ranks during that step",
-    )
 
 
 class MomentumSpec(Strict):
@@ -167,11 +163,6 @@ class BanksAndAdamSpec(BaseOptimizerSpec):
             ]
             if parts:
                 yield path, f"{'; '.join(parts)} (the model's parameters are {', '.join(wanted)})"
-        tied = {name for row in rows if row.tied_to for name in (row.name, row.tied_to)}
-        may_wait = [label for label in adam_labels if label not in tied and label not in self.cyclic_groups]
-        for label in self.adam.delayed:
-            if label not in may_wait:
-                yield ("adam", "delayed"), f"{label}{_nearest(label, may_wait)}: can be any of {', '.join(may_wait)}"
         momentum = self.banks.momentum
         if momentum.warmup_steps + momentum.cooldown_steps > total_steps:
             yield (
@@ -270,7 +261,6 @@ class BanksAndAdamSpec(BaseOptimizerSpec):
                 label,
                 sharded=group.communication == "sharded",
                 bank=label in self.banks.groups,
-                delayed=label in self.adam.delayed,
                 cyclic=label in self.cyclic_groups,
             )
             for label, group in groups.items()
@@ -280,12 +270,11 @@ class BanksAndAdamSpec(BaseOptimizerSpec):
         """What a step updates: banks always, Adam's parameters on Adam steps, cyclic ones at events, `tied` never."""
         plans = self.plans
 
-        def chosen(order: list[str], *, delayed: bool = False) -> tuple[ParameterPlan, ...]:
+        def chosen(order: list[str]) -> tuple[ParameterPlan, ...]:
             found = (plans[label] for label in order if label != tied)
-            due = (plan for plan in found if plan.due(adam_step=adam_step, event=event))
-            return tuple(plan for plan in due if plan.delayed == delayed)
+            return tuple(plan for plan in found if plan.due(adam_step=adam_step, event=event))
 
-        return StepPlan(chosen(self.reduce_order), chosen(self.update_order), chosen(self.reduce_order, delayed=True))
+        return StepPlan(chosen(self.reduce_order), chosen(self.update_order))
 
     def updated_together(self, rows: Sequence[Parameter]) -> list[list[str]]:
         """See the base."""
@@ -295,7 +284,6 @@ class BanksAndAdamSpec(BaseOptimizerSpec):
             for adam_step, tied, event in itertools.product((False, True), ties, (False, True))
         ]
         found = {tuple(p.label for p in together) for plan in plans for together in updated_together(plan.update)}
-        found |= {(p.label,) for plan in plans for p in plan.delayed}
         return [list(labels) for labels in sorted(found)]
 
 

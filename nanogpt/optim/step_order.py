@@ -17,24 +17,19 @@ class ParameterPlan:
     label: str
     sharded: bool  # reduce-scatter, update the own shard, all-gather; else all-reduce and update everywhere
     bank: bool  # NorMuon, every step; else Adam, on Adam steps
-    delayed: bool = False  # reduced at the end of an Adam step, updated in the step after it
     cyclic: bool = False  # Adam at the events of tables of rows instead
 
     def due(self, *, adam_step: bool, event: bool) -> bool:
-        """Whether such a step updates it (or, where delayed, has it updated); else its gradient keeps accumulating."""
+        """Whether such a step updates it; else its gradient keeps accumulating."""
         return self.bank or (event if self.cyclic else adam_step)
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The parameters of one optimizer step, in the order of reduction and in the order of update.
-
-    `delayed` are in neither: their reductions start when all else of the step is on its way.
-    """
+    """The parameters of one optimizer step, in the order of reduction and in the order of update."""
 
     reduce: tuple[ParameterPlan, ...]
     update: tuple[ParameterPlan, ...]
-    delayed: tuple[ParameterPlan, ...]
 
 
 def updated_together(plans: Sequence[ParameterPlan]) -> list[tuple[ParameterPlan, ...]]:

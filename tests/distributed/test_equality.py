@@ -226,19 +226,6 @@ def test_anvil_on_two_processes_trains_as_on_one(tmp_path: Path) -> None:
     assert_same_run(path, tmp_path / "whole")
 
 
-def test_tables_that_are_updated_one_step_late(data: Path, whole: Path, tmp_path: Path) -> None:
-    """Two processes as one, by rows too, and a checkpoint after an Adam step, with updates that are still to come."""
-    delayed = "optimizer.adam.delayed=[value_embed, bigram_embed]"
-    train(tiny_spec(CHECKPOINTS, delayed), data, tmp_path / "whole")
-    assert read_run(tmp_path / "whole").evaluations[-1]["val_loss"] > read_run(whole).evaluations[-1]["val_loss"] + 1e-3
-    two = distributed_run(2, data, tmp_path / "two", delayed, "training.warmup=true", "runtime.row_gradients=sparse")
-    assert_same_run(two, tmp_path / "whole")
-    path = stopped(two, 10, tmp_path / "run")
-    assert set(newest_state(path)["optimizer"]["waiting"]) == {"value_embed", "bigram_embed"}
-    train(tiny_spec(CHECKPOINTS, delayed, "training.warmup=true"), data, path, resume=True)
-    assert_same_run(path, tmp_path / "whole")
-
-
 def test_gpt2_on_two_processes_trains_as_on_one(data: Path, tmp_path: Path) -> None:
     train(tiny_spec(CHECKPOINTS, model="gpt2"), data, tmp_path / "whole")
     assert_same_run(distributed_run(2, data, tmp_path / "two", model="gpt2"), tmp_path / "whole")

@@ -161,14 +161,6 @@ _add("split step", RATES, "the stage's first step", ("while not self.is_adam_ste
 _add("odd steps", RATES, "even steps", ("== self.adam.every - 1", "== 0"))
 _add("odd steps", PLAN, "Adam every step", ("event if self.cyclic else adam_step", "event or True"))
 _add(
-    "delayed updates",
-    OPTIMIZER,
-    "always by the first rate",
-    ("[reduction.wait()], rates)", "[reduction.wait()], BanksAndAdamRates(1.0))"),
-)
-_add("delayed updates", OPTIMIZER, "not in the state", ('state.get("waiting", {})', "{}"))
-_add("delayed updates", RATES, "made at once", ("delayed=label in self.adam.delayed", "delayed=False"))
-_add(
     "gradient summing",
     OPTIMIZER,
     "cleared every step",

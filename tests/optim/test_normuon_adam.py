@@ -156,27 +156,16 @@ class SlowOptimizer:
         return torch.tensor(p, dtype=torch.float64).view(self.start[label].shape)
 
 
-DELAYED = ("bigram_embed", "scalars")
-
-
-def spec_with(delayed: tuple[str, ...]) -> NorMuonAdamSpec:
-    adam = SPEC.optimizer.adam.model_copy(update={"delayed": list(delayed)})
-    return SPEC.optimizer.model_copy(update={"adam": adam})
-
-
-@pytest.mark.parametrize("delayed", [(), DELAYED], ids=["none delayed", "delayed"])
-def test_eight_steps_with_the_split_in_the_sixth(delayed: tuple[str, ...]):
+def test_eight_steps_with_the_split_in_the_sixth():
     model = make_model()
-    optimizer, slow = optimizer_of(model, spec_with(delayed), Communicator()), SlowOptimizer(model)
+    optimizer, slow = optimizer_of(model, SPEC.optimizer, Communicator()), SlowOptimizer(model)
     for step in range(8):
         gradients, rates = gradients_of(model, step), rates_of(step)
         accumulate(model, gradients)
-        before = dict(slow.now)
         optimizer.step(rates)
         slow.step(gradients, rates)
         for label, p in model.named_parameters():
-            now = before[label] if label in delayed else slow.now[label]
-            change, expected = p.detach().double() - slow.start[label], now - slow.start[label]
+            change, expected = p.detach().double() - slow.start[label], slow.now[label] - slow.start[label]
             rounding = 2**-23 * slow.start[label].norm()  # of the update's arithmetic in fp32
             assert (change - expected).norm() <= 1e-4 * expected.norm() + rounding, (step, label)
             if label in ADAM and not rates.adam_step:
@@ -185,25 +174,7 @@ def test_eight_steps_with_the_split_in_the_sixth(delayed: tuple[str, ...]):
                 assert p.grad is None, "cleared"
         tied = torch.equal(model.embed, model.lm_head.mT)
         assert tied == (step < 7), step
-    assert optimizer.adam_counts == dict.fromkeys(ADAM, 4) | dict.fromkeys(delayed, 3)
-
-
-def test_what_is_delayed_is_part_of_the_state():
-    model, twin = make_model(), make_model()
-    optimizer = optimizer_of(model, spec_with(DELAYED), Communicator())
-    for step in range(8):
-        loaded = optimizer_of(twin, spec_with(DELAYED), Communicator())
-        twin.load_state_dict(model.state_dict())
-        state = optimizer.state_dict()
-        assert set(state["waiting"]) == (set(DELAYED) if step in (2, 4, 6) else set())
-        loaded.load_state_dict(state)
-        gradients = gradients_of(model, step)
-        accumulate(model, gradients)
-        accumulate(twin, gradients)
-        optimizer.step(rates_of(step))
-        loaded.step(rates_of(step))
-        for label, p in model.named_parameters():
-            assert torch.equal(p, twin.get_parameter(label)), (step, label)
+    assert optimizer.adam_counts == dict.fromkeys(ADAM, 4)
 
 
 def test_moments_are_handed_over_transposed():
@@ -296,15 +267,6 @@ def test_orders_of_reduction_and_update():
     assert len(plan.reduce) == len(plan.update) == 11
     plan = SPEC.optimizer.step_plan(adam_step=False, tied=None)
     assert labels(plan.reduce) == labels(plan.update) == ["attn", "mlp"]
-    assert plan.delayed == ()
-
-
-def test_what_is_delayed_is_reduced_and_updated_by_itself():
-    plan = spec_with(("value_embed", "scalars")).step_plan(adam_step=True, tied=None)
-    assert labels(plan.delayed) == ["scalars", "value_embed"]  # in the order of reduction
-    assert labels(plan.reduce) == [label for label in REDUCE.split() if label not in ("value_embed", "scalars")]
-    assert labels(plan.update) == [label for label in UPDATE.split() if label not in ("value_embed", "scalars")]
-    assert spec_with(("value_embed",)).step_plan(adam_step=False, tied=None).delayed == ()
 
 
 def test_small_neighbours_are_updated_by_one_call():
