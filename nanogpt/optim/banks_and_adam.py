@@ -244,13 +244,16 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
         if self.tied_label is not None:
             twin.state[self.tied_label] = twin._adam_state(self.tied_label)
         twin._adam, twin._bank = self._adam, self._bank
-        for rates, (label, plan) in itertools.product(self._kinds_of_rates(), self.plans.items()):
-            if plan.sharded:  # the others are equal for any number of ranks
-                own = twin._own(plan, twin.parameters[label].data)
-                if plan.bank:
-                    twin._update_bank(label, own, torch.zeros_like(own), rates)
-                else:
-                    twin._update_adam([label], [own], [torch.zeros_like(own)], rates)
+        for rates, labels in itertools.product(self._kinds_of_rates(), self.spec.updated_together(self.rows)):
+            plan = self.plans[labels[0]]
+            if not plan.sharded and world_size > 1:  # equal for any number of ranks
+                continue
+            own = [twin._own(self.plans[label], twin.parameters[label].data) for label in labels]
+            gradients = [torch.zeros_like(part) for part in own]
+            if plan.bank:
+                twin._update_bank(labels[0], own[0], gradients[0], rates)
+            else:
+                twin._update_adam(labels, own, gradients, rates)
 
     def _multipliers(self, label: str, own: Tensor) -> Tensor:
         """(n, 1, 1) fp32, for this rank's matrices: sqrt(max(1, rows / columns)) times the group's multipliers."""

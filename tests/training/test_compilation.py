@@ -14,7 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
-from tiny_runs import make_data, tiny_spec, train
+from tiny_runs import FIRST_WITH_PREFIX, make_data, tiny_spec, train
 
 from nanogpt.cache import graphs
 from nanogpt.launch.world import join_world
@@ -182,6 +182,22 @@ def test_the_graphs_are_divided_among_processes(data: Path):
         trainer.warm_up()
         found = {entry.name: entry.graphs for entry in compiled_functions()}
         assert (found["training_loss"], found["evaluation_loss"]) == (3, 1)  # nothing was left to the warm-up
+
+
+@pytest.mark.parametrize("model", ["speedrun", "record89", "record92"])
+def test_the_optimizers_warm_up_leaves_no_graph_of_its_own_to_the_steps(model: str, tmp_path: Path):
+    spec = tiny_spec("runtime.compile=on", "training.warmup=true", model=model)
+    data = make_data(tmp_path / "data", first_token=0 if model == "speedrun" else FIRST_WITH_PREFIX)
+
+    def updates() -> dict[str, int]:
+        return {entry.name: entry.graphs for entry in compiled_functions() if "update" in entry.name}
+
+    with join_world(spec) as world, Trainer(spec, world, run=None, data_directory=data) as trainer:
+        trainer.optimizer.warm_up(1)
+        ahead = updates()
+        assert len(ahead) == 2 and min(ahead.values()) >= 2
+        trainer.warm_up()
+        assert updates() == ahead
 
 
 def test_segments_and_candidates_make_graphs_of_their_own(monkeypatch: pytest.MonkeyPatch):
