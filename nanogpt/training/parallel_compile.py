@@ -149,7 +149,11 @@ def not_taken(jobs: Iterable[tuple[int, GraphJob]], root: Path) -> Iterator[Grap
 
 
 def launch_kernels(spec: RunSpec, micro_step: MicroStep) -> None:
-    """Launch what the run's graphs launch of our own kernels; `micro_step` without any graph. No gradient is left."""
+    """Launch what the run's graphs launch of our own kernels, and what its model launches between steps.
+
+    `micro_step` is without any graph. No gradient is left.
+    """
+    micro_step.model.weights_changed(0)
     for job in graph_jobs(spec):
         few = min(job.tokens, FEW_TOKENS)
         small = job._replace(tokens=few, max_seqlen=min(job.max_seqlen, few))
