@@ -163,10 +163,10 @@ def launch_kernels(spec: RunSpec, micro_step: MicroStep) -> None:
 def helpers_that_fit(jobs: Sequence[GraphJob], cores: int, memory: int | None) -> tuple[int, int]:
     """How many helpers to start, one for each of `jobs` from the first on, and how many may call graphs at a time.
 
-    The last job at least is left to the run itself. memory: bytes of the GPU that are free before the run has made its
-    model and optimizer; None without a GPU. Jobs that a process takes later are smaller than its first.
+    memory: bytes of the GPU that are free before the run has made its model and optimizer; None without a GPU. Jobs
+    that a process takes later are smaller than its first.
     """
-    wanted = min(len(jobs) - 1, cores // CORES_PER_HELPER)
+    wanted = min(len(jobs), cores // CORES_PER_HELPER)
     if memory is None:
         return wanted, wanted
     for count in range(wanted, 0, -1):
@@ -198,12 +198,12 @@ def compile_in_parallel(
     if cache.root is None or cache.found or (world.size == 1 and not helpers):
         return []
     jobs, rows = list(enumerate(graph_jobs(spec))), list[GraphTimes]()
+    if helpers:  # first, so that their kernels are tuned before the helpers' turns: one process tunes at a time
+        with timed_graph("the optimizer's", rows):
+            warm_up_optimizer()
     for job in not_taken(reversed(jobs) if helpers else jobs, cache.root):  # helpers have the first
         with timed_graph(job.name, rows):
             call_graph(job, spec, micro_step, evaluation_loss)
-    if helpers:
-        with timed_graph("the optimizer's", rows):
-            warm_up_optimizer()
     for helper in helpers:
         helper.wait(given_up)
     world.synchronize()
