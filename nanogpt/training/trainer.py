@@ -495,8 +495,8 @@ class Trainer:
         return float(self.world.communicator.average(torch.stack(losses).mean()).wait())
 
     def _read_for_validation(self) -> None:
-        """Inside the clock, by the public record's rules: pull what the last validation reads from tables."""
-        for batch in self.val_batches if self.model.tables else ():
+        """Inside the clock, by the public record's rules: pull what the last validation reads of others' tables."""
+        for batch in self.val_batches if self.model.tables and self.world.size > 1 else ():
             with rows_of(self.model, batch):
                 pass
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from nanogpt.spec import RunSpec
 from nanogpt.training import tables
 from nanogpt.training.schedule import Schedule
 from nanogpt.training.tables import TableCycles, bytes_beside_tables, check_tables_fit
+from nanogpt.training.trainer import Trainer
 
 H200, H100 = 150_754_820_096, 85_017_624_576  # bytes that PyTorch reports
 
@@ -159,3 +161,18 @@ def test_a_cpu_shares_its_memory() -> None:
     with pytest.raises(InputError, match="this machine has"):
         check_tables_fit(record92("cpu", 8, "model.ngram_rows=2147483632"), world)
     assert np.isfinite(tables._memory(world)[0])
+
+
+def test_one_rank_reads_nothing_ahead_of_the_last_validation():
+    """Its rows are where they are; the clock would run meanwhile."""
+
+    def batches() -> Iterator[None]:
+        read.append(1)
+        yield from ()
+
+    read: list[int] = []
+    for size in (1, 2):
+        place = SimpleNamespace(val_batches=batches(), model=SimpleNamespace(tables={"rows": Table()}))
+        place.world = SimpleNamespace(size=size)
+        Trainer._read_for_validation(place)  # type: ignore[arg-type]
+    assert len(read) == 1
