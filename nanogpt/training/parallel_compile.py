@@ -320,7 +320,7 @@ def main(root: str, task: str, turns: str) -> None:
     collect_later()
     spec = RunSpec.model_validate_json(sys.stdin.read())
     with join_world(spec) as world, compiled_code_of(Path(root), world):
-        if world.device.type == "cuda":
+        if world.device.type == "cuda" and task != KERNELS:
             start_kernel_compilers()
             begin_hashing(StartUp())
         implementations, _ = choose_implementations(spec, world.device)
