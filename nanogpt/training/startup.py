@@ -18,6 +18,14 @@ from nanogpt.training.compilation import CompileCounts, compile_counts
 
 T = TypeVar("T")
 JOB_START = "SLURM_JOB_START_TIME"  # seconds since the epoch
+COLUMNS = {  # what is counted in a phase, with its column's title
+    "graphs": "graphs",
+    "from_cache": "from the cache",
+    "bypassed": "not cacheable",
+    "parts_compiled": "parts compiled",
+    "kernels_compiled": "kernels compiled",
+    "kernels_tuned": "kernels tuned",
+}
 
 
 class StartUp:
@@ -64,29 +72,9 @@ class StartUp:
         found = []
         for name, seconds in (*self._seconds.items(), ("everything else", rest)):
             counts = self._counts.get(name, CompileCounts())
-            found.append(
-                StartUpPhase(
-                    name=name,
-                    seconds=round(seconds, 3),
-                    graphs=counts.graphs,
-                    from_cache=counts.from_cache,
-                    bypassed=counts.bypassed,
-                    parts_compiled=counts.parts_compiled,
-                    kernels_compiled=counts.kernels_compiled,
-                    kernels_tuned=counts.kernels_tuned,
-                )
-            )
+            compiled = {key: getattr(counts, key) for key in COLUMNS}
+            found.append(StartUpPhase(name=name, seconds=round(seconds, 3), **compiled))
         return found
-
-
-COLUMNS = {  # of the table, by field of a phase
-    "graphs": "graphs",
-    "from_cache": "from the cache",
-    "bypassed": "not cacheable",
-    "parts_compiled": "parts compiled",
-    "kernels_compiled": "kernels compiled",
-    "kernels_tuned": "kernels tuned",
-}
 
 
 def phases_table(phases: Sequence[StartUpPhase]) -> list[str]:
