@@ -165,15 +165,21 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
             labels = [p.label for p in together]
             gradients = [reductions.pop(label).wait() for label in labels]
             own = [self._own(p, self.parameters[p.label].data) for p in together]
-            if together[0].bank:
-                self._update_bank(labels[0], own[0], gradients[0], rates)
-            else:
-                self._update_adam(labels, own, gradients, rates)
+            self._update(labels, own, gradients, rates)
             for p in together:
                 self._clear(p.label)
                 if p.sharded:
                     gathers[p.label] = self.communicator.gather(self._view(p, self.parameters[p.label].data))
         return gathers
+
+    def _update(
+        self, labels: Sequence[str], own: Sequence[Tensor], gradients: Sequence[Tensor], rates: OwnRates
+    ) -> None:
+        """Update a bank, or those parameters of Adam's that are updated together."""
+        if self.plans[labels[0]].bank:
+            self._update_bank(labels[0], own[0], gradients[0], rates)
+        else:
+            self._update_adam(labels, own, gradients, rates)
 
     def _clear(self, label: str) -> None:
         gradient = self.parameters[label].grad
@@ -245,15 +251,11 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
             twin.state[self.tied_label] = twin._adam_state(self.tied_label)
         twin._adam, twin._bank = self._adam, self._bank
         for rates, labels in itertools.product(self._kinds_of_rates(), self.spec.updated_together(self.rows)):
-            plan = self.plans[labels[0]]
-            if not plan.sharded and world_size > 1:  # equal for any number of ranks
+            if not self.plans[labels[0]].sharded and world_size > 1:  # equal for any number of ranks
                 continue
             own = [twin._own(self.plans[label], twin.parameters[label].data) for label in labels]
             gradients = [torch.zeros_like(part) for part in own]
-            if plan.bank:
-                twin._update_bank(labels[0], own[0], gradients[0], rates)
-            else:
-                twin._update_adam(labels, own, gradients, rates)
+            twin._update(labels, own, gradients, rates)
 
     def _multipliers(self, label: str, own: Tensor) -> Tensor:
         """(n, 1, 1) fp32, for this rank's matrices: sqrt(max(1, rows / columns)) times the group's multipliers."""
