@@ -72,7 +72,7 @@ def _spec(recipe: str, overrides: list[str] | None, on: str | None) -> RunSpec:
 def _trainer(spec: RunSpec, data: Path | None = None) -> Iterator[Trainer]:
     """The recipe's trainer, ready to step, on `data` or on made-up tokens."""
     from nanogpt.cache.compile_cache import cache_directory
-    from nanogpt.data.made_up import write_made_up_shards
+    from nanogpt.data.made_up import write_shards_for
     from nanogpt.launch.world import join_world
     from nanogpt.training.ahead import compiler
     from nanogpt.training.implementations import compiles
@@ -86,9 +86,7 @@ def _trainer(spec: RunSpec, data: Path | None = None) -> Iterator[Trainer]:
             world = stack.enter_context(join_world(spec))
         if data is None:
             with startup.phase("made-up tokens"):
-                largest = max(stage.batch_tokens for stage in spec.training.all_stages)
-                sizes = {"train_tokens": 20 * largest, "val_tokens": spec.evaluation.tokens + 1}
-                write_made_up_shards(scratch, **sizes, bos=spec.data.bos)
+                write_shards_for(spec, scratch)
         kept_in = cache_directory(spec.output.directory) if compiles(spec, world.device) else None
         cache = stack.enter_context(compiler(spec, world, startup, kept_in))
         place: dict[str, Any] = {"run": None, "data_directory": data or scratch}

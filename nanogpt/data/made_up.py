@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nanogpt.data.shards import train_name, val_name, write_tokens
+
+if TYPE_CHECKING:
+    from nanogpt.spec import RunSpec
+
+
+def write_shards_for(spec: RunSpec, directory: Path) -> None:
+    """Shards for a few steps of every stage, read again where they end, and for a validation."""
+    largest = max(stage.batch_tokens for stage in spec.training.all_stages)
+    tokens = {"train_tokens": 20 * largest, "val_tokens": spec.evaluation.tokens + 1}
+    write_made_up_shards(directory, **tokens, bos=spec.data.bos)
 
 
 def write_made_up_shards(directory: Path, *, train_tokens: int, val_tokens: int, bos: int, seed: int = 0) -> None:

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from nanogpt.cache.compile_cache import VARIABLE, cache_directory
-from nanogpt.data.made_up import write_made_up_shards
+from nanogpt.data.made_up import write_shards_for
 from nanogpt.errors import InputError
 from nanogpt.launch.world import join_world
 from nanogpt.spec import WORLD_SIZES, RunSpec
@@ -48,9 +48,7 @@ def warm_cache(spec: RunSpec, *, world_sizes: Sequence[int], directory: Path | N
         if not compiles(spec, world.device):
             raise InputError(f"{spec.name}: runtime.compile is {spec.runtime.compile}: nothing is compiled here")
         with startup.phase("made-up tokens"):
-            largest = max(stage.batch_tokens for stage in spec.training.all_stages)
-            sizes = {"train_tokens": 20 * largest, "val_tokens": spec.evaluation.tokens + 1}
-            write_made_up_shards(scratch, **sizes, bos=spec.data.bos)
+            write_shards_for(spec, scratch)
         cache = stack.enter_context(compiler(spec, world, startup, place, fresh=fresh))
         trainer = stack.enter_context(
             Trainer(spec, world, run=None, data_directory=scratch, cache=cache, startup=startup)
