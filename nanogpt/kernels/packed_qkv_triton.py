@@ -41,10 +41,11 @@ def _numbers(ptr, inside):
 
 
 @triton.jit
-def _positions(token, head, ROTATED: tl.constexpr, PAIRED: tl.constexpr):
-    """Places in the tables of cosines and sines, (tokens, ROTATED)."""
+def _cosines_and_sines(cos_ptr, sin_ptr, token, head, inside, ROTATED: tl.constexpr, PAIRED: tl.constexpr):
+    """Each (tokens, ROTATED)."""
     row = 2 * token + head % 2 if PAIRED else token
-    return row[:, None] * ROTATED + tl.arange(0, ROTATED)[None, :]
+    place = row[:, None] * ROTATED + tl.arange(0, ROTATED)[None, :]
+    return _numbers(cos_ptr + place, inside), _numbers(sin_ptr + place, inside)
 
 
 @triton.jit
@@ -65,8 +66,7 @@ def _norm_and_rotate_kernel(
     head = tl.program_id(0)
     token = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = (token < T)[:, None]
-    place = _positions(token, head, ROTATED, PAIRED)
-    cos, sin = _numbers(cos_ptr + place, inside), _numbers(sin_ptr + place, inside)
+    cos, sin = _cosines_and_sines(cos_ptr, sin_ptr, token, head, inside, ROTATED, PAIRED)
     leading = tl.arange(0, ROTATED)[None, :]
     for which in tl.static_range(2):
         source = qk_ptr + ((2 * token + which) * H + head)[:, None] * D
@@ -121,8 +121,7 @@ def _packed_gradient_kernel(
     token = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = (token < T)[:, None]
     width: tl.constexpr = H * (2 * D + E)
-    place = _positions(token, head, ROTATED, PAIRED)
-    cos, sin = _numbers(cos_ptr + place, inside), _numbers(sin_ptr + place, inside)
+    cos, sin = _cosines_and_sines(cos_ptr, sin_ptr, token, head, inside, ROTATED, PAIRED)
     leading = tl.arange(0, ROTATED)[None, :]
     for which in tl.static_range(2):
         source = qk_ptr + ((2 * token + which) * H + head)[:, None] * D
