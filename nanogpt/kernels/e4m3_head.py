@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nanogpt.gpus import FP8
 from nanogpt.kernels.dispatch import runs_kernel
+from nanogpt.kernels.transpose import transposed_8bit_plain
 
 Losses = tuple[Tensor, Tensor | None, Tensor | None]  # losses (T,) fp32, gradient (T, V) and (V, T) e5m2 where wanted
 
@@ -93,4 +94,4 @@ def e4m3_cross_entropy_plain(
         return losses, None, None
     by_z = (e * (row_weights / total)[:, None]).scatter_add_(1, columns, -column_weights)
     grad = (by_z * s * (1 - s) * (cap / scale * grad_factor)).to(torch.float8_e5m2)
-    return losses, grad, grad.view(torch.uint8).mT.contiguous().view(grad.dtype)
+    return losses, grad, transposed_8bit_plain(grad)

@@ -24,6 +24,7 @@ from torch import Tensor
 from nanogpt.gpus import FP8
 from nanogpt.kernels.dispatch import runs_kernel
 from nanogpt.kernels.fp8_mlp import to_e4m3
+from nanogpt.kernels.transpose import transposed_8bit_plain
 
 
 class Rotation(NamedTuple):
@@ -73,10 +74,7 @@ def transposed_8bit(matrix8: Tensor, *, plain: bool = False) -> Tensor:
     The kernel leaves the tokens of every 16 in an order of its own (`paired_transpose`), which such a sum does not see
     if its other factor has it too; T is a multiple of 16.
     """
-    if matrix8.is_cuda and not plain:
-        return _transposed_8bit(matrix8)
-    # As bytes, since not every device can copy strided 8-bit floats.
-    return matrix8.view(torch.uint8).mT.contiguous().view(matrix8.dtype)
+    return _transposed_8bit(matrix8) if matrix8.is_cuda and not plain else transposed_8bit_plain(matrix8)
 
 
 def _runs_kernel(qk: Tensor, rotation: Rotation, channels: int) -> bool:

@@ -1,4 +1,4 @@
-"""Transposed copy and transposed add, for a head and an embedding that share their weight."""
+"""Transposed copy and add, for a head and an embedding that share their weight; and the plain transpose of 8 bits."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ def transpose_copy_plain(src: Tensor, dst: Tensor) -> None:
 def transpose_add_plain(src: Tensor, dst: Tensor) -> None:
     """`dst += src.T` in place, in plain PyTorch. src (m, n), dst (n, m)."""
     dst.add_(src.mT)
+
+
+def transposed_8bit_plain(matrix8: Tensor) -> Tensor:
+    """The contiguous transpose of an 8-bit matrix: as bytes, since not every device can copy strided 8-bit floats."""
+    return matrix8.view(torch.uint8).mT.contiguous().view(matrix8.dtype)
 
 
 def transpose_copy(src: Tensor, dst: Tensor) -> None:

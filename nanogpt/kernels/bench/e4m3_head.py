@@ -15,6 +15,7 @@ from nanogpt.kernels.cross_entropy import _plain_head_loss, head_loss, head_loss
 from nanogpt.kernels.dispatch import runs_kernel
 from nanogpt.kernels.e4m3_head import e4m3_cross_entropy, e4m3_cross_entropy_plain
 from nanogpt.kernels.fp8_head import Fp8Scales
+from nanogpt.kernels.transpose import transposed_8bit_plain
 
 SCALES = Fp8Scales(weight=2.0 / 448, gradient=0.75 / 8 / 448, logits8=True)  # record 92's
 SOFTCAP: dict[str, Any] = {"cap": 23.0, "shift": 5.0, "scale": 7.5}
@@ -82,7 +83,7 @@ def _error_of_gradient(logits: Tensor, targets: Tensor, weights: Tensor) -> floa
     log_p = softcap(rows, **SOFTCAP).log_softmax(1)
     terms = [weight * log_p.gather(1, targets[k : k + count, None]).sum() for k, weight in enumerate(weights.tolist())]
     exact = torch.autograd.grad(-sum(terms), rows)[0] / SCALES.gradient
-    found = grad[:count].double(), transposed.view(torch.uint8)[:, :count].mT.contiguous().view(grad.dtype).double()
+    found = grad[:count].double(), transposed_8bit_plain(transposed[:, :count]).double()
     return _largest(*(((layout - exact).norm() / exact.norm()).item() for layout in found))
 
 

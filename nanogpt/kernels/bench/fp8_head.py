@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nanogpt.kernels.bench import BenchCase
 from nanogpt.kernels.fp8_mlp import current_scale, round_matrices
+from nanogpt.kernels.transpose import transposed_8bit_plain
 
 WIDTH = 768
 # Record 92's: packed queries, keys and values of each shape, the bank of MLPs and the head.
@@ -45,6 +46,6 @@ def _error(matrices: Tensor, scale: Tensor, same: Tensor, transposed: Tensor) ->
     """Of both layouts."""
     round_matrices(matrices, scale, same, transposed)
     exact = matrices.double()
-    layouts = same, transposed.view(torch.uint8).mT.contiguous().view(same.dtype)
+    layouts = same, transposed_8bit_plain(transposed)
     errors = [(x.double() * scale[:, None, None] - exact).norm() / exact.norm() for x in layouts]
     return torch.stack(errors).max().item()  # NaN if either is, which `max` may pass over

@@ -20,6 +20,7 @@ from nanogpt.kernels.fp8_mlp import (
     to_e4m3,
     to_e5m2,
 )
+from nanogpt.kernels.transpose import transposed_8bit_plain
 
 WIDTH = 768
 Form = tuple[str, bool, bool]  # what is kept: transposed copies in 8 bits, and the square in 8 bits alone
@@ -72,7 +73,7 @@ def _mlp_cases(u: Tensor, hidden: int, forms: tuple[Form, ...]) -> Iterator[Benc
     up, down = ((0.03 * torch.randn(hidden, width, device=device)).bfloat16() for _ in range(2))
     up_scale, down_scale = current_scale(up), current_scale(down)
     up8, down8_t = to_e4m3(up / up_scale), to_e4m3(down / down_scale)
-    up8_t, down8 = (x.view(torch.uint8).mT.contiguous().view(x.dtype) for x in (up8, down8_t))
+    up8_t, down8 = map(transposed_8bit_plain, (up8, down8_t))
     post_scale, u_scale = torch.full((), 0.01, device=device), current_scale(u)
     u8 = to_e4m3(u / u_scale)
     grad = (1e-4 * torch.randn(tokens, width, device=device)).bfloat16()
