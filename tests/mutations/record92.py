@@ -163,7 +163,7 @@ _add(
     "no prefix is class 0",
     ("prefix_weight * (prefixes >= 0)", "prefix_weight * (prefixes > -2)"),
 )
-_add("8-bit head", E4M3_HEAD, "one layout twice", (".mT.contiguous()", ".reshape(s.mT.shape).contiguous()"))
+_add("8-bit head", E4M3_HEAD, "one layout twice", ("transposed_8bit_plain(grad)", "grad.reshape(s.mT.shape)"))
 _add(
     "8-bit MLP",
     RECORD92,
