@@ -148,6 +148,13 @@ def test_a_curve_is_zoomed_read_off_and_hidden(runs, nanogpt, tmp_path, browser:
     browser.open(tmp_path / "report.html", 1400, "light")
     place = "const r = document.querySelector('#validation-step .nsewdrag').getBoundingClientRect()"
     x, y, w, h = browser.evaluate(f"(() => {{ {place}; return [r.x, r.y, r.width, r.height] }})()")
+    nudges = itertools.cycle((0.0, 1.0))  # a move while the page still draws shows nothing
+
+    def move() -> None:
+        browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=x + 0.52 * w + next(nudges), y=y + h * 0.5)
+
+    read = "document.querySelector('#validation-step .hoverlayer').textContent"
+    browser.wait_for(f"/^750run-0 : \\d\\.\\d{{4}}run-1/.test({read})", move)  # the nearest, 35 pixels away
     shown = "document.querySelector('#validation-step')._fullLayout.xaxis.range"
     before = browser.evaluate(shown)
     for kind, part in (("mousePressed", 0.6), ("mouseMoved", 0.8), ("mouseReleased", 0.8)):
@@ -156,12 +163,7 @@ def test_a_curve_is_zoomed_read_off_and_hidden(runs, nanogpt, tmp_path, browser:
     browser.wait_for(f"{shown}[0] > {before[0] + 500}")
     after = browser.evaluate(shown)
     assert before[0] < after[0] < after[1] < before[1]
-    nudges = itertools.cycle((0.0, 1.0))  # a move while the page still draws what was zoomed shows nothing
-
-    def move() -> None:
-        browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=x + 0.5 * w + next(nudges), y=y + h * 0.5)
-
-    browser.wait_for("/\\d\\.\\d{4}/.test(document.querySelector('#validation-step .hoverlayer').textContent)", move)
+    browser.wait_for(f"{read}.startsWith('1,250run-0')", move)
     browser.evaluate("document.querySelectorAll('.legend input')[1].click()")
     browser.wait_for("document.querySelectorAll('#validation-step .scatterlayer .trace').length === 3")
     assert browser.evaluate(shown) == after

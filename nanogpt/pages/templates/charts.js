@@ -38,7 +38,7 @@
       font: { family: "system-ui, sans-serif", size: 12, color: css("--text") },
       margin: { l: 48, r: 12, t: 8, b: 44 },
       modebar: { bgcolor: "rgba(0,0,0,0)", color: css("--faint"), activecolor: css("--text") },
-      hovermode: figure.runs > 6 ? "closest" : "x unified",
+      hovermode: figure.runs > 6 ? "closest" : "x unified", hoverdistance: -1, // however far apart the points are
       hoverlabel: { bgcolor: css("--raised"), bordercolor: css("--line"), font: { color: css("--text") } },
       xaxis: { ...axis, title: { text: figure.x }, rangemode: "tozero", nticks: 8, hoverformat: figure.x_format },
       yaxis: { ...axis, type: figure.logarithmic ? "log" : "linear", nticks: 8, exponentformat: "none" },
