@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from nanogpt.data.batches import MicroBatch
+from nanogpt.data.micro_batches import MicroBatch
 from nanogpt.models.model_spec import BaseModelSpec, Slot
 from nanogpt.models.stage_loss import StageLoss
 from nanogpt.recipe import load_recipe

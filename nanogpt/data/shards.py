@@ -7,6 +7,7 @@ little-endian uint16. The format is that of the hub data set kjj0/fineweb10B-gpt
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,18 @@ def train_name(index: int, stem: str = "fineweb") -> str:
 def val_name(index: int = 0, stem: str = "fineweb") -> str:
     """File name of validation shard `index`; validation shards count from 0."""
     return f"{stem}_val_{index:06d}.bin"
+
+
+def number_of_shards(count: int) -> str:
+    """`count` in words: 1 shard, 2 shards."""
+    return "1 shard" if count == 1 else f"{count} shards"
+
+
+def sorted_shards(files: Sequence[Path], kind: str) -> list[Path]:
+    """In the order in which runs read them. Raises InputError if there are none of this `kind`."""
+    if not files:
+        raise InputError(f"{kind} data: no shards found; run prep-fineweb or prep-text first, and check the directory")
+    return sorted(Path(file) for file in files)
 
 
 def missing_target(path: Path) -> str | None:

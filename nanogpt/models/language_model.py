@@ -62,7 +62,7 @@ class Transformers(NamedTuple):
 
 
 class TokenBatch(Protocol):
-    """A micro-batch, such as `nanogpt.data.batches.MicroBatch`."""
+    """A micro-batch, such as `nanogpt.data.micro_batches.MicroBatch`."""
 
     @property
     def inputs(self) -> Tensor:

@@ -1,7 +1,7 @@
 """Which rows of a pulled table the ranks exchange in a cycle, worked out by each from the batches. No torch.
 
-Every rank deals all ranks' slots (`nanogpt.data.batches`), so it knows what others read of its part: neither the rows'
-numbers nor how many there are has to be sent, and no host waits for them.
+Every rank deals all ranks' slots (`nanogpt.data.training_batches`), so it knows what others read of its part: neither
+the rows' numbers nor how many there are has to be sent, and no host waits for them.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@
 
 Notable features of the exchange:
 - Which rows those are is known on the host, before the forward pass: the batch brings them. As every rank deals the
-  whole step (`nanogpt.data.batches`), it knows the rows of all ranks: values alone are exchanged, neither row numbers
-  nor counts, and no size has to come back from a device.
+  whole step (`nanogpt.data.training_batches`), it knows the rows of all ranks: values alone are exchanged, neither row
+  numbers nor counts, and no size has to come back from a device.
 - Each sender's rows are added in a call of their own, in the order of the ranks and in fp32: rows are unique within a
   call, so that the sum does not depend on the order of atomic additions, and is rounded once. The dense way rounds
   after each addition, in bf16.

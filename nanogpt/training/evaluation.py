@@ -25,10 +25,10 @@ import numpy.typing as npt
 import torch
 
 from nanogpt.console import markdown_table, progress, say
-from nanogpt.data.batches import ValBatches, read_stream
 from nanogpt.data.canonical_mask import build
 from nanogpt.data.shards import Tokens
 from nanogpt.data.tokenizer import VOCAB_SIZE, gpt2_encoding
+from nanogpt.data.validation_batches import ValBatches, read_stream
 from nanogpt.errors import InputError, RunError
 from nanogpt.runs.data_files import shards_directory
 from nanogpt.runs.directory import RECORD_NAME, RunDirectory

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from nanogpt.cache.graphs import prepare
-from nanogpt.data.batches import MicroBatch
+from nanogpt.data.micro_batches import MicroBatch
 from nanogpt.models.language_model import LanguageModel
 from nanogpt.optim.pulled_table import TableLookUp
 from nanogpt.optim.row_table import LookUp, add_gradients

@@ -34,7 +34,7 @@ import torch
 from nanogpt.cache.compile_cache import CompileCache, compiled_code_of
 from nanogpt.cache.graphs import compile_whole, prepare
 from nanogpt.console import say
-from nanogpt.data.batches import MicroBatch, cu_seqlens_length
+from nanogpt.data.micro_batches import MicroBatch, cu_seqlens_length
 from nanogpt.garbage import collect_later
 from nanogpt.launch.tied import tied_command
 from nanogpt.launch.world import World, join_world

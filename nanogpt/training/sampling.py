@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanogpt.data.batches import MicroBatch
+from nanogpt.data.micro_batches import MicroBatch
 from nanogpt.errors import InputError
 from nanogpt.layers.past import Past
 from nanogpt.models.model_spec import Slot

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from nanogpt.data.batches import StepRequest
+from nanogpt.data.training_batches import StepRequest
 from nanogpt.models.language_model import SchedulePoint, Windows
 from nanogpt.spec import CooldownSchedule, CosineSchedule, RunSpec, WindowBlocks
 

@@ -8,7 +8,8 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from nanogpt.data.batches import MicroBatch, StepRequest, TrainBatches
+from nanogpt.data.micro_batches import MicroBatch
+from nanogpt.data.training_batches import StepRequest, TrainBatches
 from nanogpt.errors import InputError
 from nanogpt.launch.world import World
 from nanogpt.models.language_model import LanguageModel

@@ -27,9 +27,10 @@ from torch import Tensor
 from nanogpt.cache.compile_cache import CompileCache, cache_directory
 from nanogpt.cache.graphs import compile_whole
 from nanogpt.console import say
-from nanogpt.data.batches import TrainBatches, ValBatches, read_stream
 from nanogpt.data.prefixes import gpt2_tokens, prefix_table
 from nanogpt.data.shards import check_shard_tokens, missing_target
+from nanogpt.data.training_batches import TrainBatches
+from nanogpt.data.validation_batches import ValBatches, read_stream
 from nanogpt.errors import InputError, Interrupted, NanogptError, RunError
 from nanogpt.garbage import collect_from_now
 from nanogpt.launch.page_cache import keep_code_in_memory

@@ -196,7 +196,7 @@ def test_the_gpu_is_part_of_the_key(monkeypatch: pytest.MonkeyPatch):
         "runs/display.py",
         "runs/record.py",
         "cli/train.py",
-        "data/batches.py",
+        "data/training_batches.py",
         "launch/watchdog.py",
     ],
 )

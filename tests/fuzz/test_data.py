@@ -13,10 +13,11 @@ from tiny_runs import BOS, VOCABULARY, make_data, tiny_spec
 
 from nanogpt.cli.demo import data_state
 from nanogpt.cluster.preflight import check_shards
-from nanogpt.data.batches import StepRequest, TrainBatches, ValBatches
 from nanogpt.data.manifest import MANIFEST, file_sha256, verify_directory
 from nanogpt.data.shards import check_shard_tokens, read_count, train_name, val_name
 from nanogpt.data.text_shards import MANIFEST as TEXT_MANIFEST
+from nanogpt.data.training_batches import StepRequest, TrainBatches
+from nanogpt.data.validation_batches import ValBatches
 from nanogpt.runs.data_files import describe_shards
 from nanogpt.runs.unigram import unigram_cross_entropy
 

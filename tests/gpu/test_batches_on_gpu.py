@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from nanogpt.data.batches import MicroBatch, StepRequest, TrainBatches, ValBatches
+from nanogpt.data.micro_batches import MicroBatch
 from nanogpt.data.shards import header_bytes, train_name
+from nanogpt.data.training_batches import StepRequest, TrainBatches
+from nanogpt.data.validation_batches import ValBatches
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

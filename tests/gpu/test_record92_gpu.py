@@ -10,7 +10,7 @@ from pulls import lists_of
 from small_specs import batch_of, on_gpu, relative_error
 
 from nanogpt.cache.graphs import compile_whole
-from nanogpt.data.batches import MicroBatch
+from nanogpt.data.micro_batches import MicroBatch
 from nanogpt.kernels.bench import document_ends
 from nanogpt.kernels.table_rows import Gradients, RowAdam, Signs, entries_of, read_rows, row_adam, sum_rows
 from nanogpt.models.language_model import Implementations, LanguageModel, Windows

@@ -39,7 +39,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import nanogpt.kernels
-from nanogpt.data.batches import MicroBatch, cu_seqlens_length
+from nanogpt.data.micro_batches import MicroBatch, cu_seqlens_length
 from nanogpt.gpus import FP8, MULTIPROCESSORS, Multiprocessor, Needs, meets
 from nanogpt.kernels.cross_entropy import head_loss
 from nanogpt.kernels.dispatch import ANY

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from small_specs import relative_error
 
-from nanogpt.data.batches import MicroBatch
+from nanogpt.data.micro_batches import MicroBatch
 from nanogpt.models.gpt2.definition import dense_logits
 from nanogpt.models.gpt2.model import Gpt2, split_documents
 from nanogpt.models.language_model import Implementations, Windows

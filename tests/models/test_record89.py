@@ -13,7 +13,7 @@ from small_specs import batch_of, randomize, relative_error, small_record89
 from tiny_runs import RECORD89
 from torch._dynamo.backends.common import aot_autograd
 
-from nanogpt.data.batches import MicroBatch
+from nanogpt.data.micro_batches import MicroBatch
 from nanogpt.models.definitions import start_frequencies, yarn
 from nanogpt.models.language_model import Implementations, Windows
 from nanogpt.models.record89.definition import DenseRecord89

@@ -11,7 +11,7 @@ import torch
 from pulls import lists_of
 from small_specs import batch_of, randomize, relative_error, small_record92
 
-from nanogpt.data.batches import MicroBatch
+from nanogpt.data.micro_batches import MicroBatch
 from nanogpt.kernels.fp8_mlp import to_e4m3
 from nanogpt.layers.attention import head_attention
 from nanogpt.models.definitions import start_frequencies, yarn

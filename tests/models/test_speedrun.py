@@ -9,7 +9,7 @@ import pytest
 import torch
 from small_specs import BIGRAM_ROWS, VOCAB, batch_of, randomize, relative_error, small_speedrun
 
-from nanogpt.data.batches import MicroBatch
+from nanogpt.data.micro_batches import MicroBatch
 from nanogpt.models.definitions import start_frequencies, yarn
 from nanogpt.models.language_model import Implementations, Windows
 from nanogpt.models.record_model import LossInputs

@@ -63,7 +63,9 @@ CANONICAL_MASK = "nanogpt/data/canonical_mask.py"
 RECIPE_AVERAGED = "recipes/record89-averaged.yaml"
 MICRO_STEP = "nanogpt/training/micro_step.py"
 ROWS = "nanogpt/kernels/row_gradients.py"
-BATCHES = "nanogpt/data/batches.py"
+MICRO_BATCHES = "nanogpt/data/micro_batches.py"
+BATCHES = "nanogpt/data/training_batches.py"
+VALIDATION_BATCHES = "nanogpt/data/validation_batches.py"
 DOCUMENTS = "nanogpt/data/documents_index.py"
 RECIPE = "recipes/speedrun.yaml"
 
@@ -160,8 +162,10 @@ _TESTS: dict[str, tuple[str, ...]] = {
     RECIPE_AVERAGED: ("tests/training/test_end_of_run.py::test_the_shipped_recipe_trains_as_record_89",),
     MICRO_STEP: ("tests/training/test_micro_step.py", "tests/optim/test_micro_steps.py"),
     ROWS: ("tests/kernels/test_row_gradients.py", "tests/training/test_micro_step.py"),
-    BATCHES: ("tests/data/test_batches.py",),
-    DOCUMENTS: ("tests/data/test_batches.py",),
+    MICRO_BATCHES: ("tests/data/test_training_batches.py",),
+    BATCHES: ("tests/data/test_training_batches.py",),
+    VALIDATION_BATCHES: ("tests/data/test_validation_batches.py",),
+    DOCUMENTS: ("tests/data/test_training_batches.py",),
     RECIPE89: (
         "tests/models/test_record89.py",
         "tests/training/test_schedule_record89.py",

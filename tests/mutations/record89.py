@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from mutation import (
-    BATCHES,
     CONNECTIONS,
     EMBEDDING,
     FP8_MLP,
     FP8_SCALES,
     HEAD,
     HEADS,
+    MICRO_BATCHES,
     MIXING,
     MLP,
     PREFIXES,
@@ -346,7 +346,7 @@ _add(
     "documents as long as the run's",
     ("stage.max_document_tokens or self.training", "self.training"),
 )
-_add("stage limits", BATCHES, "room as by tokens", ("if max_documents is None else max_documents + 1", ""))
+_add("stage limits", MICRO_BATCHES, "room as by tokens", ("if max_documents is None else max_documents + 1", ""))
 
 # --- 8-bit MLPs ---
 

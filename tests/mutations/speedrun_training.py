@@ -6,6 +6,7 @@ from mutation import (
     ADAM,
     BATCHES,
     DOCUMENTS,
+    MICRO_BATCHES,
     MICRO_STEP,
     NORMUON,
     OPTIMIZER,
@@ -20,6 +21,7 @@ from mutation import (
     STAGE_LOSS,
     TABLE,
     TRAINER,
+    VALIDATION_BATCHES,
     Mutations,
 )
 
@@ -322,11 +324,11 @@ _add(
 )
 _add(
     "cu_seqlens",
-    BATCHES,
+    MICRO_BATCHES,
     "length rounded down",
     ("max(128, -(-(tokens // 300) // 128) * 128)", "max(128, tokens // 300 // 128 * 128)"),
 )
-_add("cu_seqlens", BATCHES, "last end beyond T", ("np.minimum(ends, self.tokens)", "ends"))
+_add("cu_seqlens", MICRO_BATCHES, "last end beyond T", ("np.minimum(ends, self.tokens)", "ends"))
 _add("cu_seqlens", BATCHES, "too many documents pass", ("if found.size > host.room:", "if found.size > host.room + 1:"))
 _add("segments", BATCHES, "from the stream's start", ("starts = np.append(0, ends[:-1])", "starts = 0 * ends"))
 _add("segments", BATCHES, "beyond the document", (", np.repeat(ends, counts))", ", np.repeat(ends, counts) + 1)"))
@@ -346,7 +348,7 @@ _add(
 _add(
     "segments", BATCHES, "as long as documents", ("min(self.max_document_tokens, self.max_segment_tokens or", "max(0,")
 )
-_add("targets", BATCHES, "the inputs themselves", ("targets[row] = piece[1:]", "targets[row] = piece[:-1]"))
+_add("targets", MICRO_BATCHES, "the inputs themselves", ("targets[row] = piece[1:]", "targets[row] = piece[:-1]"))
 _add("extras", BATCHES, "of states only the own", ("or host.has_state or", "or"))
 _add(
     "extras",
@@ -365,7 +367,7 @@ _add(
 _add("extras", BATCHES, "the first slot's state", ("else position.states[slot]", "else position.states[0]"))
 _add("extras", BATCHES, "states not saved", ('state["file"], state.get("states")', 'state["file"], None'))
 _add("extras", BATCHES, "shapes of the first request", ("or self._example[0] != request:", ":"))
-_add("extras", BATCHES, "any dtype", ('casting="no"', 'casting="unsafe"'))
+_add("extras", MICRO_BATCHES, "any dtype", ('casting="no"', 'casting="unsafe"'))
 _add("steps ahead", BATCHES, "not compared", ("if coming != request:", "if False:"))
 _add("steps ahead", BATCHES, "all from one position", ("self._coming[-1][1] if self._coming else", ""))
 _add("steps ahead", BATCHES, "a guess although others come", ("is not None and not self._coming:", "is not None:"))
@@ -376,10 +378,10 @@ _add("rows ahead", BATCHES, "of one extra", ("self._tables[name].extras:", "self
 _add("rows ahead", BATCHES, "of other steps", ("or self._gathered[0] != steps:", ":"))
 _add("rows ahead", BATCHES, "of this rank's slots alone", ("or (self._world_size > 1 and bool(readers))", ""))
 _add("steps ahead", TRAINER, "none", ("min(settings.step + 2,", "min(settings.step + 1,"))
-_add("validation", BATCHES, "all are slot 0", ("(piece % slots, own.copy(), ends)", "(0, own.copy(), ends)"))
+_add("validation", VALIDATION_BATCHES, "all are slot 0", ("(piece % slots, own.copy(), ends)", "(0, own.copy(), ends)"))
 _add(
     "validation",
-    BATCHES,
+    VALIDATION_BATCHES,
     "pieces overlap",
     (
         "own = stream[first : first + micro_batch_tokens + 1]",
@@ -388,13 +390,13 @@ _add(
 )
 _add(
     "validation",
-    BATCHES,
+    VALIDATION_BATCHES,
     "pieces in blocks a rank",
     ("piece % world_size == rank", "piece * world_size * micro_batch_tokens // tokens == rank"),
 )
 _add(
     "validation",
-    BATCHES,
+    VALIDATION_BATCHES,
     "a boundary after the BOS",
     ("np.flatnonzero(own[1:-1] == bos) + 1", "np.flatnonzero(own[:-2] == bos) + 1"),
 )

@@ -9,8 +9,8 @@ import pytest
 import torch
 from small_specs import randomize, small_speedrun
 
-from nanogpt.data.batches import StepRequest, TrainBatches
 from nanogpt.data.shards import header_bytes, train_name, val_name
+from nanogpt.data.training_batches import StepRequest, TrainBatches
 from nanogpt.launch.world import join_world
 from nanogpt.training.trainer import Trainer
 

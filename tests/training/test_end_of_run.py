@@ -22,8 +22,8 @@ from tiny_runs import (
     train,
 )
 
-from nanogpt.data.batches import ValBatches
 from nanogpt.data.canonical_mask import build
+from nanogpt.data.validation_batches import ValBatches
 from nanogpt.recipe import RecipeError, load_recipe
 from nanogpt.runs.record import read_record
 from nanogpt.training.evaluation import as_json, as_lines, evaluate_runs

@@ -18,9 +18,9 @@ from small_specs import batch_of
 from tiny_runs import BOS, FIRST_WITH_PREFIX, language, losses, make_data, tiny_spec, train
 
 from nanogpt.console import print_report
-from nanogpt.data.batches import ValBatches
 from nanogpt.data.shards import read_tokens, val_name, write_tokens
 from nanogpt.data.tokenizer import gpt2_encoding
+from nanogpt.data.validation_batches import ValBatches
 from nanogpt.errors import InputError, RunError
 from nanogpt.kernels import cross_entropy
 from nanogpt.models.gpt2 import model as gpt2

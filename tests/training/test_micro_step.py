@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_specs import VOCAB, batch_of, randomize, relative_error, small_record89, small_speedrun
 
-from nanogpt.data.batches import MicroBatch
+from nanogpt.data.micro_batches import MicroBatch
 from nanogpt.models.language_model import Windows
 from nanogpt.models.record_model import LossInputs
 from nanogpt.recipe import load_recipe

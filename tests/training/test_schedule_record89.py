@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from nanogpt.data.batches import StepRequest
+from nanogpt.data.training_batches import StepRequest
 from nanogpt.models.language_model import Windows
 from nanogpt.recipe import load_recipe, shorten
 from nanogpt.spec import RunSpec

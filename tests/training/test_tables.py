@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanogpt.data.batches import StepRequest
+from nanogpt.data.training_batches import StepRequest
 from nanogpt.errors import InputError
 from nanogpt.recipe import load_recipe
 from nanogpt.spec import RunSpec

@@ -26,7 +26,7 @@ from tiny_runs import (
     train,
 )
 
-from nanogpt.data.batches import StepRequest, TrainBatches
+from nanogpt.data.training_batches import StepRequest, TrainBatches
 from nanogpt.errors import InputError, RunError
 from nanogpt.launch.world import join_world
 from nanogpt.models.speedrun.model import Speedrun

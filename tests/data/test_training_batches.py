@@ -1,11 +1,10 @@
-"""The batch loaders against a slow formulation in plain lists, written from the rules alone."""
+"""Training's batches against a slow formulation in plain lists, written from the rules alone."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-import tempfile
 import textwrap
 import threading
 import time
@@ -19,42 +18,36 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from listed_batches import (
+    B,
+    ListedSlot,
+    as_lists,
+    counting,
+    on_disk,
+    padded,
+    quick,
+    shard_lists,
+    split_documents,
+    world_sizes,
+    write_shards,
+)
 from pulls import lists_of
 
-from nanogpt.data import documents_index
-from nanogpt.data.batches import MicroBatch, StepRequest, TrainBatches, ValBatches, cu_seqlens_length, segment_ends
 from nanogpt.data.documents_index import ShardDocuments
-from nanogpt.data.shards import ShardError, header_bytes, train_name, val_name
+from nanogpt.data.micro_batches import cu_seqlens_length
+from nanogpt.data.shards import ShardError, header_bytes, train_name
+from nanogpt.data.training_batches import StepRequest, TrainBatches, segment_ends
 from nanogpt.errors import InputError
 from nanogpt.models.model_spec import PulledTableSpec, Slot, SlotExtras
 from nanogpt.models.stage_loss import StageLoss
 from nanogpt.optim.pull_lists import PullLists
 
-B = 9  # BOS of the small examples; their other tokens are 0..8
-ListedSlot = tuple[list[int], list[int], list[int]]  # inputs, targets, cu_seqlens
 Request = tuple[int, int]  # tokens of a slot, maximum document length
 
 
 # -- the rules, slowly -----------------------------------------------------------------------------------------------
-
-
-def split_documents(shard: list[int]) -> list[list[int]]:
-    documents: list[list[int]] = []
-    for token in shard:
-        if token == B:
-            documents.append([token])
-        elif documents:
-            documents[-1].append(token)
-    return documents
-
-
-def padded(boundaries: list[int], tokens: int) -> list[int]:
-    length = 128
-    while length < tokens // 300:
-        length += 128
-    return boundaries + [tokens] * (length - len(boundaries))
 
 
 def slow_steps(shards: list[list[int]], requests: list[Request], slots: int = 8) -> Iterator[list[ListedSlot]]:
@@ -87,28 +80,6 @@ def slow_steps(shards: list[list[int]], requests: list[Request], slots: int = 8)
 # -- help ------------------------------------------------------------------------------------------------------------
 
 
-def as_lists(batch: MicroBatch) -> ListedSlot:
-    return batch.inputs.tolist(), batch.targets.tolist(), batch.cu_seqlens.tolist()
-
-
-def write_shards(folder: Path, shards: list[list[int]], name: Any = train_name) -> list[Path]:
-    paths = [folder / name(index) for index in range(1, len(shards) + 1)]
-    for path, tokens in zip(paths, shards, strict=True):
-        path.write_bytes(header_bytes(len(tokens)) + np.array(tokens, dtype="<u2").tobytes())
-    return paths
-
-
-@contextmanager
-def on_disk(shards: list[list[int]], piece: int = 7, window: int = 2) -> Iterator[list[Path]]:
-    """The shards as files, read in pieces of a few tokens and dealt from windows of a few documents."""
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(documents_index, "PIECE_TOKENS", piece),
-        mock.patch.object(documents_index, "_FIRST_WINDOW", window),
-    ):
-        yield write_shards(Path(folder), shards)
-
-
 def run_ranks(loaders: list[TrainBatches], requests: list[Request], slots: int = 8) -> list[list[ListedSlot]]:
     """The steps' slots in order, put together from all ranks, until the data end."""
     steps: list[list[ListedSlot]] = []
@@ -136,27 +107,11 @@ def ranks(files: list[Path], world_size: int, **options: Any) -> Iterator[list[T
             loader.close()
 
 
-@st.composite
-def a_shard(draw: st.DrawFn) -> list[int]:
-    """One to some hundred documents; none, a few or many of them longer than the maxima asked for below."""
-    rng = np.random.default_rng(draw(st.integers(0, 1000)))
-    tokens = rng.integers(0, B, draw(st.integers(0, 3))).tolist()  # before the first BOS
-    longest = draw(st.sampled_from([1, 2, 8, 30]))
-    for length in rng.integers(1, longest + 1, draw(st.integers(1, 1500 // longest))).tolist():
-        tokens += [B, *rng.integers(0, B, length - 1).tolist()]
-    return tokens
-
-
-shard_lists = st.lists(a_shard(), min_size=1, max_size=4)
 request_lists = st.lists(
     st.tuples(st.sampled_from([1, 4, 5, 16]), st.sampled_from([1, 2, 5, 12, 40]), st.integers(1, 5)),
     min_size=1,
     max_size=4,
 ).map(lambda stages: [(tokens, maximum) for tokens, maximum, steps in stages for _ in range(steps)])
-world_sizes = st.sampled_from([1, 2, 4, 8])
-quick = settings(max_examples=60, deadline=None)
-
-
 # -- training --------------------------------------------------------------------------------------------------------
 
 
@@ -353,20 +308,6 @@ def test_a_shard_without_a_document_is_an_error_where_it_is_reached(without: lis
             assert one.state_dict()["steps"] == len(list(slow_steps([SHARD], [(16, 12)] * 10)))
 
 
-def test_validation_tokens_are_checked_as_far_as_they_are_evaluated() -> None:
-    stream = np.full(2000, 3)
-    stream[::50] = B
-    stream[1000] = B + 1
-    sizes: dict[str, Any] = {"micro_batch_tokens": 64, "slots": 8, "bos": B, "vocab_size": B + 1}
-    with on_disk([stream[:900].tolist(), stream[900:].tolist()]) as files:
-        assert len(ValBatches(files, tokens=512, **sizes)) == 8
-        with pytest.raises(ShardError) as caught:
-            ValBatches(files, tokens=1024, **sizes)
-        assert str(caught.value).startswith(
-            f"{files[1]}: token 100 (from 0) is {B + 1}, the vocabulary is 0..{B} (model."
-        )
-
-
 # -- training: what goes wrong ---------------------------------------------------------------------------------------
 
 
@@ -554,19 +495,6 @@ MIXED_TERMS = [1, 1, 2, 2, 2, 3, 3, 1, 1, 1, 1, 2]
 MIXED_REQUESTS = [StepRequest(8 * t, m, loss=LOSSES[k - 1]) for (t, m), k in zip(MIXED, MIXED_TERMS, strict=True)]
 
 
-def counting(slot: Slot) -> SlotExtras:
-    """Arrays of several shapes, by tokens and terms of the loss; the state sums up what the slot has seen."""
-    seen, steps = (slot.state or [0, 0]) if slot.loss else [-1, 0]
-    state = [seen + int(slot.inputs.sum()) + slot.number, steps + 1]
-    terms = len(slot.loss.token_weights) if slot.loss else 0
-    arrays = {
-        "place": np.array([slot.number, slot.slots, *state], dtype=np.int64),
-        "shifted": np.stack([slot.targets.astype(np.int32) + k for k in range(terms + 1)]),
-        "tokens": np.array(slot.inputs.size, dtype=np.float32),
-    }
-    return SlotExtras(arrays, state if slot.loss else None)
-
-
 def slow_counting(steps: list[list[ListedSlot]], terms: list[int]) -> list[list[list[Any]]]:
     sums, expected = [0] * 8, []
     for number, (step, count) in enumerate(zip(steps, terms, strict=True)):
@@ -659,18 +587,6 @@ def test_positions_without_states_and_with_those_of_other_slots() -> None:
         for wrong in ([1, 2], "12345678", 3):
             with pytest.raises(InputError, match=r"saved data position: states .*expected null or a list of 8"):
                 loader.load_state_dict({**state, "states": wrong})
-
-
-def test_validation_has_extras_by_slot_and_no_state(tmp_path: Path) -> None:
-    files = write_shards(tmp_path, [[B, *range(8)] * 30], val_name)
-    place: dict[str, Any] = {"tokens": 256, "micro_batch_tokens": 16, "slots": 8, "bos": B, "extras": counting}
-    for _ in range(2):
-        batches = list(ValBatches(files, rank=1, world_size=2, **place))
-        assert [batch.extras["place"][:2].tolist() for batch in batches] == [[slot, 8] for slot in (1, 3, 5, 7)] * 2
-        for batch in batches:
-            assert batch.extras["shifted"].tolist() == [batch.targets.tolist()]
-            slot, _, seen, steps = batch.extras["place"].tolist()
-            assert (seen, steps) == (int(batch.inputs.sum()) + slot - 1, 1)
 
 
 # -- training: several steps ahead -----------------------------------------------------------------------------------
@@ -854,7 +770,7 @@ def test_a_program_that_never_closes_ends(tmp_path: Path) -> None:
     program = f"""
         import nanogpt.data.documents_index as index
         from pathlib import Path
-        from nanogpt.data.batches import StepRequest, TrainBatches
+        from nanogpt.data.training_batches import StepRequest, TrainBatches
         index.PIECE_TOKENS = 1000
         batches = TrainBatches(list(Path({str(tmp_path)!r}).iterdir()), slots=8, bos={B})
         print(len(batches.next_step(StepRequest(8 * 4, 6))), flush=True)
@@ -868,73 +784,6 @@ def test_a_program_that_never_closes_ends(tmp_path: Path) -> None:
         check=False,
     )
     assert (done.returncode, done.stdout.strip(), done.stderr) == (3, "8", "")
-
-
-# -- validation ------------------------------------------------------------------------------------------------------
-
-
-def slow_pieces(stream: list[int], tokens: int, size: int) -> list[ListedSlot]:
-    pieces = []
-    for first in range(0, tokens, size):
-        piece = stream[first : first + size + 1]
-        boundaries = [0] + [i for i in range(1, size) if piece[i] == B] + [size]
-        pieces.append((piece[:-1], piece[1:], padded(boundaries, size)))
-    return pieces
-
-
-@quick
-@given(shard_lists, world_sizes, st.sampled_from([1, 4, 16]), st.integers(1, 3))
-def test_validation_is_the_contiguous_stream(shards: list[list[int]], world_size: int, size: int, groups: int) -> None:
-    stream = [token for shard in shards for token in shard]
-    tokens = groups * 8 * size
-    with on_disk(shards) as files:
-
-        def loader(rank: int) -> ValBatches:
-            return ValBatches(
-                files, tokens=tokens, micro_batch_tokens=size, rank=rank, world_size=world_size, slots=8, bos=B
-            )
-
-        if len(stream) < tokens + 1:
-            with pytest.raises(InputError, match=rf"of {len(stream)} tokens, {tokens + 1} are needed"):
-                loader(0)
-            return
-        loaders = [loader(rank) for rank in range(world_size)]
-        assert all(len(one) == groups * 8 // world_size for one in loaders)
-        for _ in range(2):
-            parts = [list(one) for one in loaders]
-            assert all(batch.max_seqlen == size for part in parts for batch in part)
-            assert [as_lists(part[i]) for i in range(len(parts[0])) for part in parts] == slow_pieces(
-                stream, tokens, size
-            )
-
-
-def test_validation_documents_are_not_cut_and_have_the_right_types(tmp_path: Path) -> None:
-    files = write_shards(tmp_path, [[1, 2, B, *([3] * 4000)], [4, B, *([5] * 4500)]], val_name)
-    batches = list(ValBatches(files, tokens=8192, micro_batch_tokens=1024, slots=8, bos=B))
-    assert [batch.cu_seqlens.unique().tolist() for batch in batches] == [
-        [0, 2, 1024], [0, 1024], [0, 1024], [0, 4003 + 1 - 3 * 1024, 1024], *[[0, 1024]] * 4
-    ]  # fmt: skip
-    for batch in batches:
-        assert (batch.inputs.dtype, batch.targets.dtype, batch.cu_seqlens.dtype) == (
-            torch.int32,
-            torch.int64,
-            torch.int32,
-        )
-
-
-def test_wrong_validation_data(tmp_path: Path) -> None:
-    files = write_shards(tmp_path, [[B] * 2049], val_name)
-    with pytest.raises(InputError, match=r"1,000 tokens, must be a positive multiple of 8 slots of 64 tokens \(512\)"):
-        ValBatches(files, tokens=1000, micro_batch_tokens=64, slots=8, bos=B)
-    with pytest.raises(InputError, match=r"of 2,049 tokens, 2,561 are needed.*--val-tokens"):
-        ValBatches(files, tokens=2560, micro_batch_tokens=64, slots=8, bos=B)
-    with pytest.raises(InputError, match=r"tokens 0 to 256 hold 256 documents; cu_seqlens has room for 127"):
-        ValBatches(files, tokens=2048, micro_batch_tokens=256, slots=8, bos=B)
-    assert len(ValBatches(files, tokens=1016, micro_batch_tokens=127, slots=8, bos=B)) == 8
-    with pytest.raises(InputError, match="validation data: no shards found"):
-        ValBatches([], tokens=512, micro_batch_tokens=64, slots=8, bos=B)
-    with pytest.raises(InputError, match="world size: 5"):
-        ValBatches(files, tokens=512, micro_batch_tokens=64, slots=8, bos=B, world_size=5)
 
 
 # -- speed -----------------------------------------------------------------------------------------------------------

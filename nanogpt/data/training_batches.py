@@ -1,21 +1,18 @@
-"""The batches of a run: document-aligned micro-batches for training, a contiguous stream for validation.
+"""The batches of a run's steps: micro-batches that begin with a document.
 
 - A step is `slots` equal slots of the token stream for any world size; rank r's micro-step i is slot
   `i * world_size + r`. Every rank decides alike where the whole step lies in the shards, so runs on
   1, 2, 4 and 8 GPUs see the same tokens.
 - While the GPU computes, one background thread builds the next steps, and another reads the next shard.
-- Shapes depend on the micro-batch size alone, including `cu_seqlens`, so nothing is compiled twice.
 - What was read is also hashed in the background, from memory: a run can say what it was trained on.
 - The position in the data can be saved and resumed at any step.
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
@@ -23,38 +20,19 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from nanogpt.background import GivenUp, Worker, wait_for
 from nanogpt.data.documents_index import ShardDocuments, StepPlan
-from nanogpt.data.shards import HEADER_BYTES, ShardError, Tokens, check_tokens, read_count
+from nanogpt.data.micro_batches import Copier, Extras, HostStep, MicroBatch, check_ranks, cu_seqlens_length, no_extras
+from nanogpt.data.shards import number_of_shards, read_count, sorted_shards
 from nanogpt.errors import InputError, RunError
-from nanogpt.files import open_regular
 from nanogpt.models.model_spec import PulledTableSpec, Slot, SlotExtras
 from nanogpt.models.stage_loss import StageLoss
 from nanogpt.optim.pull_lists import PullLists, Share, StepReader, StepReads
 
-Extras = Callable[[Slot], SlotExtras]
 T = TypeVar("T")
-
-
-def no_extras(slot: Slot) -> SlotExtras:
-    """Only the tokens."""
-    return SlotExtras({})
-
-
-@dataclass(frozen=True, eq=False)
-class MicroBatch:
-    """One slot of a step on one rank: T tokens of consecutive documents as a flat stream.
-
-    Its segments, used by attention alone, are the documents, or pieces of them if the stage says so.
-    """
-
-    inputs: Tensor  # (T,) int32
-    targets: Tensor  # (T,) int64: inputs shifted by one; a document's last target is the next one's BOS
-    cu_seqlens: Tensor  # (n,) int32: 0, the segments' running ends, then T repeated; see cu_seqlens_length
-    max_seqlen: int  # the longest possible segment: the stage's maximum in training, T in validation
-    extras: Mapping[str, Tensor] = field(default_factory=dict)  # the arrays from `Extras`, as tensors
+_CLOSING_S = 3.0
+_MORE_DATA = "Get more shards (prep-fineweb --chunks N) or prepare more text (prep-text)"
 
 
 class StepRequest(NamedTuple):
@@ -74,14 +52,6 @@ class StepRequest(NamedTuple):
         return min(self.max_document_tokens, self.max_segment_tokens or self.max_document_tokens)
 
 
-def cu_seqlens_length(tokens: int, max_documents: int | None = None) -> int:
-    """Entries of `cu_seqlens` for a micro-batch of `tokens`: one more than the segments it has room for.
-
-    Without `max_documents`: floor(tokens / 300), rounded up to a multiple of 128.
-    """
-    return max(128, -(-(tokens // 300) // 128) * 128) if max_documents is None else max_documents + 1
-
-
 def segment_ends(ends: npt.NDArray[np.int64], tokens: int, longest: int | None) -> npt.NDArray[np.int64]:
     """Ends of a micro-batch's segments: those of its documents and, in each, one every `longest` tokens.
 
@@ -94,6 +64,25 @@ def segment_ends(ends: npt.NDArray[np.int64], tokens: int, longest: int | None) 
         number = np.arange(1, counts.sum() + 1) - np.repeat(np.cumsum(counts) - counts, counts)  # in its document
         ends = np.minimum(np.repeat(starts, counts) + longest * number, np.repeat(ends, counts))
     return ends[: int(np.searchsorted(ends, tokens)) + 1]
+
+
+class _Position(NamedTuple):
+    epoch: int
+    shard: int
+    document: int  # the next one, 0-based, in the shard
+    steps: int  # used since the start of the stream
+    tokens: int  # used since the start of the stream
+    states: list[Any] | None = None  # of the slots' extras, in order; None if there are none
+
+
+_START = _Position(0, 0, 0, 0, 0)
+
+
+class _Step(NamedTuple):
+    host: HostStep
+    after: _Position
+    extras: dict[str, list[npt.NDArray[Any]]]  # the kept ones
+    reads: dict[str, StepReads]  # by table
 
 
 class TrainBatches:
@@ -147,10 +136,10 @@ class TrainBatches:
         tables: Mapping[str, PulledTableSpec] = MappingProxyType({}),
         asked: Callable[[], str | None] = lambda: None,
     ):
-        _check_ranks(slots, rank, world_size)
+        check_ranks(slots, rank, world_size)
         if epochs is not None and epochs < 1:
             raise InputError(f"epochs: {epochs}, must be at least 1, or None to repeat the data forever")
-        self._files = _sorted_shards(files, "training")
+        self._files = sorted_shards(files, "training")
         self._counts = [read_count(path) for path in self._files]
         self._own_slots = range(rank, slots, world_size)
         self._world_size = world_size
@@ -162,7 +151,7 @@ class TrainBatches:
         if run_tokens is not None and epochs is not None and run_tokens > epochs * sum(self._counts):
             raise InputError(f"training data: {self._inventory()}; the run takes {run_tokens:,}. {_MORE_DATA}")
 
-        self._copier = _Copier(torch.device(device))
+        self._copier = Copier(torch.device(device))
         self._shards: dict[int, ShardDocuments] = {}
         self._asked = asked
         self._builder = Worker("next-step") if prefetch else None
@@ -300,7 +289,7 @@ class TrainBatches:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _host_step(self, request: StepRequest) -> _HostStep:
+    def _host_step(self, request: StepRequest) -> HostStep:
         tokens = request.batch_tokens // self._slots
         if self._example is None or self._example[0] != request:
             nothing = np.zeros(tokens, dtype=np.uint16)
@@ -379,7 +368,7 @@ class TrainBatches:
         self._shards.clear()
         self._to_hash, self._hashes = [], {}
 
-    def _build(self, before: _Position | Future[_Step], request: StepRequest, host: _HostStep) -> _Step:
+    def _build(self, before: _Position | Future[_Step], request: StepRequest, host: HostStep) -> _Step:
         position = before.result().after if isinstance(before, Future) else before
         following = self._following(position)
         for index in self._shards.keys() - {position.shard, following.shard}:
@@ -455,7 +444,7 @@ class TrainBatches:
         position: _Position,
         plan: StepPlan,
         request: StepRequest,
-        host: _HostStep,
+        host: HostStep,
         ends: Sequence[npt.NDArray[np.int64]],
     ) -> None:
         longest = request.max_segment_tokens
@@ -505,229 +494,4 @@ class TrainBatches:
     def _inventory(self) -> str:
         first, last = self._files[0], self._files[-1]
         names = first.name if first == last else f"{first.name} to {last.name}"
-        return f"{_shards(len(self._files))} in {first.parent} ({names}) of {sum(self._counts):,} tokens"
-
-
-class ValBatches:
-    """Validation micro-batches of one rank: the first `tokens` of the stream, cut into pieces of equal size.
-
-    Piece p, the tokens from `p * micro_batch_tokens` plus one for the last target, is slot `p % slots` of its
-    group, and belongs to rank `p % world_size`. Documents have no maximum length; they begin at BOS tokens, and if a
-    piece begins inside a document, the rest counts as one. Iterating starts over each time. Shards follow one
-    another. Everything is read and checked here, on every rank; `sha256` is of the stream
-    as it was read: `tokens` + 1 little-endian uint16.
-
-    Args:
-        files: The validation shards, the same on every rank.
-        tokens: Tokens to evaluate, over all ranks; a multiple of `slots * micro_batch_tokens`.
-        micro_batch_tokens: T of a micro-batch.
-        slots: Micro-batches in a group over all ranks.
-        rank: This process's rank.
-        world_size: Number of ranks; divides `slots`.
-        bos: The token that starts every document.
-        vocab_size: Tokens from this one on are refused.
-        device: Where micro-batches go.
-        extras: As for `TrainBatches`.
-
-    Raises:
-        ShardError: a file is missing or not a shard, or has a token outside the vocabulary.
-        InputError: no files, too few tokens, sizes that do not divide, or more documents in a piece than
-            `cu_seqlens` has room for.
-    """
-
-    def __init__(
-        self,
-        files: Sequence[Path],
-        *,
-        tokens: int,
-        micro_batch_tokens: int,
-        slots: int,
-        rank: int = 0,
-        world_size: int = 1,
-        bos: int,
-        vocab_size: int = 1 << 16,
-        device: torch.device | str = "cpu",
-        extras: Extras = no_extras,
-    ):
-        _check_ranks(slots, rank, world_size)
-        self._extras = extras
-        self._slots = slots
-        if micro_batch_tokens < 1 or tokens < 1 or tokens % (slots * micro_batch_tokens):
-            raise InputError(
-                f"validation: {tokens:,} tokens, must be a positive multiple of {slots} slots of "
-                f"{micro_batch_tokens:,} tokens ({slots * micro_batch_tokens:,})"
-            )
-        paths = _sorted_shards(files, "validation")
-        stream = read_stream(paths, tokens + 1, vocab_size)
-        self.sha256 = hashlib.sha256(stream.view(np.uint8).data).hexdigest()
-        self._tokens = micro_batch_tokens
-        self._copier = _Copier(torch.device(device))
-        self._pieces: list[tuple[int, Tokens, npt.NDArray[np.int64]]] = []
-        room = cu_seqlens_length(micro_batch_tokens) - 1
-        for piece, first in enumerate(range(0, tokens, micro_batch_tokens)):
-            own = stream[first : first + micro_batch_tokens + 1]
-            ends = np.append(np.flatnonzero(own[1:-1] == bos) + 1, micro_batch_tokens)
-            if ends.size > room:
-                raise InputError(
-                    f"{paths[0]}: validation tokens {first:,} to {first + micro_batch_tokens:,} hold {ends.size:,} "
-                    f"documents; cu_seqlens has room for {room:,}. Join short texts into longer documents before "
-                    "prep-text, or lower the validation micro-batch"
-                )
-            if piece % world_size == rank:
-                self._pieces.append((piece % slots, own.copy(), ends))
-
-    def __iter__(self) -> Iterator[MicroBatch]:
-        for slot, piece, ends in self._pieces:
-            extras = self._extras(Slot(piece[:-1], piece[1:], None, slot, self._slots))
-            host = self._copier.host_step(1, self._tokens, cu_seqlens_length(self._tokens), extras)
-            host.fill(0, piece, ends, extras.arrays)
-            yield self._copier.hand_out(host, self._tokens)[0]
-
-    def __len__(self) -> int:
-        return len(self._pieces)
-
-
-# -- parts ---------------------------------------------------------------------------------------------------
-
-_CLOSING_S = 3.0
-_MORE_DATA = "Get more shards (prep-fineweb --chunks N) or prepare more text (prep-text)"
-
-
-class _Position(NamedTuple):
-    epoch: int
-    shard: int
-    document: int  # the next one, 0-based, in the shard
-    steps: int  # used since the start of the stream
-    tokens: int  # used since the start of the stream
-    states: list[Any] | None = None  # of the slots' extras, in order; None if there are none
-
-
-_START = _Position(0, 0, 0, 0, 0)
-
-
-class _HostStep:
-    """Host memory for a rank's micro-batches: inputs (n, T), targets (n, T), cu_seqlens (n, bounds), extras.
-
-    example: extras with the shapes and dtypes of all of them.
-    """
-
-    def __init__(self, micro_batches: int, tokens: int, bounds: int, example: SlotExtras, *, pinned: bool):
-        def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.empty((micro_batches, *shape), dtype=dtype, pin_memory=pinned)
-
-        self.inputs = empty(tokens, dtype=torch.int32)
-        self.targets = empty(tokens, dtype=torch.int64)
-        self.cu_seqlens = empty(bounds, dtype=torch.int32)
-        self.extras = {
-            name: empty(*values.shape, dtype=torch.from_numpy(values).dtype) for name, values in example.arrays.items()
-        }
-        self.has_state = example.state is not None
-        self.tokens, self.room = tokens, bounds - 1
-        # NumPy fills it: torch's operators would start a thread pool in the builder's thread.
-        self._arrays = self.inputs.numpy(), self.targets.numpy(), self.cu_seqlens.numpy()
-        self._extras = {name: room.numpy() for name, room in self.extras.items()}
-
-    def fill(
-        self, row: int, piece: Tokens, ends: npt.NDArray[np.int64], extras: Mapping[str, npt.NDArray[Any]]
-    ) -> None:
-        """Write micro-batch `row`: `piece` (T + 1,) uint16, `ends` those of `segment_ends`."""
-        for name, values in extras.items():
-            np.copyto(self._extras[name][row, ...], values, casting="no")
-        inputs, targets, cu_seqlens = self._arrays
-        inputs[row] = piece[:-1]
-        targets[row] = piece[1:]
-        cu_seqlens[row] = self.tokens
-        cu_seqlens[row, 0] = 0
-        cu_seqlens[row, 1 : ends.size + 1] = np.minimum(ends, self.tokens)
-
-
-class _Step(NamedTuple):
-    host: _HostStep
-    after: _Position
-    extras: dict[str, list[npt.NDArray[Any]]]  # the kept ones
-    reads: dict[str, StepReads]  # by table
-
-
-class _Copier:
-    """Host memory for micro-batches, and their transfer to the device."""
-
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._cuda = device.type == "cuda"
-        self._stream: torch.cuda.Stream | None = None
-
-    def host_step(self, micro_batches: int, tokens: int, bounds: int, example: SlotExtras) -> _HostStep:
-        """Fresh memory. Pinned memory returns to torch's pool when dropped, and is reused once copied."""
-        return _HostStep(micro_batches, tokens, bounds, example, pinned=self._cuda)
-
-    def hand_out(self, host: _HostStep, max_seqlen: int) -> list[MicroBatch]:
-        """The micro-batches on the device; on CUDA the copies may still be in flight, in stream order."""
-        parts = [host.inputs, host.targets, host.cu_seqlens, *host.extras.values()]
-        if self._cuda:
-            parts = self._copy(parts)
-        elif self._device.type != "cpu":
-            parts = [part.to(self._device) for part in parts]
-        rows = zip(*(part.unbind() for part in parts), strict=True)
-        return [
-            MicroBatch(inputs, targets, cu_seqlens, max_seqlen, dict(zip(host.extras, extras, strict=True)))
-            for inputs, targets, cu_seqlens, *extras in rows
-        ]
-
-    def _copy(self, parts: list[Tensor]) -> list[Tensor]:
-        # On a separate stream, a copy runs alongside the kernels of the previous step.
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(self._device)
-        with torch.cuda.stream(self._stream):
-            copies = [part.to(self._device, non_blocking=True) for part in parts]
-        current = torch.cuda.current_stream(self._device)
-        current.wait_stream(self._stream)
-        for copy in copies:
-            copy.record_stream(current)
-        return copies
-
-
-def _check_ranks(slots: int, rank: int, world_size: int) -> None:
-    if world_size < 1 or slots < 1 or slots % world_size:
-        raise InputError(f"world size: {world_size}, must divide the {slots} slots of a step")
-    if not 0 <= rank < world_size:
-        raise InputError(f"rank: {rank}, must lie in 0..{world_size - 1}")
-
-
-def _shards(count: int) -> str:
-    return "1 shard" if count == 1 else f"{count} shards"
-
-
-def _sorted_shards(files: Sequence[Path], kind: str) -> list[Path]:
-    if not files:
-        raise InputError(f"{kind} data: no shards found; run prep-fineweb or prep-text first, and check the directory")
-    return sorted(Path(file) for file in files)
-
-
-def read_stream(paths: Sequence[Path], wanted: int, vocab_size: int = 1 << 16) -> Tokens:
-    """The first `wanted` tokens of the concatenated validation shards, (wanted,) uint16.
-
-    Raises:
-        ShardError: a file is missing or not a shard, or has a token from `vocab_size` on.
-        InputError: too few tokens.
-    """
-    counts = [read_count(path) for path in paths]
-    if sum(counts) < wanted:
-        raise InputError(
-            f"validation data: {_shards(len(paths))} in {paths[0].parent} of {sum(counts):,} tokens, {wanted:,} are "
-            "needed (one more than are evaluated). Prepare more (prep-text --val-tokens N), or evaluate fewer "
-            "(evaluation.tokens in the recipe; nanogpt evaluate --tokens N)"
-        )
-    parts: list[Tokens] = []
-    for path, count in zip(paths, counts, strict=True):
-        take = min(count, wanted)
-        with open_regular(path) as file:
-            file.seek(HEADER_BYTES)
-            part = np.fromfile(file, dtype="<u2", count=take)
-        if part.size != take:
-            raise ShardError(f"{path}: {part.size:,} tokens could be read of {take:,}: the file changed while read")
-        check_tokens(path, part, vocab_size)
-        parts.append(part)
-        wanted -= take
-        if not wanted:
-            break
-    return np.concatenate(parts)
+        return f"{number_of_shards(len(self._files))} in {first.parent} ({names}) of {sum(self._counts):,} tokens"
