@@ -164,8 +164,8 @@ def compile_cache(
         world: this process.
         directory: where the files are; rank 0's counts. None: no file is used, and none written.
         fresh: take nothing from a file; it is replaced.
-        when_cold: entered with the directory of compiled code as soon as it is known that no file will fill it, on one
-            rank; what it gives becomes `helpers`. It is left before the directory goes.
+        when_cold: entered with the directory of compiled code as soon as it is known that no file will fill it, by a
+            node's first rank; what it gives becomes `helpers`. It is left before the directory goes.
     """
     directory, chosen = world.gather((directory, _users_directory()), tuple[Path | None, str | None])[0]
     cache = CompileCache(world, directory)
@@ -196,7 +196,7 @@ def compile_cache(
             files = cache._files() if reads else []
 
             def cold() -> None:
-                if cache.root is not None and world.size == 1 and when_cold is not None:
+                if cache.root is not None and mine is not None and when_cold is not None:
                     cache.helpers = stack.enter_context(when_cold(cache.root))
 
             if not files:

@@ -251,8 +251,6 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
             twin.state[self.tied_label] = twin._adam_state(self.tied_label)
         twin._adam, twin._bank = self._adam, self._bank
         for rates, labels in itertools.product(self._kinds_of_rates(), self.spec.updated_together(self.rows)):
-            if not self.plans[labels[0]].sharded and world_size > 1:  # equal for any number of ranks
-                continue
             own = [twin._own(self.plans[label], twin.parameters[label].data) for label in labels]
             gradients = [torch.zeros_like(part) for part in own]
             twin._update(labels, own, gradients, rates)

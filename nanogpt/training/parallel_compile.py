@@ -2,9 +2,9 @@
 
 All processes of a node look for compiled code in one directory (`nanogpt.cache`). So before the warm-up each takes one
 graph after another that nobody has taken, calls it once on made-up tokens without any communication, and finds the
-others' in the directory when the warm-up comes to them. The processes are the ranks of a node; a run on one GPU starts
-helpers, as many as processor cores allow, which make the model, compile graphs and end. They start as soon as the run
-knows that it has no file, and import while it does.
+others' in the directory when the warm-up comes to them. The processes are the ranks of a node and, where these are
+fewer than the graphs, helpers on its first GPU, as many as processor cores allow, which make the model, compile graphs
+and end. They start as soon as the node's first rank knows that it has no file, and import while it does.
 
 - Helpers call their graphs in turns, as the GPU's memory allows. Compiling them needs none.
 - A graph launches our own kernels, which Triton compiles one after another at its first call. One more helper launches
@@ -22,7 +22,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -160,13 +160,16 @@ def launch_kernels(spec: RunSpec, micro_step: MicroStep) -> None:
         call_graph(small, spec, micro_step, micro_step.model.evaluation_loss)
 
 
-def helpers_that_fit(jobs: Sequence[GraphJob], cores: int, memory: int | None) -> tuple[int, int]:
+def helpers_that_fit(jobs: Sequence[GraphJob], cores: int, memory: int | None, other_ranks: int = 0) -> tuple[int, int]:
     """How many helpers to start, one for each of `jobs` from the first on, and how many may call graphs at a time.
 
-    memory: bytes of the GPU that are free before the run has made its model and optimizer; None without a GPU. Jobs
-    that a process takes later are smaller than its first.
+    Args:
+        jobs: the graphs. Those that a process takes later are smaller than its first.
+        cores: that all ranks of the node have together.
+        memory: bytes of the GPU that are free before the run has made its model and optimizer; None without a GPU.
+        other_ranks: of the node, each on a GPU of its own: they compile as helpers do.
     """
-    wanted = min(len(jobs), cores // CORES_PER_HELPER)
+    wanted = max(0, min(len(jobs), cores // CORES_PER_HELPER) - other_ranks)
     if memory is None:
         return wanted, wanted
     for count in range(wanted, 0, -1):
@@ -190,18 +193,18 @@ def compile_in_parallel(
 ) -> list[str]:
     """Compile each graph once on this node, where no file of compiled code was found and several processes can.
 
-    Every rank calls it; they wait for one another. Parameters, gradients and data stay as they were. The optimizer's
-    graphs are compiled while helpers compile the model's. given_up: whether nobody waits for the helpers any more.
-    Returns a table for the log: what each process did.
+    Every rank calls it; they wait for one another. Parameters, gradients and data stay as they were. A node's first
+    rank compiles the optimizer's graphs while the others and helpers compile the model's. given_up: whether nobody
+    waits for the helpers any more. Returns a table for the log: what this process and its helpers did.
     """
     helpers: Sequence[Helper] = cache.helpers
     if cache.root is None or cache.found or (world.size == 1 and not helpers):
         return []
-    jobs, rows = list(enumerate(graph_jobs(spec))), list[GraphTimes]()
-    if helpers:  # first, so that their kernels are tuned before the helpers' turns: one process tunes at a time
+    jobs, rows, leads = list(enumerate(graph_jobs(spec))), list[GraphTimes](), world.local_rank == 0
+    if leads:  # first, so that its kernels are tuned before the graphs' turns: one process tunes at a time
         with timed_graph("the optimizer's", rows):
             warm_up_optimizer()
-    for job in not_taken(reversed(jobs) if helpers else jobs, cache.root):  # helpers have the first
+    for job in not_taken(reversed(jobs) if leads else jobs, cache.root):  # the others have the first
         with timed_graph(job.name, rows):
             call_graph(job, spec, micro_step, evaluation_loss)
     for helper in helpers:
@@ -213,16 +216,21 @@ def compile_in_parallel(
 
 @contextmanager
 def helpers_for(spec: RunSpec, world: World, root: Path) -> Iterator[list[Helper]]:
-    """As many helpers of a run on one GPU as fit, compiling into `root` while the context lasts."""
-    jobs, memory = graph_jobs(spec), None
+    """As many helpers of a node's first rank as fit, compiling into `root` while the context lasts."""
+    jobs, memory, others = graph_jobs(spec), None, spec.hardware.gpus_per_node - 1
     if world.device.type == "cuda":
         memory = torch.cuda.mem_get_info(world.device)[0] - int(table_bytes(spec))
-    count, turns = helpers_that_fit(jobs, len(os.sched_getaffinity(0)), memory)
+    count, turns = helpers_that_fit(jobs, len(os.sched_getaffinity(0)), memory, others)
     tasks = [str(index) for index in range(count)]
-    if count and memory is not None:
+    if memory is not None and (count or (others and memory >= OPTIMIZER_BYTES + jobs[0].memory + 2 * HELPER_BYTES)):
         tasks.insert(0, KERNELS)
     with ExitStack() as stack:
-        yield [stack.enter_context(Helper(spec, root, task, turns)) for task in tasks]
+        yield [stack.enter_context(Helper(on_one_gpu(spec), root, task, turns)) for task in tasks]
+
+
+def on_one_gpu(spec: RunSpec) -> RunSpec:
+    """The spec for a process that is a world of its own. Its graphs are the same."""
+    return spec.model_copy(update={"hardware": spec.hardware.model_copy(update={"nodes": 1, "gpus_per_node": 1})})
 
 
 class Helper:
@@ -244,7 +252,7 @@ class Helper:
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(threads)},
+                env=without_rank(os.environ) | {"TORCHINDUCTOR_COMPILE_THREADS": str(threads)},
                 text=True,
             )
         assert self._process.stdin is not None
@@ -276,6 +284,11 @@ class Helper:
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.wait()
+
+
+def without_rank(environ: Mapping[str, str]) -> dict[str, str]:
+    """Without what makes a process a rank of a run. It still sees that rank's GPU alone."""
+    return {name: value for name, value in environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
 
 
 def once_there_is_memory(call: Callable[..., T], *arguments: Any) -> T:

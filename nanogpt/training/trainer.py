@@ -521,7 +521,7 @@ class Trainer:
             self.cache,
             micro_step=self.micro_step,
             evaluation_loss=self.evaluation_loss,
-            warm_up_optimizer=functools.partial(self.optimizer.warm_up, 1),
+            warm_up_optimizer=functools.partial(self.optimizer.warm_up, self.world.size),
             given_up=lambda: bool(self.watch.asked),
         )
 

@@ -24,7 +24,7 @@ from nanogpt.cache.pack import SUFFIX
 from nanogpt.launch.world import World
 from nanogpt.optim.communication import Communicator
 from nanogpt.runs.record import Record, read_record
-from nanogpt.training.parallel_compile import Helper
+from nanogpt.training.parallel_compile import KERNELS, Helper, on_one_gpu
 
 SPEC = tiny_spec()
 WORLD = World(0, 1, 0, torch.device("cpu"), Communicator())
@@ -38,6 +38,14 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(tempfile, "tempdir", str(place))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     return place
+
+
+class SecondRank(World):
+    """Of a node, the first rank of which has made a directory."""
+
+    def gather(self, value, kind=None):  # type: ignore[no-untyped-def]
+        first = (True, Path(tempfile.gettempdir())) if value == (False, None) else value
+        return [first, value]
 
 
 def use(directory: Path | None, **compiled: str) -> CompileCache:
@@ -158,6 +166,7 @@ def test_helpers_start_before_the_compiler_is_imported_if_there_is_no_file(
     [file] = tmp_path.glob(f"*{SUFFIX}")
     file.write_bytes(b"")
     assert opened(tmp_path) == ("helpers", ["import", "start", "end, True"])
+    assert opened(tmp_path / "none", SecondRank(1, 2, 1, torch.device("cpu"), Communicator())) == ((), ["import"])
 
 
 def flip(path: Path) -> None:
@@ -407,6 +416,15 @@ def test_a_helper_compiles_for_the_run(tmp_path: Path, data: Path, cold: Any, mo
         ("helper 1", "training"),
     ):
         assert re.search(rf"^\| {process} +\| {graph}", log, re.MULTILINE), log
+
+
+def test_a_helper_of_a_rank_is_a_world_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name, value in {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    spec = tiny_spec("hardware.nodes=2", "hardware.gpus_per_node=2", model="record92")
+    with Helper(on_one_gpu(spec), tmp_path, KERNELS, 1) as helper:
+        assert helper._process.wait(300) == 0, (tmp_path / f".helper-{KERNELS}.txt").read_text()
+        assert [row.name for row in helper.times()] == ["start", "launching kernels"]
 
 
 def test_a_helper_that_fails_is_a_line_and_no_more(tmp_path: Path, capfd: pytest.CaptureFixture[str]):

@@ -231,6 +231,9 @@ def test_helpers_leave_cores_and_memory():
     assert helpers_that_fit(jobs, cores=64, memory=70_000_000_000) == (4, 1)
     assert helpers_that_fit(jobs, cores=64, memory=54_000_000_000) == (1, 1)
     assert helpers_that_fit(jobs, cores=64, memory=50_000_000_000) == (0, 0)
+    assert helpers_that_fit(jobs, cores=16, memory=130_000_000_000, other_ranks=1) == (3, 3)  # of five processes
+    assert helpers_that_fit(jobs, cores=8, memory=130_000_000_000, other_ranks=1) == (1, 1)
+    assert helpers_that_fit(jobs, cores=64, memory=130_000_000_000, other_ranks=7) == (0, 0)
 
 
 def test_helpers_call_their_graphs_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
