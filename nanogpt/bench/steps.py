@@ -27,7 +27,11 @@ from nanogpt.training.trainer import Trainer
 
 @dataclass(frozen=True)
 class StageTiming:
-    """One stage, all times in milliseconds. `utilization` is of the GPU type's dense bf16 peak; None on a CPU."""
+    """One stage, all times in milliseconds. `utilization` is of the GPU type's dense bf16 peak.
+
+    `host_ms` is what the host takes to have the GPU do the fastest step, when it need not wait for it; on the slowest
+    rank. Where this comes near the step's own time, the GPU waits for the host. Both are None on a CPU.
+    """
 
     stage: int
     first_step: int
@@ -38,6 +42,7 @@ class StageTiming:
     high_ms: float  # 80th percentile
     tokens_per_second: float
     utilization: float | None
+    host_ms: float | None
     data_wait_ms: float  # mean wait for a step's batch, on the rank that waited longest
     peak_memory_bytes: int
 
@@ -54,11 +59,11 @@ def time_stages(trainer: Trainer, *, steps: int, warmup_steps: int) -> Iterator[
         for settings in at[:warmup_steps]:
             trainer.train_step(settings)
         waited = trainer.train_batches.wait_seconds
-        times = _time_each([functools.partial(trainer.train_step, s) for s in at[warmup_steps:]], world)
+        times, on_host = _time_each([functools.partial(trainer.train_step, s) for s in at[warmup_steps:]], world)
         waited = trainer.train_batches.wait_seconds - waited
         # Some parameters are updated every other step: a pair of steps is the unit.
         every = trainer.spec.optimizer.steps_between_updates
-        groups = [sum(times[i : i + every]) / every for i in range(0, len(times) - every + 1, every)]
+        groups = _means(times, every)
         median = statistics.median(groups)
         yield StageTiming(
             stage=index,
@@ -70,6 +75,7 @@ def time_stages(trainer: Trainer, *, steps: int, warmup_steps: int) -> Iterator[
             high_ms=float(np.quantile(groups, 0.8)),
             tokens_per_second=at[0].batch_tokens / median * 1000,
             utilization=_utilization(trainer.spec, at[0], median),
+            host_ms=max(world.gather(min(_means(on_host, every)))) if on_host else None,
             data_wait_ms=max(world.gather(1000 * waited / len(times))),
             peak_memory_bytes=torch.cuda.max_memory_allocated(world.device) if world.device.type == "cuda" else 0,
         )
@@ -84,23 +90,33 @@ def _utilization(spec: RunSpec, settings: Any, milliseconds: float) -> float | N
     return flops / (milliseconds / 1000) / (gpu.speed.flops * spec.world_size)
 
 
-def _time_each(calls: list[Callable[[], object]], world: World) -> list[float]:
-    """Milliseconds of each call. On CUDA between events, so that the host may run ahead as it does in a run."""
-    if world.device.type != "cuda":
-        times = []
-        for call in calls:
-            start = time.perf_counter()
-            call()
-            times.append(1000 * (time.perf_counter() - start))
-        return times
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
+def _means(times: list[float], every: int) -> list[float]:
+    """Of each `every` in a row."""
+    return [sum(times[i : i + every]) / every for i in range(0, len(times) - every + 1, every)]
+
+
+def _time_each(calls: list[Callable[[], object]], world: World) -> tuple[list[float], list[float]]:
+    """Milliseconds of each call on the device, and on its host; a CPU has no host.
+
+    On CUDA the former are between events, so that the host may run ahead as it does in a run.
+    """
+    cuda = world.device.type == "cuda"
+    events, clock = list[torch.cuda.Event](), list[float]()
+
+    def mark() -> None:
+        if cuda:
+            events.append(torch.cuda.Event(enable_timing=True))
+            events[-1].record()
+        clock.append(time.perf_counter())
+
     world.synchronize()
-    events[0].record()
-    for call, event in zip(calls, events[1:], strict=True):
+    mark()
+    for call in calls:
         call()
-        event.record()
+        mark()
     world.synchronize()
-    return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
+    on_host = [1000 * (b - a) for a, b in itertools.pairwise(clock)]
+    return ([a.elapsed_time(b) for a, b in itertools.pairwise(events)], on_host) if cuda else (on_host, [])
 
 
 def as_table(timings: list[StageTiming], trainer: Trainer) -> str:
@@ -113,6 +129,7 @@ def as_table(timings: list[StageTiming], trainer: Trainer) -> str:
         "20-80 %",
         "tokens/s",
         "utilisation",
+        "host, ms",
         "data wait, ms",
         "peak memory",
     ]
@@ -125,6 +142,7 @@ def as_table(timings: list[StageTiming], trainer: Trainer) -> str:
             f"{t.low_ms:.1f}-{t.high_ms:.1f}",
             f"{t.tokens_per_second:,.0f}",
             "" if t.utilization is None else f"{t.utilization:.0%}",
+            "" if t.host_ms is None else f"{t.host_ms:.1f}",
             f"{t.data_wait_ms:.2f}",
             human_bytes(t.peak_memory_bytes),
         )
