@@ -42,9 +42,7 @@ class StepRequest(NamedTuple):
     max_document_tokens: int  # where documents are cut
     max_documents: int | None = None  # room for segments, see `cu_seqlens_length`; None: from a micro-batch's tokens
     loss: StageLoss | None = None  # passed to the extras
-    max_segment_tokens: int | None = (
-        None  # tokens of a document's segments except the last; None: the document is one segment
-    )
+    max_segment_tokens: int | None = None  # of a document's segments, except the last; None: it is one segment
 
     @property
     def max_seqlen(self) -> int:
