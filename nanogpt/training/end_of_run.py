@@ -9,6 +9,7 @@ part of a parameter, in memory order: together the ranks hold 4 bytes per number
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from nanogpt.optim.communication import Communicator
 from nanogpt.spec import RunSpec
 from nanogpt.spec_end import TailAverages
 from nanogpt.training.mask_builder import MaskBuilder
+
+ROWS_SENT = 1024  # of the mask, after a step: 6 MB, which take the host a millisecond or two
 
 
 class EndOfRun:
@@ -31,11 +34,13 @@ class EndOfRun:
             for entry in spec.training.end
             if isinstance(entry, TailAverages)
         ]
-        self.mask: Tensor | None = None  # (V, V / 8) uint8: zeros up to `take_mask`
+        self.mask: Tensor | None = None  # (V, V / 8) uint8, complete from `take_mask` on
         if spec.training.masked:
             rows = spec.model.padded_vocab_size
             self.mask = torch.zeros((rows, rows // 8), dtype=torch.uint8, device=device)
         self._builder: MaskBuilder | None = None
+        self._sent = 0  # rows of the mask
+        self._stream = torch.cuda.Stream(device) if self.mask is not None and device.type == "cuda" else None
 
     def clock_starts(self) -> None:
         """Start building what is built alongside training."""
@@ -47,6 +52,8 @@ class EndOfRun:
         """Note that the optimizer has made `step` (from 0)."""
         for entry in self._averages:
             entry.after_step(step)
+        if self._builder is not None and self._builder.is_done:
+            self._send_mask(self._builder, ROWS_SENT)
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -58,9 +65,19 @@ class EndOfRun:
         """The last validation's mask, once it is built, on every rank; None: it has none."""
         if self.mask is not None:
             if self._builder is not None:
-                self.mask.copy_(torch.from_numpy(self._builder.wait()))
+                self._send_mask(self._builder, len(self.mask))
+                if self._stream is not None:
+                    torch.cuda.current_stream(self.mask.device).wait_stream(self._stream)
             self.communicator.broadcast(self.mask)
         return self.mask
+
+    def _send_mask(self, builder: MaskBuilder, rows: int) -> None:
+        """Send the next `rows` of the mask to the device, which meanwhile goes on with what it has to do."""
+        assert self.mask is not None
+        own = slice(self._sent, self._sent + rows)
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            self.mask[own].copy_(torch.from_numpy(builder.wait()[own]))
+        self._sent += rows
 
     def close(self) -> None:
         """End what is still being built."""

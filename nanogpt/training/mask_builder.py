@@ -28,6 +28,11 @@ class MaskBuilder:
         finally:
             os.close(descriptor)
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the mask is there without waiting."""
+        return self._process.poll() == 0
+
     def wait(self) -> Mask:
         """The mask, once it is done; if the process failed, it is built here. Raises `RunError` as `build`."""
         if code := self._process.wait():

@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,10 @@ from tiny_runs import (
 
 from nanogpt.data.canonical_mask import build
 from nanogpt.data.validation_batches import ValBatches
+from nanogpt.optim.communication import Communicator
 from nanogpt.recipe import RecipeError, load_recipe
 from nanogpt.runs.record import read_record
+from nanogpt.training.end_of_run import ROWS_SENT, EndOfRun
 from nanogpt.training.evaluation import as_json, as_lines, evaluate_runs
 from nanogpt.training.trained_model import load_trained_model
 
@@ -171,6 +174,26 @@ def test_resuming_in_the_averages_or_at_the_end(averaged: dict[str, Path], text:
 def test_warm_up_leaves_no_trace(averaged: dict[str, Path], text: Path, tmp_path: Path):
     train(averaged_spec(EVERY_FIFTH, "training.warmup=true"), text, tmp_path / "run")
     assert losses(tmp_path / "run") == losses(averaged["whole"])
+
+
+@pytest.mark.parametrize("done_after", [1, 2, 9])
+def test_the_mask_is_sent_in_parts_once_it_is_built(done_after: int, monkeypatch: pytest.MonkeyPatch):
+    rows = 2 * ROWS_SENT + 8
+    built = np.random.default_rng(0).integers(1, 255, (rows, rows // 8), dtype=np.uint8)
+    builder = SimpleNamespace(is_done=False, wait=lambda: built)
+    monkeypatch.setattr("nanogpt.training.end_of_run.MaskBuilder", lambda _: builder)
+    training = SimpleNamespace(total_steps=3, end=(), masked=True)
+    spec: Any = SimpleNamespace(training=training, model=SimpleNamespace(padded_vocab_size=rows))
+    end = EndOfRun(spec, torch.nn.Linear(1, 1), Communicator(), torch.device("cpu"))
+    end.clock_starts()
+    for step in range(3):
+        builder.is_done = step >= done_after
+        end.after_step(step)
+        assert end.mask is not None
+        sent = max(0, step + 1 - done_after) * ROWS_SENT
+        assert np.array_equal(end.mask[:sent], built[:sent]) and not end.mask[sent:].any()
+    mask = end.take_mask()
+    assert mask is end.mask is not None and np.array_equal(mask, built)
 
 
 def test_no_process_is_left_where_a_run_ends_early(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
