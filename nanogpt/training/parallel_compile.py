@@ -48,7 +48,7 @@ from nanogpt.training.schedule import Schedule, StepSettings
 from nanogpt.training.startup import StartUp, process_age
 from nanogpt.training.tables import rows_of, table_bytes
 
-CORES_PER_HELPER = 3  # a helper computes in one thread, until its graph's kernels go to many processes at once
+CORES_PER_HELPER = 2  # a helper computes in one thread, until its graph's kernels go to many processes at once
 # Upper bounds of GPU memory: a run has 28 GB for 49,152 tokens, 6 of them the optimizer's, which helpers do not make;
 # evaluation keeps nothing for a gradient.
 HELPER_BYTES = 4_000_000_000  # context, libraries, parameters and their gradients
@@ -169,7 +169,7 @@ def helpers_that_fit(jobs: Sequence[GraphJob], cores: int, memory: int | None, o
         memory: bytes of the GPU that are free before the run has made its model and optimizer; None without a GPU.
         other_ranks: of the node, each on a GPU of its own: they compile as helpers do.
     """
-    wanted = max(0, min(len(jobs), cores // CORES_PER_HELPER) - other_ranks)
+    wanted = max(0, min(len(jobs), (cores - 1) // CORES_PER_HELPER) - other_ranks)  # one core for this rank
     if memory is None:
         return wanted, wanted
     for count in range(wanted, 0, -1):

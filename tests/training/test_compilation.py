@@ -224,15 +224,15 @@ def test_helpers_leave_cores_and_memory():
     assert [job.tokens for job in jobs] == [49_152, 32_768, 16_384, 262_144]
     assert isinstance(jobs[0], GraphJob) and jobs[0].memory == 22_118_400_000
     assert helpers_that_fit(jobs, cores=2, memory=None) == (0, 0)
-    assert helpers_that_fit(jobs, cores=8, memory=None) == (2, 2)
+    assert helpers_that_fit(jobs, cores=8, memory=None) == (3, 3)
     assert helpers_that_fit(jobs, cores=64, memory=None) == (4, 4)  # a graph for each
     assert helpers_that_fit(jobs, cores=64, memory=104_000_000_000) == (4, 4)
-    assert helpers_that_fit(jobs, cores=10, memory=84_000_000_000) == (3, 3)
+    assert helpers_that_fit(jobs, cores=8, memory=84_000_000_000) == (3, 3)
     assert helpers_that_fit(jobs, cores=64, memory=70_000_000_000) == (4, 1)
     assert helpers_that_fit(jobs, cores=64, memory=54_000_000_000) == (1, 1)
     assert helpers_that_fit(jobs, cores=64, memory=50_000_000_000) == (0, 0)
-    assert helpers_that_fit(jobs, cores=16, memory=130_000_000_000, other_ranks=1) == (3, 3)  # of five processes
-    assert helpers_that_fit(jobs, cores=8, memory=130_000_000_000, other_ranks=1) == (1, 1)
+    assert helpers_that_fit(jobs, cores=16, memory=130_000_000_000, other_ranks=1) == (3, 3)
+    assert helpers_that_fit(jobs, cores=8, memory=130_000_000_000, other_ranks=1) == (2, 2)
     assert helpers_that_fit(jobs, cores=64, memory=130_000_000_000, other_ranks=7) == (0, 0)
 
 
