@@ -330,7 +330,7 @@ def _nearest_cpus(processes: int) -> list[set[int]]:
 
 def _supervise(ranks: Ranks, signals: _Signals, grace_s: float) -> None:
     """Wait until all ranks have ended, or a signal says to kill them."""
-    clock = AwakeClock()
+    clock = AwakeClock(_STOOD_STILL_S)
     asked_at = failed_at = None
     stopped_since: dict[int, float] = {}
     told: set[int] = set()  # has had SIGTERM
@@ -340,7 +340,7 @@ def _supervise(ranks: Ranks, signals: _Signals, grace_s: float) -> None:
             return
         time.sleep(_POLL_S)
         signals.look()
-        now = clock.tick(_STOOD_STILL_S)
+        now = clock.now()
         if signals.asked is not None and asked_at is None:
             asked_at = now
         if failed_at is None and any(process.returncode for process in ranks.values()):

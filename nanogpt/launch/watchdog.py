@@ -6,8 +6,8 @@
   or network is down) after `watchdog.silence_seconds`. A beat says "the process runs", whatever its main thread does,
   so compiling and writing do not count as silence.
 - Suspension: time in which this process was stopped counts towards no limit, its own or another's, so a job
-  stopped as a whole and continued is unharmed. A rank stopped alone is silent: nobody can know that it
-  will come back.
+  stopped as a whole and continued is unharmed. A second thread does nothing but keep that clock, as the first may be
+  stopped while it waits for the store. A rank stopped alone is silent: nobody can know that it will come back.
 - Anybody on the node can write into the store. What is read from it is text for a message, never a command: it is
   made printable, a process is killed only if it is a child of the same launcher, and a log is written to only if
   this user owns it.
@@ -57,7 +57,7 @@ BEAT_S = 1.0
 LEAVING_S = 3.0  # for the main thread to notice a lost rank; then the process ends by force
 CLEANING_S = 10.0  # likewise once it has noticed
 START_FACTOR = 2  # silence while starting: CUDA's start may hold the interpreter's lock for long
-STOOD_STILL_S = 1.0  # between two rounds of the thread: this process was stopped, or the interpreter's lock was held
+STOOD_STILL_S = 1.0  # between two looks at the clock: this process was stopped, or the interpreter's lock was held
 WORDS = 2000  # characters of another rank's text to show
 
 
@@ -124,7 +124,7 @@ class Watchdog:
         self._signals = StopSignals()
         self._lock = threading.Condition()
         self._own = Beat(0, this_process(), "starting", 0, 0)
-        self._clock = AwakeClock()
+        self._clock = AwakeClock(STOOD_STILL_S)
         self._progress_at = self._clock.now()
         self._stop_at: int | None = None  # the last segment, agreed on
         self._lost: NanogptError | None = None
@@ -141,6 +141,7 @@ class Watchdog:
             if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, which does not tie its children; our launcher does
                 die_with_parent(os.getppid())
             self._thread.start()
+            threading.Thread(target=self._clock.keep, args=(POLL_S, self._closing), name="clock", daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
@@ -244,28 +245,28 @@ class Watchdog:
     # --- the thread ---
 
     def _watch(self) -> None:
-        began = answered = self._clock.tick(STOOD_STILL_S)
+        began = answered = self._clock.now()
         beat_at = began - BEAT_S
         store: dist.Store | None = None
         unanswered = 0  # failed beats in a row
         while True:
             leaving = self._closing.wait(POLL_S)
-            now = self._clock.tick(STOOD_STILL_S)
-            self._progress_at = min(self._progress_at, now)  # the main thread may have looked before the tick
+            now = self._clock.now()
             self._hear_signals()
             if leaving or now - beat_at >= BEAT_S or self._own.asked:
                 beat_at = now
                 try:
                     store = store or connect(STORE_TIMEOUT_S)
-                    self._exchange(store, now)
+                    self._exchange(store)
+                    now = self._clock.now()
                     if unanswered:  # nobody could be heard
                         self._heard_at = dict.fromkeys(self._heard_at, now)
                     answered, unanswered = now, 0
                 except RuntimeError as error:  # torch's DistError is one
                     store, unanswered = None, unanswered + 1
-                    if unanswered > 1 and self._clock.now() - answered > self._silence():
+                    now = self._clock.now()
+                    if unanswered > 1 and now - answered > self._silence():
                         self._give_up(RunError(f"{self._name()}: the run's launcher does not answer ({_first(error)})"))
-                now = self._clock.tick(2 * STORE_TIMEOUT_S)  # waiting for the store is not being stopped
             if leaving:
                 return
             self._agree()
@@ -281,7 +282,7 @@ class Watchdog:
             to = "" if "launcher" in name else f" to rank {self.rank}"
             self._own.asked = f"{name}{to} on {self.host}"
 
-    def _exchange(self, store: dist.Store, now: float) -> None:
+    def _exchange(self, store: dist.Store) -> None:
         with self._lock:
             self._own.count += 1
             self._own.run = None if self.run_path is None else str(self.run_path)
@@ -297,7 +298,7 @@ class Watchdog:
             except ValueError:  # not that rank's message: ignore it
                 continue
             if rank not in self._peers or beat.count != self._peers[rank].count:
-                self._heard_at[rank] = now
+                self._heard_at[rank] = self._clock.now()
             self._peers[rank] = beat
             if beat.asked and self._own.asked is None:
                 self._own.asked = beat.asked

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -171,12 +172,39 @@ def test_what_is_no_beat_is_no_word_of_a_rank(store: dist.TCPStore, text: str) -
 def test_time_in_which_a_process_stands_still_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     at = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: at)
-    clock = AwakeClock()
-    began = clock.tick(1.0)
+    clock = AwakeClock(1.0)
+    began = clock.now()
     at += 0.5
-    assert clock.tick(1.0) - began == 0.5
+    assert clock.now() - began == 0.5
     at += 3600
-    assert clock.tick(1.0) - began == clock.now() - began == 1.5
+    assert clock.now() - began == clock.now() - began == 1.5
+
+
+def test_a_suspension_while_the_store_is_asked_does_not_count(
+    store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By anybody: neither who waits for an answer, nor who has been in a step since before."""
+    asleep, monotonic, exchange = [0.0], time.monotonic, Watchdog._exchange
+    monkeypatch.setattr("nanogpt.launch.awake.time.monotonic", lambda: monotonic() + asleep[0])
+    limits = WatchdogSpec(silence_seconds=20, step_seconds=20)
+    watches, rounds = [Watchdog(rank, 2, limits) for rank in range(2)], {0: 0, 1: 0}
+
+    def asked(watch: Watchdog, *arguments: Any) -> None:
+        exchange(watch, *arguments)
+        rounds[watch.rank] += 1
+        if watch.rank == 0 and rounds[0] == 3:
+            asleep[0] += 3600
+
+    monkeypatch.setattr(Watchdog, "_exchange", asked)
+    monkeypatch.setattr(Watchdog, "_kill_silent_peers", lambda watch: None)  # this very process
+
+    def body(watch: Watchdog) -> None:
+        watch.training(0)
+        while min(rounds.values()) < 6:
+            time.sleep(0.05)
+            watch.check()
+
+    assert in_threads(watches, body) == [None, None]
 
 
 def test_hanging_is_told_from_silence_and_names_who_is_behind(store: dist.TCPStore) -> None:
