@@ -97,9 +97,10 @@ shell: ## Open a shell in the image that runs this checkout's code
 	@echo "In the image, running the code of $(CURDIR); leave with exit" >&2
 	@NANOGPT_SRC='$(CURDIR)' apptainer shell $$(test -e /dev/nvidiactl && echo --nv) --bind '$(CURDIR)' '$(SIF)'
 
-# Three at a time, even on two cores: much of it is waiting. The tests of a file stay in order.
+# Three at a time, even on two cores: much of it is waiting. The tests of a file stay in order, and so do files: one of
+# few tests takes minutes, and would come last if they were sorted by their number.
 test-cluster: $(TEST_READY) ## Run the tests with real Apptainer and Slurm (tests/cluster/setup-*.sh install them)
-	@$(BIN)/python -m pytest tests/cluster -n 3 --dist loadfile --durations=12 $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest tests/cluster -n 3 --dist loadfile --no-loadscope-reorder --durations=12 $(PYTEST_ARGS)
 
 test-export: $(TRANSFORMERS)/.ready ## Load exports with Hugging Face transformers, and measure them with lm-eval
 	@NANOGPT_TEST_TRANSFORMERS='$(abspath $(TRANSFORMERS)/bin/python)' \
