@@ -74,10 +74,12 @@ class EndOfRun:
     def _send_mask(self, builder: MaskBuilder, rows: int) -> None:
         """Send the next `rows` of the mask to the device, which meanwhile goes on with what it has to do."""
         assert self.mask is not None
-        own = slice(self._sent, self._sent + rows)
+        own = slice(self._sent, min(self._sent + rows, len(self.mask)))
+        if own.start == own.stop:  # all are there
+            return
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             self.mask[own].copy_(torch.from_numpy(builder.wait()[own]))
-        self._sent += rows
+        self._sent = own.stop
 
     def close(self) -> None:
         """End what is still being built."""
