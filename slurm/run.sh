@@ -90,7 +90,9 @@ wait "$!" || exit "$code"
 trap '' TERM # which `scontrol requeue` sends to the whole job, before all is done
 if ! scontrol requeue "${again[0]}"; then
     echo "run.sh: not requeued${again[2]:+; by hand: ${again[2]}}" >&2
-elif [[ -n ${again[1]} ]] && scontrol update "JobId=${again[0]}" "ExcNodeList=${again[1]}"; then
+# Slurm itself makes a requeued job wait two minutes, but not one that ends with a node going down: its other nodes refuse a
+# job that comes back in the second in which they ended it, and it fails. While this script runs, it cannot start.
+elif [[ -n ${again[1]} ]] && scontrol update "JobId=${again[0]}" "ExcNodeList=${again[1]}" StartTime=now+120; then
     echo "run.sh: without ${again[1]}; scontrol update JobId=${again[0]} ExcNodeList= lets all in again" >&2
 fi
 exit "$code"

@@ -205,17 +205,6 @@ def job_at_work(cluster: Cluster, steps: str) -> str:
     return job
 
 
-def start_again(cluster: Cluster, job: str) -> None:
-    """Wait until the job is back in the queue, and spare it most of the two minutes that Slurm makes it wait.
-
-    Not all: a node that gets the job again in the second in which it ended takes it for the one that is over.
-    """
-    cluster.wait_until("requeue", lambda: cluster.show(job)["JobState"] == "PENDING")
-    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now+3")
-    cluster.wait_until("start", lambda: cluster.show(job)["JobState"] != "PENDING")
-    assert cluster.show(job)["Restarts"] == "1"
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(cluster: Cluster, single: Path) -> Path:
     job = cluster.submit(cluster.scripts / "run.sh", "tiny.yaml", LONG, "--data=data")
@@ -226,7 +215,7 @@ def uninterrupted(cluster: Cluster, single: Path) -> Path:
 def test_a_requeued_job_goes_on(cluster: Cluster, uninterrupted: Path) -> None:
     job = job_at_work(cluster, LONG)
     cluster.run("scontrol", "requeue", job)
-    start_again(cluster, job)
+    cluster.start_again(job)
     ended = cluster.wait(job).succeeded()
     run = cluster.only_run(job)
     record = cluster.record(run)
@@ -243,7 +232,7 @@ def test_before_the_time_limit_a_run_writes_its_checkpoint_and_is_requeued(
 ) -> None:
     job = job_at_work(cluster, LONG)
     cluster.run("scancel", "--batch", "--signal=USR1", job)  # as Slurm does by --signal=B:USR1@120
-    start_again(cluster, job)
+    cluster.start_again(job)
     ended = cluster.wait(job).succeeded()
     assert "time is nearly up" in ended.log and f"requeued: job {job}" in ended.log
     run = cluster.only_run(job)

@@ -319,7 +319,7 @@ def test_a_job_whose_node_is_lost_goes_back_without_it(run: Run, place: Path, al
     assert (place / "asked").read_text().splitlines() == ["job plan demo", "job requeue --lost=n2 demo"]
     calls = (place / "bin" / "calls").read_text()
     assert "scontrol requeue 77\n" in calls
-    assert ("scontrol update JobId=77 ExcNodeList=n9,n2\n" in calls) == allowed
+    assert ("scontrol update JobId=77 ExcNodeList=n9,n2 StartTime=now+120\n" in calls) == allowed
     assert ("not requeued; by hand: by my hand" in done.stderr) == (not allowed)
 
 
