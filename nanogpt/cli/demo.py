@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nanogpt.cli.threads import wait_briefly
+from nanogpt.threads import wait_briefly
 
 if TYPE_CHECKING:
     from rich.table import Table

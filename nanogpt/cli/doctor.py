@@ -17,8 +17,8 @@ def doctor(
     """
     import json
 
-    from nanogpt.cli.threads import wait_briefly
     from nanogpt.cluster.checkup import checkup
+    from nanogpt.threads import wait_briefly
 
     wait_briefly()
 

@@ -14,9 +14,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from nanogpt.cli.entry import Command
-from nanogpt.cli.threads import wait_briefly
 from nanogpt.cli.validate import OnOption, RecipeArgument, SetOption, StepsOption
 from nanogpt.garbage import collect_later
+from nanogpt.threads import wait_briefly
 
 experiment = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, help=__doc__)
 

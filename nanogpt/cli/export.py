@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from nanogpt.cli.threads import wait_briefly
+from nanogpt.threads import wait_briefly
 
 
 def export(

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from nanogpt.cli.threads import initialise_driver, wait_briefly
 from nanogpt.cli.validate import OnOption, RecipeArgument, SetOption
 from nanogpt.garbage import collect_later
+from nanogpt.threads import initialise_driver, wait_briefly
 
 WorldSizesOption = Annotated[
     list[int] | None,

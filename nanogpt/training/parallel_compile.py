@@ -4,7 +4,8 @@ All processes of a node look for compiled code in one directory (`nanogpt.cache`
 graph after another that nobody has taken, calls it once on made-up tokens without any communication, and finds the
 others' in the directory when the warm-up comes to them. The processes are the ranks of a node and, where these are
 fewer than the graphs, helpers on its first GPU, as many as processor cores allow, which make the model, compile graphs
-and end. They start as soon as the node's first rank knows that it has no file, and import while it does.
+and end. They start as soon as the node's first rank knows that it has no file, and import while it does; so many of
+them as the GPU has memory for are then told what to compile.
 
 - Helpers call their graphs in turns, as the GPU's memory allows. Compiling them needs none.
 - A graph launches our own kernels, which Triton compiles one after another at its first call. One more helper launches
@@ -35,7 +36,6 @@ from nanogpt.cache.compile_cache import CompileCache, compiled_code_of
 from nanogpt.cache.graphs import compile_whole, prepare
 from nanogpt.console import say
 from nanogpt.data.micro_batches import MicroBatch, cu_seqlens_length
-from nanogpt.garbage import collect_later
 from nanogpt.launch.tied import tied_command
 from nanogpt.launch.world import World, join_world
 from nanogpt.models.model_spec import Slot
@@ -217,15 +217,23 @@ def compile_in_parallel(
 @contextmanager
 def helpers_for(spec: RunSpec, world: World, root: Path) -> Iterator[list[Helper]]:
     """As many helpers of a node's first rank as fit, compiling into `root` while the context lasts."""
-    jobs, memory, others = graph_jobs(spec), None, spec.hardware.gpus_per_node - 1
-    if world.device.type == "cuda":
-        memory = torch.cuda.mem_get_info(world.device)[0] - int(table_bytes(spec))
-    count, turns = helpers_that_fit(jobs, len(os.sched_getaffinity(0)), memory, others)
-    tasks = [str(index) for index in range(count)]
-    if memory is not None and (count or (others and memory >= OPTIMIZER_BYTES + jobs[0].memory + 2 * HELPER_BYTES)):
+    jobs, cores, others = graph_jobs(spec), len(os.sched_getaffinity(0)), spec.hardware.gpus_per_node - 1
+    gpu = world.device.type == "cuda"
+    count, turns = helpers_that_fit(jobs, cores, None, others)
+    tasks = [str(number) for number in range(count)]
+    if gpu and (count or others):
         tasks.insert(0, KERNELS)
     with ExitStack() as stack:
-        yield [stack.enter_context(Helper(on_one_gpu(spec), root, task, turns)) for task in tasks]
+        helpers = {task: stack.enter_context(Helper(root, task)) for task in tasks}
+        if gpu:
+            memory = torch.cuda.mem_get_info(world.device)[0] - int(table_bytes(spec))  # makes a context, meanwhile
+            count, turns = helpers_that_fit(jobs, cores, memory, others)
+            kernels_fit = memory >= OPTIMIZER_BYTES + jobs[0].memory + 2 * HELPER_BYTES
+            for task in [*([] if kernels_fit else tasks[:1]), *tasks[1 + count :]]:
+                helpers.pop(task).end()
+        for helper in helpers.values():
+            helper.begin(on_one_gpu(spec), turns)
+        yield [*helpers.values()]
 
 
 def on_one_gpu(spec: RunSpec) -> RunSpec:
@@ -236,28 +244,31 @@ def on_one_gpu(spec: RunSpec) -> RunSpec:
 class Helper:
     """A process that compiles into `root`: graph number `task`, and then others that nobody has taken; or KERNELS.
 
-    A context manager: leaving it ends the process. turns: how many helpers may call graphs at a time.
+    It imports what it needs, and then waits for `begin`. A context manager: leaving it ends the process.
     """
 
-    def __init__(self, spec: RunSpec, root: Path, task: str, turns: int):
-        if task != KERNELS:
-            take(root, int(task))
+    def __init__(self, root: Path, task: str):
         self.name = f"helper for {task}" if task == KERNELS else f"helper {int(task) + 1}"
         self.task = task
-        self._output, self._times = root / f".helper-{task}.txt", times_file(root, task)
+        self._root, self._output, self._times = root, root / f".helper-{task}.txt", times_file(root, task)
         threads = max(1, len(os.sched_getaffinity(0)) // 2)  # they seldom compile kernels at the same time
         with self._output.open("w") as output:
             self._process = subprocess.Popen(
-                tied_command("nanogpt.training.parallel_compile", str(root), task, str(turns)),
+                tied_command("nanogpt.training.compile_helper", str(root), task),
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=without_rank(os.environ) | {"TORCHINDUCTOR_COMPILE_THREADS": str(threads)},
                 text=True,
             )
+
+    def begin(self, spec: RunSpec, turns: int) -> None:
+        """Have it compile graphs of `spec`, a world of its own. turns: how many helpers may call graphs at a time."""
+        if self.task != KERNELS:
+            take(self._root, int(self.task))
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:
-            pipe.write(spec.model_dump_json())
+            pipe.write(f"{turns}\n{spec.model_dump_json()}")
 
     def wait(self, given_up: Callable[[], bool]) -> None:
         """Wait until its graphs are done or `given_up`. If it fails, the run compiles by itself, and a line says so."""
@@ -278,12 +289,16 @@ class Helper:
         except (OSError, ValueError):
             return []
 
+    def end(self) -> None:
+        """End it, whatever it does."""
+        self._process.kill()
+        self._process.communicate()
+
     def __enter__(self) -> Helper:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
+        self.end()
 
 
 def without_rank(environ: Mapping[str, str]) -> dict[str, str]:
@@ -328,33 +343,41 @@ def times_file(root: Path, task: str) -> Path:
     return root / f".helper-{task}.json"
 
 
-def main(root: str, task: str, turns: str) -> None:
-    """A helper: the spec, as JSON, comes on standard input."""
-    collect_later()
-    spec = RunSpec.model_validate_json(sys.stdin.read())
-    with join_world(spec) as world, compiled_code_of(Path(root), world):
-        if world.device.type == "cuda" and task != KERNELS:
-            start_kernel_compilers()
-            begin_hashing(StartUp())
-        implementations, _ = choose_implementations(spec, world.device)
-        model = once_there_is_memory(lambda: undrawn_model(spec, device=world.device, implementations=implementations))
-        training_loss = model.training_loss if task == KERNELS else compile_whole(model.training_loss)
-        micro_step = MicroStep(model, training_loss, grad_scale=1.0, plain_kernels=implementations.plain_kernels)
-        rows = [GraphTimes("start", process_age())]
+def help_compiling(root: Path, task: str) -> None:
+    """What a helper does; `Helper.begin` writes to its standard input."""
+    turns, spec = int(sys.stdin.readline()), RunSpec.model_validate_json(sys.stdin.read())
+    startup = StartUp()
+    with join_world(spec) as world:
+        if world.device.type == "cuda":
+            startup.begin(torch.cuda.synchronize, world.device)  # makes a context, while the compiler is imported
+        with compiled_code_of(root, world):
+            compile_graphs(spec, world, root, task, turns, startup)
 
-        def timed(name: str, call: Callable[..., None], *arguments: Any) -> None:
-            with timed_graph(name, rows):
-                once_there_is_memory(call, *arguments)
-                world.synchronize()
-            times_file(Path(root), task).write_text(json.dumps([asdict(row) for row in rows]))
 
-        if task == KERNELS:
-            timed("launching kernels", launch_kernels, spec, micro_step)
-            return
-        evaluation_loss = compile_whole(model.evaluation_loss)
-        jobs, turn = list(enumerate(graph_jobs(spec))), functools.partial(turn_of, Path(root), int(turns))
-        for job in itertools.chain([jobs[int(task)][1]], not_taken(jobs, Path(root))):
-            timed(job.name, call_graph, job, spec, micro_step, evaluation_loss, turn)
+def compile_graphs(spec: RunSpec, world: World, root: Path, task: str, turns: int, startup: StartUp) -> None:
+    """`help_compiling`, once it knows its GPU and the compiler is imported."""
+    if world.device.type == "cuda" and task != KERNELS:
+        start_kernel_compilers()
+        begin_hashing(startup)
+    implementations, _ = choose_implementations(spec, world.device)
+    model = once_there_is_memory(lambda: undrawn_model(spec, device=world.device, implementations=implementations))
+    training_loss = model.training_loss if task == KERNELS else compile_whole(model.training_loss)
+    micro_step = MicroStep(model, training_loss, grad_scale=1.0, plain_kernels=implementations.plain_kernels)
+    rows = [GraphTimes("start", process_age())]
+
+    def timed(name: str, call: Callable[..., None], *arguments: Any) -> None:
+        with timed_graph(name, rows):
+            once_there_is_memory(call, *arguments)
+            world.synchronize()
+        times_file(root, task).write_text(json.dumps([asdict(row) for row in rows]))
+
+    if task == KERNELS:
+        timed("launching kernels", launch_kernels, spec, micro_step)
+        return
+    evaluation_loss = compile_whole(model.evaluation_loss)
+    jobs, turn = list(enumerate(graph_jobs(spec))), functools.partial(turn_of, root, turns)
+    for job in itertools.chain([jobs[int(task)][1]], not_taken(jobs, root)):
+        timed(job.name, call_graph, job, spec, micro_step, evaluation_loss, turn)
 
 
 def start_kernel_compilers() -> None:
@@ -377,7 +400,3 @@ def call_each(*functions: Callable[[], object]) -> None:
     """One after another."""
     for function in functions:
         function()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

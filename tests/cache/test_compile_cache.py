@@ -422,17 +422,20 @@ def test_a_helper_of_a_rank_is_a_world_of_its_own(tmp_path: Path, monkeypatch: p
     for name, value in {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
     spec = tiny_spec("hardware.nodes=2", "hardware.gpus_per_node=2", model="record92")
-    with Helper(on_one_gpu(spec), tmp_path, KERNELS, 1) as helper:
+    with Helper(tmp_path, KERNELS) as helper:
+        helper.begin(on_one_gpu(spec), 1)
         assert helper._process.wait(300) == 0, (tmp_path / f".helper-{KERNELS}.txt").read_text()
         assert [row.name for row in helper.times()] == ["start", "launching kernels"]
 
 
 def test_a_helper_that_fails_is_a_line_and_no_more(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     broken = SPEC.model_copy(update={"name": "not a name"})  # which the helper refuses to read
-    with Helper(broken, tmp_path, "0", 1) as helper:
+    with Helper(tmp_path, "0") as helper:
+        helper.begin(broken, 1)
         helper.wait(lambda: False)
     assert "helper 1, compiling ahead: ended with exit code 1: " in capfd.readouterr().err
-    with Helper(SPEC, tmp_path, "0", 1) as helper:
+    with Helper(tmp_path, "0") as helper:
+        helper.begin(SPEC, 1)
         helper.wait(lambda: True)  # a signal has asked the run to stop
     assert helper._process.returncode == -signal.SIGKILL
     assert capfd.readouterr().err == ""

@@ -57,7 +57,7 @@ def test_a_job_goes_on_without_a_node_that_is_lost(cluster: Cluster) -> None:
     job = done.stdout.strip()
     cluster.wait_until("steps", lambda: cluster.steps(job) > 10)
     assert cluster.record(cluster.only_run(job))["starts"][0]["slurm"]["node_list"] == "n[3-4]"
-    lost_at = datetime.now()  # noqa: DTZ005 - Slurm's times are local
+    lost_at = datetime.now()  # local, as Slurm's times are
     lose(VICTIM, job)
     cluster.wait_until("requeue", lambda: cluster.show(job)["JobState"] != "RUNNING")
     log = cluster.log(cluster.show(job))

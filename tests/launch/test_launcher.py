@@ -164,9 +164,9 @@ def test_a_parent_that_is_gone_before_the_death_signal_is_noticed() -> None:
 
 def test_helpers_that_compile_ahead_die_with_the_run(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from tiny_runs import tiny_spec;"
+        "import sys, time; from pathlib import Path;"
         "from nanogpt.training.parallel_compile import Helper;"
-        "helper = Helper(tiny_spec(), Path(sys.argv[1]), '0', 1);"
+        "helper = Helper(Path(sys.argv[1]), '0');"
         "print(helper._process.pid, flush=True); time.sleep(1000)"
     )
     with subprocess.Popen(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import pytest
@@ -17,10 +18,11 @@ import torch
 from tiny_runs import FIRST_WITH_PREFIX, make_data, tiny_spec, train
 
 from nanogpt.cache import graphs
-from nanogpt.launch.world import join_world
+from nanogpt.launch.world import World, join_world
 from nanogpt.models.record89.spec import Record89ModelSpec
 from nanogpt.recipe import load_recipe
 from nanogpt.runs.record import read_record
+from nanogpt.spec import RunSpec
 from nanogpt.training.compilation import (
     CompileCounts,
     GraphTimes,
@@ -32,9 +34,11 @@ from nanogpt.training.compilation import (
 )
 from nanogpt.training.micro_step import MicroStep
 from nanogpt.training.parallel_compile import (
+    KERNELS,
     GraphJob,
     call_graph,
     graph_jobs,
+    helpers_for,
     helpers_that_fit,
     launch_kernels,
     not_taken,
@@ -234,6 +238,49 @@ def test_helpers_leave_cores_and_memory():
     assert helpers_that_fit(jobs, cores=16, memory=130_000_000_000, other_ranks=1) == (3, 3)
     assert helpers_that_fit(jobs, cores=8, memory=130_000_000_000, other_ranks=1) == (2, 2)
     assert helpers_that_fit(jobs, cores=64, memory=130_000_000_000, other_ranks=7) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("free", "begun"),
+    [
+        (130e9, [(KERNELS, 4), ("0", 4), ("1", 4), ("2", 4), ("3", 4)]),
+        (70e9, [(KERNELS, 1), ("0", 1), ("1", 1), ("2", 1), ("3", 1)]),
+        (54e9, [(KERNELS, 1), ("0", 1)]),
+        (40e9, [(KERNELS, 0)]),
+        (35e9, []),
+    ],
+)
+def test_helpers_start_and_those_that_do_not_fit_are_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: float, begun: list[tuple[str, int]]
+):
+    events: list[tuple[str, ...] | tuple[str, int]] = []
+
+    class Recorded:
+        def __init__(self, root: Path, task: str):
+            self.task = task
+            events.append(("started", task))
+
+        def begin(self, spec: RunSpec, turns: int) -> None:
+            events.append((self.task, turns))
+
+        def end(self) -> None:
+            events.append(("ended", self.task))
+
+        __enter__, __exit__ = (lambda self: self), (lambda self, *_: self.end())
+
+    def memory(device: torch.device) -> tuple[int, int]:
+        events.append(("asked",))
+        return int(free), 141_000_000_000
+
+    monkeypatch.setattr("nanogpt.training.parallel_compile.Helper", Recorded)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", memory)
+    tasks, world = [KERNELS, "0", "1", "2", "3"], cast(World, SimpleNamespace(device=torch.device("cuda")))
+    with helpers_for(load_recipe("1xh100"), world, tmp_path) as helpers:
+        assert [helper.task for helper in helpers] == [task for task, _ in begun]
+        ended = [("ended", task) for task in tasks if task not in dict(begun)]
+        assert events == [*(("started", task) for task in tasks), ("asked",), *ended, *begun]
+    assert events[len(tasks) + 1 + len(tasks) :] == [("ended", task) for task in reversed(tasks)]
 
 
 def test_helpers_call_their_graphs_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

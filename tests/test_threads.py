@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from nanogpt.cli.threads import initialise_driver
+from nanogpt.threads import initialise_driver
 
 
 def calls(monkeypatch: pytest.MonkeyPatch, library: Callable[[str], Any]) -> None:
