@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,18 @@ Extras = Callable[[Slot], SlotExtras]
 def no_extras(slot: Slot) -> SlotExtras:
     """Only the tokens."""
     return SlotExtras({})
+
+
+class Common(TypedDict):
+    """What the loaders of a rank's batches, training's and validation's, are made with alike."""
+
+    slots: int
+    rank: int
+    world_size: int
+    bos: int
+    vocab_size: int
+    device: torch.device
+    extras: Extras
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,6 +27,7 @@ from torch import Tensor
 from nanogpt.cache.compile_cache import CompileCache, cache_directory
 from nanogpt.cache.graphs import compile_whole
 from nanogpt.console import say
+from nanogpt.data.micro_batches import Common
 from nanogpt.data.prefixes import gpt2_tokens, prefix_table
 from nanogpt.data.shards import check_shard_tokens, missing_target
 from nanogpt.data.training_batches import TrainBatches
@@ -234,7 +235,7 @@ class Trainer:
                 hashed=run is not None and world.local_rank == 0,
                 kept_extras={touched.extra for touched in self.touched.values()},
                 asked=lambda: self.watch.asked,
-                **self._place(),
+                **self._common(),
             )
         with self.startup.phase("attention library"):
             self.implementations, self.implementation_lines = choose_implementations(spec, world.device)
@@ -471,10 +472,9 @@ class Trainer:
     def validation_batches(self, files: Sequence[Path], tokens: int) -> ValBatches:
         """The first tokens of the shards, as validation reads them. Raises as `ValBatches` does."""
         size = self.spec.evaluation.micro_batch_tokens
-        return ValBatches(files, tokens=tokens, micro_batch_tokens=size, **self._place())
+        return ValBatches(files, tokens=tokens, micro_batch_tokens=size, **self._common())
 
-    def _place(self) -> dict[str, Any]:
-        """What all batches of this rank have in common."""
+    def _common(self) -> Common:
         return {
             "slots": self.spec.training.slots,
             "rank": self.world.rank,
