@@ -1,4 +1,4 @@
-"""Small shards and their batches in plain lists, for the tests of the loaders."""
+"""Small shards, and their batches in plain lists by the rules alone, slowly, for the tests of the loaders."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ from hypothesis import strategies as st
 from nanogpt.data import documents_index
 from nanogpt.data.micro_batches import MicroBatch
 from nanogpt.data.shards import header_bytes, train_name
+from nanogpt.data.training_batches import TrainBatches
 from nanogpt.models.model_spec import Slot, SlotExtras
 
 B = 9  # BOS of the small examples; their other tokens are 0..8
+SHARD = [token for length in range(1, 31) for token in [B, *([length % B] * (length - 1))]]  # 465 tokens
+Request = tuple[int, int]  # tokens of a slot, maximum document length
 ListedSlot = tuple[list[int], list[int], list[int]]  # inputs, targets, cu_seqlens
 
 
@@ -37,6 +40,33 @@ def padded(boundaries: list[int], tokens: int) -> list[int]:
     while length < tokens // 300:
         length += 128
     return boundaries + [tokens] * (length - len(boundaries))
+
+
+def slow_steps(shards: list[list[int]], requests: list[Request], slots: int = 8) -> Iterator[list[ListedSlot]]:
+    """The steps, ending early where the data do."""
+    left = [split_documents(shard) for shard in shards]
+    for tokens, maximum in requests:
+        while left:
+            queue = list(left[0])
+            step: list[ListedSlot] = []
+            while len(step) < slots:
+                stream: list[int] = []
+                boundaries = [0]
+                while queue and len(stream) < tokens + 1:
+                    for token in queue.pop(0)[:maximum]:
+                        if len(stream) < tokens + 1:
+                            stream.append(token)
+                    boundaries.append(min(len(stream), tokens))
+                if len(stream) < tokens + 1:
+                    break
+                step.append((stream[:-1], stream[1:], padded(boundaries, tokens)))
+            if len(step) == slots:
+                left[0] = queue
+                yield step
+                break
+            left.pop(0)
+        else:
+            return
 
 
 def as_lists(batch: MicroBatch) -> ListedSlot:
@@ -59,6 +89,16 @@ def on_disk(shards: list[list[int]], piece: int = 7, window: int = 2) -> Iterato
         mock.patch.object(documents_index, "_FIRST_WINDOW", window),
     ):
         yield write_shards(Path(folder), shards)
+
+
+@contextmanager
+def ranks(files: list[Path], world_size: int, **options: Any) -> Iterator[list[TrainBatches]]:
+    loaders = [TrainBatches(files, rank=r, world_size=world_size, slots=8, bos=B, **options) for r in range(world_size)]
+    try:
+        yield loaders
+    finally:
+        for loader in loaders:
+            loader.close()
 
 
 def counting(slot: Slot) -> SlotExtras:
