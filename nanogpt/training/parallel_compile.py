@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import functools
 import itertools
 import json
 import os
@@ -26,6 +25,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
@@ -98,14 +98,18 @@ def graph_jobs(spec: RunSpec) -> list[GraphJob]:
     return [*largest_first, *masked, GraphJob(None, evaluated, evaluated, None)]
 
 
-def call_graph(
-    job: GraphJob,
-    spec: RunSpec,
-    micro_step: MicroStep,
-    evaluation_loss: Callable[..., torch.Tensor],
-    turn: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> None:
-    """Compile the graph, and call it once, in its `turn`, on made-up tokens. No gradient is left."""
+class MadeUpCall(NamedTuple):
+    """One call of a graph on made-up tokens."""
+
+    prepare: Callable[[], object]  # finds or compiles the graph
+    call: Callable[[], object]
+
+
+@contextmanager
+def made_up_call(
+    job: GraphJob, spec: RunSpec, micro_step: MicroStep, evaluation_loss: Callable[..., torch.Tensor]
+) -> Iterator[MadeUpCall]:
+    """A call of the graph, to be made while the context lasts. No gradient is left."""
     device = next(micro_step.model.parameters()).device
     inputs = torch.zeros(job.tokens, dtype=torch.int64, device=device)
     ends = torch.arange(cu_seqlens_length(job.tokens, job.max_documents), device=device) * job.max_seqlen
@@ -120,18 +124,30 @@ def call_graph(
         if job.settings is None:
             rows = spec.model.padded_vocab_size
             mask = torch.zeros((rows, rows // 8), dtype=torch.uint8, device=device) if job.masked else None
-            windows = Schedule(spec).final_windows.at_run_time()
-            with rows_of(micro_step.model, batch) as embedded:
-                prepare(evaluation_loss, batch, windows, embedded, mask)
-                with turn():
-                    evaluation_loss(batch, windows, embedded, mask)
+            embedded = stack.enter_context(rows_of(micro_step.model, batch))
+            arguments = (batch, Schedule(spec).final_windows.at_run_time(), embedded, mask)
+            yield MadeUpCall(partial(prepare, evaluation_loss, *arguments), partial(evaluation_loss, *arguments))
         else:
-            inputs = micro_step.model.loss_inputs(job.settings.point, device)
-            micro_step.prepare(batch, inputs)
-            with turn():
-                micro_step.compute(batch, inputs)
+            loss_inputs = micro_step.model.loss_inputs(job.settings.point, device)
+            yield MadeUpCall(
+                partial(micro_step.prepare, batch, loss_inputs), partial(micro_step.compute, batch, loss_inputs)
+            )
     for parameter in micro_step.model.parameters():
         parameter.grad = None
+
+
+def call_graph(
+    job: GraphJob,
+    spec: RunSpec,
+    micro_step: MicroStep,
+    evaluation_loss: Callable[..., torch.Tensor],
+    turn: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> None:
+    """Compile the graph, and call it once, in its `turn`, on made-up tokens. No gradient is left."""
+    with made_up_call(job, spec, micro_step, evaluation_loss) as made_up:
+        made_up.prepare()
+        with turn():
+            made_up.call()
 
 
 def take(root: Path, number: int) -> bool:
@@ -207,8 +223,15 @@ def compile_in_parallel(
     for job in not_taken(reversed(jobs) if leads else jobs, cache.root):  # the others have the first
         with timed_graph(job.name, rows):
             call_graph(job, spec, micro_step, evaluation_loss)
-    for helper in helpers:
+    for helper in reversed(helpers):  # the cheapest graphs are there first, and are loaded while others still compile
         helper.wait(given_up)
+        if helper.task != KERNELS and not given_up():
+            job = jobs[int(helper.task)][1]
+            with (
+                timed_graph(f"{job.name}, loading", rows),
+                made_up_call(job, spec, micro_step, evaluation_loss) as made_up,
+            ):
+                made_up.prepare()
     world.synchronize()
     world.communicator.barrier()
     return graph_times_table({"the run": rows, **{helper.name: helper.times() for helper in helpers}})
@@ -375,7 +398,7 @@ def compile_graphs(spec: RunSpec, world: World, root: Path, task: str, turns: in
         timed("launching kernels", launch_kernels, spec, micro_step)
         return
     evaluation_loss = compile_whole(model.evaluation_loss)
-    jobs, turn = list(enumerate(graph_jobs(spec))), functools.partial(turn_of, root, turns)
+    jobs, turn = list(enumerate(graph_jobs(spec))), partial(turn_of, root, turns)
     for job in itertools.chain([jobs[int(task)][1]], not_taken(jobs, root)):
         timed(job.name, call_graph, job, spec, micro_step, evaluation_loss, turn)
 
