@@ -162,7 +162,7 @@ _TESTS: dict[str, tuple[str, ...]] = {
     RECIPE_AVERAGED: ("tests/training/test_end_of_run.py::test_the_shipped_recipe_trains_as_record_89",),
     MICRO_STEP: ("tests/training/test_micro_step.py", "tests/optim/test_micro_steps.py"),
     ROWS: ("tests/kernels/test_row_gradients.py", "tests/training/test_micro_step.py"),
-    MICRO_BATCHES: ("tests/data/test_training_batches.py",),
+    MICRO_BATCHES: ("tests/data/test_training_batches.py", "tests/data/test_training_extras.py"),
     BATCHES: ("tests/data/test_training_batches.py", "tests/data/test_training_extras.py"),
     VALIDATION_BATCHES: ("tests/data/test_validation_batches.py",),
     DOCUMENTS: ("tests/data/test_training_batches.py",),
