@@ -26,7 +26,7 @@ def no_extras(slot: Slot) -> SlotExtras:
     return SlotExtras({})
 
 
-class Common(TypedDict):
+class LoaderArguments(TypedDict):
     """What the loaders of a rank's batches, training's and validation's, are made with alike."""
 
     slots: int

@@ -2,10 +2,10 @@
 
 All processes of a node look for compiled code in one directory (`nanogpt.cache`). So before the warm-up each takes one
 graph after another that nobody has taken, calls it once on made-up tokens without any communication, and finds the
-others' in the directory when the warm-up comes to them. The processes are the ranks of a node and, where these are
-fewer than the graphs, helpers on its first GPU, as many as processor cores allow, which make the model, compile graphs
-and end. They start as soon as the node's first rank knows that it has no file, and import while it does; so many of
-them as the GPU has memory for are then told what to compile.
+others' in the directory: a rank with helpers as each of them ends, any other rank when the warm-up comes to them. The
+processes are the ranks of a node and, where these are fewer than the graphs, helpers on its first GPU, as many as
+processor cores allow, which make the model, compile graphs and end. They start as soon as the node's first rank knows
+that it has no file, and import while it does; so many of them as the GPU has memory for are then told what to compile.
 
 - Helpers call their graphs in turns, as the GPU's memory allows. Compiling them needs none.
 - A graph launches our own kernels, which Triton compiles one after another at its first call. One more helper launches
@@ -252,8 +252,10 @@ def helpers_for(spec: RunSpec, world: World, root: Path) -> Iterator[list[Helper
             memory = torch.cuda.mem_get_info(world.device)[0] - int(table_bytes(spec))  # makes a context, meanwhile
             count, turns = helpers_that_fit(jobs, cores, memory, others)
             kernels_fit = memory >= OPTIMIZER_BYTES + jobs[0].memory + 2 * HELPER_BYTES
-            for task in [*([] if kernels_fit else tasks[:1]), *tasks[1 + count :]]:
-                helpers.pop(task).end()
+            fitting = [KERNELS] * kernels_fit + [str(number) for number in range(count)]
+            for task in tasks:
+                if task not in fitting:
+                    helpers.pop(task).end()
         for helper in helpers.values():
             helper.begin(on_one_gpu(spec), turns)
         yield [*helpers.values()]

@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ from torch import Tensor
 from nanogpt.cache.compile_cache import CompileCache, cache_directory
 from nanogpt.cache.graphs import compile_whole
 from nanogpt.console import say
-from nanogpt.data.micro_batches import Common
+from nanogpt.data.micro_batches import LoaderArguments
 from nanogpt.data.prefixes import gpt2_tokens, prefix_table
 from nanogpt.data.shards import check_shard_tokens, missing_target
 from nanogpt.data.training_batches import TrainBatches
@@ -177,10 +176,18 @@ def train_run(
                 world = stack.enter_context(join_world(spec))
             kept_in = cache_directory(run.path.parent) if run is not None and compiles(spec, world.device) else None
             cache = stack.enter_context(compiler(spec, world, startup, kept_in))
-            place: dict[str, Any] = {"run": run, "data_directory": data_directory}
             make = make_trainer or Trainer
             trainer = stack.enter_context(
-                make(spec, world, **place, recorder=recorder, watch=watch, cache=cache, startup=startup)
+                make(
+                    spec,
+                    world,
+                    run=run,
+                    data_directory=data_directory,
+                    recorder=recorder,
+                    watch=watch,
+                    cache=cache,
+                    startup=startup,
+                )
             )
             return trainer.run(resume=resume)
     except torch.OutOfMemoryError as error:
@@ -235,7 +242,7 @@ class Trainer:
                 hashed=run is not None and world.local_rank == 0,
                 kept_extras={touched.extra for touched in self.touched.values()},
                 asked=lambda: self.watch.asked,
-                **self._common(),
+                **self._loader_arguments(),
             )
         with self.startup.phase("attention library"):
             self.implementations, self.implementation_lines = choose_implementations(spec, world.device)
@@ -472,9 +479,9 @@ class Trainer:
     def validation_batches(self, files: Sequence[Path], tokens: int) -> ValBatches:
         """The first tokens of the shards, as validation reads them. Raises as `ValBatches` does."""
         size = self.spec.evaluation.micro_batch_tokens
-        return ValBatches(files, tokens=tokens, micro_batch_tokens=size, **self._common())
+        return ValBatches(files, tokens=tokens, micro_batch_tokens=size, **self._loader_arguments())
 
-    def _common(self) -> Common:
+    def _loader_arguments(self) -> LoaderArguments:
         return {
             "slots": self.spec.training.slots,
             "rank": self.world.rank,
