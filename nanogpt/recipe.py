@@ -1,34 +1,29 @@
 """Recipes: YAML files that inherit from one another and resolve to a `RunSpec`.
 
 A recipe may name a `base` (a path relative to itself). Mappings are merged key by key, lists and values replace; a
-mapping whose `kind` differs from the base's replaces it whole. Every value remembers its file and line, so that errors
-can point there. Command-line overrides (`--set training.stages.0.batch_tokens=65536`) come last, after `--on 4xh200`,
-which replaces `hardware`. Hardware may also be left open, to be filled in from what is at hand.
+mapping whose `kind` differs from the base's replaces it whole. Command-line overrides
+(`--set training.stages.0.batch_tokens=65536`) come last, after `--on 4xh200`, which replaces `hardware`. Hardware may
+also be left open, to be filled in from what is at hand. Text and places: `nanogpt.recipe_yaml`; words for what is
+wrong: `nanogpt.recipe_problems`.
 """
 
 from __future__ import annotations
 
 import difflib
 import itertools
-import json
 import re
-import types
-import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import ValidationError
 
 from nanogpt.errors import InputError
 from nanogpt.files import open_regular
 from nanogpt.hardware import Fill, parse_shape, shape, split_shape
+from nanogpt.recipe_problems import explain
+from nanogpt.recipe_yaml import MAX_BYTES, KeyPath, RecipeError, Source, dotted, dump_yaml, parse_yaml
 from nanogpt.spec import CrossCheckError, HardwareSpec, RunSpec
-
-KeyPath = tuple[str | int, ...]
 
 # Keys of older recipes and runs, and their present names.
 RENAMED: Mapping[KeyPath, str] = {("runtime", "bigram_gradient"): "row_gradients"}
@@ -36,73 +31,7 @@ RENAMED: Mapping[KeyPath, str] = {("runtime", "bigram_gradient"): "row_gradients
 # What an open recipe is checked for when nothing is started: the machine of the public records.
 USUAL = HardwareSpec(gpu="h100", gpus_per_node=8)
 
-
-class RecipeError(InputError):
-    """A recipe that cannot be used. The message has one line for each problem."""
-
-    def __init__(self, problems: Sequence[str]):
-        self.problems = list(problems)
-        named = self.problems[:MAX_PROBLEMS]
-        more = len(self.problems) - len(named)
-        super().__init__("\n".join([*named, *([f"and {more} more problems"] if more else [])]))
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars: 1e-10 is a float, 010 is ten, `on` and 2026-01-01 are strings."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes every string that YAML 1.1 or `_Loader` would read as something else."""
-
-
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    # Outside double quotes, PyYAML reads these line breaks back as spaces.
-    style = '"' if re.search("[\x85\u2028\u2029\ufeff]", text) else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-
-_Dumper.add_representer(str, _represent_text)
-
-_SCALARS = (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?[0-9][0-9_]*", "-+0123456789"),
-    (
-        "float",
-        r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        "-+0123456789.",
-    ),
-)
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag == "tag:yaml.org,2002:null"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _name, _regexp, _first in _SCALARS:
-    for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_regexp})$"), list(_first))
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
-
-# The longest recipe here has 2 % of these.
-MAX_BYTES = 256 * 1024
-MAX_NODES = 10_000  # values
-MAX_DEPTH = 40
-MAX_KEY = 200  # characters
 MAX_BASES = 20
-MAX_PROBLEMS = 40  # reported at once
-
-
-@dataclass
-class _Source:
-    """Plain data with the place (`file:line` or `--set ...`) that each key path came from."""
-
-    data: Any
-    places: dict[KeyPath, str]
-
-    def place(self, path: KeyPath) -> str:
-        """The place of `path`, or of its nearest container."""
-        for length in range(len(path), -1, -1):
-            if path[:length] in self.places:
-                return self.places[path[:length]]
-        return "recipe"
 
 
 def shipped_recipes() -> Path:
@@ -113,7 +42,7 @@ def shipped_recipes() -> Path:
 
 def own_keys(path: Path) -> tuple[str | None, set[str]]:
     """What the recipe file itself says: the name of its base, if any, and its other top-level keys."""
-    data = dict(_parse(path.read_text(encoding="utf-8"), str(path), lambda line: f"{path}:{line}").data)
+    data = dict(parse_yaml(path.read_text(encoding="utf-8"), str(path), lambda line: f"{path}:{line}").data)
     base = data.pop("base", None)
     return (None if base is None else Path(base).stem), set(data)
 
@@ -209,7 +138,7 @@ def resolve_recipe(
             spec = RunSpec.model_validate(data)
         return spec, left_open
     except ValidationError as error:
-        problems = list(dict.fromkeys(_explain(error, source)))
+        problems = list(dict.fromkeys(explain(error, source)))
         if left_open and fill is None and _fits(source, gpus_per_node=1):
             why = f" (checked for {shape(USUAL)}, as {name} leaves hardware open; --on names another)"
             problems = [f"{problem}{why}" for problem in problems]
@@ -218,7 +147,7 @@ def resolve_recipe(
         raise RecipeError([f"--steps {steps}: {text}" for _, text in error.problems]) from None
 
 
-def _keep_overrides(source: _Source, whole: Any, short: Any, path: KeyPath = ()) -> None:
+def _keep_overrides(source: Source, whole: Any, short: Any, path: KeyPath = ()) -> None:
     """Restore in `short` what the user overrode in `whole` with --set."""
     if path[:2] in (("training", "stages"), ("training", "extension")):
         return
@@ -271,14 +200,7 @@ def shorten(spec: RunSpec, total_steps: int) -> RunSpec:
 
 def dump_spec(spec: RunSpec, exclude: Mapping[str, Any] | None = None, *, ascii_only: bool = False) -> str:
     """The fully resolved spec as YAML, which `load_recipe` reads back to an equal spec; `exclude` is Pydantic's."""
-    return yaml.dump(
-        spec.model_dump(mode="json", exclude=exclude),
-        Dumper=_Dumper,
-        sort_keys=False,
-        width=110,
-        default_flow_style=None,
-        allow_unicode=not ascii_only,
-    )
+    return dump_yaml(spec.model_dump(mode="json", exclude=exclude), ascii_only=ascii_only)
 
 
 def publishable_spec(spec: RunSpec) -> str:
@@ -287,55 +209,10 @@ def publishable_spec(spec: RunSpec) -> str:
     return dump_spec(spec.model_copy(update=places))
 
 
-def recipe_schema(*, resolved: bool = False) -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of a recipe file, for editors, or of a resolved `RunSpec`.
-
-    In a recipe nothing is required, as it may inherit, except in the entries of a list, which replaces the base's list
-    completely; and there is `base`. A part with several possible kinds need not say which: `oneOf` would refuse what
-    fits several, so it becomes `anyOf`.
-    """
-    schema = RunSpec.model_json_schema()
-    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-    if resolved:
-        return {**dialect, **schema}
-    required = {f"#/$defs/{name}": part.get("required", []) for name, part in schema["$defs"].items()}
-
-    def relax(node: Any) -> None:
-        if isinstance(node, list):
-            for child in node:
-                relax(child)
-        if not isinstance(node, dict):
-            return
-        if isinstance(node.get("title"), str):
-            del node["title"]
-        if isinstance(node.get("required"), list):
-            del node["required"]
-        if isinstance(node.get("oneOf"), list):
-            node["anyOf"] = node.pop("oneOf")
-            node.pop("discriminator", None)
-        for child in node.values():
-            relax(child)
-        items = node.get("items", {})
-        if items.get("$ref") in required:
-            items["required"] = required[items["$ref"]]
-
-    relax(schema)
-    schema["properties"] = {
-        "base": {"type": "string", "description": "recipe to inherit from: a path relative to this file"},
-        **schema["properties"],
-    }
-    return {**dialect, "title": "NanoGPT speedrun recipe", **schema}
-
-
-def schema_text(*, resolved: bool = False) -> str:
-    """`recipe_schema` as JSON text; without `resolved` that of recipes/schema.json."""
-    return json.dumps(recipe_schema(resolved=resolved), indent=1) + "\n"
-
-
 # --- hardware ---------------------------------------------------------------------------------------------------
 
 
-def _left_open(source: _Source) -> set[str]:
+def _left_open(source: Source) -> set[str]:
     stated = source.data.get("hardware") or {}
     if not isinstance(stated, dict):
         return set()
@@ -343,7 +220,7 @@ def _left_open(source: _Source) -> set[str]:
     return set(missing) if missing & {"gpu", "gpus_per_node"} else set()
 
 
-def _fill_in(source: _Source, fill: Fill, left_open: set[str]) -> None:
+def _fill_in(source: Source, fill: Fill, left_open: set[str]) -> None:
     stated = source.data["hardware"] = dict(source.data.get("hardware") or {})
     values, place = fill(stated)
     for key in left_open & values.keys():
@@ -355,7 +232,7 @@ def _as_usual(stated: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     return USUAL.model_dump(exclude={"nodes"}), f"hardware as {shape(USUAL)}"
 
 
-def _fits(source: _Source, **hardware: Any) -> bool:
+def _fits(source: Source, **hardware: Any) -> bool:
     """Whether the recipe is valid with other hardware."""
     try:
         RunSpec.model_validate({**source.data, "hardware": {**source.data["hardware"], **hardware}})
@@ -367,7 +244,7 @@ def _fits(source: _Source, **hardware: Any) -> bool:
 # --- reading ----------------------------------------------------------------------------------------------------
 
 
-def _laid_over(name: str | Path, overrides: Iterable[str], on: str | None) -> _Source:
+def _laid_over(name: str | Path, overrides: Iterable[str], on: str | None) -> Source:
     """The recipe over its bases, then `on`, then `overrides`."""
     source = _read(find_recipe(name), ())
     if on is not None:
@@ -385,7 +262,7 @@ def _laid_over(name: str | Path, overrides: Iterable[str], on: str | None) -> _S
     return source
 
 
-def _read(path: Path, chain: tuple[Path, ...]) -> _Source:
+def _read(path: Path, chain: tuple[Path, ...]) -> Source:
     """The recipe at `path` laid over its bases; `chain`: the recipes that led here."""
     try:
         with open_regular(path) as file:
@@ -397,7 +274,7 @@ def _read(path: Path, chain: tuple[Path, ...]) -> _Source:
         raise RecipeError([f"{path}: is not UTF-8 text: {error.reason} at byte {error.start}"]) from None
     except OSError as error:
         raise RecipeError([f"{path}: cannot be read: {error.strerror}"]) from None
-    source = _parse(text, str(path), lambda line: f"{path}:{line}")
+    source = parse_yaml(text, str(path), lambda line: f"{path}:{line}")
     if not isinstance(source.data, dict):
         raise RecipeError([f"{path}:1: a recipe is a mapping of keys to values, found {_kind_of(source.data)}"])
 
@@ -443,77 +320,7 @@ def _find_base(path: Path, name: str, place: str) -> Path:
     raise RecipeError([f"{place}: base: {beside} does not exist and no shipped recipe is called {name}{hint}"])
 
 
-def _parse(text: str, name: str, place: Callable[[int], str]) -> _Source:
-    """YAML text to plain data with the place of every key path; `place` turns a line number into one.
-
-    Raises `RecipeError` with every problem of the text.
-    """
-    places: dict[KeyPath, str] = {}
-    problems: list[str] = []
-    try:
-        loader = _Loader(text)
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise RecipeError(
-            [f"{place(line)}: not valid YAML: contains the control character {chr(error.character)!r}"]
-        ) from None
-    nodes = 0
-
-    def plain(node: yaml.Node, path: KeyPath) -> Any:
-        nonlocal nodes
-        nodes += 1
-        if nodes > MAX_NODES:
-            raise RecipeError([f"{name}: more than {MAX_NODES:,} values; is it really a recipe?"])
-        if len(path) > MAX_DEPTH:
-            raise RecipeError([f"{name}: nested more than {MAX_DEPTH} deep; does an alias contain itself?"])
-        here = place(node.start_mark.line + 1)
-        places.setdefault(path, here)
-        if isinstance(node, yaml.SequenceNode):
-            return [plain(child, (*path, index)) for index, child in enumerate(node.value)]
-        if not isinstance(node, yaml.MappingNode):
-            try:
-                return loader.construct_object(node, deep=True)
-            except (ValueError, LookupError, AttributeError, TypeError) as error:  # of a tag that does not fit
-                problems.append(f"{here}: {_dotted(path)}: cannot be read as {node.tag.rpartition(':')[2]}: {error}")
-                return None
-        result: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            here = place(key_node.start_mark.line + 1)
-            if not isinstance(key_node, yaml.ScalarNode):
-                problems.append(f"{here}: a key must be a plain word, found a {key_node.id}")
-                continue
-            key = str(key_node.value)
-            if len(key) > MAX_KEY:
-                problems.append(f"{here}: a key of {len(key):,} characters, at most {MAX_KEY} allowed: {key[:40]}...")
-                continue
-            dotted = _dotted((*path, key))
-            if key == "<<":
-                problems.append(
-                    f"{here}: {dotted}: merge keys are not supported; repeat the keys, or inherit by `base:`"
-                )
-            elif key in result:
-                problems.append(f"{here}: {dotted}: appears twice in this mapping, first at {places[(*path, key)]}")
-            else:
-                places[(*path, key)] = here
-                result[key] = plain(value_node, (*path, key))
-        return result
-
-    try:
-        node = loader.get_single_node()
-        data = None if node is None else plain(node, ())
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise RecipeError([*problems, f"{place(line)}: not valid YAML: {error.problem}"]) from None
-    except RecursionError:
-        raise RecipeError([f"{name}: nested more than {MAX_DEPTH} deep; does an alias contain itself?"]) from None
-    finally:
-        loader.dispose()
-    if problems:
-        raise RecipeError(problems)
-    return _Source(data, places)
-
-
-def _rename(source: _Source) -> None:
+def _rename(source: Source) -> None:
     """Give renamed keys their new names."""
     for (*folder, old), new in RENAMED.items():
         part: Any = source.data
@@ -529,7 +336,7 @@ def _kind_of(data: Any) -> str:
     return names.get(type(data), f"the value {data!r}")
 
 
-def _merge(base: _Source, child: _Source, path: KeyPath) -> None:
+def _merge(base: Source, child: Source, path: KeyPath) -> None:
     """Lay `child`'s mapping at `path` over `base`'s."""
     base_map, child_map = _get(base.data, path), _get(child.data, path)
     for key, value in child_map.items():
@@ -557,24 +364,24 @@ def _get(data: Any, path: KeyPath) -> Any:
     return data
 
 
-def _override(source: _Source, text: str) -> None:
+def _override(source: Source, text: str) -> None:
     """Apply one `key.path=value`; the value is YAML and replaces what was there."""
     place = f"--set {text}"
     keys, separator, value_text = text.partition("=")
     words = keys.strip().split(".")
     if not separator or not all(words):
         raise RecipeError([f"{place}: expected key.path=value, for example --set training.seed=1"])
-    value = _parse(value_text, place, lambda _: place).data
+    value = parse_yaml(value_text, place, lambda _: place).data
     path: KeyPath = ()
     parent: Any = source.data
     for depth, name in enumerate(words):
         key: str | int = name
         if isinstance(parent, list):
             if not re.fullmatch("[0-9]+", name) or int(name) >= len(parent):
-                raise RecipeError([f"{place}: {_dotted(path)} has {_entries(parent)}, found {name!r}"])
+                raise RecipeError([f"{place}: {dotted(path)} has {_entries(parent)}, found {name!r}"])
             key = int(name)
         elif not isinstance(parent, dict):
-            raise RecipeError([f"{place}: {_dotted(path)} is the value {parent!r}, which has no keys"])
+            raise RecipeError([f"{place}: {dotted(path)} is the value {parent!r}, which has no keys"])
         path = (*path, key)
         if depth == len(words) - 1:
             parent[key] = value
@@ -587,7 +394,7 @@ def _override(source: _Source, text: str) -> None:
     _come_from(source, path, place)
 
 
-def _come_from(source: _Source, path: KeyPath, place: str) -> None:
+def _come_from(source: Source, path: KeyPath, place: str) -> None:
     """Note that everything at `path` now comes from `place`."""
     for old_path in [p for p in source.places if p[: len(path)] == path]:
         del source.places[old_path]
@@ -596,136 +403,3 @@ def _come_from(source: _Source, path: KeyPath, place: str) -> None:
 
 def _entries(items: list[Any]) -> str:
     return f"entries 0..{len(items) - 1}" if items else "no entries"
-
-
-def _dotted(path: KeyPath) -> str:
-    return ".".join(map(str, path))
-
-
-# --- explaining -------------------------------------------------------------------------------------------------
-
-
-def _explain(error: ValidationError, source: _Source) -> Iterable[str]:
-    found = error.errors(include_url=False)
-    if any(details["loc"][:1] == ("model",) for details in found):  # then its table could not fill the optimizer's part
-        found = [d for d in found if d["type"] != "missing" or d["loc"][0] != "optimizer" or len(d["loc"]) == 1]
-    for details in found:
-        cross = details.get("ctx", {}).get("error")
-        if isinstance(cross, CrossCheckError):
-            for path, text in cross.problems:
-                yield f"{source.place(path)}: {_dotted(path)}: {text}"
-        else:
-            yield _explain_one(details, source)
-
-
-def _explain_one(details: ErrorDetails, source: _Source) -> str:
-    kind, found = details["type"], details["input"]
-    path = _path_in_data(details["loc"], source.data, keep_last=kind in ("missing", "extra_forbidden"))
-    name = _dotted(path) or "recipe"
-    place = source.place(path)
-    if kind == "extra_forbidden":
-        allowed = _keys_at(path[:-1], source.data)
-        return f"{place}: {name}: unknown key{_nearest(str(path[-1]), allowed)}; allowed keys: {', '.join(allowed)}"
-    if kind == "missing" and isinstance(path[-1], int):
-        return f"{place}: {_dotted(path[:-1])}: has too few entries, entry {path[-1]} is missing"
-    if kind == "missing" and any(isinstance(key, int) for key in path):
-        return f"{place}: {name}: is missing; add it (a list replaces the whole list of the base)"
-    if kind == "missing":
-        return f"{place}: {name}: is missing; add it, or inherit it from a recipe by `base:`"
-    if kind in ("union_tag_not_found", "union_tag_invalid"):
-        models = _models_in(_annotation_at(path, source.data))
-        kinds = [str(value) for model in models for value in _literals(model)]
-        allowed_text = f"allowed: {', '.join(kinds)}"
-        if kind == "union_tag_not_found":
-            return f"{place}: {name}.kind: is missing; {allowed_text}"
-        tag = str(details["ctx"]["tag"])
-        return f"{source.place((*path, 'kind'))}: {name}.kind: found {tag}{_nearest(tag, kinds)}; {allowed_text}"
-    if kind == "literal_error":
-        allowed = re.findall(r"'([^']*)'", details["ctx"]["expected"])
-        return f"{place}: {name}: found {_show(found)}{_nearest(str(found), allowed)}; allowed: {', '.join(allowed)}"
-    if kind == "value_error":
-        return f"{place}: {name}: {details['ctx']['error']}, found {_show(found)}"
-    message = _MESSAGES.get(kind) or re.sub(r"^\w+ should", "must", details["msg"])
-    return f"{place}: {name}: {message}, found {_show(found)}"
-
-
-_MESSAGES = {
-    "model_type": "must be a mapping",
-    "model_attributes_type": "must be a mapping",
-    "dict_type": "must be a mapping",
-    "list_type": "must be a list",
-    "tuple_type": "must be a list",
-    "bool_type": "must be true or false",
-    "int_type": "must be a whole number",
-    "float_type": "must be a number",
-    "string_type": "must be text",
-}
-
-
-def _show(value: Any) -> str:
-    """A value as written in a recipe, cut to a readable length."""
-    text = json.dumps(value, ensure_ascii=False, default=repr)
-    return text if len(text) < 80 else text[:77] + "..."
-
-
-def _nearest(word: str, allowed: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, allowed, n=1, cutoff=0.5)
-    return f", did you mean {close[0]}?" if close else ""
-
-
-def _path_in_data(loc: tuple[str | int, ...], data: Any, *, keep_last: bool) -> KeyPath:
-    """Pydantic's location without the `kind` after a mapping, which is not a key of the recipe."""
-    path: list[str | int] = []
-    kind: Any = None
-    for position, key in enumerate(loc):
-        if kind is not None and key == kind:
-            kind = None
-            continue
-        inside = (isinstance(data, dict) and key in data) or (
-            isinstance(data, list) and isinstance(key, int) and key < len(data)
-        )
-        if inside:
-            data = data[key]
-            path.append(key)
-            kind = data.get("kind") if isinstance(data, dict) else None
-        elif keep_last and position == len(loc) - 1:
-            path.append(key)
-    return tuple(path)
-
-
-def _annotation_at(path: KeyPath, data: Any) -> Any:
-    """The spec's type of what is at `path` in `data`."""
-    annotation: Any = RunSpec
-    for key in path:
-        data = data[key]
-        models = [m for m in _models_in(annotation) if isinstance(key, str) and key in m.model_fields]
-        annotation = models[0].model_fields[str(key)].annotation if models else _item_of(annotation)
-        if isinstance(data, dict) and "kind" in data:
-            tagged = [m for m in _models_in(annotation) if "kind" in m.model_fields and data["kind"] in _literals(m)]
-            annotation = tagged[0] if tagged else annotation
-    return annotation
-
-
-def _keys_at(path: KeyPath, data: Any) -> list[str]:
-    """Keys that the spec allows in the mapping at `path` in `data`."""
-    names = [name for model in _models_in(_annotation_at(path, data)) for name in model.model_fields]
-    return list(dict.fromkeys([*names, *(["base"] if not path else [])]))
-
-
-def _literals(model: type[BaseModel]) -> tuple[Any, ...]:
-    return typing.get_args(model.model_fields["kind"].annotation)
-
-
-def _item_of(annotation: Any) -> Any:
-    """The element type of list[X] or dict[str, X]."""
-    args = typing.get_args(annotation)
-    return args[-1] if args else annotation
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    origin = typing.get_origin(annotation)
-    if origin in (typing.Union, types.UnionType, typing.Annotated):
-        return [model for arg in typing.get_args(annotation) for model in _models_in(arg)]
-    return []

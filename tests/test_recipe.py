@@ -20,16 +20,9 @@ from pydantic.fields import FieldInfo
 
 from nanogpt.errors import InputError
 from nanogpt.hardware import shape
-from nanogpt.recipe import (
-    MAX_BYTES,
-    RecipeError,
-    dump_spec,
-    find_recipe,
-    load_recipe,
-    recipe_schema,
-    resolve_recipe,
-    shipped_recipes,
-)
+from nanogpt.recipe import MAX_BYTES, dump_spec, find_recipe, load_recipe, resolve_recipe, shipped_recipes
+from nanogpt.recipe_schema import recipe_schema
+from nanogpt.recipe_yaml import RecipeError
 from nanogpt.spec import RunSpec
 
 SHIPPED = sorted(path.stem for path in shipped_recipes().glob("*.yaml"))

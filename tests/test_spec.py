@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from nanogpt.gpus import GPU_NAMES
-from nanogpt.recipe import RecipeError, load_recipe, shipped_recipes, shorten
+from nanogpt.recipe import load_recipe, shipped_recipes, shorten
+from nanogpt.recipe_yaml import RecipeError
 from nanogpt.spec import WORLD_SIZES, CosineSchedule, CrossCheckError, RunSpec
 
 SPEEDRUN = load_recipe("speedrun")

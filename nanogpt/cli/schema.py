@@ -13,6 +13,6 @@ def schema(
     ] = False,
 ) -> None:
     """Print the JSON Schema that recipes name in their first line, so that editors complete and check them."""
-    from nanogpt.recipe import schema_text
+    from nanogpt.recipe_schema import schema_text
 
     typer.echo(schema_text(resolved=resolved), nl=False)

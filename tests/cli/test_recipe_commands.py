@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from nanogpt.recipe import load_recipe, recipe_schema, schema_text, shipped_recipes
+from nanogpt.recipe import load_recipe, shipped_recipes
+from nanogpt.recipe_schema import recipe_schema, schema_text
 
 SHIPPED = sorted(path.stem for path in shipped_recipes().glob("*.yaml"))
 

@@ -11,7 +11,8 @@ from nanogpt.data.token_classes import token_classes
 from nanogpt.data.tokenizer import BOS, encode_text
 from nanogpt.models.model_spec import Slot
 from nanogpt.models.record_spec import BIGRAM_ROWS
-from nanogpt.recipe import RecipeError, load_recipe
+from nanogpt.recipe import load_recipe
+from nanogpt.recipe_yaml import RecipeError
 from nanogpt.spec_fields import compiled_values
 from nanogpt.training.separate_documents import separate_documents
 

@@ -13,7 +13,8 @@ from recorded import NO_GPU, ONE_NODE, TWO_NODES, program
 from nanogpt.cluster.at_hand import at_hand, check_type, of_the_job
 from nanogpt.errors import InputError
 from nanogpt.hardware import Fill, largest_count, shape
-from nanogpt.recipe import RecipeError, load_recipe
+from nanogpt.recipe import load_recipe
+from nanogpt.recipe_yaml import RecipeError
 
 H200 = "NVIDIA H200"
 

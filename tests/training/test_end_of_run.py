@@ -26,7 +26,8 @@ from tiny_runs import (
 from nanogpt.data.canonical_mask import build
 from nanogpt.data.validation_batches import ValBatches
 from nanogpt.optim.communication import Communicator
-from nanogpt.recipe import RecipeError, load_recipe
+from nanogpt.recipe import load_recipe
+from nanogpt.recipe_yaml import RecipeError
 from nanogpt.runs.record import read_record
 from nanogpt.training.end_of_run import ROWS_SENT, EndOfRun
 from nanogpt.training.evaluation import as_json, as_lines, evaluate_runs

@@ -16,7 +16,8 @@ from tiny_runs import assert_same
 from torch import Tensor, nn
 
 from nanogpt.optim.communication import Communicator, Pending, completed
-from nanogpt.recipe import RecipeError, find_recipe, load_recipe
+from nanogpt.recipe import find_recipe, load_recipe
+from nanogpt.recipe_yaml import RecipeError
 from nanogpt.spec_end import TailAverages
 from nanogpt.training.end_of_run import RunningAverages, lerp
 
