@@ -71,6 +71,12 @@ class _Verbatim:
         except ValueError as error:  # the stream was closed
             self.error = self.error or OSError(errno.EBADF, str(error))
 
+    def give_up(self) -> None:
+        """Lose what could not be written: or Python would try again at exit, and complain or change the exit code."""
+        with suppress(OSError, ValueError):
+            if self.raw is not None:
+                _discard(self.raw.fileno())
+
     def isatty(self) -> bool:
         """Whether it is a terminal."""
         return self.raw is not None and self.raw.isatty()
@@ -116,10 +122,7 @@ class Terminal:
         error = self._out.verbatim.error
         if error is None:
             return None
-        raw = self._out.verbatim.raw
-        with suppress(OSError, ValueError):  # or Python would try again at exit, and complain
-            if raw is not None:
-                _discard(raw.fileno())
+        self._out.verbatim.give_up()
         if error.errno == errno.EPIPE:
             return None
         why = "is closed" if error.errno == errno.EBADF else f"cannot be written: {error.strerror}"
@@ -131,12 +134,15 @@ def terminal() -> Iterator[Terminal]:
     """Standard output and error as described in the module, to the end of the block."""
     _keep_descriptors_apart()
     before = sys.stdout, sys.stderr
-    out = _Stream(sys.stdout, results=True)
-    sys.stdout, sys.stderr = out, _Stream(sys.stderr, results=False)
+    out, err = _Stream(sys.stdout, results=True), _Stream(sys.stderr, results=False)
+    sys.stdout, sys.stderr = out, err
     try:
         yield Terminal(out)
     finally:
         sys.stdout, sys.stderr = before
+        err.flush()
+        if err.verbatim.error is not None:
+            err.verbatim.give_up()
 
 
 def _keep_descriptors_apart() -> None:

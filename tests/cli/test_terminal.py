@@ -29,8 +29,8 @@ TERMINALS = {"C": C_LOCALE, "ascii": {"PYTHONIOENCODING": "ascii"}, "latin-1": {
 
 
 def run(*command: object, stdout: int = subprocess.PIPE, stderr: int = subprocess.PIPE, **environment: str):
-    """The finished process; its outputs are bytes."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **environment}
+    """The finished process, which buffers as a user's; its outputs are bytes."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONUNBUFFERED": "", **environment}
     return subprocess.run(
         list(map(str, command)), stdout=stdout, stderr=stderr, env=environment, timeout=200, check=False
     )
