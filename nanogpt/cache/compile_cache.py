@@ -23,7 +23,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanogpt.cache.key import cache_key, key_sha256
+from nanogpt.cache.key import cache_key, key_of_spec, key_sha256
 from nanogpt.cache.pack import SUFFIX, Header, Pack, PackError, count_contents, kept_files, peek, write_pack
 from nanogpt.cache.tuning import FOLDER, kept_tuning, kernels_counted
 from nanogpt.console import human_bytes
@@ -47,6 +47,20 @@ def cache_directory(runs: Path | str | None = None) -> Path | None:
     if os.environ.get(VARIABLE) == OFF:
         return None
     return path_of(VARIABLE) or Path(runs or path_of("NANOGPT_RUNS") or "runs") / "cache"
+
+
+def may_have(spec: RunSpec, directory: Path) -> bool:
+    """Whether a file in `directory`, or the image, is for the spec's code, as far as can be told without torch.
+
+    Its versions and machine are not asked about.
+    """
+    wanted = key_of_spec(spec)
+    for path in (*directory.glob(f"*{SUFFIX}"), *IMAGE_DIRECTORY.glob(f"*{SUFFIX}")):
+        with contextlib.suppress(OSError, PackError):
+            key = peek(path).key
+            if all(key.get(name) == value for name, value in wanted.items()):
+                return True
+    return False
 
 
 class CompileCache:

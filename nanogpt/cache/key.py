@@ -81,9 +81,14 @@ def cache_key(spec: RunSpec, device: torch.device) -> dict[str, Any]:
         # The packages' own compilers make the kernels; the driver loads them. A new major version may differ.
         "driver": (driver_version() or "").partition(".")[0] if device.type == "cuda" else "",
         "environment": _compiler_variables(os.environ),
-        "spec": graph_settings(spec),
+        **key_of_spec(spec),
     }
     return _plain(key)
+
+
+def key_of_spec(spec: RunSpec) -> dict[str, Any]:
+    """The part of the key that is the same for all machines and versions: this package's source, and the spec's."""
+    return _plain({"source": graph_source_sha256(), "spec": graph_settings(spec)})
 
 
 def installation_key() -> dict[str, Any]:

@@ -42,10 +42,11 @@ def step(
 ) -> None:
     """Time a training step in each stage of RECIPE: milliseconds, tokens/s, model FLOP utilisation, peak memory."""
     collect_later()
+    spec = _trainers_spec(recipe, overrides, on)
     from nanogpt.bench import steps as timed
     from nanogpt.console import print_report
 
-    with _trainer(_spec(recipe, overrides, on), data) as trainer:
+    with _trainer(spec, data) as trainer:
         timings = []
         for timing in timed.time_stages(trainer, steps=steps, warmup_steps=warmup):
             timings.append(timing)
@@ -66,6 +67,16 @@ def _spec(recipe: str, overrides: list[str] | None, on: str | None) -> RunSpec:
     from nanogpt.recipe import load_recipe
 
     return load_recipe(recipe, [*(overrides or ()), "data.epochs=null"], on=on, fill=at_hand(os.environ))
+
+
+def _trainers_spec(recipe: str, overrides: list[str] | None, on: str | None) -> RunSpec:
+    """For `_trainer`. Before this process imports torch: what helps it to compile, if anything has to, imports too."""
+    from nanogpt.cache.compile_cache import cache_directory
+    from nanogpt.training.compile_helper import import_ahead
+
+    spec = _spec(recipe, overrides, on)
+    import_ahead(spec, cache_directory(spec.output.directory))
+    return spec
 
 
 @contextmanager
@@ -117,12 +128,12 @@ def profile(
     is exposed.
     """
     collect_later()
+    spec = _trainers_spec(recipe, overrides, on)
     from nanogpt.bench import exposed
     from nanogpt.bench import profile as profiled
     from nanogpt.console import print_report
     from nanogpt.errors import InputError
 
-    spec = _spec(recipe, overrides, on)
     if spec.hardware.gpu == "cpu":
         raise InputError(f"bench profile: {recipe} runs on a CPU; name a GPU, such as --on 1xh100")
     with _trainer(spec) as trainer:

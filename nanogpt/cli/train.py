@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from contextlib import ExitStack
 from pathlib import Path
@@ -60,16 +61,24 @@ def train(
     wait_briefly()
     initialise_driver()
     collect_later()
+    from nanogpt.cache.compile_cache import cache_directory
+    from nanogpt.errors import InputError, Interrupted, NanogptError
+    from nanogpt.recipe import load_recipe
+    from nanogpt.runs.directory import RunDirectory, output_directory
+    from nanogpt.training.compile_helper import import_ahead
+
+    if recipe is not None and resume is None:
+        with contextlib.suppress(NanogptError):  # it comes again
+            inspected = load_recipe(recipe, overrides or (), steps, on=on)
+            import_ahead(inspected, cache_directory(out or output_directory(inspected)))
+
     from nanogpt.background import GivenUp, Worker, wait_for
     from nanogpt.cluster.at_hand import at_hand, check_type
     from nanogpt.console import say
-    from nanogpt.errors import InputError, Interrupted
     from nanogpt.launch.watchdog import Watchdog
     from nanogpt.launch.world import started_as
-    from nanogpt.recipe import load_recipe
     from nanogpt.runs.claim import RunClaim
     from nanogpt.runs.data_files import shards_directory
-    from nanogpt.runs.directory import RunDirectory, output_directory
     from nanogpt.spec import RunSpec
     from nanogpt.training.agreement import Start, agree, describe_start
     from nanogpt.training.checkpoint import list_checkpoints

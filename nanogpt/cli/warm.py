@@ -51,11 +51,12 @@ def warm(
     wait_briefly()
     initialise_driver()
     collect_later()
+    from nanogpt.cache.compile_cache import cache_directory
     from nanogpt.cluster.at_hand import at_hand, check_type
     from nanogpt.errors import InputError
     from nanogpt.hardware import shape
     from nanogpt.recipe import load_recipe
-    from nanogpt.training.warm import warm_cache
+    from nanogpt.training.compile_helper import import_ahead
 
     spec = load_recipe(recipe, overrides or (), on=on, fill=at_hand(os.environ))
     try:
@@ -67,5 +68,8 @@ def warm(
         ) from None
     alone = [*(overrides or ()), "hardware.gpus_per_node=1", "hardware.nodes=1", "data.epochs=null"]
     on_one = load_recipe(recipe, alone, on=shape(spec.hardware))
+    import_ahead(on_one, out or cache_directory(spec.output.directory), fresh=fresh)
+    from nanogpt.training.warm import warm_cache
+
     for line in warm_cache(on_one, world_sizes=world_sizes or [spec.world_size], directory=out, fresh=fresh):
         typer.echo(line)

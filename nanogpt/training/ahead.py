@@ -20,6 +20,7 @@ from nanogpt.models import MODELS
 from nanogpt.registry import built_class
 from nanogpt.spec import RunSpec
 from nanogpt.training.build import draw_model
+from nanogpt.training.compile_helper import end_unneeded
 from nanogpt.training.implementations import choose_implementations, compiles
 from nanogpt.training.parallel_compile import begin_hashing, helpers_for, start_kernel_compilers
 from nanogpt.training.startup import StartUp
@@ -40,6 +41,7 @@ def compiler(
             if ahead:
                 begin_drawing(spec, world.device, startup)
             cache = stack.enter_context(compile_cache(spec, world, directory, fresh=fresh, when_cold=when_cold))
+            end_unneeded()
             if ahead and world.device.type == "cuda":
                 begin_hashing(startup)
                 if not cache.found:

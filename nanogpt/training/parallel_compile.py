@@ -4,8 +4,8 @@ All processes of a node look for compiled code in one directory (`nanogpt.cache`
 graph after another that nobody has taken, calls it once on made-up tokens without any communication, and finds the
 others' in the directory: a rank with helpers as each of them ends, any other rank when the warm-up comes to them. The
 processes are the ranks of a node and, where these are fewer than the graphs, helpers on its first GPU, as many as
-processor cores allow, which make the model, compile graphs and end. They start as soon as the node's first rank knows
-that it has no file, and import while it does; so many of them as the GPU has memory for are then told what to compile.
+processor cores and the GPU's memory allow, which make the model, compile graphs and end. They are forked from a process
+that imports for all of them, while the node's first rank imports too (`nanogpt.training.compile_helper`).
 
 - Helpers call their graphs in turns, as the GPU's memory allows. Compiling them needs none.
 - A graph launches our own kernels, which Triton compiles one after another at its first call. One more helper launches
@@ -19,8 +19,6 @@ import fcntl
 import itertools
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -36,19 +34,18 @@ from nanogpt.cache.compile_cache import CompileCache, compiled_code_of
 from nanogpt.cache.graphs import compile_whole, prepare
 from nanogpt.console import say
 from nanogpt.data.micro_batches import MicroBatch, cu_seqlens_length
-from nanogpt.launch.tied import tied_command
 from nanogpt.launch.world import World, join_world
 from nanogpt.models.model_spec import Slot
 from nanogpt.spec import RunSpec
 from nanogpt.training.build import undrawn_model
 from nanogpt.training.compilation import GraphTimes, graph_times_table, timed_graph
+from nanogpt.training.compile_helper import CORES_PER_HELPER, HelperServer, Order, code_file, helper_server, output_file
 from nanogpt.training.implementations import choose_implementations
 from nanogpt.training.micro_step import MicroStep
 from nanogpt.training.schedule import Schedule, StepSettings
 from nanogpt.training.startup import StartUp, process_age
 from nanogpt.training.tables import rows_of, table_bytes
 
-CORES_PER_HELPER = 2  # a helper computes in one thread, until its graph's kernels go to many processes at once
 # Upper bounds of GPU memory: a run has 28 GB for 49,152 tokens, 6 of them the optimizer's, which helpers do not make;
 # evaluation keeps nothing for a gradient.
 HELPER_BYTES = 4_000_000_000  # context, libraries, parameters and their gradients
@@ -243,22 +240,32 @@ def helpers_for(spec: RunSpec, world: World, root: Path) -> Iterator[list[Helper
     jobs, cores, others = graph_jobs(spec), len(os.sched_getaffinity(0)), spec.hardware.gpus_per_node - 1
     gpu = world.device.type == "cuda"
     count, turns = helpers_that_fit(jobs, cores, None, others)
-    tasks = [str(number) for number in range(count)]
-    if gpu and (count or others):
-        tasks.insert(0, KERNELS)
-    with ExitStack() as stack:
-        helpers = {task: stack.enter_context(Helper(root, task)) for task in tasks}
+    if not count and not (gpu and others):
+        yield []
+        return
+    server = helper_server()
+    try:
+        tasks = [KERNELS] * gpu
         if gpu:
             memory = torch.cuda.mem_get_info(world.device)[0] - int(table_bytes(spec))  # makes a context, meanwhile
             count, turns = helpers_that_fit(jobs, cores, memory, others)
-            kernels_fit = memory >= OPTIMIZER_BYTES + jobs[0].memory + 2 * HELPER_BYTES
-            fitting = [KERNELS] * kernels_fit + [str(number) for number in range(count)]
-            for task in tasks:
-                if task not in fitting:
-                    helpers.pop(task).end()
-        for helper in helpers.values():
-            helper.begin(on_one_gpu(spec), turns)
-        yield [*helpers.values()]
+            tasks = [KERNELS] * (memory >= OPTIMIZER_BYTES + jobs[0].memory + 2 * HELPER_BYTES)
+        tasks += map(str, range(count))
+        yield begin_helpers(server, on_one_gpu(spec), root, tasks, turns)
+    finally:
+        server.end()
+
+
+def begin_helpers(server: HelperServer, spec: RunSpec, root: Path, tasks: Sequence[str], turns: int) -> list[Helper]:
+    """Have helpers compile graphs of `spec`, a world of its own, into `root`.
+
+    turns: how many of them may call graphs at a time.
+    """
+    for task in tasks:
+        if task != KERNELS:
+            take(root, int(task))
+    server.fork(Order(str(root), tasks, turns, spec.model_dump_json(), without_rank(os.environ)))
+    return [Helper(server, root, task) for task in tasks]
 
 
 def on_one_gpu(spec: RunSpec) -> RunSpec:
@@ -267,63 +274,43 @@ def on_one_gpu(spec: RunSpec) -> RunSpec:
 
 
 class Helper:
-    """A process that compiles into `root`: graph number `task`, and then others that nobody has taken; or KERNELS.
+    """A process that compiles into `root`: graph number `task`, and then others that nobody has taken; or KERNELS."""
 
-    It imports what it needs, and then waits for `begin`. A context manager: leaving it ends the process.
-    """
-
-    def __init__(self, root: Path, task: str):
+    def __init__(self, server: HelperServer, root: Path, task: str):
         self.name = f"helper for {task}" if task == KERNELS else f"helper {int(task) + 1}"
         self.task = task
-        self._root, self._output, self._times = root, root / f".helper-{task}.txt", times_file(root, task)
-        threads = max(1, len(os.sched_getaffinity(0)) // 2)  # they seldom compile kernels at the same time
-        with self._output.open("w") as output:
-            self._process = subprocess.Popen(
-                tied_command("nanogpt.training.compile_helper", str(root), task),
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=without_rank(os.environ) | {"TORCHINDUCTOR_COMPILE_THREADS": str(threads)},
-                text=True,
-            )
+        self._server, self._root = server, root
 
-    def begin(self, spec: RunSpec, turns: int) -> None:
-        """Have it compile graphs of `spec`, a world of its own. turns: how many helpers may call graphs at a time."""
-        if self.task != KERNELS:
-            take(self._root, int(self.task))
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:
-            pipe.write(f"{turns}\n{spec.model_dump_json()}")
+    def exit_code(self) -> int | None:
+        """Its own, or that of the process it was to be forked from; None while it works."""
+        with contextlib.suppress(OSError, ValueError):
+            return int(code_file(self._root, self.task).read_text())
+        return self._server.exit_code()
 
     def wait(self, given_up: Callable[[], bool]) -> None:
         """Wait until its graphs are done or `given_up`. If it fails, the run compiles by itself, and a line says so."""
         deadline = time.monotonic() + (0 if self.task == KERNELS else PATIENCE_S)
-        while self._process.poll() is None and time.monotonic() < deadline and not given_up():
+        while (code := self.exit_code()) is None and time.monotonic() < deadline and not given_up():
             time.sleep(0.1)
-        code, who = self._process.poll(), f"{self.name}, compiling ahead"
+        who = f"{self.name}, compiling ahead"
         if code is None and self.task != KERNELS and not given_up():
             say(f"{who}: not done after {PATIENCE_S:.0f} s; the run continues without it")
         elif code:
-            last = self._output.read_text(errors="replace").strip().splitlines()[-1:]
-            say(f"{who}: ended with exit code {code}{f': {last[0]}' if last else ''}; the run compiles by itself")
+            last = self._last_line()
+            say(f"{who}: ended with exit code {code}{f': {last}' if last else ''}; the run compiles by itself")
+
+    def _last_line(self) -> str:
+        with contextlib.suppress(OSError):
+            lines = output_file(self._root, self.task).read_text(errors="replace").strip().splitlines()
+            return lines[-1] if lines else ""
+        return self._server.last_line()
 
     def times(self) -> list[GraphTimes]:
         """What it has done so far."""
         try:
-            return [GraphTimes(**row) for row in json.loads(self._times.read_text())]
+            return [GraphTimes(**row) for row in json.loads(times_file(self._root, self.task).read_text())]
         except (OSError, ValueError):
             return []
-
-    def end(self) -> None:
-        """End it, whatever it does."""
-        self._process.kill()
-        self._process.communicate()
-
-    def __enter__(self) -> Helper:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.end()
 
 
 def without_rank(environ: Mapping[str, str]) -> dict[str, str]:
@@ -368,13 +355,12 @@ def times_file(root: Path, task: str) -> Path:
     return root / f".helper-{task}.json"
 
 
-def help_compiling(root: Path, task: str) -> None:
-    """What a helper does; `Helper.begin` writes to its standard input."""
-    turns, spec = int(sys.stdin.readline()), RunSpec.model_validate_json(sys.stdin.read())
+def help_compiling(root: Path, task: str, turns: int, spec: RunSpec) -> None:
+    """What a helper does."""
     startup = StartUp()
     with join_world(spec) as world:
         if world.device.type == "cuda":
-            startup.begin(torch.cuda.synchronize, world.device)  # makes a context, while the compiler is imported
+            startup.begin(torch.cuda.synchronize, world.device)  # makes a context, while the model is made
         with compiled_code_of(root, world):
             compile_graphs(spec, world, root, task, turns, startup)
 

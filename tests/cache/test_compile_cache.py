@@ -6,7 +6,6 @@ import fcntl
 import os
 import re
 import shutil
-import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +23,6 @@ from nanogpt.cache.pack import SUFFIX
 from nanogpt.launch.world import World
 from nanogpt.optim.communication import Communicator
 from nanogpt.runs.record import Record, read_record
-from nanogpt.training.parallel_compile import KERNELS, Helper, on_one_gpu
 
 SPEC = tiny_spec()
 WORLD = World(0, 1, 0, torch.device("cpu"), Communicator())
@@ -418,26 +416,3 @@ def test_a_helper_compiles_for_the_run(tmp_path: Path, data: Path, cold: Any, mo
         ("helper 1", "training"),
     ):
         assert re.search(rf"^\| {process} +\| {graph}", log, re.MULTILINE), log
-
-
-def test_a_helper_of_a_rank_is_a_world_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for name, value in {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}.items():
-        monkeypatch.setenv(name, value)
-    spec = tiny_spec("hardware.nodes=2", "hardware.gpus_per_node=2", model="record92")
-    with Helper(tmp_path, KERNELS) as helper:
-        helper.begin(on_one_gpu(spec), 1)
-        assert helper._process.wait(300) == 0, (tmp_path / f".helper-{KERNELS}.txt").read_text()
-        assert [row.name for row in helper.times()] == ["start", "launching kernels"]
-
-
-def test_a_helper_that_fails_is_a_line_and_no_more(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
-    broken = SPEC.model_copy(update={"name": "not a name"})  # which the helper refuses to read
-    with Helper(tmp_path, "0") as helper:
-        helper.begin(broken, 1)
-        helper.wait(lambda: False)
-    assert "helper 1, compiling ahead: ended with exit code 1: " in capfd.readouterr().err
-    with Helper(tmp_path, "0") as helper:
-        helper.begin(SPEC, 1)
-        helper.wait(lambda: True)  # a signal has asked the run to stop
-    assert helper._process.returncode == -signal.SIGKILL
-    assert capfd.readouterr().err == ""

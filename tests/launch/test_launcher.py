@@ -164,19 +164,20 @@ def test_a_parent_that_is_gone_before_the_death_signal_is_noticed() -> None:
 
 def test_helpers_that_compile_ahead_die_with_the_run(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path;"
-        "from nanogpt.training.parallel_compile import Helper;"
-        "helper = Helper(Path(sys.argv[1]), '0');"
-        "print(helper._process.pid, flush=True); time.sleep(1000)"
+        "import sys, time;"
+        "from nanogpt.training.compile_helper import HelperServer, Order;"
+        "server = HelperServer();"
+        "server.fork(Order(sys.argv[1], ['0', '1'], 1, '', {}));"
+        "print(server._process.pid, flush=True); time.sleep(1000)"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True, cwd=HERE.parent
     ) as run:
         assert run.stdout is not None
-        helper = int(run.stdout.readline())
-        before = started(helper)
+        server = int(run.stdout.readline())
+        before = started(server)
         run.kill()
-    wait_until(lambda: started(helper) != before, lambda: read(f"/proc/{helper}/status"))
+    wait_until(lambda: started(server) != before, lambda: read(f"/proc/{server}/status"))
 
 
 def test_what_a_killed_rank_had_started_ends_too(tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ from nanogpt.launch.world import World, join_world
 from nanogpt.models.record89.spec import Record89ModelSpec
 from nanogpt.recipe import load_recipe
 from nanogpt.runs.record import read_record
-from nanogpt.spec import RunSpec
 from nanogpt.training.compilation import (
     CompileCounts,
     GraphTimes,
@@ -44,6 +43,7 @@ from nanogpt.training.parallel_compile import (
     not_taken,
     once_there_is_memory,
     start_kernel_compilers,
+    take,
     turn_of,
 )
 from nanogpt.training.schedule import Schedule
@@ -241,46 +241,43 @@ def test_helpers_leave_cores_and_memory():
 
 
 @pytest.mark.parametrize(
-    ("free", "begun"),
+    ("free", "tasks", "turns"),
     [
-        (130e9, [(KERNELS, 4), ("0", 4), ("1", 4), ("2", 4), ("3", 4)]),
-        (70e9, [(KERNELS, 1), ("0", 1), ("1", 1), ("2", 1), ("3", 1)]),
-        (54e9, [(KERNELS, 1), ("0", 1)]),
-        (40e9, [(KERNELS, 0)]),
-        (35e9, []),
+        (130e9, [KERNELS, "0", "1", "2", "3"], 4),
+        (70e9, [KERNELS, "0", "1", "2", "3"], 1),
+        (54e9, [KERNELS, "0"], 1),
+        (40e9, [KERNELS], 0),
+        (35e9, [], 0),
     ],
 )
-def test_helpers_start_and_those_that_do_not_fit_are_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: float, begun: list[tuple[str, int]]
+def test_as_many_helpers_are_forked_as_the_gpu_has_memory_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: float, tasks: list[str], turns: int
 ):
-    events: list[tuple[str, ...] | tuple[str, int]] = []
+    """The process that they are forked from starts before the GPU is asked, which takes a while."""
+    events: list[Any] = []
 
     class Recorded:
-        def __init__(self, root: Path, task: str):
-            self.task = task
-            events.append(("started", task))
+        fork, end = events.append, lambda self: events.append("ended")
 
-        def begin(self, spec: RunSpec, turns: int) -> None:
-            events.append((self.task, turns))
-
-        def end(self) -> None:
-            events.append(("ended", self.task))
-
-        __enter__, __exit__ = (lambda self: self), (lambda self, *_: self.end())
+        def __init__(self) -> None:
+            events.append("started")
 
     def memory(device: torch.device) -> tuple[int, int]:
-        events.append(("asked",))
+        events.append("asked")
         return int(free), 141_000_000_000
 
-    monkeypatch.setattr("nanogpt.training.parallel_compile.Helper", Recorded)
+    monkeypatch.setattr("nanogpt.training.compile_helper.HelperServer", Recorded)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
     monkeypatch.setattr(torch.cuda, "mem_get_info", memory)
-    tasks, world = [KERNELS, "0", "1", "2", "3"], cast(World, SimpleNamespace(device=torch.device("cuda")))
+    world = cast(World, SimpleNamespace(device=torch.device("cuda")))
     with helpers_for(load_recipe("1xh100"), world, tmp_path) as helpers:
-        assert [helper.task for helper in helpers] == [task for task, _ in begun]
-        ended = [("ended", task) for task in tasks if task not in dict(begun)]
-        assert events == [*(("started", task) for task in tasks), ("asked",), *ended, *begun]
-    assert events[len(tasks) + 1 + len(tasks) :] == [("ended", task) for task in reversed(tasks)]
+        assert [helper.task for helper in helpers] == tasks
+        *before, order = events
+        assert before == ["started", "asked"]
+        assert (order.root, order.tasks, order.turns) == (str(tmp_path), tasks, turns)
+        taken = [number for number in range(4) if not take(tmp_path, number)]
+        assert taken == [int(task) for task in tasks if task != KERNELS]
+    assert events[3:] == ["ended"]
 
 
 def test_helpers_call_their_graphs_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
