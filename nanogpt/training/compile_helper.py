@@ -24,7 +24,8 @@ from nanogpt.launch.tied import die_with_parent, tied_command
 from nanogpt.spec import RunSpec
 
 CORES_PER_HELPER = 2  # a helper computes in one thread, until its graph's kernels go to many processes at once
-# None of these asks for a GPU: a process that has done so cannot be forked.
+# A process that has asked CUDA for anything cannot be forked. These ask whether there is a GPU, without CUDA if told so.
+WITHOUT_CUDA = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 IMPORTED = (
     "nanogpt.training.parallel_compile",
     "torch._dynamo",
@@ -55,7 +56,7 @@ class HelperServer:
             stdin=subprocess.PIPE,
             stdout=self._output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": str(threads)},
+            env={**os.environ, **WITHOUT_CUDA, "TORCHINDUCTOR_COMPILE_THREADS": str(threads)},
             text=True,
         )
 
