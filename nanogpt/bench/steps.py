@@ -10,7 +10,7 @@ import functools
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,12 +25,16 @@ from nanogpt.spec import RunSpec
 from nanogpt.training.trainer import Trainer
 
 
+HOST_PAIRS = 3  # groups of steps that the host is timed in
+
+
 @dataclass(frozen=True)
 class StageTiming:
     """One stage, all times in milliseconds. `utilization` is of the GPU type's dense bf16 peak.
 
-    `host_ms` is what the host takes to have the GPU do the fastest step, when it need not wait for it; on the slowest
-    rank. Where this comes near the step's own time, the GPU waits for the host. Both are None on a CPU.
+    `host_ms` is what the host takes to give an idle GPU the fastest step, on the slowest rank. Where this comes near the
+    step's own time, the GPU waits for the host; unless the step has more kernels than the driver queues, when the host
+    waits for the GPU. Both are None on a CPU.
     """
 
     stage: int
@@ -50,20 +54,22 @@ class StageTiming:
 def time_stages(trainer: Trainer, *, steps: int, warmup_steps: int) -> Iterator[StageTiming]:
     """Time every stage of the trainer's schedule in order, over `steps` steps after `warmup_steps`."""
     schedule, world = trainer.schedule, trainer.world
+    cuda = world.device.type == "cuda"
     for index, first in enumerate(schedule.first_steps):
         length = schedule.stages[index].steps
-        if world.device.type == "cuda":
+        if cuda:
             torch.cuda.reset_peak_memory_stats(world.device)
         at = [schedule.at(first + i % length) for i in range(warmup_steps + steps)]
         trainer.enter(at[0])
         for settings in at[:warmup_steps]:
             trainer.train_step(settings)
         waited = trainer.train_batches.wait_seconds
-        times, on_host = _time_each([functools.partial(trainer.train_step, s) for s in at[warmup_steps:]], world)
+        times = _time_each([functools.partial(trainer.train_step, s) for s in at[warmup_steps:]], world)
         waited = trainer.train_batches.wait_seconds - waited
         # Some parameters are updated every other step: a pair of steps is the unit.
         every = trainer.spec.optimizer.steps_between_updates
         groups = _means(times, every)
+        again = [functools.partial(trainer.train_step, s) for s in at[-HOST_PAIRS * every :]]
         median = statistics.median(groups)
         yield StageTiming(
             stage=index,
@@ -75,9 +81,9 @@ def time_stages(trainer: Trainer, *, steps: int, warmup_steps: int) -> Iterator[
             high_ms=float(np.quantile(groups, 0.8)),
             tokens_per_second=at[0].batch_tokens / median * 1000,
             utilization=_utilization(trainer.spec, at[0], median),
-            host_ms=max(world.gather(min(_means(on_host, every)))) if on_host else None,
+            host_ms=max(world.gather(min(_means(_time_host(again, world), every)))) if cuda else None,
             data_wait_ms=max(world.gather(1000 * waited / len(times))),
-            peak_memory_bytes=torch.cuda.max_memory_allocated(world.device) if world.device.type == "cuda" else 0,
+            peak_memory_bytes=torch.cuda.max_memory_allocated(world.device) if cuda else 0,
         )
 
 
@@ -95,10 +101,10 @@ def _means(times: list[float], every: int) -> list[float]:
     return [sum(times[i : i + every]) / every for i in range(0, len(times) - every + 1, every)]
 
 
-def _time_each(calls: list[Callable[[], object]], world: World) -> tuple[list[float], list[float]]:
-    """Milliseconds of each call on the device, and on its host; a CPU has no host.
+def _time_each(calls: Sequence[Callable[[], object]], world: World) -> list[float]:
+    """Milliseconds of each call on the device.
 
-    On CUDA the former are between events, so that the host may run ahead as it does in a run.
+    On CUDA they are between events, so that the host may run ahead as it does in a run.
     """
     cuda = world.device.type == "cuda"
     events, clock = list[torch.cuda.Event](), list[float]()
@@ -107,7 +113,8 @@ def _time_each(calls: list[Callable[[], object]], world: World) -> tuple[list[fl
         if cuda:
             events.append(torch.cuda.Event(enable_timing=True))
             events[-1].record()
-        clock.append(time.perf_counter())
+        else:
+            clock.append(time.perf_counter())
 
     world.synchronize()
     mark()
@@ -115,8 +122,20 @@ def _time_each(calls: list[Callable[[], object]], world: World) -> tuple[list[fl
         call()
         mark()
     world.synchronize()
-    on_host = [1000 * (b - a) for a, b in itertools.pairwise(clock)]
-    return ([a.elapsed_time(b) for a, b in itertools.pairwise(events)], on_host) if cuda else (on_host, [])
+    if cuda:
+        return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
+    return [1000 * (b - a) for a, b in itertools.pairwise(clock)]
+
+
+def _time_host(calls: Sequence[Callable[[], object]], world: World) -> list[float]:
+    """Milliseconds of each call on the host, once the device has nothing to do."""
+    times = []
+    for call in calls:
+        world.synchronize()
+        began = time.perf_counter()
+        call()
+        times.append(1000 * (time.perf_counter() - began))
+    return times
 
 
 def as_table(timings: list[StageTiming], trainer: Trainer) -> str:

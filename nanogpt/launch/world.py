@@ -132,7 +132,7 @@ def join_world(spec: RunSpec) -> Iterator[World]:
     """
     rank, size, local_rank = started_as()
     device = check_world(spec)
-    _choose_algorithms(deterministic=spec.runtime.deterministic)
+    _choose_algorithms(spec)
     if device.type == "cuda" and device.index:  # for 0, which is current, it would only make a context, half a second
         torch.cuda.set_device(device)
     if size == 1:
@@ -157,9 +157,14 @@ def join_world(spec: RunSpec) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def _choose_algorithms(*, deterministic: bool) -> None:
+def _choose_algorithms(spec: RunSpec) -> None:
+    deterministic = spec.runtime.deterministic
     if deterministic:  # read at cuBLAS's first call in the process
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if spec.model.fp8_head:
+        # In a workspace cuBLASLt's 8-bit products keep a counter of tiles, which is set to zero before each of them:
+        # 6 us. Their other algorithms are as fast.
+        os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "0")
     if deterministic != torch.are_deterministic_algorithms_enabled():  # the call loads the compiler
         torch.use_deterministic_algorithms(deterministic)
 

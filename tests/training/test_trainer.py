@@ -481,6 +481,19 @@ def test_the_deterministic_setting_reaches_torch(data: Path, monkeypatch: pytest
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize(("model", "size"), [("speedrun", "0"), ("gpt2", None)])
+def test_eight_bit_products_get_no_workspace(
+    data: Path, monkeypatch: pytest.MonkeyPatch, model: str, size: str | None
+) -> None:
+    monkeypatch.setenv("CUBLASLT_WORKSPACE_SIZE", "")  # restored in the end
+    monkeypatch.delenv("CUBLASLT_WORKSPACE_SIZE")
+    with join_world(tiny_spec(model=model)):
+        assert os.environ.get("CUBLASLT_WORKSPACE_SIZE") == size
+    monkeypatch.setenv("CUBLASLT_WORKSPACE_SIZE", "1024")
+    with join_world(tiny_spec(model=model)):
+        assert os.environ["CUBLASLT_WORKSPACE_SIZE"] == "1024"  # the user's
+
+
 def test_every_metric_is_valid_json(finished: Path) -> None:
     for line in (finished / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=pytest.fail)
