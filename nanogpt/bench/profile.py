@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 from nanogpt.bench.conditions import conditions
 from nanogpt.bench.exposed import Exposure, exposure, read_trace
 from nanogpt.console import markdown_table
+from nanogpt.launch.watchdog import connect
+from nanogpt.launch.world import JOIN_TIMEOUT_S, World
 from nanogpt.training.trainer import Trainer
 
 # Parts of a step by the names of their kernels; the first match counts. cuBLAS names operand types: q and r are 8 bits.
@@ -79,6 +82,7 @@ def profile_stages(trainer: Trainer, *, warmup_steps: int, traces: Path | None =
             trainer.train_step(settings)
         trainer.world.synchronize()
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            wait_for_all(trainer.world, f"stage {index}")
             for settings in at[warmup_steps:]:
                 trainer.train_step(settings)
             trainer.world.synchronize()
@@ -86,6 +90,20 @@ def profile_stages(trainer: Trainer, *, warmup_steps: int, traces: Path | None =
             trace = (traces or Path(scratch)) / f"stage-{index + 1}.rank-{trainer.world.rank}.json"
             profiler.export_chrome_trace(str(trace))
             yield _summarize(index, profiler, steps, exposure(read_trace(trace), steps))
+
+
+def wait_for_all(world: World, name: str) -> None:
+    """Wait until every rank is here, at the place `name`, without the GPU.
+
+    A profiler starts within milliseconds, not equally many on all ranks: the first collective would wait for the last
+    rank, and count as exposed.
+    """
+    if world.size == 1:
+        return
+    store = connect(JOIN_TIMEOUT_S)
+    store.add(f"profile/{name}", 1)
+    while store.add(f"profile/{name}", 0) < world.size:
+        time.sleep(0.0005)
 
 
 def _summarize(stage: int, profiler: profile, steps: int, exposed: Exposure) -> StageProfile:

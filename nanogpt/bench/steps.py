@@ -24,7 +24,6 @@ from nanogpt.launch.world import World
 from nanogpt.spec import RunSpec
 from nanogpt.training.trainer import Trainer
 
-
 HOST_PAIRS = 3  # groups of steps that the host is timed in
 
 
@@ -32,9 +31,9 @@ HOST_PAIRS = 3  # groups of steps that the host is timed in
 class StageTiming:
     """One stage, all times in milliseconds. `utilization` is of the GPU type's dense bf16 peak.
 
-    `host_ms` is what the host takes to give an idle GPU the fastest step, on the slowest rank. Where this comes near the
-    step's own time, the GPU waits for the host; unless the step has more kernels than the driver queues, when the host
-    waits for the GPU. Both are None on a CPU.
+    `host_ms` is what the host takes to give an idle GPU the fastest step, on the slowest rank. Where this comes near
+    the step's own time, the GPU waits for the host; unless the step has more kernels than the driver queues, when the
+    host waits for the GPU. Both are None on a CPU.
     """
 
     stage: int

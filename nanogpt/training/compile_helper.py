@@ -24,7 +24,7 @@ from nanogpt.launch.tied import die_with_parent, tied_command
 from nanogpt.spec import RunSpec
 
 CORES_PER_HELPER = 2  # a helper computes in one thread, until its graph's kernels go to many processes at once
-# A process that has asked CUDA for anything cannot be forked. These ask whether there is a GPU, without CUDA if told so.
+# A process that has asked CUDA for anything cannot be forked. These ask whether there is a GPU; with this, not CUDA.
 WITHOUT_CUDA = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 IMPORTED = (
     "nanogpt.training.parallel_compile",

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from forked import in_ranks
 
 from nanogpt.bench import profile as profiled
 from nanogpt.bench.exposed import Exposure
 from nanogpt.bench.profile import OTHER_PART, PARTS, KernelTime, StageProfile, as_table, part_of, parts_table
+from nanogpt.launch.world import World, started_as
+from nanogpt.optim.communication import Communicator
 
 NAMES = {
     "ncclDevKernel_AllGather_RING_LL": "communication",
@@ -95,3 +100,19 @@ def test_the_command_prints_tables_or_json(nanogpt: Callable[..., Any], monkeypa
 def test_a_cpu_is_refused_before_anything_is_built(nanogpt: Callable[..., Any]) -> None:
     outcome = nanogpt("bench", "profile", "demo")
     assert outcome == (2, "", "bench profile: demo runs on a CPU; name a GPU, such as --on 1xh100\n")
+
+
+def _profiles(directory: Path) -> None:
+    """Both ranks leave a file at each place; neither goes on before it sees the other's."""
+    rank, size, local_rank = started_as()
+    world = World(rank, size, local_rank, torch.device("cpu"), Communicator())
+    for stage in ("stage 0", "stage 1"):
+        time.sleep(0.2 * rank)
+        (directory / f"{stage}, {rank}").touch()
+        profiled.wait_for_all(world, stage)
+        assert (directory / f"{stage}, {1 - rank}").exists()
+
+
+def test_ranks_begin_a_profile_together(tmp_path: Path):
+    for done in in_ranks(2, _profiles, tmp_path):
+        assert done.returncode == 0, done.stderr
