@@ -109,6 +109,7 @@ def test_a_killed_helper_is_a_line_and_leaves_nothing_behind(
         ("off", (), False),
         ("a second rank's", (), False),
         ("two cores", (), False),
+        ("none, as the user keeps compiled code elsewhere", (), False),
     ],
 )
 def test_what_helpers_need_is_imported_ahead_if_no_file_can_have_the_code(
@@ -124,6 +125,7 @@ def test_what_helpers_need_is_imported_ahead_if_no_file_can_have_the_code(
             started.append("ended")
 
     monkeypatch.setattr(compile_helper, "HelperServer", Recorded)
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2 if file == "two cores" else 4))
     spec = tiny_spec("runtime.compile=on", "training.warmup=true", *settings)
     key = cache_key(spec, torch.device("cpu"))
@@ -135,17 +137,26 @@ def test_what_helpers_need_is_imported_ahead_if_no_file_can_have_the_code(
         key["device"] = ["cuda"]
     if file == "broken":
         (tmp_path / f"file{SUFFIX}").write_bytes(b"broken")
-    elif file is not None:
+    elif file in ("this run's", "this run's, fresh", "another recipe's", "other source's", "another machine's"):
         (tmp_path / "root").mkdir()
         write_pack(tmp_path / f"file{SUFFIX}", tmp_path / "root", key=key, key_sha256=key_sha256(key), recipe="")
     if file == "a second rank's":
         monkeypatch.setenv("LOCAL_RANK", "1")
+    if file == "none, as the user keeps compiled code elsewhere":
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     compile_helper.import_ahead(spec, None if file == "off" else tmp_path, fresh=file == "this run's, fresh")
     assert started == ["server"] * begun
     if begun:
         assert isinstance(compile_helper.helper_server(), Recorded) and started == ["server"]
-    compile_helper.import_ahead(spec, tmp_path, fresh=True)
-    started.clear()
     compile_helper.end_unneeded()
+    assert "ended" not in started
+
+
+def test_what_was_started_ahead_and_is_not_used_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
+    compile_helper.import_ahead(tiny_spec("runtime.compile=on", "training.warmup=true"), tmp_path)
+    (server,) = compile_helper._begun
+    assert server.exit_code() is None
     compile_helper.end_unneeded()
-    assert started in ([], ["ended"])
+    assert server.exit_code() == -signal.SIGKILL and not compile_helper._begun
