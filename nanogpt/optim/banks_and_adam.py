@@ -153,8 +153,17 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
         self.gathering = self.plans.keys() - due
 
     def _start_reductions(self, plans: Sequence[ParameterPlan], rates: OwnRates) -> dict[str, Pending]:
-        """In the order of the plans, by label."""
-        return {p.label: self._start_reduction(p, self._gradient(p.label)) for p in plans}
+        """In the order of the plans, by label; of parameters that are not sharded, neighbours together."""
+        started: dict[str, Pending] = {}
+        for sharded, group in itertools.groupby(plans, key=lambda plan: plan.sharded):
+            each = [(plan, self._gradient(plan.label)) for plan in group]
+            if sharded:
+                started |= {plan.label: self._start_reduction(plan, gradient) for plan, gradient in each}
+            else:
+                views = [self._view(plan, gradient) for plan, gradient in each]
+                averages = self.communicator.average_together(views)
+                started |= {plan.label: average for (plan, _), average in zip(each, averages, strict=True)}
+        return started
 
     def _update_all(
         self, batches: Sequence[Sequence[ParameterPlan]], reductions: dict[str, Pending], rates: OwnRates
@@ -195,15 +204,15 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
         return gradient
 
     def _start_reduction(self, plan: ParameterPlan, gradient: Tensor) -> Pending:
-        """Reduce this rank's `gradient`, of the parameter's shape, which is used up."""
+        """Reduce this rank's `gradient` of a sharded parameter, of its shape, which is used up."""
         gradient = self._view(plan, gradient)
         touched = self.touched.get(plan.label)
-        if plan.sharded and touched is not None:
+        if touched is not None:
             exchange = touched.take()
             touched.clear()
             if exchange is not None:
                 return average_touched_shard(self.communicator, gradient, exchange)
-        return self.communicator.average_shard(gradient) if plan.sharded else self.communicator.average(gradient)
+        return self.communicator.average_shard(gradient)
 
     def _update_adam(
         self, labels: Sequence[str], own: Sequence[Tensor], gradients: Sequence[Tensor], rates: BanksAndAdamRates

@@ -35,6 +35,57 @@ class Noting(Communicator):
         return super().exchange_rows(sent, send_counts, receive_counts)
 
 
+class Counting(Communicator):
+    """Counts what `average` sends."""
+
+    def __init__(self, rank: int, size: int):
+        super().__init__(rank, size)
+        self.averaged: list[torch.dtype] = []
+
+    def average(self, tensor: torch.Tensor) -> Pending:
+        self.averaged.append(tensor.dtype)
+        return super().average(tensor)
+
+
+def check_average_together(one_by_one: Communicator) -> None:
+    """The same numbers as one by one, in any order of waiting, by one collective for each dtype and large tensor.
+
+    Of small integers, since the order of the sum is another one.
+    """
+    rank, size = one_by_one.rank, one_by_one.size
+    f32, bf16 = torch.float32, torch.bfloat16
+    shapes = [
+        ((), f32),
+        ((3, 5), bf16),
+        ((2, 2), f32),
+        ((1, 7), bf16),
+        ((1100, 1000), bf16),
+        ((0, 4), f32),
+        ((9,), f32),
+    ]
+
+    def of(rank: int) -> list[torch.Tensor]:
+        generator = torch.Generator("cpu").manual_seed(rank)
+        device = torch.get_default_device()
+        return [
+            torch.randint(-8, 8, shape, generator=generator, device="cpu").to(device, dtype)
+            if place != 2
+            else torch.full(shape, float(rank), dtype=dtype).mT
+            for place, (shape, dtype) in enumerate(shapes)
+        ]
+
+    counting = Counting(rank, size)
+    pending = counting.average_together(of(rank))
+    assert counting.averaged == [bf16, f32, bf16], counting.averaged
+    found = [each.wait() for each in reversed(pending)][::-1]
+    for own, average, again in zip(of(rank), found, pending, strict=True):
+        assert torch.equal(average, one_by_one.average(own.contiguous()).wait()), "average_together"
+        assert average.dtype == own.dtype and average.shape == own.shape
+        assert average.is_contiguous() and average.data_ptr() % 16 == 0
+        assert again.wait() is average
+    assert counting.average_together([]) == []
+
+
 def check_pulled_table(rank: int, size: int, device: torch.device) -> None:
     """A pulled table against one that a single rank has whole: rows, updates, and checkpoints of one for the other.
 
@@ -133,6 +184,8 @@ def check(backend: str) -> None:
         assert torch.equal(shard, communicator.shard(mean)), "average_shard"
         transposed = of_rank(rank, dtype).mT.contiguous().mT  # not contiguous
         assert torch.equal(communicator.average_shard(transposed).wait(), communicator.shard(mean)), "strides"
+
+    check_average_together(communicator)
 
     for dtype in (torch.float32, torch.bfloat16, torch.int16):
         expected = of_rank(0, dtype)
