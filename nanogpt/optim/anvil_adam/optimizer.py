@@ -3,8 +3,8 @@
 - `nanogpt.optim.banks_and_adam` has all that it shares with NorMuon's.
 - Groups of Adam in `tables.groups` step at events only (public record 92, PR #360): their gradients are sums over the
   steps since the one before. Those of the steps after a run's last event are dropped.
-- Tables that are not parameters of the model update themselves. A step tells them when: their gradients leave when the
-  banks' reductions have started, and their rows return ahead of the small parameters and what comes after those.
+- Tables that are not parameters of the model update themselves. A step tells them when: their gradients leave behind
+  all reductions, and travel while everything else is updated; then they are updated, and their rows return.
 """
 
 from __future__ import annotations
@@ -29,23 +29,20 @@ class AnvilAdam(BanksAndAdam[AnvilAdamSpec, AnvilAdamRates]):
     momenta = ("fast", "slow")
 
     def _start_reductions(self, plans: Sequence[ParameterPlan], rates: AnvilAdamRates) -> dict[str, Pending]:
-        banks_end = max((index for index, p in enumerate(plans, start=1) if p.bank), default=0)
-        reductions = super()._start_reductions(plans[:banks_end], rates)
+        reductions = super()._start_reductions(plans, rates)
         if rates.event:
             for table in self.tables.values():
                 table.start_push()
-        return reductions | super()._start_reductions(plans[banks_end:], rates)
+        return reductions
 
     def _update_all(
         self, batches: Sequence[Sequence[ParameterPlan]], reductions: dict[str, Pending], rates: AnvilAdamRates
     ) -> dict[str, Pending]:
-        small = (index for index, (first, *_) in enumerate(batches) if not first.bank and not first.sharded)
-        tables_at = next(small, len(batches))
-        gathers = super()._update_all(batches[:tables_at], reductions, rates)
+        gathers = super()._update_all(batches, reductions, rates)
         if rates.event:
             for table in self.tables.values():
                 table.update(rates.table)
-        return gathers | super()._update_all(batches[tables_at:], reductions, rates)
+        return gathers
 
     def _update_bank(self, label: str, own: Tensor, gradient: Tensor, rates: AnvilAdamRates) -> None:
         anvil, state = self.spec.anvil, self.state[label]
