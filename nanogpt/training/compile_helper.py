@@ -64,7 +64,7 @@ class HelperServer:
         """Have it forked into a helper for each task. Once."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:
-            json.dump(asdict(order), pipe)
+            pipe.write(f"{json.dumps(asdict(order))}\n")
 
     def exit_code(self) -> int | None:
         """Of the process; None while it lives, as it does until its last helper has ended."""
@@ -130,7 +130,7 @@ def main() -> None:
     collect_later()
     for module in IMPORTED:
         importlib.import_module(module)
-    text = sys.stdin.read()
+    text = sys.stdin.readline()
     if not text:
         return
     order = Order(**json.loads(text))

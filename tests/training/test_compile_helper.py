@@ -152,6 +152,19 @@ def test_what_helpers_need_is_imported_ahead_if_no_file_can_have_the_code(
     assert "ended" not in started
 
 
+def test_an_order_is_done_although_another_process_holds_the_pipe(tmp_path: Path):
+    """As one does that is forked meanwhile."""
+    server = HelperServer()
+    assert server._process.stdin is not None
+    held = os.dup(server._process.stdin.fileno())
+    try:
+        begin_helpers(server, SPEC, tmp_path, [], turns=1)
+        wait_until(lambda: server.exit_code() == 0)
+    finally:
+        os.close(held)
+        server.end()
+
+
 def test_what_was_started_ahead_and_is_not_used_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
