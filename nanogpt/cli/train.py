@@ -68,7 +68,7 @@ def train(
     from nanogpt.training.compile_helper import import_ahead
 
     if recipe is not None and resume is None:
-        with contextlib.suppress(NanogptError):  # it comes again
+        with contextlib.suppress(NanogptError):  # it is raised again below
             inspected = load_recipe(recipe, overrides or (), steps, on=on)
             import_ahead(inspected, cache_directory(out or output_directory(inspected)))
 

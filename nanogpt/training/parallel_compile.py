@@ -245,12 +245,12 @@ def helpers_for(spec: RunSpec, world: World, root: Path) -> Iterator[list[Helper
         return
     server = helper_server()
     try:
-        tasks = [KERNELS] * gpu
+        kernels_fit = False
         if gpu:
             memory = torch.cuda.mem_get_info(world.device)[0] - int(table_bytes(spec))  # makes a context, meanwhile
             count, turns = helpers_that_fit(jobs, cores, memory, others)
-            tasks = [KERNELS] * (memory >= OPTIMIZER_BYTES + jobs[0].memory + 2 * HELPER_BYTES)
-        tasks += map(str, range(count))
+            kernels_fit = memory >= OPTIMIZER_BYTES + jobs[0].memory + 2 * HELPER_BYTES
+        tasks = [*[KERNELS] * kernels_fit, *map(str, range(count))]
         yield begin_helpers(server, on_one_gpu(spec), root, tasks, turns)
     finally:
         server.end()

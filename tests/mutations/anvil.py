@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from mutation import ANVIL, ANVIL_OPTIMIZER, ANVIL_RATES, NORMUON, OPTIMIZER, PLAN, RATES, RECIPE92, Mutations
+from mutation import (
+    ANVIL,
+    ANVIL_OPTIMIZER,
+    ANVIL_RATES,
+    COMMUNICATION,
+    NORMUON,
+    OPTIMIZER,
+    PLAN,
+    RATES,
+    RECIPE92,
+    Mutations,
+)
 
 MUTATIONS = Mutations()
 _add = MUTATIONS.add
@@ -160,14 +171,35 @@ _add(
     "the run's end is an event",
     ('"repeat": self.repeat(step)}', '"repeat": self.repeat(step), "event": shared.event or step == total_steps - 1}'),
 )
+_START, _UPDATE = "super()._start_reductions(plans, rates)", "super()._update_all(batches, reductions, rates)"
+_EACH = "        if rates.event:\n            for table in self.tables.values():\n                table."
 _add(
     "order of tables",
     ANVIL_OPTIMIZER,
-    "pushed ahead of the banks",
-    ("plans[:banks_end]", "plans[:0]"),
-    ("plans[banks_end:]", "plans[0:]"),
+    "pushed ahead of all reductions",
+    (
+        f"        reductions = {_START}\n{_EACH}start_push()\n        return reductions",
+        f"{_EACH}start_push()\n        return {_START}",
+    ),
 )
-_add("order of tables", ANVIL_OPTIMIZER, "updated last", ("next(small, len(batches))", "len(batches)"))
+_add(
+    "order of tables",
+    ANVIL_OPTIMIZER,
+    "updated first",
+    (
+        f"        gathers = {_UPDATE}\n{_EACH}update(rates.table)\n        return gathers",
+        f"{_EACH}update(rates.table)\n        return {_UPDATE}",
+    ),
+)
+_add("small gradients together", COMMUNICATION, "one by one", ("tensor.numel() > SMALL", "True"))
+_add("small gradients together", COMMUNICATION, "large ones too", ("tensor.numel() > SMALL", "False"))
+_add("small gradients together", COMMUNICATION, "not aligned", ("step = ALIGNMENT // dtype.itemsize", "step = 1"))
+_add(
+    "small gradients together",
+    COMMUNICATION,
+    "divided at each wait",
+    ("functools.cache(self.average(flat).wait)", "self.average(flat).wait"),
+)
 _add(
     "unfinished cycles",
     OPTIMIZER,

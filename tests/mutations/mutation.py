@@ -50,6 +50,7 @@ ADAM = "nanogpt/optim/adam.py"
 ADAMW = "nanogpt/optim/adamw/optimizer.py"
 NORMUON = "nanogpt/optim/normuon.py"
 POLAR = "nanogpt/optim/polar_express.py"
+COMMUNICATION = "nanogpt/optim/communication.py"
 OPTIMIZER = "nanogpt/optim/banks_and_adam.py"
 PLAN = "nanogpt/optim/step_order.py"
 ANVIL = "nanogpt/optim/anvil.py"
@@ -145,6 +146,7 @@ _TESTS: dict[str, tuple[str, ...]] = {
     ADAMW: ("tests/optim/test_adamw.py",),
     NORMUON: ("tests/optim/test_normuon.py", "tests/optim/test_normuon_adam.py", "tests/optim/test_anvil.py"),
     POLAR: ("tests/optim/test_polar_express.py", "tests/optim/test_normuon.py"),
+    COMMUNICATION: ("tests/distributed/test_communicator.py",),
     OPTIMIZER: ("tests/optim/test_anvil_adam.py", "tests/optim/test_normuon_adam.py"),
     PLAN: ("tests/optim/test_anvil_adam.py", "tests/optim/test_normuon_adam.py"),
     ANVIL: ("tests/optim/test_anvil.py", "tests/optim/test_anvil_adam.py"),
