@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from nanogpt.kernels.fp8_head import Fp8Scales
 from nanogpt.kernels.table_rows import Signs
 from nanogpt.layers.attention import head_attention, remove_own_value, rotated_queries_keys
+from nanogpt.layers.columns import chosen_columns
 from nanogpt.layers.dense_connections import for_every_token, token_numbers, weighted_sum
 from nanogpt.layers.embedding import smear, value_gate
 from nanogpt.layers.fp8_mlp import Fp8Mlp
@@ -412,7 +413,7 @@ class Record92(RecordModel[Record92ModelSpec]):
         place = classes.new_full((self.spec.padded_vocab_size + 1,), -1)  # the last one: for no prefix, which is -1
         place = place.scatter(0, classes, torch.arange(len(classes), device=classes.device))
         prefixes = None if inputs.prefix_weight is None else place[self.prefixes[batch.targets]]
-        return HeadInputs(self.lm_head.index_select(1, classes), place[batch.targets], prefixes)
+        return HeadInputs(chosen_columns(self.lm_head, classes, place[:-1]), place[batch.targets], prefixes)
 
     # --- the schedule ---
 
