@@ -31,6 +31,7 @@ RATES = "nanogpt/optim/banks_and_adam_spec.py"
 RECORD = "nanogpt/models/record_model.py"
 GPT2 = "nanogpt/models/gpt2/model.py"
 EMBEDDING = "nanogpt/layers/embedding.py"
+COLUMNS = "nanogpt/layers/columns.py"
 NORM = "nanogpt/layers/norm.py"
 ROTARY = "nanogpt/layers/rotary.py"
 ATTENTION = "nanogpt/kernels/attention_plain.py"
@@ -133,6 +134,7 @@ _TESTS: dict[str, tuple[str, ...]] = {
         "tests/models/test_speedrun.py",
         "tests/models/test_record89.py",
     ),
+    COLUMNS: ("tests/layers/test_columns.py",),
     NORM: ("tests/layers/test_norm.py",),
     ROTARY: ("tests/layers/test_rotary.py", "tests/models/test_speedrun.py"),
     ATTENTION: ("tests/kernels/test_attention.py", "tests/models/test_speedrun.py"),

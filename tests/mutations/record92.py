@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mutation import (
     CANDIDATES,
+    COLUMNS,
     E4M3_HEAD,
     FP8_QKV,
     NGRAMS,
@@ -133,8 +134,15 @@ _add(
     "candidates",
     RECORD92,
     "gradient of the first classes",
-    ("self.lm_head.index_select(1, classes)", "self.lm_head[:, : len(classes)]"),
+    ("chosen_columns(self.lm_head, classes, place[:-1])", "self.lm_head[:, : len(classes)]"),
 )
+_add(
+    "candidates",
+    COLUMNS,
+    "gradient of columns that are none",
+    ("torch.where(place >= 0, ", "torch.where(place >= -1, "),
+)
+_add("candidates", COLUMNS, "gradient by class", ("gradient.index_select(1, place.clamp(min=0))", "gradient[:, :1]"))
 _add(
     "candidates",
     RECORD92,
