@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -173,3 +175,8 @@ def test_what_was_started_ahead_and_is_not_used_is_ended(tmp_path: Path, monkeyp
     assert server.exit_code() is None
     compile_helper.end_unneeded()
     assert server.exit_code() == -signal.SIGKILL and not compile_helper._begun
+
+
+def test_what_starts_it_imports_no_torch():
+    code = "import sys, nanogpt.training.compile_helper; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
