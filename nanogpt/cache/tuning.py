@@ -18,7 +18,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ def kept_tuning(directory: Path) -> Iterator[None]:
             if path is not None and (known := _matching(variants, _read(path))):
                 self.launchers = known
                 return
-            tune(self, *args, **kwargs)
+            _tune_on_the_gpu(tune, self, *args, **kwargs)
             counters[COUNTER[0]][COUNTER[1]] += 1
             counters[TUNING_MS[0]][TUNING_MS[1]] += round(1000 * (time.perf_counter() - since))
             if path is not None and (
@@ -83,6 +83,27 @@ def kept_tuning(directory: Path) -> Iterator[None]:
     finally:
         kernels.autotune_to_one_config = tune
         kernels.precompile = precompile
+
+
+def _tune_on_the_gpu(tune: Callable[..., None], kernel: Any, *args: Any, **kwargs: Any) -> None:
+    """Tune a kernel that overwrites what it reads on copies beside it.
+
+    Where a copy would raise the peak of the memory in use, as in a process that has just begun, inductor brings the
+    contents back from the host after each launch, within what it times: milliseconds, in which the microseconds of the
+    variants are lost. Now it does so only where the GPU has no room.
+    """
+    import torch
+
+    before = getattr(kernel, "optimize_mem", None)
+    kernel.optimize_mem = False
+    try:
+        tune(kernel, *args, **kwargs)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        kernel.optimize_mem = before
+        tune(kernel, *args, **kwargs)
+    finally:
+        kernel.optimize_mem = before
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
 from nanogpt.cache import tuning
@@ -110,6 +111,28 @@ def test_the_first_of_several_ranks_decides_for_all(tmp_path: Path, monkeypatch:
         slow.benchmark_all_configs = overtaken  # type: ignore[method-assign]
         slow.autotune_to_one_config()
     assert [[block(launcher) for launcher in kernel.launchers] for kernel in ranks] == [[256], [256]]
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_a_kernel_that_overwrites_what_it_reads_is_timed_on_copies_on_the_gpu(tmp_path: Path, room: bool):
+    """If the GPU has room; else inductor brings the contents back from the host."""
+    from_host: list[bool] = []
+    with kept_tuning(tmp_path):
+        kernel = Kernel("/tmp/job", (64, 256), 256)
+        kernel.optimize_mem = True
+        kernel._make_launchers()
+        clock = kernel.benchmark_all_configs
+
+        def timed(*args: object, **kwargs: object) -> dict[Any, float]:
+            from_host.append(kernel.optimize_mem)
+            if not kernel.optimize_mem and not room:
+                raise torch.OutOfMemoryError
+            return clock()
+
+        kernel.benchmark_all_configs = timed  # type: ignore[method-assign]
+        kernel.autotune_to_one_config()
+    assert from_host == ([False] if room else [False, True])
+    assert [block(launcher) for launcher in kernel.launchers] == [256] and kernel.optimize_mem
 
 
 def test_processes_of_a_node_tune_one_after_another(tmp_path: Path):
