@@ -24,6 +24,15 @@ LONG = (
 )
 
 
+def wait_until(
+    condition: Callable[[], object], output: Callable[[], str] = lambda: "", within_s: float = PATIENCE_S
+) -> None:
+    until = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < until, output()
+        time.sleep(0.02)
+
+
 def endless_recipe(path: Path, processes: int, *overrides: str) -> Path:
     """A recipe of the tiny run that continues until it is stopped."""
     settings = (LONG, f"hardware.gpus_per_node={processes}", "evaluation.every=1000000", "training.warmup=false")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import launched
 import pynvml
 import pytest
 from launched import children, descendants, lives, read
@@ -23,6 +25,7 @@ from nanogpt.launch import launcher
 
 HERE = Path(__file__).parent
 PATIENCE_S = 100.0
+wait_until = functools.partial(launched.wait_until, within_s=PATIENCE_S)
 
 SLEEPS = "import time; print('up', flush=True); time.sleep(1000)"
 # Ends as a run does that is asked to stop.
@@ -74,13 +77,6 @@ class Alone:
     @property
     def left(self) -> set[str]:
         return {path.name for path in self.place.iterdir()} - {"out"}
-
-
-def wait_until(condition: Callable[[], object], output: Callable[[], str] = lambda: "") -> None:
-    until = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < until, output()
-        time.sleep(0.02)
 
 
 @contextmanager
@@ -162,22 +158,24 @@ def test_a_parent_that_is_gone_before_the_death_signal_is_noticed() -> None:
     assert subprocess.run(tied, capture_output=True, timeout=PATIENCE_S, check=False).returncode == -signal.SIGKILL
 
 
-def test_helpers_that_compile_ahead_die_with_the_run(tmp_path: Path) -> None:
+def test_helpers_that_compile_ahead_die_with_the_run() -> None:
+    """Although another process holds the pipe through which the run speaks to them, and so does not close it."""
     code = (
-        "import sys, time;"
-        "from nanogpt.training.compile_helper import HelperServer, Order;"
+        "import subprocess, time; from nanogpt.training.compile_helper import HelperServer;"
         "server = HelperServer();"
-        "server.fork(Order(sys.argv[1], ['0', '1'], 1, '', {}));"
-        "print(server._process.pid, flush=True); time.sleep(1000)"
+        "other = subprocess.Popen(['sleep', '1000'], pass_fds=[server._process.stdin.fileno()]);"
+        "print(server._process.pid, other.pid, flush=True); time.sleep(1000)"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True, cwd=HERE.parent
-    ) as run:
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=HERE.parent) as run:
         assert run.stdout is not None
-        server = int(run.stdout.readline())
+        server, other = map(int, run.stdout.readline().split())
         before = started(server)
+        wait_until(lambda: "libtorch" in read(f"/proc/{server}/maps"))  # it has long begun
         run.kill()
-    wait_until(lambda: started(server) != before, lambda: read(f"/proc/{server}/status"))
+    try:
+        wait_until(lambda: started(server) != before, lambda: read(f"/proc/{server}/status"))
+    finally:
+        os.kill(other, signal.SIGKILL)
 
 
 def test_what_a_killed_rank_had_started_ends_too(tmp_path: Path) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import launched
 import pytest
 import torch
 from launched import children, lives
@@ -24,14 +25,7 @@ from nanogpt.training.compile_helper import HelperServer
 from nanogpt.training.parallel_compile import KERNELS, Helper, begin_helpers, on_one_gpu
 
 SPEC = tiny_spec()
-PATIENCE_S = 300.0
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+wait_until = functools.partial(launched.wait_until, within_s=300.0)
 
 
 @contextmanager
