@@ -60,6 +60,11 @@ def read_json(path: Path | str) -> Any:
         raise ValueError("is nested too deeply") from None
 
 
+def last_line(text: str) -> str:
+    """The last line that is not blank; empty if there is none."""
+    return (text.strip().splitlines() or [""])[-1]
+
+
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):

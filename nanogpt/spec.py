@@ -222,6 +222,10 @@ class RuntimeSpec(Strict):
         " auto: sparse if that sends fewer bytes",
     )
 
+    def compiles(self, *, gpu: bool) -> bool:
+        """Whether a run on a GPU, or a CPU, goes through torch.compile."""
+        return self.compile == "on" or (self.compile == "auto" and gpu)
+
 
 class CheckpointSpec(Strict):
     """When the run's full state is written."""

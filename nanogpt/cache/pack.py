@@ -31,6 +31,7 @@ from typing import Any
 import zstandard
 from pydantic import AwareDatetime, BaseModel, ValidationError
 
+from nanogpt.files import last_line
 from nanogpt.runs.record import utc_now
 
 SUFFIX = ".compiled"
@@ -196,8 +197,7 @@ class Pack:
         command = [sys.executable, "-m", "nanogpt.cache.pack", str(root)]
         done = subprocess.run(command, check=False, input=self._body, capture_output=True)
         if done.returncode:
-            said = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
-            raise PackError(said[-1])
+            raise PackError(last_line(done.stderr.decode(errors="replace")) or f"exit code {done.returncode}")
         names: list[str] = json.loads(done.stdout)
         return names
 

@@ -24,7 +24,8 @@ from nanogpt.launch.tied import die_with_parent, tied_command
 from nanogpt.spec import RunSpec
 
 CORES_PER_HELPER = 2  # a helper computes in one thread, until its graph's kernels go to many processes at once
-# A process that has asked CUDA for anything cannot be forked. These ask whether there is a GPU; with this, not CUDA.
+# Once a process has asked CUDA for anything, no fork of it can use a GPU. Inductor asks for one when it is imported:
+# with this it asks NVML.
 WITHOUT_CUDA = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 IMPORTED = (
     "nanogpt.training.parallel_compile",
@@ -70,10 +71,9 @@ class HelperServer:
         """Of the process; None while it lives, as it does until its last helper has ended."""
         return self._process.poll()
 
-    def last_line(self) -> str:
-        """Of what it has said."""
-        text = os.pread(self._output, os.fstat(self._output).st_size, 0).decode(errors="replace")
-        return (text.strip().splitlines() or [""])[-1]
+    def output(self) -> str:
+        """What it has said so far; helpers speak into files of their own."""
+        return os.pread(self._output, os.fstat(self._output).st_size, 0).decode(errors="replace")
 
     def end(self) -> None:
         """End it and its helpers, whatever they do."""
@@ -90,11 +90,10 @@ def import_ahead(spec: RunSpec, directory: Path | None, *, fresh: bool = False) 
 
     directory, fresh: as for `nanogpt.cache.compile_cache.compile_cache`.
     """
-    compiled = spec.runtime.compile == "on" or (spec.runtime.compile == "auto" and spec.hardware.gpu != "cpu")
     if (
         os.environ.get("LOCAL_RANK", "0") == "0"
         and len(os.sched_getaffinity(0)) > CORES_PER_HELPER
-        and compiled
+        and spec.runtime.compiles(gpu=spec.hardware.gpu != "cpu")
         and spec.training.warmup
         and directory is not None
         and "TORCHINDUCTOR_CACHE_DIR" not in os.environ

@@ -72,4 +72,4 @@ def captures_graphs(spec: RunSpec, device: torch.device) -> bool:
 
 def compiles(spec: RunSpec, device: torch.device) -> bool:
     """Whether the run goes through torch.compile."""
-    return spec.runtime.compile == "on" or (spec.runtime.compile == "auto" and device.type == "cuda")
+    return spec.runtime.compiles(gpu=device.type == "cuda")

@@ -34,6 +34,7 @@ from nanogpt.cache.compile_cache import CompileCache, compiled_code_of
 from nanogpt.cache.graphs import compile_whole, prepare
 from nanogpt.console import say
 from nanogpt.data.micro_batches import MicroBatch, cu_seqlens_length
+from nanogpt.files import last_line
 from nanogpt.launch.world import World, join_world
 from nanogpt.models.model_spec import Slot
 from nanogpt.spec import RunSpec
@@ -296,14 +297,13 @@ class Helper:
         if code is None and self.task != KERNELS and not given_up():
             say(f"{who}: not done after {PATIENCE_S:.0f} s; the run continues without it")
         elif code:
-            last = self._last_line()
+            last = last_line(self._output())
             say(f"{who}: ended with exit code {code}{f': {last}' if last else ''}; the run compiles by itself")
 
-    def _last_line(self) -> str:
+    def _output(self) -> str:
         with contextlib.suppress(OSError):
-            lines = output_file(self._root, self.task).read_text(errors="replace").strip().splitlines()
-            return lines[-1] if lines else ""
-        return self._server.last_line()
+            return output_file(self._root, self.task).read_text(errors="replace")
+        return self._server.output()
 
     def times(self) -> list[GraphTimes]:
         """What it has done so far."""
