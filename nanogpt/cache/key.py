@@ -81,7 +81,7 @@ def cache_key(spec: RunSpec, device: torch.device) -> dict[str, Any]:
         # The packages' own compilers make the kernels; the driver loads them. A new major version may differ.
         "driver": (driver_version() or "").partition(".")[0] if device.type == "cuda" else "",
         "environment": _compiler_variables(os.environ),
-        **key_of_spec(spec),
+        "spec": graph_settings(spec),
     }
     return _plain(key)
 

@@ -90,7 +90,7 @@ def _tune_on_the_gpu(tune: Callable[..., None], kernel: Any, *args: Any, **kwarg
 
     Where a copy would raise the peak of the memory in use, as in a process that has just begun, inductor brings the
     contents back from the host after each launch, within what it times: milliseconds, in which the microseconds of the
-    variants are lost. Now it does so only where the GPU has no room.
+    variants are lost. Here it does so only where the GPU has no room.
     """
     import torch
 
