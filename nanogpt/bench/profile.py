@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -101,9 +100,9 @@ def wait_for_all(world: World, name: str) -> None:
     if world.size == 1:
         return
     store = connect(JOIN_TIMEOUT_S)
-    store.add(f"profile/{name}", 1)
-    while store.add(f"profile/{name}", 0) < world.size:
-        time.sleep(0.0005)
+    if store.add(f"profile/{name}", 1) == world.size:
+        store.set(f"profile/{name}/all", "")
+    store.wait([f"profile/{name}/all"])
 
 
 def _summarize(stage: int, profiler: profile, steps: int, exposed: Exposure) -> StageProfile:

@@ -24,7 +24,7 @@ from nanogpt.launch.world import World
 from nanogpt.spec import RunSpec
 from nanogpt.training.trainer import Trainer
 
-HOST_PAIRS = 3  # groups of steps that the host is timed in
+HOST_GROUPS = 3  # groups of steps that the host is timed in
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def time_stages(trainer: Trainer, *, steps: int, warmup_steps: int) -> Iterator[
         # Some parameters are updated every other step: a pair of steps is the unit.
         every = trainer.spec.optimizer.steps_between_updates
         groups = _means(times, every)
-        again = [functools.partial(trainer.train_step, s) for s in at[-HOST_PAIRS * every :]]
+        again = [functools.partial(trainer.train_step, s) for s in at[-HOST_GROUPS * every :]]
         median = statistics.median(groups)
         yield StageTiming(
             stage=index,

@@ -34,6 +34,18 @@ def completed(tensor: Tensor) -> Pending:
     return Pending(lambda: tensor)
 
 
+def _joined(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """A flat copy of tensors of one dtype, and each of them in it."""
+    first = tensors[0]
+    step = ALIGNMENT // first.dtype.itemsize
+    sizes = [-(-tensor.numel() // step) * step for tensor in tensors]
+    flat = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
+    parts = zip(flat.split(sizes), tensors, strict=True)
+    places = [part[: tensor.numel()].view(tensor.shape) for part, tensor in parts]
+    torch._foreach_copy_(places, list(tensors))
+    return flat, places
+
+
 def _after(wait: Callable[[], object], tensor: Tensor) -> Pending:
     """A result that is there once one has waited for another."""
 
@@ -67,23 +79,24 @@ class Communicator:
         return self._pending(work, tensor)
 
     def average_together(self, tensors: Sequence[Tensor]) -> list[Pending]:
-        """Means over ranks, each in its tensor's dtype, of tensors that are used up: one collective for all small ones
-        of a dtype, as public record 92 (PR #360) has it.
+        """Means over ranks of tensors that are used up, each in its dtype; small ones of a dtype by one collective.
+
+        Public record 92 (PR #360) has its small gradients in one buffer.
         """
         if self.size == 1:
             return [completed(tensor) for tensor in tensors]
-        found = {i: self.average(tensor) for i, tensor in enumerate(tensors) if tensor.numel() > SMALL}
-        for dtype in dict.fromkeys(tensor.dtype for i, tensor in enumerate(tensors) if i not in found):
-            small = {i: tensor for i, tensor in enumerate(tensors) if i not in found and tensor.dtype == dtype}
-            step = ALIGNMENT // dtype.itemsize
-            sizes = [-(-tensor.numel() // step) * step for tensor in small.values()]
-            flat = torch.zeros(sum(sizes), dtype=dtype, device=tensors[0].device)
-            parts = flat.split(sizes)
-            places = [part[: t.numel()].view(t.shape) for part, t in zip(parts, small.values(), strict=True)]
-            torch._foreach_copy_(places, [*small.values()])
+        pending: dict[int, Pending] = {}
+        small: dict[torch.dtype, dict[int, Tensor]] = {}
+        for i, tensor in enumerate(tensors):
+            if tensor.numel() > SMALL:
+                pending[i] = self.average(tensor)
+            else:
+                small.setdefault(tensor.dtype, {})[i] = tensor
+        for group in small.values():
+            flat, places = _joined(list(group.values()))
             arrive = functools.cache(self.average(flat).wait)
-            found |= {i: _after(arrive, place) for i, place in zip(small, places, strict=True)}
-        return [found[i] for i in range(len(tensors))]
+            pending |= {i: _after(arrive, place) for i, place in zip(group, places, strict=True)}
+        return [pending[i] for i in range(len(tensors))]
 
     def average_shard(self, full: Tensor) -> Pending:
         """This rank's shard of the mean over ranks, in the tensor's dtype. `full` is used up."""

@@ -193,7 +193,7 @@ _add(
 )
 _add("small gradients together", COMMUNICATION, "one by one", ("tensor.numel() > SMALL", "True"))
 _add("small gradients together", COMMUNICATION, "large ones too", ("tensor.numel() > SMALL", "False"))
-_add("small gradients together", COMMUNICATION, "not aligned", ("step = ALIGNMENT // dtype.itemsize", "step = 1"))
+_add("small gradients together", COMMUNICATION, "not aligned", ("step = ALIGNMENT // first.dtype.itemsize", "step = 1"))
 _add(
     "small gradients together",
     COMMUNICATION,
