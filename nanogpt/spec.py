@@ -213,7 +213,7 @@ class RuntimeSpec(Strict):
     )
     cuda_graphs: Annotated[Literal["auto", "off"], NOT_COMPILED] = Field(  # the same code, launched otherwise
         default="auto",
-        description="auto: compiled micro-steps are captured and replayed, on GPUs of 60 GB or more",
+        description="auto: compiled micro-steps and updates are captured and replayed, on GPUs of 60 GB or more",
     )
     deterministic: bool = Field(default=False, description="deterministic algorithms, at a cost in speed")
     row_gradients: Literal["dense", "sparse", "auto"] = Field(

@@ -106,6 +106,11 @@ class Fp8Mlp(nn.Module):
             torch._foreach_copy_(self.scales("down_scale"), self.scales("next_down_scale"))
         self._round(bank)
 
+    @property
+    def settled_step(self) -> int | None:
+        """The first step that `follow` does not measure scales after; None: it does nothing."""
+        return self.spec.bootstrap_steps if self.active else None
+
     @torch.no_grad()
     def restart(self, bank: Tensor) -> None:
         """Reset every scale to the start of a run."""

@@ -237,6 +237,11 @@ class LanguageModel(nn.Module):
     def weights_changed(self, step: int) -> None:
         """Called after the optimizer's `step`: derive from the parameters whatever the next forward pass needs."""
 
+    @property
+    def settled_step(self) -> int | None:
+        """From this step on `weights_changed` launches the same kernels after each; None: it never launches any."""
+        return None
+
     def restart(self) -> None:
         """Reset everything but the parameters to the start of a run; the parameters already are."""
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt.cache.graphs import compile_whole
+from nanogpt.captured import Captured
 from nanogpt.kernels.transpose import transpose_add, transpose_copy
 from nanogpt.optim.adam import adam_step_size, adam_updates
 from nanogpt.optim.banks_and_adam_spec import BanksAndAdamRates, BanksAndAdamSpec
@@ -39,7 +40,8 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
         model: its named parameters are those of the table.
         rows: the table.
         touched: by label, the rows in a table's gradient, if it is exchanged by rows.
-        keep_gradients: clear their memory in place, for callers that captured its address.
+        capture: replay a bank's update as a CUDA graph, and clear gradients in place, for callers that captured where
+            they are.
         tables: by name, tables that are not parameters, for a subclass that updates them.
     """
 
@@ -56,7 +58,7 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
         compiled: bool = False,
         plain_kernels: bool = False,
         touched: dict[str, TouchedRows] | None = None,
-        keep_gradients: bool = False,
+        capture: bool = False,
         tables: Mapping[str, Any] | None = None,
     ):
         self.rows = tuple(rows)
@@ -65,7 +67,7 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
         self.tied_label = tied.name if tied else None
         self.head_label = tied.tied_to if tied else None
         self.touched = touched or {}
-        self.keep_gradients = keep_gradients
+        self.capture = capture
         self.tables = dict(tables or {})
         self.gathering: set[str] = set()  # whose gradients accumulate between their updates
         self.spec = spec
@@ -84,11 +86,11 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
             for label, plan in self.plans.items()
             if plan.bank
         }
-        self._adam: Callable[..., None] = adam_updates
-        self._bank: Callable[..., None] = self.bank_update
-        if compiled:
-            self._adam = compile_whole(adam_updates)
-            self._bank = compile_whole(self.bank_update)
+        self._numbers: dict[str, Tensor] = {}
+        self._step_sizes = {label: torch.empty_like(muls) for label, muls in self.multipliers.items()}
+        self._averages: dict[str, Tensor] = {}
+        self._adam: Callable[..., None] = compile_whole(adam_updates) if compiled else adam_updates
+        self._bank = Captured(compile_whole(self.bank_update) if compiled else self.bank_update, active=capture)
 
     # --- views and state ---
 
@@ -129,6 +131,10 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
             touched.add(rows[touched.extra])
             if self.plans[label].due(adam_step=rates.adam_step, event=rates.event):
                 touched.prepare()
+
+    def lines(self) -> list[str]:
+        """See the interface."""
+        return self._bank.lines("updates of banks")
 
     @torch.no_grad()
     def step(self, rates: OwnRates) -> None:
@@ -192,7 +198,7 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
 
     def _clear(self, label: str) -> None:
         gradient = self.parameters[label].grad
-        if self.keep_gradients and gradient is not None:
+        if self.capture and gradient is not None:
             gradient.zero_()
         else:
             self.parameters[label].grad = None
@@ -212,7 +218,15 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
             touched.clear()
             if exchange is not None:
                 return average_touched_shard(self.communicator, gradient, exchange)
-        return self.communicator.average_shard(gradient)
+        return self.communicator.average_shard(gradient, self._average(plan.label, gradient) if plan.bank else None)
+
+    def _average(self, label: str, gradient: Tensor) -> Tensor | None:
+        """Where this rank's part of a bank's mean gradient always is, if a captured update reads it."""
+        if not self._bank.active or self.communicator.size == 1:
+            return None
+        if label not in self._averages:
+            self._averages[label] = torch.empty_like(self.communicator.shard(gradient))
+        return self._averages[label]
 
     def _update_adam(
         self, labels: Sequence[str], own: Sequence[Tensor], gradients: Sequence[Tensor], rates: BanksAndAdamRates
@@ -249,7 +263,14 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
         """The step size of each of this rank's matrices, (n, 1, 1), and the decay, (), for `cautious_update`."""
         banks = self.spec.banks
         lr = banks.lr * rates.lr_factor
-        return self.multipliers[label] * lr, torch.tensor(banks.weight_decay * lr)
+        step_sizes = torch.mul(self.multipliers[label], lr, out=self._step_sizes[label])
+        return step_sizes, self._number("decay", banks.weight_decay * lr)
+
+    def _number(self, name: str, value: float) -> Tensor:
+        """() on the banks' device, for each name in one place, from which a captured update reads it."""
+        if name not in self._numbers:
+            self._numbers[name] = torch.empty((), device=next(iter(self.multipliers.values())).device)
+        return self._numbers[name].fill_(value)
 
     @torch.no_grad()
     def warm_up(self, world_size: int) -> None:
@@ -258,7 +279,7 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
         twin = type(self)(zeros, self.rows, self.spec, RankOf(world_size), plain_kernels=self.plain_kernels)
         if self.tied_label is not None:
             twin.state[self.tied_label] = twin._adam_state(self.tied_label)
-        twin._adam, twin._bank = self._adam, self._bank
+        twin._adam, twin._bank = self._adam, Captured(self._bank.function, active=False)
         for rates, labels in itertools.product(self._kinds_of_rates(), self.spec.updated_together(self.rows)):
             own = [twin._own(self.plans[label], twin.parameters[label].data) for label in labels]
             gradients = [torch.zeros_like(part) for part in own]

@@ -98,12 +98,16 @@ class Communicator:
             pending |= {i: _after(arrive, place) for i, place in zip(group, places, strict=True)}
         return [pending[i] for i in range(len(tensors))]
 
-    def average_shard(self, full: Tensor) -> Pending:
-        """This rank's shard of the mean over ranks, in the tensor's dtype. `full` is used up."""
+    def average_shard(self, full: Tensor, out: Tensor | None = None) -> Pending:
+        """This rank's shard of the mean over ranks, in the tensor's dtype, in `out` if given. `full` is used up.
+
+        One rank's is `full` itself.
+        """
         if self.size == 1:
             return completed(full)
         full = full.contiguous()
-        shard = torch.empty_like(self.shard(full))  # also contiguous: NCCL writes rows, whatever the strides
+        # Contiguous like `full`: NCCL writes rows, whatever the strides.
+        shard = torch.empty_like(self.shard(full)) if out is None else out
         op = dist.ReduceOp.AVG if self.nccl else dist.ReduceOp.SUM
         work = _collective("reduce_scatter")(shard, full, op=op, group=self.group, async_op=True)
         return self._pending(work, shard)

@@ -27,6 +27,9 @@ class Optimizer(Protocol):
     def warm_up(self, world_size: int) -> None:
         """Compile what a rank of `world_size` would run in `step`, on one process; parameters and state stay."""
 
+    def lines(self) -> list[str]:
+        """What of it was captured as CUDA graphs, for the log."""
+
     def state_dict(self) -> dict[str, Any]:
         """The full state, independent of the world size: full tensors on every rank. Collective."""
 
@@ -43,15 +46,15 @@ def build_optimizer(
     compiled: bool = False,
     plain_kernels: bool = False,
     touched: dict[str, TouchedRows] | None = None,
-    keep_gradients: bool = False,
+    capture: bool = False,
     tables: Mapping[str, Any] | None = None,
 ) -> Optimizer:
     """The spec's optimizer for `model`, whose parameters are those of the table `rows`.
 
     compiled: the update formulas go through torch.compile. plain_kernels: plain PyTorch also where a Triton kernel
-    could run. touched: by parameter, the rows of tables that are exchanged by rows. keep_gradients: clear them in
-    place. tables: by name, tables that are not parameters of the model. Optimizers ignore what they have no
-    use for.
+    could run. touched: by parameter, the rows of tables that are exchanged by rows. capture: replay updates as CUDA
+    graphs, and clear gradients in place. tables: by name, tables that are not parameters of the model. Optimizers
+    ignore what they have no use for.
     """
     kind = built_class(OPTIMIZERS, spec)
     optimizer: Optimizer = kind(
@@ -62,7 +65,7 @@ def build_optimizer(
         compiled=compiled,
         plain_kernels=plain_kernels,
         touched=touched,
-        keep_gradients=keep_gradients,
+        capture=capture,
         tables=tables,
     )
     return optimizer

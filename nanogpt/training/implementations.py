@@ -61,7 +61,7 @@ def choose_implementations(
 
 
 def captures_graphs(spec: RunSpec, device: torch.device) -> bool:
-    """Whether micro-steps are captured as CUDA graphs (`nanogpt.training.micro_step`)."""
+    """Whether micro-steps (`nanogpt.training.micro_step`) and updates of weights are captured as CUDA graphs."""
     runtime = spec.runtime
     if device.type != "cuda" or not spec.model.capturable or not compiles(spec, device):
         return False

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from nanogpt.cache.compile_cache import CompileCache, cache_directory
 from nanogpt.cache.graphs import compile_whole
+from nanogpt.captured import Captured
 from nanogpt.console import say
 from nanogpt.data.micro_batches import LoaderArguments
 from nanogpt.data.prefixes import gpt2_tokens, prefix_table
@@ -272,7 +273,7 @@ class Trainer:
             compiled=self.compiled,
             plain_kernels=implementations.plain_kernels,
             touched=self.touched,
-            keep_gradients=capture,
+            capture=capture,
             tables=self.model.tables,
         )
         refused = world.gather(self.recorder.validates(world.gather(self.val_batches.sha256)))[0]
@@ -293,6 +294,7 @@ class Trainer:
             plain_kernels=implementations.plain_kernels,
             capture=capture,
         )
+        self.settled_weights_changed = Captured(self.model.weights_changed, active=capture)
         self.evaluation_loss = self._compile(self.model.evaluation_loss)
         self.end_of_run = EndOfRun(spec, self.model, world.communicator, world.device)
         self.reporter = Reporter(
@@ -347,7 +349,7 @@ class Trainer:
         table = phases_table(phases) if self.spec.training.warmup else []
         self._say(table)
         tables = (*table, "", *self.compiling_lines) if self.compiling_lines else table
-        for line in (*self.implementation_lines, *self.micro_step.lines(), *self.cache.lines, *tables):
+        for line in (*self.implementation_lines, *self._captured(), *self.cache.lines, *tables):
             self.reporter.note(line)
         self.reporter.start(self.next_step, resumed=resumed)
         graphs, recompiled = compiled_graphs(), recompilation_reasons()
@@ -455,8 +457,22 @@ class Trainer:
         # Sent before the gradients: it has long arrived when the optimizer is done.
         average = self.world.communicator.average(reported)
         self.optimizer.step(settings.rates)
-        self.model.weights_changed(settings.step)
+        self._weights_changed(settings.step)
         return average.wait()
+
+    def _weights_changed(self, step: int) -> None:
+        settled, captured = self.model.settled_step, self.settled_weights_changed
+        if captured.active and settled is not None and step >= settled:
+            captured(settled)
+        else:
+            self.model.weights_changed(step)
+
+    def _captured(self) -> list[str]:
+        return [
+            *self.micro_step.lines(),
+            *self.optimizer.lines(),
+            *self.settled_weights_changed.lines("rounding of weights"),
+        ]
 
     def _touched_rows(self) -> dict[str, TouchedRows]:
         """By parameter, the tables whose gradients are exchanged by rows, if requested."""

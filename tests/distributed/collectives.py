@@ -184,6 +184,9 @@ def check(backend: str) -> None:
         assert torch.equal(shard, communicator.shard(mean)), "average_shard"
         transposed = of_rank(rank, dtype).mT.contiguous().mT  # not contiguous
         assert torch.equal(communicator.average_shard(transposed).wait(), communicator.shard(mean)), "strides"
+        place = torch.empty_like(shard)
+        assert communicator.average_shard(of_rank(rank, dtype), place).wait() is place
+        assert torch.equal(place, communicator.shard(mean)), "average_shard, in its place"
 
     check_average_together(communicator)
 

@@ -15,23 +15,20 @@ def warm_up(recipe: Path, data: Path, out: Path, *world_sizes: int) -> None:
     spec = load_recipe(recipe)
     seen: set[str] = set()
 
-    def spy(owner: Any, name: str) -> None:
-        function = getattr(owner, name)
+    def spy(name: str, owner: Any, attribute: str) -> None:
+        function = getattr(owner, attribute)
 
         def call(*arguments: Any, **named: Any) -> Any:
             seen.add(json.dumps([name, repr(kind_of_call(arguments, named))]))
             return function(*arguments, **named)
 
-        setattr(owner, name, call)
+        setattr(owner, attribute, call)
 
     with join_world(spec) as world, Trainer(spec, world, run=None, data_directory=data) as trainer:
-        for owner, name in (
-            (trainer.micro_step, "training_loss"),
-            (trainer, "evaluation_loss"),
-            (trainer.optimizer, "_adam"),
-            (trainer.optimizer, "_bank"),
-        ):
-            spy(owner, name)
+        spy("training loss", trainer.micro_step, "training_loss")
+        spy("evaluation loss", trainer, "evaluation_loss")
+        spy("Adam", trainer.optimizer, "_adam")
+        spy("banks", trainer.optimizer._bank, "function")
         trainer.warm_up()
         Path(f"{out}.{world.rank}").write_text(json.dumps(sorted(seen)))
         for size in world_sizes:

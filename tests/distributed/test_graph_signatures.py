@@ -30,7 +30,7 @@ def test_what_ranks_call_is_what_a_warm_up_on_one_process_has_called(tmp_path: P
         assert len(called) >= 10
         assert called <= signatures("alone.0.more")
         ranks_own = {signature.split(",")[0] for signature in called - signatures("alone.0")}
-        assert ranks_own == {'["_adam"', '["_bank"'}  # without a warm-up for two; the model's are the same
+        assert ranks_own == {'["Adam"', '["banks"'}  # without a warm-up for two; the model's are the same
 
 
 def test_ranks_divide_the_graphs_and_the_first_begins_with_the_optimizers(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""Record 92 on a GPU: its fast, plain and compiled paths against each other, and its captured micro-steps."""
+"""Record 92 on a GPU: its fast, plain and compiled paths against each other, and what is captured."""
 
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ from pulls import lists_of
 from small_specs import batch_of, on_gpu, relative_error
 
 from nanogpt.cache.graphs import compile_whole
+from nanogpt.captured import Captured
 from nanogpt.data.micro_batches import MicroBatch
 from nanogpt.kernels.bench import document_ends
 from nanogpt.kernels.table_rows import Gradients, RowAdam, Signs, entries_of, read_rows, row_adam, sum_rows
 from nanogpt.models.language_model import Implementations, LanguageModel, Windows
 from nanogpt.models.record_model import LossInputs
 from nanogpt.models.stage_loss import StageLoss
+from nanogpt.optim.communication import Communicator
+from nanogpt.optim.optimizer import build_optimizer
 from nanogpt.recipe import load_recipe
 from nanogpt.training.build import build_model
 from nanogpt.training.micro_step import MicroStep
+from nanogpt.training.schedule import Schedule
 
 pytestmark = [
     pytest.mark.gpu,
@@ -188,3 +192,35 @@ def test_captured_micro_steps_read_the_rows_of_their_cycle():
         assert other == pytest.approx(loss, rel=1e-4)
         for a, b in zip(replayed, eager, strict=True):
             assert relative_error(a, b) < 1e-2
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.long)], ids=["eager", "compiled"])
+def test_updates_and_roundings_that_are_replayed_change_no_bit(compiled: bool):
+    """Seven steps, across an event; tables of rows are left out."""
+    torch.manual_seed(0)
+    models = [make_model("fp8", plain=False) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    replayed, eager = (
+        build_optimizer(SPEC.optimizer, model, model.rows, Communicator(), compiled=compiled, capture=capture)
+        for model, capture in zip(models, (True, False), strict=True)
+    )
+    for model in models:
+        model.restart()
+    round_weights, settled = Captured(models[0].weights_changed, active=True), models[0].settled_step
+    assert settled is not None
+    schedule = Schedule(SPEC)
+    for step in range(332, 339):
+        for one, other in zip(*(model.parameters() for model in models), strict=True):
+            gradient = torch.randn_like(one)
+            for parameter in (one, other):
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad.add_(gradient)
+        for optimizer in (replayed, eager):
+            optimizer.step(schedule.at(step).rates)
+        round_weights(settled)
+        models[1].weights_changed(step)
+    assert replayed.lines() == ["CUDA graphs: updates of banks, 3 captured"] and eager.lines() == []
+    assert round_weights.lines("rounding") == ["CUDA graphs: rounding, 1 captured"]
+    for kind in ("named_parameters", "named_buffers"):
+        for (name, one), (_, other) in zip(*(getattr(model, kind)() for model in models), strict=True):
+            assert torch.equal(one.float(), other.float()), name

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from called_again import instead_of_graphs
 from tiny_runs import (
     FIRST_WITH_PREFIX,
     VOCABULARY,
@@ -68,6 +69,21 @@ def test_warm_up_leaves_no_trace(
     train(spec_of("training.warmup=true", *precision), data, tmp_path / "run")
     assert losses(tmp_path / "run") == losses(whole[precision])
     assert_same(newest_state(tmp_path / "run"), newest_state(whole[precision]))
+
+
+def test_updates_and_roundings_of_weights_that_are_replayed_change_nothing(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = spec_of("training.warmup=true", "model.mlp_fp8.bootstrap_steps=3", FP8)
+    train(spec, data, tmp_path / "eager")
+    instead_of_graphs(monkeypatch)
+    monkeypatch.setattr(trainer_module, "captures_graphs", lambda *_: True)
+    train(spec, data, tmp_path / "captured")
+    assert losses(tmp_path / "captured") == losses(tmp_path / "eager")
+    assert_same(newest_state(tmp_path / "captured"), newest_state(tmp_path / "eager"))
+    log = (tmp_path / "captured" / "log.txt").read_text()
+    assert "CUDA graphs: updates of banks, 3 captured" in log
+    assert "CUDA graphs: rounding of weights, 1 captured" in log
 
 
 @PRECISIONS

@@ -260,6 +260,11 @@ class Record89(BigramModel[Record89ModelSpec]):
         """Also updates the MLPs' 8-bit copies."""
         self.fp8_mlp.follow(self.mlp, step)
 
+    @property
+    def settled_step(self) -> int | None:
+        """See the base."""
+        return self.fp8_mlp.settled_step
+
     def restart(self) -> None:
         """Also resets the MLPs' scales."""
         super().restart()

@@ -428,6 +428,11 @@ class Record92(RecordModel[Record92ModelSpec]):
         self.fp8_mlp.follow(self.mlp, step)
         self._round_qkv()
 
+    @property
+    def settled_step(self) -> int | None:
+        """See the base."""
+        return 0 if self.fp8_qkv.active and not self.fp8_mlp.active else self.fp8_mlp.settled_step
+
     def _loaded(self) -> None:
         self.fp8_mlp.reload(self.mlp)
         self._round_qkv()

@@ -55,6 +55,10 @@ class AdamW:
     def warm_up(self, world_size: int) -> None:
         """Nothing of it is compiled."""
 
+    def lines(self) -> list[str]:
+        """Nothing of it is captured."""
+        return []
+
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state; it is the same on every rank. Tensors are copies."""
         state = self.inner.state_dict()

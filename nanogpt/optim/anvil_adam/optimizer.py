@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nanogpt.optim.anvil import anvil_update
@@ -54,9 +53,9 @@ class AnvilAdam(BanksAndAdam[AnvilAdamSpec, AnvilAdamRates]):
             state["slow"],
             state["second_moment"],
             state.get("mantissa"),
-            torch.tensor(rates.momentum),
-            torch.tensor(rates.fast_beta),
-            torch.tensor(rates.fast_share),
+            self._number("momentum", rates.momentum),
+            self._number("fast_beta", rates.fast_beta),
+            self._number("fast_share", rates.fast_share),
             step_size,
             decay,
             anvil.slow_momentum.beta,

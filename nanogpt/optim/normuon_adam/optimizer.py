@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from nanogpt.optim.banks_and_adam import BanksAndAdam
@@ -28,7 +27,7 @@ class NorMuonAdam(BanksAndAdam[NorMuonAdamSpec, BanksAndAdamRates]):
             state["momentum"],
             state["second_moment"],
             state.get("mantissa"),
-            torch.tensor(rates.momentum),
+            self._number("momentum", rates.momentum),
             step_size,
             decay,
             normuon.beta2,
