@@ -7,6 +7,7 @@ from mutation import (
     ANVIL_OPTIMIZER,
     ANVIL_RATES,
     COMMUNICATION,
+    FP8_SCALES,
     NORMUON,
     OPTIMIZER,
     PLAN,
@@ -248,3 +249,39 @@ for _old, _new in (
     ("wd_mul: 5, eps: 1e-10", "wd_mul: 10, eps: 1e-10"),
 ):
     _add("recipe's optimizer", RECIPE92, _new, (_old, _new))
+
+# --- replayed updates ---
+
+_add(
+    "replayed updates",
+    OPTIMIZER,
+    "numbers in new places",
+    ("return self._numbers[name].fill_(value)", "return torch.tensor(value)"),
+)
+_add(
+    "replayed updates",
+    OPTIMIZER,
+    "step sizes in new places",
+    (
+        "step_sizes = torch.mul(self.multipliers[label], lr, out=self._step_sizes[label])",
+        "step_sizes = self.multipliers[label] * lr",
+    ),
+)
+_add(
+    "replayed updates",
+    OPTIMIZER,
+    "averages in new places",
+    ("if not self._bank.active or self.communicator.size == 1:", "if True:"),
+)
+_add(
+    "replayed updates",
+    OPTIMIZER,
+    "gradients in new places",
+    ("if self.capture and gradient is not None:", "if gradient is None:"),
+)
+_add(
+    "replayed updates",
+    FP8_SCALES,
+    "scales measured at each",
+    ("return self.spec.bootstrap_steps if self.active", "return self.spec.bootstrap_steps - 1 if self.active"),
+)
