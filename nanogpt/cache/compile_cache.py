@@ -280,6 +280,7 @@ def _compiled_code_in(root: Path | None) -> Iterator[None]:
     variables = _places(root) | {
         "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1",
         "TRITON_STORE_BINARY_ONLY": "1",  # without the stages before it: half of the files
+        "TRITON_CACHE_MANAGER": os.environ.get("TRITON_CACHE_MANAGER", "nanogpt.cache.compiled_once:CompiledOnce"),
     }
     # Else no graph with the MLP in it, a torch.autograd.Function, would be kept. It changes no code; and what such a
     # function does is part of the graph's key, its source of the file's.

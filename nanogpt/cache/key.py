@@ -56,11 +56,11 @@ PACKAGES = (
     "quack-kernels",
 )
 
-# The compilers' variables, except those that only say where things are kept or how much is printed.
+# The compilers' variables, except those that only say where and how things are kept, or how much is printed.
 VARIABLES = ("TORCHINDUCTOR_", "TORCHDYNAMO_", "TORCH_COMPILE", "TRITON_", "CUTE_DSL_", "FLASH_ATTENTION_")
 PLACES = re.compile(
     r"TORCHINDUCTOR_(CACHE_DIR|COMPILE_THREADS|WORKER_START)|TORCH_COMPILE_(CACHE_DIR|DEBUG_DIR)"
-    r"|TRITON_(CACHE_DIR|HOME|DUMP_DIR|STORE_BINARY_ONLY)|(CUTE_DSL|FLASH_ATTENTION_CUTE_DSL)_CACHE_(DIR|ENABLED)"
+    r"|TRITON_(CACHE_DIR|CACHE_MANAGER|HOME|DUMP_DIR|STORE_BINARY_ONLY)|(CUTE_DSL|FLASH_ATTENTION_CUTE_DSL)_CACHE_(DIR|ENABLED)"
 )
 
 
