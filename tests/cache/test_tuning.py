@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor.runtime import benchmarking
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
 from nanogpt.cache import tuning
@@ -133,6 +134,31 @@ def test_a_kernel_that_overwrites_what_it_reads_is_timed_on_copies_on_the_gpu(tm
         kernel.autotune_to_one_config()
     assert from_host == ([False] if room else [False, True])
     assert [block(launcher) for launcher in kernel.launchers] == [256] and kernel.optimize_mem
+
+
+def test_a_variant_is_timed_by_few_launches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Only while a kernel is tuned."""
+    timed: list[dict[str, object]] = []
+
+    def benchmark_gpu(self: object, function: object, **how: object) -> float:
+        timed.append({name: how.get(name) for name in ("benchmark_iters", "memory_warmup_iters")})
+        return 1.0
+
+    monkeypatch.setattr(benchmarking.InductorBenchmarker, "benchmark_gpu", benchmark_gpu)
+    monkeypatch.setattr(benchmarking, "benchmarker", clock := benchmarking.InductorBenchmarker())
+
+    class Timed(Kernel):
+        def benchmark_all_configs(self, *args: object, **kwargs: object) -> dict[Any, float]:
+            clock.benchmark(fn=print, device="cuda", rep=40, is_vetted_benchmarking=True)
+            return super().benchmark_all_configs()
+
+    with kept_tuning(tmp_path):
+        kernel = Timed("/tmp/job", (64, 256), 256)
+        kernel._make_launchers()
+        kernel.autotune_to_one_config()
+    clock.benchmark(fn=print, device="cuda", rep=40, is_vetted_benchmarking=True)
+    few, as_ever = {"benchmark_iters": 25, "memory_warmup_iters": 25}, dict.fromkeys(timed[-1])
+    assert timed == [few, as_ever]
 
 
 def test_processes_of_a_node_tune_one_after_another(tmp_path: Path):
