@@ -3,10 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Result = TypeVar("Result")
+
+
+def capture(compute: Callable[[], Result], pool: Any) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """The graph of what `compute` launches, in memory of `pool`, and its result, which a replay fills.
+
+    Raises RuntimeError if it does what cannot be captured.
+    """
+    graph = torch.cuda.CUDAGraph()
+    # Other threads, such as the one that loads the next batch, continue meanwhile.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        return graph, compute()
+
+
+def reason(error: RuntimeError) -> str:
+    """Why nothing was captured, in a line."""
+    return (str(error).splitlines() or ["no reason given"])[0]
 
 
 class Captured:
@@ -42,7 +60,7 @@ class Captured:
             try:
                 self._graphs[kind] = self._capture(args), args
             except RuntimeError as error:
-                self.active, self.failure = False, str(error).splitlines()[0]
+                self.active, self.failure = False, reason(error)
                 self.function(*args)
                 return
         self._graphs[kind][0].replay()
@@ -50,11 +68,7 @@ class Captured:
     def _capture(self, args: tuple[Any, ...]) -> torch.cuda.CUDAGraph:
         if self._pool is None:  # shared: graphs are replayed one after another, and nothing of them is left
             self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, such as the one that loads the next batch, continue meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            self.function(*args)
-        return graph
+        return capture(lambda: self.function(*args), self._pool)[0]
 
     def lines(self, what: str) -> list[str]:
         """For the log. `what`: what the function does."""

@@ -218,15 +218,15 @@ class BanksAndAdam(ABC, Generic[Spec, OwnRates]):
             touched.clear()
             if exchange is not None:
                 return average_touched_shard(self.communicator, gradient, exchange)
-        return self.communicator.average_shard(gradient, self._average(plan.label, gradient) if plan.bank else None)
+        return self.communicator.average_shard(gradient, self._average(plan, gradient))
 
-    def _average(self, label: str, gradient: Tensor) -> Tensor | None:
+    def _average(self, plan: ParameterPlan, gradient: Tensor) -> Tensor | None:
         """Where this rank's part of a bank's mean gradient always is, if a captured update reads it."""
-        if not self._bank.active or self.communicator.size == 1:
+        if not (self.capture and plan.bank) or self.communicator.size == 1:
             return None
-        if label not in self._averages:
-            self._averages[label] = torch.empty_like(self.communicator.shard(gradient))
-        return self._averages[label]
+        if plan.label not in self._averages:
+            self._averages[plan.label] = torch.empty_like(self.communicator.shard(gradient))
+        return self._averages[plan.label]
 
     def _update_adam(
         self, labels: Sequence[str], own: Sequence[Tensor], gradients: Sequence[Tensor], rates: BanksAndAdamRates

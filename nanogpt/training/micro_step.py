@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from nanogpt.cache.graphs import prepare
+from nanogpt.captured import capture, reason
 from nanogpt.data.micro_batches import MicroBatch
 from nanogpt.models.language_model import LanguageModel
 from nanogpt.optim.pulled_table import TableLookUp
@@ -67,7 +68,7 @@ class MicroStep:
             try:
                 self._captures[stage] = self._make_capture(batch, inputs)
             except RuntimeError as error:
-                self.capture, self.failure = False, str(error).splitlines()[0]
+                self.capture, self.failure = False, reason(error)
                 return self.compute(batch, inputs)
         return self._captures[stage].replay(batch, inputs)
 
@@ -107,13 +108,15 @@ class MicroStep:
         look_ups = self.model.look_ups(batch)
         tables = {i: look_up for i, look_up in enumerate(look_ups) if isinstance(look_up, TableLookUp)}
         pulled = {i: look_up.read() for i, look_up in tables.items()}
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, such as the one that loads the next batch, continue meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+
+        def compute() -> Tensor:
             embedded = tuple(pulled[i] if i in pulled else look_up.read() for i, look_up in enumerate(look_ups))
             loss = self._backward(batch, inputs, embedded)
             own = [i for i in range(len(look_ups)) if i not in pulled]
             add_gradients([look_ups[i] for i in own], [embedded[i] for i in own], plain=self.plain_kernels)
+            return loss
+
+        graph, loss = capture(compute, self._pool)
         return _Capture(graph, batch, inputs, loss, [(tables[i], rows) for i, rows in pulled.items()])
 
     def lines(self) -> list[str]:

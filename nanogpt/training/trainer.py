@@ -349,7 +349,7 @@ class Trainer:
         table = phases_table(phases) if self.spec.training.warmup else []
         self._say(table)
         tables = (*table, "", *self.compiling_lines) if self.compiling_lines else table
-        for line in (*self.implementation_lines, *self._captured(), *self.cache.lines, *tables):
+        for line in (*self.implementation_lines, *self._graph_lines(), *self.cache.lines, *tables):
             self.reporter.note(line)
         self.reporter.start(self.next_step, resumed=resumed)
         graphs, recompiled = compiled_graphs(), recompilation_reasons()
@@ -467,7 +467,7 @@ class Trainer:
         else:
             self.model.weights_changed(step)
 
-    def _captured(self) -> list[str]:
+    def _graph_lines(self) -> list[str]:
         return [
             *self.micro_step.lines(),
             *self.optimizer.lines(),

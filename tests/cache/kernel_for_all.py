@@ -10,39 +10,20 @@ import os
 import sys
 from multiprocessing.synchronize import Barrier
 
-import triton
-import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from double_kernel import compile_for
+
+from nanogpt.cache.tuning import kernels_counted
+from nanogpt.training.compilation import compile_counts
 
 directory, kernels, processes = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 
 
-@triton.jit
-def _double_kernel(x, n: tl.constexpr):
-    at = tl.arange(0, n)
-    tl.store(x + at, 2 * tl.load(x + at))
-
-
-def compile_all(together: Barrier) -> int:
-    compiled = 0
-
-    def count(*, cache_hit: bool, **_: object) -> None:
-        nonlocal compiled
-        compiled += not cache_hit
-
-    triton.knobs.compilation.listener = count
-    for power in range(kernels):
-        together.wait()
-        size = {"n": 64 << power}
-        source = ASTSource(fn=_double_kernel, signature={"x": "*fp32", "n": "constexpr"}, constexprs=size)
-        kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32))
-        assert len(kernel.asm["cubin"]) > 1000
-    return compiled
-
-
 def work(together: Barrier, counts: multiprocessing.SimpleQueue[int]) -> None:
-    counts.put(compile_all(together))
+    with kernels_counted():
+        for power in range(kernels):
+            together.wait()
+            assert len(compile_for(64 << power).asm["cubin"]) > 1000
+    counts.put(compile_counts().kernels_compiled)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,8 @@ import shutil
 import sys
 from pathlib import Path
 
-import triton
-import triton.language as tl
+from double_kernel import compile_for
 from tiny_runs import tiny_spec
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from nanogpt.cache.compile_cache import compiled_code_of
 from nanogpt.cache.pack import Pack, write_pack
@@ -24,18 +21,11 @@ from nanogpt.training.compilation import compile_counts
 place = Path(sys.argv[1])
 
 
-@triton.jit
-def _double_kernel(x, n: tl.constexpr):
-    at = tl.arange(0, n)
-    tl.store(x + at, 2 * tl.load(x + at))
-
-
 def kernels_compiled(root: Path) -> int:
     """Ask for the kernel with this directory of compiled code."""
     before = compile_counts().kernels_compiled
-    source = ASTSource(fn=_double_kernel, signature={"x": "*fp32", "n": "constexpr"}, constexprs={"n": 64})
     with join_world(tiny_spec()) as world, compiled_code_of(root, world), kernels_counted():
-        kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+        kernel = compile_for(64)
     assert len(kernel.asm["cubin"]) > 1000 and "ptx" not in kernel.asm
     return compile_counts().kernels_compiled - before
 

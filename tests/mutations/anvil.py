@@ -271,7 +271,7 @@ _add(
     "replayed updates",
     OPTIMIZER,
     "averages in new places",
-    ("if not self._bank.active or self.communicator.size == 1:", "if True:"),
+    ("if not (self.capture and plan.bank) or self.communicator.size == 1:", "if True:"),
 )
 _add(
     "replayed updates",
