@@ -9,13 +9,18 @@ reduction) are not found again even with the same path (torch 2.11).
 
 So choices are files of our own, named by the hash of the kernel's source. The first process of a node that has timed a
 kernel decides for all of them, and for every later run that unpacks the directory.
+
+inductor also derives variants of a reduction at its first load, with half of the block where a thread needs many
+registers, and compiles them itself, one after another. Here the processes that compile all others compile these too.
 """
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import functools
 import json
+import math
 import os
 import tempfile
 import time
@@ -29,6 +34,7 @@ from nanogpt.files import read_json
 FOLDER = "tuning"
 COUNTER = ("nanogpt", "kernels_tuned")  # in torch._dynamo.utils.counters
 KERNELS_COMPILED = ("nanogpt", "kernels_compiled")  # likewise
+SMALLEST_BLOCK = 64  # of a reduction, which inductor does not halve
 TUNING_MS, WAITING_MS = ("nanogpt", "tuning_ms"), ("nanogpt", "waiting_to_tune_ms")
 
 
@@ -39,12 +45,15 @@ def kept_tuning(directory: Path) -> Iterator[None]:
     Loads inductor. Where torch's classes are not what this module knows, nothing is changed: inductor tunes as usual.
     """
     from torch._dynamo.utils import counters
+    from torch._inductor import async_compile
     from torch._inductor.runtime import triton_heuristics
 
+    compiling: Any = async_compile
+    compile_given = getattr(compiling, "_worker_compile_triton", None)
     kernels: Any = triton_heuristics.CachingAutotuner
     tune = getattr(kernels, "autotune_to_one_config", None)
     precompile = getattr(kernels, "precompile", None)
-    if tune is None or precompile is None:
+    if tune is None or precompile is None or compile_given is None:
         yield
         return
 
@@ -80,11 +89,50 @@ def kept_tuning(directory: Path) -> Iterator[None]:
 
     kernels.autotune_to_one_config = autotune_to_one_config
     kernels.precompile = precompile_chosen
+    compiling._worker_compile_triton = compile_variants
     try:
         yield
     finally:
         kernels.autotune_to_one_config = tune
         kernels.precompile = precompile
+        compiling._worker_compile_triton = compile_given
+
+
+def compile_variants(load_kernel: Callable[[], Any], *args: Any) -> Any:
+    """What inductor has another process do for a kernel, and the variants that it would derive at its first load."""
+    from torch._inductor.runtime.compile_tasks import _worker_compile_triton
+
+    return _worker_compile_triton(functools.partial(_with_derived, load_kernel), *args)
+
+
+def _with_derived(load_kernel: Callable[[], Any]) -> Any:
+    """A kernel with a variant of half the block beside each that inductor may halve, which it then does not."""
+    from torch._inductor.runtime.hints import HeuristicType
+
+    kernel = load_kernel()
+    settings = kernel.inductor_meta
+    if (
+        kernel.heuristic_type != HeuristicType.REDUCTION
+        or settings.get("persistent_reduction")
+        or settings.get("deterministic")
+        or not settings.get("dynamic_scale_rblock", True)
+    ):
+        return kernel
+    for given in list(kernel.configs):
+        blocks = {name: size for name, size in given.kwargs.items() if name.startswith("R")}
+        programs = -(-kernel.size_hints["x"] // given.kwargs.get("XBLOCK", 1))
+        # inductor's conditions, except for the registers
+        if math.prod(blocks.values()) <= SMALLEST_BLOCK or programs <= kernel.device_props.multi_processor_count:
+            continue
+        halved = copy.deepcopy(given)
+        longest = max(blocks, key=blocks.__getitem__)
+        halved.kwargs[longest] //= 2
+        if halved.kwargs[longest] >= (settings.get("min_rblock") or 1) and not any(
+            _description(halved) == _description(config) for config in kernel.configs
+        ):
+            kernel.configs.append(halved)
+    settings["dynamic_scale_rblock"] = False
+    return kernel
 
 
 def _tune_on_the_gpu(tune: Callable[..., None], kernel: Any, *args: Any, **kwargs: Any) -> None:

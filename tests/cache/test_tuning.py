@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import pickle
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor import async_compile
 from torch._inductor.runtime import benchmarking
+from torch._inductor.runtime.hints import HeuristicType
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
 from nanogpt.cache import tuning
@@ -177,6 +180,93 @@ def test_processes_of_a_node_tune_one_after_another(tmp_path: Path):
     assert [block(launcher) for launcher in kernel.launchers] == [256]
 
 
+def config(x_block: int, **blocks: int) -> Any:
+    return SimpleNamespace(kwargs={"XBLOCK": x_block, **blocks}, num_warps=8, num_stages=1)
+
+
+class Reduction(CachingAutotuner):
+    """A kernel as its source makes it, in `configs`, of which no variant is compiled yet."""
+
+    def __init__(self, configs: Sequence[Any], outputs: int, kind: HeuristicType, **settings: Any):
+        self.fn: Any = SimpleNamespace(fn=print)
+        self.configs: Any = list(configs)
+        self.inductor_meta: dict[str, Any] = settings
+        self.deterministic_mode = settings.get("deterministic", False)
+        self.heuristic_type = kind
+        self.size_hints = {"x": outputs, "r0_": 4096}
+        self.device_props: Any = SimpleNamespace(
+            type="cuda",
+            major=9,
+            regs_per_multiprocessor=65536,
+            max_threads_per_multi_processor=2048,
+            multi_processor_count=132,
+            warp_size=32,
+            warp_size_or_default=32,
+        )
+        self.compile_results: list[Any] = []
+        self.autotune_cache_info = None
+
+    def _make_launchers(self) -> None: ...
+
+    def _precompile_config(self, cfg: Any) -> Any:
+        return SimpleNamespace(config=cfg, kernel=SimpleNamespace(n_regs=None))
+
+    def derived(self) -> list[Any]:
+        """What inductor makes of it after a load, where a thread needs 255 registers."""
+        self.compile_results = [
+            SimpleNamespace(config=config, kernel=SimpleNamespace(n_regs=255)) for config in self.configs
+        ]
+        CachingAutotuner._dynamic_scale_rblock(self)
+        return [result.config for result in self.compile_results]
+
+
+@pytest.mark.parametrize(
+    ("configs", "outputs", "kind", "settings", "more"),
+    [
+        ([config(2, R0_BLOCK=1024)], 65536, HeuristicType.REDUCTION, {}, 1),
+        ([config(1, R0_BLOCK=512, R1_BLOCK=1024)], 65536, HeuristicType.REDUCTION, {}, 1),
+        ([config(1, R0_BLOCK=1024), config(1, R0_BLOCK=512)], 65536, HeuristicType.REDUCTION, {}, 1),
+        ([config(2, R0_BLOCK=1024)], 264, HeuristicType.REDUCTION, {}, 0),  # a program on each multiprocessor
+        ([config(2, R0_BLOCK=1024)], 265, HeuristicType.REDUCTION, {}, 1),
+        ([config(64, R0_BLOCK=64)], 65536, HeuristicType.REDUCTION, {}, 0),
+        pytest.param(
+            *([config(2, R0_BLOCK=1024)], 65536, HeuristicType.REDUCTION, {"min_rblock": 1024}, 0),
+            marks=pytest.mark.skipif(
+                not hasattr(CachingAutotuner, "_iter_rblock_scale_candidates"), reason="torch has no such limit yet"
+            ),
+        ),
+        ([config(2, R0_BLOCK=1024)], 65536, HeuristicType.REDUCTION, {"persistent_reduction": True}, 0),
+        ([config(2, R0_BLOCK=1024)], 65536, HeuristicType.REDUCTION, {"deterministic": True}, 0),
+        ([config(2, R0_BLOCK=1024)], 65536, HeuristicType.REDUCTION, {"dynamic_scale_rblock": False}, 0),
+        ([config(1024)], 65536, HeuristicType.POINTWISE, {}, 0),
+    ],
+)
+def test_a_process_compiles_the_variants_that_inductor_derives_later(
+    configs: list[Any], outputs: int, kind: HeuristicType, settings: dict[str, Any], more: int
+):
+    """The same ones, if a thread needs many registers; then nothing is left to derive."""
+    wanted = [tuning._description(derived) for derived in Reduction(configs, outputs, kind, **settings).derived()]
+    kernel = tuning._with_derived(lambda: Reduction(configs, outputs, kind, **settings))
+    found = [tuning._description(config) for config in kernel.configs]
+    assert found == wanted and len(found) == len(configs) + more
+    assert [tuning._description(config) for config in kernel.derived()] == found
+
+
+def test_inductors_processes_are_given_all_variants(tmp_path: Path):
+    """Called as inductor does, by a name that another process can import."""
+
+    class Compiled(Reduction):
+        def precompile(self, *args: Any, **kwargs: Any) -> None:
+            self.compile_results = [self._precompile_config(config) for config in self.configs]
+
+        def prepare_for_pickle(self) -> Any: ...
+
+    with kept_tuning(tmp_path):
+        task = pickle.loads(pickle.dumps(async_compile._worker_compile_triton))
+    kernel, _ = task(lambda: Compiled([config(2, R0_BLOCK=1024)], 65536, HeuristicType.REDUCTION), {}, {})
+    assert [result.config.kwargs["R0_BLOCK"] for result in kernel.compile_results] == [1024, 512]
+
+
 @pytest.mark.parametrize("content", ["", "null", "[]", '{"R0_BLOCK": 7}'])
 def test_a_choice_that_is_none_of_the_variants_is_not_taken(tmp_path: Path, content: str):
     (tmp_path / "cabcdef.json").write_text(content)
@@ -194,8 +284,12 @@ def test_a_kernel_without_a_source_is_tuned_as_ever(tmp_path: Path):
 
 
 def test_torch_is_as_before_afterwards(tmp_path: Path):
-    before = CachingAutotuner.autotune_to_one_config, CachingAutotuner.precompile
+    def changed() -> tuple[Any, ...]:
+        kernel = CachingAutotuner
+        return kernel.autotune_to_one_config, kernel.precompile, async_compile._worker_compile_triton
+
+    before = changed()
     with pytest.raises(RuntimeError), kept_tuning(tmp_path):
-        assert CachingAutotuner.autotune_to_one_config is not before[0]
+        assert not set(changed()) & set(before)
         raise RuntimeError
-    assert (CachingAutotuner.autotune_to_one_config, CachingAutotuner.precompile) == before
+    assert changed() == before
