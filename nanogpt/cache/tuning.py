@@ -42,7 +42,8 @@ TUNING_MS, WAITING_MS = ("nanogpt", "tuning_ms"), ("nanogpt", "waiting_to_tune_m
 def kept_tuning(directory: Path) -> Iterator[None]:
     """Choices among variants of inductor's kernels are taken from `directory` and left there, while the context lasts.
 
-    Loads inductor. Where torch's classes are not what this module knows, nothing is changed: inductor tunes as usual.
+    All variants are compiled before the choice, by inductor's processes. Loads inductor. Where torch's classes are not
+    what this module knows, nothing is changed: inductor tunes as usual.
     """
     from torch._dynamo.utils import counters
     from torch._inductor import async_compile
