@@ -160,17 +160,19 @@ class Cluster:
         return found
 
 
-def make_cluster(as_user: Any, checkout: Path, sif: Path, home: Path, name: str = "") -> Cluster:
-    """The cluster, with an empty working directory in `home` whose name begins with `name`.
+def make_cluster(as_user: Any, checkout: Path, sif: Path, home: Path, name: str) -> Cluster:
+    """The cluster, with an empty working directory `name` in `home`.
 
-    Fails the test where Slurm does not answer.
+    What the last tests left there goes: 2 GB of checkpoints a time had filled a disk. Fails the test where Slurm does
+    not answer.
     """
     nodes = subprocess.run(
         ["sinfo", "--noheader", "--Node", "--format=%T"], capture_output=True, text=True, check=False
     )
     if nodes.returncode or not nodes.stdout.split():
         pytest.fail(f"no Slurm here: {nodes.stderr}; tests/cluster/setup-slurm.sh (as root) makes one")
-    work = home / "slurm-tests" / (name + time.strftime("%H%M%S"))
+    work = home / "slurm-tests" / name
+    as_user(["rm", "-rf", work], check=True)
     as_user(["mkdir", "-p", work / "logs"], check=True)
     (work / "tiny.yaml").write_text(TINY)
     os.chmod(work / "tiny.yaml", 0o644)  # noqa: PTH101

@@ -29,7 +29,7 @@ LONG = "--steps=80"  # more than anybody makes in the second after the tenth
 
 @pytest.fixture
 def cluster(as_user: Run, user_checkout: Path, sif: Path) -> Iterator[Cluster]:
-    yield make_cluster(as_user, user_checkout, sif, home_of_user(), "lost-")
+    yield make_cluster(as_user, user_checkout, sif, home_of_user(), "lost")
     subprocess.run(["slurmd", "-N", VICTIM], check=False, capture_output=True)
     subprocess.run(["scontrol", "update", f"NodeName={VICTIM}", "State=RESUME"], check=False, capture_output=True)
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.timeout(1800)
 
 @pytest.fixture(scope="module")
 def cluster(as_user: Run, user_checkout: Path, sif: Path) -> Cluster:
-    return make_cluster(as_user, user_checkout, sif, home_of_user(), "places-")
+    return make_cluster(as_user, user_checkout, sif, home_of_user(), "places")
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.timeout(1800)
 
 @pytest.fixture(scope="module")
 def cluster(as_user: Run, user_checkout: Path, sif: Path) -> Cluster:
-    return make_cluster(as_user, user_checkout, sif, home_of_user())
+    return make_cluster(as_user, user_checkout, sif, home_of_user(), "jobs")
 
 
 @pytest.fixture(scope="module")
