@@ -128,9 +128,8 @@ def _with_derived(load_kernel: Callable[[], Any]) -> Any:
         halved = copy.deepcopy(given)
         longest = max(blocks, key=blocks.__getitem__)
         halved.kwargs[longest] //= 2
-        if halved.kwargs[longest] >= (settings.get("min_rblock") or 1) and not any(
-            _description(halved) == _description(config) for config in kernel.configs
-        ):
+        is_new = _description(halved) not in map(_description, kernel.configs)
+        if is_new and halved.kwargs[longest] >= (settings.get("min_rblock") or 1):
             kernel.configs.append(halved)
     settings["dynamic_scale_rblock"] = False
     return kernel
