@@ -85,6 +85,16 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
             parameter.add_(0.7)
 
 
+def add_gradients_alike(model: nn.Module, other: nn.Module, generator: torch.Generator) -> None:
+    """Add the same random gradients to two models' parameters, in place where there are some already."""
+    for parameters in zip(model.parameters(), other.parameters(), strict=True):
+        gradient = torch.randn(parameters[0].shape, generator=generator, device=generator.device)
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad.add_(gradient.to(parameter.dtype))
+
+
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Frobenius norm of the difference over that of `expected`; absolute where that is zero."""
     difference = (found.detach().double() - expected.detach().double()).norm()

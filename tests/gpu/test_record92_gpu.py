@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from pulls import lists_of
-from small_specs import batch_of, on_gpu, relative_error
+from small_specs import add_gradients_alike, batch_of, on_gpu, relative_error
 
 from nanogpt.cache.graphs import compile_whole
 from nanogpt.captured import Captured
@@ -210,11 +210,7 @@ def test_updates_and_roundings_that_are_replayed_change_no_bit(compiled: bool):
     assert settled is not None
     schedule = Schedule(SPEC)
     for step in range(332, 339):
-        for one, other in zip(*(model.parameters() for model in models), strict=True):
-            gradient = torch.randn_like(one)
-            for parameter in (one, other):
-                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad.add_(gradient)
+        add_gradients_alike(models[0], models[1], torch.Generator("cuda").manual_seed(step))
         for optimizer in (replayed, eager):
             optimizer.step(schedule.at(step).rates)
         round_weights(settled)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from called_again import CalledAgain, instead_of_graphs
 from forked import in_ranks
+from small_specs import add_gradients_alike
 from torch import nn
 
 from nanogpt.optim.anvil_adam.optimizer import AnvilAdam
@@ -57,12 +58,7 @@ def check(case: Case, communicator: Communicator) -> None:
     """Raises AssertionError if a weight differs after a step."""
     (model, captured), (plain, eager) = (case.make(communicator, capture=capture) for capture in (True, False))
     for step in case.steps:
-        generator = torch.Generator().manual_seed(1000 * step + communicator.rank)
-        for one, other in zip(model.parameters(), plain.parameters(), strict=True):
-            gradient = torch.randn(one.shape, generator=generator).to(one.dtype)
-            for parameter in (one, other):
-                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad.add_(gradient)
+        add_gradients_alike(model, plain, torch.Generator().manual_seed(1000 * step + communicator.rank))
         for optimizer in (captured, eager):
             optimizer.step(case.rates_of(step))
         for (name, one), other in zip(model.named_parameters(), plain.parameters(), strict=True):
