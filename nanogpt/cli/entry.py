@@ -19,6 +19,7 @@ import typer.main
 from nanogpt.console import say
 from nanogpt.environment import expanded_path, seen_inside
 from nanogpt.errors import InputError, NanogptError, RunError
+from nanogpt.frames import with_room
 from nanogpt.terminal import terminal
 
 # Errors in a name that the user gave; anything else is the machine's fault.
@@ -104,7 +105,7 @@ def run_command(name: str, work: Callable[[], object]) -> NoReturn:
         if not re.fullmatch("[0-9]{1,4}", os.environ.get(size, "80")):
             del os.environ[size]
     with terminal() as streams:
-        code = _exit_code(name, work)
+        code = with_room(_exit_code)(name, work)
         if problem := streams.problem():
             say(f"{name or 'nanogpt'}: {problem}")
             code = code or 1
