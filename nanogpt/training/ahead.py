@@ -8,7 +8,7 @@ While the attention library is imported, a thread hashes the compilers' files, w
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from nanogpt.spec import RunSpec
 from nanogpt.training.build import draw_model
 from nanogpt.training.compile_helper import end_unneeded
 from nanogpt.training.implementations import choose_implementations, compiles
-from nanogpt.training.parallel_compile import begin_hashing, helpers_for, start_kernel_compilers
+from nanogpt.training.parallel_compile import helpers_for, start_kernel_compilers
 from nanogpt.training.startup import StartUp
 
 
@@ -54,3 +54,17 @@ def begin_drawing(spec: RunSpec, device: torch.device, startup: StartUp) -> None
     expected, _ = choose_implementations(spec, device, import_failure=lambda _: None)
     built_class(MODELS, spec.model)  # imports it here: one thread imports torch's modules
     startup.begin(draw_model, spec, device=device, implementations=expected)
+
+
+def begin_hashing(startup: StartUp) -> None:
+    """Have Triton's and torch's keys of their own files computed, 400 and 60 MB, which both remember."""
+    from torch._inductor.codecache import torch_key
+    from torch._inductor.runtime.triton_compat import triton_key
+
+    startup.begin(call_each, triton_key, torch_key)
+
+
+def call_each(*functions: Callable[[], object]) -> None:
+    """One after another."""
+    for function in functions:
+        function()

@@ -7,6 +7,7 @@ no file of compiled code can have what the run needs, and otherwise once no file
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -14,19 +15,21 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from nanogpt.cache.compile_cache import may_have
+from nanogpt.frames import with_room
 from nanogpt.garbage import collect_later
 from nanogpt.launch.tied import die_with_parent, tied_command
 from nanogpt.spec import RunSpec
 
 CORES_PER_HELPER = 2  # a helper computes in one thread, until its graph's kernels go to many processes at once
 # Once a process has asked CUDA for anything, no fork of it can use a GPU. Inductor asks for one when it is imported:
-# with this it asks NVML.
-WITHOUT_CUDA = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+# with this it asks NVML. The processes that compile a helper's kernels are forks of it, and import nothing either.
+SETTINGS = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "TORCHINDUCTOR_WORKER_START": "fork"}
 IMPORTED = (
     "nanogpt.training.parallel_compile",
     "torch._dynamo",
@@ -57,7 +60,7 @@ class HelperServer:
             stdin=subprocess.PIPE,
             stdout=self._output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **WITHOUT_CUDA, "TORCHINDUCTOR_COMPILE_THREADS": str(threads)},
+            env={**os.environ, **SETTINGS, "TORCHINDUCTOR_COMPILE_THREADS": str(threads)},
             text=True,
         )
 
@@ -124,11 +127,21 @@ def output_file(root: Path, task: str) -> Path:
     return root / f".helper-{task}.txt"
 
 
+def import_and_hash() -> None:
+    """Import what helpers need, and compute the keys of the compilers' own files, 400 MB of Triton's in a thread."""
+    triton = importlib.import_module("torch._inductor.runtime.triton_compat")
+    with ThreadPoolExecutor(1) as hashing:
+        if triton.HAS_TRITON:
+            hashing.submit(triton.triton_key)
+        for module in IMPORTED:
+            importlib.import_module(module)
+        importlib.import_module("torch._inductor.codecache").torch_key()
+
+
 def main() -> None:
     """Import; fork; wait for the helpers, and leave their exit codes in files."""
     collect_later()
-    for module in IMPORTED:
-        importlib.import_module(module)
+    import_and_hash()
     text = sys.stdin.readline()
     if not text:
         return
@@ -152,6 +165,7 @@ def _help(server: int, order: Order, task: str) -> NoReturn:
     code = 1
     try:
         die_with_parent(server)
+        os.register_at_fork(after_in_child=functools.partial(die_with_parent, os.getpid()))
         output = os.open(output_file(Path(order.root), task), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         os.dup2(output, 1)
         os.dup2(output, 2)
@@ -168,4 +182,4 @@ def _help(server: int, order: Order, task: str) -> NoReturn:
 
 
 if __name__ == "__main__":
-    main()
+    with_room(main)()

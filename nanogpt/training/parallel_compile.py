@@ -19,6 +19,7 @@ import fcntl
 import itertools
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -44,7 +45,7 @@ from nanogpt.training.compile_helper import CORES_PER_HELPER, HelperServer, Orde
 from nanogpt.training.implementations import choose_implementations
 from nanogpt.training.micro_step import MicroStep
 from nanogpt.training.schedule import Schedule, StepSettings
-from nanogpt.training.startup import StartUp, process_age
+from nanogpt.training.startup import process_age
 from nanogpt.training.tables import rows_of, table_bytes
 
 # Upper bounds of GPU memory: a run has 28 GB for 49,152 tokens, 6 of them the optimizer's, which helpers do not make;
@@ -357,19 +358,17 @@ def times_file(root: Path, task: str) -> Path:
 
 def help_compiling(root: Path, task: str, turns: int, spec: RunSpec) -> None:
     """What a helper does."""
-    startup = StartUp()
-    with join_world(spec) as world:
+    with join_world(spec) as world, compiled_code_of(root, world):
         if world.device.type == "cuda":
-            startup.begin(torch.cuda.synchronize, world.device)  # makes a context, while the model is made
-        with compiled_code_of(root, world):
-            compile_graphs(spec, world, root, task, turns, startup)
+            torch.set_num_threads(1)  # the others have the cores
+            if task != KERNELS:
+                start_kernel_compilers()  # forks of this process, while it has no threads
+            threading.Thread(target=torch.cuda.synchronize, args=(world.device,), daemon=True).start()  # for a context
+        compile_graphs(spec, world, root, task, turns)
 
 
-def compile_graphs(spec: RunSpec, world: World, root: Path, task: str, turns: int, startup: StartUp) -> None:
-    """`help_compiling`, once it knows its GPU and the compiler is imported."""
-    if world.device.type == "cuda" and task != KERNELS:
-        start_kernel_compilers()
-        begin_hashing(startup)
+def compile_graphs(spec: RunSpec, world: World, root: Path, task: str, turns: int) -> None:
+    """`help_compiling`, once it knows its GPU."""
     implementations, _ = choose_implementations(spec, world.device)
     model = once_there_is_memory(lambda: undrawn_model(spec, device=world.device, implementations=implementations))
     training_loss = model.training_loss if task == KERNELS else compile_whole(model.training_loss)
@@ -397,17 +396,3 @@ def start_kernel_compilers() -> None:
 
     AsyncCompile.warm_pool()
     AsyncCompile.use_process_pool()
-
-
-def begin_hashing(startup: StartUp) -> None:
-    """Have Triton's and torch's keys of their own files computed, 400 and 60 MB, which both remember."""
-    from torch._inductor.codecache import torch_key
-    from torch._inductor.runtime.triton_compat import triton_key
-
-    startup.begin(call_each, triton_key, torch_key)
-
-
-def call_each(*functions: Callable[[], object]) -> None:
-    """One after another."""
-    for function in functions:
-        function()

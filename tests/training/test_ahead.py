@@ -10,9 +10,8 @@ import torch
 from tiny_runs import python, tiny_spec
 
 from nanogpt.models.language_model import Implementations
-from nanogpt.training.ahead import begin_drawing
+from nanogpt.training.ahead import begin_drawing, begin_hashing
 from nanogpt.training.build import build_model, draw_model, undrawn_model
-from nanogpt.training.parallel_compile import begin_hashing
 from nanogpt.training.startup import StartUp
 
 KINDS = ("speedrun", "record89", "record92", "gpt2")

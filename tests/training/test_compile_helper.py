@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import launched
@@ -21,7 +23,7 @@ from nanogpt.cache.key import cache_key, key_sha256
 from nanogpt.cache.pack import SUFFIX, write_pack
 from nanogpt.spec import RunSpec
 from nanogpt.training import compile_helper
-from nanogpt.training.compile_helper import HelperServer
+from nanogpt.training.compile_helper import HelperServer, Order
 from nanogpt.training.parallel_compile import KERNELS, Helper, begin_helpers, on_one_gpu
 
 SPEC = tiny_spec()
@@ -87,6 +89,43 @@ def test_a_killed_helper_is_a_line_and_leaves_nothing_behind(
         helper.wait(lambda: False)
         wait_until(lambda: not lives(child))
     assert "helper 1, compiling ahead: ended with exit code -9; the run compiles by itself" in capfd.readouterr().err
+
+
+HELPER_WITH_COMPILERS = """
+import os, time
+from nanogpt.training import compile_helper, parallel_compile
+
+def help_compiling(root, task, turns, spec):
+    from torch._inductor.async_compile import AsyncCompile
+    parallel_compile.start_kernel_compilers()
+    (root / "pids").write_text(f"{os.getpid()} {AsyncCompile.process_pool().submit(os.getpid).result()}\\n")
+    time.sleep(600)
+
+parallel_compile.help_compiling = help_compiling
+compile_helper.main()
+"""
+
+
+def test_what_compiles_a_helpers_kernels_is_forked_from_it_and_dies_with_it(tmp_path: Path):
+    order = Order(str(tmp_path), ["0"], 1, SPEC.model_dump_json(), dict(os.environ))
+    settings = {**os.environ, **compile_helper.SETTINGS, "TORCHINDUCTOR_COMPILE_THREADS": "2"}
+    process = subprocess.Popen([sys.executable, "-c", HELPER_WITH_COMPILERS], stdin=subprocess.PIPE, env=settings)
+    try:
+        assert process.stdin is not None
+        process.stdin.write(f"{json.dumps(asdict(order))}\n".encode())
+        process.stdin.close()
+        pids = tmp_path / "pids"
+        wait_until(lambda: (pids.exists() and pids.read_text().endswith("\n")) or process.poll() is not None)
+        helper, compiler = map(int, pids.read_text().split())
+        compilers = children(helper)
+        assert len(compilers) == 2 and compiler in compilers
+        assert Path(f"/proc/{compiler}/cmdline").read_bytes() == Path(f"/proc/{helper}/cmdline").read_bytes()
+        os.kill(helper, signal.SIGKILL)
+        # torch's own watch over them looks once a minute
+        wait_until(lambda: not any(map(lives, compilers)), within_s=30)
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.parametrize(
