@@ -8,8 +8,9 @@ processor cores and the GPU's memory allow, which make the model, compile graphs
 that imports for all of them, while the node's first rank imports too (`nanogpt.training.compile_helper`).
 
 - Helpers call their graphs in turns, as the GPU's memory allows. Compiling them needs none.
-- A graph launches our own kernels, which Triton compiles one after another at its first call. One more helper launches
-  all of them on a few tokens, without any graph, while the others still trace.
+- A graph launches our own kernels, which Triton and FlashAttention compile one after another at its first call. Two
+  more helpers launch all of them on a few tokens, without any graph, while the others still trace: one of them without
+  attention's backward pass, the other, which begins with evaluation, without its forward pass.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from nanogpt.cache.graphs import compile_whole, prepare
 from nanogpt.console import say
 from nanogpt.data.micro_batches import MicroBatch, cu_seqlens_length
 from nanogpt.files import last_line
+from nanogpt.kernels.attention_flash import skipping
 from nanogpt.launch.world import World, join_world
 from nanogpt.models.model_spec import Slot
 from nanogpt.spec import RunSpec
@@ -55,7 +57,7 @@ OPTIMIZER_BYTES = 6_000_000_000
 TRAINED_TOKEN_BYTES, EVALUATED_TOKEN_BYTES = 450_000, 50_000
 PATIENCE_S = 600.0  # to wait for a helper
 MEMORY_PAUSES_S = (2, 4, 8, 16, 32)
-KERNELS = "kernels"  # the task of the helper that launches kernels; the others' are numbers of graphs
+KERNELS = ("forward", "backward")  # tasks of the helpers that launch kernels; the others' are numbers of graphs
 FEW_TOKENS = 2_048  # a kernel's code does not depend on their number
 
 T = TypeVar("T")
@@ -163,16 +165,18 @@ def not_taken(jobs: Iterable[tuple[int, GraphJob]], root: Path) -> Iterator[Grap
     return (job for number, job in jobs if take(root, number))
 
 
-def launch_kernels(spec: RunSpec, micro_step: MicroStep) -> None:
+def launch_kernels(spec: RunSpec, micro_step: MicroStep, task: str) -> None:
     """Launch what the run's graphs launch of our own kernels, and what its model launches between steps.
 
-    `micro_step` is without any graph. No gradient is left.
+    `micro_step` is without any graph. task: of KERNELS, attention's pass that is launched. No gradient is left.
     """
-    micro_step.model.weights_changed(0)
-    for job in graph_jobs(spec):
-        few = min(job.tokens, FEW_TOKENS)
-        small = job._replace(tokens=few, max_seqlen=min(job.max_seqlen, few))
-        call_graph(small, spec, micro_step, micro_step.model.evaluation_loss)
+    jobs = graph_jobs(spec)
+    with skipping("backward" if task == "forward" else "forward"):
+        micro_step.model.weights_changed(0)
+        for job in jobs if task == "forward" else reversed(jobs):
+            few = min(job.tokens, FEW_TOKENS)
+            small = job._replace(tokens=few, max_seqlen=min(job.max_seqlen, few))
+            call_graph(small, spec, micro_step, micro_step.model.evaluation_loss)
 
 
 def helpers_that_fit(jobs: Sequence[GraphJob], cores: int, memory: int | None, other_ranks: int = 0) -> tuple[int, int]:
@@ -188,8 +192,8 @@ def helpers_that_fit(jobs: Sequence[GraphJob], cores: int, memory: int | None, o
     if memory is None:
         return wanted, wanted
     for count in range(wanted, 0, -1):
-        # The run's own call, and the helper that launches kernels.
-        room = memory - OPTIMIZER_BYTES - jobs[-1].memory - (count + 2) * HELPER_BYTES
+        # The run's own call, and the helpers that launch kernels.
+        room = memory - OPTIMIZER_BYTES - jobs[-1].memory - (count + 1 + len(KERNELS)) * HELPER_BYTES
         turns = sum(needed <= room for needed in itertools.accumulate(job.memory for job in jobs[:count]))
         if turns:
             return count, turns
@@ -224,7 +228,7 @@ def compile_in_parallel(
             call_graph(job, spec, micro_step, evaluation_loss)
     for helper in reversed(helpers):  # the cheapest graphs are there first, and are loaded while others still compile
         helper.wait(given_up)
-        if helper.task != KERNELS and not given_up():
+        if helper.task not in KERNELS and not given_up():
             job = jobs[int(helper.task)][1]
             with (
                 timed_graph(f"{job.name}, loading", rows),
@@ -251,8 +255,8 @@ def helpers_for(spec: RunSpec, world: World, root: Path) -> Iterator[list[Helper
         if gpu:
             memory = torch.cuda.mem_get_info(world.device)[0] - int(table_bytes(spec))  # makes a context, meanwhile
             count, turns = helpers_that_fit(jobs, cores, memory, others)
-            kernels_fit = memory >= OPTIMIZER_BYTES + jobs[0].memory + 2 * HELPER_BYTES
-        tasks = [*[KERNELS] * kernels_fit, *map(str, range(count))]
+            kernels_fit = memory >= OPTIMIZER_BYTES + jobs[0].memory + (1 + len(KERNELS)) * HELPER_BYTES
+        tasks = [*KERNELS * kernels_fit, *map(str, range(count))]
         yield begin_helpers(server, on_one_gpu(spec), root, tasks, turns)
     finally:
         server.end()
@@ -264,7 +268,7 @@ def begin_helpers(server: HelperServer, spec: RunSpec, root: Path, tasks: Sequen
     turns: how many of them may call graphs at a time.
     """
     for task in tasks:
-        if task != KERNELS:
+        if task not in KERNELS:
             take(root, int(task))
     server.fork(Order(str(root), tasks, turns, spec.model_dump_json(), without_rank(os.environ)))
     return [Helper(server, root, task) for task in tasks]
@@ -276,10 +280,10 @@ def on_one_gpu(spec: RunSpec) -> RunSpec:
 
 
 class Helper:
-    """A process that compiles into `root`: graph number `task`, and then others that nobody has taken; or KERNELS."""
+    """A process that compiles into `root`: graph number `task`, and then others that nobody has taken; or kernels."""
 
     def __init__(self, server: HelperServer, root: Path, task: str):
-        self.name = f"helper for {task}" if task == KERNELS else f"helper {int(task) + 1}"
+        self.name = f"helper for {task} kernels" if task in KERNELS else f"helper {int(task) + 1}"
         self.task = task
         self._server, self._root = server, root
 
@@ -291,11 +295,11 @@ class Helper:
 
     def wait(self, given_up: Callable[[], bool]) -> None:
         """Wait until its graphs are done or `given_up`. If it fails, the run compiles by itself, and a line says so."""
-        deadline = time.monotonic() + (0 if self.task == KERNELS else PATIENCE_S)
+        deadline = time.monotonic() + (0 if self.task in KERNELS else PATIENCE_S)
         while (code := self.exit_code()) is None and time.monotonic() < deadline and not given_up():
             time.sleep(0.1)
         who = f"{self.name}, compiling ahead"
-        if code is None and self.task != KERNELS and not given_up():
+        if code is None and self.task not in KERNELS and not given_up():
             say(f"{who}: not done after {PATIENCE_S:.0f} s; the run continues without it")
         elif code:
             last = last_line(self._output())
@@ -361,7 +365,7 @@ def help_compiling(root: Path, task: str, turns: int, spec: RunSpec) -> None:
     with join_world(spec) as world, compiled_code_of(root, world):
         if world.device.type == "cuda":
             torch.set_num_threads(1)  # the others have the cores
-            if task != KERNELS:
+            if task not in KERNELS:
                 start_kernel_compilers()  # forks of this process, while it has no threads
             threading.Thread(target=torch.cuda.synchronize, args=(world.device,), daemon=True).start()  # for a context
         compile_graphs(spec, world, root, task, turns)
@@ -371,7 +375,7 @@ def compile_graphs(spec: RunSpec, world: World, root: Path, task: str, turns: in
     """`help_compiling`, once it knows its GPU."""
     implementations, _ = choose_implementations(spec, world.device)
     model = once_there_is_memory(lambda: undrawn_model(spec, device=world.device, implementations=implementations))
-    training_loss = model.training_loss if task == KERNELS else compile_whole(model.training_loss)
+    training_loss = model.training_loss if task in KERNELS else compile_whole(model.training_loss)
     micro_step = MicroStep(model, training_loss, grad_scale=1.0, plain_kernels=implementations.plain_kernels)
     rows = [GraphTimes("start", process_age())]
 
@@ -381,8 +385,8 @@ def compile_graphs(spec: RunSpec, world: World, root: Path, task: str, turns: in
             world.synchronize()
         times_file(root, task).write_text(json.dumps([asdict(row) for row in rows]))
 
-    if task == KERNELS:
-        timed("launching kernels", launch_kernels, spec, micro_step)
+    if task in KERNELS:
+        timed("launching kernels", launch_kernels, spec, micro_step, task)
         return
     evaluation_loss = compile_whole(model.evaluation_loss)
     jobs, turn = list(enumerate(graph_jobs(spec))), partial(turn_of, root, turns)

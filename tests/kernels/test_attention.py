@@ -213,6 +213,26 @@ def test_library_backends_are_differentiable_and_compile_whole(backend):
     assert len(graphs) == 1
 
 
+@pytest.mark.parametrize("skipped", ["forward", "backward"])
+@pytest.mark.usefixtures("stand_in_library")
+def test_a_pass_that_is_skipped_gives_zeros_of_the_same_shapes(skipped):
+    q, k, v = (torch.randn(64, 2, width, requires_grad=True) for width in (8, 8, 24))
+    grad = torch.randn_like(v)
+
+    def passes():
+        out = attention(q, k, v, cumulative([10, 50, 64]), max_seqlen=40, window=9, scale=0.2, backend="fa4")
+        return out.detach(), torch.autograd.grad(out, (q, k, v), grad)
+
+    out, grads = passes()
+    with attention_flash.skipping(skipped):
+        other_out, other_grads = passes()
+    assert [x.shape for x in (other_out, *other_grads)] == [x.shape for x in (out, *grads)]
+    assert bool(other_out.any()) == (skipped == "backward")
+    assert any(bool(x.any()) for x in other_grads) == (skipped == "forward")
+    again, grads_again = passes()
+    assert torch.equal(again, out) and all(map(torch.equal, grads_again, grads))
+
+
 @pytest.mark.usefixtures("stand_in_library")
 def test_keys_may_be_narrower_than_values():
     cu = cumulative([10, 50, 64])
