@@ -14,9 +14,18 @@ def collect_later() -> None:
     gc.disable()
 
 
-def collect_from_now() -> None:
-    """Collect once, then look only at what is made from here on. Does nothing without an earlier `collect_later`."""
+def collect_so_far() -> None:
+    """Collect what there is, for a process that waits anyway; `collect_from_now` then looks at the rest alone.
+
+    Does nothing without an earlier `collect_later`.
+    """
     if not gc.isenabled():
         gc.collect()
         gc.freeze()
+
+
+def collect_from_now() -> None:
+    """Collect once, then look only at what is made from here on. Does nothing without an earlier `collect_later`."""
+    if not gc.isenabled():
+        collect_so_far()
         gc.enable()

@@ -37,6 +37,7 @@ from nanogpt.cache.graphs import compile_whole, prepare
 from nanogpt.console import say
 from nanogpt.data.micro_batches import MicroBatch, cu_seqlens_length
 from nanogpt.files import last_line
+from nanogpt.garbage import collect_so_far
 from nanogpt.kernels.attention_flash import skipping
 from nanogpt.launch.world import World, join_world
 from nanogpt.models.model_spec import Slot
@@ -226,6 +227,8 @@ def compile_in_parallel(
     for job in not_taken(reversed(jobs) if leads else jobs, cache.root):  # the others have the first
         with timed_graph(job.name, rows):
             call_graph(job, spec, micro_step, evaluation_loss)
+    if helpers:
+        collect_so_far()
     for helper in reversed(helpers):  # the cheapest graphs are there first, and are loaded while others still compile
         helper.wait(given_up)
         if helper.task not in KERNELS and not given_up():
