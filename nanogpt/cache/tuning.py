@@ -158,7 +158,7 @@ def _tune_on_the_gpu(tune: Callable[..., None], kernel: Any, *args: Any, **kwarg
 
 @contextmanager
 def _few_launches() -> Iterator[None]:
-    """A variant's time is the shortest of 25 launches instead of 100: the other processes wait for their turn."""
+    """A variant's time is the shortest of 10 launches instead of 100: the other processes wait for their turn."""
     from torch._inductor.runtime import benchmarking
 
     clock: Any = benchmarking.benchmarker
@@ -166,7 +166,7 @@ def _few_launches() -> Iterator[None]:
         yield
         return
     before = clock.benchmark_gpu
-    clock.benchmark_gpu = functools.partial(before, memory_warmup_iters=25, benchmark_iters=25)
+    clock.benchmark_gpu = functools.partial(before, memory_warmup_iters=10, benchmark_iters=10)
     try:
         yield
     finally:

@@ -160,7 +160,7 @@ def test_a_variant_is_timed_by_few_launches(tmp_path: Path, monkeypatch: pytest.
         kernel._make_launchers()
         kernel.autotune_to_one_config()
     clock.benchmark(fn=print, device="cuda", rep=40, is_vetted_benchmarking=True)
-    few, as_ever = {"benchmark_iters": 25, "memory_warmup_iters": 25}, dict.fromkeys(timed[-1])
+    few, as_ever = {"benchmark_iters": 10, "memory_warmup_iters": 10}, dict.fromkeys(timed[-1])
     assert timed == [few, as_ever]
 
 
