@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import make_data, tiny_spec, train
 
-from nanogpt.garbage import collect_from_now, collect_later
+from nanogpt.garbage import collect_from_now, collect_later, collect_so_far
 
 
 @pytest.fixture(autouse=True)
@@ -51,3 +51,15 @@ def test_a_run_collects_again_once_it_trains(tmp_path: Path):
     collect_later()
     train(tiny_spec(), make_data(tmp_path / "data"), tmp_path / "run")
     assert gc.isenabled() and gc.get_freeze_count() > 1000
+
+
+def test_what_is_collected_while_waiting_is_not_looked_at_again():
+    collect_later()
+    before = Cycle.freed
+    Cycle()
+    collect_so_far()
+    assert Cycle.freed == before + 1 and not gc.isenabled() and gc.get_freeze_count() > 0
+    gc.enable()
+    gc.unfreeze()
+    collect_so_far()  # the collector is at work: nothing to do
+    assert gc.get_freeze_count() == 0
