@@ -23,8 +23,8 @@ _BAR = re.compile(r"(?<!\\)\|")  # between cells
 
 
 def say(message: str) -> None:
-    """Print one line to standard error at once (standard output is for results)."""
-    print(message, file=sys.stderr, flush=True)
+    """Print one line to standard error at once (standard output is for results), whole beside other ranks'."""
+    print(f"{message}\n", end="", file=sys.stderr, flush=True)  # one write, with PYTHONUNBUFFERED too
 
 
 def human_bytes(count: float) -> str:

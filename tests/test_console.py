@@ -2,6 +2,9 @@
 
 import contextlib
 import io
+import os
+import subprocess
+import sys
 
 from nanogpt.console import markdown_table, new_table, print_report, print_table
 from nanogpt.terminal import rich_console
@@ -54,3 +57,14 @@ def test_a_report_shows_its_markdown_tables_in_that_style():
     lines = ["Title", "", *markdown_table(("name", "n"), [(r"a\|b", 1), ("c", "-20")]), "", "| no table"]
     shown = ["Title", "", "name    n", "a|b     1", "c     -20", "", "| no table"]
     assert printed(print_report, lines).splitlines() == shown
+
+
+def test_a_line_is_one_write_beside_other_processes_lines() -> None:
+    """Each write of a process whose output is not buffered is one of the operating system's."""
+    read, write = os.pipe2(os.O_DIRECT)  # a pipe that keeps writes apart
+    code = "from nanogpt.console import say; say('rank 1: done')"
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    subprocess.run([sys.executable, "-c", code], stderr=write, env=environment, check=True)
+    os.close(write)
+    assert os.read(read, 1000) == b"rank 1: done\n"
+    os.close(read)

@@ -110,7 +110,7 @@ class StepDisplay:
         if self._progress:
             self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:
-            print(line, file=self._stream or sys.stderr, flush=True)
+            print(f"{line}\n", end="", file=self._stream or sys.stderr, flush=True)  # see `nanogpt.console.say`
 
     def _measure(self, step: int, now: float) -> None:
         if self._last is not None and step > self._last[0]:

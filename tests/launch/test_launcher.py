@@ -304,7 +304,7 @@ def test_where_one_rank_fails_the_others_end(tmp_path: Path, monkeypatch: pytest
 
 def test_what_ranks_are_told(tmp_path: Path) -> None:
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
-    code = f"import os; print(*(os.environ[name] for name in {names}), flush=True)"
+    code = f"import os, sys; sys.stdout.write(' '.join(os.environ[name] for name in {names}) + '\\n')"  # one write
     with ended(Alone(tmp_path, code, processes=2)) as launcher:
         assert launcher.end() == 0, launcher.output
         assert sorted(launcher.output.splitlines()) == ["0 0 2 2 127.0.0.1", "1 1 2 2 127.0.0.1"]
@@ -318,7 +318,7 @@ def test_ranks_are_bound_to_the_cpus_near_their_gpus(
     sets = [[(1 << cpu) >> 64 * word & 2**64 - 1 for word in range(cpu // 64 + 1)] for cpu in near]
     monkeypatch.setattr(pynvml, "nvmlDeviceGetCpuAffinity", lambda index, size: sets[index])
     waits = "import os, time\nwhile len(os.sched_getaffinity(0)) > 1: time.sleep(0.01)\n"
-    says = "print(os.environ['RANK'], *os.sched_getaffinity(0))"
+    says = "os.write(1, f\"{os.environ['RANK']} {min(os.sched_getaffinity(0))}\\n\".encode())"
     monkeypatch.setattr(launcher, "tied_command", lambda *_: [sys.executable, "-c", waits + says])
     monkeypatch.setenv("NANOGPT_NUMA", "bind")
     nvml.show("NVIDIA H200", "NVIDIA H200")

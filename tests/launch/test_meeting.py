@@ -12,7 +12,8 @@ from nanogpt.cluster.rendezvous import free_port
 from nanogpt.errors import REQUEUE_EXIT_CODE, InputError, RunError
 from nanogpt.launch.meeting import Meeting, listen, meet
 
-SAYS = "import os; print('place', *(os.environ[n] for n in ('GROUP_RANK', 'RANK', 'WORLD_SIZE', 'MASTER_ADDR')))"
+NAMES = ("GROUP_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR")
+SAYS = f"import os, sys; sys.stdout.write(' '.join(['place', *(os.environ[n] for n in {NAMES})]) + '\\n')"  # one write
 
 
 def nodes(place: Path, code: str, *options: tuple[str, ...], processes: tuple[int, ...] = (1, 1)) -> list[Alone]:
