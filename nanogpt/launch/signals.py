@@ -60,13 +60,16 @@ class StopSignals:
 
     def seen(self) -> str | None:
         """The first signal so far, by name, and whether it went to the launcher. Takes microseconds."""
-        if self._seen is None:
-            if self._old and take_pending(signal.SIGUSR1):
-                self._seen = "SIGUSR1"
-            else:
-                launcher = asked_to_stop()
-                self._seen = None if launcher is None else f"{launcher} to the launcher"
+        if self._seen is None and (heard := self._heard()) is not None:  # if not, the handler may have run meanwhile
+            self._seen = heard
         return self._seen
+
+    def _heard(self) -> str | None:
+        """What comes without a handler."""
+        if self._old and take_pending(signal.SIGUSR1):
+            return "SIGUSR1"
+        launcher = asked_to_stop()
+        return None if launcher is None else f"{launcher} to the launcher"
 
 
 def _say_now(line: str) -> None:

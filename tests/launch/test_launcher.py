@@ -222,14 +222,17 @@ def test_a_rank_that_is_stopped_and_continued_has_heard_nothing() -> None:
         "    print(seen, flush=True)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as rank:
-        assert rank.stdout is not None and rank.stdout.readline() == "up\n"
-        for _ in range(5):
-            rank.send_signal(signal.SIGSTOP)
-            wait_until(lambda: state(rank.pid) == "T")
-            rank.send_signal(signal.SIGCONT)
-            wait_until(lambda: state(rank.pid) != "T")
-        rank.send_signal(signal.SIGTERM)
-        assert rank.stdout.readline() == "SIGTERM\n"
+        try:
+            assert rank.stdout is not None and rank.stdout.readline() == "up\n"
+            for _ in range(5):
+                rank.send_signal(signal.SIGSTOP)
+                wait_until(lambda: state(rank.pid) == "T")
+                rank.send_signal(signal.SIGCONT)
+                wait_until(lambda: state(rank.pid) != "T")
+            rank.send_signal(signal.SIGTERM)
+            assert rank.stdout.readline() == "SIGTERM\n"
+        finally:
+            rank.kill()
 
 
 def test_ctrl_z_stops_the_ranks_and_fg_lets_them_go_on(tmp_path: Path) -> None:

@@ -260,6 +260,16 @@ def test_one_process_has_signals_and_no_thread(monkeypatch: pytest.MonkeyPatch) 
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_a_signal_that_comes_while_one_looks_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked_to_stop() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("nanogpt.launch.signals.asked_to_stop", asked_to_stop)
+    with StopSignals() as signals:
+        assert signals.seen() == "SIGTERM"
+        assert signals.seen() == "SIGTERM"
+
+
 def test_usr1_does_not_reach_what_the_rank_starts() -> None:
     """The compiler's workers, which a batch system signals too."""
     with StopSignals() as signals:
