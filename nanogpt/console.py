@@ -22,9 +22,9 @@ Advance = Callable[[int], None]
 _BAR = re.compile(r"(?<!\\)\|")  # between cells
 
 
-def say(message: str) -> None:
-    """Print one line to standard error at once (standard output is for results), whole beside other ranks'."""
-    print(f"{message}\n", end="", file=sys.stderr, flush=True)  # one write, with PYTHONUNBUFFERED too
+def say(message: str, stream: TextIO | None = None) -> None:
+    """Print one line at once, whole beside other ranks'. Standard error by default: standard output is for results."""
+    print(f"{message}\n", end="", file=stream or sys.stderr, flush=True)  # one write, with PYTHONUNBUFFERED too
 
 
 def human_bytes(count: float) -> str:
@@ -157,7 +157,7 @@ def progress(
 
     def show() -> None:
         amount = f"{human_bytes(done)} of {human_bytes(total)}" if bytes_unit else f"{done} of {total}"
-        print(f"{description}: {amount}, {time.monotonic() - start:.0f} s", file=stream, flush=True)
+        say(f"{description}: {amount}, {time.monotonic() - start:.0f} s", stream)
 
     def advance(n: int) -> None:
         nonlocal done, last

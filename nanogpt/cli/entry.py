@@ -105,7 +105,7 @@ def run_command(name: str, work: Callable[[], object]) -> NoReturn:
         if not re.fullmatch("[0-9]{1,4}", os.environ.get(size, "80")):
             del os.environ[size]
     with terminal() as streams:
-        code = with_room(_exit_code)(name, work)
+        code = _exit_code(name, work)
         if problem := streams.problem():
             say(f"{name or 'nanogpt'}: {problem}")
             code = code or 1
@@ -149,6 +149,7 @@ def _expanded(value: Any, function: Callable[..., Any], name: str) -> Any:
     return expanded_path(text, "/".join([*flags, *([info.envvar] if info.envvar else [])]) or info.metavar or name)
 
 
+@with_room
 def _exit_code(name: str, work: Callable[[], object]) -> int:
     try:
         work()

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TextIO
 
+from nanogpt.console import say
 from nanogpt.terminal import rich_console
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ class StepDisplay:
         if self._progress:
             self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:
-            print(f"{line}\n", end="", file=self._stream or sys.stderr, flush=True)  # see `nanogpt.console.say`
+            say(line, self._stream)
 
     def _measure(self, step: int, now: float) -> None:
         if self._last is not None and step > self._last[0]:

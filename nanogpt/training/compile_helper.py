@@ -138,6 +138,7 @@ def import_and_hash() -> None:
         importlib.import_module("torch._inductor.codecache").torch_key()
 
 
+@with_room
 def main() -> None:
     """Import; fork; wait for the helpers, and leave their exit codes in files."""
     collect_later()
@@ -182,4 +183,4 @@ def _help(server: int, order: Order, task: str) -> NoReturn:
 
 
 if __name__ == "__main__":
-    with_room(main)()
+    main()

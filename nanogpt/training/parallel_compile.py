@@ -227,8 +227,7 @@ def compile_in_parallel(
     for job in not_taken(reversed(jobs) if leads else jobs, cache.root):  # the others have the first
         with timed_graph(job.name, rows):
             call_graph(job, spec, micro_step, evaluation_loss)
-    if helpers:
-        collect_so_far()
+    collect_so_far()  # the processes wait for one another now
     for helper in reversed(helpers):  # the cheapest graphs are there first, and are loaded while others still compile
         helper.wait(given_up)
         if helper.task not in KERNELS and not given_up():
